@@ -1,0 +1,32 @@
+// Package paths names every place on a node where HeadCNI keeps or looks for files.
+package paths
+
+const (
+	// ConfigFile is the daemon's configuration.
+	ConfigFile = "/etc/headcni/daemon.yaml"
+
+	// StateDir holds what must survive a restart of any of our processes.
+	StateDir = "/var/lib/headcni"
+	// IPAMDir holds the address leases, one folder per network.
+	IPAMDir = StateDir + "/ipam"
+	// TailscaleStateDir is the state of the dedicated tailscaled in daemon mode.
+	TailscaleStateDir = StateDir + "/tailscale"
+
+	// RunDir is on a tmpfs and holds sockets.
+	RunDir = "/run/headcni"
+	// DaemonSocket takes hints from the CNI plugin.
+	DaemonSocket = RunDir + "/daemon.sock"
+	// DaemonTailscaleSocket is the LocalAPI of the dedicated tailscaled in daemon mode.
+	DaemonTailscaleSocket = RunDir + "/tailscaled.sock"
+	// HostTailscaleSocket is where a host's own tailscaled listens.
+	HostTailscaleSocket = "/var/run/tailscale/tailscaled.sock"
+
+	// CNIConfDir and CNIBinDir are the defaults of containerd, CRI-O and kubelet.
+	CNIConfDir = "/etc/cni/net.d"
+	CNIBinDir  = "/opt/cni/bin"
+	// ConflistName is the file the daemon writes into the CNI configuration folder.
+	ConflistName = "10-headcni.conflist"
+
+	// BootID changes with every boot (random(4)).
+	BootID = "/proc/sys/kernel/random/boot_id"
+)
