@@ -29,7 +29,7 @@ type Hint struct {
 	PodName      string        `json:"podName,omitempty"`
 	HostIfName   string        `json:"hostIfName,omitempty"`
 	Addrs        []netip.Addr  `json:"addrs,omitempty"`
-	Duration     time.Duration `json:"durationNs"`         // of the whole command, without the hint
+	Duration     time.Duration `json:"durationNs"`          // of the whole command, without the hint
 	ErrorCode    uint          `json:"errorCode,omitempty"` // CNI error code, 0 = success
 	Stage        string        `json:"stage,omitempty"`     // what failed: config, gate, ipam, attach, ...
 }

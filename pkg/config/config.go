@@ -1,0 +1,271 @@
+// Package config is the configuration of the daemon and the controller: decoded strictly over defaults, then checked
+// as a whole. Environment variables are read here and nowhere else.
+package config
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"sigs.k8s.io/yaml"
+
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/config/secret"
+)
+
+// Config is daemon.yaml. Helm's config.* has the same keys.
+type Config struct {
+	Headscale  Headscale  `json:"headscale"`
+	Tailscale  Tailscale  `json:"tailscale"`
+	Network    Network    `json:"network"`
+	IPAM       IPAM       `json:"ipam"`
+	CNI        CNI        `json:"cni"`
+	DNS        DNS        `json:"dns"`
+	Monitoring Monitoring `json:"monitoring"`
+	Logging    Logging    `json:"logging"`
+}
+
+// Headscale says where the control server is and how to prove who we are.
+type Headscale struct {
+	// URL is the control server's, http or https. Empty means the one that the node's tailscaled is joined to.
+	URL string `json:"url"`
+	// APIKeyFile and AuthKeyFile name files that hold an API key or a pre-auth key; either may hold either kind.
+	APIKeyFile  string `json:"apiKeyFile"`
+	AuthKeyFile string `json:"authKeyFile"`
+	// AuthKey is the key itself. A file or an environment variable is safer.
+	AuthKey secret.Secret `json:"authKey"`
+	// CAFile is a PEM bundle to trust for an https URL beside the system's.
+	CAFile string `json:"caFile"`
+}
+
+// Modes of tailscaled.
+const (
+	ModeAuto   = "auto"   // host where the host's LocalAPI socket answers, else daemon
+	ModeHost   = "host"   // the host's own tailscaled
+	ModeDaemon = "daemon" // a dedicated tailscaled, started by `headcni-daemon tailscaled`
+)
+
+// Tailscale says which tailscaled carries the pods' traffic.
+type Tailscale struct {
+	Mode string `json:"mode"`
+	// Socket is the LocalAPI socket; empty means the usual one of the mode.
+	Socket string `json:"socket"`
+	// InterfaceName is the tun of the dedicated tailscaled. In host mode the tun is found.
+	InterfaceName string   `json:"interfaceName"`
+	Tags          []string `json:"tags"`
+	// Hostname is the node's name in the tailnet; empty means the host's.
+	Hostname string `json:"hostname"`
+	// Port is the dedicated tailscaled's UDP port, 0 = any.
+	Port int `json:"port"`
+}
+
+// What a pod's traffic to other tailnet devices looks like.
+const (
+	EgressMasquerade = "masquerade" // from the node's tailnet address
+	EgressPreserve   = "preserve"   // from the pod's address; the device must accept our routes
+	EgressDeny       = "deny"
+)
+
+// Network is what the node's network looks like. Pod CIDRs are this node's, cluster CIDRs this cluster's pools.
+type Network struct {
+	PodCIDRs     CIDRs `json:"podCIDRs"`
+	ClusterCIDRs CIDRs `json:"clusterCIDRs"`
+	// RemoteCIDRs are the pods of other clusters on the same tailnet.
+	RemoteCIDRs  CIDRs `json:"remoteCIDRs"`
+	ServiceCIDRs CIDRs `json:"serviceCIDRs"`
+	// MTU of pods in bytes; 0 = the tun's.
+	MTU           int      `json:"mtu"`
+	Masquerade    bool     `json:"masquerade"`
+	TailnetEgress string   `json:"tailnetEgress"`
+	LANFirst      Tristate `json:"lanFirst"`
+}
+
+// IPAM is the conflist's `ipam`.
+type IPAM struct {
+	Type     string `json:"type"`
+	Strategy string `json:"strategy"`
+}
+
+// CNI says where the runtime looks.
+type CNI struct {
+	BinDir  string `json:"binDir"`
+	ConfDir string `json:"confDir"`
+}
+
+// DNS is what pods get to know of names.
+type DNS struct {
+	MagicDNS MagicDNS `json:"magicDNS"`
+}
+
+// MagicDNS goes into the conflist as `magic_dns`.
+type MagicDNS struct {
+	Enable        bool     `json:"enable"`
+	BaseDomain    string   `json:"baseDomain"`
+	Nameservers   []string `json:"nameservers"`
+	SearchDomains []string `json:"searchDomains"`
+}
+
+// Monitoring is the HTTP server for /healthz, /readyz and /metrics.
+type Monitoring struct {
+	// Listen is an address and port; empty switches the server off.
+	Listen string `json:"listen"`
+}
+
+// Logging is the daemon's own.
+type Logging struct {
+	Level  string `json:"level"`  // debug, info, warn, error
+	Format string `json:"format"` // text, json
+}
+
+// CIDRs are network prefixes as written. Prefixes is for use after Validate.
+type CIDRs []string
+
+// Prefixes parses the list; what Validate would refuse is left out.
+func (c CIDRs) Prefixes() []netip.Prefix {
+	out := make([]netip.Prefix, 0, len(c))
+	for _, s := range c {
+		if p, err := netip.ParsePrefix(s); err == nil {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// Tristate is "auto", "true" or "false", written with or without quotes.
+type Tristate string
+
+// Auto leaves the choice to the daemon.
+const Auto Tristate = "auto"
+
+// UnmarshalJSON takes a string or a bool.
+func (t *Tristate) UnmarshalJSON(b []byte) error {
+	*t = Tristate(strings.Trim(string(b), `"`))
+	return nil
+}
+
+// Default is what holds where nothing is said.
+func Default() Config {
+	return Config{
+		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: "headcni01", Tags: []string{"tag:headcni"}, Port: 41641},
+		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto},
+		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential"},
+		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
+		Monitoring: Monitoring{Listen: "127.0.0.1:9669"},
+		Logging:    Logging{Level: "info", Format: "text"},
+	}
+}
+
+// Load reads path over the defaults, then the environment, then sets (key=value, as in Set), and checks the result.
+// A missing file is an error unless optional.
+func Load(path string, optional bool, environ, sets []string) (Config, error) {
+	c := Default()
+	b, err := os.ReadFile(path)
+	switch {
+	case err == nil:
+		if err := yaml.UnmarshalStrict(b, &c); err != nil {
+			return Config{}, fmt.Errorf("read %s: %s; see docs/daemon.yaml for every key", path, plain(err))
+		}
+	case optional && errors.Is(err, fs.ErrNotExist):
+	default:
+		return Config{}, fmt.Errorf("read the configuration: %w; give --config or write %s", err, paths.ConfigFile)
+	}
+	if err := c.override(environ, sets); err != nil {
+		return Config{}, err
+	}
+	if err := c.Validate(); err != nil {
+		return Config{}, err
+	}
+	return c, nil
+}
+
+// plain drops the layers of the YAML library from its error.
+func plain(err error) string {
+	s := err.Error()
+	for _, p := range []string{"error unmarshaling JSON: ", "while decoding JSON: ", "error converting YAML to JSON: ", "json: "} {
+		s = strings.TrimPrefix(s, p)
+	}
+	return s
+}
+
+// override applies HEADCNI_SECTION_KEY variables and then key=value settings, for instance
+// HEADCNI_NETWORK_PODCIDRS=10.244.1.0/24,fd00:244:1::/64 or network.podCIDRs=10.244.1.0/24.
+func (c *Config) override(environ, sets []string) error {
+	byEnv := map[string]string{}
+	for _, key := range Keys() {
+		byEnv[EnvName(key)] = key
+	}
+	var errs []error
+	for _, e := range environ {
+		name, value, _ := strings.Cut(e, "=")
+		if key := byEnv[name]; key != "" {
+			if err := c.Set(key, value); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", name, err))
+			}
+		}
+	}
+	for _, s := range sets {
+		key, value, ok := strings.Cut(s, "=")
+		if !ok {
+			errs = append(errs, fmt.Errorf("--set %s: want key=value", s))
+			continue
+		}
+		if err := c.Set(key, value); err != nil {
+			errs = append(errs, fmt.Errorf("--set %s: %w", key, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// EnvName is the environment variable of a key: network.podCIDRs -> HEADCNI_NETWORK_PODCIDRS.
+func EnvName(key string) string {
+	return "HEADCNI_" + strings.ToUpper(strings.ReplaceAll(key, ".", "_"))
+}
+
+// Keys lists every key as section.key, in the order of the file.
+func Keys() []string {
+	var keys []string
+	walk(&Config{}, func(key string, _ field) bool {
+		keys = append(keys, key)
+		return true
+	})
+	return keys
+}
+
+// Set changes one key. Lists are separated by commas.
+func (c *Config) Set(key, value string) error {
+	var found bool
+	var err error
+	walk(c, func(k string, f field) bool {
+		if k != key {
+			return true
+		}
+		found, err = true, f.set(value)
+		return false
+	})
+	if !found {
+		return fmt.Errorf("no such key; the keys are %s", strings.Join(Keys(), ", "))
+	}
+	return err
+}
+
+// String shows the configuration as YAML, secrets masked.
+func (c Config) String() string {
+	b, err := yaml.Marshal(c)
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
+// JSON shows the configuration as JSON, secrets masked.
+func (c Config) JSON() ([]byte, error) { return json.MarshalIndent(c, "", "  ") }
+
+// Timeouts shared by everything that waits for somebody else.
+const (
+	CallTimeout = 10 * time.Second // one call to tailscaled, Headscale or nft
+)

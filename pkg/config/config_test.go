@@ -1,0 +1,140 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/pkg/config/secret"
+)
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "daemon.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestLoadDefaultsFileEnvSet(t *testing.T) {
+	path := write(t, "network: {podCIDRs: [10.244.1.0/24], lanFirst: true}\nheadscale: {url: 'http://192.0.2.1:8080', authKey: abc}\n")
+	got, err := Load(path, false,
+		[]string{"HEADCNI_NETWORK_CLUSTERCIDRS=10.244.0.0/16, fd00:244::/32", "HEADCNI_LOGGING_LEVEL=debug", "HEADCNI_UNKNOWN=1"},
+		[]string{"logging.level=warn", "network.masquerade=false", "tailscale.port=0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Default()
+	want.Network.PodCIDRs = CIDRs{"10.244.1.0/24"}
+	want.Network.ClusterCIDRs = CIDRs{"10.244.0.0/16", "fd00:244::/32"}
+	want.Network.LANFirst = "true"
+	want.Network.Masquerade = false
+	want.Tailscale.Port = 0
+	want.Headscale.URL = "http://192.0.2.1:8080"
+	want.Headscale.AuthKey = secret.New("abc")
+	want.Logging.Level = "warn"
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(secret.Secret{})); diff != "" {
+		t.Error(diff)
+	}
+	if strings.Contains(got.String(), "abc") {
+		t.Errorf("secret printed:\n%s", got)
+	}
+}
+
+func TestLoadFaults(t *testing.T) {
+	tests := []struct {
+		name, yaml string
+		sets       []string
+		want       []string // all must be in the error
+	}{
+		{"unknown key", "netwrk: {}", nil, []string{`unknown field "netwrk"`, "docs/daemon.yaml"}},
+		{"not yaml", "a: [", nil, []string{"read "}},
+		{"tailnet range", "network: {podCIDRs: [100.64.3.0/24]}", nil, []string{"network.podCIDRs", "100.64.0.0/10", "10.244.0.0/16"}},
+		{"tailnet range v6", "network: {clusterCIDRs: ['fd7a:115c:a1e0:1::/64']}", nil, []string{"network.clusterCIDRs", "fd7a:115c:a1e0::/48"}},
+		{"host bits", "network: {podCIDRs: [10.244.1.7/24]}", nil, []string{"10.244.1.0/24?"}},
+		{"not a CIDR", "network: {podCIDRs: [pods]}", nil, []string{`"pods"`, "want a CIDR"}},
+		{"everything", "network: {clusterCIDRs: [0.0.0.0/0]}", nil, []string{"every address"}},
+		{"overlap", "network: {podCIDRs: [10.244.1.0/24, 10.244.0.0/16]}", nil, []string{"overlaps 10.244.1.0/24"}},
+		{"services", "network: {podCIDRs: [10.96.3.0/24], serviceCIDRs: [10.96.0.0/12]}", nil, []string{"service CIDR 10.96.0.0/12"}},
+		{"several", "tailscale: {mode: both, port: 70000, interfaceName: hc0}\nlogging: {level: loud}", nil,
+			[]string{"tailscale.mode", "tailscale.port", "tailscale.interfaceName", "logging.level"}},
+		{"mtu", "network: {mtu: 100}", nil, []string{"network.mtu", "65520"}},
+		{"mtu v6", "network: {mtu: 1000, podCIDRs: ['fd00:244:1::/64']}", nil, []string{"1280"}},
+		{"url", "headscale: {url: headscale.example}", nil, []string{"headscale.url", "https://"}},
+		{"listen", "monitoring: {listen: '9669'}", nil, []string{"monitoring.listen"}},
+		{"relative", "cni: {binDir: bin}", nil, []string{"cni.binDir", "absolute"}},
+		{"set without value", "", []string{"network.mtu"}, []string{"key=value"}},
+		{"set unknown", "", []string{"x.y=1"}, []string{"no such key", "network.podCIDRs"}},
+		{"set bad number", "", []string{"network.mtu=big"}, []string{"whole number"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := Load(write(t, tt.yaml), false, nil, tt.sets)
+			if err == nil {
+				t.Fatal("want an error")
+			}
+			for _, w := range tt.want {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("want %q in %q", w, err)
+				}
+			}
+		})
+	}
+}
+
+func TestLoadMissing(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "none")
+	if _, err := Load(missing, false, nil, nil); err == nil || !strings.Contains(err.Error(), "--config") {
+		t.Errorf("want advice, got %v", err)
+	}
+	if _, err := Load(missing, true, nil, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCredentialOrder(t *testing.T) {
+	file := write(t, " from-file \n")
+	empty := write(t, "\n")
+	all := map[string]string{
+		"HEADSCALE_API_KEY": "k1", "HEADCNI_AUTH_KEY": "k2", "HEADSCALE_API_KEY_FILE": file, "HEADCNI_AUTH_KEY_FILE": file,
+	}
+	h := Headscale{APIKeyFile: file, AuthKeyFile: file, AuthKey: secret.New("plain")}
+	order := []struct {
+		drop, source, value string
+		plain               bool
+	}{
+		{"", "HEADSCALE_API_KEY", "k1", false},
+		{"HEADSCALE_API_KEY", "HEADCNI_AUTH_KEY", "k2", false},
+		{"HEADCNI_AUTH_KEY", "HEADSCALE_API_KEY_FILE", "from-file", false},
+		{"HEADSCALE_API_KEY_FILE", "HEADCNI_AUTH_KEY_FILE", "from-file", false},
+		{"HEADCNI_AUTH_KEY_FILE", "headscale.apiKeyFile", "from-file", false},
+	}
+	getenv := func(k string) string { return all[k] }
+	for _, o := range order {
+		delete(all, o.drop)
+		c, err := h.Credential(getenv)
+		if err != nil || c.Source != o.source || c.Key.Reveal() != o.value || c.Plain != o.plain {
+			t.Errorf("without %s: got %s %q %v, %v", o.drop, c.Source, c.Key.Reveal(), c.Plain, err)
+		}
+	}
+	h.APIKeyFile, h.AuthKeyFile = "", ""
+	if c, err := h.Credential(getenv); err != nil || !c.Plain || c.Key.Reveal() != "plain" {
+		t.Errorf("plain: %v, %v", c.Source, err)
+	}
+	if _, err := (Headscale{}).Credential(getenv); err != ErrNoCredential {
+		t.Errorf("none: %v", err)
+	}
+	// A source that is set but unreadable must not fall through to the next.
+	all["HEADSCALE_API_KEY_FILE"] = empty
+	if _, err := h.Credential(getenv); err == nil || !strings.Contains(err.Error(), "empty") {
+		t.Errorf("empty file: %v", err)
+	}
+	all["HEADSCALE_API_KEY_FILE"] = "/nonexistent"
+	if _, err := h.Credential(getenv); err == nil || !strings.Contains(err.Error(), "HEADSCALE_API_KEY_FILE") {
+		t.Errorf("missing file: %v", err)
+	}
+}

@@ -1,0 +1,69 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/headcni/headcni/pkg/config/secret"
+)
+
+// Credential is a Headscale API key or pre-auth key and where it was found.
+type Credential struct {
+	Key secret.Secret
+	// Source names the variable, file or field.
+	Source string
+	// Plain is true where the key stands in the configuration file itself.
+	Plain bool
+}
+
+// ErrNoCredential means that no source holds a key.
+var ErrNoCredential = errors.New("no Headscale key: set HEADSCALE_API_KEY_FILE or headscale.apiKeyFile to a file that holds an API key or a pre-auth key")
+
+// Credential finds the key. The order is the specification's: HEADSCALE_API_KEY, HEADCNI_AUTH_KEY,
+// HEADSCALE_API_KEY_FILE, HEADCNI_AUTH_KEY_FILE, then headscale.apiKeyFile, headscale.authKeyFile and headscale.authKey.
+// A source that is set but cannot be read is an error, never skipped: falling through would use a key nobody meant.
+func (h Headscale) Credential(getenv func(string) string) (Credential, error) {
+	for _, name := range []string{"HEADSCALE_API_KEY", "HEADCNI_AUTH_KEY"} {
+		if v := strings.TrimSpace(getenv(name)); v != "" {
+			return Credential{Key: secret.New(v), Source: name}, nil
+		}
+	}
+	files := []struct{ source, path string }{
+		{"HEADSCALE_API_KEY_FILE", getenv("HEADSCALE_API_KEY_FILE")},
+		{"HEADCNI_AUTH_KEY_FILE", getenv("HEADCNI_AUTH_KEY_FILE")},
+		{"headscale.apiKeyFile", h.APIKeyFile},
+		{"headscale.authKeyFile", h.AuthKeyFile},
+	}
+	for _, f := range files {
+		if f.path == "" {
+			continue
+		}
+		key, err := readKey(f.path)
+		if err != nil {
+			return Credential{}, fmt.Errorf("%s: %w", f.source, err)
+		}
+		return Credential{Key: key, Source: f.source}, nil
+	}
+	if v := strings.TrimSpace(h.AuthKey.Reveal()); v != "" {
+		return Credential{Key: secret.New(v), Source: "headscale.authKey", Plain: true}, nil
+	}
+	return Credential{}, ErrNoCredential
+}
+
+// readKey reads a file of one line.
+func readKey(path string) (secret.Secret, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return secret.Secret{}, fmt.Errorf("%w; write the key into it, mode 0600", err)
+	}
+	s := strings.TrimSpace(string(b))
+	switch {
+	case s == "":
+		return secret.Secret{}, fmt.Errorf("%s is empty; write the key into it", path)
+	case strings.ContainsAny(s, " \t\n"):
+		return secret.Secret{}, fmt.Errorf("%s holds more than one word; it must hold the key alone", path)
+	}
+	return secret.New(s), nil
+}

@@ -1,0 +1,160 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+var (
+	// CGNAT is where tailnet addresses live; tailscaled drops packets from it that do not come from its tun.
+	CGNAT = netip.MustParsePrefix("100.64.0.0/10")
+	// TailnetULA is the IPv6 range of tailnet addresses.
+	TailnetULA = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+)
+
+// Validate returns all faults joined, each with the key, the value and what is allowed.
+func (c Config) Validate() error {
+	var v faults
+	c.validateHeadscale(&v)
+	c.validateTailscale(&v)
+	c.validateNetwork(&v)
+	v.oneOf("logging.level", c.Logging.Level, "debug", "info", "warn", "error")
+	v.oneOf("logging.format", c.Logging.Format, "text", "json")
+	v.absolute("cni.binDir", c.CNI.BinDir)
+	v.absolute("cni.confDir", c.CNI.ConfDir)
+	if c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, "/ ") {
+		v.add("ipam.type", c.IPAM.Type, "want headcni-ipam or the name of another IPAM plugin, such as host-local")
+	}
+	v.oneOf("ipam.strategy", c.IPAM.Strategy, "sequential", "random", "dense-pack")
+	if l := c.Monitoring.Listen; l != "" {
+		if _, port, err := net.SplitHostPort(l); err != nil || !isPort(port) {
+			v.add("monitoring.listen", l, "want ADDRESS:PORT, such as 127.0.0.1:9669, or nothing")
+		}
+	}
+	return errors.Join(v...)
+}
+
+func (c Config) validateHeadscale(v *faults) {
+	if c.Headscale.URL != "" {
+		u, err := url.Parse(c.Headscale.URL)
+		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.User != nil {
+			v.add("headscale.url", c.Headscale.URL, "want https://HOST[:PORT] without a password")
+		}
+	}
+	for key, file := range map[string]string{
+		"headscale.apiKeyFile": c.Headscale.APIKeyFile, "headscale.authKeyFile": c.Headscale.AuthKeyFile, "headscale.caFile": c.Headscale.CAFile,
+	} {
+		if file != "" {
+			v.absolute(key, file)
+		}
+	}
+}
+
+func (c Config) validateTailscale(v *faults) {
+	v.oneOf("tailscale.mode", c.Tailscale.Mode, ModeAuto, ModeHost, ModeDaemon)
+	if c.Tailscale.Socket != "" {
+		v.absolute("tailscale.socket", c.Tailscale.Socket)
+	}
+	// IFNAMSIZ is 16 with the final zero. Pod links are hc and 10 hex digits, and tailscaled matches the prefix of its tun.
+	if n := c.Tailscale.InterfaceName; n == "" || len(n) > 15 || strings.ContainsAny(n, "/ *\"") || strings.HasPrefix("hc", n) ||
+		strings.HasPrefix(n, "hc") {
+		v.add("tailscale.interfaceName", n, "want 1 to 15 characters without space, slash, star or quote, and not beginning with hc")
+	}
+	if p := c.Tailscale.Port; p < 0 || p > 65535 {
+		v.add("tailscale.port", strconv.Itoa(p), "want 0 to 65535")
+	}
+	for _, tag := range c.Tailscale.Tags {
+		if !strings.HasPrefix(tag, "tag:") || len(tag) == len("tag:") {
+			v.add("tailscale.tags", tag, "want tag:NAME")
+		}
+	}
+}
+
+func (c Config) validateNetwork(v *faults) {
+	n := c.Network
+	v.oneOf("network.tailnetEgress", n.TailnetEgress, EgressMasquerade, EgressPreserve, EgressDeny)
+	v.oneOf("network.lanFirst", string(n.LANFirst), string(Auto), "true", "false")
+	if n.MTU != 0 && (n.MTU < 576 || n.MTU > 65520) {
+		v.add("network.mtu", strconv.Itoa(n.MTU), "want 0 (the tun's) or 576 to 65520 bytes; IPv6 needs 1280")
+	}
+	lists := []struct {
+		key   string
+		cidrs CIDRs
+	}{
+		{"network.podCIDRs", n.PodCIDRs}, {"network.clusterCIDRs", n.ClusterCIDRs},
+		{"network.remoteCIDRs", n.RemoteCIDRs}, {"network.serviceCIDRs", n.ServiceCIDRs},
+	}
+	for _, l := range lists {
+		for _, s := range l.cidrs {
+			v.cidr(l.key, s)
+		}
+	}
+	if len(n.PodCIDRs) > 0 && n.MTU != 0 && n.MTU < 1280 && slices.ContainsFunc(n.PodCIDRs.Prefixes(), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		v.add("network.mtu", strconv.Itoa(n.MTU), "IPv6 pod CIDRs need at least 1280 bytes (RFC 8200 section 5)")
+	}
+	for i, a := range n.PodCIDRs.Prefixes() {
+		for _, b := range n.PodCIDRs.Prefixes()[:i] {
+			if a.Overlaps(b) {
+				v.add("network.podCIDRs", a.String(), "overlaps "+b.String()+"; give each family one CIDR of its own")
+			}
+		}
+	}
+	for _, s := range n.ServiceCIDRs.Prefixes() {
+		for _, l := range lists[:3] {
+			for _, p := range l.cidrs.Prefixes() {
+				if p.Overlaps(s) {
+					v.add(l.key, p.String(), "overlaps the service CIDR "+s.String()+"; pods and services need ranges of their own")
+				}
+			}
+		}
+	}
+}
+
+// faults gathers what is wrong with a configuration.
+type faults []error
+
+func (f *faults) add(key, value, want string) {
+	*f = append(*f, fmt.Errorf("%s: %q: %s", key, value, want))
+}
+
+func (f *faults) oneOf(key, value string, allowed ...string) {
+	if !slices.Contains(allowed, value) {
+		f.add(key, value, "want one of "+strings.Join(allowed, ", "))
+	}
+}
+
+func (f *faults) absolute(key, path string) {
+	if !filepath.IsAbs(path) {
+		f.add(key, path, "want an absolute path")
+	}
+}
+
+func (f *faults) cidr(key, s string) {
+	p, err := netip.ParsePrefix(s)
+	switch {
+	case err != nil:
+		f.add(key, s, "want a CIDR such as 10.244.1.0/24 or fd00:244:1::/64")
+	case p != p.Masked():
+		f.add(key, s, "has host bits set; did you mean "+p.Masked().String()+"?")
+	case p.Bits() == 0:
+		f.add(key, s, "would take every address; give the pods' own range")
+	case p.Overlaps(CGNAT):
+		f.add(key, s, "overlaps 100.64.0.0/10, the tailnet's own addresses; tailscaled drops pods there, choose for instance 10.244.0.0/16")
+	case p.Overlaps(TailnetULA):
+		f.add(key, s, "overlaps fd7a:115c:a1e0::/48, the tailnet's own addresses; choose for instance fd00:244::/32")
+	case p.Addr().Is4In6():
+		f.add(key, s, "is an IPv4-mapped IPv6 prefix; write it as IPv4")
+	}
+}
+
+func isPort(s string) bool {
+	n, err := strconv.Atoi(s)
+	return err == nil && n >= 0 && n <= 65535
+}
