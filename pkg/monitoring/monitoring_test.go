@@ -1,0 +1,83 @@
+package monitoring
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/pkg/hint"
+)
+
+type fakeNode struct{ ok bool }
+
+func (f fakeNode) Ready() (bool, []PartStatus) {
+	return f.ok, []PartStatus{{Name: "rules", OK: f.ok}}
+}
+
+func get(t *testing.T, url string) (int, string) {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+// freeAddr is free a moment before it is used; only this test listens here.
+func freeAddr(t *testing.T) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func TestServe(t *testing.T) {
+	m := NewMetrics("v1")
+	v4, v6 := netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")
+	m.Plugin(hint.Hint{Command: "ADD", Addrs: []netip.Addr{v4, v6}, Duration: 5 * time.Millisecond})
+	m.Plugin(hint.Hint{Command: "ADD", ErrorCode: 11, Stage: "gate"})
+	m.Plugin(hint.Hint{Command: "DEL", Addrs: []netip.Addr{v4}})
+	m.Part("rules", true, 3)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	addr := freeAddr(t)
+	wait, err := Serve(ctx, addr, m, fakeNode{ok: false})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code, _ := get(t, "http://"+addr+"/healthz"); code != 200 {
+		t.Errorf("healthz: %d", code)
+	}
+	if code, body := get(t, "http://"+addr+"/readyz"); code != 503 || !strings.Contains(body, `"rules"`) {
+		t.Errorf("readyz: %d %s", code, body)
+	}
+	_, body := get(t, "http://"+addr+"/metrics")
+	for _, want := range []string{
+		"headcni_ip_allocations_total 2\n", "headcni_ip_releases_total 1\n", `headcni_network_errors_total{stage="gate"} 1`,
+		`headcni_network_errors_total{stage="ipam"} 0`, "headcni_pod_network_setup_duration_seconds_count 1\n",
+		`headcni_part_ok{part="rules"} 1`, `headcni_corrections_total{part="rules"} 3`, `headcni_build_info{version="v1"} 1`,
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("metrics lack %q", want)
+		}
+	}
+	if _, err := Serve(ctx, addr, m, fakeNode{}); err == nil || !strings.Contains(err.Error(), "monitoring.listen") {
+		t.Errorf("address in use: %v", err)
+	}
+	cancel()
+	if err := wait(); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,58 @@
+package monitoring
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// PartStatus is one part of the node as /readyz shows it.
+type PartStatus struct {
+	Name  string `json:"name"`
+	OK    bool   `json:"ok"`
+	Error string `json:"error,omitempty"` // with the remedy
+}
+
+// Readiness answers whether pods can be started here, with the parts behind the answer.
+type Readiness interface {
+	Ready() (bool, []PartStatus)
+}
+
+// Serve answers /healthz (the process lives), /readyz (200 or 503 and the parts as JSON) and /metrics on listen until
+// ctx ends. It returns an error at once if it cannot listen.
+func Serve(ctx context.Context, listen string, m *Metrics, r Readiness) (wait func() error, err error) {
+	l, err := net.Listen("tcp", listen)
+	if err != nil {
+		return nil, fmt.Errorf("serve metrics: %w; choose another monitoring.listen", err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		ok, parts := r.Ready()
+		w.Header().Set("Content-Type", "application/json")
+		if !ok {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		_ = json.NewEncoder(w).Encode(struct {
+			Ready bool         `json:"ready"`
+			Parts []PartStatus `json:"parts"`
+		}{ok, parts}) // the client has gone
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(l) }()
+	context.AfterFunc(ctx, func() { srv.Close() })
+	return func() error {
+		if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	}, nil
+}
