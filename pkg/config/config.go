@@ -214,6 +214,10 @@ func (c *Config) override(environ, sets []string) error {
 			errs = append(errs, fmt.Errorf("--set %s: want key=value", s))
 			continue
 		}
+		if key == "headscale.authKey" {
+			errs = append(errs, fmt.Errorf("--set %s: a command line can be read by everybody; use a file or an environment variable", key))
+			continue
+		}
 		if err := c.Set(key, value); err != nil {
 			errs = append(errs, fmt.Errorf("--set %s: %w", key, err))
 		}

@@ -69,6 +69,7 @@ func TestLoadFaults(t *testing.T) {
 		{"relative", "cni: {binDir: bin}", nil, []string{"cni.binDir", "absolute"}},
 		{"set without value", "", []string{"network.mtu"}, []string{"key=value"}},
 		{"set unknown", "", []string{"x.y=1"}, []string{"no such key", "network.podCIDRs"}},
+		{"secret in argv", "", []string{"headscale.authKey=x"}, []string{"command line"}},
 		{"set bad number", "", []string{"network.mtu=big"}, []string{"whole number"}},
 	}
 	for _, tt := range tests {

@@ -48,11 +48,11 @@ func (c Config) validateHeadscale(v *faults) {
 			v.add("headscale.url", c.Headscale.URL, "want https://HOST[:PORT] without a password")
 		}
 	}
-	for key, file := range map[string]string{
-		"headscale.apiKeyFile": c.Headscale.APIKeyFile, "headscale.authKeyFile": c.Headscale.AuthKeyFile, "headscale.caFile": c.Headscale.CAFile,
+	for _, f := range [][2]string{
+		{"headscale.apiKeyFile", c.Headscale.APIKeyFile}, {"headscale.authKeyFile", c.Headscale.AuthKeyFile}, {"headscale.caFile", c.Headscale.CAFile},
 	} {
-		if file != "" {
-			v.absolute(key, file)
+		if f[1] != "" {
+			v.absolute(f[0], f[1])
 		}
 	}
 }

@@ -1,0 +1,207 @@
+// Command headcni-daemon keeps a node's part of the pod network as it should be.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headcni/headcni/internal/version"
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/daemon"
+	"github.com/headcni/headcni/pkg/logging"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	err := root().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "headcni-daemon:", err)
+		os.Exit(1)
+	}
+}
+
+// flags say where the configuration is.
+type flags struct {
+	file string
+	sets []string
+	// given is true where --config was on the command line.
+	given func() bool
+}
+
+// load reads the configuration. Without --config the file may be missing: flags and environment can say it all.
+func (f *flags) load() (config.Config, error) {
+	return config.Load(f.file, !f.given(), os.Environ(), f.sets)
+}
+
+func root() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:           "headcni-daemon",
+		Short:         "The node daemon of HeadCNI",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	f := &flags{}
+	cmd.PersistentFlags().StringVar(&f.file, "config", paths.ConfigFile, "configuration file (YAML)")
+	cmd.PersistentFlags().StringArrayVar(&f.sets, "set", nil,
+		"set one key, such as network.podCIDRs=10.244.1.0/24; before it come variables such as HEADCNI_NETWORK_PODCIDRS, and then the file")
+	f.given = func() bool { return cmd.PersistentFlags().Changed("config") }
+	cmd.AddCommand(runCmd(f), tailscaledCmd(f), uninstallCmd(f), healthCmd(f), configCmd(f), versionCmd())
+	return cmd
+}
+
+func runCmd(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "run",
+		Short: "Set the node's network up and keep it so; SIGTERM ends it and leaves the network in force",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			log, err := logging.New(os.Stderr, c.Logging.Level, c.Logging.Format)
+			if err != nil {
+				return err
+			}
+			d, err := daemon.New(c, log, os.Getenv, version.Version)
+			if err != nil {
+				return err
+			}
+			return d.Run(cmd.Context())
+		},
+	}
+}
+
+func tailscaledCmd(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "tailscaled",
+		Short: "Become the dedicated tailscaled of daemon mode",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			return daemon.Tailscaled(c, os.Environ())
+		},
+	}
+}
+
+func uninstallCmd(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "uninstall",
+		Short: "Take everything of ours off this node and put back what was there",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			return daemon.Uninstall(cmd.Context(), c)
+		},
+	}
+}
+
+func healthCmd(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "health",
+		Short: "Exit 0 where the running daemon says that pods can be started here; else say what is missing",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			return health(cmd.Context(), c.Monitoring.Listen, cmd.OutOrStdout())
+		},
+	}
+}
+
+// health asks the daemon's /readyz.
+func health(ctx context.Context, listen string, out io.Writer) error {
+	if listen == "" {
+		return errors.New("monitoring.listen is empty: the daemon has no health to ask for")
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+listen+"/readyz", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return fmt.Errorf("ask the daemon: %w; is it running?", err)
+	}
+	defer resp.Body.Close()
+	var answer struct {
+		Parts []struct {
+			Name  string
+			OK    bool
+			Error string
+		}
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
+		return fmt.Errorf("ask the daemon: %w; does something else listen on %s?", err, listen)
+	}
+	for _, p := range answer.Parts {
+		if p.OK {
+			fmt.Fprintf(out, "%-10s ok\n", p.Name)
+		} else {
+			fmt.Fprintf(out, "%-10s %s\n", p.Name, p.Error)
+		}
+	}
+	if resp.StatusCode != http.StatusOK {
+		return errors.New("not ready")
+	}
+	return nil
+}
+
+func configCmd(f *flags) *cobra.Command {
+	cmd := &cobra.Command{Use: "config", Short: "Look at the configuration"}
+	cmd.AddCommand(&cobra.Command{
+		Use:   "validate",
+		Short: "Check the configuration and name every fault",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if _, err := f.load(); err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), "the configuration is valid")
+			return nil
+		},
+	}, &cobra.Command{
+		Use:   "show",
+		Short: "Print the configuration in force, secrets masked",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			fmt.Fprint(cmd.OutOrStdout(), c)
+			return nil
+		},
+	})
+	return cmd
+}
+
+func versionCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  cobra.NoArgs,
+		Run:   func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version.Version) },
+	}
+}

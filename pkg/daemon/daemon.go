@@ -1,0 +1,215 @@
+// Package daemon keeps a node's network as it should be: it observes the host, tailscaled and Headscale, plans purely,
+// and applies add before delete. Everything it sets up stays in force while it is restarted or dead.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+const (
+	// fullCheck is how often everything is looked at although nobody told of a change.
+	fullCheck = time.Minute
+	// settle is how long a burst of events is gathered before a pass.
+	settle = 100 * time.Millisecond
+	// retryMin and retryMax bound the wait after a pass in which something was not right.
+	retryMin = time.Second
+	retryMax = 30 * time.Second
+)
+
+// Daemon is the node daemon. Make it with New.
+type Daemon struct {
+	cfg     config.Config
+	log     *slog.Logger
+	getenv  func(string) string
+	metrics *monitoring.Metrics
+	board   *board
+
+	node   *networking.Node
+	tables *nft.Tables
+	member *member
+
+	saved state
+	wake  chan struct{}
+}
+
+// New checks what the daemon cannot do without and opens its handles. It changes nothing on the host.
+func New(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*Daemon, error) {
+	if err := prerequisites(c); err != nil {
+		return nil, err
+	}
+	saved, err := loadState()
+	if err != nil {
+		return nil, err
+	}
+	node, err := networking.NewNode()
+	if err != nil {
+		return nil, err
+	}
+	tables, err := nft.New()
+	if err != nil {
+		return nil, err
+	}
+	m := monitoring.NewMetrics(version)
+	d := &Daemon{
+		cfg: c, log: log, getenv: getenv, metrics: m, node: node, tables: tables, saved: saved,
+		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1),
+	}
+	d.member = newMember(c, log, getenv)
+	return d, nil
+}
+
+// prerequisites names everything that is missing at once, each with its remedy.
+func prerequisites(c config.Config) error {
+	var errs []error
+	if os.Geteuid() != 0 {
+		errs = append(errs, errors.New("needs root for routes and nftables; run it with sudo or as a systemd unit"))
+	}
+	if _, err := exec.LookPath("nft"); err != nil {
+		errs = append(errs, errors.New("needs the nft program (1.0.1 or later); install nftables (apt-get install nftables)"))
+	}
+	if len(c.Network.PodCIDRs) == 0 {
+		errs = append(errs, errors.New("network.podCIDRs: none; give this node a range of its own, such as 10.244.1.0/24"))
+	}
+	for _, dir := range []string{paths.StateDir, paths.RunDir} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Run keeps the node right until ctx ends. Then it stops and leaves the network working.
+func (d *Daemon) Run(ctx context.Context) error {
+	unlock, err := lock(filepath.Join(paths.RunDir, "daemon.lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	fatal := make(chan error, 4)
+	if d.cfg.Monitoring.Listen != "" {
+		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
+		if err != nil {
+			return err
+		}
+		wg.Go(func() { fatal <- wait() })
+	}
+	wg.Go(func() { fatal <- hint.Serve(ctx, paths.DaemonSocket, d.metrics.Plugin) })
+	d.watch(ctx, &wg)
+	d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
+	err = d.loop(ctx, fatal)
+	cancel() // before the deferred Wait
+	d.log.Info("stopped; the network stays in force")
+	return err
+}
+
+// loop runs a pass at the start, on every wake, and at the latest after fullCheck.
+func (d *Daemon) loop(ctx context.Context, fatal <-chan error) error {
+	retry := retryMin
+	for {
+		began := time.Now()
+		right := d.pass(ctx)
+		d.metrics.Pass(time.Since(began).Seconds())
+		wait := fullCheck
+		if right {
+			retry = retryMin
+		} else {
+			wait = retry
+			retry = min(2*retry, retryMax)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-fatal:
+			if err != nil {
+				return err
+			}
+		case <-time.After(wait):
+		case <-d.wake:
+			select { // let a burst pass
+			case <-ctx.Done():
+				return nil
+			case <-time.After(settle):
+			}
+		}
+	}
+}
+
+// poke asks for a pass. It never blocks: one that is asked for already will see everything.
+func (d *Daemon) poke() {
+	select {
+	case d.wake <- struct{}{}:
+	default:
+	}
+}
+
+// watch turns changes of the kernel's network state and of tailscaled into passes, and keeps sessions armed.
+func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
+	wg.Go(func() {
+		for ctx.Err() == nil {
+			changes, err := d.node.Changes(ctx)
+			if err != nil {
+				d.log.Error("watch the kernel", "err", err)
+				sleep(ctx, retryMax)
+				continue
+			}
+			for range changes {
+				d.poke()
+			}
+		}
+	})
+	wg.Go(func() { d.member.watch(ctx, d.poke) })
+	wg.Go(func() { d.member.rearm(ctx, d.metrics.RearmPing) })
+}
+
+// sleep waits for d or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// lock makes sure that one daemon runs in this mount namespace. The kernel drops the lock with the process.
+func lock(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder, _ := os.ReadFile(path) // only for the message
+		f.Close()
+		return nil, fmt.Errorf("another headcni-daemon runs already (pid %s): stop it first", strings.TrimSpace(string(holder)))
+	}
+	if err := f.Truncate(0); err == nil {
+		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return func() { f.Close() }, nil
+}
+

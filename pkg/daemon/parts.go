@@ -1,0 +1,109 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+
+	"github.com/headcni/headcni/pkg/monitoring"
+)
+
+// part is one thing that has to be right on the node. Parts run in order; one whose needs failed is not tried.
+type part struct {
+	name  string
+	needs []string
+	// run makes it right and says what it changed, also when it failed half-way.
+	run func(context.Context) (changes []string, err error)
+}
+
+// errBlocked marks a part that was not tried.
+var errBlocked = errors.New("waits for")
+
+// board holds the last outcome of each part: the node's state as /readyz shows it.
+type board struct {
+	log     *slog.Logger
+	metrics *monitoring.Metrics
+
+	mu    sync.Mutex
+	order []string
+	last  map[string]string // error text, "" = ok
+}
+
+func newBoard(log *slog.Logger, m *monitoring.Metrics, names []string) *board {
+	b := &board{log: log, metrics: m, order: names, last: map[string]string{}}
+	for _, n := range names {
+		b.last[n] = "not tried yet"
+	}
+	return b
+}
+
+// run tries all parts and reports whether all are right.
+func (b *board) run(ctx context.Context, parts []part) bool {
+	ok := map[string]bool{}
+	all := true
+	for _, p := range parts {
+		var changes []string
+		var err error
+		for _, n := range p.needs {
+			if !ok[n] {
+				err = errors.Join(err, blocked(n))
+			}
+		}
+		if err == nil {
+			changes, err = p.run(ctx)
+		}
+		if ctx.Err() != nil {
+			return false // we are being stopped: an interrupted part is no news
+		}
+		ok[p.name] = err == nil
+		all = all && err == nil
+		b.record(p.name, changes, err)
+	}
+	return all
+}
+
+func blocked(name string) error { return blockedError{name} }
+
+type blockedError struct{ by string }
+
+func (e blockedError) Error() string        { return errBlocked.Error() + " " + e.by }
+func (e blockedError) Is(target error) bool { return target == errBlocked }
+
+// record keeps the outcome and logs it where it is news.
+func (b *board) record(name string, changes []string, err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	b.mu.Lock()
+	before := b.last[name]
+	b.last[name] = text
+	b.mu.Unlock()
+	b.metrics.Part(name, err == nil, len(changes))
+	if len(changes) > 0 {
+		b.log.Info("corrected", "part", name, "changes", changes)
+	}
+	switch {
+	case text == before:
+	case err == nil:
+		b.log.Info("right", "part", name)
+	case errors.Is(err, errBlocked):
+		b.log.Debug("waiting", "part", name, "err", text)
+	default:
+		b.log.Error("not right", "part", name, "err", text)
+	}
+}
+
+// Ready implements monitoring.Readiness: every part is right.
+func (b *board) Ready() (bool, []monitoring.PartStatus) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	ready := true
+	var out []monitoring.PartStatus
+	for _, n := range b.order {
+		out = append(out, monitoring.PartStatus{Name: n, OK: b.last[n] == "", Error: b.last[n]})
+		ready = ready && b.last[n] == ""
+	}
+	return ready, out
+}

@@ -1,0 +1,153 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+// observation is what a plan is made from: the host and the tailnet as they are now.
+type observation struct {
+	// mode is config.ModeHost or config.ModeDaemon, and "" while nobody answers and auto has not settled.
+	mode string
+	// tun is the interface that carries the tailnet, also while it is gone.
+	tun string
+	// tunMTU in bytes.
+	tunMTU int
+	// hostPrefixes are the prefixes of the host's own addresses, without our links, the tun and lo.
+	hostPrefixes []netip.Prefix
+	// nodeAddr4 and nodeAddr6 are the node's own addresses towards its pods; the zero Addr where it has none.
+	nodeAddr4, nodeAddr6 netip.Addr
+	// tailnet is nil while tailscaled does not answer.
+	tailnet *tailscale.Status
+	// portmap tells whether the portmap plugin is installed.
+	portmap bool
+}
+
+// plan is what the node should look like.
+type plan struct {
+	node     networking.NodeConfig
+	firewall nft.Config
+	prefs    tailscale.PrefsSpec
+	conflist []byte
+}
+
+// makePlan derives the node's state from the configuration and what was observed. It does no I/O. An error means that
+// the configuration cannot work on this host: nothing may be applied.
+func makePlan(c config.Config, o observation, s state) (plan, error) {
+	own := c.Network.PodCIDRs.Prefixes()
+	// What a peer merely advertises never widens the set.
+	cluster := union(own, c.Network.ClusterCIDRs.Prefixes(), c.Network.RemoteCIDRs.Prefixes())
+	if err := refuse(c, own, cluster, o); err != nil {
+		return plan{}, err
+	}
+	p := plan{
+		node: networking.NodeConfig{Own: own, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
+		firewall: nft.Config{
+			Own: own, Cluster: cluster, KeepSource: union(cluster, c.Network.ServiceCIDRs.Prefixes()), TunName: o.tun,
+			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
+			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.mode == config.ModeHost,
+		},
+		prefs: tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: without(s.Advertised, own)},
+	}
+	if o.mode == config.ModeDaemon {
+		// The dedicated tailscaled must not take the host's resolver over.
+		p.prefs.CorpDNS = new(bool)
+	}
+	mtu := c.Network.MTU
+	if mtu == 0 {
+		mtu = o.tunMTU
+	}
+	if mtu == 0 {
+		mtu = defaultMTU
+	}
+	var err error
+	p.conflist, err = planConflist(c, mtu, o.portmap)
+	return p, err
+}
+
+// refuse names the reasons why the node's pod CIDRs cannot be used here.
+func refuse(c config.Config, own, cluster []netip.Prefix, o observation) error {
+	var errs []error
+	for _, h := range o.hostPrefixes {
+		for _, p := range cluster {
+			if p.Overlaps(h) {
+				errs = append(errs, fmt.Errorf("pod range %s overlaps %s, which an interface of this host has: choose another range", p, h))
+			}
+		}
+	}
+	for _, p := range own {
+		for _, peer := range o.peers() {
+			if owner, ok := taken(p, peer); ok && !o.owns(p) {
+				errs = append(errs, fmt.Errorf("pod range %s: %s advertises %s already and is online; give this node another network.podCIDRs", p, peer.Name, owner))
+			}
+		}
+	}
+	if mtu := c.Network.MTU; mtu != 0 && o.tunMTU != 0 && mtu > o.tunMTU {
+		errs = append(errs, fmt.Errorf("network.mtu %d is more than the %d of %s: larger packets would not pass; use 0", mtu, o.tunMTU, o.tun))
+	}
+	return errors.Join(errs...)
+}
+
+func (o observation) peers() []tailscale.Peer {
+	if o.tailnet == nil {
+		return nil
+	}
+	return o.tailnet.Peers
+}
+
+// owns reports whether the tailnet routes p to this node now.
+func (o observation) owns(p netip.Prefix) bool {
+	return o.tailnet != nil && slices.Contains(o.tailnet.Self.Routes, p)
+}
+
+// taken finds a route of an online peer inside or around p. Wide routes of exit nodes and site routers are no claim to
+// a pod range: our rules let cluster traffic follow table 52, where the longest prefix wins.
+func taken(p netip.Prefix, peer tailscale.Peer) (netip.Prefix, bool) {
+	if !peer.Online {
+		return netip.Prefix{}, false
+	}
+	for _, r := range peer.Routes {
+		if r.Overlaps(p) && r.Bits() >= p.Bits() {
+			return r, true
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+// lanFirst: where the user had neither accepted routes nor chosen an exit node, nothing but the cluster should follow
+// what peers advertise.
+func lanFirst(c config.Config, o observation, s state) bool {
+	switch {
+	case c.Network.LANFirst != config.Auto:
+		return c.Network.LANFirst == "true"
+	case o.mode == config.ModeDaemon:
+		return true
+	}
+	return s.Prefs != nil && !s.Prefs.RouteAll && !s.Prefs.ExitNode
+}
+
+// union sorts the prefixes and drops those inside others.
+func union(lists ...[]netip.Prefix) []netip.Prefix {
+	all := slices.Concat(lists...)
+	slices.SortFunc(all, netip.Prefix.Compare)
+	var out []netip.Prefix
+	for _, p := range all {
+		inside := slices.ContainsFunc(all, func(q netip.Prefix) bool { return q != p && q.Bits() < p.Bits() && q.Contains(p.Addr()) })
+		if !inside && !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// without returns the elements of a that are not in b.
+func without(a, b []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(a), func(p netip.Prefix) bool { return slices.Contains(b, p) })
+}

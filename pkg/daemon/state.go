@@ -1,0 +1,77 @@
+package daemon
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+// state is what the daemon must remember over its own restarts and reboots: what uninstall puts back, and what lets it
+// program the node before tailscaled or a control server answers. It is written before the change that it describes.
+type state struct {
+	// Mode is the one that auto settled on; it must not change because a tailscaled is being restarted.
+	Mode string `json:"mode,omitempty"`
+	// TunName was the tun's when it was last seen.
+	TunName string `json:"tunName,omitempty"`
+	// TunMTU was the tun's when it was last seen, in bytes.
+	TunMTU int `json:"tunMTU,omitempty"`
+	// Advertised are the CIDRs that we put into AdvertiseRoutes.
+	Advertised []netip.Prefix `json:"advertised,omitempty"`
+	// Prefs are the tailscaled prefs that we change, as found.
+	Prefs *tailscale.SavedPrefs `json:"prefs,omitempty"`
+	// Host are the sysctls that we change, as found.
+	Host networking.SavedHost `json:"host"`
+	// ConflistMode is the file mode of the conflist that we replaced, 0 = there was none.
+	ConflistMode os.FileMode `json:"conflistMode,omitempty"`
+}
+
+func statePath() string { return filepath.Join(paths.StateDir, "daemon.json") }
+
+// loadState reads the state; none is an empty one.
+func loadState() (state, error) {
+	var s state
+	b, err := os.ReadFile(statePath())
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return s, fmt.Errorf("read the daemon's state: %w", err)
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		return s, fmt.Errorf("read the daemon's state %s: %w; move the file away to start afresh (uninstall then cannot put the "+
+			"host's own settings back)", statePath(), err)
+	}
+	return s, nil
+}
+
+// save writes the state if it differs from have.
+func (s state) save(have state) error {
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	old, err := json.MarshalIndent(have, "", "  ")
+	if err == nil && string(old) == string(b) {
+		return nil
+	}
+	return replaceFile(statePath(), append(b, '\n'), 0o600)
+}
+
+// clone makes a copy that shares nothing.
+func (s state) clone() state {
+	s.Advertised = slices.Clone(s.Advertised)
+	if s.Prefs != nil {
+		p := *s.Prefs
+		s.Prefs = &p
+	}
+	return s
+}
