@@ -1,0 +1,78 @@
+package nft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// settle gathers the events of one transaction, or of one person's commands, into one signal.
+const settle = 50 * time.Millisecond
+
+// Changes signals soon after anybody, ourselves included, changed our tables or the host's FORWARD chain. The channel
+// is closed when ctx ends or the kernel's events cannot be read any more. iptables-legacy has no events.
+func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
+	s, err := nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
+	if err != nil {
+		return nil, fmt.Errorf("subscribe to nf_tables events: %w", explain(err))
+	}
+	out := make(chan struct{}, 1)
+	stop := context.AfterFunc(ctx, s.Close)
+	go func() {
+		defer close(out)
+		defer stop()
+		defer s.Close()
+		for {
+			msgs, _, err := s.Receive()
+			concerns := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
+			if err != nil && !concerns {
+				return
+			}
+			for _, m := range msgs {
+				concerns = concerns || concernsUs(m.Data)
+			}
+			if concerns {
+				signalLater(ctx, out)
+			}
+		}
+	}()
+	return out, nil
+}
+
+// signalLater lets more events of the same cause arrive in the socket's buffer first.
+func signalLater(ctx context.Context, out chan<- struct{}) {
+	select {
+	case <-time.After(settle):
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case out <- struct{}{}:
+	default: // one is waiting already
+	}
+}
+
+// concernsUs looks at an event's table, which is attribute 1 of every kind of object, and for the host's filter table at
+// the chain, so that kube-proxy's thousands of changes wake nobody.
+func concernsUs(msg []byte) bool {
+	if len(msg) < 4 {
+		return false
+	}
+	a, err := attributes(msg[4:])
+	if err != nil {
+		return true
+	}
+	switch zstring(a[unix.NFTA_RULE_TABLE]) {
+	case names.NFTTable:
+		return true
+	case filterTable:
+		// NFTA_RULE_CHAIN is 2, NFTA_CHAIN_NAME is 3; both as text only where they are what we take them for.
+		return zstring(a[unix.NFTA_RULE_CHAIN]) == forwardChain || zstring(a[unix.NFTA_CHAIN_NAME]) == forwardChain
+	}
+	return false
+}

@@ -1,0 +1,106 @@
+package nft
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"golang.org/x/sys/unix"
+)
+
+// What a pod's packets to tailnet devices outside the cluster look like (Config.TailnetEgress).
+const (
+	// EgressMasquerade gives them the node's tailnet address; it is also the meaning of "".
+	EgressMasquerade = "masquerade"
+	// EgressPreserve keeps the pod's address: the device must accept the node's routes.
+	EgressPreserve = "preserve"
+	// EgressDeny drops what a pod begins; it may answer.
+	EgressDeny = "deny"
+)
+
+// Config is what the tables are made from. Its zero value closes the node: no pod network at all.
+type Config struct {
+	// Own are this node's pod CIDRs. Cluster are the pod CIDRs of all clusters, Own included.
+	Own, Cluster []netip.Prefix
+	// KeepSource are the service CIDRs. Pods keep their source towards these and Cluster.
+	KeepSource []netip.Prefix
+	// TunName is tailscaled's interface. While it is "" no packet may leave for another node's pod.
+	TunName string
+	// NodeAddr4 and NodeAddr6 are the source that pods see when their own node speaks to them. Without one the kernel's
+	// choice stays.
+	NodeAddr4, NodeAddr6 netip.Addr
+	// Masquerade gives pods' packets to the world outside the node's address.
+	Masquerade bool
+	// TailnetEgress is one of the Egress constants.
+	TailnetEgress string
+	// HostMode: tailscaled is the host's own, and may be a user's exit node or subnet router.
+	HostMode bool
+}
+
+// Validate returns all faults joined.
+func (c Config) Validate() error {
+	var errs []error
+	if err := checkTunName(c.TunName); err != nil {
+		errs = append(errs, err)
+	}
+	switch c.TailnetEgress {
+	case "", EgressMasquerade, EgressPreserve, EgressDeny:
+	default:
+		errs = append(errs, fmt.Errorf("tailnet egress %q: want %s, %s or %s",
+			c.TailnetEgress, EgressMasquerade, EgressPreserve, EgressDeny))
+	}
+	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource) {
+		if !p.IsValid() || p.Bits() == 0 {
+			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))
+		}
+	}
+	if a := c.NodeAddr4; a.IsValid() && !a.Is4() {
+		errs = append(errs, fmt.Errorf("node address %s: want an IPv4 address", a))
+	}
+	if a := c.NodeAddr6; a.IsValid() && (!a.Is6() || a.Is4In6() || a.Zone() != "") {
+		errs = append(errs, fmt.Errorf("node address %s: want an IPv6 address without zone", a))
+	}
+	return errors.Join(errs...)
+}
+
+// checkTunName keeps a name out of the rules that could end its quotes, match other links or be one of our pods'.
+func checkTunName(name string) error {
+	if name == "" {
+		return nil
+	}
+	bad := strings.IndexFunc(name, func(r rune) bool {
+		return r <= ' ' || r > '~' || strings.ContainsRune(`"\/*:;{}`, r)
+	}) >= 0
+	if bad || len(name) >= unix.IFNAMSIZ {
+		return fmt.Errorf("tun name %q: want up to %d letters, digits, - _ and .", name, unix.IFNAMSIZ-1)
+	}
+	if strings.HasPrefix(name, names.PodLinkPrefix) {
+		return fmt.Errorf("tun name %q: must not begin with %q, which begins the names of pods' links",
+			name, names.PodLinkPrefix)
+	}
+	return nil
+}
+
+// compact returns the prefixes of one family in order, without those inside another: nft refuses overlapping intervals.
+func compact(is6 bool, lists ...[]netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, p := range slices.Concat(lists...) {
+		if p.Addr().Is6() == is6 {
+			all = append(all, p.Masked())
+		}
+	}
+	slices.SortFunc(all, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	var out []netip.Prefix
+	for _, p := range all {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
+			out = append(out, p)
+		}
+	}
+	return out
+}

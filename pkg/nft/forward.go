@@ -1,0 +1,280 @@
+package nft
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+)
+
+// An accept in our own table cannot overrule a drop in another one, so where the host's FORWARD chain drops, our accepts
+// must stand in it, above its drops. iptables-nft keeps that chain in nft's `ip filter` and `ip6 filter`, where nft can
+// put rules that iptables shows as its own; iptables-legacy keeps it elsewhere (legacy.go).
+
+const (
+	filterTable  = "filter"
+	forwardChain = "FORWARD"
+)
+
+// accept is one rule of ours in a FORWARD chain: everything that comes in by, or goes out to, a link.
+type accept struct {
+	out  bool   // goes out to
+	link string // a name, or a prefix with *
+}
+
+// acceptRules says what must stand in a FORWARD chain that drops.
+func acceptRules(tun string) []accept {
+	links := []string{podLinks}
+	if tun != "" {
+		links = append(links, tun)
+	}
+	var out []accept
+	for _, l := range links {
+		out = append(out, accept{false, l}, accept{true, l})
+	}
+	return out
+}
+
+// nft is the rule for nft.
+func (a accept) nft() string {
+	if a.out {
+		return fmt.Sprintf(`oifname "%s" accept`, a.link)
+	}
+	return fmt.Sprintf(`iifname "%s" accept`, a.link)
+}
+
+// forward is a FORWARD chain as far as accepts are concerned.
+type forward struct {
+	exists bool
+	drops  bool // its policy
+	rules  []forwardRule
+}
+
+type forwardRule struct {
+	ours   bool   // carries our comment
+	text   string // as accept.nft or accept.iptables has it; "" when it is of another shape
+	handle int    // nft only
+}
+
+// planAccepts says what to do to a chain: put all of want at its head, and take out these rules of it. Both empty: it is
+// right as it is.
+func planAccepts(have forward, want []string) (insert []string, remove []forwardRule) {
+	foreign, head := 0, 0
+	for i, r := range have.rules {
+		if !r.ours {
+			foreign++
+			continue
+		}
+		remove = append(remove, r)
+		if i == head && head < len(want) && r.text == want[i] {
+			head++
+		}
+	}
+	if !have.exists || !have.drops && foreign == 0 {
+		return nil, remove // nothing there can drop
+	}
+	if head == len(want) && len(remove) == head {
+		return nil, nil
+	}
+	return want, remove
+}
+
+// syncAccepts puts want into each FORWARD chain that may drop; a nil want takes ours out of all.
+func (t *Tables) syncAccepts(ctx context.Context, want []accept) ([]string, error) {
+	done, err := t.syncLegacy(ctx, want)
+	errs := []error{err}
+	gen, err := generation()
+	if err != nil {
+		return done, errors.Join(append(errs, explain(err))...)
+	}
+	key := fmt.Sprint(want)
+	if t.acceptOK && t.acceptGen == gen && t.acceptTun == key {
+		return done, errors.Join(errs...)
+	}
+	ok := true
+	for _, f := range families {
+		more, err := t.syncForward(ctx, f, want)
+		done = append(done, more...)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("keep accepts in chain %s %s %s: %w", f, filterTable, forwardChain, err))
+		}
+		// After a change, look again next time before trusting the generation.
+		ok = ok && err == nil && len(more) == 0
+	}
+	t.acceptOK, t.acceptGen, t.acceptTun = ok, gen, key
+	return done, errors.Join(errs...)
+}
+
+func (t *Tables) syncForward(ctx context.Context, family knftables.Family, want []accept) ([]string, error) {
+	have, err := readForward(family)
+	if err != nil {
+		return nil, explain(err)
+	}
+	var texts []string
+	for _, a := range want {
+		texts = append(texts, a.nft())
+	}
+	insert, remove := planAccepts(have, texts)
+	if len(insert)+len(remove) == 0 {
+		return nil, nil
+	}
+	if err := t.open(); err != nil {
+		return nil, err
+	}
+	tx := t.nft.NewTransaction()
+	in := knftables.Rule{Family: family, Table: filterTable, Chain: forwardChain}
+	for i := range insert { // each goes to the head: the last one first
+		r := in
+		r.Rule, r.Comment = insert[len(insert)-1-i], knftables.PtrTo(names.RuleComment)
+		tx.Insert(&r)
+	}
+	for _, old := range remove {
+		r := in
+		r.Handle = &old.handle
+		tx.Delete(&r)
+	}
+	if err := t.run(ctx, tx); err != nil {
+		return nil, err
+	}
+	return describeAccepts(fmt.Sprintf("%s %s %s", family, filterTable, forwardChain), insert, remove), nil
+}
+
+func describeAccepts(chain string, insert []string, remove []forwardRule) []string {
+	var out []string
+	if len(insert) > 0 {
+		out = append(out, fmt.Sprintf("insert at the head of chain %s: %s", chain, strings.Join(insert, "; ")))
+	}
+	if len(remove) > 0 {
+		out = append(out, fmt.Sprintf("delete %d former rules of ours from chain %s", len(remove), chain))
+	}
+	return out
+}
+
+// readForward reads the FORWARD chain of iptables-nft.
+func readForward(family knftables.Family) (forward, error) {
+	var f forward
+	fam := nfproto[family]
+	res, err := request(fam, unix.NFT_MSG_GETCHAIN, 0,
+		nameAttr(unix.NFTA_CHAIN_TABLE, filterTable), nameAttr(unix.NFTA_CHAIN_NAME, forwardChain))
+	if errors.Is(err, unix.ENOENT) {
+		return f, nil
+	}
+	if err != nil {
+		return f, fmt.Errorf("read chain: %w", err)
+	}
+	for _, r := range res {
+		a, err := attributes(r)
+		if err != nil {
+			return f, err
+		}
+		f.exists = true
+		p := a[unix.NFTA_CHAIN_POLICY]
+		f.drops = len(p) == 4 && binary.BigEndian.Uint32(p) == nfDrop
+	}
+	rules, err := request(fam, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
+		nameAttr(unix.NFTA_RULE_TABLE, filterTable), nameAttr(unix.NFTA_RULE_CHAIN, forwardChain))
+	if err != nil {
+		return f, fmt.Errorf("read rules: %w", err)
+	}
+	for _, r := range rules {
+		rule, err := readRule(r)
+		if err != nil {
+			return f, err
+		}
+		f.rules = append(f.rules, rule)
+	}
+	return f, nil
+}
+
+const (
+	nfDrop, nfAccept = 0, 1
+	// The comment in a rule's user data: type 0, length, text (libnftnl's udata).
+	udataComment = 0
+	// The name of the data of the iptables comment match in an nft "match" expression, behind which the text stands.
+	xtComment = "comment"
+)
+
+func readRule(msg []byte) (forwardRule, error) {
+	a, err := attributes(msg)
+	if err != nil {
+		return forwardRule{}, err
+	}
+	var r forwardRule
+	if h := a[unix.NFTA_RULE_HANDLE]; len(h) == 8 {
+		r.handle = int(binary.BigEndian.Uint64(h))
+	}
+	if u := a[unix.NFTA_RULE_USERDATA]; len(u) > 2 && u[0] == udataComment {
+		r.ours = zstring(u[2:]) == names.RuleComment
+	}
+	exprs, err := nl.ParseRouteAttr(a[unix.NFTA_RULE_EXPRESSIONS])
+	if err != nil {
+		return r, fmt.Errorf("read a rule's expressions: %w", err)
+	}
+	var parts []string
+	for _, e := range exprs {
+		x, err := attributes(e.Value)
+		if err != nil {
+			return r, err
+		}
+		name := zstring(x[unix.NFTA_EXPR_NAME])
+		data, err := attributes(x[unix.NFTA_EXPR_DATA])
+		if err != nil {
+			return r, err
+		}
+		switch {
+		case name == "counter": // iptables adds one to each rule it restores
+		case name == "match" && zstring(data[unix.NFTA_MATCH_NAME]) == xtComment:
+			// After iptables-save and -restore our comment is an iptables match.
+			r.ours = r.ours || zstring(data[unix.NFTA_MATCH_INFO]) == names.RuleComment
+		default:
+			parts = append(parts, exprText(name, data))
+		}
+	}
+	r.text = strings.Join(parts, "")
+	return r, nil
+}
+
+// exprText renders the three expressions that accepts are made of, and anything else as something that no accept is.
+func exprText(name string, data map[int][]byte) string {
+	num := func(b []byte) uint32 {
+		if len(b) != 4 {
+			return ^uint32(0)
+		}
+		return binary.BigEndian.Uint32(b)
+	}
+	switch name {
+	case "meta":
+		switch num(data[unix.NFTA_META_KEY]) {
+		case unix.NFT_META_IIFNAME:
+			return "iifname "
+		case unix.NFT_META_OIFNAME:
+			return "oifname "
+		}
+	case "cmp":
+		value, err := attributes(data[unix.NFTA_CMP_DATA])
+		if err == nil && num(data[unix.NFTA_CMP_OP]) == unix.NFT_CMP_EQ {
+			link := value[unix.NFTA_DATA_VALUE]
+			if bytes.IndexByte(link, 0) < 0 { // not the whole name: a prefix
+				return fmt.Sprintf(`"%s*" `, link)
+			}
+			return fmt.Sprintf(`"%s" `, zstring(link))
+		}
+	case "immediate":
+		value, err := attributes(data[unix.NFTA_IMMEDIATE_DATA])
+		if err != nil {
+			break
+		}
+		verdict, err := attributes(value[unix.NFTA_DATA_VERDICT])
+		if err == nil && num(verdict[unix.NFTA_VERDICT_CODE]) == nfAccept {
+			return "accept"
+		}
+	}
+	return "(" + name + ")"
+}

@@ -1,0 +1,58 @@
+package nft
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/headcni/headcni/internal/nstest"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+// typical is a dual-stack node of a cluster with a second cluster behind it.
+func typical() Config {
+	return Config{
+		Own:        prefixes("10.244.1.0/24", "fd00:244:1::/64"),
+		Cluster:    prefixes("10.244.0.0/16", "fd00:244::/32", "10.60.0.0/14"),
+		KeepSource: prefixes("10.96.0.0/12", "fd00:96::/112"),
+		TunName:    "headcni01",
+		NodeAddr4:  netip.MustParseAddr("192.0.2.11"),
+		NodeAddr6:  netip.MustParseAddr("2001:db8::11"),
+		Masquerade: true,
+		HostMode:   true,
+	}
+}
+
+func prefixes(ss ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range ss {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.MkdirAll("testdata", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(string(want), got); d != "" {
+		t.Errorf("%s (-want +got; go test -update writes it anew):\n%s", path, d)
+	}
+}

@@ -1,0 +1,356 @@
+package nft
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+)
+
+// Writing goes through the nft program; looking goes through netlink, because it costs microseconds and shows every
+// attribute, so that no change by hand is missed.
+
+const (
+	// dumpTries bounds the repeats of a dump that a concurrent change interrupted (NLM_F_DUMP_INTR).
+	dumpTries = 10
+	// attrMask takes the flags (nested, byte order) off an attribute's type.
+	attrMask = 0x3fff
+)
+
+var nfproto = map[knftables.Family]uint8{knftables.IPv4Family: unix.NFPROTO_IPV4, knftables.IPv6Family: unix.NFPROTO_IPV6}
+
+var families = []knftables.Family{knftables.IPv4Family, knftables.IPv6Family}
+
+// listing is what the kernel holds of our table in one family: object name -> its attributes. Handles are left
+// out, because they change when the same content is written again. Empty: there is no table.
+type listing map[string]string
+
+// nfMsg is struct nfgenmsg with attributes behind it.
+type nfMsg []byte
+
+func (m nfMsg) Len() int          { return len(m) }
+func (m nfMsg) Serialize() []byte { return m }
+
+// request sends one nf_tables message and returns the answers' attributes.
+func request(family uint8, msg, flags int, attrs ...*nl.RtAttr) ([][]byte, error) {
+	for try := 0; ; try++ {
+		req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|msg, flags)
+		req.AddData(nfMsg{family, unix.NFNETLINK_V0, 0, 0})
+		for _, a := range attrs {
+			req.AddData(a)
+		}
+		res, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+		if errors.Is(err, netlink.ErrDumpInterrupted) && try < dumpTries {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for i := range res {
+			res[i] = res[i][4:] // struct nfgenmsg
+		}
+		return res, nil
+	}
+}
+
+// generation returns the number of nf_tables transactions in this network namespace so far: the same number means the
+// same rules. All tables of all owners count.
+func generation() (uint32, error) {
+	res, err := request(unix.AF_UNSPEC, unix.NFT_MSG_GETGEN, 0)
+	if err != nil {
+		return 0, fmt.Errorf("ask for the nf_tables generation: %w", err)
+	}
+	for _, r := range res {
+		a, err := attributes(r)
+		if err != nil {
+			return 0, err
+		}
+		if id := a[unix.NFTA_GEN_ID]; len(id) == 4 {
+			return binary.BigEndian.Uint32(id), nil
+		}
+	}
+	return 0, errors.New("ask for the nf_tables generation: the kernel's answer has none")
+}
+
+// attributes returns the last value of each attribute.
+func attributes(b []byte) (map[int][]byte, error) {
+	list, err := nl.ParseRouteAttr(b)
+	if err != nil {
+		return nil, fmt.Errorf("read an nf_tables message: %w", err)
+	}
+	out := map[int][]byte{}
+	for _, a := range list {
+		out[int(a.Attr.Type)&attrMask] = a.Value
+	}
+	return out, nil
+}
+
+func zstring(b []byte) string {
+	if i := slices.Index(b, 0); i >= 0 {
+		b = b[:i]
+	}
+	return string(b)
+}
+
+func nameAttr(typ int, name string) *nl.RtAttr { return nl.NewRtAttr(typ, nl.ZeroTerminated(name)) }
+
+// flatten renders all attributes but those in skip, in the kernel's order.
+func flatten(b []byte, skip ...int) (string, error) {
+	list, err := nl.ParseRouteAttr(b)
+	if err != nil {
+		return "", fmt.Errorf("read an nf_tables message: %w", err)
+	}
+	out := ""
+	for _, a := range list {
+		if typ := int(a.Attr.Type) & attrMask; !slices.Contains(skip, typ) {
+			out += fmt.Sprintf("%d=%x;", typ, a.Value)
+		}
+	}
+	return out, nil
+}
+
+// Attribute numbers that golang.org/x/sys lacks (include/uapi/linux/netfilter/nf_tables.h).
+const (
+	nftaTableHandle = 4
+	nftaSetHandle   = 16
+	nftaSetCount    = 20
+	nftaChainID     = 11
+	// NFT_SET_INTERVAL, the flag of sets of prefixes.
+	nftSetInterval = 4
+	// NFT_SET_ELEM_INTERVAL_END.
+	nftSetElemIntervalEnd = 1
+	// The nft program's own numbers for key types (its enum datatypes), which the kernel keeps.
+	ipaddrType, ip6addrType = 7, 8
+)
+
+// list reads our table of one family.
+func list(family knftables.Family) (listing, error) {
+	fam := nfproto[family]
+	out := listing{}
+	res, err := request(fam, unix.NFT_MSG_GETTABLE, 0, nameAttr(unix.NFTA_TABLE_NAME, names.NFTTable))
+	if errors.Is(err, unix.ENOENT) {
+		return out, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list table %s %s: %w", family, names.NFTTable, err)
+	}
+	for _, r := range res {
+		if out["table"], err = flatten(r, nftaTableHandle); err != nil {
+			return nil, err
+		}
+	}
+	if err := listChains(fam, out); err != nil {
+		return nil, fmt.Errorf("list chains of table %s %s: %w", family, names.NFTTable, err)
+	}
+	if err := listSets(fam, out); err != nil {
+		return nil, fmt.Errorf("list sets of table %s %s: %w", family, names.NFTTable, err)
+	}
+	return out, nil
+}
+
+func listChains(fam uint8, out listing) error {
+	chains, err := request(fam, unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP) // no filter by table before kernel 6.x
+	if err != nil {
+		return err
+	}
+	for _, c := range chains {
+		a, err := attributes(c)
+		if err != nil {
+			return err
+		}
+		if zstring(a[unix.NFTA_CHAIN_TABLE]) != names.NFTTable {
+			continue
+		}
+		out["chain "+zstring(a[unix.NFTA_CHAIN_NAME])], err =
+			flatten(c, unix.NFTA_CHAIN_HANDLE, unix.NFTA_CHAIN_USE, unix.NFTA_CHAIN_COUNTERS, nftaChainID)
+		if err != nil {
+			return err
+		}
+	}
+	rules, err := request(fam, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, nameAttr(unix.NFTA_RULE_TABLE, names.NFTTable))
+	if err != nil {
+		return err
+	}
+	for _, r := range rules {
+		a, err := attributes(r)
+		if err != nil {
+			return err
+		}
+		text, err := flatten(r, unix.NFTA_RULE_HANDLE, unix.NFTA_RULE_POSITION, unix.NFTA_RULE_ID)
+		if err != nil {
+			return err
+		}
+		out["rules of chain "+zstring(a[unix.NFTA_RULE_CHAIN])] += text + "\n"
+	}
+	return nil
+}
+
+func listSets(fam uint8, out listing) error {
+	sets, err := request(fam, unix.NFT_MSG_GETSET, unix.NLM_F_DUMP, nameAttr(unix.NFTA_SET_TABLE, names.NFTTable))
+	if err != nil {
+		return err
+	}
+	for _, s := range sets {
+		a, err := attributes(s)
+		if err != nil {
+			return err
+		}
+		name := zstring(a[unix.NFTA_SET_NAME])
+		if out["set "+name], err = flatten(s, nftaSetHandle, unix.NFTA_SET_ID, nftaSetCount); err != nil {
+			return err
+		}
+		elements, err := request(fam, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
+			nameAttr(unix.NFTA_SET_ELEM_LIST_TABLE, names.NFTTable), nameAttr(unix.NFTA_SET_ELEM_LIST_SET, name))
+		if err != nil {
+			return err
+		}
+		for _, e := range elements {
+			a, err := attributes(e)
+			if err != nil {
+				return err
+			}
+			// Only the elements: where a long list is split into messages is up to the kernel.
+			text, err := elementsText(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
+			if err != nil {
+				return err
+			}
+			out["elements of set "+name] += text
+		}
+	}
+	return nil
+}
+
+// elementsText renders a list of set elements. An interval is an element at its begin and an "end" element behind it.
+// An end at address 0 means nothing (nft adds one when it fills a set that it knows as used), and is left out.
+func elementsText(list []byte) (string, error) {
+	elements, err := nl.ParseRouteAttr(list)
+	if err != nil {
+		return "", fmt.Errorf("read set elements: %w", err)
+	}
+	out := ""
+	for _, e := range elements {
+		a, err := attributes(e.Value)
+		if err != nil {
+			return "", err
+		}
+		key, err := attributes(a[unix.NFTA_SET_ELEM_KEY])
+		if err != nil {
+			return "", err
+		}
+		end := slices.Equal(a[unix.NFTA_SET_ELEM_FLAGS], []byte{0, 0, 0, nftSetElemIntervalEnd})
+		if end && len(bytes.Trim(key[unix.NFTA_DATA_VALUE], "\x00")) == 0 {
+			continue
+		}
+		out += fmt.Sprintf("%x\n", e.Value)
+	}
+	return out, nil
+}
+
+// observed is what the kernel holds of our tables at one generation.
+type observed struct {
+	gen    uint32
+	tables map[knftables.Family]listing
+}
+
+// observe reads both tables between two equal generations. Where others write all the time, it takes what it got: a
+// mixture cannot equal a listing that is right unless our tables were.
+func observe() (observed, error) {
+	var o observed
+	for range dumpTries {
+		var err error
+		if o.gen, err = generation(); err != nil {
+			return observed{}, err
+		}
+		o.tables = map[knftables.Family]listing{}
+		for _, f := range families {
+			if o.tables[f], err = list(f); err != nil {
+				return observed{}, err
+			}
+		}
+		if now, err := generation(); err != nil || now == o.gen {
+			return o, err
+		}
+	}
+	return o, nil
+}
+
+func (o observed) equal(p observed) bool {
+	return maps.EqualFunc(o.tables, p.tables, func(a, b listing) bool { return maps.Equal(a, b) })
+}
+
+// changes says in words what differs between two looks.
+func changes(before, after observed) []string {
+	var out []string
+	for _, f := range families {
+		b, a := before.tables[f], after.tables[f]
+		where := fmt.Sprintf("table %s %s", f, names.NFTTable)
+		switch {
+		case len(b) == 0 && len(a) > 0:
+			out = append(out, "add "+where)
+			continue
+		case len(b) > 0 && len(a) == 0:
+			out = append(out, "delete "+where)
+			continue
+		}
+		all := maps.Clone(b)
+		maps.Copy(all, a)
+		for _, name := range slices.Sorted(maps.Keys(all)) {
+			_, had := b[name]
+			_, has := a[name]
+			switch {
+			case b[name] == a[name]:
+			case !had:
+				out = append(out, "add "+name+" in "+where)
+			case !has:
+				out = append(out, "delete "+name+" in "+where)
+			default:
+				out = append(out, "change "+name+" in "+where)
+			}
+		}
+	}
+	return out
+}
+
+// foreign says whether a table holds what filling it cannot put right: objects that t does not have, or sets of another
+// kind. (A chain of another kind makes the kernel refuse the transaction.)
+func (t table) foreign(have listing) bool {
+	known := map[string]bool{"table": true}
+	for _, c := range t.chains {
+		known["chain "+c.name], known["rules of chain "+c.name] = true, true
+	}
+	kind := ipaddrType
+	if t.family == knftables.IPv6Family {
+		kind = ip6addrType
+	}
+	for _, s := range t.sets {
+		known["set "+s.name], known["elements of set "+s.name] = true, true
+		def, ok := have["set "+s.name]
+		if ok && !(strings.Contains(def, attrText(unix.NFTA_SET_FLAGS, nftSetInterval)) &&
+			strings.Contains(def, attrText(unix.NFTA_SET_KEY_TYPE, kind))) {
+			return true
+		}
+	}
+	objects := 0
+	for name := range have {
+		if !known[name] {
+			return true
+		}
+		if strings.HasPrefix(name, "chain ") || strings.HasPrefix(name, "set ") {
+			objects++
+		}
+	}
+	// The table's use count also has what is not listed: counters, quotas, flowtables.
+	return len(have) > 0 && !strings.Contains(have["table"], attrText(unix.NFTA_TABLE_USE, objects))
+}
+
+// attrText is a number as flatten writes it.
+func attrText(typ, value int) string { return fmt.Sprintf("%d=%08x;", typ, value) }

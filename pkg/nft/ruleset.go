@@ -1,0 +1,230 @@
+package nft
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"sigs.k8s.io/knftables"
+)
+
+// table is the whole wanted content of our table in one family.
+type table struct {
+	family knftables.Family
+	sets   []set
+	chains []chain
+}
+
+type set struct {
+	name     string
+	elements []netip.Prefix
+}
+
+type chain struct {
+	name  string
+	kind  knftables.BaseChainType
+	hook  knftables.BaseChainHook
+	prio  knftables.BaseChainPriority
+	rules []string
+}
+
+// rulesetOf says what our tables must hold. It does no I/O.
+func rulesetOf(cfg Config) []table {
+	return []table{tableOf(knftables.IPv4Family, cfg), tableOf(knftables.IPv6Family, cfg)}
+}
+
+func tableOf(family knftables.Family, cfg Config) table {
+	is6 := family == knftables.IPv6Family
+	return table{
+		family: family,
+		sets: []set{
+			{setCluster, compact(is6, cfg.Cluster, cfg.Own)},
+			{setKeepSource, compact(is6, cfg.Cluster, cfg.Own, cfg.KeepSource)},
+			{setOwn, compact(is6, cfg.Own)},
+		},
+		chains: []chain{
+			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family)},
+			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, tunnel(cfg)},
+			{chainGuard, knftables.FilterType, knftables.PostroutingHook, prioGuard, guard(family, cfg)},
+			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience,
+				patience(family, compact(is6, cfg.Cluster, cfg.Own))},
+			{chainNAT, knftables.NATType, knftables.PostroutingHook, prioNAT, nat(family, cfg)},
+		},
+	}
+}
+
+// antispoof: a pod sends from its own address only, and nobody outside sends from a pod's.
+func antispoof(family knftables.Family) []string {
+	var rules []string
+	if family == knftables.IPv6Family {
+		rules = append(rules,
+			// A pod that announces itself as router would give the node, and its neighbours, a default route.
+			rule(`iifname "%s" icmpv6 type nd-router-advert drop`, podLinks),
+			rule(`iifname "%s" icmpv6 type nd-redirect drop`, podLinks),
+			// Before an address is usable the source is ::, which no fib lookup can find.
+			rule(`iifname "%s" ip6 saddr :: icmpv6 type nd-neighbor-solicit accept`, podLinks),
+			rule(`iifname "%s" ip6 saddr :: icmpv6 type mld2-listener-report accept`, podLinks),
+		)
+	}
+	return append(rules,
+		// "missing": the way back to the source does not lead over the interface that the packet came in by.
+		rule(`iifname "%s" fib saddr . iif oif missing drop`, podLinks),
+		rule(`%s saddr @%s iifname != "lo" fib saddr . iif oif missing drop`, family, setCluster),
+	)
+}
+
+// tunnel notes what came out of the tun, for nat.
+func tunnel(cfg Config) []string {
+	if cfg.TunName == "" {
+		return nil
+	}
+	return []string{rule(`iifname "%s" meta mark set meta mark & %s | %s`, cfg.TunName, markKeep, markFromTunnel)}
+}
+
+// guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all.
+func guard(family knftables.Family, cfg Config) []string {
+	var rules []string
+	notTun := ""
+	if cfg.TunName != "" {
+		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
+		rules = append(rules, rule(`oifname "%s" meta mark & %s == %s drop`, cfg.TunName, markMask, markBypass))
+		notTun = rule(`oifname != "%s" `, cfg.TunName)
+		if cfg.TailnetEgress == EgressDeny {
+			// Only what a pod begins: an answer to a device that may reach the pod goes out.
+			rules = append(rules, rule(`%[1]s saddr @%[2]s oifname "%[3]s" %[1]s daddr != @%[4]s %[1]s daddr != %[5]s ct direction original drop`,
+				family, setOwn, cfg.TunName, setKeepSource, quad100[family]))
+		}
+	}
+	return append(rules,
+		rule(`%s daddr @%s %soifname != "%s" oifname != "lo" drop`, family, setCluster, notTun, podLinks))
+}
+
+// nat: who sees which source.
+func nat(family knftables.Family, cfg Config) []string {
+	fam, tun := string(family), cfg.TunName
+	rules := []string{
+		// Pods keep their source towards pods and services.
+		rule(`%s saddr @%s %s daddr @%s return`, fam, setOwn, fam, setKeepSource),
+	}
+	if tun != "" {
+		switch {
+		case cfg.TailnetEgress == EgressPreserve:
+			rules = append(rules, rule(`%s saddr @%s oifname "%s" return`, fam, setOwn, tun))
+		case !cfg.Masquerade && cfg.TailnetEgress != EgressDeny:
+			rules = append(rules, rule(`%s saddr @%s oifname "%s" masquerade fully-random`, fam, setOwn, tun))
+		}
+	}
+	if cfg.Masquerade {
+		// The outside, other nodes' underlay addresses, tailnet devices. fully-random: a plain masquerade keeps a pod's
+		// port, and with port 41641 takes the node's tailscaled its endpoint.
+		rules = append(rules, rule(`%s saddr @%s oifname != "%s" masquerade fully-random`, fam, setOwn, podLinks))
+	}
+	if tun != "" {
+		fromTun := rule(`meta mark & %s == %s`, markMask, markFromTunnel)
+		rules = append(rules,
+			// A peer that routes through us to another peer must not get our identity.
+			rule(`%s oifname "%s" return`, fromTun, tun),
+			// A host process or a NodePort client that reaches a remote pod: only a tailnet address finds its way back.
+			rule(`oifname "%s" %s daddr @%s %s saddr != @%s masquerade fully-random`, tun, fam, setCluster, fam, setCluster),
+		)
+		if cfg.HostMode {
+			// What the NoSNAT pref takes from a user's exit node or subnet router.
+			rules = append(rules, rule(`%s oifname != "%s" %s daddr != @%s masquerade fully-random`,
+				fromTun, podLinks, fam, setCluster))
+		}
+	}
+	node := cfg.NodeAddr4
+	if family == knftables.IPv6Family {
+		node = cfg.NodeAddr6
+	}
+	if node.IsValid() {
+		// Node -> own pod: the kernel may choose any address of the node, and a `src` in the pod's route would make the
+		// kernel delete the route when the address goes.
+		rules = append(rules, rule(`oifname "%s" fib saddr type local %s saddr != %s snat to %s`, podLinks, fam, node, node))
+	}
+	return rules
+}
+
+// patience drops the node's "net unreachable" to its pods about cluster destinations, which rule 5192 causes while the
+// tunnel is away: a connect() then waits for the tunnel instead of failing at once.
+func patience(family knftables.Family, cluster []netip.Prefix) []string {
+	// Offsets in bits from the ICMP header: 8 bytes of header, then the offending packet's destination address.
+	match, at := "icmp type destination-unreachable icmp code net-unreachable", (8+16)*8
+	if family == knftables.IPv6Family {
+		match, at = "icmpv6 type destination-unreachable icmpv6 code no-route", (8+24)*8
+	}
+	var rules []string
+	for _, p := range cluster {
+		rules = append(rules, rule(`oifname "%s" %s %s drop`, podLinks, match, payload(at, p)))
+	}
+	return rules
+}
+
+// payload matches a prefix at an offset, in bits, into the transport header.
+func payload(at int, p netip.Prefix) string {
+	n := (p.Bits() + 7) / 8 // bytes to load
+	value := p.Addr().AsSlice()[:n]
+	if p.Bits()%8 == 0 {
+		return rule(`@th,%d,%d 0x%x`, at, n*8, value)
+	}
+	mask := slices.Repeat([]byte{0xff}, n)
+	mask[n-1] = 0xff << (n*8 - p.Bits())
+	return rule(`@th,%d,%d & 0x%x == 0x%x`, at, n*8, mask, value)
+}
+
+func rule(format string, args ...any) string { return fmt.Sprintf(format, args...) }
+
+// fill makes the table hold t and nothing else inside the chains and sets of t. Chains stay registered, so that each
+// packet meets either all old or all new rules.
+func (t table) fill(tx *knftables.Transaction) {
+	tx.Add(t.object())
+	for _, s := range t.sets {
+		tx.Add(t.set(s))
+		tx.Flush(t.set(s))
+		for _, p := range s.elements {
+			tx.Add(&knftables.Element{Family: t.family, Table: names.NFTTable, Set: s.name, Key: []string{p.String()}})
+		}
+	}
+	for _, c := range t.chains {
+		tx.Add(t.chain(c))
+		tx.Flush(t.chain(c))
+		for _, r := range c.rules {
+			tx.Add(&knftables.Rule{Family: t.family, Table: names.NFTTable, Chain: c.name, Rule: r})
+		}
+	}
+}
+
+func (t table) object() *knftables.Table {
+	return &knftables.Table{Family: t.family, Name: names.NFTTable}
+}
+
+func (t table) set(s set) *knftables.Set {
+	kind := "ipv4_addr"
+	if t.family == knftables.IPv6Family {
+		kind = "ipv6_addr"
+	}
+	return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind,
+		Flags: []knftables.SetFlag{knftables.IntervalFlag}}
+}
+
+func (t table) chain(c chain) *knftables.Chain {
+	return &knftables.Chain{Family: t.family, Table: names.NFTTable, Name: c.name, Type: &c.kind, Hook: &c.hook,
+		Priority: &c.prio, Policy: knftables.PtrTo(knftables.AcceptPolicy)}
+}
+
+// String is t as nft commands: a name for the content.
+func (t table) String() string {
+	var b strings.Builder
+	for _, s := range t.sets {
+		fmt.Fprintf(&b, "set %s %s %v\n", t.family, s.name, s.elements)
+	}
+	for _, c := range t.chains {
+		fmt.Fprintf(&b, "chain %s %s %s %s %s\n", t.family, c.name, c.kind, c.hook, c.prio)
+		for _, r := range c.rules {
+			fmt.Fprintf(&b, "\t%s\n", r)
+		}
+	}
+	return b.String()
+}
