@@ -17,8 +17,10 @@ type part struct {
 	run func(context.Context) (changes []string, err error)
 }
 
-// errBlocked marks a part that was not tried.
-var errBlocked = errors.New("waits for")
+// waiting is an error that needs nobody's help: it passes by itself.
+type waiting string
+
+func (w waiting) Error() string { return string(w) }
 
 // board holds the last outcome of each part: the node's state as /readyz shows it.
 type board struct {
@@ -47,7 +49,7 @@ func (b *board) run(ctx context.Context, parts []part) bool {
 		var err error
 		for _, n := range p.needs {
 			if !ok[n] {
-				err = errors.Join(err, blocked(n))
+				err = waiting("waits for " + n)
 			}
 		}
 		if err == nil {
@@ -63,13 +65,6 @@ func (b *board) run(ctx context.Context, parts []part) bool {
 	return all
 }
 
-func blocked(name string) error { return blockedError{name} }
-
-type blockedError struct{ by string }
-
-func (e blockedError) Error() string        { return errBlocked.Error() + " " + e.by }
-func (e blockedError) Is(target error) bool { return target == errBlocked }
-
 // record keeps the outcome and logs it where it is news.
 func (b *board) record(name string, changes []string, err error) {
 	text := ""
@@ -84,11 +79,12 @@ func (b *board) record(name string, changes []string, err error) {
 	if len(changes) > 0 {
 		b.log.Info("corrected", "part", name, "changes", changes)
 	}
+	var w waiting
 	switch {
 	case text == before:
 	case err == nil:
 		b.log.Info("right", "part", name)
-	case errors.Is(err, errBlocked):
+	case errors.As(err, &w):
 		b.log.Debug("waiting", "part", name, "err", text)
 	default:
 		b.log.Error("not right", "part", name, "err", text)

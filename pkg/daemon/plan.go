@@ -26,6 +26,8 @@ type observation struct {
 	nodeAddr4, nodeAddr6 netip.Addr
 	// tailnet is nil while tailscaled does not answer.
 	tailnet *tailscale.Status
+	// tailnetErr is why tailscaled cannot be used, nil while it can.
+	tailnetErr error
 	// portmap tells whether the portmap plugin is installed.
 	portmap bool
 }

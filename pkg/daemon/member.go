@@ -1,0 +1,230 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+const (
+	// joinKeyLife is how long a pre-auth key that we make for ourselves can be used.
+	joinKeyLife = 10 * time.Minute
+	// approvalSettles is how long Headscale may take to hand out routes that were approved; half a second is usual.
+	approvalSettles = 10 * time.Second
+)
+
+// member is this node's membership in the tailnet: the tailscaled that it uses and, where it holds an API key, its
+// dealings with Headscale.
+type member struct {
+	cfg    config.Config
+	log    *slog.Logger
+	getenv func(string) string
+
+	// Of the loop alone: the client for socket, nil while none is known; a key that was made to join with; when we last
+	// approved something.
+	client      *tailscale.Client
+	minted      secret.Secret
+	mintedUntil time.Time
+	approvedAt  time.Time
+
+	mu      sync.Mutex
+	socket  string        // what client talks to
+	changed chan struct{} // closed when socket changes
+}
+
+func newMember(c config.Config, log *slog.Logger, getenv func(string) string) *member {
+	return &member{cfg: c, log: log, getenv: getenv, changed: make(chan struct{})}
+}
+
+// use makes socket the one to talk to.
+func (m *member) use(socket string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if socket == m.socket {
+		return
+	}
+	m.socket = socket
+	m.client = tailscale.New(socket)
+	close(m.changed)
+	m.changed = make(chan struct{})
+}
+
+// status asks tailscaled.
+func (m *member) status(ctx context.Context, mode string) (*tailscale.Status, error) {
+	if mode == "" {
+		return nil, errNoTailscaled
+	}
+	s, err := m.client.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &s, nil
+}
+
+// join makes sure that tailscaled is a running member of the tailnet.
+func (m *member) join(ctx context.Context, o observation) ([]string, error) {
+	if o.tailnetErr != nil {
+		return nil, o.tailnetErr
+	}
+	switch {
+	case running(o.tailnet):
+		return nil, nil
+	case o.tailnet.State == tailscale.Stopped && o.mode == config.ModeHost:
+		return nil, errStopped
+	case o.tailnet.State == tailscale.Starting || o.tailnet.State == tailscale.NoState:
+		return nil, waiting("tailscaled is starting")
+	case m.cfg.Headscale.URL == "":
+		return nil, errors.New("tailscaled is not logged in and headscale.url is empty: set it and a key, or run `tailscale up --login-server URL`")
+	}
+	opts := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Hostname: m.cfg.Tailscale.Hostname}
+	api, cred, err := m.headscale(ctx)
+	if err != nil {
+		return nil, err
+	}
+	opts.AuthKey = cred.Key
+	if api != nil {
+		if opts.AuthKey, err = m.mint(ctx, api); err != nil {
+			return nil, err
+		}
+	}
+	if err := m.client.Login(ctx, opts); err != nil {
+		return nil, err
+	}
+	// The next pass sees the peers, one of which may have our CIDR.
+	return []string{"joined " + m.cfg.Headscale.URL}, waiting("has just joined")
+}
+
+// mint makes a key to join with. While a join fails, its retries use the same one.
+func (m *member) mint(ctx context.Context, api *headscale.Client) (secret.Secret, error) {
+	if time.Now().Before(m.mintedUntil) {
+		return m.minted, nil
+	}
+	until := time.Now().Add(joinKeyLife)
+	// Tags come with the key: the control server decides who may carry them.
+	key, err := api.CreatePreAuthKey(ctx, headscale.PreAuthKeyOptions{Tags: m.cfg.Tailscale.Tags, Expiration: until})
+	if err != nil {
+		return secret.Secret{}, fmt.Errorf("make a key to join with: %w", err)
+	}
+	m.minted, m.mintedUntil = key, until.Add(-joinKeyLife/10)
+	return key, nil
+}
+
+// headscale is a client for the REST API where the credential is an API key, else nil.
+func (m *member) headscale(ctx context.Context) (*headscale.Client, config.Credential, error) {
+	cred, err := m.cfg.Headscale.Credential(m.getenv)
+	if err != nil {
+		return nil, cred, err
+	}
+	api, err := headscale.New(headscale.Options{URL: m.cfg.Headscale.URL, Key: cred.Key, CAFile: m.cfg.Headscale.CAFile})
+	if err != nil {
+		return nil, cred, err
+	}
+	kind, err := api.Kind(ctx)
+	if err != nil {
+		return nil, cred, fmt.Errorf("%s: %w", cred.Source, err)
+	}
+	if kind != headscale.APIKey {
+		return nil, cred, nil
+	}
+	return api, cred, nil
+}
+
+// approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what
+// the policy lacks. Once they are routed Headscale is not asked.
+func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscale.PrefsSpec) ([]string, error) {
+	missing := without(spec.AdvertiseRoutes, self.Routes)
+	if len(missing) == 0 && len(spec.DropRoutes) == 0 {
+		return nil, nil
+	}
+	if m.cfg.Headscale.URL == "" {
+		return nil, notApproved(missing, config.ErrNoCredential)
+	}
+	api, _, err := m.headscale(ctx)
+	if err != nil {
+		return nil, notApproved(missing, err)
+	}
+	if api == nil {
+		return nil, notApproved(missing, errors.New("the key is a pre-auth key, which cannot approve"))
+	}
+	node, err := api.NodeByKey(ctx, self.NodeKey)
+	if err != nil {
+		return nil, fmt.Errorf("approve our routes: %w", err)
+	}
+	changed, err := api.ApproveRoutes(ctx, node.ID, spec.AdvertiseRoutes, spec.DropRoutes)
+	if err != nil {
+		return nil, fmt.Errorf("approve our routes: %w", err)
+	}
+	if len(changed) > 0 {
+		m.approvedAt = time.Now()
+	}
+	if len(missing) > 0 && time.Since(m.approvedAt) < approvalSettles {
+		return changed, waiting("the routes are approved and on their way")
+	}
+	if len(missing) > 0 {
+		return changed, fmt.Errorf("%v: approved in Headscale but not routed to this node yet; another node may advertise them too (headscale nodes list-routes)", missing)
+	}
+	return changed, nil
+}
+
+// notApproved says what a person can do where we cannot approve.
+func notApproved(missing []netip.Prefix, why error) error {
+	return fmt.Errorf("%v: not approved in Headscale: %w; run `headscale nodes approve-routes`, give the daemon an API key, or add "+
+		"autoApprovers to the policy: \"autoApprovers\": {\"routes\": {\"%s\": [\"tag:headcni\"]}}", missing, why, missing[0])
+}
+
+// watch pokes the loop when tailscaled changes in a way that concerns us.
+func (m *member) watch(ctx context.Context, poke func()) {
+	m.follow(ctx, func(ctx context.Context, c *tailscale.Client) error {
+		return c.Watch(ctx, func(e tailscale.Event) {
+			if e.Connected || e.Lost != nil || e.State != "" || e.Prefs || e.Peers {
+				poke()
+			}
+		})
+	})
+}
+
+// rearm keeps WireGuard sessions alive over restarts of tailscaled, here and on peers.
+func (m *member) rearm(ctx context.Context, pinged func()) {
+	m.follow(ctx, func(ctx context.Context, c *tailscale.Client) error {
+		return c.Rearm(ctx, tailscale.RearmOptions{Log: m.log, Pinged: pinged})
+	})
+}
+
+// follow runs fn with a client for the current socket, again for each new socket, until ctx ends.
+func (m *member) follow(ctx context.Context, fn func(context.Context, *tailscale.Client) error) {
+	for ctx.Err() == nil {
+		m.mu.Lock()
+		socket, changed := m.socket, m.changed
+		m.mu.Unlock()
+		if socket == "" {
+			select {
+			case <-ctx.Done():
+			case <-changed:
+			}
+			continue
+		}
+		sub, cancel := context.WithCancel(ctx)
+		go func() {
+			select {
+			case <-changed:
+				cancel()
+			case <-sub.Done():
+			}
+		}()
+		err := fn(sub, tailscale.New(socket))
+		cancel()
+		if err != nil && !errors.Is(err, context.Canceled) {
+			m.log.Warn("follow tailscaled", "err", err)
+			sleep(ctx, retryMin)
+		}
+	}
+}

@@ -1,0 +1,152 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+// hostTun is what a host's own tailscaled calls its interface unless told otherwise.
+const hostTun = "tailscale0"
+
+// observe looks at the host and at tailscaled. That tailscaled does not answer is an observation, kept in tailnetErr,
+// and no error: the node is programmed from what was known before.
+func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
+	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU}
+	if o.mode == config.ModeAuto {
+		o.mode = settleMode(d.saved.Mode)
+	}
+	if o.mode == config.ModeDaemon || o.tun == "" {
+		o.tun = d.cfg.Tailscale.InterfaceName
+		if o.mode == config.ModeHost {
+			o.tun = hostTun
+		}
+	}
+	d.member.use(socketOf(d.cfg, o.mode))
+	o.tailnet, o.tailnetErr = d.member.status(ctx, o.mode)
+	if o.tailnet != nil && len(o.tailnet.Self.IPs) > 0 {
+		if link, err := findTun(o.tun, o.tailnet.Self.IPs); err == nil {
+			o.tun, o.tunMTU = link.Name, link.MTU
+		} else if o.tailnet.State == tailscale.Running {
+			o.tailnetErr = err
+		}
+	}
+	if o.hostPrefixes, err = hostPrefixes(o.tun); err != nil {
+		return o, err
+	}
+	o.nodeAddr4, o.nodeAddr6 = networking.DefaultSource(false), networking.DefaultSource(true)
+	_, err = os.Stat(filepath.Join(d.cfg.CNI.BinDir, "portmap"))
+	o.portmap = err == nil
+	return o, nil
+}
+
+// settleMode decides auto: what it settled on before, else whichever tailscaled answers.
+func settleMode(saved string) string {
+	switch {
+	case saved != "":
+		return saved
+	case answers(paths.HostTailscaleSocket):
+		return config.ModeHost
+	case answers(paths.DaemonTailscaleSocket):
+		return config.ModeDaemon
+	}
+	return ""
+}
+
+// socketOf is where the tailscaled of a mode listens; "" while auto has not settled.
+func socketOf(c config.Config, mode string) string {
+	switch {
+	case c.Tailscale.Socket != "":
+		return c.Tailscale.Socket
+	case mode == config.ModeHost:
+		return paths.HostTailscaleSocket
+	case mode == config.ModeDaemon:
+		return paths.DaemonTailscaleSocket
+	}
+	return ""
+}
+
+// findTun looks at the interface that it was before, and at all of them only if that is not it: a node has hundreds.
+func findTun(last string, tailnet []netip.Addr) (tailscale.Link, error) {
+	link, err := tailscale.FindTun(tailnet, func() ([]tailscale.Link, error) { return linkNamed(last) })
+	if err == nil {
+		return link, nil
+	}
+	return tailscale.FindTun(tailnet, tailscale.Links)
+}
+
+func linkNamed(name string) ([]tailscale.Link, error) {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return nil, err
+	}
+	prefixes, err := prefixesOf(i)
+	if err != nil {
+		return nil, err
+	}
+	l := tailscale.Link{Name: i.Name, MTU: i.MTU, Up: i.Flags&net.FlagUp != 0}
+	for _, p := range prefixes {
+		l.Addrs = append(l.Addrs, p.Addr())
+	}
+	return []tailscale.Link{l}, nil
+}
+
+// hostPrefixes are those of the host's own networks. Our links and the tun are not among them.
+func hostPrefixes(tun string) ([]netip.Prefix, error) {
+	ifaces, err := net.Interfaces()
+	if err != nil {
+		return nil, fmt.Errorf("list the host's interfaces: %w", err)
+	}
+	var out []netip.Prefix
+	for _, i := range ifaces {
+		if i.Flags&net.FlagLoopback != 0 || i.Name == tun || strings.HasPrefix(i.Name, names.PodLinkPrefix) {
+			continue
+		}
+		prefixes, err := prefixesOf(&i)
+		if err != nil {
+			continue // gone between the two requests, as pod links do
+		}
+		for _, p := range prefixes {
+			if a := p.Addr(); !a.IsLinkLocalUnicast() && !slices.Contains(out, p.Masked()) {
+				out = append(out, p.Masked())
+			}
+		}
+	}
+	return out, nil
+}
+
+// prefixesOf are the interface's addresses with their prefix lengths.
+func prefixesOf(i *net.Interface) ([]netip.Prefix, error) {
+	addrs, err := i.Addrs()
+	if err != nil {
+		return nil, err
+	}
+	var out []netip.Prefix
+	for _, a := range addrs {
+		n, ok := a.(*net.IPNet)
+		if !ok {
+			continue
+		}
+		ones, _ := n.Mask.Size()
+		if ip, ok := netip.AddrFromSlice(n.IP); ok {
+			out = append(out, netip.PrefixFrom(ip.Unmap(), ones))
+		}
+	}
+	return out, nil
+}
+
+// errNoTailscaled is what auto says while it has found neither.
+var errNoTailscaled = errors.New("no tailscaled answers at " + paths.HostTailscaleSocket + " or " + paths.DaemonTailscaleSocket +
+	": install Tailscale and run `tailscale up --login-server URL`, or start `headcni-daemon tailscaled`")

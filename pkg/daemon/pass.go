@@ -1,0 +1,143 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+// The parts of a node in the order in which they are made right: the guard stands before anything can be routed, the
+// tailnet learns of the pods when they are safe, and the runtime when everything else is.
+const (
+	partConfig   = "config"
+	partFirewall = "firewall"
+	partRoutes   = "routes"
+	partTailnet  = "tailnet"
+	partPrefs    = "prefs"
+	partApproval = "approval"
+	partConflist = "conflist"
+)
+
+var partNames = []string{partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist}
+
+// pass observes, plans and applies once. It reports whether everything is right.
+func (d *Daemon) pass(ctx context.Context) bool {
+	o, err := d.observe(ctx)
+	var p plan
+	if err == nil {
+		p, err = makePlan(d.cfg, o, d.saved)
+	}
+	if o.tailnet != nil {
+		d.metrics.Peers(o.tailnet.PathCounts())
+	}
+	return d.board.run(ctx, []part{
+		{name: partConfig, run: func(context.Context) ([]string, error) {
+			if err != nil {
+				return nil, err
+			}
+			return nil, d.remember(func(s *state) { s.Mode, s.TunName, s.TunMTU = o.settled() })
+		}},
+		{name: partFirewall, needs: []string{partConfig}, run: func(ctx context.Context) ([]string, error) {
+			return d.tables.Sync(ctx, p.firewall)
+		}},
+		{name: partRoutes, needs: []string{partFirewall}, run: func(ctx context.Context) ([]string, error) {
+			return d.syncRoutes(ctx, p)
+		}},
+		{name: partTailnet, needs: []string{partRoutes}, run: func(ctx context.Context) ([]string, error) {
+			return d.member.join(ctx, o)
+		}},
+		{name: partPrefs, needs: []string{partTailnet}, run: func(ctx context.Context) ([]string, error) {
+			return d.syncPrefs(ctx, p)
+		}},
+		{name: partApproval, needs: []string{partPrefs}, run: func(ctx context.Context) ([]string, error) {
+			return d.member.approve(ctx, o.tailnet.Self, p.prefs)
+		}},
+		{name: partConflist, needs: []string{partPrefs}, run: func(context.Context) ([]string, error) {
+			return d.syncConflist(p)
+		}},
+	})
+}
+
+// settled is what later passes, and a boot without tailscaled, go by.
+func (o observation) settled() (mode, tun string, mtu int) {
+	if o.tailnet == nil {
+		return "", o.tun, o.tunMTU
+	}
+	return o.mode, o.tun, o.tunMTU
+}
+
+// remember changes the saved state and writes it before what it describes is done.
+func (d *Daemon) remember(change func(*state)) error {
+	next := d.saved.clone()
+	change(&next)
+	if next.Mode == "" {
+		next.Mode = d.saved.Mode
+	}
+	if err := next.save(d.saved); err != nil {
+		return fmt.Errorf("keep the daemon's state: %w", err)
+	}
+	d.saved = next
+	return nil
+}
+
+func (d *Daemon) syncRoutes(ctx context.Context, p plan) ([]string, error) {
+	found, err := d.node.Saved()
+	if err != nil {
+		return nil, err
+	}
+	if err := d.remember(func(s *state) { s.Host.Add(found) }); err != nil {
+		return nil, err
+	}
+	return d.node.Sync(ctx, p.node)
+}
+
+func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
+	have, err := d.member.client.Prefs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = d.remember(func(s *state) {
+		if s.Prefs == nil {
+			found := have.Saved(p.prefs)
+			s.Prefs = &found
+		}
+		for _, r := range p.prefs.AdvertiseRoutes {
+			if !slices.Contains(s.Advertised, r) {
+				s.Advertised = append(s.Advertised, r)
+			}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	changes, _, err := d.member.client.EnsurePrefs(ctx, p.prefs)
+	if err != nil {
+		return changes, err
+	}
+	return changes, d.remember(func(s *state) { s.Advertised = p.prefs.AdvertiseRoutes })
+}
+
+func (d *Daemon) syncConflist(p plan) ([]string, error) {
+	if _, err := os.Stat(filepath.Join(d.cfg.CNI.BinDir, "headcni")); err != nil {
+		return nil, fmt.Errorf("the CNI plugin is missing: %w; run `make install` or set cni.binDir", err)
+	}
+	changed, err := writeConflist(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
+		return d.remember(func(s *state) { s.ConflistMode = mode })
+	})
+	if changed {
+		return []string{"write " + filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName)}, err
+	}
+	return nil, err
+}
+
+// errStopped: the user's `tailscale down` is theirs to undo.
+var errStopped = errors.New("tailscaled is stopped: run `tailscale up`")
+
+// running reports whether the tailnet carries traffic.
+func running(s *tailscale.Status) bool { return s != nil && s.State == tailscale.Running }

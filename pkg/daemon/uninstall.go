@@ -1,0 +1,62 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+// Uninstall takes everything of ours off this node and puts back what was there. Pods must be gone first: theirs is the
+// network that it takes. It goes on past errors, so that running it again finishes what it could not do.
+func Uninstall(ctx context.Context, c config.Config) error {
+	if err := os.MkdirAll(paths.RunDir, 0o755); err != nil {
+		return err
+	}
+	unlock, err := lock(filepath.Join(paths.RunDir, "daemon.lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s, err := loadState()
+	if err != nil {
+		return err
+	}
+	// The conflist goes first, so that no pod starts on a node that is being taken down; the guard goes last.
+	err = errors.Join(
+		removeConflist(c.CNI.ConfDir, s.ConflistMode),
+		restorePrefs(ctx, c, s),
+		removeNetwork(ctx, s),
+	)
+	if err != nil {
+		return fmt.Errorf("uninstall: %w", err)
+	}
+	return errors.Join(removeFile(statePath()), os.RemoveAll(paths.IPAMDir), removeFile(paths.DaemonSocket))
+}
+
+// restorePrefs gives the user's tailscaled its prefs back.
+func restorePrefs(ctx context.Context, c config.Config, s state) error {
+	if s.Prefs == nil {
+		return nil
+	}
+	_, err := tailscale.New(socketOf(c, s.Mode)).RestorePrefs(ctx, *s.Prefs, s.Advertised)
+	if errors.Is(err, tailscale.ErrUnreachable) && s.Mode == config.ModeDaemon {
+		return nil // ours, and stopped already
+	}
+	return err
+}
+
+func removeNetwork(ctx context.Context, s state) error {
+	node, err := networking.NewNode()
+	if err != nil {
+		return err
+	}
+	return errors.Join(node.Remove(ctx, s.Host), nft.New().Remove(ctx))
+}
