@@ -1,0 +1,225 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config"
+)
+
+// Options say what a lab is to be. The zero value is two nodes, the first in host mode, the second in daemon mode.
+type Options struct {
+	Nodes int
+	// Modes are those of the nodes, in turn: config.ModeHost or config.ModeDaemon.
+	Modes []string
+	// Bin is the folder of our programs; empty means $HEADCNI_BIN.
+	Bin string
+	// Tools are the folders of the real parts, separated by colons; empty means $HEADCNI_TOOLS.
+	Tools string
+	// UnderlayMTU in bytes, 0 = 1500.
+	UnderlayMTU int
+	// Batch is how long Headscale gathers changes, 0 = 10 ms (its own default is 500 ms).
+	Batch time.Duration
+	// Configure may change what is to be a node's daemon.yaml.
+	Configure func(n *Node, c map[string]any)
+	// Step, if set, is told when a step of the set-up is done.
+	Step func(what string, took time.Duration)
+}
+
+func (o Options) withDefaults() Options {
+	if o.Nodes == 0 {
+		o.Nodes = 2
+	}
+	if len(o.Modes) == 0 {
+		o.Modes = []string{config.ModeHost, config.ModeDaemon}
+	}
+	if o.Bin == "" {
+		o.Bin = os.Getenv(BinEnv)
+	}
+	if o.Tools == "" {
+		o.Tools = os.Getenv(ToolsEnv)
+	}
+	if o.UnderlayMTU == 0 {
+		o.UnderlayMTU = 1500
+	}
+	if o.Batch == 0 {
+		o.Batch = 10 * time.Millisecond
+	}
+	if o.Step == nil {
+		o.Step = func(string, time.Duration) {}
+	}
+	return o
+}
+
+// Lab is a running world. Its methods may be called from several goroutines unless said otherwise.
+type Lab struct {
+	Dir     string
+	Control *Control
+	Nodes   []*Node
+
+	opt  Options
+	lock *os.File
+}
+
+// New builds a world and waits until pods can be started on every node and reach each other. Leftovers of labs that
+// were killed are removed first.
+func New(ctx context.Context, opt Options) (_ *Lab, err error) {
+	if err := opt.Check(); err != nil {
+		return nil, err
+	}
+	l := &Lab{opt: opt.withDefaults()}
+	if l.Dir, l.lock, err = newWorldDir(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	for _, s := range []struct {
+		what string
+		do   func(context.Context) error
+	}{
+		{"namespaces for a control host and %d nodes, joined by a bridge", l.makeMachines},
+		{"Headscale, with its relay, on the control host", l.startControl},
+		{"%d nodes in the tailnet, their networks programmed by headcni-daemon", l.startNodes},
+	} {
+		began := time.Now()
+		if err := s.do(ctx); err != nil {
+			return nil, err
+		}
+		what := s.what
+		if strings.Contains(what, "%d") {
+			what = fmt.Sprintf(what, l.opt.Nodes)
+		}
+		l.opt.Step(what, time.Since(began))
+	}
+	return l, nil
+}
+
+// each calls do for 0 to n-1 at once and joins the errors.
+func each(n int, do func(int) error) error {
+	errs := make([]error, n)
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() { errs[i] = do(i) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// makeMachines makes the namespaces of the control host and the nodes.
+func (l *Lab) makeMachines(ctx context.Context) error {
+	var hosts strings.Builder
+	names := []string{"control"}
+	for i := range l.opt.Nodes {
+		names = append(names, fmt.Sprintf("node-%d", i+1))
+	}
+	for i, name := range names {
+		n := 1
+		if i > 0 {
+			n = i + 10
+		}
+		for _, a := range underlayAddrs(n) {
+			fmt.Fprintf(&hosts, "%s %s\n", a.Addr(), name)
+		}
+	}
+	machines := make([]*Machine, len(names))
+	err := each(len(names), func(i int) (err error) {
+		machines[i], err = newMachine(ctx, l.Dir, names[i], hosts.String(), l.opt.path(), l.lock)
+		return err
+	})
+	// What was made is handed over even after an error, for Close.
+	if machines[0] != nil {
+		l.Control = &Control{Machine: machines[0]}
+	}
+	for _, m := range machines[1:] {
+		if m != nil {
+			l.Nodes = append(l.Nodes, &Node{Machine: m, lab: l})
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return l.wire()
+}
+
+// wire makes the underlay.
+func (l *Lab) wire() error {
+	if err := l.Control.addBridge(l.opt.UnderlayMTU); err != nil {
+		return err
+	}
+	for i, n := range l.Nodes {
+		if err := n.plugIn(i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *Lab) startControl(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("Headscale did not answer within 30 s"))
+	defer cancel()
+	return l.Control.setUp(ctx, l.opt.Batch)
+}
+
+// startNodes starts tailscaled and the daemon on every node and waits until all is as it should be.
+func (l *Lab) startNodes(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 60*time.Second, errors.New("the nodes were not ready within 60 s"))
+	defer cancel()
+	return each(len(l.Nodes), func(i int) error {
+		n := l.Nodes[i]
+		if err := n.setUp(); err != nil {
+			return err
+		}
+		if err := n.StartTailscaled(); err != nil {
+			return err
+		}
+		if err := n.WaitSocket(ctx); err != nil {
+			return err
+		}
+		if err := n.StartDaemon(); err != nil {
+			return err
+		}
+		if err := n.WaitReady(ctx); err != nil {
+			return err
+		}
+		return n.WaitRoutes(ctx)
+	})
+}
+
+// Close ends the world: every process in it, every namespace, and its folder.
+func (l *Lab) Close() error {
+	var wg sync.WaitGroup
+	for _, m := range l.machines() {
+		wg.Go(m.stop)
+	}
+	wg.Wait()
+	err := os.RemoveAll(l.Dir)
+	l.lock.Close()
+	return err
+}
+
+// machines are the control host and the nodes, as far as they were made.
+func (l *Lab) machines() []*Machine {
+	var ms []*Machine
+	if l.Control != nil {
+		ms = append(ms, l.Control.Machine)
+	}
+	for _, n := range l.Nodes {
+		ms = append(ms, n.Machine)
+	}
+	return ms
+}
+
+// Logs are the log files so far, for whoever wants to know what went wrong.
+func (l *Lab) Logs() []string {
+	files, _ := filepath.Glob(filepath.Join(l.Dir, "*", "*.log")) // the pattern is well-formed
+	return files
+}

@@ -1,0 +1,222 @@
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+)
+
+// hostTun is the tun of a host's own tailscaled, as upstream's unit has it.
+const hostTun = "tailscale0"
+
+// Node is a machine that joins the tailnet and holds pods.
+type Node struct {
+	*Machine
+	// Mode is config.ModeHost or config.ModeDaemon.
+	Mode string
+	// PodCIDRs are the node's own, an IPv4 and an IPv6 one.
+	PodCIDRs []netip.Prefix
+	// Underlay are the node's addresses on the underlay, IPv4 first.
+	Underlay []netip.Addr
+	// Tun is the name of tailscaled's interface, Port the one of the node on the underlay bridge.
+	Tun, Port string
+
+	Tailscaled, Daemon *Process
+
+	lab *Lab
+}
+
+// plugIn says what node number i, from 0, is to be and plugs it into the underlay.
+func (n *Node) plugIn(i int) error {
+	n.Mode, n.Port, n.Tun = n.lab.opt.Modes[i%len(n.lab.opt.Modes)], "port"+strconv.Itoa(i+1), hostTun
+	if n.Mode == config.ModeDaemon {
+		n.Tun = "headcni01"
+	}
+	host := i + 11
+	for _, a := range underlayAddrs(host) {
+		n.Underlay = append(n.Underlay, a.Addr())
+	}
+	n.PodCIDRs = podCIDRs(i + 1)
+	return n.plug(n.lab.Control.Machine, n.Port, host, n.lab.opt.UnderlayMTU)
+}
+
+// setUp gives the node the plugins and a configuration, as an administrator would.
+func (n *Node) setUp() error {
+	if err := n.install(); err != nil {
+		return err
+	}
+	return n.configureDaemon()
+}
+
+// podCIDRs are 10.244.N.0/24 and fd00:244:N::/64.
+func podCIDRs(n int) []netip.Prefix {
+	a4, a6 := ClusterCIDRs[0].Addr().As4(), ClusterCIDRs[1].Addr().As16()
+	a4[2], a6[5] = byte(n), byte(n)
+	return []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4(a4), 24), netip.PrefixFrom(netip.AddrFrom16(a6), 64)}
+}
+
+// install links the plugins into the node's CNI folder.
+func (n *Node) install() error {
+	for name, path := range n.lab.plugins() {
+		if err := os.Symlink(path, filepath.Join(n.Path(paths.CNIBinDir), name)); err != nil {
+			return fmt.Errorf("install %s on %s: %w", name, n.Name, err)
+		}
+	}
+	return nil
+}
+
+// configureDaemon writes the API key and daemon.yaml.
+func (n *Node) configureDaemon() error {
+	const keyFile = "/etc/headcni/api-key"
+	if err := os.WriteFile(n.Path(keyFile), []byte(n.lab.Control.APIKey+"\n"), 0o600); err != nil {
+		return err
+	}
+	c := object{
+		"headscale": object{"url": n.lab.Control.URL, "apiKeyFile": keyFile},
+		"tailscale": object{"mode": n.Mode},
+		"network":   object{"podCIDRs": n.PodCIDRs, "clusterCIDRs": ClusterCIDRs},
+	}
+	if n.lab.opt.Configure != nil {
+		n.lab.opt.Configure(n, c)
+	}
+	b, err := json.Marshal(c) // JSON is valid YAML
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(n.Path(paths.ConfigFile), b, 0o644)
+}
+
+// tailscaledEnv makes an offline tailnet work: the embedded DERP server speaks plain HTTP here.
+func tailscaledEnv() []string {
+	return []string{"TS_DEBUG_USE_DERP_HTTP=true", "TS_NO_LOGS_NO_SUPPORT=true"}
+}
+
+// StartTailscaled starts the node's tailscaled: the host's own, or in daemon mode the dedicated one.
+func (n *Node) StartTailscaled() (err error) {
+	if n.Mode == config.ModeDaemon {
+		env := append(tailscaledEnv(), "HEADCNI_TAILSCALED="+n.lab.dedicatedTailscaled())
+		n.Tailscaled, err = n.Start(n.lab.ours("headcni-daemon"), env, "tailscaled")
+		return err
+	}
+	// As the unit in tailscale's packages has it.
+	if err := os.MkdirAll(n.Path("/run/tailscale"), 0o755); err != nil {
+		return err
+	}
+	n.Tailscaled, err = n.Start("tailscaled", tailscaledEnv(), "--state=/var/lib/tailscale/tailscaled.state",
+		"--socket="+paths.HostTailscaleSocket, "--tun="+hostTun, "--port=41641", "--no-logs-no-support")
+	return err
+}
+
+// Socket is the LocalAPI socket of the node's tailscaled, on the node.
+func (n *Node) Socket() string {
+	if n.Mode == config.ModeDaemon {
+		return paths.DaemonTailscaleSocket
+	}
+	return paths.HostTailscaleSocket
+}
+
+// WaitSocket waits until tailscaled listens: mode auto looks for it once.
+func (n *Node) WaitSocket(ctx context.Context) error {
+	return until(ctx, 10*time.Millisecond, n.Tailscaled, func() error {
+		c, err := net.Dial("unix", n.Path(n.Socket()))
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	})
+}
+
+// StartDaemon starts headcni-daemon. It does not wait; see WaitReady.
+func (n *Node) StartDaemon() (err error) {
+	n.Daemon, err = n.Start(n.lab.ours("headcni-daemon"), nil, "run")
+	return err
+}
+
+// WaitReady waits until the daemon says that every part of the node is right.
+func (n *Node) WaitReady(ctx context.Context) error {
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}}
+	err := until(ctx, 20*time.Millisecond, n.Daemon, func() error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:9669/readyz", nil)
+		if err != nil {
+			return err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			body, err := io.ReadAll(resp.Body)
+			return errors.Join(errors.New(string(body)), err)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("wait until %s is ready: %w", n.Name, err)
+	}
+	return nil
+}
+
+// TailnetAddrs are the addresses of the tun, IPv4 first. They are gone while tailscaled is dead.
+func (n *Node) TailnetAddrs() ([]netip.Addr, error) {
+	link, err := n.Net.LinkByName(n.Tun)
+	if err != nil {
+		return nil, fmt.Errorf("look for %s on %s: %w", n.Tun, n.Name, err)
+	}
+	var addrs []netip.Addr
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := n.Net.AddrList(link, family)
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range list {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok && !ip.Unmap().IsLinkLocalUnicast() {
+				addrs = append(addrs, ip.Unmap())
+			}
+		}
+	}
+	return addrs, nil
+}
+
+// WaitRoutes waits until the kernel sends what is meant for the pods of all other nodes into the tun.
+func (n *Node) WaitRoutes(ctx context.Context) error {
+	link, err := n.Net.LinkByName(n.Tun)
+	if err != nil {
+		return err
+	}
+	for _, other := range n.lab.Nodes {
+		if other == n {
+			continue
+		}
+		for _, cidr := range other.PodCIDRs {
+			err := until(ctx, 10*time.Millisecond, n.Tailscaled, func() error {
+				routes, err := n.Net.RouteGet(cidr.Addr().Next().AsSlice())
+				if err != nil {
+					return err
+				}
+				if len(routes) != 1 || routes[0].LinkIndex != link.Attrs().Index {
+					return fmt.Errorf("not through %s", n.Tun)
+				}
+				return nil
+			})
+			if err != nil {
+				return fmt.Errorf("wait on %s for a route to %s: %w", n.Name, cidr, err)
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,112 @@
+package lab
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// The underlay is one Ethernet segment, a bridge on the control host, with addresses that RFC 5737 and RFC 3849 set
+// aside for documentation: they are nobody's, and in no range that tailscaled or HeadCNI treats specially.
+const bridgeName = "underlay"
+
+var (
+	underlay4 = netip.MustParsePrefix("192.0.2.0/24")
+	underlay6 = netip.MustParsePrefix("2001:db8:2::/64")
+)
+
+// underlayAddrs are the addresses of host number n, 1 to 254.
+func underlayAddrs(n int) []netip.Prefix {
+	a4, a6 := underlay4.Addr().As4(), underlay6.Addr().As16()
+	a4[3], a6[15] = byte(n), byte(n)
+	return []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4(a4), underlay4.Bits()), netip.PrefixFrom(netip.AddrFrom16(a6), underlay6.Bits())}
+}
+
+// setSysctl writes below /proc/sys in the machine's network namespace.
+func (m *Machine) setSysctl(key, value string) error {
+	// /proc/sys/net shows the network namespace of the thread that opens it.
+	return m.Do(func() error {
+		if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0o644); err != nil {
+			return fmt.Errorf("on %s: set %s: %w", m.Name, key, err)
+		}
+		return nil
+	})
+}
+
+// addBridge makes the underlay on the control host, which is host 1 on it.
+func (m *Machine) addBridge(mtu int) error {
+	snooping := false // it would hold neighbour discovery back until its first query
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName, MTU: mtu}, MulticastSnooping: &snooping}
+	if err := m.Net.LinkAdd(bridge); err != nil {
+		return fmt.Errorf("add the underlay bridge: %w", err)
+	}
+	return m.configure(bridgeName, underlayAddrs(1), nil)
+}
+
+// plug connects host number n to the underlay of control by a veth pair eth0 - port.
+func (m *Machine) plug(control *Machine, port string, n, mtu int) error {
+	bridge, err := control.Net.LinkByName(bridgeName)
+	if err != nil {
+		return err
+	}
+	veth := &netlink.Veth{
+		LinkAttrs:     netlink.LinkAttrs{Name: port, MTU: mtu, MasterIndex: bridge.Attrs().Index},
+		PeerName:      "eth0",
+		PeerMTU:       uint32(mtu),
+		PeerNamespace: netlink.NsFd(int(m.ns.net.Fd())),
+	}
+	if err := control.Net.LinkAdd(veth); err != nil {
+		return fmt.Errorf("plug %s into the underlay: %w", m.Name, err)
+	}
+	if err := control.configure(port, nil, nil); err != nil {
+		return err
+	}
+	return m.configure("eth0", underlayAddrs(n), underlayAddrs(1))
+}
+
+// configure sets a link up with addresses and default routes through gateways.
+func (m *Machine) configure(name string, addrs, gateways []netip.Prefix) error {
+	link, err := m.Net.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	if err := m.Net.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set %s up: %w", name, err)
+	}
+	for _, a := range addrs {
+		addr := &netlink.Addr{IPNet: netipNet(a)}
+		if a.Addr().Is6() {
+			addr.Flags = unix.IFA_F_NODAD // usable at once
+		}
+		if err := m.Net.AddrAdd(link, addr); err != nil {
+			return fmt.Errorf("add %s to %s: %w", a, name, err)
+		}
+	}
+	for _, g := range gateways {
+		route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: g.Addr().AsSlice()}
+		if err := m.Net.RouteAdd(route); err != nil {
+			return fmt.Errorf("add default route via %s: %w", g.Addr(), err)
+		}
+	}
+	return nil
+}
+
+// haveAll says which programs are missing in PATH.
+func haveAll(path string, names ...string) (missing []string) {
+	m := Machine{env: []string{"PATH=" + path}}
+	for _, n := range names {
+		if _, err := exec.LookPath(m.find(n)); err != nil {
+			missing = append(missing, n)
+		}
+	}
+	return missing
+}
+
+func netipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
