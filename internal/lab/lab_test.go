@@ -1,0 +1,218 @@
+package lab
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/nstest"
+)
+
+// victimEnv makes the test binary build a lab and wait to be killed.
+const victimEnv = "HEADCNI_LAB_TEST_VICTIM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(victimEnv) != "" {
+		victim()
+	}
+	nstest.Main(m)
+}
+
+func victim() {
+	l, err := newMachines(context.Background(), Options{})
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println(l.Dir)
+	for _, m := range l.machines() {
+		fmt.Println(m.holder.Process.Pid)
+	}
+	select {}
+}
+
+// newMachines makes machines on an underlay: a lab without Headscale, tailscaled and daemons.
+func newMachines(ctx context.Context, opt Options) (*Lab, error) {
+	l := &Lab{opt: opt.withDefaults()}
+	var err error
+	if l.Dir, l.lock, err = newWorldDir(); err != nil {
+		return nil, err
+	}
+	if err := l.makeMachines(ctx); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+func bare(t *testing.T) *Lab {
+	t.Helper()
+	nstest.Require(t)
+	l, err := newMachines(t.Context(), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return l
+}
+
+func TestUnderlay(t *testing.T) {
+	t.Setenv(DirEnv, t.TempDir())
+	l := bare(t)
+	a, b := l.Nodes[0], l.Nodes[1]
+	for _, addr := range b.Underlay {
+		s, err := StartStream(t.Context(), "a to b", a, b, addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(200 * time.Millisecond)
+		if r := s.Stop(); r.Sent < 10 || r.Lost > 0 {
+			t.Errorf("%s: %+v", addr, r)
+		}
+		if rate, err := Throughput(t.Context(), a, b, addr, 200*time.Millisecond); err != nil || rate < 1e6 {
+			t.Errorf("%s: %.0f bit/s, %v", addr, rate, err)
+		}
+	}
+	if out, err := a.Run(t.Context(), "hostname"); err != nil || out != "node-1\n" {
+		t.Errorf("host name %q, %v", out, err)
+	}
+	for _, dir := range []string{"/etc/cni/net.d", "/opt/cni/bin", "/var/lib/headcni"} {
+		if files, err := os.ReadDir(a.Path(dir)); err != nil || len(files) > 0 {
+			t.Errorf("%s on a new node: %v, %v", dir, files, err)
+		}
+	}
+}
+
+// A stream over a path that is cut must show it.
+func TestStreamSeesCut(t *testing.T) {
+	t.Setenv(DirEnv, t.TempDir())
+	l := bare(t)
+	a, b := l.Nodes[0], l.Nodes[1]
+	s, err := StartStream(t.Context(), "a to b", a, b, b.Underlay[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond)
+	link, err := l.Control.Net.LinkByName(a.Port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Off the bridge: with the link down the kernel would keep the datagrams for later.
+	if err := l.Control.Net.LinkSetNoMaster(link); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(300 * time.Millisecond)
+	bridge, err := l.Control.Net.LinkByName(bridgeName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Control.Net.LinkSetMaster(link, bridge); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if _, err := s.WaitBack(ctx, time.Now()); err != nil {
+		t.Error(err)
+	}
+	if r := s.Stop(); r.Lost < 20 || r.Longest < 250*time.Millisecond {
+		t.Errorf("300 ms off the bridge: %+v", r)
+	}
+}
+
+func TestCaptureSeesClear(t *testing.T) {
+	t.Setenv(DirEnv, t.TempDir())
+	l := bare(t)
+	a, b := l.Nodes[0], l.Nodes[1]
+	c, err := l.CaptureUnderlay(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Traffic of the nodes themselves is not in clear.
+	if _, err := Throughput(t.Context(), a, b, b.Underlay[0], 100*time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	if n := c.Clear(); n != 0 {
+		t.Errorf("%d packets in clear before there was one", n)
+	}
+	for i := range a.PodCIDRs {
+		if err := l.SendClear(a, a.PodCIDRs[i].Addr().Next(), b.PodCIDRs[i].Addr().Next()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := c.Stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Clear != 2 || got.Total < 10 || len(got.Examples) != 2 || got.Examples[0] != "10.244.1.1 > 10.244.2.1" {
+		t.Errorf("captured %+v", got)
+	}
+}
+
+func TestKilledLabVanishes(t *testing.T) {
+	nstest.Require(t)
+	t.Setenv(DirEnv, t.TempDir())
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), victimEnv+"=1")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	scan := bufio.NewScanner(out)
+	var lines []string
+	for len(lines) < 4 && scan.Scan() {
+		lines = append(lines, scan.Text())
+	}
+	if len(lines) != 4 {
+		t.Fatalf("the victim said %q", lines)
+	}
+	dir := lines[0]
+	second := bare(t) // beside the first
+	if _, err := os.Stat(dir); err != nil {
+		t.Fatalf("a second lab took the folder of a living one: %v", err)
+	}
+	if second.Dir == dir {
+		t.Fatal("two labs in one folder")
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // killed
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for _, pid := range lines[1:] {
+		if err := until(ctx, 10*time.Millisecond, nil, func() error { return gone(pid) }); err != nil {
+			t.Error(err)
+		}
+	}
+	bare(t)
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the folder of the killed lab: %v", err)
+	}
+	if _, err := os.Stat(second.Dir); err != nil {
+		t.Errorf("the folder of the living lab: %v", err)
+	}
+}
+
+// gone tells whether a process has ended; an orphan that nobody reaps (the test may be PID 1) has.
+func gone(pid string) error {
+	b, err := os.ReadFile("/proc/" + pid + "/stat")
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) || strings.Contains(string(b), ") Z ") {
+		return nil
+	}
+	return fmt.Errorf("process %s: %.60s, %w", pid, b, errors.Join(err, errors.New("still there")))
+}
