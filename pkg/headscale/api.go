@@ -1,0 +1,326 @@
+package headscale
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config/secret"
+)
+
+// ID is a number that Headscale's JSON has as a string.
+type ID uint64
+
+// UnmarshalJSON takes a string or a number.
+func (i *ID) UnmarshalJSON(b []byte) error {
+	s := strings.Trim(string(b), `"`)
+	if s == "" || s == "null" {
+		return nil
+	}
+	n, err := strconv.ParseUint(s, 10, 64)
+	*i = ID(n)
+	return err
+}
+
+// MarshalJSON writes a string.
+func (i ID) MarshalJSON() ([]byte, error) { return json.Marshal(i.String()) }
+
+func (i ID) String() string { return strconv.FormatUint(uint64(i), 10) }
+
+// Node is a machine of the tailnet.
+type Node struct {
+	ID ID
+	// Name is the name in MagicDNS, Hostname what the machine calls itself.
+	Name, Hostname string
+	// NodeKey is nodekey:<hex>, as tailscaled's status has it.
+	NodeKey  string
+	User     string
+	IPs      []netip.Addr
+	Tags     []string
+	Online   bool
+	LastSeen time.Time
+	Created  time.Time
+	// Expiry is the zero time where the key never expires.
+	Expiry time.Time
+	// Approved routes may be used, Available ones are advertised, Primary ones are those that peers use now.
+	Approved, Available, Primary []netip.Prefix
+	// Method of registration, such as REGISTER_METHOD_AUTH_KEY.
+	Method string
+}
+
+// wireNode is the server's node. Up to 0.27 the tags were in three lists.
+type wireNode struct {
+	ID                                            ID
+	Name, GivenName, NodeKey                      string
+	User                                          struct{ Name string }
+	IPAddresses                                   []netip.Addr
+	Tags, ForcedTags, ValidTags                   []string
+	Online                                        bool
+	LastSeen, Expiry, CreatedAt                   *time.Time
+	ApprovedRoutes, AvailableRoutes, SubnetRoutes []netip.Prefix
+	RegisterMethod                                string
+}
+
+func (w wireNode) node() Node {
+	n := Node{
+		ID: w.ID, Name: w.GivenName, Hostname: w.Name, NodeKey: w.NodeKey, User: w.User.Name, IPs: w.IPAddresses,
+		Tags: slices.Concat(w.Tags, w.ForcedTags, w.ValidTags), Online: w.Online,
+		LastSeen: timeOf(w.LastSeen), Expiry: timeOf(w.Expiry), Created: timeOf(w.CreatedAt),
+		Approved: w.ApprovedRoutes, Available: w.AvailableRoutes, Primary: w.SubnetRoutes, Method: w.RegisterMethod,
+	}
+	slices.Sort(n.Tags)
+	n.Tags = slices.Compact(n.Tags)
+	return n
+}
+
+// timeOf maps the ways to say "never" to the zero time.
+func timeOf(t *time.Time) time.Time {
+	if t == nil || t.Year() <= 1970 {
+		return time.Time{}
+	}
+	return *t
+}
+
+// Health is what an unauthenticated look at the server tells.
+type Health struct {
+	// Version is "" before 0.27.
+	Version string
+	// Skew is the server's clock minus ours, to the second.
+	Skew time.Duration
+}
+
+// Health asks whether the server is up. It needs no key.
+func (c *Client) Health(ctx context.Context) (Health, error) {
+	var h Health
+	if err := c.do(ctx, call{method: "GET", path: "/health"}); err != nil {
+		return h, fmt.Errorf("check Headscale: %w", err)
+	}
+	var v struct{ Version string }
+	err := c.do(ctx, call{method: "GET", path: "/version", out: &v})
+	if errors.Is(err, ErrUnreachable) || ctx.Err() != nil {
+		return h, fmt.Errorf("check Headscale: %w", err)
+	}
+	h.Version = v.Version // a server without the page is no less healthy
+	return h, nil
+}
+
+// Kind is what a key is good for.
+type Kind string
+
+// Kinds of keys.
+const (
+	KindAPI     Kind = "API key"
+	KindPreAuth Kind = "pre-auth key"
+)
+
+// KindByPrefix tells the kind by the prefixes that Headscale has given since 0.28 (and Tailscale always). ok is false
+// where only the server can tell.
+func KindByPrefix(key secret.Secret) (kind Kind, ok bool) {
+	for prefix, k := range map[string]Kind{
+		"hskey-api-": KindAPI, "hskey-auth-": KindPreAuth, "tskey-api-": KindAPI, "tskey-auth-": KindPreAuth,
+	} {
+		if strings.HasPrefix(key.Reveal(), prefix) {
+			return k, true
+		}
+	}
+	return "", false
+}
+
+// Kind tells whether the client's key is an API key: by its prefix, else by trying it. A key that the server does not
+// take as an API key and that has the form of one (prefix, dot, secret) is wrong or expired: ErrUnauthorized.
+func (c *Client) Kind(ctx context.Context) (Kind, error) {
+	if k, ok := KindByPrefix(c.key); ok {
+		return k, nil
+	}
+	_, err := c.APIKeys(ctx)
+	switch {
+	case err == nil:
+		return KindAPI, nil
+	case errors.Is(err, ErrUnauthorized) && !strings.Contains(c.key.Reveal(), "."):
+		return KindPreAuth, nil
+	}
+	return "", fmt.Errorf("find out what kind of key this is: %w", err)
+}
+
+// Nodes lists all nodes.
+func (c *Client) Nodes(ctx context.Context) ([]Node, error) {
+	var out struct{ Nodes []wireNode }
+	if err := c.do(ctx, call{method: "GET", path: "/api/v1/node", out: &out}); err != nil {
+		return nil, fmt.Errorf("list Headscale's nodes: %w", err)
+	}
+	nodes := make([]Node, 0, len(out.Nodes))
+	for _, w := range out.Nodes {
+		nodes = append(nodes, w.node())
+	}
+	return nodes, nil
+}
+
+// Node reads one node. ErrNotFound.
+func (c *Client) Node(ctx context.Context, id ID) (Node, error) {
+	var out struct{ Node wireNode }
+	if err := c.do(ctx, call{method: "GET", path: nodePath(id), out: &out}); err != nil {
+		return Node{}, fmt.Errorf("read node %s from Headscale: %w", id, err)
+	}
+	return out.Node.node(), nil
+}
+
+// NodeByKey finds the node with a node key as tailscaled's status has it. ErrNotFound: it was deleted there.
+func (c *Client) NodeByKey(ctx context.Context, nodeKey string) (Node, error) {
+	nodes, err := c.Nodes(ctx)
+	if err != nil {
+		return Node{}, err
+	}
+	for _, n := range nodes {
+		if nodeKey != "" && n.NodeKey == nodeKey {
+			return n, nil
+		}
+	}
+	return Node{}, fmt.Errorf("find the node with key %.20s...: %w", nodeKey, ErrNotFound)
+}
+
+func nodePath(id ID) string { return "/api/v1/node/" + id.String() }
+
+// ApproveRoutes makes the own prefixes approved routes of a node and takes stale ones back, whatever else is approved
+// staying so. It reports whether it changed something. ErrNotFound.
+//
+// The server knows only the whole set, so this is read, merge, write: a change by somebody else in between is lost, as
+// with every client.
+func (c *Client) ApproveRoutes(ctx context.Context, id ID, own, stale []netip.Prefix) (changed bool, err error) {
+	n, err := c.Node(ctx, id)
+	if err != nil {
+		return false, err
+	}
+	want, changed := mergeRoutes(n.Approved, own, stale)
+	if !changed {
+		return false, nil
+	}
+	var out struct{ Node wireNode }
+	err = c.do(ctx, call{
+		method: "POST", path: nodePath(id) + "/approve_routes", body: map[string]any{"routes": want}, out: &out,
+	})
+	if err != nil {
+		return false, fmt.Errorf("approve %v for node %s: %w", own, n.Name, err)
+	}
+	for _, p := range own {
+		if !slices.Contains(out.Node.ApprovedRoutes, p) {
+			return true, fmt.Errorf("approve %v for node %s: Headscale took the request and approved only %v", own, n.Name, out.Node.ApprovedRoutes)
+		}
+	}
+	return true, nil
+}
+
+// mergeRoutes is (have without stale) with own. It does no I/O.
+func mergeRoutes(have, own, stale []netip.Prefix) ([]netip.Prefix, bool) {
+	out := []netip.Prefix{} // [] in JSON, never null
+	for _, p := range have {
+		if slices.Contains(own, p) || !slices.Contains(stale, p) {
+			out = append(out, p)
+		}
+	}
+	for _, p := range own {
+		if !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out, !slices.Equal(out, have)
+}
+
+// RenameNode sets a node's name in MagicDNS. ErrNotFound.
+func (c *Client) RenameNode(ctx context.Context, id ID, name string) error {
+	err := c.do(ctx, call{method: "POST", path: nodePath(id) + "/rename/" + url.PathEscape(name)})
+	return wrap(err, "rename node %s to %s", id, name)
+}
+
+// DeleteNode removes a node. ErrNotFound where it is gone.
+func (c *Client) DeleteNode(ctx context.Context, id ID) error {
+	return wrap(c.do(ctx, call{method: "DELETE", path: nodePath(id)}), "delete node %s", id)
+}
+
+// DisableExpiry makes a node's key valid for ever, also one that has expired. Since 0.29; an older server ignores the
+// wish and expires the node, so this refuses there.
+func (c *Client) DisableExpiry(ctx context.Context, id ID) error {
+	h, err := c.Health(ctx)
+	if err != nil {
+		return err
+	}
+	if !atLeast(h.Version, 0, 29) {
+		return fmt.Errorf("disable the key expiry of node %s: Headscale %s cannot; tag the node instead (headscale nodes tag), or upgrade to 0.29", id, h.Version)
+	}
+	err = c.do(ctx, call{method: "POST", path: nodePath(id) + "/expire?disableExpiry=true"})
+	return wrap(err, "disable the key expiry of node %s", id)
+}
+
+// atLeast compares a version such as v0.29.3. One that cannot be read is a development build, taken for new.
+func atLeast(version string, major, minor int) bool {
+	if version == "" {
+		return false
+	}
+	var a, b int
+	if n, _ := fmt.Sscanf(strings.TrimPrefix(version, "v"), "%d.%d", &a, &b); n != 2 {
+		return true
+	}
+	return a > major || a == major && b >= minor
+}
+
+// Policy reads the policy's HuJSON text. ErrNotFound where there is none.
+func (c *Client) Policy(ctx context.Context) (string, error) {
+	var out struct{ Policy string }
+	err := c.do(ctx, call{method: "GET", path: "/api/v1/policy", out: &out})
+	var e *Error
+	if errors.As(err, &e) && strings.Contains(e.Message, "policy not found") {
+		e.kind = ErrNotFound
+	}
+	if err != nil {
+		return "", fmt.Errorf("read Headscale's policy: %w", err)
+	}
+	return out.Policy, nil
+}
+
+// APIKey is the description of an API key, without its secret.
+type APIKey struct {
+	ID         ID
+	Prefix     string
+	Expiration time.Time
+	CreatedAt  time.Time
+}
+
+// APIKeys lists the API keys. The client's own is the one whose prefix it begins with; see OwnAPIKey.
+func (c *Client) APIKeys(ctx context.Context) ([]APIKey, error) {
+	var out struct{ APIKeys []APIKey }
+	if err := c.do(ctx, call{method: "GET", path: "/api/v1/apikey", out: &out}); err != nil {
+		return nil, fmt.Errorf("list Headscale's API keys: %w", err)
+	}
+	return out.APIKeys, nil
+}
+
+// OwnAPIKey finds the description of the client's own key, for its expiration. ErrNotFound.
+func (c *Client) OwnAPIKey(ctx context.Context) (APIKey, error) {
+	keys, err := c.APIKeys(ctx)
+	if err != nil {
+		return APIKey{}, err
+	}
+	// 0.28 lists hskey-api-<12 characters>-***, older versions the part before the dot.
+	for _, k := range keys {
+		if p := strings.TrimSuffix(k.Prefix, "***"); p != "" && strings.HasPrefix(c.key.Reveal(), p) {
+			return k, nil
+		}
+		if p := "hskey-api-" + k.Prefix; k.Prefix != "" && strings.HasPrefix(c.key.Reveal(), p) {
+			return k, nil
+		}
+	}
+	return APIKey{}, fmt.Errorf("find the own API key: %w", ErrNotFound)
+}
+
+func wrap(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf(format+": %w", append(args, err)...)
+}

@@ -1,0 +1,174 @@
+// Package headscale is a thin client of Headscale's REST API, versions 0.26 to 0.29 and the error format of 0.30.
+//
+// It has its own types: the generated ones of Headscale's module are gRPC and go away with 0.30. The key goes into the
+// Authorization header and nowhere else, never into an error.
+package headscale
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config/secret"
+)
+
+const (
+	// callTimeout bounds a call with its retries where the caller's context does not.
+	callTimeout = 15 * time.Second
+	// tryTimeout bounds one try, so that a server that hangs leaves time for another.
+	tryTimeout = 6 * time.Second
+	// tries is how often a call is sent at most.
+	tries = 4
+	// backoff before the second try; it doubles, and a random half of it is taken off so that nodes do not retry in step.
+	backoff = 300 * time.Millisecond
+	// maxBody bounds an answer, in bytes; 10,000 nodes are about 10 MB.
+	maxBody = 128 << 20
+)
+
+// Options make a Client.
+type Options struct {
+	// URL of Headscale, as tailscaled uses it: https://headscale.example.com or http://192.0.2.1:8080.
+	URL string
+	// Key is an API key. A pre-auth key is taken too, for Kind; every other call then answers ErrUnauthorized.
+	Key secret.Secret
+	// CAFile is a PEM bundle to trust beside the system's roots, "" = none.
+	CAFile string
+	// Transport replaces the default one in tests; CAFile is then ignored.
+	Transport http.RoundTripper
+}
+
+// Client talks to one Headscale. It is safe for concurrent use.
+type Client struct {
+	base string
+	key  secret.Secret
+	http *http.Client
+}
+
+// New makes a client. It does not connect.
+func New(o Options) (*Client, error) {
+	u, err := url.Parse(strings.TrimRight(o.URL, "/"))
+	switch {
+	case err != nil:
+		return nil, errors.New("headscale.url: not a URL; write it as https://headscale.example.com")
+	case u.Scheme != "http" && u.Scheme != "https", u.Host == "":
+		return nil, fmt.Errorf("headscale.url %q: write it as https://headscale.example.com", u.Redacted())
+	case u.User != nil:
+		return nil, fmt.Errorf("headscale.url %q: must not hold a user or password", u.Redacted())
+	}
+	t := o.Transport
+	if t == nil {
+		if t, err = transport(o.CAFile); err != nil {
+			return nil, err
+		}
+	}
+	return &Client{base: u.String(), key: o.Key, http: &http.Client{Transport: t}}, nil
+}
+
+func transport(caFile string) (http.RoundTripper, error) {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.DialContext = (&net.Dialer{Timeout: 3 * time.Second}).DialContext
+	if caFile == "" {
+		return t, nil
+	}
+	pem, err := os.ReadFile(caFile)
+	if err != nil {
+		return nil, fmt.Errorf("headscale.caFile: %w", err)
+	}
+	roots, err := x509.SystemCertPool()
+	if err != nil {
+		roots = x509.NewCertPool() // a host without roots of its own: the file must do
+	}
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("headscale.caFile: no certificate in %s; it must be in PEM (-----BEGIN CERTIFICATE-----)", caFile)
+	}
+	t.TLSClientConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+	return t, nil
+}
+
+// URL of the server, without a trailing slash.
+func (c *Client) URL() string { return c.base }
+
+// call is one request to the API.
+type call struct {
+	method, path string
+	body, out    any
+	// once forbids a second try after the server may have seen the first.
+	once bool
+}
+
+// do sends a call, with retries, and decodes the answer.
+func (c *Client) do(ctx context.Context, req call) error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+	}
+	wait := backoff
+	for try := 1; ; try++ {
+		err := c.try(ctx, req)
+		if err == nil || try == tries || !retryable(err, req.once) || ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-time.After(wait - rand.N(wait/2)):
+		case <-ctx.Done():
+			return err
+		}
+		wait *= 2
+	}
+}
+
+func (c *Client) try(ctx context.Context, req call) error {
+	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
+	defer cancel()
+	var body io.Reader
+	if req.body != nil {
+		b, err := json.Marshal(req.body)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	r, err := http.NewRequestWithContext(ctx, req.method, c.base+req.path, body)
+	if err != nil {
+		return err
+	}
+	r.Header.Set("Accept", "application/json")
+	if body != nil {
+		r.Header.Set("Content-Type", "application/json")
+	}
+	if !c.key.Empty() && strings.HasPrefix(req.path, "/api/") {
+		r.Header.Set("Authorization", "Bearer "+c.key.Reveal())
+	}
+	res, err := c.http.Do(r)
+	if err != nil {
+		return c.unreachable(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, maxBody))
+	if err != nil {
+		return c.unreachable(err)
+	}
+	if res.StatusCode/100 != 2 {
+		return c.refusal(res.StatusCode, b)
+	}
+	if req.out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(b, req.out); err != nil {
+		return fmt.Errorf("%s does not answer like Headscale's API: %w; check headscale.url", c.base, err)
+	}
+	return nil
+}

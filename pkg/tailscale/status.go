@@ -1,0 +1,179 @@
+package tailscale
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Backend states of tailscaled (ipn.State).
+const (
+	NoState          = "NoState"
+	NeedsLogin       = "NeedsLogin"
+	NeedsMachineAuth = "NeedsMachineAuth"
+	Stopped          = "Stopped"
+	Starting         = "Starting"
+	Running          = "Running"
+)
+
+// Status is what tailscaled knows of itself and its peers.
+type Status struct {
+	// Version of tailscaled, such as 1.102.5-t0123456.
+	Version string
+	// State is one of the backend states above. It says Running also for a node that Headscale has deleted.
+	State string
+	// HaveNodeKey tells that it has been logged in and not logged out.
+	HaveNodeKey bool
+	// TUN is false for tailscaled --tun=userspace-networking, which can carry no pods.
+	TUN bool
+	// AuthURL is where a person would log in interactively, "" when none is asked for.
+	AuthURL string
+	// MagicDNSSuffix is the tailnet's domain, such as ts.example.com.
+	MagicDNSSuffix string
+	// Health holds what tailscaled complains of.
+	Health []string
+	Self   Peer
+	// Peers are sorted by name.
+	Peers []Peer
+}
+
+// Peer is a node of the tailnet as this one sees it.
+type Peer struct {
+	// ID is the control server's stable ID, which the bus uses too.
+	ID string
+	// NodeKey is nodekey:<hex>, as Headscale's REST API has it.
+	NodeKey string
+	// Name is the first label of the MagicDNS name, else the host name.
+	Name    string
+	DNSName string
+	OS      string
+	IPs     []netip.Addr
+	// Routes are those for which the node is primary now, without its own addresses.
+	Routes []netip.Prefix
+	// Allowed are all prefixes that WireGuard takes from the node; control sends only what is approved and primary.
+	Allowed []netip.Prefix
+	Tags    []string
+	// Online tells whether control sees the node connected. A restart of the node's tailscaled clears it for a while.
+	Online bool
+	// Active tells that packets went to it within the last minutes.
+	Active bool
+	// CurAddr is the direct UDP address in use, "" when relayed or idle.
+	CurAddr string
+	// Relay is the DERP region's code.
+	Relay string
+	// KeyExpiry is the zero time where the key never expires.
+	KeyExpiry time.Time
+	// Expired tells that the key has.
+	Expired bool
+	// ExitNode tells that this node uses the peer as its exit node.
+	ExitNode      bool
+	LastHandshake time.Time
+	// RxBytes and TxBytes count since tailscaled started.
+	RxBytes, TxBytes int64
+}
+
+// Path is how packets reach the peer: offline, idle, direct or relayed.
+func (p Peer) Path() string {
+	switch {
+	case p.CurAddr != "":
+		return "direct"
+	case p.Active:
+		return "relayed"
+	case !p.Online:
+		return "offline"
+	}
+	return "idle"
+}
+
+// PathCounts counts the peers by Path, every path present.
+func (s Status) PathCounts() map[string]int {
+	n := map[string]int{"direct": 0, "relayed": 0, "idle": 0, "offline": 0}
+	for _, p := range s.Peers {
+		n[p.Path()]++
+	}
+	return n
+}
+
+// PeerByID finds a peer by its stable ID.
+func (s Status) PeerByID(id string) (Peer, bool) {
+	i := slices.IndexFunc(s.Peers, func(p Peer) bool { return p.ID == id })
+	if i < 0 {
+		return Peer{}, false
+	}
+	return s.Peers[i], true
+}
+
+// wireStatus is ipnstate.Status as far as it is used.
+type wireStatus struct {
+	Version        string
+	TUN            bool
+	BackendState   string
+	HaveNodeKey    bool
+	AuthURL        string
+	Health         []string
+	MagicDNSSuffix string
+	Self           *wirePeer
+	Peer           map[string]*wirePeer
+}
+
+// wirePeer is ipnstate.PeerStatus as far as it is used.
+type wirePeer struct {
+	ID, PublicKey, HostName, DNSName, OS string
+	TailscaleIPs                         []netip.Addr
+	AllowedIPs, PrimaryRoutes            []netip.Prefix
+	Tags                                 []string
+	CurAddr, Relay                       string
+	RxBytes, TxBytes                     int64
+	LastHandshake                        time.Time
+	Online, ExitNode, Active, Expired    bool
+	KeyExpiry                            *time.Time
+}
+
+func (w *wirePeer) peer() Peer {
+	if w == nil {
+		return Peer{}
+	}
+	p := Peer{
+		ID: w.ID, NodeKey: w.PublicKey, DNSName: strings.TrimSuffix(w.DNSName, "."), OS: w.OS, IPs: w.TailscaleIPs,
+		Routes: w.PrimaryRoutes, Allowed: w.AllowedIPs, Tags: w.Tags, Online: w.Online, Active: w.Active, CurAddr: w.CurAddr,
+		Relay: w.Relay, Expired: w.Expired, ExitNode: w.ExitNode, LastHandshake: w.LastHandshake, RxBytes: w.RxBytes,
+		TxBytes: w.TxBytes,
+	}
+	p.Name, _, _ = strings.Cut(p.DNSName, ".")
+	if p.Name == "" {
+		p.Name = w.HostName
+	}
+	if w.KeyExpiry != nil {
+		p.KeyExpiry = *w.KeyExpiry
+	}
+	return p
+}
+
+// Status asks for the state of tailscaled and all its peers.
+func (c *Client) Status(ctx context.Context) (Status, error) { return c.status(ctx, "status") }
+
+// StatusWithoutPeers is Status at a cost that does not grow with the tailnet.
+func (c *Client) StatusWithoutPeers(ctx context.Context) (Status, error) {
+	return c.status(ctx, "status?peers=false")
+}
+
+func (c *Client) status(ctx context.Context, path string) (Status, error) {
+	var w wireStatus
+	if err := c.call(ctx, "GET", path, nil, &w); err != nil {
+		return Status{}, fmt.Errorf("ask for the tailnet's status: %w", err)
+	}
+	s := Status{
+		Version: w.Version, State: w.BackendState, HaveNodeKey: w.HaveNodeKey, TUN: w.TUN, AuthURL: w.AuthURL,
+		MagicDNSSuffix: w.MagicDNSSuffix, Health: w.Health, Self: w.Self.peer(),
+	}
+	for _, p := range w.Peer {
+		s.Peers = append(s.Peers, p.peer())
+	}
+	slices.SortFunc(s.Peers, func(a, b Peer) int {
+		return strings.Compare(a.Name+"\x00"+a.ID, b.Name+"\x00"+b.ID)
+	})
+	return s, nil
+}

@@ -1,0 +1,64 @@
+package tailscale
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+)
+
+// ErrNoTun means that no interface carries the tailnet addresses.
+var ErrNoTun = errors.New("no interface has the tailnet addresses")
+
+// Link is a network interface with its addresses.
+type Link struct {
+	Name string
+	// MTU in bytes.
+	MTU   int
+	Up    bool
+	Addrs []netip.Addr
+}
+
+// FindTun finds the interface of a running tailscaled: the one that has one of the node's tailnet addresses. list tells
+// the interfaces; use Links for those of the current network namespace.
+//
+// The LocalAPI tells that there is a tun, not its name.
+func FindTun(tailnet []netip.Addr, list func() ([]Link, error)) (Link, error) {
+	links, err := list()
+	if err != nil {
+		return Link{}, fmt.Errorf("find tailscaled's interface: %w", err)
+	}
+	for _, l := range links {
+		if slices.ContainsFunc(l.Addrs, func(a netip.Addr) bool { return slices.Contains(tailnet, a) }) {
+			return l, nil
+		}
+	}
+	return Link{}, fmt.Errorf("find tailscaled's interface: %w %v; tailscaled must run in this network namespace, with a tun, not "+
+		"with userspace networking", ErrNoTun, tailnet)
+}
+
+// Links lists the interfaces of the current network namespace.
+func Links() ([]Link, error) {
+	ifaces, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	links := make([]Link, 0, len(ifaces))
+	for _, i := range ifaces {
+		l := Link{Name: i.Name, MTU: i.MTU, Up: i.Flags&net.FlagUp != 0}
+		addrs, err := i.Addrs()
+		if err != nil {
+			continue // gone between the two requests, as pod links do
+		}
+		for _, a := range addrs {
+			if n, ok := a.(*net.IPNet); ok {
+				if ip, ok := netip.AddrFromSlice(n.IP); ok {
+					l.Addrs = append(l.Addrs, ip.Unmap())
+				}
+			}
+		}
+		links = append(links, l)
+	}
+	return links, nil
+}
