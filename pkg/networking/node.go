@@ -1,0 +1,177 @@
+package networking
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// NodeConfig is what the node's rules and routes are made from.
+type NodeConfig struct {
+	// Own are this node's pod CIDRs. Cluster are the pod CIDRs of all clusters, Own included.
+	Own, Cluster []netip.Prefix
+	// TunName is tailscaled's interface, "" while it is not known.
+	TunName string
+	// LANFirst keeps the node's default route before routes that peers advertise: for hosts whose user had neither
+	// accept-routes nor an exit node.
+	LANFirst bool
+}
+
+// Node keeps the ip rules, the unreachable routes and the sysctls of the network namespace of its callers as wanted.
+type Node struct {
+	mu    sync.Mutex
+	saved SavedHost
+	save  func(SavedHost) error
+}
+
+// nodePasses bounds how often Sync looks again after a change.
+const nodePasses = 3
+
+// NewNode returns a Node that has touched nothing yet. saved is what an earlier process kept, so that Remove can put it
+// back; save is called before a sysctl is changed for the first time, and its error keeps the sysctl as it is. nil: the
+// state lives only in this Node (Saved).
+func NewNode(saved SavedHost, save func(SavedHost) error) *Node {
+	if save == nil {
+		save = func(SavedHost) error { return nil }
+	}
+	return &Node{saved: saved, save: save}
+}
+
+// Sync makes rules, routes and sysctls what cfg says, and returns the changes that it made, also when it failed half-way.
+// It adds before it deletes, goes on past errors, and in steady state writes nothing.
+func (n *Node) Sync(ctx context.Context, cfg NodeConfig) ([]string, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err := n.freshBoot(); err != nil {
+		return nil, err
+	}
+	var done []string
+	for range nodePasses {
+		have, raws, err := observeNode()
+		if err != nil {
+			return done, explainNode(err)
+		}
+		steps := planNode(have, cfg)
+		if len(steps) == 0 {
+			return done, nil
+		}
+		var errs []error
+		for _, s := range steps {
+			if ctx.Err() != nil {
+				return done, ctx.Err()
+			}
+			if err := n.apply(s, raws); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", s, explainNode(err)))
+				continue
+			}
+			done = append(done, s.String())
+		}
+		if err := errors.Join(errs...); err != nil {
+			return done, err
+		}
+	}
+	// Somebody undoes our work as fast as we do it. Name what.
+	have, _, err := observeNode()
+	if err != nil {
+		return done, explainNode(err)
+	}
+	if steps := planNode(have, cfg); len(steps) > 0 {
+		return done, fmt.Errorf("%s: done %d times, and something undoes it at once: find the program that "+
+			"manages this host's rules and routes (ip monitor rule route)", steps[0], nodePasses)
+	}
+	return done, nil
+}
+
+// observeNode reads the kernel. raws has each rule of have as the kernel printed it.
+func observeNode() (have nodeState, raws map[nodeRule]rawRule, err error) {
+	have.sysctls = map[string]string{}
+	raws = map[nodeRule]rawRule{}
+	for _, f := range nodeFamilies {
+		if !hasFamily(f) {
+			continue
+		}
+		have.families = append(have.families, f)
+		rules, raw, err := listRules(f)
+		if err != nil {
+			return have, nil, err
+		}
+		for i, r := range rules {
+			have.rules = append(have.rules, r)
+			raws[r] = raw[i]
+		}
+		routes, err := listRoutes(f)
+		if err != nil {
+			return have, nil, err
+		}
+		have.routes = append(have.routes, routes...)
+		if have.sysctls[f.forwarding], err = readSysctl(f.forwarding); err != nil {
+			return have, nil, fmt.Errorf("read sysctl: %w", err)
+		}
+		if f.af == unix.AF_INET6 {
+			if have.links, err = listLinks(); err != nil {
+				return have, nil, err
+			}
+		}
+	}
+	return have, raws, nil
+}
+
+func (n *Node) apply(s nodeStep, raws map[nodeRule]rawRule) error {
+	switch {
+	case s.rule != nil && s.delete:
+		return deleteNodeRule(raws[*s.rule])
+	case s.rule != nil:
+		return addNodeRule(*s.rule)
+	case s.route != nil && s.delete:
+		return deleteNodeRoute(*s.route)
+	case s.route != nil:
+		return addNodeRoute(*s.route)
+	}
+	return n.setSysctl(s.sysctl, s.value)
+}
+
+// Remove takes away every rule and route of our numbers, and puts the sysctls back that Sync changed. Twice is fine.
+func (n *Node) Remove(ctx context.Context) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	errs := []error{n.freshBoot()}
+	// The way into the network is closed first: without rules nothing may be forwarded.
+	errs = append(errs, n.restore())
+	have, raws, err := observeNode()
+	if err != nil {
+		return errors.Join(append(errs, explainNode(err))...)
+	}
+	var steps []nodeStep
+	for _, r := range have.rules {
+		steps = append(steps, nodeStep{delete: true, rule: &r})
+	}
+	for _, r := range have.routes {
+		steps = append(steps, nodeStep{delete: true, route: &r})
+	}
+	slices.Reverse(steps) // the routes first, then from the last rule to the first
+	for _, s := range steps {
+		if ctx.Err() != nil {
+			return errors.Join(append(errs, ctx.Err())...)
+		}
+		if err := n.apply(s, raws); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", s, explainNode(err)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// explainNode says what to do about an error of the kernel.
+func explainNode(err error) error {
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
+	}
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+		return fmt.Errorf("%w: this kernel lacks policy routing (CONFIG_IP_MULTIPLE_TABLES, CONFIG_IPV6_MULTIPLE_TABLES)", err)
+	}
+	return err
+}

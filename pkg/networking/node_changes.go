@@ -1,0 +1,121 @@
+package networking
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// settle gathers the events of one cause (a link that goes takes its routes along) into one signal.
+const settle = 50 * time.Millisecond
+
+// Changes signals soon after anything changed, by anybody, that Sync or DefaultSource looks at: our rules and routes, the
+// default routes, links and addresses other than pods', and the switches for forwarding. The kernel tells nobody about
+// other sysctls. The channel is closed when ctx ends or the kernel's events cannot be read any more.
+func (n *Node) Changes(ctx context.Context) (<-chan struct{}, error) {
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK,
+		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_NETCONF,
+		unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_NETCONF)
+	if err != nil {
+		return nil, fmt.Errorf("subscribe to network events: %w", explainNode(err))
+	}
+	out := make(chan struct{}, 1)
+	stop := context.AfterFunc(ctx, s.Close)
+	go func() {
+		defer close(out)
+		defer stop()
+		defer s.Close()
+		for {
+			msgs, _, err := s.Receive()
+			concerns := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
+			if err != nil && !concerns {
+				return
+			}
+			for _, m := range msgs {
+				concerns = concerns || concernsNode(m.Header.Type, m.Data)
+			}
+			if !concerns {
+				continue
+			}
+			select {
+			case <-time.After(settle):
+			case <-ctx.Done():
+				return
+			}
+			select {
+			case out <- struct{}{}:
+			default: // one is waiting already
+			}
+		}
+	}()
+	return out, nil
+}
+
+// concernsNode keeps the events of pods coming and going, and of other programs' routes, from waking us.
+func concernsNode(typ uint16, msg []byte) bool {
+	switch typ {
+	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
+		r, err := decodeRule(msg)
+		return err != nil || r.pref >= prefFirst && r.pref <= prefLast
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		return routeConcerns(msg)
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		name, ok := attribute(msg, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)
+		return !ok || !strings.HasPrefix(string(bytes.TrimRight(name, "\x00")), names.PodLinkPrefix)
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		a, ok := attribute(msg, unix.SizeofIfAddrmsg, unix.IFA_ADDRESS)
+		addr, _ := netip.AddrFromSlice(a)
+		return !ok || !addr.IsLinkLocalUnicast() // every pod's link gets one of these
+	case unix.RTM_NEWNETCONF, rtmDelNetconf:
+		// A link of its own says so by its index; we want the host's switch.
+		i, ok := attribute(msg, netconfLen, netconfIfindex)
+		return !ok || len(i) != 4 || int32(binary.NativeEndian.Uint32(i)) == netconfAll
+	}
+	return false
+}
+
+// include/uapi/linux/netconf.h and rtnetlink.h, as far as golang.org/x/sys lacks them.
+const (
+	netconfLen     = 4 // struct netconfmsg {u8 family}, padded
+	netconfIfindex = 1
+	netconfAll     = -1
+	rtmDelNetconf  = 81
+)
+
+func routeConcerns(msg []byte) bool {
+	if len(msg) < unix.SizeofRtMsg {
+		return true
+	}
+	const dstLen, cloned = 1, 0x200 // struct rtmsg; RTM_F_CLONED: a cache entry
+	if msg[dstLen] == 0 && binary.NativeEndian.Uint32(msg[8:])&cloned == 0 {
+		return true
+	}
+	p, ok := attribute(msg, unix.SizeofRtMsg, unix.RTA_PRIORITY)
+	return ok && len(p) == 4 && binary.NativeEndian.Uint32(p) == unreachableMetric
+}
+
+// attribute finds one attribute behind a header of n bytes.
+func attribute(msg []byte, n int, typ uint16) ([]byte, bool) {
+	if len(msg) < n {
+		return nil, false
+	}
+	attrs, err := nl.ParseRouteAttr(msg[n:])
+	if err != nil {
+		return nil, false
+	}
+	for _, a := range attrs {
+		if a.Attr.Type == typ {
+			return a.Value, true
+		}
+	}
+	return nil, false
+}

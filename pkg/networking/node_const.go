@@ -1,0 +1,68 @@
+package networking
+
+import (
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// Every number of the node's rules and routes, with its reason.
+//
+// The rules stand before tailscaled's (5210-5270). They are not in 5200-5299, since tailscaled takes the deletion of any
+// rule there for one of its own. Everything of these numbers is ours, whoever made it.
+const (
+	// prefOwn: own pods, by main's routes that are longer than the pod CIDR: no peer can take them, and a hole in the
+	// CIDR does not find the default route.
+	prefOwn = 5188
+	// prefOwnElse: addresses of no pod go nowhere.
+	prefOwnElse = 5189
+	// prefCluster: other nodes' pods, by tailscaled's table.
+	prefCluster = 5191
+	// prefClusterElse: or nowhere, whatever other routes there are.
+	prefClusterElse = 5192
+	// prefTailnet: tailnet addresses, before prefLAN, because a wide static route in main (fd00::/8) would take them.
+	prefTailnet = 5193
+	// prefLAN: main's routes but the default one, before foreign subnet routes: the node keeps its own networks.
+	prefLAN = 5194
+	// prefLANFirst: main's default route as well, where the user wants no foreign routes at all.
+	prefLANFirst = 5195
+
+	prefFirst, prefLast = prefOwn, prefLANFirst
+
+	// tailscaleTable is where tailscaled puts the routes that it accepted.
+	tailscaleTable = 52
+	// bypassMark is the fwmark bit of packets of tailscaled itself: no rule of ours may send them into the tunnel. The
+	// rules match "this bit is 0"; `not fwmark` would invert the whole rule.
+	bypassMark = 0x80000
+
+	// unreachableMetric makes the route to a cluster CIDR the last choice in main, behind any route of anybody, and
+	// recognisable. It is the third line of defence: without it pod traffic takes the default route when the rules are
+	// gone, and it holds for packets with the bypass mark too.
+	unreachableMetric = 4278
+
+	// nodeProtocol is the origin of our rules and routes: systemd-networkd deletes foreign ones when it restarts, but not
+	// "proto kernel" (systemd issue 19106).
+	nodeProtocol = unix.RTPROT_KERNEL
+
+	// noSuppress is the value of suppress_prefixlength that suppresses nothing.
+	noSuppress = -1
+
+	// acceptRAWithForwarding keeps accepting router advertisements while forwarding (kernel: ip-sysctl.rst, accept_ra).
+	acceptRAWithForwarding = "2"
+)
+
+// nodeFamily is what differs between the two families.
+type nodeFamily struct {
+	name    string // in words
+	af      int
+	tailnet netip.Prefix // all tailnet addresses
+	// conf is the sysctl folder, forwarding the switch for the whole host.
+	conf, forwarding string
+}
+
+var nodeFamilies = []nodeFamily{
+	{"IPv4", unix.AF_INET, netip.MustParsePrefix("100.64.0.0/10"), "net/ipv4/conf", "net/ipv4/ip_forward"},
+	{"IPv6", unix.AF_INET6, netip.MustParsePrefix("fd7a:115c:a1e0::/48"), "net/ipv6/conf", "net/ipv6/conf/all/forwarding"},
+}
+
+func (f nodeFamily) has(p netip.Prefix) bool { return p.Addr().Is4() == (f.af == unix.AF_INET) }

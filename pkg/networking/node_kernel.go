@@ -1,0 +1,290 @@
+package networking
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// dumpTries bounds the repeats of a dump that a concurrent change interrupted (NLM_F_DUMP_INTR).
+const dumpTries = 10
+
+// untilWhole repeats a dump until it was not interrupted.
+func untilWhole[T any](dump func() (T, error)) (T, error) {
+	for try := 1; ; try++ {
+		v, err := dump()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) || try == dumpTries {
+			return v, err
+		}
+	}
+}
+
+// The rules are coded here, because netlink.Rule does not read a rule's action ("unreachable" looks like a lookup in no
+// table) nor everything that a rule changed by hand may have.
+
+// ruleMsgLen is the size of struct fib_rule_hdr.
+const ruleMsgLen = 12
+
+// rawRule is a message body: struct fib_rule_hdr and attributes.
+type rawRule []byte
+
+func (m rawRule) Len() int          { return len(m) }
+func (m rawRule) Serialize() []byte { return m }
+
+// listRules returns the rules of our numbers, with the raw message of each.
+func listRules(f nodeFamily) ([]nodeRule, []rawRule, error) {
+	msgs, err := untilWhole(func() ([][]byte, error) {
+		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
+		hdr := make(rawRule, ruleMsgLen)
+		hdr[0] = byte(f.af)
+		req.AddData(hdr)
+		return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("list %s rules: %w", f.name, err)
+	}
+	var rules []nodeRule
+	var raws []rawRule
+	for _, m := range msgs {
+		r, err := decodeRule(m)
+		if err != nil {
+			return nil, nil, fmt.Errorf("list %s rules: %w", f.name, err)
+		}
+		if r.pref >= prefFirst && r.pref <= prefLast && r.af == f.af {
+			rules, raws = append(rules, r), append(raws, rawRule(m))
+		}
+	}
+	return rules, raws, nil
+}
+
+// decodeRule reads struct fib_rule_hdr {family, dst_len, src_len, tos, table, res1, res2, action; u32 flags}.
+func decodeRule(m []byte) (nodeRule, error) {
+	if len(m) < ruleMsgLen {
+		return nodeRule{}, errors.New("short rule message")
+	}
+	attrs, err := nl.ParseRouteAttr(m[ruleMsgLen:])
+	if err != nil {
+		return nodeRule{}, err
+	}
+	r := nodeRule{af: int(m[0]), table: uint32(m[4]), action: m[7], suppress: noSuppress}
+	const unresolvedGoto = 0x4
+	if flags := binary.NativeEndian.Uint32(m[8:]); flags&^unresolvedGoto != 0 || m[2] != 0 || m[3] != 0 {
+		r.rest = fmt.Sprintf(" flags %#x from /%d tos %#x", flags, m[2], m[3])
+	}
+	for _, a := range attrs {
+		v := a.Value
+		num := func() uint32 {
+			if len(v) != 4 {
+				return 0
+			}
+			return binary.NativeEndian.Uint32(v)
+		}
+		switch a.Attr.Type {
+		case nl.FRA_PRIORITY:
+			r.pref = num()
+		case nl.FRA_TABLE:
+			r.table = num()
+		case nl.FRA_FWMARK:
+			r.mark = num()
+		case nl.FRA_FWMASK:
+			r.mask = num()
+		case nl.FRA_SUPPRESS_PREFIXLEN:
+			r.suppress = int32(num())
+		case nl.FRA_PROTOCOL:
+			r.proto = v[0]
+		case nl.FRA_DST:
+			addr, ok := netip.AddrFromSlice(v)
+			if !ok {
+				return r, errors.New("rule with a destination of odd length")
+			}
+			r.to = netip.PrefixFrom(addr, int(m[1]))
+		default:
+			r.rest += fmt.Sprintf(" attribute %d=%x", a.Attr.Type, v)
+		}
+	}
+	return r, nil
+}
+
+func encodeRule(r nodeRule) *nl.NetlinkRequest {
+	req := nl.NewNetlinkRequest(unix.RTM_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
+	hdr := make(rawRule, ruleMsgLen)
+	hdr[0], hdr[7] = byte(r.af), r.action
+	if r.table < 256 {
+		hdr[4] = byte(r.table)
+	}
+	req.AddData(hdr)
+	u32 := func(typ int, v uint32) { req.AddData(nl.NewRtAttr(typ, binary.NativeEndian.AppendUint32(nil, v))) }
+	if r.to.IsValid() {
+		hdr[1] = byte(r.to.Bits())
+		req.AddData(nl.NewRtAttr(nl.FRA_DST, r.to.Addr().AsSlice()))
+	}
+	u32(nl.FRA_PRIORITY, r.pref)
+	u32(nl.FRA_FWMARK, r.mark)
+	u32(nl.FRA_FWMASK, r.mask)
+	if r.action == nl.FR_ACT_TO_TBL {
+		u32(nl.FRA_TABLE, r.table)
+		if r.suppress != noSuppress {
+			u32(nl.FRA_SUPPRESS_PREFIXLEN, uint32(r.suppress))
+		}
+	}
+	req.AddData(nl.NewRtAttr(nl.FRA_PROTOCOL, []byte{r.proto}))
+	return req
+}
+
+func addNodeRule(r nodeRule) error {
+	_, err := encodeRule(r).Execute(unix.NETLINK_ROUTE, 0)
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
+}
+
+// deleteNodeRule deletes the first rule that has all of raw, which is what the kernel listed.
+func deleteNodeRule(raw rawRule) error {
+	req := nl.NewNetlinkRequest(unix.RTM_DELRULE, unix.NLM_F_ACK)
+	req.AddData(raw)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return err
+}
+
+// listRoutes returns what stands in main at our metric.
+func listRoutes(f nodeFamily) ([]nodeRoute, error) {
+	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
+	routes, err := untilWhole(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list %s routes: %w", f.name, err)
+	}
+	var out []nodeRoute
+	for _, r := range routes {
+		if r.Priority != unreachableMetric {
+			continue // the library's filter knows a priority for rules only
+		}
+		to := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		if f.af == unix.AF_INET6 {
+			to = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		}
+		if r.Dst != nil {
+			addr, _ := netip.AddrFromSlice(r.Dst.IP)
+			ones, _ := r.Dst.Mask.Size()
+			if f.af == unix.AF_INET {
+				addr = addr.Unmap()
+			}
+			to = netip.PrefixFrom(addr, ones)
+		}
+		out = append(out, nodeRoute{to: to, kind: r.Type, proto: int(r.Protocol)})
+	}
+	return out, nil
+}
+
+func (r nodeRoute) netlink() *netlink.Route {
+	return &netlink.Route{
+		Dst:      &net.IPNet{IP: r.to.Addr().AsSlice(), Mask: net.CIDRMask(r.to.Bits(), r.to.Addr().BitLen())},
+		Table:    unix.RT_TABLE_MAIN,
+		Priority: unreachableMetric,
+		Type:     r.kind,
+		Protocol: netlink.RouteProtocol(r.proto),
+	}
+}
+
+func addNodeRoute(r nodeRoute) error { return netlink.RouteReplace(r.netlink()) }
+
+func deleteNodeRoute(r nodeRoute) error {
+	err := netlink.RouteDel(r.netlink())
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	return err
+}
+
+// listLinks returns the links over which router advertisements may come.
+func listLinks() ([]nodeLink, error) {
+	links, err := untilWhole(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	defaults, err := listDefaults(unix.AF_INET6)
+	if err != nil {
+		return nil, err
+	}
+	viaRA := map[int]bool{}
+	for _, r := range defaults {
+		if r.Protocol == unix.RTPROT_RA {
+			viaRA[r.LinkIndex] = true
+			for _, h := range r.MultiPath {
+				viaRA[h.LinkIndex] = true
+			}
+		}
+	}
+	var out []nodeLink
+	for _, l := range links {
+		name := l.Attrs().Name
+		ra, err := readSysctl(linkSysctl(name, "accept_ra"))
+		if err != nil {
+			continue // the link is gone, or has no IPv6 (an MTU below 1280)
+		}
+		forwarding, err := readSysctl(linkSysctl(name, "forwarding"))
+		if err != nil {
+			continue
+		}
+		out = append(out, nodeLink{name: name, acceptRA: ra, forwards: forwarding == "1",
+			raDefault: viaRA[l.Attrs().Index], hardware: isUplink(l)})
+	}
+	return out, nil
+}
+
+// isUplink: what carries a host to its network, rather than what container engines make.
+func isUplink(l netlink.Link) bool {
+	switch l.Type() {
+	case "device", "vlan", "bond", "team":
+		return l.Attrs().Flags&net.FlagLoopback == 0
+	}
+	return false
+}
+
+// listDefaults returns main's default routes.
+func listDefaults(af int) ([]netlink.Route, error) {
+	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}
+	routes, err := untilWhole(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list default routes: %w", err)
+	}
+	return routes, nil
+}
+
+const sysctlRoot = "/proc/sys"
+
+// readSysctl reads a value by its path below /proc/sys. /proc/sys/net is the calling thread's network namespace.
+func readSysctl(key string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(sysctlRoot, key))
+	return strings.TrimSpace(string(b)), err
+}
+
+func writeSysctl(key, value string) error {
+	err := os.WriteFile(filepath.Join(sysctlRoot, key), []byte(value), 0)
+	if errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("%w: run the daemon's container privileged, or set it on the host yourself", err)
+	}
+	return err
+}
+
+// hasFamily is false for IPv6 on a host that was started with ipv6.disable=1 or has none in its kernel.
+func hasFamily(f nodeFamily) bool {
+	_, err := os.Stat(filepath.Join(sysctlRoot, f.conf))
+	return err == nil
+}

@@ -1,0 +1,257 @@
+package networking
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// nodeRule is an ip rule.
+type nodeRule struct {
+	af       int
+	pref     uint32
+	to       netip.Prefix // zero: all
+	mark     uint32
+	mask     uint32
+	action   uint8 // nl.FR_ACT_*
+	table    uint32
+	suppress int32 // noSuppress, or the longest prefix length that does not count
+	proto    uint8
+	rest     string // everything that no rule of ours has
+}
+
+// String is the rule as `ip rule add pref` takes it.
+func (r nodeRule) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d:", r.pref)
+	if r.to.IsValid() {
+		fmt.Fprintf(&b, " to %s", r.to)
+	}
+	if r.mark != 0 || r.mask != 0 {
+		fmt.Fprintf(&b, " fwmark %#x/%#x", r.mark, r.mask)
+	}
+	switch r.action {
+	case nl.FR_ACT_TO_TBL:
+		fmt.Fprintf(&b, " lookup %s", tableName(r.table))
+	case nl.FR_ACT_UNREACHABLE:
+		b.WriteString(" unreachable")
+	default:
+		fmt.Fprintf(&b, " action %d", r.action)
+	}
+	if r.suppress != noSuppress {
+		fmt.Fprintf(&b, " suppress_prefixlength %d", r.suppress)
+	}
+	if r.proto != nodeProtocol {
+		fmt.Fprintf(&b, " protocol %d", r.proto)
+	}
+	return b.String() + r.rest
+}
+
+func tableName(t uint32) string {
+	if t == unix.RT_TABLE_MAIN {
+		return "main"
+	}
+	return fmt.Sprint(t)
+}
+
+// nodeRoute is a route of our metric in main.
+type nodeRoute struct {
+	to    netip.Prefix
+	kind  int // unix.RTN_*
+	proto int
+}
+
+// String is the route as `ip route` prints it.
+func (r nodeRoute) String() string {
+	kind := ""
+	if r.kind == unix.RTN_UNREACHABLE {
+		kind = "unreachable "
+	}
+	return fmt.Sprintf("%s%s metric %d", kind, r.to, unreachableMetric)
+}
+
+// nodeLink is a link as far as router advertisements are concerned.
+type nodeLink struct {
+	name      string
+	acceptRA  string // its sysctl
+	forwards  bool   // its sysctl "forwarding"
+	raDefault bool   // an RA gave the host a default route over it
+	hardware  bool   // no veth, tunnel or bridge: an RA may be what it waits for
+}
+
+// nodeState is what the kernel has of what the node network needs.
+type nodeState struct {
+	rules   []nodeRule
+	routes  []nodeRoute
+	sysctls map[string]string // the switches for forwarding
+	links   []nodeLink
+	// families are those that the kernel has.
+	families []nodeFamily
+}
+
+// nodeStep is one change.
+type nodeStep struct {
+	delete bool
+	// One of these.
+	rule   *nodeRule
+	route  *nodeRoute
+	sysctl string
+	value  string
+}
+
+func (s nodeStep) String() string {
+	verb := "add"
+	if s.delete {
+		verb = "delete"
+	}
+	switch {
+	case s.rule != nil:
+		return fmt.Sprintf("%s rule %s", verb, s.rule)
+	case s.route != nil:
+		return fmt.Sprintf("%s route %s", verb, s.route)
+	}
+	return fmt.Sprintf("set %s=%s", strings.ReplaceAll(s.sysctl, "/", "."), s.value)
+}
+
+// wantedRules says which rules the node needs.
+func wantedRules(f nodeFamily, cfg NodeConfig) []nodeRule {
+	base := nodeRule{af: f.af, mask: bypassMark, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_MAIN,
+		suppress: noSuppress, proto: nodeProtocol}
+	var out []nodeRule
+	add := func(pref uint32, to netip.Prefix, change func(*nodeRule)) {
+		r := base
+		r.pref, r.to = pref, to
+		change(&r)
+		out = append(out, r)
+	}
+	unreachable := func(r *nodeRule) { r.action, r.table = nl.FR_ACT_UNREACHABLE, 0 }
+	tunnel := func(r *nodeRule) { r.table = tailscaleTable }
+	for _, p := range ofFamily(f, cfg.Own) {
+		add(prefOwn, p, func(r *nodeRule) { r.suppress = int32(p.Bits()) })
+		add(prefOwnElse, p, unreachable)
+	}
+	for _, p := range ofFamily(f, cfg.Cluster, cfg.Own) {
+		add(prefCluster, p, tunnel)
+		add(prefClusterElse, p, unreachable)
+	}
+	add(prefTailnet, f.tailnet, tunnel)
+	add(prefLAN, netip.Prefix{}, func(r *nodeRule) { r.suppress = 0 })
+	if cfg.LANFirst {
+		add(prefLANFirst, netip.Prefix{}, func(*nodeRule) {})
+	}
+	slices.SortStableFunc(out, func(a, b nodeRule) int { return cmp.Compare(a.pref, b.pref) })
+	return out
+}
+
+// ofFamily returns the prefixes of one family in order, without those inside another.
+func ofFamily(f nodeFamily, lists ...[]netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, p := range slices.Concat(lists...) {
+		if p = p.Masked(); p.IsValid() && f.has(p) {
+			all = append(all, p)
+		}
+	}
+	slices.SortFunc(all, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	var out []netip.Prefix
+	for _, p := range all {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+func wantedRoutes(f nodeFamily, cfg NodeConfig) []nodeRoute {
+	var out []nodeRoute
+	for _, p := range ofFamily(f, cfg.Cluster, cfg.Own) {
+		out = append(out, nodeRoute{to: p, kind: unix.RTN_UNREACHABLE, proto: nodeProtocol})
+	}
+	return out
+}
+
+// planNode says what to change so that the node has what cfg needs: first what closes holes, then what opens the way,
+// each added before its predecessor is deleted; forwarding last. It does no I/O.
+func planNode(have nodeState, cfg NodeConfig) []nodeStep {
+	var add, del, sysctls []nodeStep
+	for _, f := range have.families {
+		a, d := planRoutes(have.routes, wantedRoutes(f, cfg), f)
+		add, del = append(add, a...), append(del, d...)
+	}
+	for _, f := range have.families {
+		a, d := planRules(have.rules, wantedRules(f, cfg), f)
+		add, del = append(add, a...), append(del, d...)
+	}
+	for _, f := range have.families {
+		if f.af == unix.AF_INET6 {
+			sysctls = append(sysctls, planRA(have.links, cfg.TunName)...)
+		}
+		if have.sysctls[f.forwarding] != "1" {
+			sysctls = append(sysctls, nodeStep{sysctl: f.forwarding, value: "1"})
+		}
+	}
+	return slices.Concat(add, del, sysctls)
+}
+
+// planRules compares as multisets: a second copy of a rule is one too many.
+func planRules(have, want []nodeRule, f nodeFamily) (add, del []nodeStep) {
+	spare := map[nodeRule]int{}
+	for _, r := range have {
+		spare[r]++
+	}
+	for _, r := range want {
+		if spare[r] > 0 {
+			spare[r]--
+			continue
+		}
+		add = append(add, nodeStep{rule: &r})
+	}
+	for _, r := range have {
+		if r.af == f.af && spare[r] > 0 {
+			spare[r]--
+			del = append(del, nodeStep{delete: true, rule: &r})
+		}
+	}
+	return add, del
+}
+
+func planRoutes(have, want []nodeRoute, f nodeFamily) (add, del []nodeStep) {
+	kept := map[netip.Prefix]bool{}
+	for _, r := range want {
+		kept[r.to] = true
+		if !slices.Contains(have, r) {
+			add = append(add, nodeStep{route: &r}) // it replaces another route of the same prefix and metric
+		}
+	}
+	for _, r := range have {
+		if f.has(r.to) && !kept[r.to] {
+			del = append(del, nodeStep{delete: true, route: &r})
+		}
+	}
+	return add, del
+}
+
+// planRA keeps the host's own default route: the kernel drops what it learned from router advertisements, and takes no
+// more, once it forwards, unless accept_ra is 2. Only links that do accept advertisements today are changed: one has
+// given a default route, or may at any moment (the daemon can be up before the first one arrives).
+func planRA(links []nodeLink, tun string) []nodeStep {
+	var out []nodeStep
+	for _, l := range links {
+		if l.acceptRA != "1" || l.name == "lo" || l.name == tun || strings.HasPrefix(l.name, names.PodLinkPrefix) {
+			continue
+		}
+		if l.raDefault || l.hardware && !l.forwards {
+			out = append(out, nodeStep{sysctl: linkSysctl(l.name, "accept_ra"), value: acceptRAWithForwarding})
+		}
+	}
+	return out
+}
+
+func linkSysctl(link, name string) string { return "net/ipv6/conf/" + link + "/" + name }

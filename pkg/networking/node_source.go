@@ -1,0 +1,126 @@
+package networking
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// ErrNoSource means that the node has no default route, or no address to use it with.
+var ErrNoSource = errors.New("no default route with a source address")
+
+// DefaultSource returns the address that the node uses towards the world outside by main's default route: what pods are
+// to see when their node speaks to them and nobody names another address. family is unix.AF_INET or unix.AF_INET6.
+// Without one the error is ErrNoSource.
+func DefaultSource(family int) (netip.Addr, error) {
+	for _, f := range nodeFamilies {
+		if f.af == family && !hasFamily(f) {
+			return netip.Addr{}, fmt.Errorf("find the node's %s address: %w", f.name, ErrNoSource)
+		}
+	}
+	routes, err := listDefaults(family)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("find the node's address: %w", err)
+	}
+	addrs, err := untilWhole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("find the node's address: list addresses: %w", err)
+	}
+	a, ok := sourceOf(defaultHops(routes), hostAddrs(addrs))
+	if !ok {
+		return netip.Addr{}, fmt.Errorf("find the node's address: %w", ErrNoSource)
+	}
+	return a, nil
+}
+
+// hop is one next hop of a default route.
+type hop struct {
+	link    int
+	gateway netip.Addr // zero: none
+	source  netip.Addr // preferred source, zero: none
+}
+
+// hostAddr is an address of the node of global scope.
+type hostAddr struct {
+	link   int
+	prefix netip.Prefix
+	second bool // not what the kernel would choose first: secondary, temporary, deprecated or not yet usable
+}
+
+// defaultHops returns the next hops, best metric first.
+func defaultHops(routes []netlink.Route) []hop {
+	slices.SortStableFunc(routes, func(a, b netlink.Route) int { return a.Priority - b.Priority })
+	var out []hop
+	for _, r := range routes {
+		if r.Type != unix.RTN_UNICAST {
+			continue
+		}
+		source := addrOf(r.Src)
+		if len(r.MultiPath) == 0 {
+			out = append(out, hop{r.LinkIndex, addrOf(r.Gw), source})
+		}
+		for _, h := range r.MultiPath {
+			out = append(out, hop{h.LinkIndex, addrOf(h.Gw), source})
+		}
+	}
+	return out
+}
+
+func hostAddrs(addrs []netlink.Addr) []hostAddr {
+	const second = unix.IFA_F_SECONDARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	var out []hostAddr
+	for _, a := range addrs {
+		ones, _ := a.Mask.Size()
+		if ip := addrOf(a.IP); ip.IsValid() && a.Scope == unix.RT_SCOPE_UNIVERSE && !ip.IsLinkLocalUnicast() {
+			out = append(out, hostAddr{a.LinkIndex, netip.PrefixFrom(ip, ones), a.Flags&second != 0})
+		}
+	}
+	return out
+}
+
+// sourceOf chooses as the kernel does: the route's own source; else the link's first address in the gateway's network;
+// else the link's first; else, for a link without addresses, the node's first that is not of the tailnet.
+func sourceOf(hops []hop, addrs []hostAddr) (netip.Addr, bool) {
+	slices.SortStableFunc(addrs, func(a, b hostAddr) int {
+		switch {
+		case a.second == b.second:
+			return 0
+		case b.second:
+			return -1
+		}
+		return 1
+	})
+	for _, h := range hops {
+		if h.source.IsValid() {
+			return h.source, true
+		}
+		for _, ok := range []func(hostAddr) bool{
+			func(a hostAddr) bool { return a.link == h.link && a.prefix.Contains(h.gateway) },
+			func(a hostAddr) bool { return a.link == h.link },
+		} {
+			if i := slices.IndexFunc(addrs, ok); i >= 0 {
+				return addrs[i].prefix.Addr(), true
+			}
+		}
+	}
+	if len(hops) == 0 {
+		return netip.Addr{}, false
+	}
+	i := slices.IndexFunc(addrs, func(a hostAddr) bool {
+		return !slices.ContainsFunc(nodeFamilies, func(f nodeFamily) bool { return f.tailnet.Contains(a.prefix.Addr()) })
+	})
+	if i < 0 {
+		return netip.Addr{}, false
+	}
+	return addrs[i].prefix.Addr(), true
+}
+
+func addrOf(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
+}
