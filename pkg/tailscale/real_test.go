@@ -1,0 +1,242 @@
+package tailscale
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/internal/realparts"
+	"github.com/headcni/headcni/pkg/config/secret"
+)
+
+const testBatch = 10 * time.Millisecond
+
+func testContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func prefixes(s ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range s {
+		out = append(out, netip.MustParsePrefix(p))
+	}
+	return out
+}
+
+func TestJoinRealTailnet(t *testing.T) {
+	w := realparts.New(t, testBatch)
+	ctx := testContext(t)
+	d := w.Node()
+	c := New(d.Socket)
+
+	st, err := c.Status(ctx)
+	if err != nil || st.State != NeedsLogin || st.HaveNodeKey || !st.TUN {
+		t.Fatalf("fresh: %+v, %v", st, err)
+	}
+	if err := c.Login(ctx, LoginOptions{ControlURL: w.URL}); !errors.Is(err, ErrNeedsKey) {
+		t.Errorf("without a key: %v", err)
+	}
+
+	const wrong = "hskey-auth-0123456789ab-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	start := time.Now()
+	err = c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: secret.New(wrong)})
+	t.Logf("wrong key after %s: %v", time.Since(start), err)
+	if !errors.Is(err, ErrKeyRefused) || strings.Contains(err.Error(), wrong) || !strings.Contains(err.Error(), "preauthkeys create") {
+		t.Errorf("wrong key: %v", err)
+	}
+	if time.Since(start) > loginPatience {
+		t.Errorf("a refused key took %s", time.Since(start))
+	}
+
+	key := secret.New(w.AuthKey("tag:headcni", "--reusable"))
+	opts := LoginOptions{ControlURL: w.URL, AuthKey: key, Hostname: "node-one"}
+	if err := c.Login(ctx, opts); err != nil {
+		t.Fatalf("right key: %v\n%s", err, d.Log())
+	}
+	st, err = c.Status(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st.State != Running || st.Self.Name != "node-one" || len(st.Self.IPs) != 2 || !strings.HasPrefix(st.Self.NodeKey, "nodekey:") ||
+		!slices.Equal(st.Self.Tags, []string{"tag:headcni"}) || st.MagicDNSSuffix != "tailnet.test" || !st.Self.KeyExpiry.IsZero() {
+		t.Errorf("joined: %+v", st)
+	}
+	if strings.Contains(d.Log(), key.Reveal()) {
+		t.Error("the key is in tailscaled's log")
+	}
+
+	// Once in, Login changes nothing, with whatever key.
+	if err := c.Login(ctx, LoginOptions{ControlURL: w.URL + "/", AuthKey: secret.New(wrong)}); err != nil {
+		t.Errorf("logged in already: %v", err)
+	}
+	if err := c.Login(ctx, LoginOptions{ControlURL: "http://192.0.2.99:8080", AuthKey: key}); !errors.Is(err, ErrOtherControl) {
+		t.Errorf("another server: %v", err)
+	}
+	d.CLI("down")
+	if err := c.Login(ctx, LoginOptions{ControlURL: w.URL}); err != nil {
+		t.Errorf("after tailscale down: %v", err)
+	}
+
+	var tun Link
+	d.NS.Do(t, func() (err error) {
+		tun, err = FindTun(st.Self.IPs, Links)
+		return err
+	})
+	if tun.Name != d.Tun || tun.MTU != 1280 || !tun.Up {
+		t.Errorf("tun: %+v", tun)
+	}
+	if _, err := FindTun(st.Self.IPs, Links); !errors.Is(err, ErrNoTun) {
+		t.Errorf("tun from another namespace: %v", err)
+	}
+}
+
+func TestUnreachableControl(t *testing.T) {
+	w := realparts.New(t, testBatch)
+	ctx := testContext(t)
+	d := w.Node()
+	c := New(d.Socket)
+	key := secret.New(w.AuthKey("tag:headcni"))
+	w.Kill()
+	start := time.Now()
+	err := c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key})
+	t.Logf("after %s: %v", time.Since(start), err)
+	if !errors.Is(err, ErrControl) || errors.Is(err, ErrKeyRefused) || !strings.Contains(err.Error(), "headscale.url") {
+		t.Errorf("unreachable: %v", err)
+	}
+	if time.Since(start) > loginPatience+5*time.Second {
+		t.Errorf("took %s", time.Since(start))
+	}
+	w.Start()
+	if err := c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key}); err != nil {
+		t.Errorf("back: %v", err)
+	}
+	d.Kill()
+	if _, err := c.Status(ctx); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), d.Socket) {
+		t.Errorf("dead socket: %v", err)
+	}
+}
+
+func TestRejoinAfterLogout(t *testing.T) {
+	w := realparts.New(t, testBatch)
+	ctx := testContext(t)
+	d := w.Node()
+	c := New(d.Socket)
+	key := secret.New(w.AuthKey("tag:headcni", "--reusable"))
+	for i := range 2 {
+		if err := c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key}); err != nil {
+			t.Fatalf("login %d: %v\n%s", i, err, d.Log())
+		}
+		d.CLI("logout")
+	}
+}
+
+func TestRealPrefs(t *testing.T) {
+	w := realparts.New(t, testBatch)
+	ctx := testContext(t)
+	d := w.Node()
+	c := New(d.Socket)
+	key := w.AuthKey("tag:headcni")
+	d.CLI("up", "--login-server="+w.URL, "--auth-key="+key, "--advertise-routes=192.168.7.0/24", "--accept-dns=true",
+		"--stateful-filtering=true", "--hostname=mine")
+	found, err := c.Prefs(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := PrefsSpec{AdvertiseRoutes: prefixes("10.244.1.0/24", "fd00:244:1::/64")}
+	saved := found.Saved(spec)
+
+	changed, before, err := c.EnsurePrefs(ctx, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(found, before, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Errorf("before:\n%s", diff)
+	}
+	want := []string{`AdvertiseRoutes=["192.168.7.0/24","10.244.1.0/24","fd00:244:1::/64"]`, "RouteAll=true", "NoSNAT=true", "NoStatefulFiltering=true"}
+	if diff := cmp.Diff(want, changed); diff != "" {
+		t.Errorf("changes:\n%s", diff)
+	}
+	if changed, _, err := c.EnsurePrefs(ctx, spec); err != nil || len(changed) != 0 {
+		t.Errorf("second time: %v, %v", changed, err)
+	}
+	now, err := c.Prefs(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now.Hostname != "mine" || !now.CorpDNS || !now.RouteAll || !now.NoSNAT || now.NoStatefulFiltering == nil || !*now.NoStatefulFiltering {
+		t.Errorf("prefs now: %+v", now)
+	}
+
+	// The CIDR moves; the user's route and ours of before are told apart.
+	moved := PrefsSpec{AdvertiseRoutes: prefixes("10.244.9.0/24"), DropRoutes: spec.AdvertiseRoutes}
+	if changed, _, err = c.EnsurePrefs(ctx, moved); err != nil || !slices.Equal(changed, []string{`AdvertiseRoutes=["192.168.7.0/24","10.244.9.0/24"]`}) {
+		t.Errorf("moved: %v, %v", changed, err)
+	}
+	if _, err := c.RestorePrefs(ctx, saved, moved.AdvertiseRoutes); err != nil {
+		t.Fatal(err)
+	}
+	after, err := c.Prefs(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(found, after, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Errorf("not restored:\n%s", diff)
+	}
+}
+
+// TestRealWatch sees the events of a real tailscaled, over its restart.
+func TestRealWatch(t *testing.T) {
+	w := realparts.New(t, testBatch)
+	ctx := testContext(t)
+	a, b := w.Node(), w.Node()
+	key := secret.New(w.AuthKey("tag:headcni", "--reusable"))
+	c := New(a.Socket)
+	events := make(chan Event, 1000)
+	watch, stop := context.WithCancel(ctx)
+	done := make(chan error)
+	go func() { done <- c.Watch(watch, func(e Event) { events <- e }) }()
+	await := func(what string, ok func(Event) bool) {
+		t.Helper()
+		for {
+			select {
+			case e := <-events:
+				if ok(e) {
+					return
+				}
+			case <-time.After(30 * time.Second):
+				t.Fatalf("no event: %s", what)
+			}
+		}
+	}
+	await("connected", func(e Event) bool { return e.Connected && e.State == NeedsLogin })
+	if err := c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key}); err != nil {
+		t.Fatal(err)
+	}
+	await("running", func(e Event) bool { return e.State == Running })
+	if err := New(b.Socket).Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key}); err != nil {
+		t.Fatal(err)
+	}
+	await("a peer", func(e Event) bool { return e.Peers })
+	if _, _, err := c.EnsurePrefs(ctx, PrefsSpec{AdvertiseRoutes: prefixes("10.244.1.0/24")}); err != nil {
+		t.Fatal(err)
+	}
+	await("prefs", func(e Event) bool { return e.Prefs })
+	a.Kill()
+	await("lost", func(e Event) bool { return e.Lost != nil })
+	a.Start()
+	await("back", func(e Event) bool { return e.Connected })
+	await("running again", func(e Event) bool { return e.State == Running })
+	stop()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("watch ends with %v", err)
+	}
+}
+
