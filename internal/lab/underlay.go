@@ -11,12 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The underlay is one Ethernet segment, a bridge on the control host, with addresses that RFC 5737 and RFC 3849 set
-// aside for documentation: they are nobody's, and in no range that tailscaled or HeadCNI treats specially.
+// The underlay is one Ethernet segment, a bridge on the control host. Its IPv4 addresses must be private: from a control
+// server at http://<public address> tailscaled moves to port 443 whenever it reconnects within two minutes
+// (controlhttp.forceNoise443), so that no node comes back after a restart of Headscale.
 const bridgeName = "underlay"
 
 var (
-	underlay4 = netip.MustParsePrefix("192.0.2.0/24")
+	underlay4 = netip.MustParsePrefix("172.30.2.0/24")
 	underlay6 = netip.MustParsePrefix("2001:db8:2::/64")
 )
 
