@@ -22,7 +22,6 @@ import (
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking"
 	"github.com/headcni/headcni/pkg/nft"
-	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 const (
@@ -39,7 +38,6 @@ const (
 type Daemon struct {
 	cfg     config.Config
 	log     *slog.Logger
-	getenv  func(string) string
 	metrics *monitoring.Metrics
 	board   *board
 
@@ -60,20 +58,14 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	if err != nil {
 		return nil, err
 	}
-	node, err := networking.NewNode()
-	if err != nil {
-		return nil, err
-	}
-	tables, err := nft.New()
-	if err != nil {
-		return nil, err
-	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, log: log, getenv: getenv, metrics: m, node: node, tables: tables, saved: saved,
+		cfg: c, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved,
 		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1),
 	}
-	d.member = newMember(c, log, getenv)
+	d.node = networking.NewNode(saved.Host, func(h networking.SavedHost) error {
+		return d.remember(func(s *state) { s.Host = h })
+	})
 	return d, nil
 }
 
@@ -167,21 +159,28 @@ func (d *Daemon) poke() {
 
 // watch turns changes of the kernel's network state and of tailscaled into passes, and keeps sessions armed.
 func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
-	wg.Go(func() {
-		for ctx.Err() == nil {
-			changes, err := d.node.Changes(ctx)
-			if err != nil {
-				d.log.Error("watch the kernel", "err", err)
-				sleep(ctx, retryMax)
-				continue
-			}
-			for range changes {
-				d.poke()
-			}
-		}
-	})
+	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes} {
+		wg.Go(func() { d.watchKernel(ctx, changes) })
+	}
 	wg.Go(func() { d.member.watch(ctx, d.poke) })
 	wg.Go(func() { d.member.rearm(ctx, d.metrics.RearmPing) })
+}
+
+// watchKernel subscribes again whenever a subscription ends, and then looks at everything: events were missed.
+func (d *Daemon) watchKernel(ctx context.Context, changes func(context.Context) (<-chan struct{}, error)) {
+	for ctx.Err() == nil {
+		ch, err := changes(ctx)
+		if err != nil {
+			d.log.Error("watch the kernel", "err", err)
+			sleep(ctx, retryMax)
+			continue
+		}
+		d.poke()
+		for range ch {
+			d.poke()
+		}
+		sleep(ctx, settle)
+	}
 }
 
 // sleep waits for d or until ctx ends.

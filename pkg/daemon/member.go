@@ -110,12 +110,12 @@ func (m *member) mint(ctx context.Context, api *headscale.Client) (secret.Secret
 	}
 	until := time.Now().Add(joinKeyLife)
 	// Tags come with the key: the control server decides who may carry them.
-	key, err := api.CreatePreAuthKey(ctx, headscale.PreAuthKeyOptions{Tags: m.cfg.Tailscale.Tags, Expiration: until})
+	key, err := api.CreatePreAuthKey(ctx, headscale.PreAuthKeyRequest{Tags: m.cfg.Tailscale.Tags, Expiration: until})
 	if err != nil {
 		return secret.Secret{}, fmt.Errorf("make a key to join with: %w", err)
 	}
-	m.minted, m.mintedUntil = key, until.Add(-joinKeyLife/10)
-	return key, nil
+	m.minted, m.mintedUntil = key.Key, until.Add(-joinKeyLife/10)
+	return m.minted, nil
 }
 
 // headscale is a client for the REST API where the credential is an API key, else nil.
@@ -132,7 +132,7 @@ func (m *member) headscale(ctx context.Context) (*headscale.Client, config.Crede
 	if err != nil {
 		return nil, cred, fmt.Errorf("%s: %w", cred.Source, err)
 	}
-	if kind != headscale.APIKey {
+	if kind != headscale.KindAPI {
 		return nil, cred, nil
 	}
 	return api, cred, nil
@@ -140,7 +140,7 @@ func (m *member) headscale(ctx context.Context) (*headscale.Client, config.Crede
 
 // approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what
 // the policy lacks. Once they are routed Headscale is not asked.
-func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscale.PrefsSpec) ([]string, error) {
+func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscale.PrefsSpec) (changed []string, err error) {
 	missing := without(spec.AdvertiseRoutes, self.Routes)
 	if len(missing) == 0 && len(spec.DropRoutes) == 0 {
 		return nil, nil
@@ -159,12 +159,13 @@ func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscal
 	if err != nil {
 		return nil, fmt.Errorf("approve our routes: %w", err)
 	}
-	changed, err := api.ApproveRoutes(ctx, node.ID, spec.AdvertiseRoutes, spec.DropRoutes)
+	approved, err := api.ApproveRoutes(ctx, node.ID, spec.AdvertiseRoutes, spec.DropRoutes)
 	if err != nil {
 		return nil, fmt.Errorf("approve our routes: %w", err)
 	}
-	if len(changed) > 0 {
+	if approved {
 		m.approvedAt = time.Now()
+		changed = []string{fmt.Sprintf("approved %v", spec.AdvertiseRoutes)}
 	}
 	if len(missing) > 0 && time.Since(m.approvedAt) < approvalSettles {
 		return changed, waiting("the routes are approved and on their way")

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -46,10 +48,24 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.hostPrefixes, err = hostPrefixes(o.tun); err != nil {
 		return o, err
 	}
-	o.nodeAddr4, o.nodeAddr6 = networking.DefaultSource(false), networking.DefaultSource(true)
+	if o.nodeAddr4, err = sourceAddr(unix.AF_INET); err != nil {
+		return o, err
+	}
+	if o.nodeAddr6, err = sourceAddr(unix.AF_INET6); err != nil {
+		return o, err
+	}
 	_, err = os.Stat(filepath.Join(d.cfg.CNI.BinDir, "portmap"))
 	o.portmap = err == nil
 	return o, nil
+}
+
+// sourceAddr is the zero Addr where the node has no default route of the family.
+func sourceAddr(family int) (netip.Addr, error) {
+	a, err := networking.DefaultSource(family)
+	if errors.Is(err, networking.ErrNoSource) {
+		return netip.Addr{}, nil
+	}
+	return a, err
 }
 
 // settleMode decides auto: what it settled on before, else whichever tailscaled answers.

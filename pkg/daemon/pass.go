@@ -47,7 +47,7 @@ func (d *Daemon) pass(ctx context.Context) bool {
 			return d.tables.Sync(ctx, p.firewall)
 		}},
 		{name: partRoutes, needs: []string{partFirewall}, run: func(ctx context.Context) ([]string, error) {
-			return d.syncRoutes(ctx, p)
+			return d.node.Sync(ctx, p.node)
 		}},
 		{name: partTailnet, needs: []string{partRoutes}, run: func(ctx context.Context) ([]string, error) {
 			return d.member.join(ctx, o)
@@ -84,17 +84,6 @@ func (d *Daemon) remember(change func(*state)) error {
 	}
 	d.saved = next
 	return nil
-}
-
-func (d *Daemon) syncRoutes(ctx context.Context, p plan) ([]string, error) {
-	found, err := d.node.Saved()
-	if err != nil {
-		return nil, err
-	}
-	if err := d.remember(func(s *state) { s.Host.Add(found) }); err != nil {
-		return nil, err
-	}
-	return d.node.Sync(ctx, p.node)
 }
 
 func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {

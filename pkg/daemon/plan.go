@@ -52,7 +52,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	p := plan{
 		node: networking.NodeConfig{Own: own, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: own, Cluster: cluster, KeepSource: union(cluster, c.Network.ServiceCIDRs.Prefixes()), TunName: o.tun,
+			Own: own, Cluster: cluster, KeepSource: c.Network.ServiceCIDRs.Prefixes(), TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.mode == config.ModeHost,
 		},

@@ -54,9 +54,5 @@ func restorePrefs(ctx context.Context, c config.Config, s state) error {
 }
 
 func removeNetwork(ctx context.Context, s state) error {
-	node, err := networking.NewNode()
-	if err != nil {
-		return err
-	}
-	return errors.Join(node.Remove(ctx, s.Host), nft.New().Remove(ctx))
+	return errors.Join(networking.NewNode(s.Host, nil).Remove(ctx), nft.New().Remove(ctx))
 }

@@ -1,0 +1,142 @@
+package daemon
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+func prefixes(ss ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range ss {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+var comparePrefixes = cmp.Options{
+	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+}
+
+func typical() (config.Config, observation) {
+	c := config.Default()
+	c.Network.PodCIDRs = config.CIDRs{"10.244.1.0/24", "fd00:244:1::/64"}
+	c.Network.ClusterCIDRs = config.CIDRs{"10.244.0.0/16", "fd00:244::/32"}
+	c.Network.RemoteCIDRs = config.CIDRs{"10.245.0.0/16"}
+	c.Network.ServiceCIDRs = config.CIDRs{"10.96.0.0/16"}
+	return c, observation{
+		mode: config.ModeDaemon, tun: "headcni01", tunMTU: 1280, hostPrefixes: prefixes("192.0.2.0/24"),
+		nodeAddr4: netip.MustParseAddr("192.0.2.7"), tailnet: &tailscale.Status{State: tailscale.Running},
+	}
+}
+
+func TestMakePlan(t *testing.T) {
+	c, o := typical()
+	got, err := makePlan(c, o, state{Advertised: prefixes("10.244.1.0/24", "10.244.9.0/24")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, cluster := prefixes("10.244.1.0/24", "fd00:244:1::/64"), prefixes("10.244.0.0/16", "10.245.0.0/16", "fd00:244::/32")
+	off := false
+	want := plan{
+		node: networking.NodeConfig{Own: own, Cluster: cluster, TunName: "headcni01", LANFirst: true},
+		firewall: nft.Config{
+			Own: own, Cluster: cluster, KeepSource: prefixes("10.96.0.0/16"), TunName: "headcni01", NodeAddr4: o.nodeAddr4,
+			Masquerade: true, TailnetEgress: "masquerade",
+		},
+		prefs:    tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: prefixes("10.244.9.0/24"), CorpDNS: &off},
+		conflist: got.conflist, // golden in TestPlanConflist
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
+		t.Error(diff)
+	}
+
+	o.mode = config.ModeHost
+	got, err = makePlan(c, o, state{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !got.firewall.HostMode || got.prefs.CorpDNS != nil {
+		t.Errorf("host mode: firewall %v, CorpDNS %v: the user's resolver is the user's", got.firewall.HostMode, got.prefs.CorpDNS)
+	}
+}
+
+func TestLANFirst(t *testing.T) {
+	found := func(routeAll, exit bool) state {
+		return state{Prefs: &tailscale.SavedPrefs{RouteAll: routeAll, ExitNode: exit}}
+	}
+	tests := []struct {
+		name, mode string
+		set        config.Tristate
+		s          state
+		want       bool
+	}{
+		{"dedicated", config.ModeDaemon, config.Auto, state{}, true},
+		{"host, nothing known", config.ModeHost, config.Auto, state{}, false},
+		{"host, no routes accepted", config.ModeHost, config.Auto, found(false, false), true},
+		{"host, routes accepted", config.ModeHost, config.Auto, found(true, false), false},
+		{"host, exit node", config.ModeHost, config.Auto, found(false, true), false},
+		{"told to", config.ModeHost, "true", found(true, true), true},
+		{"told not to", config.ModeDaemon, "false", state{}, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := config.Default()
+			c.Network.LANFirst = tt.set
+			if got := lanFirst(c, observation{mode: tt.mode}, tt.s); got != tt.want {
+				t.Errorf("got %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestRefuse(t *testing.T) {
+	peer := func(online bool, routes ...string) *tailscale.Status {
+		return &tailscale.Status{Peers: []tailscale.Peer{{Name: "other", Online: online, Routes: prefixes(routes...)}}}
+	}
+	tests := []struct {
+		name   string
+		change func(*config.Config, *observation)
+		want   string // "" = accepted
+	}{
+		{"typical", func(*config.Config, *observation) {}, ""},
+		{"the host's network", func(_ *config.Config, o *observation) { o.hostPrefixes = prefixes("10.244.7.0/24") }, "overlaps 10.244.7.0/24"},
+		{"a peer has it", func(_ *config.Config, o *observation) { o.tailnet = peer(true, "10.244.1.0/24") }, "other advertises 10.244.1.0/24"},
+		{"a peer has half of it", func(_ *config.Config, o *observation) { o.tailnet = peer(true, "10.244.1.128/25") }, "other advertises 10.244.1.128/25"},
+		{"a dead peer had it", func(_ *config.Config, o *observation) { o.tailnet = peer(false, "10.244.1.0/24") }, ""},
+		{"an exit node", func(_ *config.Config, o *observation) { o.tailnet = peer(true, "0.0.0.0/0", "::/0", "10.0.0.0/8") }, ""},
+		{"ours already", func(_ *config.Config, o *observation) {
+			o.tailnet = peer(true, "10.244.1.0/25")
+			o.tailnet.Self.Routes = prefixes("10.244.1.0/24")
+		}, ""},
+		{"mtu above the tun's", func(c *config.Config, _ *observation) { c.Network.MTU = 1400 }, "network.mtu 1400"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c, o := typical()
+			tt.change(&c, &o)
+			_, err := makePlan(c, o, state{})
+			switch {
+			case tt.want == "" && err != nil:
+				t.Errorf("refused: %v", err)
+			case tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)):
+				t.Errorf("want %q in %v", tt.want, err)
+			}
+		})
+	}
+}
+
+func TestUnion(t *testing.T) {
+	got := union(prefixes("10.244.1.0/24", "fd00::/64"), prefixes("10.244.0.0/16", "10.244.1.0/24"), prefixes("10.3.0.0/16", "fd00::/64"))
+	if diff := cmp.Diff(prefixes("10.3.0.0/16", "10.244.0.0/16", "fd00::/64"), got, comparePrefixes); diff != "" {
+		t.Error(diff)
+	}
+}
