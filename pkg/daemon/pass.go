@@ -87,6 +87,9 @@ func (d *Daemon) remember(change func(*state)) error {
 }
 
 func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
+	if p.duplicate != nil {
+		return nil, p.duplicate
+	}
 	have, err := d.member.client.Prefs(ctx)
 	if err != nil {
 		return nil, err

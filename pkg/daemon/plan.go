@@ -38,6 +38,8 @@ type plan struct {
 	firewall nft.Config
 	prefs    tailscale.PrefsSpec
 	conflist []byte
+	// duplicate is why our CIDRs must not be advertised: another node has them. The node's own pods go on.
+	duplicate error
 }
 
 // makePlan derives the node's state from the configuration and what was observed. It does no I/O. An error means that
@@ -46,7 +48,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	own := c.Network.PodCIDRs.Prefixes()
 	// What a peer merely advertises never widens the set.
 	cluster := union(own, c.Network.ClusterCIDRs.Prefixes(), c.Network.RemoteCIDRs.Prefixes())
-	if err := refuse(c, own, cluster, o); err != nil {
+	if err := refuse(c, cluster, o); err != nil {
 		return plan{}, err
 	}
 	p := plan{
@@ -56,7 +58,8 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.mode == config.ModeHost,
 		},
-		prefs: tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: without(s.Advertised, own)},
+		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: without(s.Advertised, own)},
+		duplicate: duplicate(own, o),
 	}
 	if o.mode == config.ModeDaemon {
 		// The dedicated tailscaled must not take the host's resolver over.
@@ -75,7 +78,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 }
 
 // refuse names the reasons why the node's pod CIDRs cannot be used here.
-func refuse(c config.Config, own, cluster []netip.Prefix, o observation) error {
+func refuse(c config.Config, cluster []netip.Prefix, o observation) error {
 	var errs []error
 	for _, h := range o.hostPrefixes {
 		for _, p := range cluster {
@@ -84,15 +87,21 @@ func refuse(c config.Config, own, cluster []netip.Prefix, o observation) error {
 			}
 		}
 	}
-	for _, p := range own {
-		for _, peer := range o.peers() {
-			if owner, ok := taken(p, peer); ok && !o.owns(p) {
-				errs = append(errs, fmt.Errorf("pod range %s: %s advertises %s already and is online; give this node another network.podCIDRs", p, peer.Name, owner))
-			}
-		}
-	}
 	if mtu := c.Network.MTU; mtu != 0 && o.tunMTU != 0 && mtu > o.tunMTU {
 		errs = append(errs, fmt.Errorf("network.mtu %d is more than the %d of %s: larger packets would not pass; use 0", mtu, o.tunMTU, o.tun))
+	}
+	return errors.Join(errs...)
+}
+
+// duplicate names the online nodes that advertise our CIDRs, unless the tailnet routes them to us already.
+func duplicate(own []netip.Prefix, o observation) error {
+	var errs []error
+	for _, p := range own {
+		for _, peer := range o.peers() {
+			if r, ok := taken(p, peer); ok && !o.owns(p) {
+				errs = append(errs, fmt.Errorf("pod range %s: %s advertises %s already and is online; give this node another network.podCIDRs", p, peer.Name, r))
+			}
+		}
 	}
 	return errors.Join(errs...)
 }

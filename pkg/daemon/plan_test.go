@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"net/netip"
 	"strings"
 	"testing"
@@ -123,7 +124,8 @@ func TestRefuse(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			c, o := typical()
 			tt.change(&c, &o)
-			_, err := makePlan(c, o, state{})
+			p, err := makePlan(c, o, state{})
+			err = errors.Join(err, p.duplicate)
 			switch {
 			case tt.want == "" && err != nil:
 				t.Errorf("refused: %v", err)
