@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"strings"
 	"time"
@@ -279,11 +280,26 @@ func (c *Client) loginGaveUp(ctx context.Context, last string, err error) error 
 		return context.Canceled
 	}
 	if last != "" {
-		return fmt.Errorf("%w: %s; check headscale.url and that Headscale runs and can be reached from this host; tailscaled goes on trying",
-			ErrControl, last)
+		err = errors.New(last)
 	}
-	return fmt.Errorf("%w: %w; check headscale.url and that Headscale runs and can be reached from this host; tailscaled goes on trying",
-		ErrControl, err)
+	advice := "check headscale.url and that Headscale runs and can be reached from this host"
+	if strings.Contains(last, "TLS forced") {
+		advice = "to an http:// address that is not private tailscaled connects once in two minutes only: give Headscale a certificate " +
+			"and an https:// URL, or a private address"
+	}
+	return fmt.Errorf("%w: %w; %s; tailscaled goes on trying", ErrControl, err, advice)
+}
+
+// ReconnectsReliably reports whether tailscaled can come back to a control URL after a failure. It cannot to an http://
+// one whose host is a name or a public address: from the second connection within two minutes on it insists on port 443
+// (controlhttp's forceNoise443), and each try extends the two minutes.
+func ReconnectsReliably(controlURL string) bool {
+	u, err := url.Parse(orDefault(controlURL))
+	if err != nil || u.Scheme != "http" {
+		return err == nil
+	}
+	addr, err := netip.ParseAddr(u.Hostname())
+	return u.Hostname() == "localhost" || err == nil && (addr.IsPrivate() || addr.IsLoopback())
 }
 
 const lastLoginError = "The last login error was: "

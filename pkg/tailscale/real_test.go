@@ -239,4 +239,3 @@ func TestRealWatch(t *testing.T) {
 		t.Errorf("watch ends with %v", err)
 	}
 }
-
