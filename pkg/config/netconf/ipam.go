@@ -26,7 +26,7 @@ type rangePart struct {
 
 func (d *decoder) ipam(v json.RawMessage) {
 	keys := map[string]json.RawMessage{}
-	if !d.to("ipam", v, &keys, "an object") {
+	if !d.to("ipam", v, &keys, "an object") || keys == nil {
 		return
 	}
 	i := &d.c.IPAM

@@ -58,7 +58,7 @@ func (d *decoder) defaultRange() {
 	if c.IPAM.Raw != nil && json.Unmarshal(c.IPAM.Raw, &keys) != nil {
 		return // already a fault
 	}
-	if keys == nil || keys["subnet"] != nil || keys["ranges"] != nil {
+	if keys["subnet"] != nil || keys["ranges"] != nil {
 		return
 	}
 	keys["type"], keys["subnet"] = json.RawMessage(`"`+IPAMType+`"`), json.RawMessage(strconv.Quote(c.PodCIDR.String()))

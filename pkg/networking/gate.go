@@ -1,0 +1,86 @@
+package networking
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotProgrammed: the node's rules or tables are not there, as after a reboot or a flush.
+var ErrNotProgrammed = errors.New("node network is not programmed")
+
+// gateTable is the nft table that the daemon keeps in the families ip and ip6.
+const gateTable = "headcni"
+
+// Gate asks the kernel whether the daemon's node network is in force: an address of the node's own CIDR that no pod has
+// must lead nowhere, and both nft tables must exist. It takes some 15 us a question. The error matches ErrNotProgrammed
+// if the answer is no.
+func Gate(podCIDRs []netip.Prefix) error {
+	c, err := openPodConn(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	for _, cidr := range podCIDRs {
+		if err := gateClosed(c, cidr); err != nil {
+			return err
+		}
+	}
+	return gateTables(podCIDRs)
+}
+
+// gateClosed looks the network's own address up, which no pod is ever given.
+//
+// Unreachable rules answer ENETUNREACH, unreachable routes EHOSTUNREACH, prohibit EACCES, blackhole EINVAL. The last is
+// also the answer to a question that the kernel does not understand, so it does not count as closed.
+func gateClosed(c *podConn, cidr netip.Prefix) error {
+	a := cidr.Masked().Addr()
+	_, err := c.do(getPodRoute(a))
+	switch {
+	case err == nil:
+		return fmt.Errorf("%w: packets to %s, which is free, would leave the node; is headcni-daemon running?", ErrNotProgrammed, a)
+	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.EACCES):
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrNotProgrammed, err)
+}
+
+// gateTables: nft list table ip headcni, ip6 headcni
+func gateTables(podCIDRs []netip.Prefix) error {
+	c, err := openPodConn(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fmt.Errorf("%w: the kernel has no nf_tables: %w", ErrNotProgrammed, err)
+	}
+	defer c.close()
+	for _, family := range []struct {
+		name   string
+		number byte
+		ipv6   bool
+	}{{"ip", unix.NFPROTO_IPV4, false}, {"ip6", unix.NFPROTO_IPV6, true}} {
+		r := podRequest{
+			what: fmt.Sprintf("look for nft table %s %s", family.name, gateTable),
+			typ:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
+		}
+		r.fixed(family.number, unix.NFNETLINK_V0, 0, 0)
+		r.attrString(unix.NFTA_TABLE_NAME, gateTable)
+		_, err := c.do(r)
+		if errors.Is(err, unix.EAFNOSUPPORT) && family.ipv6 && !anyIPv6(podCIDRs) {
+			continue // a kernel without IPv6
+		}
+		if err != nil {
+			return fmt.Errorf("%w: %w; is headcni-daemon running?", ErrNotProgrammed, err)
+		}
+	}
+	return nil
+}
+
+func anyIPv6(list []netip.Prefix) bool {
+	for _, p := range list {
+		if p.Addr().Is6() {
+			return true
+		}
+	}
+	return false
+}

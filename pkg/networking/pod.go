@@ -1,0 +1,449 @@
+package networking
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// What a pod sees as its next hop. No interface has these addresses except fe80::1 on the host's end: the pod finds the
+// host's end by a permanent neighbour entry, so the node needs no address, no proxy ARP and no lookup.
+var (
+	PodGateway4 = netip.MustParseAddr("169.254.1.1")
+	PodGateway6 = netip.MustParseAddr("fe80::1")
+)
+
+const (
+	// PodLinkPrefix begins the name of the host's end of every pod's link. tailscaled's own nft rules match what begins with
+	// its tun's name, so it must never be a prefix of "headcni01" or the other way round.
+	PodLinkPrefix = "hc"
+	// DefaultPodMTU is the MTU in bytes where there is no tunnel to take it from: tailscaled's own.
+	DefaultPodMTU = 1280
+
+	podAliasMax = 255 // bytes: IFALIASZ-1, linux/if.h
+)
+
+// tunNames are the tuns that a pod's packets may have to pass, in order: daemon mode's, tailscaled's default.
+var tunNames = []string{"headcni01", "tailscale0"}
+
+// Faults that a caller tells apart.
+var (
+	// ErrPodNetns: the path is no network namespace, has gone, or is the caller's own.
+	ErrPodNetns = errors.New("invalid network namespace")
+	// ErrPodLinkExists: the pod already has an interface of that name.
+	ErrPodLinkExists = errors.New("interface exists already")
+	// ErrNoIPv6: an IPv6 address is wanted where IPv6 is switched off.
+	ErrNoIPv6 = errors.New("IPv6 is disabled")
+)
+
+// Pods attaches pods to the node's network by netlink. The zero value works.
+type Pods struct {
+	Log *slog.Logger // nil: nothing is logged
+
+	// inject, where a test sets it, fails the step that is about to run.
+	inject func(step string) error
+}
+
+// Pod is the interface of one pod as it shall be.
+type Pod struct {
+	Network     string // CNI network name
+	ContainerID string
+	IfName      string
+	Label       string // whose it is, for people: namespace/name; may be empty
+	Netns       string // path
+	MTU         int    // bytes; 0: the tun's, or DefaultPodMTU where there is none
+	MAC         net.HardwareAddr
+	Addrs       []netip.Addr
+	Routes      []PodRoute // in the pod
+}
+
+// PodRoute is a route in the pod by way of the node.
+type PodRoute struct {
+	Dst      netip.Prefix
+	Gateway  netip.Addr
+	MTU      int // bytes; 0: the link's
+	AdvMSS   int // bytes; 0: the kernel's choice
+	Priority int
+	Table    *int // nil: main
+	Scope    *int // nil: global
+}
+
+// PodLinks is what Attach has made.
+type PodLinks struct {
+	HostName        string
+	HostMAC, PodMAC net.HardwareAddr
+	HostMTU, PodMTU int // bytes
+	hostIdx, podIdx int
+}
+
+// PodLinkName is the name of the host's end: a hash, since the container ID does not fit into 15 bytes.
+func PodLinkName(containerID, ifName string) string {
+	h := fnv.New64a()
+	h.Write([]byte(containerID + "\x00" + ifName))
+	sum := h.Sum64()
+	return fmt.Sprintf("%s%010x", PodLinkPrefix, (sum^sum>>40)&(1<<40-1))
+}
+
+// podLinkAlias says whose a link is. The kernel takes at most 255 bytes.
+func podLinkAlias(network, containerID, ifName, label string) string {
+	alias := network + " " + containerID + "/" + ifName
+	if label != "" {
+		alias += " " + label
+	}
+	return alias[:min(len(alias), podAliasMax)]
+}
+
+// podLinkIsOf reports whether a link of the right name belongs to the attachment. An ADD that was killed right after it
+// had made the link leaves one without alias; then the name, which is a hash, must do.
+func podLinkIsOf(alias, containerID, ifName string) bool {
+	if alias == "" {
+		return true
+	}
+	_, rest, _ := strings.Cut(alias, " ")
+	want := containerID + "/" + ifName
+	return strings.HasPrefix(rest+" ", want+" ") || len(alias) == podAliasMax && strings.HasPrefix(want, rest)
+}
+
+// step lets a test fail what comes next.
+func (p *Pods) step(what string) error {
+	if p.inject == nil {
+		return nil
+	}
+	return p.inject(what)
+}
+
+func (p *Pods) warn(msg string, args ...any) {
+	if p.Log != nil {
+		p.Log.Warn(msg, args...)
+	}
+}
+
+// do is podConn.do with the test's seam before each request.
+func (p *Pods) do(c *podConn, requests ...podRequest) ([][]byte, error) {
+	for i, r := range requests {
+		if err := p.step(r.what); err != nil {
+			if i > 0 {
+				_, _ = c.do(requests[:i]...) // the injected fault is the one to report
+			}
+			return nil, err
+		}
+	}
+	return c.do(requests...)
+}
+
+// openPodNetns opens a network namespace that is not the caller's own.
+func openPodNetns(path string) (int, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open %s: %w: %w", path, ErrPodNetns, err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
+		unix.Close(fd)
+		return -1, fmt.Errorf("open %s: %w: it is not a namespace; has the sandbox ended?", path, ErrPodNetns)
+	}
+	var its, own unix.Stat_t
+	err = unix.Fstat(fd, &its)
+	if err == nil {
+		err = unix.Stat("/proc/thread-self/ns/net", &own)
+	}
+	if err == nil && its.Ino == own.Ino && its.Dev == own.Dev {
+		err = errors.New("it is the node's own; a pod on the host network needs no plugin")
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("open %s: %w: %w", path, ErrPodNetns, err)
+	}
+	return fd, nil
+}
+
+// stillThere reports a namespace whose path has gone while it was worked on: then nothing holds it any longer.
+func stillThere(path string, fd int) error {
+	var was, is unix.Stat_t
+	if err := unix.Fstat(fd, &was); err != nil {
+		return fmt.Errorf("look at %s: %w", path, err)
+	}
+	if err := unix.Stat(path, &is); err != nil || was.Ino != is.Ino || was.Dev != is.Dev {
+		return fmt.Errorf("%w: %s disappeared while the pod was attached; the sandbox has ended", ErrPodNetns, path)
+	}
+	return nil
+}
+
+// Vacant returns an error that matches ErrPodLinkExists if the pod already has the interface, and one that matches
+// ErrPodNetns if there is no such namespace. It changes nothing.
+func (p *Pods) Vacant(netns, ifName string) error {
+	fd, err := openPodNetns(netns)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	c, err := openPodConnAt(fd, unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	_, err = c.link(ifName)
+	switch {
+	case err == nil:
+		return fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, netns, ErrPodLinkExists)
+	case errors.Is(err, unix.ENODEV):
+		return nil
+	}
+	return err
+}
+
+// Attach makes the pod's link. On an error something may be left over, which Detach removes.
+func (p *Pods) Attach(pod Pod) (PodLinks, error) {
+	ns, err := openPodNetns(pod.Netns)
+	if err != nil {
+		return PodLinks{}, err
+	}
+	defer unix.Close(ns)
+	host, err := openPodConn(unix.NETLINK_ROUTE)
+	if err != nil {
+		return PodLinks{}, err
+	}
+	defer host.close()
+	inside, err := openPodConnAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return PodLinks{}, err
+	}
+	defer inside.close()
+
+	links, err := p.create(host, pod, ns)
+	if err != nil {
+		return PodLinks{}, err
+	}
+	if err := p.setUpHost(host, pod, links); err != nil {
+		return PodLinks{}, err
+	}
+	if err := p.podSysctls(ns, pod); err != nil {
+		return PodLinks{}, err
+	}
+	if err := p.setUpPod(inside, pod, links); err != nil {
+		return PodLinks{}, err
+	}
+	return links, stillThere(pod.Netns, ns)
+}
+
+// create makes the veth pair, with the pod's end born inside its namespace.
+func (p *Pods) create(host *podConn, pod Pod, netns int) (PodLinks, error) {
+	l := PodLinks{HostName: PodLinkName(pod.ContainerID, pod.IfName), HostMAC: randomPodMAC(), PodMAC: pod.MAC}
+	if l.PodMAC == nil {
+		l.PodMAC = randomPodMAC()
+	}
+	mtu := pod.MTU
+	if mtu == 0 {
+		mtu = tunMTU(host)
+	}
+	l.HostMTU, l.PodMTU = mtu, mtu
+	// The look-up rides in the same system call: it tells both indices.
+	requests := []podRequest{newPodVeth(l, pod.IfName, netns), getPodLink(l.HostName)}
+	replies, err := p.do(host, requests...)
+	if errors.Is(err, unix.EEXIST) {
+		removed, gone := p.removeLeftover(host, pod, l.HostName)
+		if gone != nil {
+			return l, gone
+		}
+		if !removed {
+			return l, fmt.Errorf("%s in %s: %w; delete the attachment first", pod.IfName, pod.Netns, ErrPodLinkExists)
+		}
+		replies, err = p.do(host, requests...)
+	}
+	if err != nil {
+		return l, err
+	}
+	made, err := parsePodLink(replies[1])
+	if err != nil {
+		return l, err
+	}
+	l.hostIdx, l.podIdx = made.index, made.peer
+	return l, nil
+}
+
+// removeLeftover removes the host's end that an ADD of the same attachment left when it was killed.
+func (p *Pods) removeLeftover(host *podConn, pod Pod, name string) (removed bool, err error) {
+	l, err := host.link(name)
+	if errors.Is(err, unix.ENODEV) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if l.kind != "veth" || !podLinkIsOf(l.alias, pod.ContainerID, pod.IfName) {
+		return false, fmt.Errorf("make link %s: it exists and is another's (%s, alias %q); "+
+			"remove it if nothing uses it, then start the pod again", name, l.kind, l.alias)
+	}
+	return true, deletePodLink(host, l)
+}
+
+// deletePodLink returns when the link is gone. One that is gone already is as good.
+func deletePodLink(host *podConn, l podLink) error {
+	r := podRequest{what: "delete link " + l.name, typ: unix.RTM_DELLINK}
+	r.ifinfo(l.index, 0, 0)
+	if _, err := host.do(r); err != nil && !errors.Is(err, unix.ENODEV) {
+		return err
+	}
+	return nil
+}
+
+func tunMTU(host *podConn) int {
+	for _, name := range tunNames {
+		if l, err := host.link(name); err == nil && l.mtu > 0 {
+			return l.mtu
+		}
+	}
+	return DefaultPodMTU
+}
+
+// setUpHost programs the host's end. Everything hangs on the link and goes with it.
+func (p *Pods) setUpHost(host *podConn, pod Pod, l PodLinks) error {
+	ipv6, err := p.hostSysctls(l.HostName)
+	if err != nil {
+		return err
+	}
+	steps := []podRequest{
+		setPodLink(l.hostIdx, podLinkAlias(pod.Network, pod.ContainerID, pod.IfName, pod.Label), ipv6),
+		podLinkUp("host", l.hostIdx),
+	}
+	if slices.ContainsFunc(pod.Addrs, netip.Addr.Is6) {
+		steps = append(steps, addPodAddr("host", l.hostIdx, netip.PrefixFrom(PodGateway6, 64)))
+	}
+	for _, a := range pod.Addrs {
+		// No src: the kernel deletes a route for good when its source address goes.
+		steps = append(steps, addPodNeigh("host", l.hostIdx, a, l.PodMAC), addPodRoute("host", l.hostIdx, PodRoute{Dst: netip.PrefixFrom(a, a.BitLen())}))
+	}
+	_, err = p.do(host, steps...)
+	return explainIPv6(err, "on this node", pod)
+}
+
+// setUpPod programs the pod's end.
+func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) error {
+	steps := []podRequest{podLinkUp("pod", l.podIdx)}
+	for _, a := range pod.Addrs {
+		steps = append(steps, addPodAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
+	}
+	known := map[netip.Addr]bool{}
+	for _, r := range pod.Routes {
+		if r.Gateway.IsValid() && !known[r.Gateway] {
+			known[r.Gateway] = true
+			steps = append(steps, addPodNeigh("pod", l.podIdx, r.Gateway, l.HostMAC))
+		}
+	}
+	for _, r := range pod.Routes {
+		steps = append(steps, addPodRoute("pod", l.podIdx, r))
+	}
+	_, err := p.do(inside, steps...)
+	return explainIPv6(err, "in the pod's network namespace", pod)
+}
+
+// explainIPv6 puts the kernel's EACCES for an address on a link without IPv6 into words.
+func explainIPv6(err error, where string, pod Pod) error {
+	refused := errors.Is(err, unix.EACCES) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+	if refused && slices.ContainsFunc(pod.Addrs, netip.Addr.Is6) {
+		return fmt.Errorf("%w %s: set the sysctls net.ipv6.conf.all.disable_ipv6 and net.ipv6.conf.default.disable_ipv6 to 0 "+
+			"there, or take the IPv6 range out of ipam: %w", ErrNoIPv6, where, err)
+	}
+	return err
+}
+
+// randomPodMAC returns a locally administered unicast address. Both ends get one of their own: where the kernel chose it,
+// systemd-udevd would replace it (MACAddressPolicy) after the neighbour entries were made.
+func randomPodMAC() net.HardwareAddr {
+	v := rand.Uint64()
+	mac := net.HardwareAddr{byte(v), byte(v >> 8), byte(v >> 16), byte(v >> 24), byte(v >> 32), byte(v >> 40)}
+	mac[0] = mac[0]&^1 | 2
+	return mac
+}
+
+// hostSysctls makes the host's end deaf to router advertisements: a pod must not give the node a default route. It
+// reports whether the kernel has IPv6 on the link.
+func (p *Pods) hostSysctls(link string) (ipv6 bool, err error) {
+	if err := p.step("sysctl host accept_ra"); err != nil {
+		return false, err
+	}
+	err = writePodSysctl(link, "accept_ra", "0")
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		// /proc/sys may be read-only. The daemon's nft rule against advertisements from pods stands all the same.
+		p.warn("could not switch router advertisements off on the host's end of a pod's link", "link", link, "err", err)
+	}
+	return true, nil
+}
+
+// podSysctls does the same in the pod, and switches IPv6 on for this link where the runtime has switched it off by
+// default and the pod gets an IPv6 address.
+func (p *Pods) podSysctls(netns int, pod Pod) error {
+	if err := p.step("sysctl pod accept_ra"); err != nil {
+		return err
+	}
+	want6 := slices.ContainsFunc(pod.Addrs, netip.Addr.Is6)
+	return inPodNetns(netns, func() error {
+		err := writePodSysctl(pod.IfName, "accept_ra", "0")
+		if errors.Is(err, os.ErrNotExist) {
+			return nil // no IPv6 in this kernel: adding the address says so
+		}
+		if err != nil {
+			p.warn("could not switch router advertisements off in a pod", "interface", pod.IfName, "err", err)
+		}
+		if !want6 {
+			return nil
+		}
+		if off, err := os.ReadFile(podSysctl(pod.IfName, "disable_ipv6")); err != nil || string(off) != "1\n" {
+			return nil
+		}
+		if err := writePodSysctl(pod.IfName, "disable_ipv6", "0"); err != nil {
+			return fmt.Errorf("%w in the pod's network namespace and could not be enabled: %w", ErrNoIPv6, err)
+		}
+		return nil
+	})
+}
+
+func podSysctl(link, key string) string { return "/proc/sys/net/ipv6/conf/" + link + "/" + key }
+
+func writePodSysctl(link, key, value string) error {
+	fd, err := unix.Open(podSysctl(link, key), unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err == nil {
+		_, err = unix.Write(fd, []byte(value))
+		unix.Close(fd)
+	}
+	if err != nil {
+		return fmt.Errorf("set sysctl net.ipv6.conf.%s.%s=%s: %w", link, key, value, err)
+	}
+	return nil
+}
+
+// Detach removes the pod's link and returns when it is gone. It needs neither the pod's namespace nor an earlier result:
+// the pod's end, and every route and neighbour, goes with the host's end. A link that is not there is no error.
+func (p *Pods) Detach(containerID, ifName string) error {
+	if err := p.step("detach"); err != nil {
+		return err
+	}
+	host, err := openPodConn(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer host.close()
+	l, err := host.link(PodLinkName(containerID, ifName))
+	if errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if l.kind != "veth" || !podLinkIsOf(l.alias, containerID, ifName) {
+		return nil // another's: Attach refuses to work beside it, so nothing of ours is there
+	}
+	return deletePodLink(host, l)
+}

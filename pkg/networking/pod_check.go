@@ -1,0 +1,384 @@
+package networking
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// PodState is what CHECK expects of a pod's link: the result of ADD, as plugins after us may have changed it.
+type PodState struct {
+	ContainerID, IfName, Netns string
+	// HostListed tells whether the result names the host's end.
+	HostListed      bool
+	HostMAC, PodMAC string // empty: any
+	PodMTU          int    // bytes; 0: any
+	Addrs           []netip.Addr
+	Routes          []PodRoute // in the pod; a zero gateway means any
+}
+
+// Check compares the kernel with want. Each deviation has its own message; all are joined.
+func (p *Pods) Check(want PodState) error {
+	ns, err := openPodNetns(want.Netns)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(ns)
+	host, err := openPodConn(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer host.close()
+	inside, err := openPodConnAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer inside.close()
+	hostLink, hostErr := host.link(PodLinkName(want.ContainerID, want.IfName))
+	podLink, podErr := inside.link(want.IfName)
+	if hostErr != nil || podErr != nil {
+		return errors.Join(missing("host link", hostErr), missing("pod interface "+want.IfName, podErr))
+	}
+	c := podCheck{want: want, host: host, inside: inside, hostLink: hostLink, podLink: podLink}
+	c.links()
+	c.hostSide()
+	c.podAddrs()
+	c.podRoutes()
+	return errors.Join(c.faults...)
+}
+
+func missing(what string, err error) error {
+	if errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("%s is missing", what)
+	}
+	return err
+}
+
+type podCheck struct {
+	want              PodState
+	host, inside      *podConn
+	hostLink, podLink podLink
+	faults            []error
+}
+
+func (c *podCheck) fault(format string, args ...any) {
+	c.faults = append(c.faults, fmt.Errorf(format, args...))
+}
+
+func (c *podCheck) links() {
+	h, p, w := c.hostLink, c.podLink, c.want
+	if h.kind != "veth" || !podLinkIsOf(h.alias, w.ContainerID, w.IfName) {
+		c.fault("host link %s is not this pod's (%s, alias %q)", h.name, h.kind, h.alias)
+	}
+	if h.peer != p.index {
+		c.fault("host link %s does not lead to the pod's interface %s", h.name, w.IfName)
+	}
+	for _, end := range []struct {
+		what string
+		l    podLink
+		mac  string
+	}{{"host link " + h.name, h, w.HostMAC}, {"pod interface " + w.IfName, p, w.PodMAC}} {
+		if !end.l.up {
+			c.fault("%s is down", end.what)
+		}
+		if end.mac != "" && !strings.EqualFold(end.mac, end.l.mac.String()) {
+			c.fault("%s has hardware address %s, not %s", end.what, end.l.mac, end.mac)
+		}
+	}
+	if w.PodMTU != 0 && p.mtu != w.PodMTU {
+		c.fault("pod interface %s has MTU %d, not %d", w.IfName, p.mtu, w.PodMTU)
+	}
+}
+
+// hostSide looks at the ways to the pod.
+func (c *podCheck) hostSide() {
+	neighs, err := listPodNeighs(c.host, c.hostLink.index)
+	if err != nil {
+		c.faults = append(c.faults, err)
+		return
+	}
+	for _, a := range c.want.Addrs {
+		if oif, err := c.host.routeTo(a); err != nil {
+			c.fault("host route to %s is missing: %w", a, err)
+		} else if oif != c.hostLink.index {
+			c.fault("host route to %s does not lead to %s", a, c.hostLink.name)
+		}
+		c.neigh("host", neighs, a, c.podLink.mac)
+	}
+}
+
+func (c *podCheck) neigh(side string, have map[netip.Addr]net.HardwareAddr, a netip.Addr, mac net.HardwareAddr) {
+	got, ok := have[a]
+	if !ok {
+		c.fault("%s neighbour %s is missing", side, a)
+	} else if got.String() != mac.String() {
+		c.fault("%s neighbour %s has hardware address %s, not %s; if another plugin changed it, let headcni set it "+
+			"(capability mac)", side, a, got, mac)
+	}
+}
+
+func (c *podCheck) podAddrs() {
+	r := podRequest{what: "list addresses", typ: unix.RTM_GETADDR}
+	r.fixed(unix.AF_UNSPEC, 0, 0, 0)
+	r.u32(0)
+	have := map[netip.Addr]bool{}
+	err := c.inside.dump(r, func(b []byte) {
+		if len(b) < unix.SizeofIfAddrmsg {
+			return
+		}
+		m := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
+		attrs := podAttrs(b[unix.SizeofIfAddrmsg:])
+		raw := attrs[unix.IFA_LOCAL]
+		if raw == nil {
+			raw = attrs[unix.IFA_ADDRESS]
+		}
+		if a, ok := netip.AddrFromSlice(raw); ok && int(m.Index) == c.podLink.index {
+			have[a] = true
+		}
+	})
+	if err != nil {
+		c.faults = append(c.faults, err)
+		return
+	}
+	for _, a := range c.want.Addrs {
+		if !have[a] {
+			c.fault("pod address %s is missing on %s", a, c.want.IfName)
+		}
+	}
+}
+
+// podRouteKey tells routes of the same table apart.
+type podRouteKey struct {
+	dst     netip.Prefix
+	gateway netip.Addr
+	table   int
+}
+
+func (c *podCheck) podRoutes() {
+	have := map[podRouteKey]bool{}
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		r := podRequest{what: "list routes", typ: unix.RTM_GETROUTE}
+		r.fixed(family, 0, 0, 0, 0, 0, 0, 0)
+		r.u32(0)
+		if err := c.inside.dump(r, func(b []byte) { noteRoute(have, b) }); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+			c.faults = append(c.faults, err)
+			return
+		}
+	}
+	neighs, err := listPodNeighs(c.inside, c.podLink.index)
+	if err != nil {
+		c.faults = append(c.faults, err)
+		return
+	}
+	for _, r := range c.want.Routes {
+		table := unix.RT_TABLE_MAIN
+		if r.Table != nil {
+			table = *r.Table
+		}
+		if !have[podRouteKey{r.Dst, r.Gateway, table}] {
+			c.fault("pod route %s is missing", strings.TrimSuffix(fmt.Sprintf("%s via %s", r.Dst, r.Gateway), " via invalid IP"))
+		}
+	}
+	checked := map[netip.Addr]bool{}
+	for _, r := range c.want.Routes {
+		// Routes of other plugins may have next hops elsewhere; ours lead to the host's end.
+		if ours := r.Gateway == PodGateway4 || r.Gateway == PodGateway6; ours && !checked[r.Gateway] {
+			checked[r.Gateway] = true
+			c.neigh("pod", neighs, r.Gateway, c.hostLink.mac)
+		}
+	}
+}
+
+func noteRoute(have map[podRouteKey]bool, b []byte) {
+	if len(b) < unix.SizeofRtMsg {
+		return
+	}
+	m := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
+	attrs := podAttrs(b[unix.SizeofRtMsg:])
+	dst := netip.IPv4Unspecified()
+	if m.Family == unix.AF_INET6 {
+		dst = netip.IPv6Unspecified()
+	}
+	if a, ok := netip.AddrFromSlice(attrs[unix.RTA_DST]); ok {
+		dst = a
+	}
+	key := podRouteKey{dst: netip.PrefixFrom(dst, int(m.Dst_len)), table: int(m.Table)}
+	if t := attrs[unix.RTA_TABLE]; len(t) == 4 {
+		key.table = int(binary.NativeEndian.Uint32(t))
+	}
+	have[key] = true // by any gateway
+	if gw, ok := netip.AddrFromSlice(attrs[unix.RTA_GATEWAY]); ok {
+		key.gateway = gw
+		have[key] = true
+	}
+}
+
+// routeTo returns the index of the link by which a packet of this node to a leaves.
+func (c *podConn) routeTo(a netip.Addr) (oif int, err error) {
+	replies, err := c.do(getPodRoute(a))
+	if err != nil {
+		return 0, err
+	}
+	if len(replies[0]) < unix.SizeofRtMsg {
+		return 0, errors.New("look up route: short answer from the kernel")
+	}
+	if v := podAttrs(replies[0][unix.SizeofRtMsg:])[unix.RTA_OIF]; len(v) == 4 {
+		oif = int(binary.NativeEndian.Uint32(v))
+	}
+	return oif, nil
+}
+
+// getPodRoute: ip route get ADDR
+func getPodRoute(a netip.Addr) podRequest {
+	r := podRequest{what: "look up route to " + a.String(), typ: unix.RTM_GETROUTE}
+	r.fixed(podFamily(a), byte(a.BitLen()), 0, 0, 0, 0, 0, 0)
+	r.u32(0)
+	r.attr(unix.RTA_DST, a.AsSlice())
+	return r
+}
+
+// listPodNeighs lists the permanent neighbours on a link.
+func listPodNeighs(c *podConn, index int) (map[netip.Addr]net.HardwareAddr, error) {
+	r := podRequest{what: "list neighbours", typ: unix.RTM_GETNEIGH}
+	r.fixed(unix.AF_UNSPEC, 0, 0, 0)
+	r.u32(uint32(index))
+	r.fixed(0, 0, 0, 0)
+	r.attr32(unix.NDA_IFINDEX, uint32(index))
+	have := map[netip.Addr]net.HardwareAddr{}
+	err := c.dump(r, func(b []byte) {
+		if len(b) < unix.SizeofNdMsg {
+			return
+		}
+		m := (*unix.NdMsg)(unsafe.Pointer(&b[0]))
+		attrs := podAttrs(b[unix.SizeofNdMsg:])
+		if a, ok := netip.AddrFromSlice(attrs[unix.NDA_DST]); ok && int(m.Ifindex) == index && m.State&unix.NUD_PERMANENT != 0 {
+			have[a] = slices.Clone(attrs[unix.NDA_LLADDR]) // the buffer is used again
+		}
+	})
+	return have, err
+}
+
+// podDumpTries bounds how often a dump that changes under way is begun again.
+const podDumpTries = 20
+
+var errPodDumpChanged = errors.New("the kernel's list kept changing while it was read; try again")
+
+// dump gives every message of a list to take. A list that changed while it was read is read again from the start, so take
+// may see an entry twice.
+func (c *podConn) dump(r podRequest, take func([]byte)) error {
+	r.flags |= unix.NLM_F_DUMP
+	for range podDumpTries {
+		whole, err := c.dumpOnce(r, take)
+		if err != nil {
+			return fmt.Errorf("%s: %w", r.what, err)
+		}
+		if whole {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s: %w", r.what, errPodDumpChanged)
+}
+
+func (c *podConn) dumpOnce(r podRequest, take func([]byte)) (whole bool, err error) {
+	c.seq++
+	out := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(r.body)))
+	out = binary.NativeEndian.AppendUint16(out, r.typ)
+	out = binary.NativeEndian.AppendUint16(out, r.flags|unix.NLM_F_REQUEST)
+	out = binary.NativeEndian.AppendUint32(out, c.seq)
+	out = append(binary.NativeEndian.AppendUint32(out, 0), r.body...)
+	err = ignoringEINTR(func() error { return unix.Sendto(c.fd, out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}) })
+	if err != nil {
+		return false, err
+	}
+	whole = true
+	for {
+		n, err := c.receive()
+		if err != nil {
+			return false, err
+		}
+		for b := c.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
+			h := (*unix.NlMsghdr)(unsafe.Pointer(&b[0]))
+			if int(h.Len) < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
+				return false, errors.New("malformed message")
+			}
+			payload := b[unix.NLMSG_HDRLEN:h.Len]
+			whole = whole && h.Flags&unix.NLM_F_DUMP_INTR == 0
+			switch {
+			case h.Seq != c.seq: // of an earlier request
+			case h.Type == unix.NLMSG_DONE:
+				return whole, nil
+			case h.Type == unix.NLMSG_ERROR:
+				return false, podReply(r.what, h.Flags, payload)
+			default:
+				take(payload)
+			}
+			b = b[min(podAlign(int(h.Len)), len(b)):]
+		}
+	}
+}
+
+// podLinks lists all links whose name is like that of a pod's. It is a dump: not for ADD or DEL.
+func (c *podConn) podLinks() (map[string]podLink, error) {
+	r := podRequest{what: "list links", typ: unix.RTM_GETLINK}
+	r.ifinfo(0, 0, 0)
+	r.attr32(unix.IFLA_EXT_MASK, skipLinkStats)
+	links := map[string]podLink{}
+	err := c.dump(r, func(b []byte) {
+		if l, err := parsePodLink(b); err == nil && l.kind == "veth" && isPodLinkName(l.name) {
+			links[l.name] = l
+		}
+	})
+	return links, err
+}
+
+func isPodLinkName(name string) bool {
+	hash, ok := strings.CutPrefix(name, PodLinkPrefix)
+	return ok && len(hash) == 10 && strings.Trim(hash, "0123456789abcdef") == ""
+}
+
+// HasPods reports whether any pod's link is on the node.
+func (p *Pods) HasPods() bool {
+	c, err := openPodConn(unix.NETLINK_ROUTE)
+	if err != nil {
+		return false
+	}
+	defer c.close()
+	links, err := c.podLinks()
+	return err == nil && len(links) > 0
+}
+
+// Gate is the function of the same name.
+func (p *Pods) Gate(podCIDRs []netip.Prefix) error { return Gate(podCIDRs) }
+
+// Sweep removes the links of one network's pods for which keep is false. It goes on past errors, and returns the names of
+// the links that it could not remove.
+func (p *Pods) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
+	c, err := openPodConn(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer c.close()
+	links, err := c.podLinks()
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for name, l := range links {
+		of, _, _ := strings.Cut(l.alias, " ")
+		if of != network || keep(name) {
+			continue
+		}
+		if err := deletePodLink(c, l); err != nil {
+			left = append(left, name)
+			errs = append(errs, err)
+		}
+	}
+	return left, errors.Join(errs...)
+}
