@@ -92,14 +92,14 @@ func timeOf(t *time.Time) time.Time {
 type Health struct {
 	// Version is "" before 0.27.
 	Version string
-	// Skew is the server's clock minus ours, to the second.
+	// Skew is the server's clock minus ours, give or take a second.
 	Skew time.Duration
 }
 
 // Health asks whether the server is up. It needs no key.
 func (c *Client) Health(ctx context.Context) (Health, error) {
 	var h Health
-	if err := c.do(ctx, call{method: "GET", path: "/health"}); err != nil {
+	if err := c.do(ctx, call{method: "GET", path: "/health", skew: &h.Skew}); err != nil {
 		return h, fmt.Errorf("check Headscale: %w", err)
 	}
 	var v struct{ Version string }

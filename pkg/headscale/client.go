@@ -104,6 +104,8 @@ func (c *Client) URL() string { return c.base }
 type call struct {
 	method, path string
 	body, out    any
+	// skew takes the server's clock minus ours, where it is not nil and the answer tells.
+	skew *time.Duration
 	// once forbids a second try after the server may have seen the first.
 	once bool
 }
@@ -152,11 +154,16 @@ func (c *Client) try(ctx context.Context, req call) error {
 	if !c.key.Empty() && strings.HasPrefix(req.path, "/api/") {
 		r.Header.Set("Authorization", "Bearer "+c.key.Reveal())
 	}
+	sent := time.Now()
 	res, err := c.http.Do(r)
 	if err != nil {
 		return c.unreachable(err)
 	}
 	defer res.Body.Close()
+	if date, err := http.ParseTime(res.Header.Get("Date")); err == nil && req.skew != nil {
+		// The header has whole seconds, cut off; the server looked at its clock somewhere between sent and now.
+		*req.skew = date.Add(time.Second / 2).Sub(sent.Add(time.Since(sent) / 2)).Round(time.Second)
+	}
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxBody))
 	if err != nil {
 		return c.unreachable(err)

@@ -89,7 +89,7 @@ func (c *Client) refusal(status int, body []byte) error {
 	case status == http.StatusNotFound && !looksLikeAPI(body):
 		return fmt.Errorf("%s has no such page: this is not Headscale's API, or one older than 0.26; check headscale.url", c.base)
 	case status == http.StatusNotFound, e.Code == grpcNotFound, strings.Contains(e.Message, "record not found"),
-		strings.HasSuffix(e.Message, "node not found"):
+		strings.Contains(e.Message, "node not found"), strings.Contains(e.Message, "no longer exists"):
 		e.kind = ErrNotFound
 	}
 	return e

@@ -1,0 +1,210 @@
+package headscale
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/internal/realparts"
+	"github.com/headcni/headcni/pkg/config/secret"
+)
+
+var prefixEqual = cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
+
+func prefixes(s ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range s {
+		out = append(out, netip.MustParsePrefix(p))
+	}
+	return out
+}
+
+func client(t *testing.T, url, key string) *Client {
+	t.Helper()
+	c, err := New(Options{URL: url, Key: secret.New(key)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// TestRealServer walks through the API of a real Headscale with a real node.
+func TestRealServer(t *testing.T) {
+	w := realparts.New(t, 10*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	apiKey := w.APIKey()
+	c := client(t, w.URL+"/", apiKey)
+
+	h, err := c.Health(ctx)
+	if err != nil || !strings.HasPrefix(h.Version, "v0.") || h.Skew.Abs() > 2*time.Second {
+		t.Errorf("health: %+v, %v", h, err)
+	}
+	if _, err := client(t, w.URL, "").Health(ctx); err != nil {
+		t.Errorf("health without a key: %v", err)
+	}
+
+	made, err := c.CreatePreAuthKey(ctx, PreAuthKeyRequest{Tags: []string{"tag:headcni"}, Reusable: true, Expiration: time.Now().Add(time.Hour)})
+	if err != nil || made.Key.Empty() {
+		t.Fatalf("make a key: %+v, %v", made, err)
+	}
+	t.Run("kinds", func(t *testing.T) { testKinds(t, ctx, w.URL, apiKey, made.Key.Reveal()) })
+
+	d := w.Node()
+	d.CLI("up", "--login-server="+w.URL, "--auth-key="+made.Key.Reveal(), "--hostname=one",
+		"--advertise-routes=10.244.1.0/24,fd00:244:1::/64,192.168.7.0/24,0.0.0.0/0,::/0")
+	var st struct{ Self struct{ PublicKey string } }
+	if err := json.Unmarshal([]byte(d.CLI("status", "--json", "--peers=false")), &st); err != nil {
+		t.Fatal(err)
+	}
+	n, err := c.NodeByKey(ctx, st.Self.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.Name != "one" || !slices.Equal(n.Tags, []string{"tag:headcni"}) || len(n.IPs) != 2 || !n.Online || !n.Expiry.IsZero() ||
+		n.Created.IsZero() || len(n.Available) != 5 || len(n.Approved) != 0 || n.Method != "REGISTER_METHOD_AUTH_KEY" {
+		t.Errorf("node: %+v", n)
+	}
+	t.Run("approve", func(t *testing.T) { testApprove(t, ctx, c, n.ID) })
+	t.Run("keys", func(t *testing.T) { testKeys(t, ctx, c, made) })
+	t.Run("policy", func(t *testing.T) {
+		if _, err := c.Policy(ctx); !errors.Is(err, ErrNotFound) {
+			t.Errorf("no policy yet: %v", err)
+		}
+	})
+
+	if err := c.RenameNode(ctx, n.ID, "two"); err != nil {
+		t.Error(err)
+	}
+	if err := c.DisableExpiry(ctx, n.ID); err != nil {
+		t.Error(err)
+	}
+	if got, err := c.Node(ctx, n.ID); err != nil || got.Name != "two" || !got.Expiry.IsZero() {
+		t.Errorf("renamed: %+v, %v", got, err)
+	}
+	if err := c.DeleteNode(ctx, n.ID); err != nil {
+		t.Error(err)
+	}
+	for what, err := range map[string]error{
+		"delete twice": c.DeleteNode(ctx, n.ID),
+		"rename":       c.RenameNode(ctx, n.ID, "three"),
+		"by key":       second(c.NodeByKey(ctx, st.Self.PublicKey)),
+		"read":         second(c.Node(ctx, n.ID)),
+		"approve":      second(c.ApproveRoutes(ctx, n.ID, prefixes("10.244.1.0/24"), nil)),
+		"expiry":       c.DisableExpiry(ctx, n.ID),
+	} {
+		if !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s of a deleted node: %v", what, err)
+		}
+	}
+
+	w.Kill()
+	if _, err := c.Nodes(ctx); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "headscale.url") {
+		t.Errorf("dead server: %v", err)
+	}
+	// It comes back while we retry.
+	started := make(chan error, 1)
+	go func() { _, err := c.Nodes(ctx); started <- err }()
+	w.Start()
+	if err := <-started; err != nil {
+		t.Errorf("server that comes back: %v", err)
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func testKinds(t *testing.T, ctx context.Context, url, apiKey, authKey string) {
+	for name, tt := range map[string]struct {
+		key  string
+		want Kind
+		err  error
+	}{
+		"API key":               {apiKey, KindAPI, nil},
+		"pre-auth key":          {authKey, KindPreAuth, nil},
+		"form of before 0.28":   {"0123456789abcdef0123456789abcdef0123456789abcdef", KindPreAuth, nil},
+		"old API key, unknown":  {"abcdefg.0123456789abcdef0123456789abcdef", "", ErrUnauthorized},
+		"API key of elsewhere":  {"hskey-api-000000000000-" + strings.Repeat("0", 64), KindAPI, nil},
+		"Tailscale's auth key":  {"tskey-auth-x", KindPreAuth, nil},
+		"nothing recognisable1": {"hunter2", KindPreAuth, nil},
+	} {
+		c := client(t, url, tt.key)
+		got, err := c.Kind(ctx)
+		if got != tt.want || !errors.Is(err, tt.err) || err != nil && strings.Contains(err.Error(), tt.key) {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+		if _, err := c.Nodes(ctx); tt.key != apiKey && (!errors.Is(err, ErrUnauthorized) || strings.Contains(err.Error(), tt.key)) {
+			t.Errorf("nodes by %s: %v", name, err)
+		}
+	}
+}
+
+func testApprove(t *testing.T, ctx context.Context, c *Client, id ID) {
+	approved := func() []netip.Prefix {
+		t.Helper()
+		n, err := c.Node(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		slices.SortFunc(n.Approved, netip.Prefix.Compare)
+		return n.Approved
+	}
+	step := func(what string, own, stale []netip.Prefix, wantChange bool, want ...string) {
+		t.Helper()
+		changed, err := c.ApproveRoutes(ctx, id, own, stale)
+		if err != nil || changed != wantChange {
+			t.Errorf("%s: %v, %v", what, changed, err)
+		}
+		if diff := cmp.Diff(prefixes(want...), approved(), prefixEqual); diff != "" {
+			t.Errorf("%s:\n%s", what, diff)
+		}
+	}
+	own := prefixes("10.244.1.0/24", "fd00:244:1::/64")
+	step("ours only, not the LAN nor the exit", own, nil, true, "10.244.1.0/24", "fd00:244:1::/64")
+	step("again", own, nil, false, "10.244.1.0/24", "fd00:244:1::/64")
+	if _, err := c.ApproveRoutes(ctx, id, prefixes("192.168.7.0/24", "0.0.0.0/0"), nil); err != nil { // as an administrator would
+		t.Fatal(err)
+	}
+	foreign := []string{"0.0.0.0/0", "192.168.7.0/24", "::/0"}
+	step("foreign ones stay", own, nil, false, "0.0.0.0/0", "10.244.1.0/24", "192.168.7.0/24", "::/0", "fd00:244:1::/64")
+	step("moved", prefixes("10.244.9.0/24"), own, true, "0.0.0.0/0", "10.244.9.0/24", "192.168.7.0/24", "::/0")
+	step("gone", nil, prefixes("10.244.9.0/24"), true, foreign...)
+}
+
+func testKeys(t *testing.T, ctx context.Context, c *Client, made PreAuthKey) {
+	owned, err := c.CreatePreAuthKey(ctx, PreAuthKeyRequest{User: "somebody", Expiration: time.Now().Add(time.Hour)})
+	if err != nil || owned.User.Name != "somebody" {
+		t.Errorf("key of a user that is made: %+v, %v", owned, err)
+	}
+	keys, err := c.PreAuthKeys(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	find := func(id ID) PreAuthKey {
+		t.Helper()
+		i := slices.IndexFunc(keys, func(k PreAuthKey) bool { return k.ID == id })
+		if i < 0 {
+			t.Fatalf("key %s is not listed", id)
+		}
+		return keys[i]
+	}
+	if k := find(made.ID); !k.Reusable || k.Ephemeral || !slices.Equal(k.ACLTags, []string{"tag:headcni"}) || time.Until(k.Expiration) < 50*time.Minute {
+		t.Errorf("listed: %+v", k)
+	}
+	if err := c.ExpirePreAuthKey(ctx, find(owned.ID)); err != nil {
+		t.Error(err)
+	}
+	if keys, err = c.PreAuthKeys(ctx); err != nil || time.Until(find(owned.ID).Expiration) > time.Second {
+		t.Errorf("not expired: %v", err)
+	}
+	own, err := c.OwnAPIKey(ctx)
+	if left := time.Until(own.Expiration); err != nil || left < 23*time.Hour || left > 25*time.Hour {
+		t.Errorf("own API key: %+v, %v", own, err)
+	}
+}
