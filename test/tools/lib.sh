@@ -13,11 +13,26 @@ die() {
 # home_of prints the home folder of a user.
 home_of() { getent passwd "$1" | cut -d: -f6; }
 
-# sudo_user prints the ordinary user behind sudo, or nothing.
+# sudo_user prints the ordinary user behind sudo if the work tree is theirs, or
+# nothing. What is built then belongs to them too, and one cache serves
+# `make demo` and `sudo make test`.
 sudo_user() {
-	if [[ $EUID -eq 0 && ${SUDO_UID:-0} -ne 0 && -n ${SUDO_USER:-} ]]; then
+	local tree
+	tree=$(dirname "${BASH_SOURCE[0]}")
+	if [[ $EUID -eq 0 && ${SUDO_UID:-0} -ne 0 && -n ${SUDO_USER:-} && $(stat -c %u "$tree") == "$SUDO_UID" ]]; then
 		printf '%s\n' "$SUDO_USER"
 	fi
+}
+
+# exec_as_user becomes a command, run by the user behind sudo if there is one.
+exec_as_user() {
+	local user
+	user=$(sudo_user)
+	if [[ -z $user ]]; then
+		exec "$@"
+	fi
+	exec runuser -u "$user" -- env -u XDG_CACHE_HOME -u GOCACHE -u GOMODCACHE -u GOPATH \
+		HOME="$(home_of "$user")" PATH="$PATH" "$@"
 }
 
 # cache_dir prints HeadCNI's cache folder, outside every work tree.
@@ -33,17 +48,27 @@ cache_dir() {
 	fi
 }
 
-# find_go puts go on PATH. sudo's secure_path usually lacks the folder Go was
-# unpacked to, so the common ones are tried.
-find_go() {
-	command -v go >/dev/null && return
-	local dir user
-	user=$(sudo_user)
-	for dir in /usr/local/go/bin /usr/lib/go/bin /snap/bin ${user:+"$(home_of "$user")/go/bin" "$(home_of "$user")/.local/go/bin" "$(home_of "$user")/sdk"/go*/bin}; do
+# go_dir prints the folder of the go command, or nothing. sudo's secure_path
+# usually lacks the one Go was unpacked to, so the common ones are tried.
+go_dir() {
+	local dir home
+	if command -v go >/dev/null; then
+		dirname "$(command -v go)"
+		return
+	fi
+	home=$(home_of "${SUDO_USER:-$(id -un)}")
+	for dir in /usr/local/go/bin /usr/lib/go/bin /snap/bin "$home/go/bin" "$home/.local/go/bin" "$home/sdk"/go*/bin; do
 		if [[ -x $dir/go ]]; then
-			PATH=$PATH:$dir
+			printf '%s\n' "$dir"
 			return
 		fi
 	done
-	die "go is not on PATH: install Go 1.26 (https://go.dev/dl/) or add its bin folder to PATH"
+}
+
+# find_go puts go on PATH.
+find_go() {
+	local dir
+	dir=$(go_dir)
+	[[ -n $dir ]] || die "go is not on PATH: install Go 1.26 (https://go.dev/dl/) or add its bin folder to PATH"
+	PATH=$PATH:$dir
 }

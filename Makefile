@@ -1,0 +1,101 @@
+# `make help` lists the targets. Each does all its own set-up.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+DESTDIR ?=
+PREFIX  ?= /usr/local
+CNI_BIN  ?= /opt/cni/bin
+CNI_CONF ?= /etc/cni/net.d
+UNITS    ?= $(PREFIX)/lib/systemd/system
+
+PROGRAMS := headcni headcni-ipam headcni-daemon
+PLUGINS  := host-local portmap
+LDFLAGS  := -s -w -X github.com/headcni/headcni/internal/version.Version=$(VERSION)
+
+# The work tree may belong to another user than the one who builds (sudo), in which case Git refuses to tell go about it.
+export GOFLAGS += -buildvcs=false
+export CGO_ENABLED = 0
+export PATH := $(PATH):$(shell . test/tools/lib.sh && go_dir)
+
+# One shell per recipe line: these lines begin those that need the pinned real parts or system programs.
+WITH_TOOLS = export HEADCNI_TOOLS="$${HEADCNI_TOOLS:-$$(test/tools/ensure)}" HEADCNI_BIN="$(CURDIR)/bin";
+WITH_PACKAGES = eval "$$(test/tools/packages demo)";
+
+.PHONY: help
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: build ## Two nodes, four pods, real Headscale and tailscaled, on this machine; ARGS=--keep leaves it running
+	@$(WITH_PACKAGES) $(WITH_TOOLS) bin/headcnictl demo $(ARGS)
+
+.PHONY: build
+build: need-go ## Compile everything into bin/, with host-local and portmap
+	@test/tools/as-user $(MAKE) compile VERSION='$(VERSION)'
+
+.PHONY: compile
+compile:
+	@mkdir -p bin
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(addprefix ./cmd/,$(PROGRAMS))
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/headcnictl ./cmd/cli
+	@cd test/tools/cni-plugins && go build -trimpath -ldflags '-s -w' -o ../../../bin/ \
+		github.com/containernetworking/plugins/plugins/ipam/host-local \
+		github.com/containernetworking/plugins/plugins/meta/portmap
+
+.PHONY: test
+test: need-go ## All tests with the race detector, none skipped; needs root
+	@if ((EUID != 0)); then \
+		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
+		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
+	@eval "$$(test/tools/packages test)"; $(MAKE) build; $(WITH_TOOLS) \
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) ./...
+
+.PHONY: bench
+bench: build ## Speed of ADD, DEL, address management and throughput beside the reference plugins; needs root
+	@if ((EUID != 0)); then echo "make bench: needs root: run 'sudo make bench'" >&2; exit 1; fi
+	@$(WITH_PACKAGES) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -run '^$$' -bench . -timeout 30m $(BENCHFLAGS) ./pkg/ipam/ ./test/bench/
+
+.PHONY: lint
+lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against README_CN.md
+	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
+		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
+	@"$$(test/tools/ensure staticcheck)"/staticcheck ./...
+	@eval "$$(test/tools/packages lint)"; shellcheck -x $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall)
+	@go test -count=1 ./test/docs/ ./test/deps/
+
+.PHONY: vet
+vet: need-go ## go vet
+	@go vet ./...
+
+.PHONY: fmt
+fmt: need-go ## Format the code
+	@gofmt -s -w cmd internal pkg test
+
+.PHONY: tools
+tools: need-go ## Build the pinned real parts (Headscale, tailscaled, ...) into the cache and print where they are
+	@test/tools/ensure
+
+.PHONY: install
+install: ## Install onto this machine (as root), or below DESTDIR
+	@[[ -x bin/headcni-daemon ]] || $(MAKE) build
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' CNI_BIN='$(CNI_BIN)' CNI_CONF='$(CNI_CONF)' UNITS='$(UNITS)' scripts/install
+
+.PHONY: uninstall
+uninstall: ## Take HeadCNI off this machine, and put back what was there
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' CNI_BIN='$(CNI_BIN)' CNI_CONF='$(CNI_CONF)' UNITS='$(UNITS)' scripts/uninstall
+
+.PHONY: logo
+logo: ## Render logo.png from docs/logo.svg (needs rsvg-convert)
+	@rsvg-convert --width 512 --output logo.png docs/logo.svg
+
+.PHONY: clean
+clean: ## Remove bin/
+	@rm -rf bin
+
+.PHONY: need-go
+need-go:
+	@command -v go >/dev/null || { echo "make: go is not on PATH: install Go 1.26 (https://go.dev/dl/) or add its bin folder to PATH" >&2; exit 1; }
