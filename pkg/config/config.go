@@ -89,6 +89,8 @@ type Network struct {
 type IPAM struct {
 	Type     string `json:"type"`
 	Strategy string `json:"strategy"`
+	// GCInterval is how often leases of pods that are gone are looked for, such as 1m; 0 = never.
+	GCInterval string `json:"gcInterval"`
 }
 
 // CNI says where the runtime looks.
@@ -153,7 +155,7 @@ func Default() Config {
 	return Config{
 		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: "headcni01", Tags: []string{"tag:headcni"}, Port: 41641},
 		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto},
-		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential"},
+		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
 		Monitoring: Monitoring{Listen: "127.0.0.1:9669"},
 		Logging:    Logging{Level: "info", Format: "text"},

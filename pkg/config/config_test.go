@@ -62,6 +62,7 @@ func TestLoadFaults(t *testing.T) {
 		{"services", "network: {podCIDRs: [10.96.3.0/24], serviceCIDRs: [10.96.0.0/12]}", nil, []string{"service CIDR 10.96.0.0/12"}},
 		{"several", "tailscale: {mode: both, port: 70000, interfaceName: hc0}\nlogging: {level: loud}", nil,
 			[]string{"tailscale.mode", "tailscale.port", "tailscale.interfaceName", "logging.level"}},
+		{"gc", "ipam: {gcInterval: often}", nil, []string{"ipam.gcInterval", "1m"}},
 		{"mtu", "network: {mtu: 100}", nil, []string{"network.mtu", "65520"}},
 		{"mtu v6", "network: {mtu: 1000, podCIDRs: ['fd00:244:1::/64']}", nil, []string{"1280"}},
 		{"url", "headscale: {url: headscale.example}", nil, []string{"headscale.url", "https://"}},

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 var (
@@ -33,6 +34,9 @@ func (c Config) Validate() error {
 		v.add("ipam.type", c.IPAM.Type, "want headcni-ipam or the name of another IPAM plugin, such as host-local")
 	}
 	v.oneOf("ipam.strategy", c.IPAM.Strategy, "sequential", "random", "dense-pack")
+	if d, err := time.ParseDuration(c.IPAM.GCInterval); err != nil || d < 0 || d > 0 && d < time.Second {
+		v.add("ipam.gcInterval", c.IPAM.GCInterval, "want a duration of at least a second, such as 1m, or 0 for never")
+	}
 	if l := c.Monitoring.Listen; l != "" {
 		if _, port, err := net.SplitHostPort(l); err != nil || !isPort(port) {
 			v.add("monitoring.listen", l, "want ADDRESS:PORT, such as 127.0.0.1:9669, or nothing")

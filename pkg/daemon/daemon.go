@@ -110,6 +110,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	wg.Go(func() { fatal <- hint.Serve(ctx, paths.DaemonSocket, d.metrics.Plugin) })
 	d.watch(ctx, &wg)
+	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
+		wg.Go(func() { newSweeper().run(ctx, every, d.log, d.metrics) })
+	}
 	d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
 	err = d.loop(ctx, fatal)
 	cancel() // before the deferred Wait

@@ -87,6 +87,9 @@ func (m *Metrics) Plugin(h hint.Hint) {
 	}
 }
 
+// Released counts addresses that were freed without a DEL.
+func (m *Metrics) Released(n int) { m.releases.Add(float64(n)) }
+
 // Pass records one reconcile pass of the daemon, in seconds.
 func (m *Metrics) Pass(seconds float64) { m.passes.Observe(seconds) }
 

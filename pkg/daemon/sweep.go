@@ -1,0 +1,105 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/networking"
+)
+
+// sweepGrace is how long a lease must have been without a link before it is free: an ADD has the lease before the link,
+// and a DEL that failed is tried again by the runtime.
+const sweepGrace = 5 * time.Minute
+
+// sweeper frees the leases of pods that went without a DEL, for instance because containerd never calls GC. A veth dies
+// with its network namespace, so a lease without its link has no pod.
+type sweeper struct {
+	dataDir string // "" = the default
+	now     func() time.Time
+	links   func() (map[string]bool, error)
+	missing map[string]time.Time // link name -> since when it has not been seen
+}
+
+func newSweeper() *sweeper {
+	return &sweeper{now: time.Now, links: linkNames, missing: map[string]time.Time{}}
+}
+
+// run sweeps every interval until ctx ends.
+func (s *sweeper) run(ctx context.Context, interval time.Duration, log *slog.Logger, m *monitoring.Metrics) {
+	for ctx.Err() == nil {
+		freed, err := s.sweep(ctx)
+		for _, l := range freed {
+			log.Info("freed the lease of a pod that is gone", "pod", l.PodNamespace+"/"+l.PodName, "container", l.ContainerID, "addrs", l.Addrs)
+			m.Released(len(l.Addrs))
+		}
+		if err != nil && ctx.Err() == nil {
+			log.Warn("sweep leases", "err", err)
+		}
+		sleep(ctx, interval)
+	}
+}
+
+// sweep frees what has been without a link for longer than sweepGrace. Only leases that the headcni plugin itself wrote
+// have such a link.
+func (s *sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
+	networks, err := ipam.Networks(s.dataDir)
+	if err != nil {
+		return nil, fmt.Errorf("list the networks: %w", err)
+	}
+	// A lease that is given after this look has no link in it: that only starts its grace period.
+	links, err := s.links()
+	if err != nil {
+		return nil, fmt.Errorf("list the links: %w", err)
+	}
+	now, seen := s.now(), map[string]bool{}
+	keep := func(l ipam.Lease) bool {
+		name := networking.PodLinkName(l.ContainerID, l.IfName)
+		if l.Writer != ipam.InProcess || links[name] {
+			return true
+		}
+		seen[name] = true
+		since, known := s.missing[name]
+		if !known {
+			s.missing[name] = now
+			return true
+		}
+		return now.Sub(since) < sweepGrace
+	}
+	var freed []ipam.Lease
+	var errs []error
+	for _, n := range networks {
+		pool, err := ipam.Open(ipam.Config{Network: n, DataDir: s.dataDir})
+		if err == nil {
+			var f []ipam.Lease
+			f, err = pool.GC(ctx, keep)
+			freed = append(freed, f...)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("network %s: %w", n, err))
+		}
+	}
+	for name := range s.missing {
+		if !seen[name] {
+			delete(s.missing, name) // the link is back, or the lease is gone
+		}
+	}
+	return freed, errors.Join(errs...)
+}
+
+func linkNames() (map[string]bool, error) {
+	ifaces, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[string]bool, len(ifaces))
+	for _, i := range ifaces {
+		names[i.Name] = true
+	}
+	return names, nil
+}

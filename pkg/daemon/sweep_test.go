@@ -1,0 +1,68 @@
+package daemon
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/networking"
+)
+
+func TestSweep(t *testing.T) {
+	dir := t.TempDir()
+	pool := func(writer string) *ipam.Pool {
+		p, err := ipam.Open(ipam.Config{
+			Network: "net", DataDir: dir, Writer: writer, Sets: [][]ipam.Range{{{Subnet: netip.MustParsePrefix("10.244.1.0/24")}}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	for id, writer := range map[string]string{"live": ipam.InProcess, "gone": ipam.InProcess, "late": ipam.InProcess, "bridge": ipam.Standalone} {
+		if _, err := pool(writer).Allocate(t.Context(), ipam.Owner{ContainerID: id, IfName: "eth0"}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	now := time.Now()
+	links := map[string]bool{networking.PodLinkName("live", "eth0"): true}
+	s := newSweeper()
+	s.dataDir, s.now, s.links = dir, func() time.Time { return now }, func() (map[string]bool, error) { return links, nil }
+	sweep := func(want ...string) {
+		t.Helper()
+		freed, err := s.sweep(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, l := range freed {
+			got = append(got, l.ContainerID)
+		}
+		if len(got) != len(want) || len(got) == 1 && got[0] != want[0] {
+			t.Fatalf("freed %v, want %v", got, want)
+		}
+	}
+	sweep()
+	now = now.Add(sweepGrace - time.Second)
+	links[networking.PodLinkName("late", "eth0")] = true // a slow ADD
+	sweep()
+	delete(links, networking.PodLinkName("late", "eth0"))
+	now = now.Add(2 * time.Second)
+	sweep("gone")
+	now = now.Add(sweepGrace - time.Second) // late's time without a link began anew
+	sweep()
+	now = now.Add(2 * time.Second)
+	sweep("late")
+	leases, err := pool(ipam.InProcess).List(t.Context())
+	if err != nil || len(leases) != 2 {
+		t.Errorf("left: %v, %v", leases, err)
+	}
+	if len(s.missing) != 0 {
+		// The next sweep forgets what the last one freed.
+		sweep()
+		if len(s.missing) != 0 {
+			t.Errorf("remembers %v", s.missing)
+		}
+	}
+}
