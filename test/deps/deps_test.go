@@ -1,0 +1,153 @@
+// Package deps holds the direction of imports: cmd, then plugin, daemon and controller, then one concern a package, then
+// configuration and logging. Packages of one level do not know each other.
+package deps
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/headcni/headcni/"
+
+// level orders the packages; one imports only from below, or from within its own folder.
+var level = map[string]int{
+	"internal/version": 0,
+	"pkg/config":       0,
+
+	"pkg/logging": 1,
+	// What the plugin tells the daemon: a type that more than one package speaks.
+	"pkg/hint": 1,
+
+	"pkg/dns":        2,
+	"pkg/headscale":  2,
+	"pkg/ipam":       2,
+	"pkg/monitoring": 2,
+	"pkg/networking": 2,
+	"pkg/nft":        2,
+	"pkg/policy":     2,
+	"pkg/tailscale":  2,
+
+	"pkg/controller": 3,
+	"pkg/daemon":     3,
+	"pkg/plugin":     3,
+
+	// The lab starts our programs as processes and needs their configuration and clients only.
+	"internal/lab": 3,
+
+	"cmd": 4,
+}
+
+// testOnly packages import testing. Nothing that ships may.
+var testOnly = []string{"internal/nstest", "internal/realparts", "test"}
+
+// pkg is what `go list` tells of a package.
+type pkg struct {
+	ImportPath string
+	Imports    []string
+}
+
+func list(t *testing.T, args ...string) []pkg {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-json=ImportPath,Imports"}, args...)...)
+	cmd.Dir = "../.."
+	cmd.Stderr = t.Output()
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list %s: %v", strings.Join(args, " "), err)
+	}
+	var pkgs []pkg
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p pkg
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			return pkgs
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		pkgs = append(pkgs, p)
+	}
+}
+
+// folder finds the entry of names that holds path, "" if none does.
+func folder(path string, names []string) string {
+	for _, name := range names {
+		if path == name || strings.HasPrefix(path, name+"/") {
+			return name
+		}
+	}
+	return ""
+}
+
+func levelled() []string {
+	var names []string
+	for name := range level {
+		names = append(names, name)
+	}
+	return names
+}
+
+func TestImportsPointOneWay(t *testing.T) {
+	seen := map[string]bool{}
+	for _, p := range list(t, "./...") {
+		path := strings.TrimPrefix(p.ImportPath, module)
+		if folder(path, testOnly) != "" {
+			continue
+		}
+		from := folder(path, levelled())
+		if from == "" {
+			t.Errorf("%s has no level: give it one in this test", path)
+			continue
+		}
+		seen[from] = true
+		for _, imported := range p.Imports {
+			checkImport(t, path, from, imported)
+		}
+	}
+	// Against a test that looks at nothing.
+	for _, want := range []string{"cmd", "pkg/daemon", "pkg/plugin", "pkg/nft", "pkg/config"} {
+		if !seen[want] {
+			t.Errorf("go list did not name %s", want)
+		}
+	}
+}
+
+func checkImport(t *testing.T, path, from, imported string) {
+	t.Helper()
+	inner, ours := strings.CutPrefix(imported, module)
+	if !ours {
+		return
+	}
+	if folder(inner, testOnly) != "" {
+		t.Errorf("%s imports %s, which is for tests", path, inner)
+		return
+	}
+	to := folder(inner, levelled())
+	if to == "internal/lab" && path != "cmd/cli" {
+		t.Errorf("%s imports %s: only tests and headcnictl's demo may", path, inner)
+	}
+	if to != from && level[to] >= level[from] {
+		t.Errorf("%s imports %s: %s may import only what is below it", path, inner, from)
+	}
+}
+
+// A plugin is started for every pod: what it links is paid for in its start and its size.
+func TestPluginsLinkLittle(t *testing.T) {
+	forbidden := []string{
+		"k8s.io", "sigs.k8s.io", "tailscale.com", "github.com/prometheus", "google.golang.org", "github.com/spf13", "net/http",
+	}
+	for _, main := range []string{"./cmd/headcni", "./cmd/headcni-ipam"} {
+		pkgs := list(t, "-deps", main)
+		if !slices.ContainsFunc(pkgs, func(p pkg) bool { return p.ImportPath == "github.com/containernetworking/cni/pkg/skel" }) {
+			t.Errorf("%s does not link skel: is the list right?", main)
+		}
+		for _, p := range pkgs {
+			if folder(p.ImportPath, forbidden) != "" {
+				t.Errorf("%s links %s", main, p.ImportPath)
+			}
+		}
+	}
+}
