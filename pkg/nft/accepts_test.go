@@ -1,0 +1,180 @@
+package nft
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/headcni/headcni/internal/nstest"
+	"golang.org/x/sys/unix"
+)
+
+// The hosts on which FORWARD drops, by the program that made it so.
+var backends = map[string][]string{
+	"iptables-nft":    {"iptables-nft", "ip6tables-nft"},
+	"iptables-legacy": {"iptables-legacy", "ip6tables-legacy"},
+}
+
+const wantedHead = `-A FORWARD -i hc+ -m comment --comment headcni -j ACCEPT
+-A FORWARD -o hc+ -m comment --comment headcni -j ACCEPT
+-A FORWARD -i headcni01 -m comment --comment headcni -j ACCEPT
+-A FORWARD -o headcni01 -m comment --comment headcni -j ACCEPT
+`
+
+func TestAcceptsStandAtTheHead(t *testing.T) {
+	for _, programs := range backends {
+		for _, program := range programs {
+			t.Run(program, func(t *testing.T) {
+				ns := nstest.New(t)
+				run := func(script string) string {
+					t.Helper()
+					return ns.Run(t, "sh", "-ec", strings.ReplaceAll(script, "IPT", program))
+				}
+				run("IPT -P FORWARD DROP; IPT -A FORWARD -i br0 -j ACCEPT")
+				tables := New()
+				mustSync(t, ns, tables, typical())
+				want := "-P FORWARD DROP\n" + wantedHead + "-A FORWARD -i br0 -j ACCEPT\n"
+				if d := cmp.Diff(want, run("IPT -S FORWARD")); d != "" {
+					t.Fatalf("(-want +got)\n%s", d)
+				}
+				for name, damage := range map[string]string{
+					"flushed":                 "IPT -F FORWARD; IPT -A FORWARD -i br0 -j ACCEPT",
+					"one deleted":             "IPT -D FORWARD -o hc+ -m comment --comment headcni -j ACCEPT",
+					"another at the head":     "IPT -D FORWARD -i br0 -j ACCEPT; IPT -I FORWARD -i br0 -j ACCEPT",
+					"one of ours too many":    "IPT -A FORWARD -i tun9 -m comment --comment headcni -j ACCEPT",
+					"ours made to drop":       "IPT -R FORWARD 1 -i hc+ -m comment --comment headcni -j DROP",
+					"narrowed by a protocol":  "IPT -R FORWARD 2 -o hc+ -p tcp -m comment --comment headcni -j ACCEPT",
+					"widened to every source": "IPT -R FORWARD 1 -m comment --comment headcni -j ACCEPT",
+				} {
+					run(damage)
+					if got := mustSync(t, ns, tables, typical()); len(got) == 0 {
+						t.Errorf("%s: no change reported", name)
+					}
+					if d := cmp.Diff(want, run("IPT -S FORWARD")); d != "" {
+						t.Errorf("%s: not repaired (-want +got)\n%s", name, d)
+					}
+					if got := mustSync(t, ns, tables, typical()); len(got) != 0 {
+						t.Errorf("%s: not steady: %q", name, got)
+					}
+				}
+				saved := filepath.Join(t.TempDir(), "saved")
+				// A save and restore, as of a firewall script, changes how nft sees the rules, and not what they do.
+				run("IPT-save > " + saved + "; IPT-restore < " + saved)
+				if got := mustSync(t, ns, tables, typical()); len(got) != 0 {
+					t.Errorf("after save and restore: %q", got)
+				}
+				other := typical()
+				other.TunName = "tailscale0"
+				mustSync(t, ns, tables, other)
+				if out := run("IPT -S FORWARD"); strings.Contains(out, "headcni01") || !strings.Contains(out, "-i tailscale0") {
+					t.Errorf("after another tun:\n%s", out)
+				}
+				run("IPT -P FORWARD ACCEPT; IPT -D FORWARD -i br0 -j ACCEPT")
+				mustSync(t, ns, tables, typical())
+				if out := run("IPT -S FORWARD"); out != "-P FORWARD ACCEPT\n" {
+					t.Errorf("nothing drops any more:\n%s", out)
+				}
+			})
+		}
+	}
+}
+
+func TestPodsTalkThoughForwardDrops(t *testing.T) {
+	for backend, programs := range backends {
+		t.Run(backend, func(t *testing.T) {
+			w := newWorld(t)
+			for _, p := range programs {
+				w.node.Run(t, p, "-P", "FORWARD", "DROP")
+			}
+			for family, a := range worldAddrs {
+				paths := map[string]packet{
+					"pod to pod":        {from: w.podA, src: a.podA, to: w.podB, dst: a.podB},
+					"pod to LAN":        {from: w.podA, src: a.podA, to: w.lan, dst: a.lan},
+					"pod to remote pod": {from: w.podA, src: a.podA, to: w.tn, dst: a.remote},
+					"remote pod to pod": {from: w.tn, src: a.remote, to: w.podA, dst: a.podA},
+					"NodePort to tun":   {from: w.lan, src: a.lan, to: w.tn, dst: a.remote},
+				}
+				if w.heard(paths["pod to pod"]).IsValid() {
+					t.Fatalf("%s: FORWARD does not drop: this test cannot fail", family)
+				}
+				w.sync(typical())
+				for name, p := range paths {
+					if !w.heard(p).IsValid() {
+						t.Errorf("%s: %s: nothing arrives", family, name)
+					}
+				}
+				w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+			}
+		})
+	}
+}
+
+func TestNoLegacyTableIsMade(t *testing.T) {
+	ns := nstest.New(t)
+	mustSync(t, ns, New(), typical())
+	if out := ns.Run(t, "sh", "-c", "cat /proc/net/ip_tables_names /proc/net/ip6_tables_names"); out != "" {
+		t.Errorf("legacy tables: %q", out)
+	}
+}
+
+func TestMissingProgramsAreNamed(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "iptables-legacy", "-P", "FORWARD", "DROP")
+	nft, err := exec.LookPath("nft")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := t.TempDir()
+	t.Setenv("PATH", bin)
+	sync := func(tables *Tables) (err error) {
+		ns.Do(t, func() error { _, err = tables.Sync(t.Context(), typical()); return nil })
+		return err
+	}
+	tables := New()
+	err = sync(tables)
+	for _, want := range []string{"install the package nftables", "install the package iptables"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %v, want %q", err, want)
+		}
+	}
+	// Installed in the meantime: the next try finds it, and says only what is still missing.
+	if err := os.Symlink(nft, filepath.Join(bin, "nft")); err != nil {
+		t.Fatal(err)
+	}
+	err = sync(tables)
+	if err == nil || strings.Contains(err.Error(), "nftables") || !strings.Contains(err.Error(), "install the package iptables") {
+		t.Errorf("error %v", err)
+	}
+	ns.Do(t, func() error {
+		for _, f := range families {
+			if l, err := list(f); err != nil || len(l) == 0 {
+				t.Errorf("table %s was not made for want of iptables (%v)", f, err)
+			}
+		}
+		return nil
+	})
+}
+
+func TestWithoutPermission(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Do(t, func() error {
+		// The thread ends with the test, and with it the loss.
+		var none [2]unix.CapUserData
+		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+			return err
+		}
+		for name, try := range map[string]func() error{
+			"sync":    func() error { _, err := New().Sync(t.Context(), typical()); return err },
+			"remove":  func() error { return New().Remove(t.Context()) },
+			"changes": func() error { _, err := New().Changes(t.Context()); return err },
+		} {
+			if err := try(); err == nil || !strings.Contains(err.Error(), "run as root or with CAP_NET_ADMIN") {
+				t.Errorf("%s: error %v", name, err)
+			}
+		}
+		return nil
+	})
+}

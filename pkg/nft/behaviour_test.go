@@ -1,0 +1,299 @@
+package nft
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/internal/nstest"
+)
+
+func TestSourcesAsSeenByTheReceiver(t *testing.T) {
+	w := newWorld(t)
+	base := typical()
+	with := func(change func(*Config)) Config { c := base; change(&c); return c }
+	configs := map[string]Config{
+		"default":       base,
+		"preserve":      with(func(c *Config) { c.TailnetEgress = EgressPreserve }),
+		"deny":          with(func(c *Config) { c.TailnetEgress = EgressDeny }),
+		"no masquerade": with(func(c *Config) { c.Masquerade = false }),
+		"daemon mode":   with(func(c *Config) { c.HostMode = false }),
+	}
+	for family, a := range worldAddrs {
+		nothing, node := netip.Addr{}, a.node
+		cases := []struct {
+			name string
+			packet
+			want    netip.Addr
+			configs []string // "" = default
+		}{
+			{"pod to pod", packet{from: w.podA, src: a.podA, to: w.podB, dst: a.podB}, a.podA, nil},
+			{"pod to remote pod", packet{from: w.podA, src: a.podA, to: w.tn, dst: a.remote}, a.podA, nil},
+			{"remote pod to pod", packet{from: w.tn, src: a.remote, to: w.podA, dst: a.podA}, a.remote, nil},
+			{"device to pod", packet{from: w.tn, src: a.device, to: w.podA, dst: a.podA}, a.device, []string{"default", "deny"}},
+			{"LAN to pod", packet{from: w.lan, src: a.lan, to: w.podA, dst: a.podA}, a.lan, nil},
+			{"pod to LAN", packet{from: w.podA, src: a.podA, to: w.lan, dst: a.lan}, node, nil},
+			{"pod to LAN, no masquerade", packet{from: w.podA, src: a.podA, to: w.lan, dst: a.lan}, a.podA, []string{"no masquerade"}},
+			{"pod to device", packet{from: w.podA, src: a.podA, to: w.tn, dst: a.device}, a.nodeTailnet, []string{"default", "no masquerade"}},
+			{"pod to device, preserve", packet{from: w.podA, src: a.podA, to: w.tn, dst: a.device}, a.podA, []string{"preserve"}},
+			{"pod to device, deny", packet{from: w.podA, src: a.podA, to: w.tn, dst: a.device}, nothing, []string{"deny"}},
+			{"pod to remote pod, deny", packet{from: w.podA, src: a.podA, to: w.tn, dst: a.remote}, a.podA, []string{"deny"}},
+			{"node to own pod, from docker0", packet{from: w.node, src: a.docker, to: w.podA, dst: a.podA}, node, nil},
+			{"node to own pod, from the tun", packet{from: w.node, src: a.nodeTailnet, to: w.podA, dst: a.podA}, node, nil},
+			{"node to own pod", packet{from: w.node, src: node, to: w.podA, dst: a.podA}, node, nil},
+			{"node to remote pod, from eth0", packet{from: w.node, src: node, to: w.tn, dst: a.remote}, a.nodeTailnet, nil},
+			{"LAN client to remote pod (NodePort)", packet{from: w.lan, src: a.lan, to: w.tn, dst: a.remote}, a.nodeTailnet, nil},
+			{"device to LAN (exit node)", packet{from: w.tn, src: a.device, to: w.lan, dst: a.lan}, node, []string{"default"}},
+			{"device to LAN, daemon mode", packet{from: w.tn, src: a.device, to: w.lan, dst: a.lan}, a.device, []string{"daemon mode"}},
+			{"peer to peer lends no identity", packet{from: w.tn, src: a.device, to: w.tn, dst: a.remote2}, a.device, nil},
+			{"tunnel in tunnel", packet{from: w.node, to: w.tn, dst: a.device, mark: 0x80000}, nothing, nil},
+			{"the node's own to a device", packet{from: w.node, to: w.tn, dst: a.device, mark: 0x40}, a.nodeTailnet, nil},
+		}
+		for _, c := range cases {
+			if c.configs == nil {
+				c.configs = []string{"default"}
+			}
+			for _, name := range c.configs {
+				t.Run(family+"/"+c.name+"/"+name, func(t *testing.T) {
+					w.sync(configs[name])
+					if c.name == "peer to peer lends no identity" {
+						// The tailnet's namespace has both ends: the way over the node must be asked for.
+						w.tn.Run(t, "ip", "rule", "add", "pref", "0", "iif", "tun", "lookup", "local")
+						defer w.tn.Run(t, "ip", "rule", "del", "pref", "0", "iif", "tun", "lookup", "local")
+					}
+					if got := w.heard(c.packet); got != c.want {
+						t.Errorf("the receiver heard %v, want %v", got, c.want)
+					}
+				})
+			}
+		}
+	}
+}
+
+// Under deny a pod still answers a device that may reach it.
+func TestDenyLetsAnswersOut(t *testing.T) {
+	w := newWorld(t)
+	cfg := typical()
+	cfg.TailnetEgress = EgressDeny
+	w.sync(cfg)
+	for family, a := range worldAddrs {
+		var pod, device *net.UDPConn
+		w.podA.Do(t, func() (err error) {
+			pod, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a.podA, testPort)))
+			return err
+		})
+		defer pod.Close()
+		go func() {
+			b := make([]byte, 16)
+			for {
+				_, from, err := pod.ReadFromUDPAddrPort(b)
+				if err != nil {
+					return
+				}
+				_, _ = pod.WriteToUDPAddrPort(b, from) // the reader times out when it fails
+			}
+		}()
+		w.tn.Do(t, func() (err error) {
+			device, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a.device, 0)),
+				net.UDPAddrFromAddrPort(netip.AddrPortFrom(a.podA, testPort)))
+			return err
+		})
+		defer device.Close()
+		if _, err := device.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if err := device.SetReadDeadline(time.Now().Add(2 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := device.Read(make([]byte, 16)); err != nil {
+			t.Errorf("%s: no answer: %v", family, err)
+		}
+	}
+}
+
+func TestNobodyPosesAsAnother(t *testing.T) {
+	w := newWorld(t)
+	for family, a := range worldAddrs {
+		for name, forged := range map[string]netip.Addr{"other pod": a.podB, "remote pod": a.remote, "node": a.node,
+			"tailnet": a.device, "free pod address": a.hole, "anybody": a.forged} {
+			w.own(w.podA, "eth0", forged)
+			for target, p := range map[string]packet{
+				"pod":    {from: w.podA, src: forged, to: w.podB, dst: a.podB},
+				"LAN":    {from: w.podA, src: forged, to: w.lan, dst: a.lan},
+				"remote": {from: w.podA, src: forged, to: w.tn, dst: a.remote2},
+			} {
+				if p.src == p.dst {
+					continue
+				}
+				t.Run(family+"/pod as "+name+" to "+target, func(t *testing.T) {
+					w.forgery(t, p)
+				})
+			}
+			w.disown(w.podA, "eth0", forged)
+		}
+		w.own(w.lan, "eth0", a.remote, a.hole)
+		for name, forged := range map[string]netip.Addr{"remote pod": a.remote, "free pod address": a.hole} {
+			t.Run(family+"/LAN as "+name, func(t *testing.T) {
+				w.forgery(t, packet{from: w.lan, src: forged, to: w.podA, dst: a.podA})
+			})
+		}
+	}
+}
+
+// forgery must arrive without our tables, so that the test can fail, and must not with them.
+func (w *world) forgery(t *testing.T, p packet) {
+	w.sync(typical())
+	if got := w.heard(p); got.IsValid() {
+		t.Errorf("a forged packet arrived from %v", got)
+	}
+	w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+	if !w.heard(p).IsValid() {
+		t.Error("nothing arrives without our tables: this test cannot fail")
+	}
+}
+
+func TestNeverInClear(t *testing.T) {
+	for family, a := range worldAddrs {
+		t.Run(family, func(t *testing.T) {
+			w := newWorld(t)
+			// The tunnel is dead and a static route takes the cluster to the LAN, where somebody listens.
+			cluster := map[string]string{"IPv4": "10.244.0.0/16", "IPv6": "fd00:244::/32"}[family]
+			w.node.Run(t, "ip", "route", "replace", cluster, "via", a.lan.String())
+			w.own(w.lan, "eth0", a.remote)
+			packets := map[string]packet{
+				"pod":                    {from: w.podA, to: w.lan, dst: a.remote},
+				"node":                   {from: w.node, to: w.lan, dst: a.remote},
+				"node with another mark": {from: w.node, to: w.lan, dst: a.remote, mark: 0x80000},
+			}
+			for _, tun := range []string{"headcni01", ""} {
+				cfg := typical()
+				cfg.TunName = tun
+				w.sync(cfg)
+				for name, p := range packets {
+					if got := w.heard(p); got.IsValid() {
+						t.Errorf("tun %q: %s's packet went out in clear, from %v", tun, name, got)
+					}
+				}
+			}
+			w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+			if !w.heard(packets["pod"]).IsValid() {
+				t.Error("nothing arrives without the guard: this test cannot fail")
+			}
+		})
+	}
+}
+
+// While the tables are written anew again and again, not one packet slips through.
+func TestRewriteLeavesNoMoment(t *testing.T) {
+	w := newWorld(t)
+	a := worldAddrs["IPv4"]
+	w.node.Run(t, "ip", "route", "replace", "10.244.0.0/16", "via", a.lan.String())
+	w.own(w.lan, "eth0", a.remote)
+	cfg := typical()
+	w.sync(cfg)
+	var in *net.UDPConn
+	w.lan.Do(t, func() (err error) {
+		in, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(a.remote, testPort)))
+		return err
+	})
+	var heard, sent atomic.Int64
+	go func() {
+		for b := make([]byte, 16); ; heard.Add(1) {
+			if _, err := in.Read(b); err != nil {
+				return
+			}
+		}
+	}()
+	stop := make(chan struct{})
+	var flood sync.WaitGroup
+	for _, from := range []*nstest.NS{w.node, w.podA} {
+		var out *net.UDPConn
+		from.Do(t, func() (err error) {
+			out, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(a.remote, testPort)))
+			return err
+		})
+		flood.Go(func() {
+			defer out.Close()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					_, _ = out.Write([]byte("x")) // EPERM is what we want
+					sent.Add(1)
+				}
+			}
+		})
+	}
+	for i := range 40 {
+		cfg.KeepSource = prefixes("10.96.0.0/12", "10."+strconv.Itoa(100+i)+".0.0/24")
+		w.sync(cfg)
+	}
+	close(stop)
+	flood.Wait()
+	if n := heard.Load(); n != 0 {
+		t.Errorf("%d of %d packets slipped through", n, sent.Load())
+	}
+	t.Logf("%d packets sent", sent.Load())
+	w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+	w.send(packet{from: w.podA, src: a.podA, to: w.lan, dst: a.remote})
+	for i := 0; heard.Load() == 0; i++ {
+		if i == 100 {
+			t.Fatal("nothing arrives without the guard: this test cannot fail")
+		}
+		w.send(packet{from: w.podA, src: a.podA, to: w.lan, dst: a.remote})
+		time.Sleep(10 * time.Millisecond)
+	}
+	in.Close()
+}
+
+// A pod's connect waits while the tunnel is away, and still fails at once for what is not of the cluster.
+func TestPatience(t *testing.T) {
+	for family, a := range worldAddrs {
+		t.Run(family, func(t *testing.T) {
+			w := newWorld(t)
+			w.sync(typical())
+			elsewhere := map[string]string{"IPv4": "203.0.113.7", "IPv6": "2001:db8:7::7"}[family]
+			for _, dst := range []string{a.remote.String(), elsewhere} {
+				// What rule 5192 does while table 52 is empty.
+				w.node.Run(t, "ip", map[string]string{"IPv4": "-4", "IPv6": "-6"}[family], "rule", "add", "pref", "5192", "to", dst, "unreachable")
+			}
+			connect := func(from *nstest.NS, dst string, wait time.Duration) (err error) {
+				from.Do(t, func() error {
+					var c net.Conn
+					c, err = net.DialTimeout("tcp", net.JoinHostPort(dst, "80"), wait)
+					if err == nil {
+						c.Close()
+					}
+					return nil
+				})
+				return err
+			}
+			// An error that arrives while connect holds the socket counts only at the next SYN, after 1 s.
+			const long, short = 5 * time.Second, 1500 * time.Millisecond
+			if err := connect(w.podA, elsewhere, long); err == nil || isTimeout(err) {
+				t.Errorf("connect elsewhere waits: %v", err)
+			}
+			if err := connect(w.podA, a.remote.String(), short); !isTimeout(err) {
+				t.Errorf("connect to a remote pod failed at once: %v", err)
+			}
+			w.node.Run(t, "nft", "flush chain "+nftFamily[family]+" headcni patience")
+			// From the other pod: the kernel sends each only so many errors, dropped ones included.
+			if err := connect(w.podB, a.remote.String(), long); isTimeout(err) {
+				t.Error("connect waits without the rule: this test cannot fail")
+			}
+		})
+	}
+}
+
+var nftFamily = map[string]string{"IPv4": "ip", "IPv6": "ip6"}
+
+func isTimeout(err error) bool {
+	var n net.Error
+	return errors.As(err, &n) && n.Timeout()
+}

@@ -1,0 +1,257 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+)
+
+// variants are the configurations whose rules differ in kind.
+func variants() map[string]Config {
+	with := func(change func(*Config)) Config { c := typical(); change(&c); return c }
+	return map[string]Config{
+		"typical":       typical(),
+		"preserve":      with(func(c *Config) { c.TailnetEgress = EgressPreserve }),
+		"deny":          with(func(c *Config) { c.TailnetEgress = EgressDeny }),
+		"no-masquerade": with(func(c *Config) { c.Masquerade = false; c.HostMode = false }),
+		"no-tun":        with(func(c *Config) { c.TunName = ""; c.NodeAddr4, c.NodeAddr6 = netip.Addr{}, netip.Addr{} }),
+		"empty":         {},
+	}
+}
+
+// transaction renders a configuration as the nft commands that make it.
+func transaction(cfg Config) string {
+	f := knftables.NewFake("", "")
+	tx := f.NewTransaction()
+	for _, t := range rulesetOf(cfg) {
+		t.fill(tx)
+	}
+	return tx.String()
+}
+
+func TestTransactionGolden(t *testing.T) {
+	for name, cfg := range variants() {
+		golden(t, name+".nft", transaction(cfg))
+	}
+}
+
+// The rules use no word that kernel 4.19 or nft 1.0.1 would not understand. Each word has the kernel version that
+// brought its expression.
+func TestRulesStayWithinKernel419(t *testing.T) {
+	known := map[string]string{
+		"iifname": "3.13 meta", "oifname": "3.13 meta", "ip": "3.13 payload", "ip6": "3.13 payload", "saddr": "3.13",
+		"daddr": "3.13", "icmp": "3.13", "icmpv6": "3.13", "type": "3.13", "code": "3.13",
+		"destination-unreachable": "3.13", "net-unreachable": "3.13", "no-route": "3.13", "nd-router-advert": "3.13",
+		"nd-redirect": "3.13", "nd-neighbor-solicit": "3.13", "mld2-listener-report": "3.13 (nft 0.9)",
+		"meta": "3.13", "mark": "3.13", "set": "3.14 meta set", "drop": "3.13", "accept": "3.13", "return": "3.13",
+		"masquerade": "3.18 nft_masq", "fully-random": "3.18", "snat": "3.13 nft_nat", "to": "3.13",
+		"fib": "4.10 nft_fib", "iif": "4.10 fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
+		"ct": "3.13", "direction": "3.13 ct", "original": "3.13 ct",
+		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
+	}
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*)$`)
+	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
+	for name, cfg := range variants() {
+		for _, table := range rulesetOf(cfg) {
+			if table.family != knftables.IPv4Family && table.family != knftables.IPv6Family {
+				t.Errorf("%s: family %s", name, table.family)
+			}
+			for _, c := range table.chains {
+				for _, r := range c.rules {
+					for _, word := range strings.Fields(r) {
+						if _, ok := known[word]; !ok && !value.MatchString(word) {
+							t.Errorf("%s: %q in %q: is it in kernel 4.19?", name, word, r)
+						}
+					}
+					// Taken by nft, and never matched before kernel 5.7.
+					if c.hook == knftables.PostroutingHook && strings.Contains(r, "iifname") {
+						t.Errorf("%s: input interface in postrouting: %q", name, r)
+					}
+				}
+			}
+		}
+	}
+}
+
+// The guard must close the node whatever else is configured.
+func TestEveryConfigurationGuards(t *testing.T) {
+	for name, cfg := range variants() {
+		for _, table := range rulesetOf(cfg) {
+			i := slices.IndexFunc(table.chains, func(c chain) bool { return c.name == chainGuard })
+			rules := table.chains[i].rules
+			last := rules[len(rules)-1]
+			if !strings.HasPrefix(last, string(table.family)+" daddr @cluster ") || !strings.HasSuffix(last, " drop") {
+				t.Errorf("%s: the guard ends with %q", name, last)
+			}
+			if cfg.TunName == "" && strings.Contains(fmt.Sprint(table), `""`) {
+				t.Errorf("%s: a rule with an empty name", name)
+			}
+		}
+	}
+}
+
+func TestValidate(t *testing.T) {
+	if err := typical().Validate(); err != nil {
+		t.Errorf("typical: %v", err)
+	}
+	for want, change := range map[string]func(*Config){
+		`"a\" drop; accept"`:  func(c *Config) { c.TunName = `a" drop; accept` },
+		`"headcni*"`:          func(c *Config) { c.TunName = "headcni*" },
+		`begin with "hc"`:     func(c *Config) { c.TunName = "hc01" },
+		"up to 15":            func(c *Config) { c.TunName = "a234567890123456" },
+		`tailnet egress "no"`: func(c *Config) { c.TailnetEgress = "no" },
+		`"0.0.0.0/0"`:         func(c *Config) { c.Cluster = prefixes("0.0.0.0/0") },
+		"invalid Prefix":      func(c *Config) { c.Own = []netip.Prefix{{}} },
+		"want an IPv4":        func(c *Config) { c.NodeAddr4 = c.NodeAddr6 },
+		"without zone":        func(c *Config) { c.NodeAddr6 = netip.MustParseAddr("fe80::1%eth0") },
+	} {
+		c := typical()
+		change(&c)
+		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %v, want %q", err, want)
+		}
+	}
+	both := typical()
+	both.TunName, both.TailnetEgress = "hc1", "never"
+	if err := both.Validate(); !strings.Contains(fmt.Sprint(err), "hc1") || !strings.Contains(fmt.Sprint(err), "never") {
+		t.Errorf("not all faults: %v", err)
+	}
+	if _, err := New().Sync(t.Context(), both); err == nil {
+		t.Error("sync takes a wrong configuration")
+	}
+}
+
+func TestCompact(t *testing.T) {
+	got := compact(false, prefixes("10.244.3.0/24", "10.0.0.0/30", "10.244.0.7/16", "fd00::/8"), prefixes("10.244.0.0/16", "10.0.0.4/30"))
+	if d := cmp.Diff(fmt.Sprint(prefixes("10.0.0.0/30", "10.0.0.4/30", "10.244.0.0/16")), fmt.Sprint(got)); d != "" {
+		t.Error(d)
+	}
+}
+
+func TestPayload(t *testing.T) {
+	for in, want := range map[string]string{
+		"10.244.0.0/16":   "@th,192,16 0x0af4",
+		"10.60.0.0/14":    "@th,192,16 & 0xfffc == 0x0a3c",
+		"10.244.8.0/22":   "@th,192,24 & 0xfffffc == 0x0af408",
+		"172.16.0.0/12":   "@th,192,16 & 0xfff0 == 0xac10",
+		"10.0.0.1/32":     "@th,192,32 0x0a000001",
+		"128.0.0.0/1":     "@th,192,8 & 0x80 == 0x80",
+		"fd00:244::/32":   "@th,192,32 0xfd000244",
+		"fd00:240::/29":   "@th,192,32 & 0xfffffff8 == 0xfd000240",
+		"fd00:244:1::/56": "@th,192,56 0xfd000244000100",
+	} {
+		if got := payload(192, netip.MustParsePrefix(in)); got != want {
+			t.Errorf("%s: %s, want %s", in, got, want)
+		}
+	}
+}
+
+func TestPlanAccepts(t *testing.T) {
+	ours := func(texts ...string) (out []forwardRule) {
+		for i, s := range texts {
+			out = append(out, forwardRule{ours: true, text: s, handle: i + 1})
+		}
+		return out
+	}
+	foreign := []forwardRule{{text: "jump DOCKER", handle: 9}}
+	want := []string{"a", "b"}
+	for name, c := range map[string]struct {
+		have   forward
+		want   []string
+		insert []string
+		remove []forwardRule
+	}{
+		"no chain":           {forward{}, want, nil, nil},
+		"open and empty":     {forward{exists: true}, want, nil, nil},
+		"drops":              {forward{exists: true, drops: true}, want, want, nil},
+		"rules of others":    {forward{exists: true, rules: foreign}, want, want, nil},
+		"right":              {forward{exists: true, drops: true, rules: append(ours("a", "b"), foreign...)}, want, nil, nil},
+		"not at the head":    {forward{exists: true, rules: append(foreign, ours("a", "b")...)}, want, want, ours("a", "b")},
+		"other order":        {forward{exists: true, drops: true, rules: ours("b", "a")}, want, want, ours("b", "a")},
+		"one is gone":        {forward{exists: true, drops: true, rules: ours("a")}, want, want, ours("a")},
+		"one too many":       {forward{exists: true, drops: true, rules: ours("a", "b", "b")}, want, want, ours("a", "b", "b")},
+		"earlier tun":        {forward{exists: true, drops: true, rules: ours("a", "c")}, want, want, ours("a", "c")},
+		"not needed anymore": {forward{exists: true, rules: ours("a", "b")}, want, nil, ours("a", "b")},
+		"remove":             {forward{exists: true, drops: true, rules: append(ours("a"), foreign...)}, nil, nil, ours("a")},
+		"removed":            {forward{exists: true, drops: true, rules: foreign}, nil, nil, nil},
+	} {
+		insert, remove := planAccepts(c.have, c.want)
+		if d := cmp.Diff(c.insert, insert) + cmp.Diff(c.remove, remove, cmp.AllowUnexported(forwardRule{})); d != "" {
+			t.Errorf("%s: %s", name, d)
+		}
+	}
+}
+
+func TestParseLegacy(t *testing.T) {
+	got := parseLegacy("-P FORWARD DROP\n-A FORWARD -i hc+ -m comment --comment headcni -j ACCEPT\n" +
+		"-A FORWARD -m comment --comment \"headcni is bad\" -j DROP\n-A FORWARD -m comment --comment headcni2 -j DROP\n")
+	want := forward{exists: true, drops: true, rules: []forwardRule{
+		{ours: true, text: acceptRules("")[0].iptables()},
+		{text: `-A FORWARD -m comment --comment "headcni is bad" -j DROP`},
+		{text: `-A FORWARD -m comment --comment headcni2 -j DROP`},
+	}}
+	if d := cmp.Diff(want, got, cmp.AllowUnexported(forward{}, forwardRule{})); d != "" {
+		t.Error(d)
+	}
+}
+
+func TestExplain(t *testing.T) {
+	stderr := "/dev/stdin:4:1-30: Error: Could not process rule: %s\nadd chain ip headcni guard\n^^^^^^^^^^^^\n/dev/stdin:5:1-3: Error: more\n"
+	for want, err := range map[string]error{
+		"install the package nftables":    fmt.Errorf("could not find nftables binary: %w", exec.ErrNotFound),
+		"CAP_NET_ADMIN":                   fmt.Errorf(stderr, "Operation not permitted"),
+		"run as root":                     fmt.Errorf("list: %w", unix.EPERM),
+		"upgrade the package nftables":    errors.New("nft version must be v1.0.1 or later (got nftables v0.9.8)"),
+		"load the modules nf_tables":      fmt.Errorf(stderr, "No such file or directory"),
+		"rule: Device or resource busy: ": fmt.Errorf(stderr, "Device or resource busy"),
+	} {
+		got := explain(err).Error()
+		if !strings.Contains(got, want) || strings.ContainsAny(got, "\n^") || strings.Contains(got, "more") {
+			t.Errorf("%q: want one line with %q", got, want)
+		}
+		if !errors.Is(explain(err), err) {
+			t.Errorf("%q does not wrap", got)
+		}
+	}
+	if explain(nil) != nil {
+		t.Error("an error out of none")
+	}
+}
+
+func TestConcernsUs(t *testing.T) {
+	msg := func(attrs ...*nl.RtAttr) []byte {
+		b := []byte{unix.NFPROTO_IPV4, 0, 0, 0}
+		for _, a := range attrs {
+			b = append(b, a.Serialize()...)
+		}
+		return b
+	}
+	for _, c := range []struct {
+		what string
+		msg  []byte
+		want bool
+	}{
+		{"our rule", msg(nameAttr(unix.NFTA_RULE_TABLE, "headcni"), nameAttr(unix.NFTA_RULE_CHAIN, "guard")), true},
+		{"kube-proxy's rule", msg(nameAttr(unix.NFTA_RULE_TABLE, "filter"), nameAttr(unix.NFTA_RULE_CHAIN, "KUBE-SERVICES")), false},
+		{"a FORWARD rule", msg(nameAttr(unix.NFTA_RULE_TABLE, "filter"), nameAttr(unix.NFTA_RULE_CHAIN, "FORWARD")), true},
+		{"the FORWARD chain", msg(nameAttr(unix.NFTA_CHAIN_TABLE, "filter"), nameAttr(unix.NFTA_CHAIN_NAME, "FORWARD")), true},
+		{"another table", msg(nameAttr(unix.NFTA_TABLE_NAME, "headcni2")), false},
+		{"generation", msg(nl.NewRtAttr(unix.NFTA_GEN_ID, binary.BigEndian.AppendUint32(nil, 7))), false},
+		{"nothing", nil, false},
+	} {
+		if got := concernsUs(c.msg); got != c.want {
+			t.Errorf("%s: %v", c.what, got)
+		}
+	}
+}
