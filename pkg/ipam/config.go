@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/netip"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -271,14 +270,23 @@ func lastOf(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// networkName is what the CNI specification allows, section 1; it is a folder's name here.
-var networkName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+// validNetwork says whether a name is one that the CNI specification allows (section 1); it is a folder's name here.
+func validNetwork(name string) bool {
+	for i := range len(name) {
+		c := name[i]
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !alnum && (i == 0 || c != '_' && c != '.' && c != '-') {
+			return false
+		}
+	}
+	return name != "" && len(name) <= 255
+}
 
 // Validate returns an ErrConfig with all faults joined. Defaults need not be filled in.
 func (c Config) Validate() error {
 	c = c.withDefaults()
 	p := &parser{}
-	if !networkName.MatchString(c.Network) || len(c.Network) > 255 {
+	if !validNetwork(c.Network) {
 		p.faults = append(p.faults, fmt.Errorf("network name %q: want letters, digits, underscore, dot and dash, at most 255", c.Network))
 	}
 	if c.Strategy != Sequential && c.Strategy != Random && c.Strategy != DensePack {

@@ -56,7 +56,7 @@ func Networks(dataDir string) ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if e.IsDir() && networkName.MatchString(e.Name()) {
+		if e.IsDir() && validNetwork(e.Name()) {
 			names = append(names, e.Name())
 		}
 	}

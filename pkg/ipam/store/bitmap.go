@@ -128,6 +128,17 @@ func (b *Bitmap) summarise() {
 	}
 }
 
+// Fill marks every address.
+func (b *Bitmap) Fill() {
+	for g := range groups {
+		b.data[g] = new(groupData)
+		for i := range b.data[g] {
+			b.data[g][i] = ^uint64(0)
+		}
+	}
+	b.summarise()
+}
+
 // Taken reports whether an address is marked.
 func (b *Bitmap) Taken(offset uint32) (bool, error) {
 	d, err := b.group(int(offset >> groupBits))

@@ -43,6 +43,7 @@ type check struct {
 	repair   bool
 	entries  []Entry
 	linked   map[uint64][]netip.Addr // by inode
+	lost     map[string]bool         // records that are missing in leases, told once
 	problems []Problem
 }
 
@@ -75,7 +76,7 @@ func (c *check) addresses() error {
 	for _, e := range c.entries {
 		known[e.stat.Ino] = true
 	}
-	c.linked = map[uint64][]netip.Addr{}
+	c.linked, c.lost = map[uint64][]netip.Addr{}, map[string]bool{}
 	for _, n := range names {
 		path := addressDir + "/" + n
 		a, ok := parseAddressName(n)
@@ -134,6 +135,10 @@ func (c *check) orphan(a netip.Addr) error {
 	if _, err := c.s.fs.Stat(c.boot, name); err == nil {
 		return c.report("address", path, "stale: its owner has another lease now", func() error { return c.free(a) })
 	}
+	if c.lost[name] {
+		return nil
+	}
+	c.lost[name] = true
 	return c.report("record", name, "missing, though its owner holds "+a.String(), func() error {
 		return wrap("link", name, c.s.fs.Link(c.boot, path, name))
 	})

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -74,14 +73,26 @@ func New(dir string, o Options) (*Store, error) {
 		}
 		s.bootID = strings.TrimSpace(string(b))
 	}
-	if !bootName.MatchString(s.bootID) {
+	if !isBoot(s.bootID) {
 		return nil, fmt.Errorf("boot ID %q: want a UUID", s.bootID)
 	}
 	return s, nil
 }
 
-// bootName is what random(4) gives. Nothing else in the folder is ever removed by us.
-var bootName = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+// isBoot says whether a name is a boot ID as random(4) gives them: a UUID in lower case. Nothing else in the folder is
+// ever removed by us.
+func isBoot(name string) bool {
+	if len(name) != 36 {
+		return false
+	}
+	for i := range len(name) {
+		c, dash := name[i], i == 8 || i == 13 || i == 18 || i == 23
+		if dash != (c == '-') || !dash && !(c >= '0' && c <= '9' || c >= 'a' && c <= 'f') {
+			return false
+		}
+	}
+	return true
+}
 
 // Dir is the network's folder.
 func (s *Store) Dir() string { return s.dir }
@@ -230,7 +241,7 @@ func (s *Store) create(net int) (int, error) {
 		if aside && boot == s.bootID {
 			return -1, s.corrupt("it was set aside as " + n + " and not rebuilt")
 		}
-		if bootName.MatchString(boot) && boot != s.bootID {
+		if isBoot(boot) && boot != s.bootID {
 			if err := removeAll(s.fs, net, n); err != nil {
 				return -1, fmt.Errorf("clear %s of an earlier boot: %w", s.dir, err)
 			}

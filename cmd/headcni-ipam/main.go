@@ -1,0 +1,25 @@
+// Command headcni-ipam is the CNI IPAM plugin for use under bridge, macvlan, ptp and others. Under headcni the same
+// package runs in process.
+package main
+
+import (
+	"os"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+
+	"github.com/headcni/headcni/internal/version"
+)
+
+// supported are the versions whose configuration and result we speak.
+var supported = []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
+
+func main() {
+	v := verbs{out: os.Stdout}
+	funcs := skel.CNIFuncs{Add: v.add, Del: v.del, Check: v.check, GC: v.gc, Status: v.status}
+	about := "headcni-ipam " + version.Version + ": CNI IPAM plugin of HeadCNI"
+	if err := skel.PluginMainFuncsWithError(funcs, cniversion.PluginSupports(supported...), about); err != nil {
+		_ = err.Print() // with stdout gone there is nobody left to tell
+		os.Exit(1)
+	}
+}
