@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -215,4 +216,53 @@ func gone(pid string) error {
 		return nil
 	}
 	return fmt.Errorf("process %s: %.60s, %w", pid, b, errors.Join(err, errors.New("still there")))
+}
+
+// The real parts alone, without a line of ours on the nodes: what fails here is the lab's fault.
+func TestRealParts(t *testing.T) {
+	if err := (Options{}).withDefaults().checkTools(); err != nil {
+		nstest.Skip(t, err.Error())
+	}
+	t.Setenv(DirEnv, t.TempDir())
+	l := bare(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := l.startControl(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(l.Control.APIKey, "hskey-api-") {
+		t.Errorf("API key %.12q...", l.Control.APIKey)
+	}
+	out, err := l.Control.Run(ctx, "headscale", "preauthkeys", "create", "--tags", Tag, "--reusable")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(out)
+	key := fields[len(fields)-1]
+	for _, n := range l.Nodes {
+		n.Mode, n.Tun = "host", hostTun // daemon mode needs our daemon
+		if err := n.StartTailscaled(); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.WaitSocket(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := n.Run(ctx, "tailscale", "up", "--login-server="+l.Control.URL, "--auth-key="+key, "--accept-dns=false"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, b := l.Nodes[0], l.Nodes[1]
+	addrs, err := b.TailnetAddrs()
+	if err != nil || len(addrs) != 2 {
+		t.Fatalf("tailnet addresses %v, %v", addrs, err)
+	}
+	for _, addr := range addrs {
+		if rate, err := Throughput(ctx, a, b, addr, 300*time.Millisecond); err != nil || rate < 1e6 {
+			t.Errorf("%s: %.0f bit/s, %v", addr, rate, err)
+		}
+	}
+	got, err := Lookup(ctx, a, b.Name+"."+BaseDomain)
+	if err != nil || !slices.Contains(got, addrs[0]) {
+		t.Errorf("MagicDNS: %v, %v; want %v", got, err, addrs)
+	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 //go:embed machine.sh
@@ -84,6 +85,10 @@ func (m *Machine) open() (err error) {
 	if m.ns, err = openNamespaces(m.holder.Process.Pid); err != nil {
 		return err
 	}
+	// /proc/sys/kernel/hostname belongs to the first user namespace's root.
+	if err := (namespaces{uts: m.ns.uts}).do(func() error { return unix.Sethostname([]byte(m.Name)) }); err != nil {
+		return fmt.Errorf("set the host name of %s: %w", m.Name, err)
+	}
 	if m.Net, err = netlink.NewHandleAt(netns.NsHandle(m.ns.net.Fd())); err != nil {
 		return fmt.Errorf("open netlink in %s: %w", m.Name, err)
 	}
@@ -120,7 +125,8 @@ func cleanEnv() []string {
 	return env
 }
 
-// Path is where a file of the machine can be opened from outside.
+// Path is where a file of the machine can be opened from outside, but not through absolute links such as /var/run: those
+// lead to the caller's files.
 func (m *Machine) Path(file string) string {
 	return fmt.Sprintf("/proc/%d/root%s", m.holder.Process.Pid, file)
 }

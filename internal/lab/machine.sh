@@ -5,10 +5,10 @@ mount --make-rprivate /
 mount -t proc proc /proc
 # A fresh sysfs shows this network namespace's devices. Some hosts forbid it to an ordinary user; nothing depends on it.
 mount -t sysfs sysfs /sys 2>/dev/null || :
-echo "$1" > /proc/sys/kernel/hostname
 
 # /run: a fresh one; the host's files that links below point to stay reachable under /run/host.
-kept=$(mktemp -d)
+kept=$2/host
+mkdir "$kept"
 mount -t tmpfs -o mode=0755 tmpfs "$kept"
 for dir in /etc /var/lib /opt; do
 	mkdir -p "$kept$dir"
@@ -18,7 +18,9 @@ mount -t tmpfs -o mode=0755 tmpfs /run
 mkdir -p /run/host /run/lock /run/netns
 mount --move "$kept" /run/host
 rmdir "$kept"
-mount --bind --make-shared /run/netns /run/netns 2>/dev/null || mount --bind /run/netns /run/netns
+# As `ip netns add` would make it, but it races with itself.
+mount --bind /run/netns /run/netns
+mount --make-shared /run/netns
 
 # An ordinary user cannot make folders in /etc, /var/lib and /opt, and root should not: a tmpfs of links covers each.
 for dir in /etc /var/lib /opt; do

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -132,7 +131,7 @@ func (n *Node) Socket() string {
 // WaitSocket waits until tailscaled listens: mode auto looks for it once.
 func (n *Node) WaitSocket(ctx context.Context) error {
 	return until(ctx, 10*time.Millisecond, n.Tailscaled, func() error {
-		c, err := net.Dial("unix", n.Path(n.Socket()))
+		c, err := dial(ctx, namespaces{mnt: n.ns.mnt}, "unix", n.Socket())
 		if err != nil {
 			return err
 		}

@@ -30,14 +30,17 @@ var (
 // Check says what is missing to run a lab: an ErrMissing that names it and how to get it.
 func (o Options) Check() error {
 	o = o.withDefaults()
-	path := o.path()
 	if missing := haveAll(o.Bin, ourPrograms...); len(missing) > 0 {
 		return fmt.Errorf("%w %s in %q; run `make build` and set %s to its bin folder", ErrMissing, strings.Join(missing, ", "), o.Bin, BinEnv)
 	}
-	if missing := haveAll(path, realParts...); len(missing) > 0 {
+	return o.checkTools()
+}
+
+func (o Options) checkTools() error {
+	if missing := haveAll(o.path(), realParts...); len(missing) > 0 {
 		return fmt.Errorf("%w %s; build them with test/tools/ensure and set %s to what it prints", ErrMissing, strings.Join(missing, ", "), ToolsEnv)
 	}
-	if missing := haveAll(path, "bash", "ip", "nft", "mount", "find"); len(missing) > 0 {
+	if missing := haveAll(o.path(), "bash", "ip", "nft", "mount", "find"); len(missing) > 0 {
 		return fmt.Errorf("%w %s; install iproute2, nftables, mount and findutils", ErrMissing, strings.Join(missing, ", "))
 	}
 	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)

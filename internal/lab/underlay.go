@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The underlay is one Ethernet segment, a bridge on the control host. Its IPv4 addresses must be private: from a control
-// server at http://<public address> tailscaled moves to port 443 whenever it reconnects within two minutes
-// (controlhttp.forceNoise443), so that no node comes back after a restart of Headscale.
+// The underlay is one Ethernet segment, a bridge on the control host. Its addresses are private ones: to a control
+// server at http://<public address> tailscaled dials port 443 whenever it reconnects within two minutes, and never comes
+// back.
 const bridgeName = "underlay"
 
 var (
-	underlay4 = netip.MustParsePrefix("172.30.2.0/24")
-	underlay6 = netip.MustParsePrefix("2001:db8:2::/64")
+	underlay4 = netip.MustParsePrefix("192.168.77.0/24")
+	underlay6 = netip.MustParsePrefix("fd77:77:77::/64")
 )
 
 // underlayAddrs are the addresses of host number n, 1 to 254.
