@@ -35,10 +35,18 @@ type member struct {
 	minted      secret.Secret
 	mintedUntil time.Time
 	approvedAt  time.Time
+	confirmed   confirmation
 
 	mu      sync.Mutex
 	socket  string        // what client talks to
 	changed chan struct{} // closed when socket changes
+}
+
+// confirmation is what Headscale said that it routes to the node with a node key.
+type confirmation struct {
+	key    string
+	routes []netip.Prefix
+	at     time.Time
 }
 
 func newMember(c config.Config, log *slog.Logger, getenv func(string) string) *member {
@@ -139,23 +147,32 @@ func (m *member) headscale(ctx context.Context) (*headscale.Client, config.Crede
 }
 
 // approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what
-// the policy lacks. Once they are routed Headscale is not asked.
+// the policy lacks. While tailscaled says that they are routed, Headscale is not asked.
 func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscale.PrefsSpec) (changed []string, err error) {
 	missing := without(spec.AdvertiseRoutes, self.Routes)
-	if len(missing) == 0 && len(spec.DropRoutes) == 0 {
+	// Headscale tells the peers of an approval at once, the node itself with its next change.
+	confirmed := m.confirmed.key == self.NodeKey && len(without(missing, m.confirmed.routes)) == 0
+	if len(spec.DropRoutes) == 0 && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < fullCheck) {
 		return nil, nil
 	}
 	if m.cfg.Headscale.URL == "" {
 		return nil, notApproved(missing, config.ErrNoCredential)
 	}
 	api, _, err := m.headscale(ctx)
-	if err != nil {
+	switch {
+	case confirmed && errors.Is(err, headscale.ErrUnreachable):
+		return nil, nil // nothing says that it is otherwise now
+	case err != nil:
 		return nil, notApproved(missing, err)
-	}
-	if api == nil {
+	case api == nil:
 		return nil, notApproved(missing, errors.New("the key is a pre-auth key, which cannot approve"))
 	}
-	node, err := api.NodeByKey(ctx, self.NodeKey)
+	return m.approveBy(ctx, api, self.NodeKey, spec)
+}
+
+// approveBy approves with an API key and remembers what Headscale then routes to us.
+func (m *member) approveBy(ctx context.Context, api *headscale.Client, key string, spec tailscale.PrefsSpec) (changed []string, err error) {
+	node, err := api.NodeByKey(ctx, key)
 	if err != nil {
 		return nil, fmt.Errorf("approve our routes: %w", err)
 	}
@@ -166,14 +183,20 @@ func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscal
 	if approved {
 		m.approvedAt = time.Now()
 		changed = []string{fmt.Sprintf("approved %v", spec.AdvertiseRoutes)}
+		if node, err = api.Node(ctx, node.ID); err != nil {
+			return changed, fmt.Errorf("look at our approved routes: %w", err)
+		}
 	}
-	if len(missing) > 0 && time.Since(m.approvedAt) < approvalSettles {
+	m.confirmed = confirmation{key: key, routes: node.Primary, at: time.Now()}
+	switch missing := without(spec.AdvertiseRoutes, node.Primary); {
+	case len(missing) == 0:
+		return changed, nil
+	case time.Since(m.approvedAt) < approvalSettles:
 		return changed, waiting("the routes are approved and on their way")
+	default:
+		return changed, fmt.Errorf("%v: approved in Headscale but not routed to this node; another node may advertise them too "+
+			"(headscale nodes list-routes)", missing)
 	}
-	if len(missing) > 0 {
-		return changed, fmt.Errorf("%v: approved in Headscale but not routed to this node yet; another node may advertise them too (headscale nodes list-routes)", missing)
-	}
-	return changed, nil
 }
 
 // notApproved says what a person can do where we cannot approve.
