@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -146,6 +145,7 @@ func (n *Node) Remove(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(append(errs, explainNode(err))...)
 	}
+	// In the order of their numbers, in which no step opens what the next one would have closed, and the routes last.
 	var steps []nodeStep
 	for _, r := range have.rules {
 		steps = append(steps, nodeStep{delete: true, rule: &r})
@@ -153,7 +153,6 @@ func (n *Node) Remove(ctx context.Context) error {
 	for _, r := range have.routes {
 		steps = append(steps, nodeStep{delete: true, route: &r})
 	}
-	slices.Reverse(steps) // the routes first, then from the last rule to the first
 	for _, s := range steps {
 		if ctx.Err() != nil {
 			return errors.Join(append(errs, ctx.Err())...)

@@ -178,16 +178,15 @@ func wantedRoutes(f nodeFamily, cfg NodeConfig) []nodeRoute {
 }
 
 // planNode says what to change so that the node has what cfg needs: first what closes holes, then what opens the way,
-// each added before its predecessor is deleted; forwarding last. It does no I/O.
+// each added before its predecessor is deleted, and the unreachable routes outliving the rules; forwarding last. It does
+// no I/O.
 func planNode(have nodeState, cfg NodeConfig) []nodeStep {
-	var add, del, sysctls []nodeStep
+	var routes, rules, oldRules, oldRoutes, sysctls []nodeStep
 	for _, f := range have.families {
-		a, d := planRoutes(have.routes, wantedRoutes(f, cfg), f)
-		add, del = append(add, a...), append(del, d...)
-	}
-	for _, f := range have.families {
-		a, d := planRules(have.rules, wantedRules(f, cfg), f)
-		add, del = append(add, a...), append(del, d...)
+		add, del := planRoutes(have.routes, wantedRoutes(f, cfg), f)
+		routes, oldRoutes = append(routes, add...), append(oldRoutes, del...)
+		add, del = planRules(have.rules, wantedRules(f, cfg), f)
+		rules, oldRules = append(rules, add...), append(oldRules, del...)
 	}
 	for _, f := range have.families {
 		if f.af == unix.AF_INET6 {
@@ -197,7 +196,7 @@ func planNode(have nodeState, cfg NodeConfig) []nodeStep {
 			sysctls = append(sysctls, nodeStep{sysctl: f.forwarding, value: "1"})
 		}
 	}
-	return slices.Concat(add, del, sysctls)
+	return slices.Concat(routes, rules, oldRules, oldRoutes, sysctls)
 }
 
 // planRules compares as multisets: a second copy of a rule is one too many.

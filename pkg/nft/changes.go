@@ -17,6 +17,11 @@ const settle = 50 * time.Millisecond
 // Changes signals soon after anybody, ourselves included, changed our tables or the host's FORWARD chain. The channel
 // is closed when ctx ends or the kernel's events cannot be read any more. iptables-legacy has no events.
 func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
+	// Ask for permission first: where the library may not bind its socket, it closes the descriptor twice, once at a
+	// time when it is somebody else's.
+	if _, err := generation(); err != nil {
+		return nil, fmt.Errorf("subscribe to nf_tables events: %w", explain(err))
+	}
 	s, err := nl.Subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to nf_tables events: %w", explain(err))

@@ -1,0 +1,195 @@
+package networking
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// right is the state of a node that has all that cfg asks for.
+func right(cfg NodeConfig) nodeState {
+	s := nodeState{families: nodeFamilies, sysctls: map[string]string{}}
+	for _, f := range nodeFamilies {
+		s.rules = append(s.rules, wantedRules(f, cfg)...)
+		s.routes = append(s.routes, wantedRoutes(f, cfg)...)
+		s.sysctls[f.forwarding] = "1"
+	}
+	return s
+}
+
+func planText(have nodeState, cfg NodeConfig) string {
+	var b strings.Builder
+	for _, s := range planNode(have, cfg) {
+		fmt.Fprintln(&b, s)
+	}
+	return b.String()
+}
+
+func TestPlanGolden(t *testing.T) {
+	fresh := nodeState{families: nodeFamilies, links: []nodeLink{{name: "eth0", acceptRA: "1", raDefault: true}}}
+	golden(t, "plan-fresh.golden", planText(fresh, typicalNode()))
+	golden(t, "plan-change.golden", planText(right(typicalNode()), NodeConfig{
+		Own: nodePrefixes("10.244.7.0/24"), Cluster: nodePrefixes("10.244.0.0/16"), TunName: "headcni01"}))
+}
+
+func TestPlan(t *testing.T) {
+	cfg := NodeConfig{Own: nodePrefixes("10.244.1.0/24"), Cluster: nodePrefixes("10.244.0.0/16"), TunName: "headcni01"}
+	const first = "rule 5188: to 10.244.1.0/24 fwmark 0x0/0x80000 lookup main suppress_prefixlength 24"
+	for name, c := range map[string]struct {
+		change func(*nodeState)
+		want   string
+	}{
+		"steady":       {func(*nodeState) {}, ""},
+		"rule missing": {func(s *nodeState) { s.rules = s.rules[1:] }, "add " + first + "\n"},
+		"rule twice":   {func(s *nodeState) { s.rules = append(s.rules, s.rules[0]) }, "delete " + first + "\n"},
+		"rule without suppress": {func(s *nodeState) { s.rules[0].suppress = noSuppress },
+			"add " + first + "\ndelete rule 5188: to 10.244.1.0/24 fwmark 0x0/0x80000 lookup main\n"},
+		"rule of another origin": {func(s *nodeState) { s.rules[0].proto = unix.RTPROT_STATIC },
+			"add " + first + "\ndelete " + first + " protocol 4\n"},
+		"rule with more": {func(s *nodeState) { s.rules[0].rest = " attribute 22=06" },
+			"add " + first + "\ndelete " + first + " attribute 22=06\n"},
+		"route missing": {func(s *nodeState) { s.routes = nil }, "add route unreachable 10.244.0.0/16 metric 4278\n"},
+		"route of another kind is replaced": {func(s *nodeState) { s.routes[0].kind = unix.RTN_UNICAST },
+			"add route unreachable 10.244.0.0/16 metric 4278\n"},
+		"route too many": {func(s *nodeState) {
+			s.routes = append(s.routes, nodeRoute{to: netip.MustParsePrefix("10.9.0.0/16"), kind: unix.RTN_UNREACHABLE})
+		}, "delete route unreachable 10.9.0.0/16 metric 4278\n"},
+		"no IPv6": {func(s *nodeState) {
+			s.families = nodeFamilies[:1]
+			s.sysctls["net/ipv6/conf/all/forwarding"] = "0"
+		}, ""},
+		"forwarding": {func(s *nodeState) {
+			s.sysctls["net/ipv4/ip_forward"] = "0"
+			s.sysctls["net/ipv6/conf/all/forwarding"] = "0"
+		}, "set net.ipv4.ip_forward=1\nset net.ipv6.conf.all.forwarding=1\n"},
+	} {
+		have := right(cfg)
+		c.change(&have)
+		if d := cmp.Diff(c.want, planText(have, cfg)); d != "" {
+			t.Errorf("%s (-want +got):\n%s", name, d)
+		}
+	}
+}
+
+func TestPlanRA(t *testing.T) {
+	for _, c := range []struct {
+		what string
+		link nodeLink
+		want bool
+	}{
+		{"gave a default route", nodeLink{name: "br0", acceptRA: "1", raDefault: true}, true},
+		{"gave one, and forwards already", nodeLink{name: "br0", acceptRA: "1", raDefault: true, forwards: true}, true},
+		{"a card that still waits", nodeLink{name: "eth0", acceptRA: "1", hardware: true}, true},
+		{"a card that forwarded before us", nodeLink{name: "eth0", acceptRA: "1", hardware: true, forwards: true}, false},
+		{"a container engine's bridge", nodeLink{name: "docker0", acceptRA: "1"}, false},
+		{"networkd does it itself", nodeLink{name: "eth0", acceptRA: "0", hardware: true, raDefault: true}, false},
+		{"done", nodeLink{name: "eth0", acceptRA: "2", hardware: true, raDefault: true}, false},
+		{"a pod's link", nodeLink{name: "hc0123456789", acceptRA: "1", raDefault: true}, false},
+		{"the tun", nodeLink{name: "headcni01", acceptRA: "1", raDefault: true, hardware: true}, false},
+		{"loopback", nodeLink{name: "lo", acceptRA: "1", hardware: true}, false},
+	} {
+		if got := len(planRA([]nodeLink{c.link}, "headcni01")) == 1; got != c.want {
+			t.Errorf("%s: %v", c.what, got)
+		}
+	}
+}
+
+// What is encoded is what is read back, also for what the kernel leaves out.
+func TestRuleCodec(t *testing.T) {
+	for _, f := range nodeFamilies {
+		for _, want := range wantedRules(f, typicalNode()) {
+			msg := encodeRule(want).Serialize()[unix.NLMSG_HDRLEN:]
+			got, err := decodeRule(msg)
+			if err != nil || got != want {
+				t.Errorf("%s: got %v, %v", want, got, err)
+			}
+		}
+	}
+	for _, bad := range [][]byte{nil, make([]byte, ruleMsgLen-1), append(make([]byte, ruleMsgLen), 200, 0, 1, 0)} {
+		if r, err := decodeRule(bad); err == nil {
+			t.Errorf("%x: read as %v", bad, r)
+		}
+	}
+}
+
+func TestConcernsNode(t *testing.T) {
+	rule := func(pref uint32) []byte {
+		return encodeRule(nodeRule{af: unix.AF_INET, pref: pref, suppress: noSuppress}).Serialize()[unix.NLMSG_HDRLEN:]
+	}
+	route := func(bits byte, flags, metric uint32) []byte {
+		b := make([]byte, unix.SizeofRtMsg)
+		b[1] = bits
+		binary.NativeEndian.PutUint32(b[8:], flags)
+		return append(b, nl.NewRtAttr(unix.RTA_PRIORITY, binary.NativeEndian.AppendUint32(nil, metric)).Serialize()...)
+	}
+	conf := func(index int32) []byte {
+		return append(make([]byte, netconfLen), nl.NewRtAttr(netconfIfindex, binary.NativeEndian.AppendUint32(nil, uint32(index))).Serialize()...)
+	}
+	for _, c := range []struct {
+		what string
+		typ  uint16
+		msg  []byte
+		want bool
+	}{
+		{"our rule", unix.RTM_DELRULE, rule(5192), true},
+		{"tailscaled's rule", unix.RTM_NEWRULE, rule(5210), false},
+		{"our route", unix.RTM_DELROUTE, route(16, 0, unreachableMetric), true},
+		{"a default route", unix.RTM_NEWROUTE, route(0, 0, 100), true},
+		{"a cached route", unix.RTM_NEWROUTE, route(0, 0x200, 100), false},
+		{"a pod's route", unix.RTM_NEWROUTE, route(32, 0, 0), false},
+		{"the switch", unix.RTM_NEWNETCONF, conf(netconfAll), true},
+		{"a link's switch", unix.RTM_NEWNETCONF, conf(7), false},
+		{"a neighbour", unix.RTM_NEWNEIGH, nil, false},
+		{"cut short", unix.RTM_NEWROUTE, nil, true},
+	} {
+		if got := concernsNode(c.typ, c.msg); got != c.want {
+			t.Errorf("%s: %v", c.what, got)
+		}
+	}
+}
+
+func TestSourceOf(t *testing.T) {
+	addr := netip.MustParseAddr
+	a := func(link int, p string, second bool) hostAddr {
+		return hostAddr{link, netip.MustParsePrefix(p), second}
+	}
+	for name, c := range map[string]struct {
+		hops  []hop
+		addrs []hostAddr
+		want  string
+	}{
+		"no route":             {nil, []hostAddr{a(1, "192.0.2.1/24", false)}, ""},
+		"no address":           {[]hop{{link: 1}}, nil, ""},
+		"route's own":          {[]hop{{1, addr("192.0.2.254"), addr("198.51.100.1")}}, []hostAddr{a(1, "192.0.2.1/24", false)}, "198.51.100.1"},
+		"gateway's network":    {[]hop{{link: 1, gateway: addr("192.0.2.254")}}, []hostAddr{a(1, "198.51.100.1/24", false), a(1, "192.0.2.1/24", false)}, "192.0.2.1"},
+		"primary first":        {[]hop{{link: 1}}, []hostAddr{a(1, "192.0.2.9/24", true), a(1, "192.0.2.1/24", false)}, "192.0.2.1"},
+		"other links' are not": {[]hop{{link: 2}}, []hostAddr{a(1, "172.17.0.1/16", false), a(2, "192.0.2.1/24", false)}, "192.0.2.1"},
+		"best metric":          {[]hop{{link: 2}, {link: 1}}, []hostAddr{a(1, "172.17.0.1/16", false), a(2, "192.0.2.1/24", false)}, "192.0.2.1"},
+		"unnumbered link":      {[]hop{{link: 3}}, []hostAddr{a(2, "100.64.0.1/32", false), a(1, "192.0.2.1/32", false)}, "192.0.2.1"},
+		"only the tailnet's":   {[]hop{{link: 3}}, []hostAddr{a(2, "100.64.0.1/32", false)}, ""},
+		"a host inside CGNAT":  {[]hop{{link: 2}}, []hostAddr{a(2, "100.64.0.1/24", false)}, "100.64.0.1"},
+	} {
+		got, ok := sourceOf(c.hops, c.addrs)
+		if ok != (c.want != "") || ok && got.String() != c.want {
+			t.Errorf("%s: %v, %v; want %q", name, got, ok, c.want)
+		}
+	}
+	hops := defaultHops([]netlink.Route{
+		{Type: unix.RTN_UNREACHABLE, Priority: 1},
+		{Type: unix.RTN_UNICAST, Priority: 20, LinkIndex: 2},
+		{Type: unix.RTN_UNICAST, Priority: 10, Src: net.ParseIP("192.0.2.1"),
+			MultiPath: []*netlink.NexthopInfo{{LinkIndex: 3}, {LinkIndex: 4, Gw: net.ParseIP("192.0.2.254")}}},
+	})
+	want := []hop{{link: 3, source: addr("192.0.2.1")}, {4, addr("192.0.2.254"), addr("192.0.2.1")}, {link: 2}}
+	if d := cmp.Diff(want, hops, cmp.AllowUnexported(hop{}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
+		t.Errorf("hops (-want +got):\n%s", d)
+	}
+}

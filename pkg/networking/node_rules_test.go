@@ -1,0 +1,79 @@
+package networking
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/headcni/headcni/internal/nstest"
+)
+
+// fibWorld is a node with a LAN behind eth0, a pod behind hca, and a veth that plays the tun. $own, $cluster, ... are
+// replaced by the family's addresses.
+const fibWorld = `for l in eth0 hca headcni01; do ip link add $l type veth peer name p$l; ip link set $l up; ip link set p$l up; done
+ip addr add $lan1/$lanbits dev eth0 $nodad
+ip route add default via $lan2 dev eth0
+ip route add $pod dev hca
+ip rule add pref 5210 fwmark 0x80000/0xff0000 lookup main
+ip rule add pref 5230 fwmark 0x80000/0xff0000 lookup default
+ip rule add pref 5250 fwmark 0x80000/0xff0000 unreachable
+ip rule add pref 5270 lookup 52
+for r in $remotenet $foreign $lannet $ownhalf $tailnet; do ip route add $r dev headcni01 table 52; done`
+
+var fibAddrs = map[string]*strings.Replacer{
+	"-4": strings.NewReplacer("$lan1", "192.168.88.1", "$lan2", "192.168.88.254", "$lan3", "192.168.88.7", "$lanbits", "24",
+		"$lannet", "192.168.88.0/24", "$pod", "10.244.1.10", "$hole", "10.244.1.99", "$remotenet", "10.244.2.0/24",
+		"$remote", "10.244.2.20", "$foreign", "198.51.100.0/24", "$outside", "198.51.100.7", "$ownhalf", "10.244.1.0/25",
+		"$tailnet", "100.64.0.9", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$nodad", "", "ip ", "ip -4 "),
+	"-6": strings.NewReplacer("$lan1", "fd88::1", "$lan2", "fd88::254", "$lan3", "fd88::7", "$lanbits", "64",
+		"$lannet", "fd88::/64", "$pod", "fd00:244:1::10", "$hole", "fd00:244:1::99", "$remotenet", "fd00:244:2::/64",
+		"$remote", "fd00:244:2::20", "$foreign", "2001:db8:7::/48", "$outside", "2001:db8:7::7", "$ownhalf", "fd00:244:1::/65",
+		"$tailnet", "fd7a:115c:a1e0::9", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$nodad", "nodad", "ip ", "ip -6 "),
+}
+
+// Where does a packet go? The kernel is asked, with our rules beside tailscaled's, in each of these calamities.
+func TestRulesDecide(t *testing.T) {
+	const unreachable = "unreachable"
+	for flag, addrs := range fibAddrs {
+		for _, c := range []struct {
+			name, calamity string
+			lanFirst       bool
+			want           map[string]string // destination (and mark) -> link
+		}{
+			{"all well, though a peer advertises our CIDR and our LAN", "true", false, map[string]string{
+				"$pod": "hca", "$hole": unreachable, "$remote": "headcni01", "$lan3": "eth0", "$tailnet": "headcni01",
+				"$outside": "headcni01", "$lan2 mark 0x80000": "eth0"}},
+			{"the user wants no foreign routes", "true", true, map[string]string{
+				"$outside": "eth0", "$remote": "headcni01", "$tailnet": "headcni01"}},
+			{"the tunnel is dead", "ip route flush table 52", true, map[string]string{
+				"$pod": "hca", "$hole": unreachable, "$remote": unreachable, "$remote mark 0x80000": unreachable,
+				"$hole mark 0x80000": unreachable, "$outside": "eth0", "$lan3": "eth0"}},
+			{"the tun is gone", "ip link del headcni01", false, map[string]string{"$remote": unreachable, "$pod": "hca"}},
+			{"the tunnel is dead and a wider route is there", "ip route flush table 52; ip route add $wide via $lan2", true, map[string]string{
+				"$remote": unreachable, "$hole": unreachable, "$pod": "hca"}},
+			{"a wider route over the tailnet's addresses", "ip route add $cgn via $lan2", true, map[string]string{
+				"$tailnet": "headcni01", "$remote": "headcni01"}},
+			{"our rules are gone and the tunnel is dead", "for p in 5188 5189 5191 5192 5193 5194 5195; do ip rule del pref $p; done; " +
+				"ip route flush table 52", true, map[string]string{"$pod": "hca", "$remote": unreachable, "$hole": unreachable}},
+		} {
+			t.Run(flag+" "+c.name, func(t *testing.T) {
+				ns := nstest.New(t)
+				ns.Run(t, "sh", "-ec", addrs.Replace(fibWorld))
+				cfg := NodeConfig{Own: nodePrefixes("10.244.1.0/24", "fd00:244:1::/64"),
+					Cluster: nodePrefixes("10.244.0.0/16", "fd00:244::/32"), TunName: "headcni01", LANFirst: c.lanFirst}
+				syncNode(t, ns, NewNode(SavedHost{}, nil), cfg)
+				ns.Run(t, "sh", "-ec", addrs.Replace(c.calamity))
+				for dst, want := range c.want {
+					args := strings.Fields("route get " + addrs.Replace(dst))
+					out, err := ns.Command("ip", args...).CombinedOutput()
+					got := string(out)
+					if err != nil && (strings.Contains(got, "unreachable") || strings.Contains(got, "No route to host")) {
+						got = "dev unreachable "
+					}
+					if !strings.Contains(got, "dev "+want+" ") {
+						t.Errorf("%s: %s; want %s", addrs.Replace(dst), strings.TrimSpace(string(out)), want)
+					}
+				}
+			})
+		}
+	}
+}
