@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -175,10 +176,30 @@ func configCmd(f *flags) *cobra.Command {
 		Short: "Check the configuration and name every fault",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if _, err := f.load(); err != nil {
+			c, err := f.load()
+			if err != nil {
+				return err
+			}
+			if err := daemon.CheckConflist(filepath.Join(c.CNI.ConfDir, paths.ConflistName)); err != nil {
 				return err
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), "the configuration is valid")
+			return nil
+		},
+	}, &cobra.Command{
+		Use:   "convert FILE",
+		Short: "Make a .conflist of a flat configuration, in place",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			did, err := daemon.ConvertConflist(args[0])
+			if err != nil {
+				return err
+			}
+			if did {
+				fmt.Fprintln(cmd.OutOrStdout(), args[0], "is a list of plugins now")
+			} else {
+				fmt.Fprintln(cmd.OutOrStdout(), args[0], "was a list of plugins already")
+			}
 			return nil
 		},
 	}, &cobra.Command{

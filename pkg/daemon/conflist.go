@@ -34,7 +34,7 @@ type pluginConf struct {
 	ServiceCIDR string        `json:"service_cidr,omitempty"`
 	MTU         int           `json:"mtu"`
 	EnableIPv6  bool          `json:"enable_ipv6"`
-	IPAM        ipamConf      `json:"ipam"`
+	IPAM        any           `json:"ipam"`
 	MagicDNS    *magicDNSConf `json:"magic_dns,omitempty"`
 	Gate        gateConf      `json:"gate"`
 }
@@ -65,10 +65,14 @@ type portmapConf struct {
 	Capabilities map[string]bool `json:"capabilities"`
 }
 
-// planConflist renders the conflist of this node. It is pure.
-func planConflist(c config.Config, mtu int, portmap bool) ([]byte, error) {
+// planConflist renders the conflist of this node. ipam is the object of a conflist written by hand, nil = make one. It
+// is pure.
+func planConflist(c config.Config, ipam json.RawMessage, mtu int, portmap bool) ([]byte, error) {
 	pods := c.Network.PodCIDRs.Prefixes()
-	p := pluginConf{Type: "headcni", MTU: mtu, IPAM: planIPAM(c, pods), Gate: gateConf{PodCIDRs: pods}}
+	p := pluginConf{Type: "headcni", MTU: mtu, IPAM: ipam, Gate: gateConf{PodCIDRs: pods}}
+	if ipam == nil {
+		p.IPAM = planIPAM(c, pods)
+	}
 	for _, cidr := range pods {
 		// The key of the specification holds one CIDR; the ranges below hold them all.
 		if p.PodCIDR == "" {

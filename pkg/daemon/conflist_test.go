@@ -54,7 +54,7 @@ func TestPlanConflist(t *testing.T) {
 		"dual.conflist": {c, true}, "host-local.conflist": {hostLocal, false}, "other.conflist": {other, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := planConflist(tt.c, 1280, tt.portmap)
+			got, err := planConflist(tt.c, nil, 1280, tt.portmap)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -80,7 +80,7 @@ func TestConflistReplacesAndPutsBack(t *testing.T) {
 	remember := func(m os.FileMode) error { mode = m; return nil }
 	c := config.Default()
 	c.Network.PodCIDRs = config.CIDRs{"10.244.1.0/24"}
-	first, err := planConflist(c, 1280, false)
+	first, err := planConflist(c, nil, 1280, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func TestConflistReplacesAndPutsBack(t *testing.T) {
 	if err := os.WriteFile(path, static, 0o640); err != nil {
 		t.Fatal(err)
 	}
-	second, err := planConflist(c, 1400, false)
+	second, err := planConflist(c, nil, 1400, false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,6 +38,7 @@ const (
 // Daemon is the node daemon. Make it with New.
 type Daemon struct {
 	cfg     config.Config
+	ipam    json.RawMessage // see adopt
 	log     *slog.Logger
 	metrics *monitoring.Metrics
 	board   *board
@@ -51,6 +53,10 @@ type Daemon struct {
 
 // New checks what the daemon cannot do without and opens its handles. It changes nothing on the host.
 func New(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*Daemon, error) {
+	c, ipam, err := adopt(c)
+	if err != nil {
+		return nil, err
+	}
 	if err := prerequisites(c); err != nil {
 		return nil, err
 	}
@@ -60,7 +66,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved,
+		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved,
 		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1),
 	}
 	d.node = networking.NewNode(saved.Host, func(h networking.SavedHost) error {
@@ -112,6 +118,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.watch(ctx, &wg)
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
 		wg.Go(func() { newSweeper().run(ctx, every, d.log, d.metrics) })
+	}
+	if len(d.cfg.Network.ClusterCIDRs) == 0 {
+		d.log.Warn("network.clusterCIDRs is empty: pods of other nodes are strangers; set it to the range that all nodes' pods have")
+	}
+	if cred, err := d.cfg.Headscale.Credential(d.member.getenv); err == nil && cred.Plain {
+		d.log.Warn("the Headscale key stands in a configuration file: move it to a file of mode 0600 and name that in HEADSCALE_API_KEY_FILE or headscale.apiKeyFile")
 	}
 	d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
 	err = d.loop(ctx, fatal)

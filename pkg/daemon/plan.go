@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -28,6 +29,8 @@ type observation struct {
 	tailnet *tailscale.Status
 	// tailnetErr is why tailscaled cannot be used, nil while it can.
 	tailnetErr error
+	// ipam is the ipam object of a conflist written by hand, nil where there is none.
+	ipam json.RawMessage
 	// portmap tells whether the portmap plugin is installed.
 	portmap bool
 }
@@ -73,7 +76,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		mtu = defaultMTU
 	}
 	var err error
-	p.conflist, err = planConflist(c, mtu, o.portmap)
+	p.conflist, err = planConflist(c, o.ipam, mtu, o.portmap)
 	return p, err
 }
 
