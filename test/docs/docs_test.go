@@ -1,0 +1,242 @@
+// Package docs holds what people read and copy to the code: both READMEs, the example configuration, the shipped conflist.
+// It also holds that no test can be skipped where everything must run.
+package docs
+
+import (
+	"encoding/json"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"sigs.k8s.io/yaml"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/ipam"
+)
+
+const root = "../.."
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(root, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// block is one fenced piece of a document.
+type block struct{ Kind, Text string }
+
+var (
+	fence   = regexp.MustCompile("(?ms)^```(\\w*)\n(.*?)^```$")
+	comment = regexp.MustCompile(`(?m)^\s*# .*\n`)
+)
+
+// blocks finds the fenced pieces. Comments are left out: they are in the reader's language.
+func blocks(text string) []block {
+	var out []block
+	for _, m := range fence.FindAllStringSubmatch(text, -1) {
+		out = append(out, block{m[1], comment.ReplaceAllString(m[2], "")})
+	}
+	return out
+}
+
+func TestBothREADMEsSayTheSame(t *testing.T) {
+	en, cn := read(t, "README.md"), read(t, "README_CN.md")
+	if diff := cmp.Diff(blocks(en), blocks(cn)); diff != "" {
+		t.Errorf("commands and configuration differ (-README.md +README_CN.md):\n%s", diff)
+	}
+	if len(blocks(en)) < 10 {
+		t.Errorf("README.md has %d blocks: is the pattern right?", len(blocks(en)))
+	}
+	for _, what := range []string{`(?m)^#+ `, `(?m)^\|`, `(?m)^(- |\d\. )`} {
+		re := regexp.MustCompile(what)
+		if a, b := len(re.FindAllString(en, -1)), len(re.FindAllString(cn, -1)); a != b {
+			t.Errorf("lines that match %s: %d in README.md, %d in README_CN.md", what, a, b)
+		}
+	}
+}
+
+func TestLinksLeadSomewhere(t *testing.T) {
+	link := regexp.MustCompile(`(?:\]\(|src=")([^)#":]+)[)#"]`)
+	docs, err := filepath.Glob(filepath.Join(root, "docs/adr/*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"README.md", "README_CN.md", "CHANGELOG.md", "docs/architecture.md"} {
+		docs = append(docs, filepath.Join(root, name))
+	}
+	for _, doc := range docs {
+		b, err := os.ReadFile(doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range link.FindAllStringSubmatch(string(b), -1) {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(doc), m[1])); err != nil {
+				t.Errorf("%s links to %s, which is not there", doc, m[1])
+			}
+		}
+	}
+}
+
+func TestREADMENamesTargetsThatExist(t *testing.T) {
+	makefile := read(t, "Makefile")
+	for _, m := range regexp.MustCompile("(?m)(?:^|`|sudo )make ([a-z]+)\\b").FindAllStringSubmatch(read(t, "README.md"), -1) {
+		if !strings.Contains(makefile, "\n"+m[1]+":") {
+			t.Errorf("README.md says `make %s`, which the Makefile does not have", m[1])
+		}
+	}
+}
+
+// What a reader copies into a file must be taken by the program that reads it.
+func TestREADMEConfigurationIsValid(t *testing.T) {
+	var plugins, ipams, daemons int
+	for _, b := range blocks(read(t, "README.md")) {
+		switch {
+		case b.Kind == "yaml":
+			daemons++
+			loadDaemon(t, b.Text)
+		case b.Kind != "json":
+		case strings.Contains(b.Text, `"type": "headcni",`):
+			plugins++
+			if _, err := netconf.Parse([]byte(b.Text)); err != nil {
+				t.Errorf("%v in\n%s", err, b.Text)
+			}
+		case strings.HasPrefix(b.Text, "{\n  \"type\": \"headcni-ipam\""):
+			ipams++
+			if _, err := ipam.ParseConfig("headcni", []byte(b.Text)); err != nil {
+				t.Errorf("%v in\n%s", err, b.Text)
+			}
+		}
+	}
+	if plugins != 1 || ipams != 1 || daemons != 1 {
+		t.Errorf("found %d plugin, %d ipam and %d daemon configurations, want one each", plugins, ipams, daemons)
+	}
+}
+
+func loadDaemon(t *testing.T, text string) config.Config {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "daemon.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := config.Load(file, false, nil, nil)
+	if err != nil {
+		t.Errorf("%v in\n%s", err, text)
+	}
+	return c
+}
+
+// TestExampleIsComplete: docs/daemon.yaml has every key, and the default of each but for those that it says have none.
+func TestExampleIsComplete(t *testing.T) {
+	text := read(t, "docs/daemon.yaml")
+	got := loadDaemon(t, text)
+	want := config.Default()
+	want.Headscale.URL = got.Headscale.URL
+	want.Network.PodCIDRs, want.Network.ClusterCIDRs = got.Network.PodCIDRs, got.Network.ClusterCIDRs
+	// An empty list means the same as none.
+	if diff := cmp.Diff(strings.ReplaceAll(want.String(), ": null", ": []"), got.String()); diff != "" {
+		t.Errorf("not the defaults (-default +docs/daemon.yaml):\n%s", diff)
+	}
+	if n := strings.Count(text, "# no default"); n != 3 {
+		t.Errorf("%d keys are said to have no default, want the 3 that this test leaves out", n)
+	}
+	var tree map[string]any
+	if err := yaml.Unmarshal([]byte(text), &tree); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range config.Keys() {
+		if !has(tree, strings.Split(key, ".")) {
+			t.Errorf("docs/daemon.yaml lacks %s", key)
+		}
+	}
+}
+
+func has(tree map[string]any, path []string) bool {
+	v, ok := tree[path[0]]
+	if !ok || len(path) == 1 {
+		return ok
+	}
+	inner, ok := v.(map[string]any)
+	return ok && has(inner, path[1:])
+}
+
+func TestShippedConflist(t *testing.T) {
+	var list struct {
+		CNIVersion  string
+		CNIVersions []string
+		Name        string
+		Plugins     []map[string]any
+	}
+	if err := json.Unmarshal([]byte(read(t, "10-headcni.conflist")), &list); err != nil {
+		t.Fatal(err)
+	}
+	if list.CNIVersion != "0.4.0" || !slices.Equal(list.CNIVersions, []string{"0.4.0", "1.0.0", "1.1.0"}) {
+		t.Errorf("versions %s, %v: old runtimes read the first, new ones the best of the second", list.CNIVersion, list.CNIVersions)
+	}
+	if len(list.Plugins) != 1 {
+		t.Fatalf("%d plugins, want 1", len(list.Plugins))
+	}
+	// What libcni gives to the plugin.
+	p := list.Plugins[0]
+	p["name"], p["cniVersion"] = list.Name, "1.1.0"
+	b, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := netconf.Parse(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Warnings) > 0 {
+		t.Errorf("warnings: %v", c.Warnings)
+	}
+	if _, err := ipam.ParseConfig(list.Name, c.IPAM.Raw); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestOneWayToSkip: nstest.Skip fails where HEADCNI_TEST_REQUIRE is set, testing's own Skip does not.
+func TestOneWayToSkip(t *testing.T) {
+	var files int
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.Contains(path, "internal/nstest/") {
+			return err
+		}
+		files++
+		set := token.NewFileSet()
+		f, err := parser.ParseFile(set, path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			sel, ok := n.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			x, _ := sel.X.(*ast.Ident)
+			ours := x != nil && x.Name == "nstest"
+			if slices.Contains([]string{"Skip", "Skipf", "SkipNow"}, sel.Sel.Name) && !ours {
+				t.Errorf("%s: skip by nstest.Skip, so that make test can forbid it", set.Position(sel.Pos()))
+			}
+			return true
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if files < 50 {
+		t.Errorf("looked at %d files only", files)
+	}
+}
