@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -232,6 +233,9 @@ func listLinks() ([]nodeLink, error) {
 	var out []nodeLink
 	for _, l := range links {
 		name := l.Attrs().Name
+		if strings.HasPrefix(name, names.PodLinkPrefix) {
+			continue // hundreds, and none of them concerned
+		}
 		ra, err := readSysctl(linkSysctl(name, "accept_ra"))
 		if err != nil {
 			continue // the link is gone, or has no IPv6 (an MTU below 1280)

@@ -112,6 +112,36 @@ func TestPodsTalkThoughForwardDrops(t *testing.T) {
 	}
 }
 
+func TestForeignDrops(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "iptables-nft", "-P", "FORWARD", "DROP")
+	mustSync(t, ns, New(), typical())
+	ns.Run(t, "nft", `
+		table inet firewalld {
+			chain filter_FORWARD { type filter hook forward priority filter + 10; policy accept;
+				ct state established accept; iifname "lo" accept; log prefix "x" reject with icmpx admin-prohibited; }
+			chain filter_INPUT { type filter hook input priority filter; policy drop; }
+			chain other { drop; }
+		}
+		table ip6 strict { chain pass { type filter hook forward priority 5; policy drop; }
+		}
+		table ip fine { chain pass { type filter hook forward priority 5; policy accept; ip saddr 192.0.2.9 drop; }
+		}
+		table ip late { chain pass { type filter hook forward priority 6; policy accept; counter drop; }
+		}`)
+	ns.Do(t, func() error {
+		got, err := ForeignDrops()
+		if d := cmp.Diff([]string{
+			"chain inet firewalld filter_FORWARD ends with a rule that drops the rest",
+			"chain ip late pass ends with a rule that drops the rest",
+			"chain ip6 strict pass has the policy drop",
+		}, got); d != "" {
+			t.Error(d)
+		}
+		return err
+	})
+}
+
 func TestNoLegacyTableIsMade(t *testing.T) {
 	ns := nstest.New(t)
 	mustSync(t, ns, New(), typical())

@@ -229,7 +229,7 @@ func readRule(msg []byte) (forwardRule, error) {
 			return r, err
 		}
 		switch {
-		case name == "counter": // iptables adds one to each rule it restores
+		case name == "counter", name == "log": // iptables adds a counter to each rule it restores
 		case name == "match" && zstring(data[unix.NFTA_MATCH_NAME]) == xtComment:
 			// After iptables-save and -restore our comment is an iptables match.
 			r.ours = r.ours || zstring(data[unix.NFTA_MATCH_INFO]) == names.RuleComment
@@ -241,7 +241,7 @@ func readRule(msg []byte) (forwardRule, error) {
 	return r, nil
 }
 
-// exprText renders the three expressions that accepts are made of, and anything else as something that no accept is.
+// exprText renders the three expressions that accepts are made of, and a drop, and anything else by its name.
 func exprText(name string, data map[int][]byte) string {
 	num := func(b []byte) uint32 {
 		if len(b) != 4 {
@@ -272,8 +272,14 @@ func exprText(name string, data map[int][]byte) string {
 			break
 		}
 		verdict, err := attributes(value[unix.NFTA_DATA_VERDICT])
-		if err == nil && num(verdict[unix.NFTA_VERDICT_CODE]) == nfAccept {
+		if err != nil {
+			break
+		}
+		switch num(verdict[unix.NFTA_VERDICT_CODE]) {
+		case nfAccept:
 			return "accept"
+		case nfDrop:
+			return "drop"
 		}
 	}
 	return "(" + name + ")"

@@ -212,7 +212,7 @@ func explain(err error) error {
 		return fmt.Errorf("the program nft is missing (%w): install the package nftables, version 1.0.1 or later", oneLine{err})
 	case errors.Is(err, unix.EPERM), has("Operation not permitted"):
 		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", oneLine{err})
-	case errors.Is(err, unix.EPROTONOSUPPORT), has("Protocol not supported"):
+	case errors.Is(err, unix.EPROTONOSUPPORT):
 		return fmt.Errorf("%w: this kernel has no nf_tables: load the module nf_tables", oneLine{err})
 	case has("must be v1.0.1 or later"):
 		return fmt.Errorf("%w: upgrade the package nftables", oneLine{err})

@@ -66,6 +66,9 @@ func request(family uint8, msg, flags int, attrs ...*nl.RtAttr) ([][]byte, error
 // same rules. All tables of all owners count.
 func generation() (uint32, error) {
 	res, err := request(unix.AF_UNSPEC, unix.NFT_MSG_GETGEN, 0)
+	if errors.Is(err, unix.EINVAL) { // nfnetlink knows no such subsystem and could not load it
+		err = fmt.Errorf("%w (%w)", unix.EPROTONOSUPPORT, err)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("ask for the nf_tables generation: %w", err)
 	}

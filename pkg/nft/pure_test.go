@@ -214,6 +214,7 @@ func TestExplain(t *testing.T) {
 		"run as root":                     fmt.Errorf("list: %w", unix.EPERM),
 		"upgrade the package nftables":    errors.New("nft version must be v1.0.1 or later (got nftables v0.9.8)"),
 		"load the modules nf_tables":      fmt.Errorf(stderr, "No such file or directory"),
+		"load the module nf_tables":       fmt.Errorf("ask: %w", unix.EPROTONOSUPPORT),
 		"rule: Device or resource busy: ": fmt.Errorf(stderr, "Device or resource busy"),
 	} {
 		got := explain(err).Error()

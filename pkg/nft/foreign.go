@@ -1,0 +1,73 @@
+package nft
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/headcni/headcni/pkg/config/names"
+	"golang.org/x/sys/unix"
+)
+
+// hookForward is NF_INET_FORWARD (include/uapi/linux/netfilter.h).
+const hookForward = 2
+
+// ForeignDrops names what in other programs' tables drops forwarded packets that nobody allowed there, such as
+// firewalld's: a drop is final in nftables, so no accept of ours can help, and pods stay cut off until the owner lets
+// them pass. The FORWARD chain of iptables is not among it, since Sync puts accepts there. A drop deeper than a base
+// chain's policy or last rule is not found.
+func ForeignDrops() ([]string, error) {
+	var out []string
+	for _, f := range []struct {
+		name   string
+		number uint8
+	}{{"inet", unix.NFPROTO_INET}, {"ip", unix.NFPROTO_IPV4}, {"ip6", unix.NFPROTO_IPV6}} {
+		chains, err := request(f.number, unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP)
+		if err != nil {
+			return out, fmt.Errorf("list %s chains: %w", f.name, explain(err))
+		}
+		for _, c := range chains {
+			how, table, chain, err := foreignDrop(f.number, c)
+			if err != nil {
+				return out, fmt.Errorf("list %s chains: %w", f.name, explain(err))
+			}
+			if how != "" {
+				out = append(out, fmt.Sprintf("chain %s %s %s %s", f.name, table, chain, how))
+			}
+		}
+	}
+	return out, nil
+}
+
+// foreignDrop says how a chain drops, or "".
+func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error) {
+	a, err := attributes(msg)
+	if err != nil {
+		return "", "", "", err
+	}
+	table, chain = zstring(a[unix.NFTA_CHAIN_TABLE]), zstring(a[unix.NFTA_CHAIN_NAME])
+	hook, err := attributes(a[unix.NFTA_CHAIN_HOOK])
+	if err != nil {
+		return "", "", "", err
+	}
+	num := hook[unix.NFTA_HOOK_HOOKNUM]
+	if len(num) != 4 || binary.BigEndian.Uint32(num) != hookForward || table == names.NFTTable ||
+		table == filterTable && chain == forwardChain && family != unix.NFPROTO_INET {
+		return "", "", "", nil
+	}
+	if p := a[unix.NFTA_CHAIN_POLICY]; len(p) == 4 && binary.BigEndian.Uint32(p) == nfDrop {
+		return "has the policy drop", table, chain, nil
+	}
+	rules, err := request(family, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
+		nameAttr(unix.NFTA_RULE_TABLE, table), nameAttr(unix.NFTA_RULE_CHAIN, chain))
+	if err != nil || len(rules) == 0 {
+		return "", "", "", err
+	}
+	last, err := readRule(rules[len(rules)-1])
+	if err != nil {
+		return "", "", "", err
+	}
+	if last.text == "drop" || last.text == "(reject)" {
+		return "ends with a rule that drops the rest", table, chain, nil
+	}
+	return "", "", "", nil
+}
