@@ -162,7 +162,7 @@ func New(t testing.TB) *NS {
 	Require(t)
 	ns := &NS{Name: fmt.Sprintf("t%d", serial.Add(1))}
 	ns.Path = filepath.Join("/run/netns", ns.Name)
-	if err := create(ns.Path); err != nil {
+	if err := Create(ns.Path); err != nil {
 		t.Fatalf("make network namespace: %v", err)
 	}
 	t.Cleanup(func() {
@@ -188,8 +188,8 @@ func New(t testing.TB) *NS {
 	return ns
 }
 
-// create makes a namespace on a thread that is thrown away and binds it to path.
-func create(path string) error {
+// Create makes a namespace on a thread that is thrown away and binds it to path.
+func Create(path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
 	if err != nil {
 		return err
