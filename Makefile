@@ -1,4 +1,6 @@
 # `make help` lists the targets. Each does all its own set-up.
+#
+# Under sudo, what is built belongs to the user who called it (test/tools/as-user).
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,8 +24,9 @@ export CGO_ENABLED = 0
 export PATH := $(PATH):$(shell . test/tools/lib.sh && go_dir)
 
 # One shell per recipe line: these lines begin those that need the pinned real parts or system programs.
-WITH_TOOLS = export HEADCNI_TOOLS="$${HEADCNI_TOOLS:-$$(test/tools/ensure)}" HEADCNI_BIN="$(CURDIR)/bin";
-WITH_PACKAGES = eval "$$(test/tools/packages demo)";
+# (`export X=$(...)` and `eval "$(...)"` would go on after a failure.)
+WITH_TOOLS = HEADCNI_TOOLS="$${HEADCNI_TOOLS:-$$(test/tools/ensure)}"; export HEADCNI_TOOLS HEADCNI_BIN="$(CURDIR)/bin";
+WITH_PACKAGES = programs=$$(test/tools/packages $(1)); eval "$$programs";
 
 .PHONY: help
 help: ## Print this list
@@ -31,7 +34,7 @@ help: ## Print this list
 
 .PHONY: demo
 demo: build ## Two nodes, four pods, real Headscale and tailscaled, on this machine; ARGS=--keep leaves it running
-	@$(WITH_PACKAGES) $(WITH_TOOLS) bin/headcnictl demo $(ARGS)
+	@$(call WITH_PACKAGES,demo) $(WITH_TOOLS) bin/headcnictl demo $(ARGS)
 
 .PHONY: build
 build: need-go ## Compile everything into bin/, with host-local and portmap
@@ -51,20 +54,20 @@ test: need-go ## All tests with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
-	@eval "$$(test/tools/packages test)"; $(MAKE) build; $(WITH_TOOLS) \
+	@$(call WITH_PACKAGES,test) $(MAKE) build; $(WITH_TOOLS) \
 		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) ./...
 
 .PHONY: bench
 bench: build ## Speed of ADD, DEL, address management and throughput beside the reference plugins; needs root
 	@if ((EUID != 0)); then echo "make bench: needs root: run 'sudo make bench'" >&2; exit 1; fi
-	@$(WITH_PACKAGES) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -run '^$$' -bench . -timeout 30m $(BENCHFLAGS) ./pkg/ipam/ ./test/bench/
+	@$(call WITH_PACKAGES,demo) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -run '^$$' -bench . -timeout 30m $(BENCHFLAGS) ./pkg/ipam/ ./test/bench/
 
 .PHONY: lint
 lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against README_CN.md
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
-	@"$$(test/tools/ensure staticcheck)"/staticcheck ./...
-	@eval "$$(test/tools/packages lint)"; shellcheck -x $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall)
+	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
+	@$(call WITH_PACKAGES,lint) shellcheck -x $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 .PHONY: vet
