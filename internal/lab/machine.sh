@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # PID 1 of one machine of the lab: gives it mounts of its own, then waits until its standard input ends.
 # $1 = host name, $2 = folder of the machine's own /etc/resolv.conf and hosts
 set -eu
