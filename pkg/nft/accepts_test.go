@@ -25,6 +25,7 @@ const wantedHead = `-A FORWARD -i hc+ -m comment --comment headcni -j ACCEPT
 `
 
 func TestAcceptsStandAtTheHead(t *testing.T) {
+	t.Parallel()
 	for _, programs := range backends {
 		for _, program := range programs {
 			t.Run(program, func(t *testing.T) {
@@ -83,6 +84,7 @@ func TestAcceptsStandAtTheHead(t *testing.T) {
 }
 
 func TestPodsTalkThoughForwardDrops(t *testing.T) {
+	t.Parallel()
 	for backend, programs := range backends {
 		t.Run(backend, func(t *testing.T) {
 			w := newWorld(t)
@@ -102,7 +104,7 @@ func TestPodsTalkThoughForwardDrops(t *testing.T) {
 				}
 				w.sync(typical())
 				for name, p := range paths {
-					if !w.heard(p).IsValid() {
+					if !w.waitFor(p).IsValid() {
 						t.Errorf("%s: %s: nothing arrives", family, name)
 					}
 				}

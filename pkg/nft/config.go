@@ -76,7 +76,7 @@ func checkTunName(name string) error {
 		return r <= ' ' || r > '~' || strings.ContainsRune(`"\/*:;{}`, r)
 	}) >= 0
 	if bad || len(name) >= unix.IFNAMSIZ {
-		return fmt.Errorf("tun name %q: want up to %d letters, digits, - _ and .", name, unix.IFNAMSIZ-1)
+		return fmt.Errorf("tun name %q: want up to %d characters, only letters, digits and - _ . among them", name, unix.IFNAMSIZ-1)
 	}
 	if strings.HasPrefix(name, names.PodLinkPrefix) {
 		return fmt.Errorf("tun name %q: must not begin with %q, which begins the names of pods' links",

@@ -85,6 +85,7 @@ func TestConfigurationChange(t *testing.T) {
 
 // Each kind of damage that a person or a program can do to our tables is seen and repaired.
 func TestDamage(t *testing.T) {
+	t.Parallel()
 	damages := map[string]string{
 		"flush all":             "flush ruleset",
 		"delete v4 table":       "delete table ip headcni",

@@ -127,8 +127,13 @@ type packet struct {
 
 const testPort = 7777
 
-// heard sends p and returns the source that the receiver saw, or the zero Addr when it heard nothing.
-func (w *world) heard(p packet) netip.Addr {
+// heard sends p and returns the source that the receiver saw, or the zero Addr when it heard nothing for a while.
+func (w *world) heard(p packet) netip.Addr { w.t.Helper(); return w.listen(p, 3) }
+
+// waitFor is heard for what must arrive: it gives a busy machine time.
+func (w *world) waitFor(p packet) netip.Addr { w.t.Helper(); return w.listen(p, 50) }
+
+func (w *world) listen(p packet, tries int) netip.Addr {
 	w.t.Helper()
 	var in *net.UDPConn
 	p.to.Do(w.t, func() (err error) {
@@ -136,8 +141,8 @@ func (w *world) heard(p packet) netip.Addr {
 		return err
 	})
 	defer in.Close()
-	// Several: the first one of a pair of hosts may die while a neighbour is looked up.
-	for range 3 {
+	// Several packets: the first one between two hosts may die while a neighbour is looked up.
+	for range tries {
 		w.send(p)
 		if err := in.SetReadDeadline(time.Now().Add(60 * time.Millisecond)); err != nil {
 			w.t.Fatal(err)
