@@ -257,6 +257,9 @@ func TestRealParts(t *testing.T) {
 		t.Fatalf("tailnet addresses %v, %v", addrs, err)
 	}
 	for _, addr := range addrs {
+		if err := a.waitRoute(ctx, addr); err != nil {
+			t.Fatal(err)
+		}
 		if rate, err := Throughput(ctx, a, b, addr, 300*time.Millisecond); err != nil || rate < 1e6 {
 			t.Errorf("%s: %.0f bit/s, %v", addr, rate, err)
 		}

@@ -193,29 +193,37 @@ func (n *Node) TailnetAddrs() ([]netip.Addr, error) {
 
 // WaitRoutes waits until the kernel sends what is meant for the pods of all other nodes into the tun.
 func (n *Node) WaitRoutes(ctx context.Context) error {
-	link, err := n.Net.LinkByName(n.Tun)
-	if err != nil {
-		return err
-	}
 	for _, other := range n.lab.Nodes {
 		if other == n {
 			continue
 		}
 		for _, cidr := range other.PodCIDRs {
-			err := until(ctx, 10*time.Millisecond, n.Tailscaled, func() error {
-				routes, err := n.Net.RouteGet(cidr.Addr().Next().AsSlice())
-				if err != nil {
-					return err
-				}
-				if len(routes) != 1 || routes[0].LinkIndex != link.Attrs().Index {
-					return fmt.Errorf("not through %s", n.Tun)
-				}
-				return nil
-			})
-			if err != nil {
-				return fmt.Errorf("wait on %s for a route to %s: %w", n.Name, cidr, err)
+			if err := n.waitRoute(ctx, cidr.Addr().Next()); err != nil {
+				return err
 			}
 		}
+	}
+	return nil
+}
+
+// waitRoute waits until addr is reached through the tun. A socket connected before has the wrong source address for good.
+func (n *Node) waitRoute(ctx context.Context, addr netip.Addr) error {
+	link, err := n.Net.LinkByName(n.Tun)
+	if err != nil {
+		return fmt.Errorf("look for %s on %s: %w", n.Tun, n.Name, err)
+	}
+	err = until(ctx, 10*time.Millisecond, n.Tailscaled, func() error {
+		routes, err := n.Net.RouteGet(addr.AsSlice())
+		if err != nil {
+			return err
+		}
+		if len(routes) != 1 || routes[0].LinkIndex != link.Attrs().Index {
+			return fmt.Errorf("not through %s", n.Tun)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("wait on %s for a route to %s: %w", n.Name, addr, err)
 	}
 	return nil
 }
