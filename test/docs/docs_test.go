@@ -89,6 +89,20 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	}
 }
 
+func TestDecisionsAreListed(t *testing.T) {
+	index := read(t, "docs/adr/README.md")
+	files, err := filepath.Glob(filepath.Join(root, "docs/adr/0*.md"))
+	if err != nil || len(files) == 0 {
+		t.Fatal(err, len(files))
+	}
+	for _, f := range files {
+		title, _, _ := strings.Cut(read(t, filepath.Join("docs/adr", filepath.Base(f))), "\n")
+		if want := "- [" + strings.TrimPrefix(title, "# ") + "](" + filepath.Base(f) + ")\n"; !strings.Contains(index, want) {
+			t.Errorf("docs/adr/README.md lacks %q", want)
+		}
+	}
+}
+
 func TestREADMENamesTargetsThatExist(t *testing.T) {
 	makefile := read(t, "Makefile")
 	for _, m := range regexp.MustCompile("(?m)(?:^|`|sudo )make ([a-z]+)\\b").FindAllStringSubmatch(read(t, "README.md"), -1) {
