@@ -125,6 +125,10 @@ func (n *Node) AddPod(ctx context.Context, name string, opt PodOptions) (_ *Pod,
 	if p.ns.net, err = os.Open(n.Path("/run/netns/" + name)); err != nil {
 		return nil, err
 	}
+	// lo is the runtime's to set up: containerd and CRI-O do it themselves.
+	if _, err := n.Run(ctx, "ip", "-n", name, "link", "set", "lo", "up"); err != nil {
+		return nil, err
+	}
 	began := time.Now()
 	result, err := n.CNI().AddNetworkList(ctx, p.opt.Config, p.runtimeConf())
 	p.Setup = time.Since(began)
