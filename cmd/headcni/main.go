@@ -1,0 +1,30 @@
+// Command headcni is the CNI plugin. A container runtime runs it with the command in CNI_COMMAND and the network
+// configuration on standard input (CNI specification 1.1.0).
+package main
+
+import (
+	"context"
+	"os"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+
+	"github.com/headcni/headcni/internal/version"
+	"github.com/headcni/headcni/pkg/plugin"
+)
+
+func main() {
+	p := plugin.New(time.Now())
+	with := func(f func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
+		return func(a *skel.CmdArgs) error { return f(context.Background(), a) }
+	}
+	funcs := skel.CNIFuncs{
+		Add: with(p.Add), Del: with(p.Del), Check: with(p.Check), GC: with(p.GC), Status: with(p.Status),
+	}
+	versions := cniversion.PluginSupports("0.3.1", "0.4.0", "1.0.0", "1.1.0")
+	if err := skel.PluginMainFuncsWithError(funcs, versions, "CNI plugin headcni "+version.Version); err != nil {
+		_ = err.Print() // where standard output is closed, the exit code must do
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,150 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/types/create"
+)
+
+const (
+	// delegateWait bounds an IPAM plugin. The DHCP plugin may take tens of seconds.
+	delegateWait = 2 * time.Minute
+	// A plugin that is being replaced is busy for a moment (ETXTBSY).
+	busyTries, busyWait = 10, 20 * time.Millisecond
+)
+
+// delegate is an IPAM plugin that is a program of its own (specification section 4). The CNI project's package invoke does
+// the same, but links OpenTelemetry and net/http, which would double the plugin's size and start time.
+type delegate struct {
+	name, path string
+	r          *Request
+}
+
+func newDelegate(r *Request, name string) (*delegate, error) {
+	for _, dir := range filepath.SplitList(r.Path) {
+		path := filepath.Join(dir, name)
+		if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() {
+			return &delegate{name: name, path: path, r: r}, nil
+		}
+	}
+	return nil, fmt.Errorf("find IPAM plugin %q: it is in none of the folders of CNI_PATH (%s); install it there or choose "+
+		"another ipam.type", name, r.Path)
+}
+
+// run executes the plugin with what we were given, except for the command.
+func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, delegateWait)
+	defer cancel()
+	var stdout, stderr bytes.Buffer
+	var err error
+	for try := 1; ; try++ {
+		stdout.Reset()
+		cmd := exec.CommandContext(ctx, d.path)
+		cmd.Env = delegateEnv(os.Environ(), command)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(d.r.Stdin), &stdout, &stderr
+		// A grandchild that keeps the pipes open must not hold us.
+		cmd.WaitDelay = time.Second
+		if err = cmd.Run(); !errors.Is(err, syscall.ETXTBSY) || try == busyTries {
+			break
+		}
+		time.Sleep(busyWait)
+	}
+	if stderr.Len() > 0 {
+		// The specification wants it on our own standard error.
+		_, _ = os.Stderr.Write(stderr.Bytes())
+	}
+	if err == nil {
+		return stdout.Bytes(), nil
+	}
+	var answer types.Error
+	if json.Unmarshal(stdout.Bytes(), &answer) == nil && answer.Msg != "" {
+		return nil, types.NewError(answer.Code, fmt.Sprintf("IPAM plugin %s: %s", d.name, answer.Msg), answer.Details)
+	}
+	return nil, fmt.Errorf("run IPAM plugin %s: %w", d.path, err)
+}
+
+func delegateEnv(env []string, command string) []string {
+	var out []string
+	for _, kv := range env {
+		if !strings.HasPrefix(kv, "CNI_COMMAND=") {
+			out = append(out, kv)
+		}
+	}
+	return append(out, "CNI_COMMAND="+command)
+}
+
+func (d *delegate) Add(ctx context.Context) (Given, error) {
+	out, err := d.run(ctx, "ADD")
+	if err != nil {
+		return Given{}, err
+	}
+	result, err := parseResult(out, d.r.Config.CNIVersion)
+	if err != nil {
+		return Given{}, fmt.Errorf("read result of IPAM plugin %s: %w", d.name, err)
+	}
+	given, err := givenBy(result)
+	if err != nil {
+		return Given{}, fmt.Errorf("IPAM plugin %s: %w", d.name, err)
+	}
+	return given, nil
+}
+
+// parseResult reads a result of any version. IPAM plugins may leave the version out.
+func parseResult(b []byte, version string) (*types100.Result, error) {
+	var head struct {
+		CNIVersion string `json:"cniVersion"`
+	}
+	if err := json.Unmarshal(b, &head); err != nil {
+		return nil, errors.New("not a JSON object")
+	}
+	if head.CNIVersion != "" {
+		version = head.CNIVersion
+	}
+	result, err := create.Create(version, withVersion(b, version))
+	if err != nil {
+		return nil, err
+	}
+	return types100.NewResultFromResult(result)
+}
+
+func withVersion(b []byte, version string) []byte {
+	var m map[string]json.RawMessage
+	if json.Unmarshal(b, &m) != nil || m == nil {
+		return b
+	}
+	m["cniVersion"], _ = json.Marshal(version) // a string always can be
+	out, err := json.Marshal(m)
+	if err != nil {
+		return b
+	}
+	return out
+}
+
+func (d *delegate) Del(ctx context.Context) error { _, err := d.run(ctx, "DEL"); return err }
+
+// Check leaves the comparison to the plugin, which gets prevResult with the rest.
+func (d *delegate) Check(ctx context.Context, _ []netip.Addr) error {
+	_, err := d.run(ctx, "CHECK")
+	return err
+}
+
+// GC hands the list on: the plugin reads cni.dev/valid-attachments itself.
+func (d *delegate) GC(ctx context.Context, _ func(containerID, ifName string) bool) error {
+	_, err := d.run(ctx, "GC")
+	return err
+}
+
+func (d *delegate) Status(ctx context.Context) error { _, err := d.run(ctx, "STATUS"); return err }

@@ -1,0 +1,41 @@
+package plugin
+
+import (
+	"io"
+	"log/slog"
+	"os"
+
+	"github.com/headcni/headcni/pkg/config/netconf"
+)
+
+// logLimit is the size in bytes at which the log file becomes FILE.1 and a new one is begun.
+const logLimit = 8 << 20
+
+// newLogger writes to the configured file, else to standard error, which runtimes keep. Standard output is for the result
+// alone.
+func newLogger(stderr io.Writer, c netconf.Config) *slog.Logger {
+	w := stderr
+	var fault error
+	if c.LogFile != "" {
+		var f *os.File
+		if f, fault = openLog(c.LogFile); fault == nil {
+			w = f // open until the process ends, a few milliseconds from now
+		}
+	}
+	log := slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: c.LogLevel}))
+	if fault != nil {
+		log.Warn("could not open the log file", "err", fault)
+	}
+	return log
+}
+
+func openLog(path string) (*os.File, error) {
+	if info, err := os.Stat(path); err == nil && info.Size() >= logLimit {
+		// Of two processes that rotate at once the second moves a young file over the old one. Some log lines are lost then,
+		// which is better than a lock on the way of every pod.
+		if err := os.Rename(path, path+".1"); err != nil {
+			return nil, err
+		}
+	}
+	return os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+}

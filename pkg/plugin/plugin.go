@@ -1,0 +1,288 @@
+// Package plugin is the CNI plugin headcni: what each command of the CNI specification does, over small interfaces for the
+// kernel and for address management.
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+
+	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/networking"
+)
+
+// Links makes, removes and looks at the links of pods. networking.Pods is the real one.
+type Links interface {
+	Vacant(netns, ifName string) error
+	Attach(networking.Pod) (networking.PodLinks, error)
+	Detach(containerID, ifName string) error
+	Check(networking.PodState) error
+}
+
+// Node looks at the node as a whole. networking.Pods is the real one.
+type Node interface {
+	Gate(podCIDRs []netip.Prefix) error
+	// Sweep removes the links of a network for which keep is false and returns those that it could not remove.
+	Sweep(network string, keep func(linkName string) bool) (left []string, err error)
+	HasPods() bool
+}
+
+// Plugin answers the commands. All fields must be set; New does so.
+type Plugin struct {
+	Links Links
+	Node  Node
+	// Addresses chooses the IPAM plugin for a request.
+	Addresses func(*Request) (Addresses, error)
+	// Hint tells the daemon. Its failure changes nothing.
+	Hint   func(ctx context.Context, socket string, h hint.Hint) error
+	Stdout io.Writer
+	Stderr io.Writer
+	Start  time.Time
+}
+
+// New makes the plugin on the kernel it runs on.
+func New(start time.Time) *Plugin {
+	pods := &networking.Pods{}
+	return &Plugin{
+		Links: pods, Node: pods, Addresses: addressesFor(pods), Hint: hint.Send,
+		Stdout: os.Stdout, Stderr: os.Stderr, Start: start,
+	}
+}
+
+// Request is one command on one attachment.
+type Request struct {
+	Command     string
+	ContainerID string
+	IfName      string
+	Netns       string
+	Path        string // CNI_PATH
+	Stdin       []byte
+	Config      netconf.Config
+	Args        Args
+	Log         *slog.Logger
+
+	stage stage
+	hint  hint.Hint
+}
+
+// begin reads the configuration and CNI_ARGS. On an error the Request is still good for what DEL needs.
+func (p *Plugin) begin(command string, a *skel.CmdArgs) (*Request, error) {
+	r := &Request{
+		Command: command, ContainerID: a.ContainerID, IfName: a.IfName, Netns: a.Netns, Path: a.Path, Stdin: a.StdinData,
+		stage: stageConfig,
+	}
+	var faults, argsFault error
+	r.Config, faults = netconf.Parse(a.StdinData)
+	r.Args, argsFault = parseArgs(a.Args)
+	r.Log = newLogger(p.Stderr, r.Config).With("command", command, "container", a.ContainerID, "interface", a.IfName)
+	if pods, ok := p.Links.(*networking.Pods); ok {
+		pods.Log = r.Log
+	}
+	for _, w := range r.Config.Warnings {
+		r.Log.Warn(w)
+	}
+	r.hint = hint.Hint{
+		Command: command, ContainerID: a.ContainerID, IfName: a.IfName,
+		PodNamespace: r.Args.PodNamespace, PodName: r.Args.PodName,
+		HostIfName: networking.PodLinkName(a.ContainerID, a.IfName),
+	}
+	return r, errors.Join(faults, argsFault)
+}
+
+// finish logs the outcome, tells the daemon of an ADD or a DEL, and gives an error its code.
+func (p *Plugin) finish(ctx context.Context, r *Request, err error) error {
+	var failed error
+	if err != nil {
+		e := cniError(r.stage, err)
+		failed, r.hint.ErrorCode, r.hint.Stage = e, e.Code, string(r.stage)
+	}
+	r.hint.Duration = time.Since(p.Start)
+	r.Log.Debug("done", "duration", r.hint.Duration, "code", r.hint.ErrorCode, "err", err)
+	if r.Command == "ADD" || r.Command == "DEL" {
+		if err := p.Hint(ctx, r.Config.DaemonSocket, r.hint); err != nil {
+			r.Log.Debug("no hint to the daemon", "err", err) // it is a help, not a need
+		}
+	}
+	return failed
+}
+
+// Add attaches a pod (specification section 2, ADD) and prints the result.
+//
+// With a prevResult, as a later plugin of a chain, it adds its own interface beside those of the plugins before it and
+// passes their result on with its own appended.
+func (p *Plugin) Add(ctx context.Context, a *skel.CmdArgs) error {
+	r, faults := p.begin("ADD", a)
+	addresses, err := p.Addresses(r)
+	if err = errors.Join(faults, err); err == nil {
+		err = p.add(ctx, r, addresses)
+	}
+	return p.finish(ctx, r, err)
+}
+
+func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err error) {
+	if gate := r.Config.Gate; gate != nil {
+		r.stage = stageGate
+		if err := p.Node.Gate(gate.PodCIDRs); err != nil {
+			return err
+		}
+	}
+	r.stage = stageNetns
+	// Before anything is taken: where the interface exists, the attachment may be alive, and undoing would end it.
+	if err := p.Links.Vacant(r.Netns, r.IfName); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			failed := r.stage
+			// The caller may have given up; what was made must go all the same.
+			undo := p.detachAndRelease(context.WithoutCancel(ctx), r, addresses)
+			err = errors.Join(cniError(failed, err), undo)
+			r.stage = failed
+		}
+	}()
+	r.stage = stageIPAM
+	given, err := addresses.Add(ctx)
+	if err != nil {
+		return err
+	}
+	pod, err := planPod(r, given)
+	if err != nil {
+		return err
+	}
+	r.hint.Addrs = pod.Addrs
+	r.stage = stageAttach
+	links, err := p.Links.Attach(pod)
+	if err != nil {
+		return err
+	}
+	r.stage = stageResult
+	return printResult(p.Stdout, r, pod, links, given)
+}
+
+// Del detaches a pod (specification section 2, DEL): without netns, without prevResult, any number of times. A fault of
+// the configuration does not stop it: the link's name follows from the attachment alone, and a lease is found by its
+// owner.
+func (p *Plugin) Del(ctx context.Context, a *skel.CmdArgs) error {
+	r, faults := p.begin("DEL", a)
+	if faults != nil {
+		r.Log.Warn("the configuration has faults; deleting all the same", "err", faults)
+	}
+	r.stage = stageIPAM
+	addresses, err := p.Addresses(r)
+	if err != nil {
+		// Without an IPAM plugin to ask, the link can go all the same. The runtime comes again for the address.
+		detached := coded(stageDetach, p.Links.Detach(r.ContainerID, r.IfName))
+		return p.finish(ctx, r, errors.Join(detached, coded(stageIPAM, err)))
+	}
+	return p.finish(ctx, r, p.detachAndRelease(ctx, r, addresses))
+}
+
+// detachAndRelease is DEL, and the undoing of ADD. The link goes first: an address is never free while a pod still has it.
+func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, addresses Addresses) error {
+	r.stage = stageDetach
+	if err := p.Links.Detach(r.ContainerID, r.IfName); err != nil {
+		return fmt.Errorf("detach %s of container %s (its address stays taken): %w", r.IfName, r.ContainerID, err)
+	}
+	r.stage = stageIPAM
+	return addresses.Del(ctx)
+}
+
+// Check compares the kernel and the lease with prevResult (specification section 2, CHECK). Each deviation is named.
+func (p *Plugin) Check(ctx context.Context, a *skel.CmdArgs) error {
+	r, err := p.begin("CHECK", a)
+	if err == nil {
+		err = p.check(ctx, r)
+	}
+	return p.finish(ctx, r, err)
+}
+
+func (p *Plugin) check(ctx context.Context, r *Request) error {
+	state, err := expectedState(r)
+	if err != nil {
+		return err
+	}
+	if gate := r.Config.Gate; gate != nil {
+		r.stage = stageGate
+		if err := p.Node.Gate(gate.PodCIDRs); err != nil {
+			return err
+		}
+	}
+	r.stage = stageIPAM
+	addresses, err := p.Addresses(r)
+	if err != nil {
+		return err
+	}
+	leased := coded(stageIPAM, addresses.Check(ctx, state.Addrs))
+	return errors.Join(coded(stageCheck, p.Links.Check(state)), leased)
+}
+
+// GC removes links and leases of attachments that are not in cni.dev/valid-attachments (specification section 2, GC). It
+// goes on past errors.
+func (p *Plugin) GC(ctx context.Context, a *skel.CmdArgs) error {
+	r, err := p.begin("GC", a)
+	if err == nil {
+		err = p.gc(ctx, r)
+	}
+	return p.finish(ctx, r, err)
+}
+
+func (p *Plugin) gc(ctx context.Context, r *Request) error {
+	if !r.Config.HasValidAttachments {
+		return fmt.Errorf("%w: cni.dev/valid-attachments: missing; without it nothing can be told to be stale", netconf.ErrInvalid)
+	}
+	valid := map[string]bool{}
+	for _, v := range r.Config.ValidAttachments {
+		valid[networking.PodLinkName(v.ContainerID, v.IfName)] = true
+	}
+	r.stage = stageDetach
+	left, linkErr := p.Node.Sweep(r.Config.Name, func(name string) bool { return valid[name] })
+	if linkErr != nil && len(left) == 0 {
+		return linkErr // which links there are is not known, so no address is known to be free
+	}
+	for _, name := range left {
+		valid[name] = true // its address stays taken
+	}
+	r.stage = stageIPAM
+	addresses, err := p.Addresses(r)
+	if err != nil {
+		return errors.Join(coded(stageDetach, linkErr), err)
+	}
+	return errors.Join(coded(stageDetach, linkErr), addresses.GC(ctx, func(containerID, ifName string) bool {
+		return valid[networking.PodLinkName(containerID, ifName)]
+	}))
+}
+
+// Status tells whether ADD would work (specification section 2, STATUS): error 50 if not, 51 if pods that run may be cut
+// off as well.
+func (p *Plugin) Status(ctx context.Context, a *skel.CmdArgs) error {
+	r, err := p.begin("STATUS", a)
+	if err == nil {
+		err = p.status(ctx, r)
+	}
+	return p.finish(ctx, r, err)
+}
+
+func (p *Plugin) status(ctx context.Context, r *Request) error {
+	r.stage = stageStatus
+	if gate := r.Config.Gate; gate != nil {
+		if err := p.Node.Gate(gate.PodCIDRs); err != nil {
+			if p.Node.HasPods() {
+				r.stage = stageStatusLimited
+			}
+			return err
+		}
+	}
+	addresses, err := p.Addresses(r)
+	if err != nil {
+		return err
+	}
+	return addresses.Status(ctx)
+}

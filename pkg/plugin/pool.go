@@ -1,0 +1,157 @@
+package plugin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/ipam"
+)
+
+// pool is headcni-ipam without a process of its own.
+type pool struct {
+	r     *Request
+	pool  *ipam.Pool
+	links Links
+}
+
+// newPool is strict for ADD and STATUS. Everything else goes on with whatever tells where the leases are: the ranges may
+// have changed since they were given.
+func newPool(r *Request, links Links) (Addresses, error) {
+	cfg, err := poolConfig(r.Config)
+	if err != nil && (r.Command == "ADD" || r.Command == "STATUS") {
+		return nil, err
+	}
+	if err != nil {
+		r.Log.Warn("the ipam configuration has faults; going on all the same", "err", err)
+		cfg = ipam.Config{Network: r.Config.Name, DataDir: dataDir(r.Config.IPAM.Raw)}
+	}
+	cfg.Writer = ipam.InProcess
+	p, err := ipam.Open(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &pool{r: r, pool: p, links: links}, nil
+}
+
+// poolConfig puts the ranges that the runtime asks for (capability ipRanges) before the configured ones, as host-local
+// does.
+func poolConfig(c netconf.Config) (ipam.Config, error) {
+	raw := c.IPAM.Raw
+	if raw == nil {
+		raw = json.RawMessage(`{}`)
+	}
+	if c.Runtime.IPRanges == nil {
+		return ipam.ParseConfig(c.Name, raw)
+	}
+	var keys map[string]json.RawMessage
+	var ranges, asked []json.RawMessage
+	if err := json.Unmarshal(c.Runtime.IPRanges, &asked); err != nil {
+		return ipam.Config{}, fmt.Errorf("%w: runtimeConfig.ipRanges: want a list of range sets", netconf.ErrInvalid)
+	}
+	if err := json.Unmarshal(raw, &keys); err != nil {
+		return ipam.Config{}, fmt.Errorf("%w: ipam: want an object", netconf.ErrInvalid)
+	}
+	if keys["ranges"] != nil {
+		if err := json.Unmarshal(keys["ranges"], &ranges); err != nil {
+			return ipam.Config{}, fmt.Errorf("%w: ipam.ranges: want a list of range sets", netconf.ErrInvalid)
+		}
+	}
+	if keys == nil {
+		keys = map[string]json.RawMessage{}
+	}
+	all, err := json.Marshal(append(asked, ranges...))
+	if err != nil {
+		return ipam.Config{}, err
+	}
+	keys["ranges"] = all
+	merged, err := json.Marshal(keys)
+	if err != nil {
+		return ipam.Config{}, err
+	}
+	return ipam.ParseConfig(c.Name, merged)
+}
+
+func dataDir(raw json.RawMessage) string {
+	var c struct {
+		DataDir string `json:"dataDir"`
+	}
+	_ = json.Unmarshal(raw, &c) // what cannot be read is the default
+	return c.DataDir
+}
+
+func (p *pool) Add(ctx context.Context) (Given, error) {
+	owner := ipam.Owner{
+		ContainerID: p.r.ContainerID, IfName: p.r.IfName,
+		PodNamespace: p.r.Args.PodNamespace, PodName: p.r.Args.PodName,
+	}
+	lease, err := p.pool.Allocate(ctx, owner, p.r.requestedIPs())
+	if errors.Is(err, ipam.ErrOwnerHasLease) {
+		// The pod has no such interface (that was looked up before): an ADD was killed half-way.
+		p.r.Log.Warn("removing what an interrupted ADD of this attachment left", "lease", lease.Addrs)
+		if err := p.links.Detach(p.r.ContainerID, p.r.IfName); err != nil {
+			return Given{}, fmt.Errorf("remove the link that an interrupted ADD left: %w", err)
+		}
+		if _, err := p.pool.Release(ctx, p.r.ContainerID, p.r.IfName); err != nil {
+			return Given{}, err
+		}
+		lease, err = p.pool.Allocate(ctx, owner, p.r.requestedIPs())
+	}
+	if err != nil {
+		return Given{}, err
+	}
+	result, err := p.pool.Config().Result(lease)
+	if err != nil {
+		return Given{}, err
+	}
+	return givenBy(result)
+}
+
+// givenBy reads an IPAM result.
+func givenBy(result *types100.Result) (Given, error) {
+	given := Given{Routes: result.Routes, DNS: result.DNS}
+	for _, ip := range result.IPs {
+		addr, ok := netip.AddrFromSlice(ip.Address.IP)
+		if !ok {
+			return Given{}, errors.New("read the addresses given: one is not valid")
+		}
+		gateway, _ := netip.AddrFromSlice(ip.Gateway) // zero: none
+		given.IPs = append(given.IPs, GivenIP{Addr: addr.Unmap(), Gateway: gateway.Unmap()})
+	}
+	return given, nil
+}
+
+func (p *pool) Del(ctx context.Context) error {
+	_, err := p.pool.Release(ctx, p.r.ContainerID, p.r.IfName)
+	return err
+}
+
+func (p *pool) Check(ctx context.Context, want []netip.Addr) error {
+	lease, err := p.pool.Lookup(ctx, p.r.ContainerID, p.r.IfName)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, a := range want {
+		if !slices.ContainsFunc(lease.Addrs, func(l ipam.LeasedAddr) bool { return l.Addr.Addr() == a }) {
+			errs = append(errs, fmt.Errorf("address %s is not leased to the pod", a))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (p *pool) GC(ctx context.Context, keep func(containerID, ifName string) bool) error {
+	released, err := p.pool.GC(ctx, func(l ipam.Lease) bool { return keep(l.ContainerID, l.IfName) })
+	for _, l := range released {
+		p.r.Log.Info("released a stale lease", "of", l.ContainerID+"/"+l.IfName, "addresses", l.Addrs)
+	}
+	return err
+}
+
+func (p *pool) Status(ctx context.Context) error { return p.pool.Status(ctx) }

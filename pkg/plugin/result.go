@@ -1,0 +1,243 @@
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/networking"
+)
+
+// planPod says what the pod's link shall be. It is pure.
+func planPod(r *Request, given Given) (networking.Pod, error) {
+	pod := networking.Pod{
+		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, Netns: r.Netns, Label: r.podLabel(),
+		MTU: r.Config.MTU, MAC: r.requestedMAC(),
+	}
+	if len(given.IPs) == 0 {
+		return pod, errors.New("take an address: the IPAM plugin gave none; check its configuration")
+	}
+	gateways := map[int]netip.Addr{} // by address length in bits: the family
+	for _, ip := range given.IPs {
+		pod.Addrs = append(pod.Addrs, ip.Addr)
+		if bits := ip.Addr.BitLen(); !gateways[bits].IsValid() {
+			gateways[bits] = nextHop(r.Config.IPAM, ip)
+		}
+	}
+	if err := checkFamilies(r.Config.EnableIPv6, pod.Addrs); err != nil {
+		return pod, err
+	}
+	var explicit [129]bool // families with routes of their own
+	for _, route := range given.Routes {
+		planned, err := planRoute(route, gateways)
+		if err != nil {
+			return pod, err
+		}
+		if !planned.Gateway.IsValid() {
+			r.Log.Debug("left out a route of a family that the pod has no address of", "route", planned.Dst)
+			continue
+		}
+		explicit[planned.Dst.Addr().BitLen()] = true
+		pod.Routes = append(pod.Routes, planned)
+	}
+	// Where IPAM names no route of a family, everything of that family goes through the node.
+	for _, any := range []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)} {
+		if bits := any.Addr().BitLen(); gateways[bits].IsValid() && !explicit[bits] {
+			pod.Routes = append(pod.Routes, networking.PodRoute{Dst: any, Gateway: gateways[bits]})
+		}
+	}
+	return pod, nil
+}
+
+// nextHop is the link-local gateway, unless a person has named one. host-local and headcni-ipam make one up where the
+// configuration has none; what other plugins answer they were told.
+func nextHop(ipam netconf.IPAM, ip GivenIP) netip.Addr {
+	own := ipam.Type == netconf.IPAMType || ipam.Type == "host-local"
+	if g := ip.Gateway; g.IsValid() && g.BitLen() == ip.Addr.BitLen() && (!own || slices.Contains(ipam.Gateways, g)) {
+		return g
+	}
+	if ip.Addr.Is4() {
+		return networking.PodGateway4
+	}
+	return networking.PodGateway6
+}
+
+func checkFamilies(enableIPv6 *bool, addrs []netip.Addr) error {
+	has6 := slices.ContainsFunc(addrs, netip.Addr.Is6)
+	if enableIPv6 != nil && *enableIPv6 != has6 {
+		if has6 {
+			return errors.New("take an address: enable_ipv6 is false but the IPAM plugin gave an IPv6 address; set it to true or " +
+				"take the IPv6 range out of ipam")
+		}
+		return errors.New("take an address: enable_ipv6 is true but the IPAM plugin gave no IPv6 address; add an IPv6 range to " +
+			"ipam or set it to false")
+	}
+	return nil
+}
+
+// planRoute leaves the gateway zero where the pod has no address of the route's family.
+func planRoute(route *types.Route, gateways map[int]netip.Addr) (networking.PodRoute, error) {
+	dst, ok := netip.AddrFromSlice(route.Dst.IP)
+	bits, size := route.Dst.Mask.Size()
+	if !ok || size == 0 {
+		return networking.PodRoute{}, fmt.Errorf("read route %s from the IPAM plugin: not a CIDR", &route.Dst)
+	}
+	if size == 32 {
+		dst = dst.Unmap()
+	}
+	planned := networking.PodRoute{
+		Dst: netip.PrefixFrom(dst, bits).Masked(), Gateway: gateways[size],
+		MTU: route.MTU, AdvMSS: route.AdvMSS, Priority: route.Priority, Table: route.Table, Scope: route.Scope,
+	}
+	if gw, ok := netip.AddrFromSlice(route.GW); ok && planned.Gateway.IsValid() {
+		planned.Gateway = gw.Unmap()
+	}
+	return planned, nil
+}
+
+// mergeDNS lets the more specific speak, field by field: what the runtime asks for this pod, magic_dns, the well-known key
+// dns, the IPAM plugin.
+func mergeDNS(c netconf.Config, ipam types.DNS) types.DNS {
+	dns := ipam
+	layers := []netconf.DNS{c.DNS, {}, c.Runtime.DNS}
+	if m := c.MagicDNS; m.Enable {
+		layers[1] = netconf.DNS{Nameservers: m.Nameservers, Domain: m.BaseDomain, Search: m.SearchDomains}
+	}
+	for _, l := range layers {
+		if len(l.Nameservers) > 0 {
+			dns.Nameservers = l.Nameservers
+		}
+		if l.Domain != "" {
+			dns.Domain = l.Domain
+		}
+		if len(l.Search) > 0 {
+			dns.Search = l.Search
+		}
+		if len(l.Options) > 0 {
+			dns.Options = l.Options
+		}
+	}
+	return dns
+}
+
+// buildResult says what the kernel has now: /32 and /128 addresses, the host's end first.
+func buildResult(r *Request, pod networking.Pod, links networking.PodLinks, given Given) (*types100.Result, error) {
+	result := &types100.Result{CNIVersion: types100.ImplementedSpecVersion}
+	if r.Config.PrevResult != nil {
+		previous, err := parseResult(r.Config.PrevResult, r.Config.CNIVersion)
+		if err != nil {
+			return nil, fmt.Errorf("%w: prevResult: %w", netconf.ErrInvalid, err)
+		}
+		result = previous
+	}
+	inPod := len(result.Interfaces) + 1
+	result.Interfaces = append(result.Interfaces,
+		&types100.Interface{Name: links.HostName, Mac: links.HostMAC.String(), Mtu: links.HostMTU},
+		&types100.Interface{Name: r.IfName, Mac: links.PodMAC.String(), Mtu: links.PodMTU, Sandbox: r.Netns})
+	gateways := map[int]netip.Addr{}
+	for _, route := range pod.Routes {
+		if route.Dst.Bits() == 0 {
+			gateways[route.Dst.Addr().BitLen()] = route.Gateway
+		}
+	}
+	for _, a := range pod.Addrs {
+		ip := &types100.IPConfig{
+			Interface: types100.Int(inPod), Address: net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())},
+		}
+		if g := gateways[a.BitLen()]; g.IsValid() {
+			ip.Gateway = g.AsSlice()
+		}
+		result.IPs = append(result.IPs, ip)
+	}
+	for _, route := range pod.Routes {
+		d := route.Dst
+		result.Routes = append(result.Routes, &types.Route{
+			Dst: net.IPNet{IP: d.Addr().AsSlice(), Mask: net.CIDRMask(d.Bits(), d.Addr().BitLen())}, GW: route.Gateway.AsSlice(),
+			MTU: route.MTU, AdvMSS: route.AdvMSS, Priority: route.Priority, Table: route.Table, Scope: route.Scope,
+		})
+	}
+	if dns := mergeDNS(r.Config, given.DNS); !dns.IsEmpty() {
+		result.DNS = dns
+	}
+	return result, nil
+}
+
+// printResult writes the result in the version of the configuration.
+func printResult(w io.Writer, r *Request, pod networking.Pod, links networking.PodLinks, given Given) error {
+	result, err := buildResult(r, pod, links, given)
+	if err != nil {
+		return err
+	}
+	older, err := version.GreaterThanOrEqualTo(r.Config.CNIVersion, "1.1.0")
+	if err != nil {
+		return err
+	}
+	if !older {
+		dropNewFields(result)
+	}
+	converted, err := result.GetAsVersion(r.Config.CNIVersion)
+	if err != nil {
+		return fmt.Errorf("convert result to version %s: %w", r.Config.CNIVersion, err)
+	}
+	return converted.PrintTo(w)
+}
+
+// dropNewFields takes out what results had not before 1.1.0. The CNI library's conversions leave it in.
+func dropNewFields(result *types100.Result) {
+	for _, i := range result.Interfaces {
+		i.Mtu, i.SocketPath, i.PciID = 0, "", ""
+	}
+	for i, route := range result.Routes {
+		result.Routes[i] = &types.Route{Dst: route.Dst, GW: route.GW}
+	}
+}
+
+// expectedState reads prevResult for CHECK.
+func expectedState(r *Request) (networking.PodState, error) {
+	s := networking.PodState{ContainerID: r.ContainerID, IfName: r.IfName, Netns: r.Netns}
+	if r.Config.PrevResult == nil {
+		return s, fmt.Errorf("%w: prevResult: missing; CHECK needs the result of ADD", netconf.ErrInvalid)
+	}
+	result, err := parseResult(r.Config.PrevResult, r.Config.CNIVersion)
+	if err != nil {
+		return s, fmt.Errorf("%w: prevResult: %w", netconf.ErrInvalid, err)
+	}
+	inPod := -1
+	for i, link := range result.Interfaces {
+		switch {
+		case link.Sandbox != "" && link.Name == r.IfName:
+			inPod, s.PodMAC, s.PodMTU = i, link.Mac, link.Mtu
+		case link.Sandbox == "" && link.Name == networking.PodLinkName(r.ContainerID, r.IfName):
+			s.HostListed, s.HostMAC = true, link.Mac
+		}
+	}
+	if inPod < 0 || !s.HostListed {
+		return s, fmt.Errorf("%w: prevResult: it lacks %s in the pod or the host's end of its link; is it of another attachment?",
+			netconf.ErrInvalid, r.IfName)
+	}
+	for _, ip := range result.IPs {
+		if a, ok := netip.AddrFromSlice(ip.Address.IP); ok && ip.Interface != nil && *ip.Interface == inPod {
+			s.Addrs = append(s.Addrs, a.Unmap())
+		}
+	}
+	for _, route := range result.Routes {
+		dst, ok := netip.AddrFromSlice(route.Dst.IP)
+		bits, size := route.Dst.Mask.Size()
+		gw, _ := netip.AddrFromSlice(route.GW) // zero: any
+		if ok && size > 0 {
+			if size == 32 {
+				dst = dst.Unmap()
+			}
+			s.Routes = append(s.Routes, networking.PodRoute{Dst: netip.PrefixFrom(dst, bits), Gateway: gw.Unmap(), Table: route.Table})
+		}
+	}
+	return s, nil
+}
