@@ -303,7 +303,7 @@ func (c Config) Validate() error {
 		if len(p.faults) == 0 {
 			return fmt.Errorf("%w: %w; give subnet or ranges", ErrConfig, ErrNoRanges)
 		}
-		p.fault("ranges", "%w; give subnet or ranges", ErrNoRanges)
+		p.fault("ranges", "%s; give subnet or ranges", ErrNoRanges)
 	}
 	return p.err()
 }
