@@ -3,16 +3,11 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -58,7 +53,7 @@ func root() *cobra.Command {
 	cmd.PersistentFlags().StringArrayVar(&f.sets, "set", nil,
 		"set one key, such as network.podCIDRs=10.244.1.0/24; before it come variables such as HEADCNI_NETWORK_PODCIDRS, and then the file")
 	f.given = func() bool { return cmd.PersistentFlags().Changed("config") }
-	cmd.AddCommand(runCmd(f), tailscaledCmd(f), uninstallCmd(f), healthCmd(f), configCmd(f), versionCmd())
+	cmd.AddCommand(runCmd(f), tailscaledCmd(f), uninstallCmd(f), statusCmd(), healthCmd(), configCmd(f), versionCmd())
 	return cmd
 }
 
@@ -113,60 +108,6 @@ func uninstallCmd(f *flags) *cobra.Command {
 			return daemon.Uninstall(cmd.Context(), c)
 		},
 	}
-}
-
-func healthCmd(f *flags) *cobra.Command {
-	return &cobra.Command{
-		Use:   "health",
-		Short: "Exit 0 where the running daemon says that pods can be started here; else say what is missing",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.load()
-			if err != nil {
-				return err
-			}
-			return health(cmd.Context(), c.Monitoring.Listen, cmd.OutOrStdout())
-		},
-	}
-}
-
-// health asks the daemon's /readyz.
-func health(ctx context.Context, listen string, out io.Writer) error {
-	if listen == "" {
-		return errors.New("monitoring.listen is empty: the daemon has no health to ask for")
-	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+listen+"/readyz", nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return fmt.Errorf("ask the daemon: %w; is it running?", err)
-	}
-	defer resp.Body.Close()
-	var answer struct {
-		Parts []struct {
-			Name  string
-			OK    bool
-			Error string
-		}
-	}
-	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
-		return fmt.Errorf("ask the daemon: %w; does something else listen on %s?", err, listen)
-	}
-	for _, p := range answer.Parts {
-		if p.OK {
-			fmt.Fprintf(out, "%-10s ok\n", p.Name)
-		} else {
-			fmt.Fprintf(out, "%-10s %s\n", p.Name, p.Error)
-		}
-	}
-	if resp.StatusCode != http.StatusOK {
-		return errors.New("not ready")
-	}
-	return nil
 }
 
 func configCmd(f *flags) *cobra.Command {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -47,8 +48,14 @@ type Daemon struct {
 	tables *nft.Tables
 	member *member
 
-	saved state
-	wake  chan struct{}
+	saved   state
+	wake    chan struct{}
+	version string
+
+	// For status, from the last pass.
+	mu        sync.Mutex
+	last      observation
+	confirmed []netip.Prefix // routes that Headscale says it routes to us
 }
 
 // New checks what the daemon cannot do without and opens its handles. It changes nothing on the host.
@@ -67,7 +74,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
 		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved,
-		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1),
+		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1), version: version,
 	}
 	d.node = networking.NewNode(saved.Host, func(h networking.SavedHost) error {
 		return d.remember(func(s *state) { s.Host = h })
@@ -114,6 +121,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		}
 		wg.Go(func() { fatal <- wait() })
 	}
+	wg.Go(func() { fatal <- d.serveAPI(ctx) })
 	wg.Go(func() { fatal <- hint.Serve(ctx, paths.DaemonSocket, d.metrics.Plugin) })
 	d.watch(ctx, &wg)
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated

@@ -78,6 +78,26 @@ func (m *member) status(ctx context.Context, mode string) (*tailscale.Status, er
 	return &s, nil
 }
 
+// look asks tailscaled for what status shows; nil where it does not answer.
+func (m *member) look(ctx context.Context) (*tailscale.Status, tailscale.Prefs) {
+	m.mu.Lock()
+	socket := m.socket
+	m.mu.Unlock()
+	if socket == "" {
+		return nil, tailscale.Prefs{}
+	}
+	c := tailscale.New(socket)
+	s, err := c.Status(ctx)
+	if err != nil {
+		return nil, tailscale.Prefs{} // the part tailnet says why
+	}
+	p, err := c.Prefs(ctx)
+	if err != nil {
+		return nil, tailscale.Prefs{}
+	}
+	return &s, p
+}
+
 // join makes sure that tailscaled is a running member of the tailnet.
 func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 	if o.tailnetErr != nil {

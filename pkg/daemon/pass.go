@@ -36,6 +36,11 @@ func (d *Daemon) pass(ctx context.Context) bool {
 	if o.tailnet != nil {
 		d.metrics.Peers(o.tailnet.PathCounts())
 	}
+	defer func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.last, d.confirmed = o, d.member.confirmed.routes
+	}()
 	return d.board.run(ctx, []part{
 		{name: partConfig, run: func(context.Context) ([]string, error) {
 			if err != nil {

@@ -16,6 +16,8 @@ const (
 	RunDir = "/run/headcni"
 	// DaemonSocket takes hints from the CNI plugin.
 	DaemonSocket = RunDir + "/daemon.sock"
+	// APISocket answers what the daemon knows of its node, to root alone.
+	APISocket = RunDir + "/api.sock"
 	// DaemonTailscaleSocket is the LocalAPI of the dedicated tailscaled in daemon mode.
 	DaemonTailscaleSocket = RunDir + "/tailscaled.sock"
 	// HostTailscaleSocket is where a host's own tailscaled listens.
