@@ -77,6 +77,10 @@ func printStatus(out io.Writer, s daemon.Status) error {
 		}
 	}
 	for _, c := range s.CIDRs {
+		if s.Tailnet == nil {
+			fmt.Fprintf(w, "pods\t%s\n", c.CIDR)
+			continue
+		}
 		fmt.Fprintf(w, "pods\t%s %s, %s\n", c.CIDR, yes(c.Advertised, "advertised"), yes(c.Approved, "approved"))
 	}
 	if t := s.Tailnet; t != nil && len(t.Peers) > 0 {

@@ -72,6 +72,10 @@ func (m *member) status(ctx context.Context, mode string) (*tailscale.Status, er
 		return nil, errNoTailscaled
 	}
 	s, err := m.client.Status(ctx)
+	if errors.Is(err, tailscale.ErrUnreachable) && mode == config.ModeDaemon {
+		return nil, fmt.Errorf("the dedicated tailscaled does not answer at %s: start it (systemctl start headcni-tailscaled, or run "+
+			"`headcni-daemon tailscaled`)", m.client.Socket())
+	}
 	if err != nil {
 		return nil, err
 	}
