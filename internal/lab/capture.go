@@ -30,32 +30,24 @@ type Capture struct {
 	err      error
 }
 
-// CaptureUnderlay begins to look at all frames, in and out, on the bridge port of a node. What the node sends is seen
-// there before anybody else can drop it.
-func (l *Lab) CaptureUnderlay(n *Node) (*Capture, error) {
-	link, err := l.Control.Net.LinkByName(n.Port)
-	if err != nil {
-		return nil, err
-	}
+// CaptureUnderlay begins to look at all frames, in and out, on the bridge and its ports. What a node sends is seen there
+// before anybody else can drop it; what crosses the bridge is seen more than once.
+func (l *Lab) CaptureUnderlay() (*Capture, error) {
 	c := &Capture{}
-	err = l.Control.Do(func() error {
-		// Protocol 0: nothing arrives before bind has named the port (packet(7)).
-		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	err := l.Control.Do(func() error {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(htons(unix.ETH_P_ALL)))
 		if err != nil {
 			return err
 		}
-		c.file = os.NewFile(uintptr(fd), "capture on "+n.Port)
+		c.file = os.NewFile(uintptr(fd), "capture on the underlay")
 		// Beyond the limit only with CAP_NET_ADMIN in the first user namespace; the counter of drops tells if it was needed.
 		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, captureBuffer) != nil {
 			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, captureBuffer)
 		}
-		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: link.Attrs().Index})
+		return nil
 	})
 	if err != nil {
-		if c.file != nil {
-			c.file.Close()
-		}
-		return nil, fmt.Errorf("capture on %s: %w", n.Port, err)
+		return nil, fmt.Errorf("capture on the underlay: %w", err)
 	}
 	c.wg.Go(c.read)
 	return c, nil

@@ -86,9 +86,13 @@ func headscalePolicy() object {
 }
 
 // setUp starts Headscale on the control host.
-func (c *Control) setUp(ctx context.Context, batch time.Duration) error {
+func (c *Control) setUp(ctx context.Context, opt Options) error {
 	c.URL = fmt.Sprintf("http://%s:%d", underlayAddrs(1)[0].Addr(), headscalePort)
-	files := map[string]object{"config.yaml": headscaleConfig(c.URL, batch), "policy.hujson": headscalePolicy()}
+	policy := headscalePolicy()
+	if opt.Policy != nil {
+		opt.Policy(policy)
+	}
+	files := map[string]object{"config.yaml": headscaleConfig(c.URL, opt.Batch), "policy.hujson": policy}
 	for _, dir := range []string{"/etc/headscale", "/run/headscale"} {
 		if err := os.MkdirAll(c.Path(dir), 0o755); err != nil {
 			return err

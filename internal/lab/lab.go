@@ -15,7 +15,11 @@ import (
 
 // Options say what a lab is to be. The zero value is two nodes, the first in host mode, the second in daemon mode.
 type Options struct {
+	// Nodes is how many machines there are beside the control host.
 	Nodes int
+	// Spare is how many of them, the last ones, are left alone: plugged in and with the plugins installed, but nothing
+	// is configured or started.
+	Spare int
 	// Modes are those of the nodes, in turn: config.ModeHost or config.ModeDaemon.
 	Modes []string
 	// Bin is the folder of our programs; empty means $HEADCNI_BIN.
@@ -28,6 +32,8 @@ type Options struct {
 	Batch time.Duration
 	// Configure may change what is to be a node's daemon.yaml.
 	Configure func(n *Node, c map[string]any)
+	// Policy may change what is to be Headscale's policy.
+	Policy func(p map[string]any)
 	// Step, if set, is told when a step of the set-up is done.
 	Step func(what string, took time.Duration)
 }
@@ -96,7 +102,7 @@ func New(ctx context.Context, opt Options) (_ *Lab, err error) {
 		}
 		what := s.what
 		if strings.Contains(what, "%d") {
-			what = fmt.Sprintf(what, l.opt.Nodes)
+			what = fmt.Sprintf(what, l.opt.Nodes-l.opt.Spare)
 		}
 		l.opt.Step(what, time.Since(began))
 	}
@@ -166,16 +172,19 @@ func (l *Lab) wire() error {
 func (l *Lab) startControl(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("Headscale did not answer within 30 s"))
 	defer cancel()
-	return l.Control.setUp(ctx, l.opt.Batch)
+	return l.Control.setUp(ctx, l.opt)
 }
 
-// startNodes starts tailscaled and the daemon on every node and waits until all is as it should be.
+// startNodes starts tailscaled and the daemon on every node but the spare ones and waits until all is as it should be.
 func (l *Lab) startNodes(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 60*time.Second, errors.New("the nodes were not ready within 60 s"))
 	defer cancel()
 	return each(len(l.Nodes), func(i int) error {
 		n := l.Nodes[i]
-		if err := n.setUp(); err != nil {
+		if err := n.install(); err != nil || n.spare() {
+			return err
+		}
+		if err := n.ConfigureDaemon(l.opt.Configure); err != nil {
 			return err
 		}
 		if err := n.StartTailscaled(); err != nil {

@@ -168,6 +168,7 @@ type Stream struct {
 	send   net.Conn
 	packet net.PacketConn
 	stop   chan struct{}
+	sent   chan struct{} // closed after the last datagram
 	wg     sync.WaitGroup
 
 	mu      sync.Mutex
@@ -183,7 +184,7 @@ type arrival struct {
 
 // StartStream starts a stream to an address of the place to.
 func StartStream(ctx context.Context, name string, from, to Place, addr netip.Addr) (*Stream, error) {
-	s := &Stream{Name: name, stop: make(chan struct{}), seen: map[uint64]bool{}}
+	s := &Stream{Name: name, stop: make(chan struct{}), sent: make(chan struct{}), seen: map[uint64]bool{}}
 	err := to.Do(func() (err error) {
 		s.packet, err = net.ListenPacket("udp", netip.AddrPortFrom(addr, 0).String())
 		return err
@@ -195,7 +196,10 @@ func StartStream(ctx context.Context, name string, from, to Place, addr netip.Ad
 		s.packet.Close()
 		return nil, err
 	}
-	s.wg.Go(s.sendAll)
+	s.wg.Go(func() {
+		defer close(s.sent)
+		s.sendAll()
+	})
 	s.wg.Go(s.receiveAll)
 	return s, nil
 }
@@ -244,10 +248,24 @@ type Report struct {
 	Longest time.Duration
 }
 
+// underWay is how long Stop waits for a datagram more. On a busy machine one can be that late.
+const underWay = time.Second
+
 // Stop ends the stream, after a wait for what is still under way.
 func (s *Stream) Stop() Report {
 	close(s.stop)
-	time.Sleep(300 * time.Millisecond)
+	<-s.sent
+	for last, since := -1, time.Now(); time.Since(since) < underWay; time.Sleep(Beat) {
+		s.mu.Lock()
+		sent, arrived := len(s.sentAt), len(s.arrived)
+		s.mu.Unlock()
+		if arrived == sent {
+			break
+		}
+		if arrived != last {
+			last, since = arrived, time.Now()
+		}
+	}
 	s.packet.Close()
 	s.wg.Wait()
 	s.send.Close()

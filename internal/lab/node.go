@@ -22,6 +22,9 @@ import (
 // hostTun is the tun of a host's own tailscaled, as upstream's unit has it.
 const hostTun = "tailscale0"
 
+// KeyFile is where a node has the key for Headscale.
+const KeyFile = "/etc/headcni/api-key"
+
 // Node is a machine that joins the tailnet and holds pods.
 type Node struct {
 	*Machine
@@ -36,11 +39,13 @@ type Node struct {
 
 	Tailscaled, Daemon *Process
 
-	lab *Lab
+	lab   *Lab
+	index int
 }
 
 // plugIn says what node number i, from 0, is to be and plugs it into the underlay.
 func (n *Node) plugIn(i int) error {
+	n.index = i
 	n.Mode, n.Port, n.Tun = n.lab.opt.Modes[i%len(n.lab.opt.Modes)], "port"+strconv.Itoa(i+1), hostTun
 	if n.Mode == config.ModeDaemon {
 		n.Tun = "headcni01"
@@ -51,14 +56,6 @@ func (n *Node) plugIn(i int) error {
 	}
 	n.PodCIDRs = podCIDRs(i + 1)
 	return n.plug(n.lab.Control.Machine, n.Port, host, n.lab.opt.UnderlayMTU)
-}
-
-// setUp gives the node the plugins and a configuration, as an administrator would.
-func (n *Node) setUp() error {
-	if err := n.install(); err != nil {
-		return err
-	}
-	return n.configureDaemon()
 }
 
 // podCIDRs are 10.244.N.0/24 and fd00:244:N::/64.
@@ -78,19 +75,22 @@ func (n *Node) install() error {
 	return nil
 }
 
-// configureDaemon writes the API key and daemon.yaml.
-func (n *Node) configureDaemon() error {
-	const keyFile = "/etc/headcni/api-key"
-	if err := os.WriteFile(n.Path(keyFile), []byte(n.lab.Control.APIKey+"\n"), 0o600); err != nil {
+// spare tells whether the lab leaves the node alone.
+func (n *Node) spare() bool { return n.index >= n.lab.opt.Nodes-n.lab.opt.Spare }
+
+// ConfigureDaemon writes the API key and daemon.yaml, as an administrator would. change, where it is not nil, may change
+// the latter first.
+func (n *Node) ConfigureDaemon(change func(n *Node, c map[string]any)) error {
+	if err := os.WriteFile(n.Path(KeyFile), []byte(n.lab.Control.APIKey+"\n"), 0o600); err != nil {
 		return err
 	}
 	c := object{
-		"headscale": object{"url": n.lab.Control.URL, "apiKeyFile": keyFile},
+		"headscale": object{"url": n.lab.Control.URL, "apiKeyFile": KeyFile},
 		"tailscale": object{"mode": n.Mode},
 		"network":   object{"podCIDRs": n.PodCIDRs, "clusterCIDRs": ClusterCIDRs},
 	}
-	if n.lab.opt.Configure != nil {
-		n.lab.opt.Configure(n, c)
+	if change != nil {
+		change(n, c)
 	}
 	b, err := json.Marshal(c) // JSON is valid YAML
 	if err != nil {
@@ -191,14 +191,14 @@ func (n *Node) TailnetAddrs() ([]netip.Addr, error) {
 	return addrs, nil
 }
 
-// WaitRoutes waits until the kernel sends what is meant for the pods of all other nodes into the tun.
+// WaitRoutes waits until the kernel sends what is meant for the pods of all other nodes, but spare ones, into the tun.
 func (n *Node) WaitRoutes(ctx context.Context) error {
 	for _, other := range n.lab.Nodes {
-		if other == n {
+		if other == n || other.spare() {
 			continue
 		}
 		for _, cidr := range other.PodCIDRs {
-			if err := n.waitRoute(ctx, cidr.Addr().Next()); err != nil {
+			if err := n.WaitRoute(ctx, cidr.Addr().Next()); err != nil {
 				return err
 			}
 		}
@@ -206,8 +206,8 @@ func (n *Node) WaitRoutes(ctx context.Context) error {
 	return nil
 }
 
-// waitRoute waits until addr is reached through the tun. A socket connected before has the wrong source address for good.
-func (n *Node) waitRoute(ctx context.Context, addr netip.Addr) error {
+// WaitRoute waits until addr is reached through the tun. A socket connected before has the wrong source address for good.
+func (n *Node) WaitRoute(ctx context.Context, addr netip.Addr) error {
 	link, err := n.Net.LinkByName(n.Tun)
 	if err != nil {
 		return fmt.Errorf("look for %s on %s: %w", n.Tun, n.Name, err)

@@ -52,7 +52,8 @@ func (o Options) checkTools() error {
 
 // path is the PATH of every machine.
 func (o Options) path() string {
-	dirs := append(filepath.SplitList(o.Tools), filepath.SplitList(os.Getenv("PATH"))...)
+	dirs := append(filepath.SplitList(o.Tools), o.Bin)
+	dirs = append(dirs, filepath.SplitList(os.Getenv("PATH"))...)
 	return strings.Join(append(dirs, sbin...), string(filepath.ListSeparator))
 }
 

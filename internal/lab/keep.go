@@ -1,0 +1,197 @@
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// stateFile is in the folder of a world that was kept.
+const stateFile = "world.json"
+
+// World is a lab that outlives the process that built it.
+type World struct {
+	Dir  string
+	Made time.Time
+	// Path is the PATH on its machines.
+	Path     string
+	Machines []Inhabitant
+	Pods     []Inhabitant
+}
+
+// Inhabitant is a machine or a pod, by the process that holds it.
+type Inhabitant struct {
+	Name string
+	PID  int
+	// Started is the process's start time in clock ticks since boot (proc_pid_stat(5), field 22): a PID can be reused.
+	Started uint64
+}
+
+// Keep lets the world go on without us, until Down. pods are those to be found again by Find. The Lab must not be used
+// any more.
+func (l *Lab) Keep(pods []*Pod) error {
+	w := World{Dir: l.Dir, Made: time.Now(), Path: l.opt.path()}
+	for _, m := range l.machines() {
+		in, err := inhabitant(m.Name, m.holder.Process.Pid)
+		if err != nil {
+			return err
+		}
+		w.Machines = append(w.Machines, in)
+	}
+	for _, p := range pods {
+		if p.Server == nil {
+			continue
+		}
+		in, err := inhabitant(p.Name, p.Server.PID())
+		if err != nil {
+			return err
+		}
+		w.Pods = append(w.Pods, in)
+	}
+	b, err := json.MarshalIndent(w, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(l.Dir, stateFile), b, 0o600); err != nil {
+		return err
+	}
+	for _, m := range l.machines() {
+		if _, err := m.stdin.Write([]byte("keep\n")); err != nil {
+			return fmt.Errorf("keep %s: %w", m.Name, err)
+		}
+	}
+	return nil
+}
+
+func inhabitant(name string, pid int) (Inhabitant, error) {
+	started, err := startTime(pid)
+	return Inhabitant{Name: name, PID: pid, Started: started}, err
+}
+
+// startTime is field 22 of /proc/PID/stat. The second field, the command's name in parentheses, may hold anything.
+func startTime(pid int) (uint64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	s := string(b)
+	fields := strings.Fields(s[strings.LastIndex(s, ")")+1:])
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("read the start time of process %d: %q", pid, s)
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// Kept lists the worlds of this user that were kept, the newest last.
+func Kept() ([]World, error) {
+	var worlds []World
+	for _, dir := range worldDirs(BaseDir()) {
+		b, err := os.ReadFile(filepath.Join(dir, stateFile))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a lab that somebody is using
+		}
+		var w World
+		if err == nil {
+			err = json.Unmarshal(b, &w)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read a kept world: %w", err)
+		}
+		i := len(worlds)
+		for i > 0 && worlds[i-1].Made.After(w.Made) {
+			i--
+		}
+		worlds = append(worlds[:i], append([]World{w}, worlds[i:]...)...)
+	}
+	return worlds, nil
+}
+
+// Down ends every process of the world and removes its folder.
+func (w World) Down(ctx context.Context) error {
+	var errs []error
+	for _, m := range w.Machines {
+		errs = append(errs, m.kill())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	// The machines hold the lock for as long as they live.
+	return until(ctx, 10*time.Millisecond, nil, func() error {
+		lock, err := lockFile(filepath.Join(w.Dir, "lock"), unix.LOCK_EX|unix.LOCK_NB)
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
+		return os.RemoveAll(w.Dir)
+	})
+}
+
+// kill ends the process, if it is still the one that was meant.
+func (in Inhabitant) kill() error {
+	fd, err := unix.PidfdOpen(in.PID, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open the process of %s: %w", in.Name, err)
+	}
+	defer unix.Close(fd)
+	// Looked at after the descriptor is ours, which stays with this process whatever becomes of its number.
+	if started, err := startTime(in.PID); err != nil || started != in.Started {
+		return nil // it ended long ago
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("end %s: %w", in.Name, err)
+	}
+	return nil
+}
+
+// Names are those that Enter takes.
+func (w World) Names() []string {
+	var names []string
+	for _, in := range append(w.Pods[:len(w.Pods):len(w.Pods)], w.Machines...) {
+		names = append(names, in.Name)
+	}
+	return names
+}
+
+// Enter becomes a program in a pod or on a machine, a shell if there is none. It does not return where it succeeds.
+func (w World) Enter(name string, argv []string) error {
+	var at *Inhabitant
+	for _, in := range append(w.Pods[:len(w.Pods):len(w.Pods)], w.Machines...) {
+		if in.Name == name {
+			at = &in
+		}
+	}
+	if at == nil {
+		return fmt.Errorf("no pod or machine named %q: there are %s", name, strings.Join(w.Names(), ", "))
+	}
+	if started, err := startTime(at.PID); err != nil || started != at.Started {
+		return fmt.Errorf("%s has ended; `headcnictl demo down` removes what is left", name)
+	}
+	nsenter, err := exec.LookPath("nsenter")
+	if err != nil {
+		return fmt.Errorf("enter %s: %w; install util-linux", name, err)
+	}
+	if len(argv) == 0 {
+		argv = []string{"bash", "--norc"}
+	}
+	args := []string{nsenter, "--target=" + strconv.Itoa(at.PID)}
+	if os.Geteuid() != 0 { // the world lives in a user namespace
+		args = append(args, "--user", "--preserve-credentials")
+	}
+	args = append(args, "--mount", "--uts", "--ipc", "--net", "--pid", "--wd", "--")
+	args = append(args, argv...)
+	env := append(cleanEnv(), "PATH="+w.Path, "HOME="+w.Dir, "PS1="+name+"# ")
+	return fmt.Errorf("start nsenter: %w", unix.Exec(nsenter, args, env))
+}
