@@ -48,6 +48,8 @@ type LoginOptions struct {
 	// Move takes a tailscaled that is logged in to another ControlURL over, with its node key: Headscale has moved. Only
 	// for a tailscaled that is ours; without it that is ErrOtherControl.
 	Move bool
+	// Again joins although tailscaled says that it is in: the control server has forgotten the node.
+	Again bool
 }
 
 // Login makes tailscaled a running member of the tailnet at ControlURL. One that is already does not notice. A
@@ -143,6 +145,8 @@ func planLogin(st Status, p Prefs, o LoginOptions) (loginStep, error) {
 	switch {
 	case known && !same && !o.Move:
 		return 0, fmt.Errorf("%w: %s; set headscale.url to it, or run `tailscale logout` first", ErrOtherControl, orDefault(p.ControlURL))
+	case o.Again && !o.AuthKey.Empty():
+		return loginStart, nil
 	case known && same && (st.State == Running || st.State == Starting) && p.WantRunning:
 		return loginNone, nil
 	case known && same && st.State == Stopped:

@@ -2,6 +2,7 @@ package tailscale
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -70,7 +71,11 @@ type tailnet interface {
 
 func (c *Client) ping(ctx context.Context, to netip.Addr) error {
 	q := url.Values{"ip": {to.String()}, "type": {"TSMP"}}
-	if err := c.call(ctx, "POST", "ping?"+q.Encode(), nil, nil); err != nil {
+	err := c.call(ctx, "POST", "ping?"+q.Encode(), nil, nil)
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return fmt.Errorf("ping %s: no answer", to)
+	case err != nil:
 		return fmt.Errorf("ping %s: %w", to, err)
 	}
 	return nil
