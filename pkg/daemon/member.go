@@ -36,6 +36,7 @@ type member struct {
 	mintedUntil time.Time
 	approvedAt  time.Time
 	confirmed   confirmation
+	checkedAt   time.Time // when check last found all well
 
 	mu      sync.Mutex
 	socket  string        // what client talks to
@@ -108,6 +109,9 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 		return nil, o.tailnetErr
 	}
 	switch {
+	case running(o.tailnet) && m.cfg.Headscale.URL != "":
+		// One that is in already only notices where Headscale has moved. A host's tailscaled is not ours to move.
+		return nil, m.client.Login(ctx, tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Move: o.mode == config.ModeDaemon})
 	case running(o.tailnet):
 		return nil, nil
 	case o.tailnet.State == tailscale.Stopped && o.mode == config.ModeHost:
@@ -117,22 +121,27 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 	case m.cfg.Headscale.URL == "":
 		return nil, errors.New("tailscaled is not logged in and headscale.url is empty: set it and a key, or run `tailscale up --login-server URL`")
 	}
-	opts := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Hostname: m.cfg.Tailscale.Hostname}
-	api, cred, err := m.headscale(ctx)
-	if err != nil {
-		return nil, err
-	}
-	opts.AuthKey = cred.Key
-	if api != nil {
-		if opts.AuthKey, err = m.mint(ctx, api); err != nil {
-			return nil, err
-		}
-	}
-	if err := m.client.Login(ctx, opts); err != nil {
+	if err := m.login(ctx, false); err != nil {
 		return nil, err
 	}
 	// The next pass sees the peers, one of which may have our CIDR.
 	return []string{"joined " + m.cfg.Headscale.URL}, waiting("has just joined")
+}
+
+// login joins with the credential, or with a key made by it. again joins anew where Headscale has forgotten the node.
+func (m *member) login(ctx context.Context, again bool) error {
+	opts := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Hostname: m.cfg.Tailscale.Hostname, Again: again}
+	api, cred, err := m.headscale(ctx)
+	if err != nil {
+		return err
+	}
+	opts.AuthKey = cred.Key
+	if api != nil {
+		if opts.AuthKey, err = m.mint(ctx, api); err != nil {
+			return err
+		}
+	}
+	return m.client.Login(ctx, opts)
 }
 
 // mint makes a key to join with. While a join fails, its retries use the same one.

@@ -13,6 +13,8 @@ import (
 type part struct {
 	name  string
 	needs []string
+	// optional parts are shown, but neither the node's readiness nor other parts depend on them.
+	optional bool
 	// run makes it right and says what it changed, also when it failed half-way.
 	run func(context.Context) (changes []string, err error)
 }
@@ -30,10 +32,12 @@ type board struct {
 	mu    sync.Mutex
 	order []string
 	last  map[string]string // error text, "" = ok
+	// optional parts do not count for readiness.
+	optional map[string]bool
 }
 
 func newBoard(log *slog.Logger, m *monitoring.Metrics, names []string) *board {
-	b := &board{log: log, metrics: m, order: names, last: map[string]string{}}
+	b := &board{log: log, metrics: m, order: names, last: map[string]string{}, optional: map[string]bool{}}
 	for _, n := range names {
 		b.last[n] = "not tried yet"
 	}
@@ -60,20 +64,20 @@ func (b *board) run(ctx context.Context, parts []part) bool {
 		}
 		ok[p.name] = err == nil
 		all = all && err == nil
-		b.record(p.name, changes, err)
+		b.record(p, changes, err)
 	}
 	return all
 }
 
 // record keeps the outcome and logs it where it is news.
-func (b *board) record(name string, changes []string, err error) {
-	text := ""
+func (b *board) record(p part, changes []string, err error) {
+	name, text := p.name, ""
 	if err != nil {
 		text = err.Error()
 	}
 	b.mu.Lock()
 	before := b.last[name]
-	b.last[name] = text
+	b.last[name], b.optional[name] = text, p.optional
 	b.mu.Unlock()
 	b.metrics.Part(name, err == nil, len(changes))
 	if len(changes) > 0 {
@@ -91,7 +95,7 @@ func (b *board) record(name string, changes []string, err error) {
 	}
 }
 
-// Ready implements monitoring.Readiness: every part is right.
+// Ready implements monitoring.Readiness: every part is right that is not optional.
 func (b *board) Ready() (bool, []monitoring.PartStatus) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -99,7 +103,7 @@ func (b *board) Ready() (bool, []monitoring.PartStatus) {
 	var out []monitoring.PartStatus
 	for _, n := range b.order {
 		out = append(out, monitoring.PartStatus{Name: n, OK: b.last[n] == "", Error: b.last[n]})
-		ready = ready && b.last[n] == ""
+		ready = ready && (b.last[n] == "" || b.optional[n])
 	}
 	return ready, out
 }

@@ -22,9 +22,11 @@ const (
 	partPrefs    = "prefs"
 	partApproval = "approval"
 	partConflist = "conflist"
+	// partHeadscale is this node as Headscale sees it. Pods do not wait for it: Headscale may be down for hours.
+	partHeadscale = "headscale"
 )
 
-var partNames = []string{partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist}
+var partNames = []string{partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist, partHeadscale}
 
 // pass observes, plans and applies once. It reports whether everything is right.
 func (d *Daemon) pass(ctx context.Context) bool {
@@ -65,6 +67,9 @@ func (d *Daemon) pass(ctx context.Context) bool {
 		}},
 		{name: partConflist, needs: []string{partPrefs}, run: func(context.Context) ([]string, error) {
 			return d.syncConflist(p)
+		}},
+		{name: partHeadscale, needs: []string{partTailnet}, optional: true, run: func(ctx context.Context) ([]string, error) {
+			return d.member.check(ctx, o)
 		}},
 	})
 }

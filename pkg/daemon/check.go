@@ -1,0 +1,107 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+const (
+	// nodeKeyWarning is how long before a node key expires it is spoken of, and nodeKeyRescue when something is done.
+	nodeKeyWarning = 7 * 24 * time.Hour
+	nodeKeyRescue  = 24 * time.Hour
+	// apiKeyWarning is how long before our API key expires it is spoken of; Headscale's live 90 days.
+	apiKeyWarning = 14 * 24 * time.Hour
+	// maxSkew is how far the clocks may be apart before keys and certificates seem expired.
+	maxSkew = time.Minute
+)
+
+// check asks Headscale once per fullCheck, where there is an API key to ask with, whether it still knows this node, and
+// repairs what can be repaired: a node that was deleted behind our back goes on saying Running.
+func (m *member) check(ctx context.Context, o observation) ([]string, error) {
+	if m.cfg.Headscale.URL == "" || time.Since(m.checkedAt) < fullCheck {
+		return nil, nil
+	}
+	api, _, err := m.headscale(ctx)
+	switch {
+	case errors.Is(err, config.ErrNoCredential), err == nil && api == nil:
+		return nil, keyExpiry(o.tailnet.Self.KeyExpiry, time.Now()) // all that we can see
+	case err != nil:
+		return nil, err
+	}
+	changes, err := m.known(ctx, api, o)
+	if err == nil {
+		err = keysAndClock(ctx, api)
+	}
+	if err == nil {
+		m.checkedAt = time.Now()
+	}
+	return changes, err
+}
+
+// known makes sure that Headscale knows the node and lets it stay.
+func (m *member) known(ctx context.Context, api *headscale.Client, o observation) ([]string, error) {
+	node, err := api.NodeByKey(ctx, o.tailnet.Self.NodeKey)
+	switch {
+	case errors.Is(err, headscale.ErrNotFound) && !m.ours(o.tailnet.Self):
+		return nil, errors.New("Headscale does not know this node any more: log it in again with `tailscale up --force-reauth`")
+	case errors.Is(err, headscale.ErrNotFound):
+		if err := m.login(ctx, true); err != nil {
+			return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
+		}
+		m.confirmed = confirmation{}
+		return []string{"joined anew: Headscale did not know this node any more"}, nil
+	case err != nil:
+		return nil, err
+	}
+	if expiry := node.Expiry; !expiry.IsZero() && time.Until(expiry) < nodeKeyRescue {
+		if err := api.DisableExpiry(ctx, node.ID); err != nil {
+			return nil, errors.Join(keyExpiry(expiry, time.Now()), err)
+		}
+		return []string{"the node key does not expire any more"}, nil
+	}
+	return nil, keyExpiry(node.Expiry, time.Now())
+}
+
+// ours reports whether the node joined with our tags, not as a user's machine.
+func (m *member) ours(self tailscale.Peer) bool {
+	return slices.ContainsFunc(m.cfg.Tailscale.Tags, func(t string) bool { return slices.Contains(self.Tags, t) })
+}
+
+// keyExpiry warns of a node key that is about to expire: with it goes the pods' network.
+func keyExpiry(expiry, now time.Time) error {
+	if expiry.IsZero() || expiry.Sub(now) > nodeKeyWarning {
+		return nil
+	}
+	return fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
+		"expire --disable`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))
+}
+
+// keysAndClock warns of our own API key's end and of clocks that are apart.
+func keysAndClock(ctx context.Context, api *headscale.Client) error {
+	h, err := api.Health(ctx)
+	if err != nil {
+		return err
+	}
+	if h.Skew > maxSkew || h.Skew < -maxSkew {
+		return fmt.Errorf("Headscale's clock is %s from this node's: keys may seem expired; let an NTP client set both", h.Skew)
+	}
+	key, err := api.OwnAPIKey(ctx)
+	if errors.Is(err, headscale.ErrNotFound) {
+		return nil // an older server does not tell
+	}
+	if err != nil {
+		return err
+	}
+	if !key.Expiration.IsZero() && time.Until(key.Expiration) < apiKeyWarning {
+		return fmt.Errorf("the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
+			"picked up without a restart", key.Prefix, key.Expiration.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
