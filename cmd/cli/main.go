@@ -3,13 +3,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/version"
 )
 
@@ -17,7 +20,11 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	err := root().ExecuteContext(ctx)
 	stop()
-	if err != nil {
+	var code exitCode
+	switch {
+	case errors.As(err, &code):
+		os.Exit(int(code))
+	case err != nil:
 		fmt.Fprintln(os.Stderr, "headcnictl:", err)
 		os.Exit(1)
 	}
@@ -30,7 +37,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(probeCmd(), versionCmd())
+	cmd.AddCommand(demoCmd(), probeCmd(), versionCmd())
 	return cmd
 }
 
@@ -41,4 +48,16 @@ func versionCmd() *cobra.Command {
 		Args:  cobra.NoArgs,
 		Run:   func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version.Version) },
 	}
+}
+
+// binDir is where our other programs are: beside this one, unless told otherwise.
+func binDir() string {
+	if dir := os.Getenv(lab.BinEnv); dir != "" {
+		return dir
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "" // the lab says what is missing
+	}
+	return filepath.Dir(self)
 }
