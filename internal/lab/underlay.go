@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"os/exec"
 
 	"github.com/vishvananda/netlink"
@@ -26,17 +25,6 @@ func underlayAddrs(n int) []netip.Prefix {
 	a4, a6 := underlay4.Addr().As4(), underlay6.Addr().As16()
 	a4[3], a6[15] = byte(n), byte(n)
 	return []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4(a4), underlay4.Bits()), netip.PrefixFrom(netip.AddrFrom16(a6), underlay6.Bits())}
-}
-
-// setSysctl writes below /proc/sys in the machine's network namespace.
-func (m *Machine) setSysctl(key, value string) error {
-	// /proc/sys/net shows the network namespace of the thread that opens it.
-	return m.Do(func() error {
-		if err := os.WriteFile("/proc/sys/"+key, []byte(value), 0o644); err != nil {
-			return fmt.Errorf("on %s: set %s: %w", m.Name, key, err)
-		}
-		return nil
-	})
 }
 
 // addBridge makes the underlay on the control host, which is host 1 on it.
