@@ -56,7 +56,7 @@ func (m *member) known(ctx context.Context, api *headscale.Client, o observation
 			return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
 		}
 		m.confirmed = confirmation{}
-		return []string{"joined anew: Headscale did not know this node any more"}, nil
+		return []string{"joined anew: Headscale did not know this node any more"}, waiting("has just joined anew")
 	case err != nil:
 		return nil, err
 	}
@@ -80,7 +80,7 @@ func keyExpiry(expiry, now time.Time) error {
 		return nil
 	}
 	return fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
-		"expire --disable`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))
+		"expire --disable -i ID`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))
 }
 
 // keysAndClock warns of our own API key's end and of clocks that are apart.

@@ -144,14 +144,14 @@ func (m *member) login(ctx context.Context, again bool) error {
 	return m.client.Login(ctx, opts)
 }
 
-// mint makes a key to join with. While a join fails, its retries use the same one.
+// mint makes a key to join with. It can be used more than once, since the retries of a join that fails use the same one.
 func (m *member) mint(ctx context.Context, api *headscale.Client) (secret.Secret, error) {
 	if time.Now().Before(m.mintedUntil) {
 		return m.minted, nil
 	}
 	until := time.Now().Add(joinKeyLife)
 	// Tags come with the key: the control server decides who may carry them.
-	key, err := api.CreatePreAuthKey(ctx, headscale.PreAuthKeyRequest{Tags: m.cfg.Tailscale.Tags, Expiration: until})
+	key, err := api.CreatePreAuthKey(ctx, headscale.PreAuthKeyRequest{Tags: m.cfg.Tailscale.Tags, Expiration: until, Reusable: true})
 	if err != nil {
 		return secret.Secret{}, fmt.Errorf("make a key to join with: %w", err)
 	}
