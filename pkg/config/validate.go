@@ -110,6 +110,15 @@ func (c Config) validateNetwork(v *faults) {
 			}
 		}
 	}
+	if host := c.Headscale.host(); host.IsValid() {
+		for _, l := range lists {
+			for _, p := range l.cidrs.Prefixes() {
+				if p.Contains(host) {
+					v.add(l.key, p.String(), "holds Headscale's own address "+host.String()+": it could not be reached any more")
+				}
+			}
+		}
+	}
 	for _, s := range n.ServiceCIDRs.Prefixes() {
 		for _, l := range lists[:3] {
 			for _, p := range l.cidrs.Prefixes() {
@@ -119,6 +128,16 @@ func (c Config) validateNetwork(v *faults) {
 			}
 		}
 	}
+}
+
+// host is the control server's address where the URL has one instead of a name.
+func (h Headscale) host() netip.Addr {
+	u, err := url.Parse(h.URL)
+	if err != nil {
+		return netip.Addr{}
+	}
+	a, _ := netip.ParseAddr(u.Hostname()) // a name is none
+	return a
 }
 
 // faults gathers what is wrong with a configuration.

@@ -50,6 +50,7 @@ type Daemon struct {
 
 	saved   state
 	wake    chan struct{}
+	cutOff  chan struct{} // told once, when the deadman has seen enough
 	version string
 
 	// For status, from the last pass.
@@ -74,7 +75,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
 		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved,
-		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1), version: version,
+		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1), cutOff: make(chan struct{}, 1), version: version,
 	}
 	d.node = networking.NewNode(saved.Host, func(h networking.SavedHost) error {
 		return d.remember(func(s *state) { s.Host = h })
@@ -162,6 +163,10 @@ func (d *Daemon) loop(ctx context.Context, fatal <-chan error) error {
 				return err
 			}
 		case <-time.After(wait):
+		case <-d.cutOff:
+			if err := d.takeBack(ctx); err != nil {
+				d.log.Error("take our routes back", "err", err)
+			}
 		case <-d.wake:
 			select { // let a burst pass
 			case <-ctx.Done():
@@ -184,6 +189,9 @@ func (d *Daemon) poke() {
 func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes} {
 		wg.Go(func() { d.watchKernel(ctx, changes) })
+	}
+	if address := controlAddress(d.cfg); address != "" {
+		wg.Go(func() { newDeadman(address).run(ctx, func() { d.cutOff <- struct{}{} }) })
 	}
 	wg.Go(func() { d.member.watch(ctx, d.poke) })
 	wg.Go(func() { d.member.rearm(ctx, d.metrics.RearmPing) })

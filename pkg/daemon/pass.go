@@ -32,6 +32,9 @@ var partNames = []string{partConfig, partFirewall, partRoutes, partTailnet, part
 func (d *Daemon) pass(ctx context.Context) bool {
 	o, err := d.observe(ctx)
 	var p plan
+	if err == nil && d.saved.TakenBack == fingerprint(d.cfg) {
+		err = errTakenBack(d.cfg)
+	}
 	if err == nil {
 		p, err = makePlan(d.cfg, o, d.saved)
 	}

@@ -32,6 +32,8 @@ type state struct {
 	Host networking.SavedHost `json:"host"`
 	// ConflistMode is the file mode of the conflist that we replaced, 0 = there was none.
 	ConflistMode os.FileMode `json:"conflistMode,omitempty"`
+	// TakenBack is the fingerprint of the configuration that cut this node off from Headscale.
+	TakenBack string `json:"takenBack,omitempty"`
 }
 
 func statePath() string { return filepath.Join(paths.StateDir, "daemon.json") }

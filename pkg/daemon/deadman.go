@@ -1,0 +1,113 @@
+package daemon
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config"
+)
+
+const (
+	// deadmanPatience is how long our routes may keep this node from Headscale before they are taken back.
+	deadmanPatience = time.Minute
+	deadmanInterval = 10 * time.Second
+	deadmanDial     = 3 * time.Second
+	// bypassMark is tailscaled's own: packets that carry it follow the host's routes as if neither of us were there.
+	bypassMark = 0x80000
+)
+
+// deadman watches whether it is our rules, or routes that we made tailscaled accept, that cut the node off from
+// Headscale. A Headscale that is down does not count: it cannot be reached past our rules either.
+type deadman struct {
+	reach func(ctx context.Context, mark int) error
+	now   func() time.Time
+	since time.Time // when it was first found so, zero = it is not
+}
+
+func newDeadman(address string) *deadman {
+	return &deadman{now: time.Now, reach: func(ctx context.Context, mark int) error { return dialMarked(ctx, address, mark) }}
+}
+
+// look reports whether the node has been cut off for too long.
+func (m *deadman) look(ctx context.Context) bool {
+	if m.reach(ctx, 0) == nil || m.reach(ctx, bypassMark) != nil {
+		m.since = time.Time{}
+		return false
+	}
+	if m.since.IsZero() {
+		m.since = m.now()
+	}
+	return m.now().Sub(m.since) >= deadmanPatience
+}
+
+// run looks until ctx ends and calls cutOff once when it is time.
+func (m *deadman) run(ctx context.Context, cutOff func()) {
+	for ctx.Err() == nil {
+		if m.look(ctx) {
+			cutOff()
+			return
+		}
+		sleep(ctx, deadmanInterval)
+	}
+}
+
+// dialMarked connects and hangs up, with a firewall mark on the packets.
+func dialMarked(ctx context.Context, address string, mark int) error {
+	d := net.Dialer{Timeout: deadmanDial, Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, mark) }); e != nil {
+			return e
+		}
+		return err
+	}}
+	c, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
+	return c.Close()
+}
+
+// controlAddress is Headscale's host:port, "" where no URL is known.
+func controlAddress(c config.Config) string {
+	u, err := url.Parse(c.Headscale.URL)
+	if err != nil || u.Host == "" {
+		return ""
+	}
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	return net.JoinHostPort(u.Hostname(), port)
+}
+
+// fingerprint tells whether the configuration has changed since it was taken back.
+func fingerprint(c config.Config) string {
+	sum := sha256.Sum256([]byte(c.String())) // secrets are masked in it
+	return hex.EncodeToString(sum[:8])
+}
+
+// errTakenBack is why nothing is applied any more.
+func errTakenBack(c config.Config) error {
+	return fmt.Errorf("taken back: with our routes this node could not reach Headscale at %s for %s, without them it could; look for "+
+		"a peer that advertises its prefix (headscale nodes list-routes), set network.lanFirst: true or change the CIDRs: a changed "+
+		"configuration is tried again", c.Headscale.URL, deadmanPatience)
+}
+
+// takeBack removes our rules, routes and prefs, but not the guard: what the node lost it gets back, and still nothing
+// goes out in clear. It is remembered first, so that no restart tries the same again.
+func (d *Daemon) takeBack(ctx context.Context) error {
+	d.log.Error("not right", "part", partConfig, "err", errTakenBack(d.cfg))
+	if err := d.remember(func(s *state) { s.TakenBack = fingerprint(d.cfg) }); err != nil {
+		return err
+	}
+	return errors.Join(d.node.Remove(ctx), restorePrefs(ctx, d.cfg, d.saved))
+}
