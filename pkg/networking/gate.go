@@ -6,13 +6,12 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // ErrNotProgrammed: the node's rules or tables are not there, as after a reboot or a flush.
 var ErrNotProgrammed = errors.New("node network is not programmed")
-
-// gateTable is the nft table that the daemon keeps in the families ip and ip6.
-const gateTable = "headcni"
 
 // Gate asks the kernel whether the daemon's node network is in force: an address of the node's own CIDR that no pod has
 // must lead nowhere, and both nft tables must exist. It takes some 15 us a question. The error matches ErrNotProgrammed
@@ -60,11 +59,11 @@ func gateTables(podCIDRs []netip.Prefix) error {
 		ipv6   bool
 	}{{"ip", unix.NFPROTO_IPV4, false}, {"ip6", unix.NFPROTO_IPV6, true}} {
 		r := podRequest{
-			what: fmt.Sprintf("look for nft table %s %s", family.name, gateTable),
+			what: fmt.Sprintf("look for nft table %s %s", family.name, names.NFTTable),
 			typ:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
 		}
 		r.fixed(family.number, unix.NFNETLINK_V0, 0, 0)
-		r.attrString(unix.NFTA_TABLE_NAME, gateTable)
+		r.attrString(unix.NFTA_TABLE_NAME, names.NFTTable)
 		_, err := c.do(r)
 		if errors.Is(err, unix.EAFNOSUPPORT) && family.ipv6 && !anyIPv6(podCIDRs) {
 			continue // a kernel without IPv6

@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // What a pod sees as its next hop. No interface has these addresses except fe80::1 on the host's end: the pod finds the
@@ -23,9 +25,6 @@ var (
 )
 
 const (
-	// PodLinkPrefix begins the name of the host's end of every pod's link. tailscaled's own nft rules match what begins with
-	// its tun's name, so it must never be a prefix of "headcni01" or the other way round.
-	PodLinkPrefix = "hc"
 	// DefaultPodMTU is the MTU in bytes where there is no tunnel to take it from: tailscaled's own.
 	DefaultPodMTU = 1280
 
@@ -90,7 +89,7 @@ func PodLinkName(containerID, ifName string) string {
 	h := fnv.New64a()
 	h.Write([]byte(containerID + "\x00" + ifName))
 	sum := h.Sum64()
-	return fmt.Sprintf("%s%010x", PodLinkPrefix, (sum^sum>>40)&(1<<40-1))
+	return fmt.Sprintf("%s%010x", names.PodLinkPrefix, (sum^sum>>40)&(1<<40-1))
 }
 
 // podLinkAlias says whose a link is. The kernel takes at most 255 bytes.
@@ -400,8 +399,8 @@ func (p *Pods) podSysctls(netns int, pod Pod) error {
 		if !want6 {
 			return nil
 		}
-		if off, err := os.ReadFile(podSysctl(pod.IfName, "disable_ipv6")); err != nil || string(off) != "1\n" {
-			return nil
+		if off, err := readPodSysctl(pod.IfName, "disable_ipv6"); err != nil || off == "0" {
+			return nil // adding the address tells what is wrong, if anything is
 		}
 		if err := writePodSysctl(pod.IfName, "disable_ipv6", "0"); err != nil {
 			return fmt.Errorf("%w in the pod's network namespace and could not be enabled: %w", ErrNoIPv6, err)
@@ -411,6 +410,17 @@ func (p *Pods) podSysctls(netns int, pod Pod) error {
 }
 
 func podSysctl(link, key string) string { return "/proc/sys/net/ipv6/conf/" + link + "/" + key }
+
+func readPodSysctl(link, key string) (string, error) {
+	fd, err := unix.Open(podSysctl(link, key), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	var b [32]byte
+	n, err := unix.Read(fd, b[:])
+	return strings.TrimSpace(string(b[:max(n, 0)])), err
+}
 
 func writePodSysctl(link, key, value string) error {
 	fd, err := unix.Open(podSysctl(link, key), unix.O_WRONLY|unix.O_CLOEXEC, 0)

@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // PodState is what CHECK expects of a pod's link: the result of ADD, as plugins after us may have changed it.
@@ -339,7 +341,7 @@ func (c *podConn) podLinks() (map[string]podLink, error) {
 }
 
 func isPodLinkName(name string) bool {
-	hash, ok := strings.CutPrefix(name, PodLinkPrefix)
+	hash, ok := strings.CutPrefix(name, names.PodLinkPrefix)
 	return ok && len(hash) == 10 && strings.Trim(hash, "0123456789abcdef") == ""
 }
 

@@ -147,17 +147,20 @@ func (e *podReplyError) Error() string {
 
 func (e *podReplyError) Unwrap() error { return e.errno }
 
-// do sends all requests in one go and waits for every answer. The kernel carries them out in order and goes on past a
-// refused one; do returns the first refusal, and in replies the payload of the answers by request (nil for a mere
-// acknowledgement).
+// do sends all requests in one go. The kernel carries them out in order and goes on past a refused one; do returns the
+// first refusal, and in replies the payload of the answers by request (nil for a mere acknowledgement).
 func (c *podConn) do(requests ...podRequest) (replies [][]byte, err error) {
 	first := c.seq + 1
 	var out []byte
-	for _, r := range requests {
+	for i, r := range requests {
 		c.seq++
+		flags := r.flags | unix.NLM_F_REQUEST
+		if i == len(requests)-1 {
+			flags |= unix.NLM_F_ACK // refusals come unasked, and before this one
+		}
 		out = binary.NativeEndian.AppendUint32(out, uint32(unix.NLMSG_HDRLEN+len(r.body)))
 		out = binary.NativeEndian.AppendUint16(out, r.typ)
-		out = binary.NativeEndian.AppendUint16(out, r.flags|unix.NLM_F_REQUEST|unix.NLM_F_ACK)
+		out = binary.NativeEndian.AppendUint16(out, flags)
 		out = binary.NativeEndian.AppendUint32(out, c.seq)
 		out = binary.NativeEndian.AppendUint32(out, 0)
 		out = append(out, r.body...)
@@ -170,8 +173,9 @@ func (c *podConn) do(requests ...podRequest) (replies [][]byte, err error) {
 }
 
 func (c *podConn) replies(first uint32, requests []podRequest) ([][]byte, error) {
-	replies, errs := make([][]byte, len(requests)), make([]error, len(requests))
-	for left := len(requests); left > 0; {
+	replies := make([][]byte, len(requests))
+	var refusal error
+	for last := false; !last; {
 		n, err := c.receive()
 		if errors.Is(err, unix.EAGAIN) {
 			return nil, fmt.Errorf("wait for the kernel's answer: none within %v; the node is overloaded, try again", podReplyWait)
@@ -185,23 +189,21 @@ func (c *podConn) replies(first uint32, requests []podRequest) ([][]byte, error)
 				return nil, errors.New("receive netlink answer: malformed message")
 			}
 			payload := b[unix.NLMSG_HDRLEN:h.Len]
-			if i := int(int32(h.Seq - first)); i >= 0 && i < len(requests) {
-				if h.Type != unix.NLMSG_ERROR {
-					replies[i] = append([]byte(nil), payload...)
-				} else {
-					left--
-					errs[i] = podReply(requests[i].what, h.Flags, payload)
+			i := int(int32(h.Seq - first))
+			ours := i >= 0 && i < len(requests)
+			switch {
+			case ours && h.Type == unix.NLMSG_ERROR:
+				if err := podReply(requests[i].what, h.Flags, payload); refusal == nil {
+					refusal = err
 				}
+				last = i == len(requests)-1
+			case ours:
+				replies[i] = slices.Clone(payload)
 			}
 			b = b[min(podAlign(int(h.Len)), len(b)):]
 		}
 	}
-	for _, err := range errs {
-		if err != nil {
-			return replies, err
-		}
-	}
-	return replies, nil
+	return replies, refusal
 }
 
 func (c *podConn) receive() (n int, err error) {

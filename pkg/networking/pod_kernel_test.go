@@ -1,0 +1,513 @@
+package networking
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/nstest"
+)
+
+var (
+	podAddr4 = netip.MustParseAddr("10.244.1.2")
+	podAddr6 = netip.MustParseAddr("fd00:244:1::2")
+	podHost  = PodLinkName("c1", "eth0")
+)
+
+// podNode is a node of its own and one pod's namespace.
+type podNode struct{ host, pod *nstest.NS }
+
+func newPodNode(t *testing.T) podNode { return podNode{host: nstest.New(t), pod: nstest.New(t)} }
+
+func (n podNode) spec(addrs ...netip.Addr) Pod {
+	p := Pod{Network: "net", ContainerID: "c1", IfName: "eth0", Label: "ns/web", Netns: n.pod.Path, MTU: 1400, Addrs: addrs}
+	for _, a := range addrs {
+		gateway, any := PodGateway4, netip.IPv4Unspecified()
+		if a.Is6() {
+			gateway, any = PodGateway6, netip.IPv6Unspecified()
+		}
+		p.Routes = append(p.Routes, PodRoute{Dst: netip.PrefixFrom(any, 0), Gateway: gateway})
+	}
+	return p
+}
+
+func (n podNode) attach(t *testing.T, p *Pods, pod Pod) (l PodLinks, err error) {
+	n.host.Do(t, func() error {
+		l, err = p.Attach(pod)
+		return nil
+	})
+	return l, err
+}
+
+func (n podNode) detach(t *testing.T, p *Pods) (err error) {
+	n.host.Do(t, func() error {
+		err = p.Detach("c1", "eth0")
+		return nil
+	})
+	return err
+}
+
+func (n podNode) mustAttach(t *testing.T, addrs ...netip.Addr) PodLinks {
+	t.Helper()
+	l, err := n.attach(t, &Pods{}, n.spec(addrs...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// empty fails the test unless neither namespace has anything of a pod.
+func (n podNode) empty(t *testing.T) {
+	t.Helper()
+	for _, ns := range []*nstest.NS{n.host, n.pod} {
+		for _, args := range []string{"-o link", "route", "-6 route", "neigh"} {
+			out := ns.Run(t, "ip", strings.Fields(args)...)
+			for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
+				if line != "" && !strings.Contains(line, " lo") && !strings.Contains(line, "dev lo") {
+					t.Errorf("left in %s: %s", ns.Name, line)
+				}
+			}
+		}
+	}
+}
+
+// state renders what the pod's link is made of, as ip prints it.
+func (n podNode) state(t *testing.T, l PodLinks) []string {
+	t.Helper()
+	clean := strings.NewReplacer(l.HostMAC.String(), "HOSTMAC", l.PodMAC.String(), "PODMAC", l.HostName, "HOST")
+	spaces, leftOut := regexp.MustCompile(`\s+`), regexp.MustCompile(`^(fe80::/64|ff00|fd00.* proto kernel|.*linkdown)`)
+	var lines []string
+	for _, c := range []struct {
+		ns   *nstest.NS
+		side string
+		link string
+	}{{n.host, "host", l.HostName}, {n.pod, "pod", "eth0"}} {
+		for _, what := range []string{"-4 -o addr show dev", "-6 -o addr show scope global dev", "-4 route show dev", "-6 route show dev", "neigh show dev"} {
+			out := c.ns.Run(t, "ip", append(strings.Fields(what), c.link)...)
+			for _, line := range strings.Split(strings.TrimSpace(clean.Replace(out)), "\n") {
+				line, _, _ = strings.Cut(spaces.ReplaceAllString(strings.TrimSpace(line), " "), "\\")
+				line = regexp.MustCompile(`^\d+: `).ReplaceAllString(line, "")
+				if line != "" && !leftOut.MatchString(line) {
+					lines = append(lines, c.side+" "+strings.TrimSpace(line))
+				}
+			}
+		}
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+func TestPodAttach(t *testing.T) {
+	want4 := []string{
+		"host 10.244.1.2 lladdr PODMAC PERMANENT",
+		"host 10.244.1.2 proto static scope link",
+		"pod 169.254.1.1 lladdr HOSTMAC PERMANENT",
+		"pod default via 169.254.1.1 proto static onlink",
+		"pod eth0 inet 10.244.1.2/32 scope global eth0",
+	}
+	want6 := []string{
+		"host fd00:244:1::2 lladdr PODMAC PERMANENT",
+		"host fd00:244:1::2 proto static metric 1024 pref medium",
+		"pod default via fe80::1 proto static metric 1024 onlink pref medium",
+		"pod eth0 inet6 fd00:244:1::2/128 scope global nodad",
+		"pod fe80::1 lladdr HOSTMAC PERMANENT",
+	}
+	both := slices.Concat(want4, want6)
+	slices.Sort(both)
+	for _, tt := range []struct {
+		name  string
+		addrs []netip.Addr
+		want  []string
+	}{
+		{"v4", []netip.Addr{podAddr4}, want4}, {"v6", []netip.Addr{podAddr6}, want6}, {"dual", []netip.Addr{podAddr4, podAddr6}, both},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n := newPodNode(t)
+			l := n.mustAttach(t, tt.addrs...)
+			if diff := cmp.Diff(tt.want, n.state(t, l)); diff != "" {
+				t.Error(diff)
+			}
+			if out := n.host.Run(t, "ip", "link", "show", "dev", l.HostName); !strings.Contains(out, "mtu 1400") || !strings.Contains(out, "alias net c1/eth0 ns/web") {
+				t.Errorf("host link: %s", out)
+			}
+			want := ""
+			if slices.Contains(tt.addrs, podAddr6) {
+				want = "inet6 fe80::1/64 scope link nodad"
+			}
+			out := n.host.Run(t, "ip", "-6", "-o", "addr", "show", "dev", l.HostName)
+			if strings.Count(out, "inet6") != strings.Count(want, "inet6") || !strings.Contains(out, want) {
+				t.Errorf("host's IPv6 addresses: got %q, want %q alone", out, want)
+			}
+			for _, c := range []struct {
+				ns   *nstest.NS
+				link string
+			}{{n.host, l.HostName}, {n.pod, "eth0"}} {
+				c.ns.Do(t, func() error {
+					if v, err := readPodSysctl(c.link, "accept_ra"); err != nil || v != "0" {
+						return fmt.Errorf("accept_ra of %s is %q, %v", c.link, v, err)
+					}
+					return nil
+				})
+			}
+			if err := n.detach(t, &Pods{}); err != nil {
+				t.Fatal(err)
+			}
+			n.empty(t)
+			if err := n.detach(t, &Pods{}); err != nil {
+				t.Errorf("second detach: %v", err)
+			}
+		})
+	}
+}
+
+func TestPodRoutes(t *testing.T) {
+	n := newPodNode(t)
+	pod := n.spec(podAddr4, podAddr6)
+	table := 1000
+	gw4, gw6 := netip.MustParseAddr("10.244.1.1"), netip.MustParseAddr("fd00:244:1::1")
+	pod.Routes = []PodRoute{
+		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: gw4, MTU: 1300, AdvMSS: 1200, Priority: 7},
+		{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: gw4, Table: &table},
+		{Dst: netip.MustParsePrefix("::/0"), Gateway: gw6},
+	}
+	l, err := n.attach(t, &Pods{}, pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for args, want := range map[string]string{
+		"route":                    "default via 10.244.1.1 dev eth0 proto static metric 7 onlink mtu 1300 advmss 1200",
+		"route show table 1000":    "192.0.2.0/24 via 10.244.1.1 dev eth0 proto static onlink",
+		"-6 route show default":    "default via fd00:244:1::1 dev eth0 proto static metric 1024 onlink pref medium",
+		"neigh show 10.244.1.1":    "10.244.1.1 dev eth0 lladdr " + l.HostMAC.String() + " PERMANENT",
+		"neigh show fd00:244:1::1": "fd00:244:1::1 dev eth0 lladdr " + l.HostMAC.String() + " PERMANENT",
+	} {
+		if got := strings.TrimSpace(n.pod.Run(t, "ip", strings.Fields(args)...)); strings.Join(strings.Fields(got), " ") != want {
+			t.Errorf("ip %s\ngot  %s\nwant %s", args, got, want)
+		}
+	}
+}
+
+// TestPodAttachFailsAtEachStep fails every step in turn: the error says which, and Detach leaves nothing behind.
+func TestPodAttachFailsAtEachStep(t *testing.T) {
+	n := newPodNode(t)
+	var steps []string
+	record := &Pods{inject: func(step string) error { steps = append(steps, step); return nil }}
+	if _, err := n.attach(t, record, n.spec(podAddr4, podAddr6)); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.detach(t, &Pods{}); err != nil {
+		t.Fatal(err)
+	}
+	if len(steps) < 17 {
+		t.Fatalf("only %d steps seen: %q", len(steps), steps)
+	}
+	boom := errors.New("boom")
+	for i := range steps {
+		t.Run(strings.ReplaceAll(fmt.Sprintf("%02d %s", i, steps[i]), "/", "_"), func(t *testing.T) {
+			at := 0
+			failing := &Pods{inject: func(string) error {
+				at++
+				if at-1 == i {
+					return boom
+				}
+				return nil
+			}}
+			if _, err := n.attach(t, failing, n.spec(podAddr4, podAddr6)); !errors.Is(err, boom) {
+				t.Fatalf("got %v", err)
+			}
+			if err := n.detach(t, &Pods{}); err != nil {
+				t.Fatal(err)
+			}
+			n.empty(t)
+		})
+	}
+}
+
+func TestPodLeftoverIsReplaced(t *testing.T) {
+	for _, killedAt := range []string{"name owner of link", "set pod link up"} {
+		t.Run(killedAt, func(t *testing.T) {
+			n := newPodNode(t)
+			dying := &Pods{inject: func(step string) error {
+				if step == killedAt {
+					return errors.New("killed")
+				}
+				return nil
+			}}
+			// The pod of the first try has gone, as after a restart of the sandbox; its link's host end stays for a moment.
+			first := nstest.New(t)
+			spec := n.spec(podAddr4)
+			spec.Netns = first.Path
+			if _, err := n.attach(t, dying, spec); err == nil {
+				t.Fatal("not killed")
+			}
+			n.mustAttach(t, podAddr4)
+			if out := first.Run(t, "ip", "-o", "link"); strings.Contains(out, "eth0") {
+				t.Errorf("the leftover is still there: %s", out)
+			}
+		})
+	}
+}
+
+func TestPodNameCollision(t *testing.T) {
+	n := newPodNode(t)
+	n.host.Run(t, "ip", "link", "add", podHost, "type", "veth", "peer", "name", "x")
+	n.host.Run(t, "ip", "link", "set", podHost, "alias", "net other/eth0")
+	_, err := n.attach(t, &Pods{}, n.spec(podAddr4))
+	if err == nil || !strings.Contains(err.Error(), "it exists and is another's") {
+		t.Errorf("attach: %v", err)
+	}
+	if err := n.detach(t, &Pods{}); err != nil {
+		t.Errorf("detach: %v", err)
+	}
+	n.host.Run(t, "ip", "link", "show", "dev", podHost) // still there
+}
+
+func TestPodVacant(t *testing.T) {
+	n := newPodNode(t)
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.pod.Run(t, "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth9")
+	for _, tt := range []struct {
+		netns, ifName string
+		want          error
+	}{
+		{n.pod.Path, "eth1", nil}, {n.pod.Path, "eth0", ErrPodLinkExists}, {file, "eth0", ErrPodNetns},
+		{"/run/netns/none", "eth0", ErrPodNetns}, {n.host.Path, "eth0", ErrPodNetns},
+	} {
+		var err error
+		n.host.Do(t, func() error {
+			err = (&Pods{}).Vacant(tt.netns, tt.ifName)
+			return nil
+		})
+		if !errors.Is(err, tt.want) {
+			t.Errorf("%s in %s: got %v, want %v", tt.ifName, tt.netns, err, tt.want)
+		}
+	}
+	if _, err := n.attach(t, &Pods{}, n.spec(podAddr4)); !errors.Is(err, ErrPodLinkExists) {
+		t.Errorf("attach over an interface: %v", err)
+	}
+}
+
+func TestPodNetnsDisappears(t *testing.T) {
+	n := newPodNode(t)
+	gone := &Pods{inject: func(step string) error {
+		if step == "set pod link up" {
+			return errors.Join(unix.Unmount(n.pod.Path, unix.MNT_DETACH), os.Remove(n.pod.Path))
+		}
+		return nil
+	}}
+	_, err := n.attach(t, gone, n.spec(podAddr4))
+	if !errors.Is(err, ErrPodNetns) || !strings.Contains(err.Error(), "disappeared") {
+		t.Errorf("got %v", err)
+	}
+	if err := n.detach(t, &Pods{}); err != nil {
+		t.Error(err)
+	}
+}
+
+func setSysctl(t *testing.T, ns *nstest.NS, key, value string) {
+	t.Helper()
+	ns.Do(t, func() error { return os.WriteFile("/proc/sys/"+key, []byte(value), 0o600) })
+}
+
+func TestPodIPv6Disabled(t *testing.T) {
+	t.Run("in the pod by default", func(t *testing.T) { // as Docker and CRI-O set sandboxes up
+		n := newPodNode(t)
+		setSysctl(t, n.pod, "net/ipv6/conf/default/disable_ipv6", "1")
+		n.mustAttach(t, podAddr4, podAddr6)
+		n.pod.Run(t, "ip", "-6", "addr", "show", "dev", "eth0", "to", podAddr6.String())
+	})
+	t.Run("on the node", func(t *testing.T) {
+		n := newPodNode(t)
+		setSysctl(t, n.host, "net/ipv6/conf/all/disable_ipv6", "1")
+		setSysctl(t, n.host, "net/ipv6/conf/default/disable_ipv6", "1")
+		_, err := n.attach(t, &Pods{}, n.spec(podAddr4, podAddr6))
+		if !errors.Is(err, ErrNoIPv6) || !strings.Contains(err.Error(), "on this node") {
+			t.Errorf("dual stack: %v", err)
+		}
+		if err := n.detach(t, &Pods{}); err != nil {
+			t.Fatal(err)
+		}
+		n.mustAttach(t, podAddr4)
+	})
+}
+
+// deviation is a change behind the plugin's back and the words that CHECK must find for it.
+type deviation struct {
+	inPod bool
+	ip    string
+	want  string
+}
+
+func TestPodCheck(t *testing.T) {
+	deviations := []deviation{
+		{false, "link del HOST", "host link is missing; pod interface eth0 is missing"},
+		{true, "link set eth0 name eth7", "pod interface eth0 is missing"},
+		{false, "link set HOST alias other", "host link HOST is not this pod's"},
+		{false, "link set HOST down", "host link HOST is down"},
+		{true, "link set eth0 down", "pod interface eth0 is down"},
+		{true, "link set eth0 address 02:00:00:00:00:77", "pod interface eth0 has hardware address 02:00:00:00:00:77"},
+		{false, "link set HOST address 02:00:00:00:00:77", "host link HOST has hardware address 02:00:00:00:00:77"},
+		{true, "link set eth0 mtu 1300", "pod interface eth0 has MTU 1300, not 1400"},
+		{true, "addr del 10.244.1.2/32 dev eth0", "pod address 10.244.1.2 is missing"},
+		{true, "addr del fd00:244:1::2/128 dev eth0", "pod address fd00:244:1::2 is missing"},
+		{true, "route del default", "pod route 0.0.0.0/0 via 169.254.1.1 is missing"},
+		{true, "-6 route del default", "pod route ::/0 via fe80::1 is missing"},
+		{true, "neigh del 169.254.1.1 dev eth0", "pod neighbour 169.254.1.1 is missing"},
+		{true, "neigh replace fe80::1 lladdr 02:00:00:00:00:78 nud permanent dev eth0", "pod neighbour fe80::1 has hardware address 02:00:00:00:00:78"},
+		{false, "route del 10.244.1.2", "host route to 10.244.1.2"},
+		{false, "-6 route del fd00:244:1::2", "host route to fd00:244:1::2"},
+		{false, "neigh del 10.244.1.2 dev HOST", "host neighbour 10.244.1.2 is missing"},
+		{false, "neigh replace fd00:244:1::2 lladdr 02:00:00:00:00:79 nud permanent dev HOST", "host neighbour fd00:244:1::2 has hardware address 02:00:00:00:00:79"},
+	}
+	for _, d := range deviations {
+		t.Run(strings.ReplaceAll(d.ip, "/", "_"), func(t *testing.T) {
+			n := newPodNode(t)
+			n.host.Run(t, "ip", "addr", "add", "192.0.2.1/32", "dev", "lo")
+			l := n.mustAttach(t, podAddr4, podAddr6)
+			state := PodState{
+				ContainerID: "c1", IfName: "eth0", Netns: n.pod.Path, HostListed: true, HostMAC: l.HostMAC.String(),
+				PodMAC: l.PodMAC.String(), PodMTU: l.PodMTU, Addrs: []netip.Addr{podAddr4, podAddr6}, Routes: n.spec(podAddr4, podAddr6).Routes,
+			}
+			check := func() (err error) {
+				n.host.Do(t, func() error { err = (&Pods{}).Check(state); return nil })
+				return err
+			}
+			if err := check(); err != nil {
+				t.Fatalf("right after Attach: %v", err)
+			}
+			ns := n.host
+			if d.inPod {
+				ns = n.pod
+			}
+			ns.Run(t, "ip", strings.Fields(strings.ReplaceAll(d.ip, "HOST", l.HostName))...)
+			err := check()
+			if err == nil {
+				t.Fatal("not noticed")
+			}
+			got := strings.ReplaceAll(strings.ReplaceAll(err.Error(), "\n", "; "), l.HostName, "HOST")
+			if !strings.Contains(got, d.want) {
+				t.Errorf("got  %s\nwant %s", got, d.want)
+			}
+		})
+	}
+}
+
+func TestPodSweep(t *testing.T) {
+	host := nstest.New(t)
+	var names []string
+	for i, id := range []string{"keep", "stale", "other"} {
+		pod := Pod{Network: "net", ContainerID: id, IfName: "eth0", Netns: nstest.New(t).Path, MTU: 1400, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 2)})}}
+		if id == "other" {
+			pod.Network = "net2"
+		}
+		host.Do(t, func() error { _, err := (&Pods{}).Attach(pod); return err })
+		names = append(names, PodLinkName(id, "eth0"))
+	}
+	host.Run(t, "ip", "link", "add", "hcnotours", "type", "veth", "peer", "name", "y")
+	host.Do(t, func() error {
+		left, err := (&Pods{}).Sweep("net", func(name string) bool { return name == names[0] })
+		if len(left) > 0 {
+			t.Errorf("left: %q", left)
+		}
+		if !(&Pods{}).HasPods() {
+			t.Error("HasPods says no")
+		}
+		return err
+	})
+	out := host.Run(t, "ip", "-o", "link")
+	for name, want := range map[string]bool{names[0]: true, names[1]: false, names[2]: true, "hcnotours": true} {
+		if strings.Contains(out, name) != want {
+			t.Errorf("%s there: %v, want %v", name, !want, want)
+		}
+	}
+}
+
+func TestGate(t *testing.T) {
+	if _, err := exec.LookPath("nft"); err != nil {
+		nstest.Skip(t, "nft is not installed (Debian package nftables)")
+	}
+	n := nstest.New(t)
+	cidrs := []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd00:244:1::/64")}
+	gate := func() (err error) {
+		n.Do(t, func() error { err = Gate(cidrs); return nil })
+		return err
+	}
+	// A node after a reboot: an uplink with default routes, nothing of ours.
+	n.Run(t, "ip", "link", "add", "up0", "type", "veth", "peer", "name", "up1")
+	for _, cmd := range []string{
+		"link set up0 up", "link set up1 up", "addr add 192.0.2.2/24 dev up0", "addr add 2001:db8::2/64 dev up0 nodad",
+		"route add default via 192.0.2.1", "-6 route add default via 2001:db8::1",
+	} {
+		n.Run(t, "ip", strings.Fields(cmd)...)
+	}
+	want := func(step, words string) {
+		t.Helper()
+		err := gate()
+		if words == "" && err != nil || words != "" && (!errors.Is(err, ErrNotProgrammed) || !strings.Contains(err.Error(), words)) {
+			t.Errorf("%s: got %v, want %q", step, err, words)
+		}
+	}
+	want("nothing", "10.244.1.0, which is free, would leave the node")
+	n.Run(t, "ip", "rule", "add", "pref", "5189", "to", "10.244.1.0/24", "unreachable")
+	want("v4 closed", "fd00:244:1::, which is free, would leave the node")
+	n.Run(t, "ip", "-6", "rule", "add", "pref", "5189", "to", "fd00:244:1::/64", "unreachable")
+	want("both closed", "nft table ip headcni")
+	n.Run(t, "nft", "add", "table", "ip", "headcni")
+	want("one table", "nft table ip6 headcni")
+	n.Run(t, "nft", "add", "table", "ip6", "headcni")
+	want("all", "")
+	n.Run(t, "ip", "rule", "del", "pref", "5189")
+	n.Run(t, "ip", "route", "add", "unreachable", "10.244.1.0/24")
+	want("an unreachable route", "")
+	n.Run(t, "nft", "flush", "ruleset")
+	want("flushed", "nft table")
+}
+
+func TestPodLinkName(t *testing.T) {
+	seen := map[string]bool{}
+	for i := range 20000 {
+		name := PodLinkName(fmt.Sprintf("%064x", i), "eth0")
+		if len(name) != 12 || !isPodLinkName(name) {
+			t.Fatalf("%q", name)
+		}
+		if seen[name] {
+			t.Fatalf("%q twice", name)
+		}
+		seen[name] = true
+	}
+	if PodLinkName("ab", "c") == PodLinkName("a", "bc") {
+		t.Error("the border between ID and interface does not count")
+	}
+}
+
+func TestPodAlias(t *testing.T) {
+	long := strings.Repeat("x", 400)
+	for _, tt := range []struct {
+		alias, id string
+		want      bool
+	}{
+		{podLinkAlias("n", "c1", "eth0", "ns/p"), "c1", true},
+		{podLinkAlias("n", "c1", "eth0", ""), "c1", true},
+		{podLinkAlias("n", "c12", "eth0", ""), "c1", false},
+		{podLinkAlias("n", long, "eth0", "ns/p"), long, true},
+		{podLinkAlias("n", "c1", "eth0", long), "c1", true},
+		{"", "c1", true}, {"something", "c1", false},
+	} {
+		if got := podLinkIsOf(tt.alias, tt.id, "eth0"); got != tt.want || len(tt.alias) > podAliasMax {
+			t.Errorf("%.40q of %.20q: %v", tt.alias, tt.id, got)
+		}
+	}
+}
