@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -166,19 +165,19 @@ func (d *demo) verdict(took time.Duration) error {
 // lookAround says what can be done in a world that stays.
 func (d *demo) lookAround() {
 	self := filepath.Clean(os.Args[0])
-	remote := d.pods[len(d.pods)/2]
+	remote := d.pods[2]
 	d.heading("It stays. Look around:")
 	for _, l := range [][2]string{
-		{"shell " + d.pods[0].Name, "a shell in a pod"},
-		{fmt.Sprintf("shell %s headcnictl probe ask %s", d.pods[0].Name, remote.Addrs[0]), "one pod asks another"},
-		{"shell node-1 tailscale status", "the tailnet, as node-1 sees it"},
-		{"shell node-1 cat /etc/cni/net.d/10-headcni.conflist", "what the daemon wrote"},
-		{"shell node-2 ip rule", "how pods' packets are routed"},
-		{"shell node-2 nft list ruleset", "what guards them"},
-		{"shell control headscale nodes list-routes", "what Headscale knows"},
-		{"down", "end it"},
+		{"a shell in a pod", "shell " + d.pods[0].Name},
+		{"one pod asks another", fmt.Sprintf("shell %s headcnictl probe ask %s", d.pods[0].Name, remote.Addrs[0])},
+		{"the tailnet, seen by node-1", "shell node-1 tailscale status"},
+		{"what Headscale knows", "shell control headscale nodes list-routes"},
+		{"what the daemon wrote", "shell node-1 cat /etc/cni/net.d/10-headcni.conflist"},
+		{"how packets are routed", "shell node-2 ip rule"},
+		{"what guards them", "shell node-2 nft list ruleset"},
+		{"end it", "down"},
 	} {
-		d.println(fmt.Sprintf("     %-*s", textWidth-24, self+" demo "+l[0]) + d.paint(faint, " "+l[1]))
+		d.detail("%s %s demo %s", d.paint(faint, fmt.Sprintf("%-28s", l[0])), self, l[1])
 	}
-	d.detail("logs: %s", strings.TrimSuffix(d.lab.Dir, "/")+"/*/*.log")
+	d.detail("%s %s", d.paint(faint, fmt.Sprintf("%-28s", "logs")), filepath.Join(d.lab.Dir, "*", "*.log"))
 }

@@ -316,6 +316,13 @@ func (d *demo) killDaemon(ctx context.Context) error {
 // killTailscaled kills tailscaled on the first node, looks for packets in clear, and starts it again.
 func (d *demo) killTailscaled(ctx context.Context) error {
 	node := d.lab.Nodes[0]
+	// Nodes reconnect to a restarted Headscale after some seconds; before, this would be two faults at once.
+	d.now("waiting until all nodes have reconnected to Headscale ...")
+	reconnect, cancel := context.WithTimeoutCause(ctx, backWithin, errors.New("the nodes did not reconnect to Headscale in time"))
+	defer cancel()
+	if err := d.lab.Control.WaitConnected(reconnect, len(d.lab.Nodes)); err != nil {
+		return err
+	}
 	d.now("killing tailscaled on %s ...", node.Name)
 	flows, err := d.startStreams(ctx)
 	if err != nil {

@@ -152,3 +152,29 @@ func (c *Control) makeKey(ctx context.Context) error {
 	c.APIKey = fields[len(fields)-1]
 	return nil
 }
+
+// WaitConnected waits until Headscale has connections from n nodes.
+func (c *Control) WaitConnected(ctx context.Context, n int) error {
+	return until(ctx, 100*time.Millisecond, c.Headscale, func() error {
+		out, err := c.Run(ctx, "headscale", "nodes", "list", "--output", "json")
+		if err != nil {
+			return err
+		}
+		var nodes []struct {
+			Online bool `json:"online"`
+		}
+		if err := json.Unmarshal([]byte(out), &nodes); err != nil {
+			return fmt.Errorf("read the list of nodes: %w", err)
+		}
+		online := 0
+		for _, node := range nodes {
+			if node.Online {
+				online++
+			}
+		}
+		if online < n {
+			return fmt.Errorf("%d of %d nodes are connected", online, n)
+		}
+		return nil
+	})
+}

@@ -28,7 +28,7 @@ func Serve(ctx context.Context, pod, node string) error {
 	if err := unix.Sethostname([]byte(pod)); err != nil {
 		return fmt.Errorf("set the host name: %w", err)
 	}
-	if err := setResolver("/run/pod-" + pod + ".resolv.conf"); err != nil {
+	if err := coverEtc(pod); err != nil {
 		return err
 	}
 	fatal := make(chan error, 3)
@@ -59,13 +59,35 @@ func Serve(ctx context.Context, pod, node string) error {
 	}
 }
 
-// setResolver covers /etc/resolv.conf in our mount namespace.
-func setResolver(file string) error {
-	if err := os.WriteFile(file, []byte("nameserver 100.100.100.100\nsearch "+BaseDomain+"\n"), 0o644); err != nil {
+// coverEtc gives the pod an /etc of its own, as an image would. A bind mount over the node's resolv.conf would not do: it
+// goes when tailscaled on the node replaces that file (rename(2) detaches mounts of other namespaces).
+func coverEtc(pod string) error {
+	entries, err := os.ReadDir("/etc")
+	if err != nil {
 		return err
 	}
-	if err := unix.Mount(file, "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("set resolv.conf: %w", err)
+	links := map[string]string{} // the node's own files are none of the pod's business; the rest are links on it
+	for _, e := range entries {
+		if target, err := os.Readlink("/etc/" + e.Name()); err == nil && e.Name() != "resolv.conf" {
+			links["/etc/"+e.Name()] = target
+		}
+	}
+	if err := unix.Mount("tmpfs", "/etc", "tmpfs", 0, "mode=0755"); err != nil {
+		return fmt.Errorf("cover /etc: %w", err)
+	}
+	for name, target := range links {
+		if err := os.Symlink(target, name); err != nil {
+			return err
+		}
+	}
+	for name, text := range map[string]string{
+		"resolv.conf": "nameserver 100.100.100.100\nsearch " + BaseDomain + "\n",
+		"hosts":       "127.0.0.1 localhost\n::1 localhost\n127.0.0.1 " + pod + "\n",
+		"hostname":    pod + "\n",
+	} {
+		if err := os.WriteFile("/etc/"+name, []byte(text), 0o644); err != nil {
+			return err
+		}
 	}
 	return nil
 }
