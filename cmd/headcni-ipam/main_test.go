@@ -41,7 +41,8 @@ func (c call) run(t testing.TB) (string, *types.Error) {
 	}
 	cmd := exec.Command(self)
 	cmd.Env = []string{asPlugin + "=1", "CNI_COMMAND=" + c.command, "CNI_CONTAINERID=" + c.id, "CNI_NETNS=/var/run/netns/none", "CNI_IFNAME=eth0",
-		"CNI_PATH=/opt/cni/bin", "CNI_ARGS=" + c.args}
+		"CNI_PATH=/opt/cni/bin", "CNI_ARGS=" + c.args,
+		"GORACE=atexit_sleep_ms=0"} // or a process with the race detector sleeps for a second before it exits
 	cmd.Stdin = strings.NewReader(c.conf)
 	var out, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &stderr

@@ -153,7 +153,8 @@ func start(t *testing.T, j job) *worker {
 		t.Fatal(err)
 	}
 	w := &worker{cmd: exec.Command(self), ready: make(chan struct{}), done: make(chan error, 1)}
-	w.cmd.Env = append(os.Environ(), workerEnv+"="+string(text))
+	// A process with the race detector sleeps for a second before it exits, unless told not to.
+	w.cmd.Env = append(os.Environ(), workerEnv+"="+string(text), "GORACE=atexit_sleep_ms=0")
 	pipe, err := w.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
