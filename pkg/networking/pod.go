@@ -63,6 +63,7 @@ type Pod struct {
 	MAC         net.HardwareAddr
 	Addrs       []netip.Addr
 	Routes      []PodRoute // in the pod
+	Forward     bool       // let the node forward too: it has no daemon that does
 }
 
 // PodRoute is a route in the pod by way of the node.
@@ -218,6 +219,11 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 	}
 	defer inside.close()
 
+	if pod.Forward {
+		if err := enableForwarding(pod.Addrs); err != nil {
+			return PodLinks{}, err
+		}
+	}
 	links, err := p.create(host, pod, ns)
 	if err != nil {
 		return PodLinks{}, err

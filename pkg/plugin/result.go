@@ -20,7 +20,7 @@ import (
 func planPod(r *Request, given Given) (networking.Pod, error) {
 	pod := networking.Pod{
 		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, Netns: r.Netns, Label: r.podLabel(),
-		MTU: r.Config.MTU, MAC: r.requestedMAC(),
+		MTU: r.Config.MTU, MAC: r.requestedMAC(), Forward: r.Config.Gate == nil,
 	}
 	if len(given.IPs) == 0 {
 		return pod, errors.New("take an address: the IPAM plugin gave none; check its configuration")
