@@ -105,7 +105,7 @@ func prerequisites(c config.Config) error {
 
 // Run keeps the node right until ctx ends. Then it stops and leaves the network working.
 func (d *Daemon) Run(ctx context.Context) error {
-	unlock, err := lock(filepath.Join(paths.RunDir, "daemon.lock"))
+	unlock, err := lock(lockPath())
 	if err != nil {
 		return err
 	}
@@ -221,6 +221,9 @@ func sleep(ctx context.Context, d time.Duration) {
 	case <-time.After(d):
 	}
 }
+
+// lockPath is the file that the running daemon locks.
+func lockPath() string { return filepath.Join(paths.RunDir, "daemon.lock") }
 
 // lock makes sure that one daemon runs in this mount namespace. The kernel drops the lock with the process.
 func lock(path string) (unlock func(), err error) {

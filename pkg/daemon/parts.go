@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strings"
 	"sync"
 
 	"github.com/headcni/headcni/pkg/monitoring"
@@ -73,7 +74,7 @@ func (b *board) run(ctx context.Context, parts []part) bool {
 func (b *board) record(p part, changes []string, err error) {
 	name, text := p.name, ""
 	if err != nil {
-		text = err.Error()
+		text = strings.ReplaceAll(err.Error(), "\n", "; ") // joined errors; one part, one line
 	}
 	b.mu.Lock()
 	before := b.last[name]

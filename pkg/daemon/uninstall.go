@@ -5,7 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -20,7 +21,7 @@ func Uninstall(ctx context.Context, c config.Config) error {
 	if err := os.MkdirAll(paths.RunDir, 0o755); err != nil {
 		return err
 	}
-	unlock, err := lock(filepath.Join(paths.RunDir, "daemon.lock"))
+	unlock, err := lock(lockPath())
 	if err != nil {
 		return err
 	}
@@ -38,7 +39,16 @@ func Uninstall(ctx context.Context, c config.Config) error {
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
 	}
-	return errors.Join(removeFile(statePath()), os.RemoveAll(paths.IPAMDir), removeFile(paths.DaemonSocket))
+	return errors.Join(removeFile(statePath()), os.RemoveAll(paths.IPAMDir), removeRunDir())
+}
+
+// removeRunDir removes our sockets and the lock that we hold. A dedicated tailscaled that still runs keeps the folder.
+func removeRunDir() error {
+	err := errors.Join(removeFile(paths.DaemonSocket), removeFile(paths.APISocket), removeFile(lockPath()))
+	if gone := os.Remove(paths.RunDir); gone != nil && !errors.Is(gone, unix.ENOTEMPTY) {
+		err = errors.Join(err, gone)
+	}
+	return err
 }
 
 // restorePrefs gives the user's tailscaled its prefs back.
