@@ -41,11 +41,11 @@ type GivenIP struct {
 }
 
 // addressesFor chooses: headcni-ipam is part of this program, everything else is a program of its own.
-func addressesFor(links Links) func(*Request) (Addresses, error) {
+func addressesFor(links Links, node Node) func(*Request) (Addresses, error) {
 	return func(r *Request) (Addresses, error) {
 		if t := r.Config.IPAM.Type; t != netconf.IPAMType {
 			return newDelegate(r, t)
 		}
-		return newPool(r, links)
+		return newPool(r, links, node)
 	}
 }

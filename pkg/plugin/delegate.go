@@ -26,6 +26,9 @@ const (
 	busyTries, busyWait = 10, 20 * time.Millisecond
 )
 
+// errNoDelegate: ipam.type names a program that is not there.
+var errNoDelegate = errors.New("IPAM plugin not found")
+
 // delegate is an IPAM plugin that is a program of its own (specification section 4). The CNI project's package invoke does
 // the same, but links OpenTelemetry and net/http, which would double the plugin's size and start time.
 type delegate struct {
@@ -40,8 +43,8 @@ func newDelegate(r *Request, name string) (*delegate, error) {
 			return &delegate{name: name, path: path, r: r}, nil
 		}
 	}
-	return nil, fmt.Errorf("find IPAM plugin %q: it is in none of the folders of CNI_PATH (%s); install it there or choose "+
-		"another ipam.type", name, r.Path)
+	return nil, fmt.Errorf("%w: %q is in none of the folders of CNI_PATH (%s); install it there or choose another ipam.type",
+		errNoDelegate, name, r.Path)
 }
 
 // run executes the plugin with what we were given, except for the command.

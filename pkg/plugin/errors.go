@@ -52,6 +52,8 @@ func cniError(s stage, err error) *types.Error {
 		return newError(types.ErrInvalidNetworkConfig, netconf.ErrInvalid.Error(), err)
 	case errors.Is(err, ipam.ErrConfig):
 		return newError(types.ErrInvalidNetworkConfig, ipam.ErrConfig.Error(), err)
+	case errors.Is(err, errNoDelegate):
+		return newError(CodeAddress, errNoDelegate.Error(), err)
 	case errors.Is(err, ipam.ErrLocked):
 		return newError(types.ErrTryAgainLater, "address store is busy; try again later", err)
 	case errors.Is(err, errEnvironment):

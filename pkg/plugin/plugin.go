@@ -33,6 +33,8 @@ type Node interface {
 	// Sweep removes the links of a network for which keep is false and returns those that it could not remove.
 	Sweep(network string, keep func(linkName string) bool) (left []string, err error)
 	HasPods() bool
+	// Live lists the pods whose links are there.
+	Live(network string) ([]networking.LivePod, error)
 }
 
 // Plugin answers the commands. All fields must be set; New does so.
@@ -52,7 +54,7 @@ type Plugin struct {
 func New(start time.Time) *Plugin {
 	pods := &networking.Pods{}
 	return &Plugin{
-		Links: pods, Node: pods, Addresses: addressesFor(pods), Hint: hint.Send,
+		Links: pods, Node: pods, Addresses: addressesFor(pods, pods), Hint: hint.Send,
 		Stdout: os.Stdout, Stderr: os.Stderr, Start: start,
 	}
 }
@@ -128,6 +130,10 @@ func (p *Plugin) Add(ctx context.Context, a *skel.CmdArgs) error {
 }
 
 func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err error) {
+	previous, err := r.previous()
+	if err != nil {
+		return err
+	}
 	if gate := r.Config.Gate; gate != nil {
 		r.stage = stageGate
 		if err := p.Node.Gate(gate.PodCIDRs); err != nil {
@@ -164,7 +170,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		return err
 	}
 	r.stage = stageResult
-	return printResult(p.Stdout, r, pod, links, given)
+	return printResult(p.Stdout, r, buildResult(r, previous, pod, links, given))
 }
 
 // Del detaches a pod (specification section 2, DEL): without netns, without prevResult, any number of times. A fault of

@@ -7,11 +7,14 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
+	"time"
 
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/networking"
 )
 
 // pool is headcni-ipam without a process of its own.
@@ -19,11 +22,12 @@ type pool struct {
 	r     *Request
 	pool  *ipam.Pool
 	links Links
+	node  Node
 }
 
 // newPool is strict for ADD and STATUS. Everything else goes on with whatever tells where the leases are: the ranges may
 // have changed since they were given.
-func newPool(r *Request, links Links) (Addresses, error) {
+func newPool(r *Request, links Links, node Node) (Addresses, error) {
 	cfg, err := poolConfig(r.Config)
 	if err != nil && (r.Command == "ADD" || r.Command == "STATUS") {
 		return nil, err
@@ -37,7 +41,7 @@ func newPool(r *Request, links Links) (Addresses, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &pool{r: r, pool: p, links: links}, nil
+	return &pool{r: r, pool: p, links: links, node: node}, nil
 }
 
 // poolConfig puts the ranges that the runtime asks for (capability ipRanges) before the configured ones, as host-local
@@ -92,6 +96,12 @@ func (p *pool) Add(ctx context.Context) (Given, error) {
 		PodNamespace: p.r.Args.PodNamespace, PodName: p.r.Args.PodName,
 	}
 	lease, err := p.pool.Allocate(ctx, owner, p.r.requestedIPs())
+	if errors.Is(err, ipam.ErrCorrupt) {
+		if err := p.rebuild(ctx); err != nil {
+			return Given{}, err
+		}
+		lease, err = p.pool.Allocate(ctx, owner, p.r.requestedIPs())
+	}
 	if errors.Is(err, ipam.ErrOwnerHasLease) {
 		// The pod has no such interface (that was looked up before): an ADD was killed half-way.
 		p.r.Log.Warn("removing what an interrupted ADD of this attachment left", "lease", lease.Addrs)
@@ -111,6 +121,43 @@ func (p *pool) Add(ctx context.Context) (Given, error) {
 		return Given{}, err
 	}
 	return givenBy(result)
+}
+
+// rebuild replaces a corrupt store by one with the leases of the pods that live. Every lease of ours has a link in the
+// kernel, except for ADDs that are under way in this very moment.
+func (p *pool) rebuild(ctx context.Context) error {
+	pods, err := p.node.Live(p.r.Config.Name)
+	if err != nil {
+		return fmt.Errorf("rebuild the lease store: %w", err)
+	}
+	aside, err := p.pool.Rebuild(ctx, liveLeases(pods, p.pool.Config(), time.Now().UTC()))
+	if err == nil && aside != "" {
+		p.r.Log.Error("the lease store was corrupt; rebuilt it from the pods that live", "old", aside, "pods", len(pods))
+	}
+	return err
+}
+
+// liveLeases says which leases the pods that live must have had.
+func liveLeases(pods []networking.LivePod, cfg ipam.Config, now time.Time) []ipam.Lease {
+	var leases []ipam.Lease
+	for _, pod := range pods {
+		namespace, name, _ := strings.Cut(pod.Label, "/")
+		l := ipam.Lease{
+			Owner: ipam.Owner{ContainerID: pod.ContainerID, IfName: pod.IfName, PodNamespace: namespace, PodName: name},
+			Time:  now, Writer: ipam.InProcess,
+		}
+		for _, a := range pod.Addrs {
+			leased := ipam.LeasedAddr{Addr: netip.PrefixFrom(a, a.BitLen())}
+			for _, r := range slices.Concat(cfg.Sets...) {
+				if r.Subnet.Contains(a) {
+					leased = ipam.LeasedAddr{Addr: netip.PrefixFrom(a, r.Subnet.Bits()), Gateway: r.Gateway}
+				}
+			}
+			l.Addrs = append(l.Addrs, leased)
+		}
+		leases = append(leases, l)
+	}
+	return leases
 }
 
 // givenBy reads an IPAM result.

@@ -128,15 +128,23 @@ func mergeDNS(c netconf.Config, ipam types.DNS) types.DNS {
 	return dns
 }
 
-// buildResult says what the kernel has now: /32 and /128 addresses, the host's end first.
-func buildResult(r *Request, pod networking.Pod, links networking.PodLinks, given Given) (*types100.Result, error) {
-	result := &types100.Result{CNIVersion: types100.ImplementedSpecVersion}
-	if r.Config.PrevResult != nil {
-		previous, err := parseResult(r.Config.PrevResult, r.Config.CNIVersion)
-		if err != nil {
-			return nil, fmt.Errorf("%w: prevResult: %w", netconf.ErrInvalid, err)
-		}
-		result = previous
+// previous is the result of the plugins before us in a chain, or of ADD; nil where there is none.
+func (r *Request) previous() (*types100.Result, error) {
+	if r.Config.PrevResult == nil {
+		return nil, nil
+	}
+	result, err := parseResult(r.Config.PrevResult, r.Config.CNIVersion)
+	if err != nil {
+		return nil, fmt.Errorf("%w: prevResult: %w", netconf.ErrInvalid, err)
+	}
+	return result, nil
+}
+
+// buildResult says what the kernel has now: /32 and /128 addresses, the host's end first. It extends previous, if any.
+func buildResult(r *Request, previous *types100.Result, pod networking.Pod, links networking.PodLinks, given Given) *types100.Result {
+	result := previous
+	if result == nil {
+		result = &types100.Result{CNIVersion: types100.ImplementedSpecVersion}
 	}
 	inPod := len(result.Interfaces) + 1
 	result.Interfaces = append(result.Interfaces,
@@ -167,20 +175,16 @@ func buildResult(r *Request, pod networking.Pod, links networking.PodLinks, give
 	if dns := mergeDNS(r.Config, given.DNS); !dns.IsEmpty() {
 		result.DNS = dns
 	}
-	return result, nil
+	return result
 }
 
 // printResult writes the result in the version of the configuration.
-func printResult(w io.Writer, r *Request, pod networking.Pod, links networking.PodLinks, given Given) error {
-	result, err := buildResult(r, pod, links, given)
+func printResult(w io.Writer, r *Request, result *types100.Result) error {
+	current, err := version.GreaterThanOrEqualTo(r.Config.CNIVersion, "1.1.0")
 	if err != nil {
 		return err
 	}
-	older, err := version.GreaterThanOrEqualTo(r.Config.CNIVersion, "1.1.0")
-	if err != nil {
-		return err
-	}
-	if !older {
+	if !current {
 		dropNewFields(result)
 	}
 	converted, err := result.GetAsVersion(r.Config.CNIVersion)
@@ -203,12 +207,12 @@ func dropNewFields(result *types100.Result) {
 // expectedState reads prevResult for CHECK.
 func expectedState(r *Request) (networking.PodState, error) {
 	s := networking.PodState{ContainerID: r.ContainerID, IfName: r.IfName, Netns: r.Netns}
-	if r.Config.PrevResult == nil {
-		return s, fmt.Errorf("%w: prevResult: missing; CHECK needs the result of ADD", netconf.ErrInvalid)
-	}
-	result, err := parseResult(r.Config.PrevResult, r.Config.CNIVersion)
+	result, err := r.previous()
 	if err != nil {
-		return s, fmt.Errorf("%w: prevResult: %w", netconf.ErrInvalid, err)
+		return s, err
+	}
+	if result == nil {
+		return s, fmt.Errorf("%w: prevResult: missing; CHECK needs the result of ADD", netconf.ErrInvalid)
 	}
 	inPod := -1
 	for i, link := range result.Interfaces {

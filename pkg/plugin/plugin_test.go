@@ -1,0 +1,681 @@
+package plugin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/networking"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// fakeKernel holds links in memory. fail names the calls that fail.
+type fakeKernel struct {
+	links map[string]networking.Pod // by link name
+	fail  map[string]error
+	live  []networking.LivePod
+}
+
+func (k *fakeKernel) Vacant(_, ifName string) error { return k.fail["vacant"] }
+
+func (k *fakeKernel) Attach(pod networking.Pod) (networking.PodLinks, error) {
+	name := networking.PodLinkName(pod.ContainerID, pod.IfName)
+	k.links[name] = pod
+	if err := k.fail["attach"]; err != nil {
+		return networking.PodLinks{}, err // half-way: the link is there
+	}
+	mac := pod.MAC
+	if mac == nil {
+		mac = net.HardwareAddr{2, 0, 0, 0, 0, 2}
+	}
+	return networking.PodLinks{
+		HostName: name, HostMAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, PodMAC: mac, HostMTU: 1280, PodMTU: 1280,
+	}, nil
+}
+
+func (k *fakeKernel) Detach(containerID, ifName string) error {
+	if err := k.fail["detach"]; err != nil {
+		return err
+	}
+	delete(k.links, networking.PodLinkName(containerID, ifName))
+	return nil
+}
+
+func (k *fakeKernel) Check(networking.PodState) error { return k.fail["check"] }
+func (k *fakeKernel) Gate([]netip.Prefix) error       { return k.fail["gate"] }
+func (k *fakeKernel) HasPods() bool                   { return len(k.links) > 0 }
+
+func (k *fakeKernel) Live(string) ([]networking.LivePod, error) { return k.live, nil }
+
+func (k *fakeKernel) Sweep(_ string, keep func(string) bool) (left []string, err error) {
+	if err := k.fail["list"]; err != nil {
+		return nil, err
+	}
+	for name := range k.links {
+		if keep(name) {
+			continue
+		}
+		if k.fail["sweep"] != nil {
+			left, err = append(left, name), k.fail["sweep"]
+		} else {
+			delete(k.links, name)
+		}
+	}
+	return left, err
+}
+
+// bench is a plugin on a fake kernel and a real address pool.
+type bench struct {
+	*Plugin
+	kernel *fakeKernel
+	dir    string
+	out    *bytes.Buffer
+	log    *bytes.Buffer
+	hints  []hint.Hint
+}
+
+func newBench(t *testing.T) *bench {
+	k := &fakeKernel{links: map[string]networking.Pod{}, fail: map[string]error{}}
+	b := &bench{kernel: k, dir: t.TempDir(), out: &bytes.Buffer{}, log: &bytes.Buffer{}}
+	b.Plugin = &Plugin{
+		Links: k, Node: k, Addresses: addressesFor(k, k), Stdout: b.out, Stderr: b.log, Start: time.Now(),
+		Hint: func(_ context.Context, _ string, h hint.Hint) error {
+			b.hints = append(b.hints, h)
+			return errors.New("no daemon")
+		},
+	}
+	return b
+}
+
+// args makes a command for container id. keys are set in the configuration.
+func (b *bench) args(t *testing.T, id, keys string) *skel.CmdArgs {
+	t.Helper()
+	conf := map[string]json.RawMessage{}
+	base := fmt.Sprintf(`{"cniVersion":"1.1.0","name":"n","type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,
+		"ranges":[[{"subnet":"10.244.1.0/30"}],[{"subnet":"fd00:244:1::/64"}]]},"gate":{"podCIDRs":["10.244.1.0/24","fd00:244:1::/64"]}}`, b.dir)
+	for _, s := range []string{base, keys} {
+		if s == "" {
+			continue
+		}
+		if err := json.Unmarshal([]byte(s), &conf); err != nil {
+			t.Fatalf("%s: %v", s, err)
+		}
+	}
+	stdin, err := json.Marshal(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &skel.CmdArgs{ContainerID: id, IfName: "eth0", Netns: "/run/netns/x", StdinData: stdin,
+		Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=" + id}
+}
+
+func (b *bench) leases(t *testing.T) []ipam.Lease {
+	t.Helper()
+	p, err := ipam.Open(ipam.Config{Network: "n", DataDir: b.dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := p.List(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func (b *bench) empty(t *testing.T) {
+	t.Helper()
+	if l := b.leases(t); len(l) > 0 || len(b.kernel.links) > 0 {
+		t.Errorf("left behind: leases %v, links %v", l, b.kernel.links)
+	}
+}
+
+// fails asserts a CNI error and returns its text.
+func fails(t *testing.T, err error, code uint) string {
+	t.Helper()
+	var e *types.Error
+	if !errors.As(err, &e) {
+		t.Fatalf("got %v, want a CNI error", err)
+	}
+	if e.Code != code {
+		t.Errorf("code %d, want %d: %v", e.Code, code, e)
+	}
+	if strings.Contains(e.Error(), "\n") {
+		t.Errorf("more than a line: %v", e)
+	}
+	return e.Error()
+}
+
+var bg = context.Background()
+
+func TestAddAndDel(t *testing.T) {
+	b := newBench(t)
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	leases := b.leases(t)
+	if len(leases) != 1 || leases[0].Writer != ipam.InProcess || leases[0].PodName != "web" {
+		t.Errorf("leases: %+v", leases)
+	}
+	if h := b.hints[0]; h.Command != "ADD" || h.ErrorCode != 0 || len(h.Addrs) != 2 || h.PodName != "web" || h.HostIfName == "" || h.Duration <= 0 {
+		t.Errorf("hint: %+v", h)
+	}
+	for range 2 {
+		a := b.args(t, "c1", "")
+		a.Netns = ""
+		if err := b.Del(bg, a); err != nil {
+			t.Fatal(err)
+		}
+		b.empty(t)
+	}
+	if h := b.hints[2]; h.Command != "DEL" || h.ErrorCode != 0 {
+		t.Errorf("hint: %+v", h)
+	}
+	if b.log.Len() > 0 {
+		t.Errorf("steady state logs: %s", b.log)
+	}
+}
+
+// TestAddFailsAtEachStep: the code tells what failed, and nothing is left behind.
+func TestAddFailsAtEachStep(t *testing.T) {
+	boom := errors.New("boom")
+	for _, tt := range []struct {
+		name, keys string
+		prepare    func(*bench)
+		code       uint
+		stage      string
+		want       string
+	}{
+		{"config", `{"mut":1}`, nil, 7, "config", "mut: unknown key"},
+		{"ipam config", `{"ipam":{"type":"headcni-ipam","strategie":"x"}}`, nil, 7, "config", "strategie"},
+		{"gate", "", func(b *bench) { b.kernel.fail["gate"] = networking.ErrNotProgrammed }, 11, "gate", "not programmed"},
+		{"netns", "", func(b *bench) { b.kernel.fail["vacant"] = networking.ErrPodNetns }, 8, "netns", "namespace"},
+		{"interface exists", "", func(b *bench) { b.kernel.fail["vacant"] = networking.ErrPodLinkExists }, CodeInterfaceExists, "netns", "exists"},
+		{"address", `{"runtimeConfig":{"ips":["10.9.9.9"]}}`, nil, CodeAddress, "ipam", "10.9.9.9"},
+		{"no IPv6", `{"enable_ipv6":true,"ipam":{"type":"headcni-ipam","subnet":"10.244.1.0/24"}}`, nil, 7, "config", "enable_ipv6"},
+		{"attach", "", func(b *bench) { b.kernel.fail["attach"] = boom }, CodeAttach, "attach", "boom"},
+		{"IPv6 off", "", func(b *bench) { b.kernel.fail["attach"] = networking.ErrNoIPv6 }, CodeNoIPv6, "attach", "IPv6"},
+		{"netns gone", "", func(b *bench) { b.kernel.fail["attach"] = networking.ErrPodNetns }, 8, "attach", "namespace"},
+		{"result", "", func(b *bench) { b.Stdout = brokenPipe{} }, 5, "result", "broken pipe"},
+		{"prevResult", `{"prevResult":{"cniVersion":"9.9.9"}}`, nil, 7, "config", "prevResult"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBench(t)
+			if tt.prepare != nil {
+				tt.prepare(b)
+			}
+			if text := fails(t, b.Add(bg, b.args(t, "c1", tt.keys)), tt.code); !strings.Contains(text, tt.want) {
+				t.Errorf("got %q, want %q in it", text, tt.want)
+			}
+			if h := b.hints[0]; h.ErrorCode != tt.code || h.Stage != tt.stage {
+				t.Errorf("hint: code %d stage %q, want %d %q", h.ErrorCode, h.Stage, tt.code, tt.stage)
+			}
+			b.empty(t)
+		})
+	}
+}
+
+type brokenPipe struct{}
+
+func (brokenPipe) Write([]byte) (int, error) { return 0, errors.New("broken pipe") }
+
+func TestUndoThatFailsKeepsTheAddress(t *testing.T) {
+	b := newBench(t)
+	b.kernel.fail["attach"], b.kernel.fail["detach"] = errors.New("boom"), errors.New("stuck")
+	text := fails(t, b.Add(bg, b.args(t, "c1", "")), CodeAttach)
+	if !strings.Contains(text, "boom") || !strings.Contains(text, "stuck") {
+		t.Errorf("got %q", text)
+	}
+	if len(b.leases(t)) != 1 {
+		t.Error("the address is free while the link may be there")
+	}
+}
+
+func TestDelThatCannotDetachKeepsTheAddress(t *testing.T) {
+	b := newBench(t)
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	b.kernel.fail["detach"] = errors.New("stuck")
+	fails(t, b.Del(bg, b.args(t, "c1", "")), CodeDetach)
+	if len(b.leases(t)) != 1 {
+		t.Error("the address is free while the link is there")
+	}
+	b.kernel.fail["detach"] = nil
+	if err := b.Del(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	b.empty(t)
+}
+
+// TestDelOfWhatCannotBeAdded: the configuration may have become wrong since ADD.
+func TestDelIsLenient(t *testing.T) {
+	for _, keys := range []string{
+		`{"mut":1}`, `{"mtu":"x"}`, `{"pod_cidr":"10.9.0.0/16"}`, `{"gate":{}}`,
+		`{"ipam":{"type":"headcni-ipam","dataDir":"DIR","rangeStart":"junk"}}`,
+	} {
+		b := newBench(t)
+		if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
+			t.Fatal(err)
+		}
+		a := b.args(t, "c1", strings.ReplaceAll(keys, "DIR", b.dir))
+		a.Args = "junk;IP=junk"
+		if err := b.Del(bg, a); err != nil {
+			t.Errorf("%s: %v", keys, err)
+		}
+		b.empty(t)
+	}
+}
+
+func TestSecondAddTouchesNothing(t *testing.T) {
+	b := newBench(t)
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	before := b.leases(t)
+	b.kernel.fail["vacant"] = networking.ErrPodLinkExists
+	fails(t, b.Add(bg, b.args(t, "c1", "")), CodeInterfaceExists)
+	if diff := cmp.Diff(len(before), len(b.leases(t))); diff != "" || len(b.kernel.links) != 1 {
+		t.Errorf("the first attachment suffered: %s, links %v", diff, b.kernel.links)
+	}
+}
+
+func TestLeaseOfAnInterruptedAddIsReplaced(t *testing.T) {
+	b := newBench(t)
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil { // the pod has no interface: the first one was killed
+		t.Fatal(err)
+	}
+	if l := b.leases(t); len(l) != 1 || len(b.kernel.links) != 1 {
+		t.Errorf("leases %v, links %v", l, b.kernel.links)
+	}
+}
+
+func TestPoolExhausted(t *testing.T) {
+	b := newBench(t)
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil { // a /30 has one address for pods
+		t.Fatal(err)
+	}
+	if text := fails(t, b.Add(bg, b.args(t, "c2", "")), CodeAddress); !strings.Contains(text, "no address is free") {
+		t.Errorf("got %q", text)
+	}
+	if l := b.leases(t); len(l) != 1 || l[0].ContainerID != "c1" {
+		t.Errorf("leases %v", l)
+	}
+}
+
+func TestCorruptStoreIsRebuiltFromTheLinks(t *testing.T) {
+	b := newBench(t)
+	wide := fmt.Sprintf(`{"ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}`, b.dir)
+	if err := b.Add(bg, b.args(t, "c1", wide)); err != nil {
+		t.Fatal(err)
+	}
+	first := b.leases(t)[0].Addrs[0].Addr
+	b.kernel.live = []networking.LivePod{{ContainerID: "c1", IfName: "eth0", Label: "ns/web", Addrs: []netip.Addr{first.Addr()}}}
+	spoilStore(t, b.dir)
+	if err := b.Add(bg, b.args(t, "c2", wide)); err != nil {
+		t.Fatal(err)
+	}
+	l := b.leases(t)
+	if len(l) != 2 || l[0].Addrs[0].Addr == l[1].Addrs[0].Addr || l[0].Addrs[0].Addr != first || l[0].PodName != "web" {
+		t.Errorf("leases %+v, want c1 with %s and another", l, first)
+	}
+	if !strings.Contains(b.log.String(), "corrupt") {
+		t.Errorf("not said: %s", b.log)
+	}
+}
+
+// spoilStore damages the layout of the store beyond what a killed writer can.
+func spoilStore(t *testing.T, dir string) {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(dir, "n", "*", "index"))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("no store in %s: %v, %v", dir, found, err)
+	}
+	if err := errors.Join(os.RemoveAll(found[0]), os.WriteFile(found[0], []byte("junk"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestResultVersions(t *testing.T) {
+	for _, version := range []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
+		t.Run(version, func(t *testing.T) {
+			b := newBench(t)
+			keys := fmt.Sprintf(`{"cniVersion":%q,"magic_dns":{"enable":true,"base_domain":"cluster.local","nameservers":["10.2.0.1"]},
+				"ipam":{"type":"headcni-ipam","dataDir":%q,"ranges":[[{"subnet":"10.244.1.0/24","gateway":"10.244.1.254"}],[{"subnet":"fd00:244:1::/64"}]],
+				"routes":[{"dst":"0.0.0.0/0","mtu":1200,"advmss":1160,"priority":5}]}}`, version, b.dir)
+			if err := b.Add(bg, b.args(t, "c1", keys)); err != nil {
+				t.Fatal(err)
+			}
+			golden(t, "result-"+version+".json", b.out.Bytes())
+		})
+	}
+}
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := errors.Join(os.MkdirAll("testdata", 0o755), os.WriteFile(path, append(got, '\n'), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(strings.TrimSpace(string(want)), strings.TrimSpace(string(got))); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestChained(t *testing.T) {
+	b := newBench(t)
+	keys := `{"prevResult":{"cniVersion":"1.1.0","interfaces":[{"name":"net1","sandbox":"/run/netns/x","mac":"02:00:00:00:00:aa"}],
+		"ips":[{"address":"192.0.2.9/24","interface":0}],"routes":[{"dst":"192.0.2.0/24"}],"dns":{"nameservers":["192.0.2.53"]}}}`
+	if err := b.Add(bg, b.args(t, "c1", keys)); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "chained.json", b.out.Bytes())
+}
+
+func TestRequested(t *testing.T) {
+	b := newBench(t)
+	wide := fmt.Sprintf(`{"ipam":{"type":"headcni-ipam","dataDir":%q,"ranges":[[{"subnet":"10.244.1.0/24"}],[{"subnet":"fd00:244:1::/64"}]]},
+		"runtimeConfig":{"mac":"02:00:00:00:00:77"}}`, b.dir)
+	a := b.args(t, "c1", wide)
+	a.Args = "IP=10.244.1.77,fd00:244:1::77;MAC=02:00:00:00:00:66"
+	if err := b.Add(bg, a); err != nil {
+		t.Fatal(err)
+	}
+	pod := b.kernel.links[networking.PodLinkName("c1", "eth0")]
+	if got := fmt.Sprint(pod.Addrs, pod.MAC); got != "[10.244.1.77 fd00:244:1::77] 02:00:00:00:00:77" {
+		t.Errorf("got %s", got)
+	}
+	// The capability ipRanges goes before the configured ranges.
+	a = b.args(t, "c2", `{"runtimeConfig":{"ipRanges":[[{"subnet":"10.244.1.128/25"}]]},"ipam":{"type":"headcni-ipam","dataDir":"`+b.dir+`"}}`)
+	if err := b.Add(bg, a); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.kernel.links[networking.PodLinkName("c2", "eth0")].Addrs; len(got) != 1 || !netip.MustParsePrefix("10.244.1.128/25").Contains(got[0]) {
+		t.Errorf("got %v", got)
+	}
+}
+
+func TestMergeDNS(t *testing.T) {
+	ipamDNS := types.DNS{Nameservers: []string{"1"}, Domain: "i", Search: []string{"is"}, Options: []string{"io"}}
+	conf := netconf.DNS{Nameservers: []string{"2"}, Options: []string{"co"}}
+	magic := netconf.MagicDNS{Enable: true, Nameservers: []string{"3"}, BaseDomain: "m", SearchDomains: []string{"ms"}}
+	runtime := netconf.DNS{Nameservers: []string{"4"}, Search: []string{"rs"}}
+	for _, tt := range []struct {
+		name string
+		c    netconf.Config
+		ipam types.DNS
+		want types.DNS
+	}{
+		{"nothing", netconf.Config{}, types.DNS{}, types.DNS{}},
+		{"ipam", netconf.Config{}, ipamDNS, ipamDNS},
+		{"conf over ipam", netconf.Config{DNS: conf}, ipamDNS, types.DNS{Nameservers: []string{"2"}, Domain: "i", Search: []string{"is"}, Options: []string{"co"}}},
+		{"magic off", netconf.Config{MagicDNS: netconf.MagicDNS{Nameservers: []string{"3"}}}, ipamDNS, ipamDNS},
+		{"magic over conf", netconf.Config{DNS: conf, MagicDNS: magic}, ipamDNS, types.DNS{Nameservers: []string{"3"}, Domain: "m", Search: []string{"ms"}, Options: []string{"co"}}},
+		{"runtime over all", netconf.Config{DNS: conf, MagicDNS: magic, Runtime: netconf.Runtime{DNS: runtime}}, ipamDNS,
+			types.DNS{Nameservers: []string{"4"}, Domain: "m", Search: []string{"rs"}, Options: []string{"co"}}},
+	} {
+		if diff := cmp.Diff(tt.want, mergeDNS(tt.c, tt.ipam)); diff != "" {
+			t.Errorf("%s: %s", tt.name, diff)
+		}
+	}
+}
+
+func TestParseArgs(t *testing.T) {
+	a, err := parseArgs("IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=p;IP=;MAC=02:00:00:00:00:01;OTHER=a=b;")
+	if err != nil || a.PodNamespace != "ns" || a.PodName != "p" || a.IPs != nil || a.MAC.String() != "02:00:00:00:00:01" {
+		t.Errorf("got %+v, %v", a, err)
+	}
+	for _, s := range []string{"x", "IP=1.2.3", "MAC=ff:ff:ff:ff:ff:ff", "IP=::1%lo"} {
+		if _, err := parseArgs(s); !errors.Is(err, errEnvironment) || !strings.Contains(err.Error(), "CNI_ARGS") {
+			t.Errorf("%q: %v", s, err)
+		}
+	}
+	b := newBench(t)
+	bad := b.args(t, "c1", "")
+	bad.Args = "IP=x"
+	fails(t, b.Add(bg, bad), types.ErrInvalidEnvironmentVariables)
+}
+
+func TestGC(t *testing.T) {
+	wide := func(b *bench, valid string) string {
+		return fmt.Sprintf(`{"ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}%s}`, b.dir, valid)
+	}
+	setUp := func(t *testing.T) *bench {
+		b := newBench(t)
+		for _, id := range []string{"c1", "c2", "c3"} {
+			if err := b.Add(bg, b.args(t, id, wide(b, ""))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return b
+	}
+	one := `,"cni.dev/valid-attachments":[{"containerID":"c2","ifname":"eth0"}]`
+	t.Run("stale go", func(t *testing.T) {
+		b := setUp(t)
+		if err := b.GC(bg, b.args(t, "", wide(b, one))); err != nil {
+			t.Fatal(err)
+		}
+		if l := b.leases(t); len(l) != 1 || l[0].ContainerID != "c2" || len(b.kernel.links) != 1 {
+			t.Errorf("leases %v, links %v", l, b.kernel.links)
+		}
+	})
+	t.Run("a link that stays keeps its address", func(t *testing.T) {
+		b := setUp(t)
+		b.kernel.fail["sweep"] = errors.New("stuck")
+		fails(t, b.GC(bg, b.args(t, "", wide(b, one))), CodeDetach)
+		if l := b.leases(t); len(l) != 3 {
+			t.Errorf("leases %v", l)
+		}
+	})
+	t.Run("unknown links keep all", func(t *testing.T) {
+		b := setUp(t)
+		b.kernel.fail["list"] = errors.New("no netlink")
+		fails(t, b.GC(bg, b.args(t, "", wide(b, one))), CodeDetach)
+		if l := b.leases(t); len(l) != 3 {
+			t.Errorf("leases %v", l)
+		}
+	})
+	t.Run("no list", func(t *testing.T) {
+		b := setUp(t)
+		fails(t, b.GC(bg, b.args(t, "", wide(b, ""))), 7)
+		if l := b.leases(t); len(l) != 3 {
+			t.Errorf("leases %v", l)
+		}
+	})
+}
+
+func TestStatus(t *testing.T) {
+	b := newBench(t)
+	if err := b.Status(bg, b.args(t, "", "")); err != nil {
+		t.Error(err)
+	}
+	b.kernel.fail["gate"] = networking.ErrNotProgrammed
+	fails(t, b.Status(bg, b.args(t, "", "")), types.ErrPluginNotAvailable)
+	b.kernel.links["hc"] = networking.Pod{}
+	fails(t, b.Status(bg, b.args(t, "", "")), types.ErrLimitedConnectivity)
+	fails(t, b.Status(bg, b.args(t, "", `{"mut":1}`)), 7)
+	if len(b.hints) > 0 {
+		t.Errorf("STATUS sends hints: %v", b.hints)
+	}
+}
+
+func TestCheck(t *testing.T) {
+	b := newBench(t)
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	previous := fmt.Sprintf(`{"prevResult":%s}`, b.out)
+	if err := b.Check(bg, b.args(t, "c1", previous)); err != nil {
+		t.Error(err)
+	}
+	fails(t, b.Check(bg, b.args(t, "c1", "")), 7)       // no prevResult
+	fails(t, b.Check(bg, b.args(t, "c2", previous)), 7) // another's
+	b.kernel.fail["check"] = errors.New("host link is missing")
+	if text := fails(t, b.Check(bg, b.args(t, "c1", previous)), CodeCheck); !strings.Contains(text, "host link is missing") {
+		t.Errorf("got %q", text)
+	}
+	b.kernel.fail["check"] = nil
+	if err := b.Del(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, b.Check(bg, b.args(t, "c1", previous)), CodeAddress) // no lease
+	b.kernel.fail["gate"] = networking.ErrNotProgrammed
+	fails(t, b.Check(bg, b.args(t, "c1", previous)), types.ErrTryAgainLater)
+}
+
+func TestLog(t *testing.T) {
+	b := newBench(t)
+	file := filepath.Join(t.TempDir(), "headcni.log")
+	if err := os.WriteFile(file, make([]byte, logLimit), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	keys := fmt.Sprintf(`{"log_level":"debug","log_file":%q,"auth_key":"s3cret"}`, file)
+	if err := b.Add(bg, b.args(t, "c1", keys)); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"auth_key stands in", "msg=done", "container=c1"} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("no %q in %s", want, text)
+		}
+	}
+	if strings.Contains(string(text), "s3cret") || b.log.Len() > 0 {
+		t.Errorf("secret in the log, or standard error in use: %s %s", text, b.log)
+	}
+	if info, err := os.Stat(file + ".1"); err != nil || info.Size() != logLimit {
+		t.Errorf("not rotated: %v", err)
+	}
+}
+
+// script writes an IPAM plugin that notes what it was given and answers with output.
+func script(t *testing.T, name, body string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	text := "#!/bin/sh\nd=$(dirname $0)\necho $CNI_COMMAND $CNI_CONTAINERID >>$d/calls\ncat >$d/stdin\n" + body + "\n"
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestDelegate(t *testing.T) {
+	answer := `echo '{"ips":[{"address":"10.9.0.5/24","gateway":"10.9.0.1"}],"dns":{"nameservers":["10.9.0.53"]}}'`
+	run := func(t *testing.T, body string, f func(*Plugin, *skel.CmdArgs) error, keys string) (dir string, b *bench, err error) {
+		dir, b = script(t, "my-ipam", body), newBench(t)
+		t.Setenv("CNI_CONTAINERID", "c1")
+		t.Setenv("CNI_COMMAND", "OVERRIDDEN")
+		a := b.args(t, "c1", `{"ipam":{"type":"my-ipam","own":"key"}`+keys+`}`)
+		a.Path = "/nowhere:" + dir
+		return dir, b, f(b.Plugin, a)
+	}
+	calls := func(t *testing.T, dir string) string {
+		t.Helper()
+		text, err := os.ReadFile(filepath.Join(dir, "calls"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Join(strings.Split(strings.TrimSpace(string(text)), "\n"), ",")
+	}
+	add := func(p *Plugin, a *skel.CmdArgs) error { return p.Add(bg, a) }
+	t.Run("ADD", func(t *testing.T) {
+		dir, b, err := run(t, answer, add, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := calls(t, dir); got != "ADD c1" {
+			t.Errorf("calls: %s", got)
+		}
+		stdin, err := os.ReadFile(filepath.Join(dir, "stdin"))
+		if err != nil || !strings.Contains(string(stdin), `"own":"key"`) || !strings.Contains(string(stdin), `"gate"`) {
+			t.Errorf("it did not get the whole configuration: %s, %v", stdin, err)
+		}
+		pod := b.kernel.links[networking.PodLinkName("c1", "eth0")]
+		if fmt.Sprint(pod.Addrs, pod.Routes[0].Gateway) != "[10.9.0.5] 10.9.0.1" {
+			t.Errorf("pod: %+v", pod)
+		}
+	})
+	t.Run("ADD fails", func(t *testing.T) {
+		dir, b, err := run(t, `[ $CNI_COMMAND = DEL ] || { echo '{"code":123,"msg":"none left","details":"really"}'; exit 1; }`, add, "")
+		if text := fails(t, err, 123); !strings.Contains(text, "IPAM plugin my-ipam: none left") || !strings.Contains(text, "really") {
+			t.Errorf("got %q", text)
+		}
+		if got := calls(t, dir); got != "ADD c1,DEL c1" { // specification, section 4
+			t.Errorf("calls: %s", got)
+		}
+		b.empty(t)
+	})
+	t.Run("ADD answers nothing", func(t *testing.T) {
+		dir, _, err := run(t, `[ $CNI_COMMAND = DEL ] || echo '{}'`, add, "")
+		fails(t, err, CodeAddress)
+		if got := calls(t, dir); got != "ADD c1,DEL c1" {
+			t.Errorf("calls: %s", got)
+		}
+	})
+	t.Run("ADD answers junk", func(t *testing.T) {
+		_, _, err := run(t, `echo junk`, add, "")
+		fails(t, err, CodeAddress)
+	})
+	t.Run("unwanted IPv6", func(t *testing.T) {
+		dir, _, err := run(t, `echo '{"ips":[{"address":"fd00::5/64"}]}'`, add, `,"enable_ipv6":false`)
+		if text := fails(t, err, CodeAddress); !strings.Contains(text, "enable_ipv6 is false") {
+			t.Errorf("got %q", text)
+		}
+		if got := calls(t, dir); got != "ADD c1,DEL c1" {
+			t.Errorf("calls: %s", got)
+		}
+	})
+	for command, f := range map[string]func(*Plugin, *skel.CmdArgs) error{
+		"DEL":    func(p *Plugin, a *skel.CmdArgs) error { return p.Del(bg, a) },
+		"GC":     func(p *Plugin, a *skel.CmdArgs) error { return p.GC(bg, a) },
+		"STATUS": func(p *Plugin, a *skel.CmdArgs) error { return p.Status(bg, a) },
+	} {
+		t.Run(command, func(t *testing.T) {
+			dir, _, err := run(t, "", f, `,"cni.dev/valid-attachments":[]`)
+			if got := calls(t, dir); err != nil || got != command+" c1" {
+				t.Errorf("calls: %s, %v", got, err)
+			}
+			_, _, err = run(t, `echo '{"code":50,"msg":"sick"}'; exit 1`, f, `,"cni.dev/valid-attachments":[]`)
+			fails(t, err, 50)
+		})
+	}
+	t.Run("missing", func(t *testing.T) {
+		b := newBench(t)
+		a := b.args(t, "c1", `{"ipam":{"type":"my-ipam"}}`)
+		a.Path = "/nowhere"
+		if text := fails(t, b.Add(bg, a), CodeAddress); !strings.Contains(text, "/nowhere") {
+			t.Errorf("got %q", text)
+		}
+		b.kernel.links[networking.PodLinkName("c1", "eth0")] = networking.Pod{}
+		fails(t, b.Del(bg, a), CodeAddress)
+		b.empty(t) // the link went all the same
+	})
+}
