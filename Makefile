@@ -64,6 +64,11 @@ bench: build ## Speed of ADD, DEL, address management and throughput beside the 
 		go test -run '^$$' -bench . $(BENCHFLAGS) ./pkg/ipam/; \
 		go test -run '^$$' -bench . -benchtime 1x -timeout 30m $(BENCHFLAGS) ./test/bench/
 
+.PHONY: bench-rearm
+bench-rearm: build ## How long pods are dark after a restart of tailscaled, 100 times for each variant; needs root, takes 25 minutes
+	@if ((EUID != 0)); then echo "make bench-rearm: needs root: run 'sudo make bench-rearm'" >&2; exit 1; fi
+	@$(WITH_PACKAGES) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -count 1 -timeout 60m ./test/rearm/ -args -trials $(or $(TRIALS),100)
+
 .PHONY: lint
 lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against README_CN.md
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
