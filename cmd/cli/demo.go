@@ -117,38 +117,34 @@ func newestWorld() (lab.World, error) {
 }
 
 // runDemo shows everything. What does not hold is counted and the show goes on; an error ends it.
-func runDemo(ctx context.Context, s *screen, keep bool) (err error) {
+func runDemo(ctx context.Context, s *screen, keep bool) error {
 	began := time.Now()
 	d := &demo{screen: s}
 	s.println("")
 	s.println("  " + s.paint(bold, "HeadCNI") + "  two nodes, four pods, IPv4 and IPv6, on real Headscale and tailscaled")
-	if err := d.setUp(ctx); err != nil {
-		s.clear()
+	var err error
+	for _, part := range []func(context.Context) error{d.setUp, d.matrix, d.throughput, d.names, d.faults} {
+		if err = part(ctx); err != nil {
+			break
+		}
+	}
+	s.clear()
+	if err == nil && keep {
+		if err = d.lab.Keep(d.pods); err == nil {
+			d.lookAround()
+			return d.verdict(time.Since(began))
+		}
+	}
+	if d.lab != nil {
+		err = errors.Join(err, d.cleanUp())
+	}
+	if ctx.Err() != nil {
+		return errors.New("interrupted")
+	}
+	if err != nil {
 		return err
 	}
-	kept := false
-	defer func() {
-		if !kept {
-			err = errors.Join(err, d.cleanUp())
-		}
-		if err == nil {
-			err = d.verdict(time.Since(began))
-		}
-	}()
-	for _, part := range []func(context.Context) error{d.matrix, d.throughput, d.names, d.faults} {
-		if err := part(ctx); err != nil {
-			s.clear()
-			return err
-		}
-	}
-	if keep {
-		if err := d.lab.Keep(d.pods); err != nil {
-			return err
-		}
-		kept = true
-		d.lookAround()
-	}
-	return nil
+	return d.verdict(time.Since(began))
 }
 
 // verdict is the last line, and the exit code.

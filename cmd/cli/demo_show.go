@@ -16,6 +16,9 @@ const (
 	// burst is how long one throughput measurement sends; each path is measured rounds times, in turns.
 	burst  = 1200 * time.Millisecond
 	rounds = 2
+	// fair is the least share of their nodes' throughput that pods must get. It is about 1 on a quiet machine, but two
+	// seconds on a busy one prove little.
+	fair = 0.5
 	// watch is how long the pods are watched after a fault.
 	watch = 2 * time.Second
 	// backWithin bounds the wait for pods to talk again.
@@ -34,26 +37,26 @@ var podNames = []string{"web", "shop", "cart", "stock"}
 
 func (d *demo) setUp(ctx context.Context) (err error) {
 	d.heading("Set-up")
-	d.now("building a world in namespaces")
-	d.lab, err = lab.New(ctx, lab.Options{Bin: binDir(), Step: func(what string, took time.Duration) {
-		d.check(true, took, "%s", what)
-		d.now("next ...")
-	}})
+	d.lab, err = lab.New(ctx, lab.Options{
+		Bin:   binDir(),
+		Begin: func(what string) { d.now("%s ...", what) },
+		Step:  func(what string, took time.Duration) { d.check(true, took, "%s", what) },
+	})
 	if err != nil {
 		return err
 	}
 	for _, n := range d.lab.Nodes {
 		addrs, err := n.TailnetAddrs()
 		if err != nil {
-			return errors.Join(err, d.lab.Close())
+			return err
 		}
-		d.detail("%s  %-6s mode  %-10s  %s, %s  pods %s, %s", n.Name, n.Mode, n.Tun, addrs[0], addrs[1], n.PodCIDRs[0], n.PodCIDRs[1])
+		d.detail("%s  %-11s  %-10s  %s, %s  pods %s, %s", n.Name, n.Mode+" mode", n.Tun, addrs[0], addrs[1], n.PodCIDRs[0], n.PodCIDRs[1])
 	}
 	var slowest time.Duration
 	for i, name := range podNames {
 		p, err := d.lab.Nodes[i/2].AddPod(ctx, name, lab.PodOptions{})
 		if err != nil {
-			return errors.Join(err, d.lab.Close())
+			return err
 		}
 		d.pods = append(d.pods, p)
 		slowest = max(slowest, p.Setup)
@@ -93,6 +96,9 @@ func (d *demo) matrix(ctx context.Context) error {
 				}
 				asked++
 				rtt, err := question(ctx, from, to, v6)
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
 				if err != nil {
 					wrong = append(wrong, fmt.Sprintf("%s to %s, %s: %v", from.Name, to.Name, family(v6), err))
 					row += fmt.Sprintf("%12s", "NO")
@@ -160,9 +166,12 @@ func (d *demo) throughput(ctx context.Context) error {
 			p := &paths[i]
 			d.now("%s ...", p.name)
 			rate, err := lab.Throughput(ctx, p.from, p.to, p.addr, burst)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
 			if err != nil {
 				d.check(false, 0, "%s: %v", p.name, err)
-				return ctx.Err()
+				return nil
 			}
 			p.rate = max(p.rate, rate)
 		}
@@ -170,7 +179,7 @@ func (d *demo) throughput(ctx context.Context) error {
 	for _, p := range paths {
 		d.detail("%-28s %6.2f Gbit/s  %s", p.name, p.rate/1e9, d.bar(p.rate, paths[2].rate))
 	}
-	d.check(paths[0].rate > 0, 0, "pods get %.0f %% of what their nodes get over tailscale", 100*paths[0].rate/paths[1].rate)
+	d.check(paths[0].rate > fair*paths[1].rate, 0, "pods get %.0f %% of what their nodes get over tailscale", 100*paths[0].rate/paths[1].rate)
 	return ctx.Err()
 }
 
@@ -186,9 +195,12 @@ func (d *demo) names(ctx context.Context) error {
 	began := time.Now()
 	got, err := lab.Lookup(ctx, d.pods[0], name)
 	took := time.Since(began)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	if err != nil {
 		d.check(false, took, "pod %s asks MagicDNS for %s: %v", d.pods[0].Name, name, err)
-		return ctx.Err()
+		return nil
 	}
 	held := len(got) > 0
 	var text []string
@@ -261,8 +273,8 @@ func (d *demo) killHeadscale(ctx context.Context) error {
 	killErr := d.lab.Control.Headscale.Kill()
 	pause(ctx, watch)
 	r := flows.stop()
-	if killErr != nil {
-		return killErr
+	if err := errors.Join(killErr, ctx.Err()); err != nil {
+		return err
 	}
 	d.check(r.Lost == 0, 0, "Headscale killed: %d of %d packets arrived", r.Sent-r.Lost, r.Sent)
 	began := time.Now()
@@ -285,8 +297,8 @@ func (d *demo) killDaemon(ctx context.Context) error {
 	late, addErr := node.AddPod(ctx, "late", lab.PodOptions{})
 	pause(ctx, watch)
 	r := flows.stop()
-	if killErr != nil {
-		return killErr
+	if err := errors.Join(killErr, ctx.Err()); err != nil {
+		return err
 	}
 	d.check(r.Lost == 0, 0, "headcni-daemon on %s killed: %d of %d packets arrived", node.Name, r.Sent-r.Lost, r.Sent)
 	if addErr != nil {
@@ -344,7 +356,7 @@ func (d *demo) killTailscaled(ctx context.Context) error {
 		}
 	}
 	seen, err := d.endCapture(capture)
-	if err = errors.Join(killErr, err); err != nil {
+	if err = errors.Join(killErr, err, ctx.Err()); err != nil {
 		return err
 	}
 	// A capture that sees nothing because nothing happens, or because it cannot, proves nothing.
@@ -356,7 +368,7 @@ func (d *demo) killTailscaled(ctx context.Context) error {
 	case dark < len(flows):
 		d.detail("but %d of %d flows were not cut", len(flows)-dark, len(flows))
 	default:
-		d.detail("%d frames captured; a packet sent in clear on purpose was seen: %s", seen.frames, yes(seen.proof))
+		d.detail("%d frames passed; a packet sent in clear on purpose was seen: %s", seen.frames, yes(seen.proof))
 	}
 	began := time.Now()
 	if err := node.StartTailscaled(); err != nil {

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -12,19 +13,18 @@ import (
 )
 
 const (
-	// captureBuffer holds what arrives between two reads, in bytes.
-	captureBuffer = 8 << 20
-	snapLength    = 128 // headers are enough
-	maxExamples   = 5
+	snapLength  = 128 // headers are enough
+	maxExamples = 5
 )
 
 // Capture counts packets in clear: those on the underlay whose outermost IP header has a pod's address in it.
 type Capture struct {
-	file *os.File
-	wg   sync.WaitGroup
+	lab    *Lab
+	before uint64 // frames on the underlay
+	file   *os.File
+	wg     sync.WaitGroup
 
 	mu       sync.Mutex
-	total    int
 	clear    int
 	examples []string
 	err      error
@@ -33,24 +33,103 @@ type Capture struct {
 // CaptureUnderlay begins to look at all frames, in and out, on the bridge and its ports. What a node sends is seen there
 // before anybody else can drop it; what crosses the bridge is seen more than once.
 func (l *Lab) CaptureUnderlay() (*Capture, error) {
-	c := &Capture{}
+	c := &Capture{lab: l}
 	err := l.Control.Do(func() error {
-		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(htons(unix.ETH_P_ALL)))
+		// Protocol 0: nothing arrives before bind, and by then there is a filter (packet(7)).
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 		if err != nil {
 			return err
 		}
 		c.file = os.NewFile(uintptr(fd), "capture on the underlay")
-		// Beyond the limit only with CAP_NET_ADMIN in the first user namespace; the counter of drops tells if it was needed.
-		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, captureBuffer) != nil {
-			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, captureBuffer)
+		// Without it, a fast transfer inside the tunnel would fill the buffer.
+		filter := clearFilter()
+		prog := &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, prog); err != nil {
+			return fmt.Errorf("attach the filter: %w", err)
 		}
-		return nil
+		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL)})
 	})
+	if err == nil {
+		c.before, err = l.frames()
+	}
 	if err != nil {
+		if c.file != nil {
+			c.file.Close()
+		}
 		return nil, fmt.Errorf("capture on the underlay: %w", err)
 	}
 	c.wg.Go(c.read)
 	return c, nil
+}
+
+// frames is how many have been on the nodes' wires so far.
+func (l *Lab) frames() (n uint64, err error) {
+	for _, node := range l.Nodes {
+		link, err := l.Control.Net.LinkByName(node.Port)
+		if err != nil {
+			return 0, err
+		}
+		if s := link.Attrs().Statistics; s != nil {
+			n += s.RxPackets + s.TxPackets
+		}
+	}
+	return n, nil
+}
+
+// Offsets in an Ethernet frame.
+const (
+	offEtherType = 12
+	offIP        = 14
+	offSource4   = offIP + 12
+	offDest4     = offIP + 16
+	offSource6   = offIP + 8
+	offDest6     = offIP + 24
+)
+
+// clearFilter is a classic BPF program (Documentation/networking/filter.rst) that passes what count would count.
+func clearFilter() []unix.SockFilter {
+	const all = 1 << 18
+	ret := func(n uint32) unix.SockFilter { return unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: n} }
+	var prog []unix.SockFilter
+	for _, f := range []struct {
+		etherType uint32
+		v6        bool
+		offsets   []uint32
+	}{
+		{unix.ETH_P_IP, false, []uint32{offSource4, offDest4}},
+		{unix.ETH_P_IPV6, true, []uint32{offSource6, offDest6}},
+	} {
+		var body []unix.SockFilter
+		for _, c := range ClusterCIDRs {
+			for _, off := range f.offsets {
+				if c.Addr().Is6() == f.v6 {
+					body = append(append(body, inPrefix(off, c)...), ret(all))
+				}
+			}
+		}
+		body = append(body, ret(0))
+		prog = append(prog,
+			unix.SockFilter{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_ABS, K: offEtherType},
+			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: f.etherType, Jf: uint8(len(body))})
+		prog = append(prog, body...)
+	}
+	return append(prog, ret(0))
+}
+
+// inPrefix goes on where the address at an offset is in p, and else jumps over the one instruction behind it.
+func inPrefix(off uint32, p netip.Prefix) []unix.SockFilter {
+	const step = 3 // instructions for 32 bits
+	addr := p.Masked().Addr().AsSlice()
+	words := (p.Bits() + 31) / 32
+	var prog []unix.SockFilter
+	for i := range words {
+		mask := ^uint32(0) << (32 - min(32, p.Bits()-32*i))
+		prog = append(prog,
+			unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: off + uint32(4*i)},
+			unix.SockFilter{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: mask},
+			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: binary.BigEndian.Uint32(addr[4*i:]), Jf: uint8(step*(words-1-i) + 1)})
+	}
+	return prog
 }
 
 func htons(v uint16) uint16 { return v<<8 | v>>8 }
@@ -75,7 +154,6 @@ func (c *Capture) count(frame []byte) {
 	src, dst, ok := outermost(frame)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.total++
 	if !ok || !isPod(src) && !isPod(dst) {
 		return
 	}
@@ -87,12 +165,11 @@ func (c *Capture) count(frame []byte) {
 
 // outermost are the addresses of the first IP header of an Ethernet frame.
 func outermost(frame []byte) (src, dst netip.Addr, ok bool) {
-	const header = 14
-	if len(frame) < header {
+	if len(frame) < offIP {
 		return src, dst, false
 	}
-	ip := frame[header:]
-	switch etherType := uint16(frame[12])<<8 | uint16(frame[13]); {
+	ip := frame[offIP:]
+	switch etherType := binary.BigEndian.Uint16(frame[offEtherType:]); {
 	case etherType == unix.ETH_P_IP && len(ip) >= 20:
 		return netip.AddrFrom4([4]byte(ip[12:16])), netip.AddrFrom4([4]byte(ip[16:20])), true
 	case etherType == unix.ETH_P_IPV6 && len(ip) >= 40:
@@ -119,6 +196,7 @@ func (c *Capture) Clear() int {
 
 // Captured is the outcome of a capture.
 type Captured struct {
+	// Total are all frames, Clear those in clear.
 	Total, Clear int
 	Examples     []string // "source > destination" of the first packets in clear
 }
@@ -140,9 +218,13 @@ func (c *Capture) Stop() (Captured, error) {
 		return Captured{}, fmt.Errorf("end the capture: %w", err)
 	}
 	if stats.Drops > 0 {
-		return Captured{}, fmt.Errorf("the capture lost %d of %d frames", stats.Drops, stats.Packets)
+		return Captured{}, fmt.Errorf("the capture lost %d of %d packets in clear", stats.Drops, stats.Packets)
 	}
-	return Captured{Total: c.total, Clear: c.clear, Examples: c.examples}, nil
+	total, err := c.lab.frames()
+	if err != nil {
+		return Captured{}, err
+	}
+	return Captured{Total: int(total - c.before), Clear: c.clear, Examples: c.examples}, nil
 }
 
 // SendClear puts one packet with pods' addresses on a node's wire, as a leak would: the proof that a capture there sees

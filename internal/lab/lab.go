@@ -34,8 +34,9 @@ type Options struct {
 	Configure func(n *Node, c map[string]any)
 	// Policy may change what is to be Headscale's policy.
 	Policy func(p map[string]any)
-	// Step, if set, is told when a step of the set-up is done.
-	Step func(what string, took time.Duration)
+	// Begin and Step, if set, are told when a step of the set-up begins and when it is done.
+	Begin func(what string)
+	Step  func(what string, took time.Duration)
 }
 
 func (o Options) withDefaults() Options {
@@ -56,6 +57,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.Batch == 0 {
 		o.Batch = 10 * time.Millisecond
+	}
+	if o.Begin == nil {
+		o.Begin = func(string) {}
 	}
 	if o.Step == nil {
 		o.Step = func(string, time.Duration) {}

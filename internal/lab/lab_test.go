@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
@@ -38,7 +39,36 @@ func victim() {
 	for _, m := range l.machines() {
 		fmt.Println(m.holder.Process.Pid)
 	}
+	if os.Getenv(victimEnv) == "keep" {
+		if err := l.Keep(nil); err != nil {
+			fmt.Println(err)
+		}
+		os.Exit(0)
+	}
 	select {}
+}
+
+// startVictim returns the lab's folder and the PIDs of its machines.
+func startVictim(t *testing.T, how string) (cmd *exec.Cmd, dir string, pids []string) {
+	t.Helper()
+	cmd = exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), victimEnv+"="+how)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	scan := bufio.NewScanner(out)
+	var lines []string
+	for len(lines) < 4 && scan.Scan() {
+		lines = append(lines, scan.Text())
+	}
+	if len(lines) != 4 {
+		t.Fatalf("the victim said %q", lines)
+	}
+	return cmd, lines[0], lines[1:]
 }
 
 // newMachines makes machines on an underlay: a lab without Headscale, tailscaled and daemons.
@@ -144,14 +174,22 @@ func TestCaptureSeesClear(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Traffic of the nodes themselves is not in clear.
-	if _, err := Throughput(t.Context(), a, b, b.Underlay[0], 100*time.Millisecond); err != nil {
-		t.Fatal(err)
+	for _, addr := range b.Underlay {
+		if _, err := Throughput(t.Context(), a, b, addr, 100*time.Millisecond); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if n := c.Clear(); n != 0 {
 		t.Errorf("%d packets in clear before there was one", n)
 	}
-	for i := range a.PodCIDRs {
-		if err := l.SendClear(a, a.PodCIDRs[i].Addr().Next(), b.PodCIDRs[i].Addr().Next()); err != nil {
+	inClear := []string{
+		"10.244.1.1 > 10.244.2.1", "10.244.255.255 > 192.0.2.1", "192.0.2.1 > 10.244.0.0",
+		"fd00:244:1::1 > fd00:244:2::1", "fd00:244:ffff::1 > 2001:db8::1", "2001:db8::1 > fd00:244::",
+	}
+	not := []string{"10.245.0.1 > 10.243.255.255", "fd00:245::1 > fd00:243:ffff::1", "fd01:244::1 > 2001:db8:fd00:244::1"}
+	for _, p := range append(not, inClear...) {
+		from, to, _ := strings.Cut(p, " > ")
+		if err := l.SendClear(a, netip.MustParseAddr(from), netip.MustParseAddr(to)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -159,7 +197,7 @@ func TestCaptureSeesClear(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.Clear != 2 || got.Total < 10 || len(got.Examples) != 2 || got.Examples[0] != "10.244.1.1 > 10.244.2.1" {
+	if got.Clear != len(inClear) || got.Total < 10 || !slices.Equal(got.Examples, inClear[:maxExamples]) {
 		t.Errorf("captured %+v", got)
 	}
 }
@@ -167,24 +205,7 @@ func TestCaptureSeesClear(t *testing.T) {
 func TestKilledLabVanishes(t *testing.T) {
 	nstest.Require(t)
 	t.Setenv(DirEnv, t.TempDir())
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), victimEnv+"=1")
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	scan := bufio.NewScanner(out)
-	var lines []string
-	for len(lines) < 4 && scan.Scan() {
-		lines = append(lines, scan.Text())
-	}
-	if len(lines) != 4 {
-		t.Fatalf("the victim said %q", lines)
-	}
-	dir := lines[0]
+	cmd, dir, pids := startVictim(t, "wait")
 	second := bare(t) // beside the first
 	if _, err := os.Stat(dir); err != nil {
 		t.Fatalf("a second lab took the folder of a living one: %v", err)
@@ -198,7 +219,7 @@ func TestKilledLabVanishes(t *testing.T) {
 	_ = cmd.Wait() // killed
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	for _, pid := range lines[1:] {
+	for _, pid := range pids {
 		if err := until(ctx, 10*time.Millisecond, nil, func() error { return gone(pid) }); err != nil {
 			t.Error(err)
 		}
@@ -209,6 +230,55 @@ func TestKilledLabVanishes(t *testing.T) {
 	}
 	if _, err := os.Stat(second.Dir); err != nil {
 		t.Errorf("the folder of the living lab: %v", err)
+	}
+}
+
+func TestKeptLabStaysUntilDown(t *testing.T) {
+	nstest.Require(t)
+	t.Setenv(DirEnv, t.TempDir())
+	cmd, dir, pids := startVictim(t, "keep")
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	bare(t) // sweeps
+	worlds, err := Kept()
+	if err != nil || len(worlds) != 1 || worlds[0].Dir != dir {
+		t.Fatalf("kept: %+v, %v; want the one in %s", worlds, err, dir)
+	}
+	w := worlds[0]
+	if got := strings.Join(w.Names(), " "); got != "control node-1 node-2" {
+		t.Errorf("names: %s", got)
+	}
+	for _, pid := range pids {
+		if gone(pid) == nil {
+			t.Errorf("machine %s has ended", pid)
+		}
+	}
+	out, err := exec.Command("nsenter", "--target="+pids[1], "--net", "--uts", "hostname").CombinedOutput()
+	if err != nil || string(out) != "node-1\n" {
+		t.Errorf("host name %q, %v", out, err)
+	}
+	if err := w.Enter("nobody", nil); err == nil || !strings.Contains(err.Error(), "there are control, node-1, node-2") {
+		t.Errorf("enter what is not there: %v", err)
+	}
+	// A number that belongs to somebody else now.
+	stranger := w
+	stranger.Machines = []Inhabitant{{Name: "node-1", PID: os.Getpid(), Started: 1}}
+	if err := stranger.Machines[0].kill(); err != nil {
+		t.Errorf("end a process that is not there any more: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := w.Down(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, pid := range pids {
+		if err := gone(pid); err != nil {
+			t.Error(err)
+		}
+	}
+	if worlds, err := Kept(); err != nil || len(worlds) > 0 {
+		t.Errorf("after down: %+v, %v", worlds, err)
 	}
 }
 

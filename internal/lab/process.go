@@ -36,6 +36,10 @@ func start(ns namespaces, log string, env []string, attr *syscall.SysProcAttr, n
 	p.cmd = exec.Command(name, args...)
 	p.cmd.Dir, p.cmd.Env = "/", env
 	p.cmd.Stdout, p.cmd.Stderr = f, f
+	if attr == nil {
+		attr = &syscall.SysProcAttr{}
+	}
+	attr.Setsid = true // an interrupt from the keyboard is the lab's to handle, and what is kept outlives its terminal
 	p.cmd.SysProcAttr = attr
 	if err := ns.do(p.cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.Name, err)
@@ -108,7 +112,7 @@ func run(ctx context.Context, ns namespaces, env []string, stdin []byte, name st
 	var out, errOut bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &out, &errOut
 	// Grandchildren may hold the pipes open after a kill.
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = 10 * time.Second
 	if err := ns.do(cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", filepath.Base(name), err)
 	}
