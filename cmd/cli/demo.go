@@ -65,7 +65,7 @@ func demoDownCmd() *cobra.Command {
 				return err
 			}
 			if len(worlds) == 0 {
-				fmt.Fprintln(cmd.OutOrStdout(), "nothing to end: no demo of yours is running")
+				fmt.Fprintln(cmd.OutOrStdout(), "nothing to end: no demo of yours is running"+othersHint())
 				return nil
 			}
 			ctx, cancel := context.WithTimeoutCause(cmd.Context(), 10*time.Second, errors.New("it did not end within 10 s"))
@@ -105,13 +105,21 @@ func demoShellCmd() *cobra.Command {
 	return cmd
 }
 
+// othersHint reminds of a demo that root keeps: its folder cannot be looked into.
+func othersHint() string {
+	if os.Geteuid() == 0 {
+		return ""
+	}
+	return " (one that was started with sudo needs sudo here too)"
+}
+
 func newestWorld() (lab.World, error) {
 	worlds, err := lab.Kept()
 	if err != nil {
 		return lab.World{}, err
 	}
 	if len(worlds) == 0 {
-		return lab.World{}, errors.New("no demo of yours is running; start one with `make demo ARGS=--keep`")
+		return lab.World{}, fmt.Errorf("no demo of yours is running%s; start one with `make demo ARGS=--keep`", othersHint())
 	}
 	return worlds[len(worlds)-1], nil
 }
@@ -161,6 +169,9 @@ func (d *demo) verdict(took time.Duration) error {
 // lookAround says what can be done in a world that stays.
 func (d *demo) lookAround() {
 	self := filepath.Clean(os.Args[0])
+	if os.Getenv("SUDO_USER") != "" && os.Getenv(lab.DirEnv) == "" {
+		self = "sudo " + self
+	}
 	remote := d.pods[2]
 	d.heading("It stays. Look around:")
 	for _, l := range [][2]string{

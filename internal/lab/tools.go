@@ -38,7 +38,7 @@ func (o Options) Check() error {
 
 func (o Options) checkTools() error {
 	if missing := haveAll(o.path(), realParts...); len(missing) > 0 {
-		return fmt.Errorf("%w %s; build them with test/tools/ensure and set %s to what it prints", ErrMissing, strings.Join(missing, ", "), ToolsEnv)
+		return fmt.Errorf("%w %s; `make` has them built; by hand, set %s to what test/tools/ensure prints", ErrMissing, strings.Join(missing, ", "), ToolsEnv)
 	}
 	if missing := haveAll(o.path(), "bash", "ip", "nft", "mount", "find"); len(missing) > 0 {
 		return fmt.Errorf("%w %s; install iproute2, nftables, mount and findutils", ErrMissing, strings.Join(missing, ", "))
