@@ -112,6 +112,12 @@ func inPodNetns(netns int, fn func() error) error {
 	defer unix.Close(own)
 	if err := unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
+		switch {
+		case errors.Is(err, unix.EPERM):
+			return fmt.Errorf("enter network namespace: %w; run as root (CAP_SYS_ADMIN and CAP_NET_ADMIN)", err)
+		case errors.Is(err, unix.EINVAL): // a namespace of another kind
+			return fmt.Errorf("enter network namespace: %w: %w", ErrPodNetns, err)
+		}
 		return fmt.Errorf("enter network namespace: %w", err)
 	}
 	err = fn()

@@ -70,7 +70,7 @@ func cniError(s stage, err error) *types.Error {
 	switch s {
 	case stageIPAM:
 		return newError(CodeAddress, "address management failed", err)
-	case stageAttach:
+	case stageNetns, stageAttach:
 		return newError(CodeAttach, "could not attach the pod", err)
 	case stageDetach:
 		return newError(CodeDetach, "could not detach the pod", err)
