@@ -1,0 +1,280 @@
+package tailnet
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/headscale"
+)
+
+// Without an API key, where Headscale's policy approves the routes.
+func testPreAuthKey(t *testing.T, l *lab.Lab) {
+	n, peer := l.Nodes[keyOnly], l.Nodes[nodeA]
+	key := authKey(t, l, "--tags", tagAuto)
+	if err := n.ConfigureDaemon(nil); err != nil {
+		t.Fatal(err)
+	}
+	setKey(t, n, key)
+	startTailscaled(t, n)
+	startDaemon(t, n)
+	a, b := addPod(t, n, "key-1", lab.PodOptions{}), addPod(t, peer, "key-2", lab.PodOptions{})
+	for _, v6 := range []bool{false, true} {
+		if err := peer.WaitRoute(within(t), a.Addr(v6)); err != nil {
+			t.Fatal(err)
+		}
+		wantTCP(t, family(v6), b, echo(a, v6), b.Addr(v6))
+		wantTCP(t, family(v6), a, echo(b, v6), a.Addr(v6))
+	}
+}
+
+// setKey gives the node another key, as an administrator would.
+func setKey(t *testing.T, n *lab.Node, key string) {
+	t.Helper()
+	path := n.Path(lab.KeyFile)
+	if err := os.WriteFile(path+".new", []byte(key+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Each fault on the way to a working node, repaired one after the other.
+func testBadInput(t *testing.T, l *lab.Lab) {
+	n := l.Nodes[faulty]
+	t.Run("range of the tailnet", func(t *testing.T) {
+		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) {
+			section(c, "network")["podCIDRs"] = []string{"100.64.7.0/24"}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		refuses(t, n, `network.podCIDRs: "100.64.7.0/24": overlaps 100.64.0.0/10`)
+	})
+	t.Run("unknown key", func(t *testing.T) {
+		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) { section(c, "network")["podCidr"] = "10.244.9.0/24" }); err != nil {
+			t.Fatal(err)
+		}
+		refuses(t, n, `unknown field "podCidr"`)
+	})
+	expired, err := l.Control.Run(within(t), "headscale", "apikeys", "create", "--expiration", "1ms")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name      string
+		fault     func()
+		part      string
+		complaint string
+	}{
+		{"no tailscaled", func() {}, "tailnet", "systemctl start tailscaled"},
+		{"wrong API key", func() {
+			setKey(t, n, "hskey-api-abcdefghijkl-"+strings.Repeat("x", 64))
+			startTailscaled(t, n)
+		}, "tailnet", "headscale apikeys create"},
+		{"expired API key", func() { setKey(t, n, lastWord(t, expired)) }, "tailnet", "headscale apikeys create"},
+		{"wrong pre-auth key", func() { setKey(t, n, "hskey-auth-abcdefghijkl-"+strings.Repeat("x", 64)) }, "tailnet", "headscale preauthkeys create"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if err := n.ConfigureDaemon(nil); err != nil {
+				t.Fatal(err)
+			}
+			c.fault()
+			if err := n.StartDaemon(); err != nil {
+				t.Fatal(err)
+			}
+			complains(t, n, c.part, c.complaint)
+			nothingDone(t, l, n)
+			if c.name != "wrong pre-auth key" {
+				stop(t, n)
+			}
+		})
+	}
+	t.Run("repaired", func(t *testing.T) {
+		setKey(t, n, l.Control.APIKey)
+		ready(t, n)
+		addPod(t, n, "repaired", lab.PodOptions{})
+	})
+}
+
+// stop ends the daemon as systemd does.
+func stop(t *testing.T, n *lab.Node) {
+	t.Helper()
+	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// refuses starts the daemon, which must end with one line that holds want.
+func refuses(t *testing.T, n *lab.Node, want string) {
+	t.Helper()
+	from := logSize(t, n)
+	if err := n.StartDaemon(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-n.Daemon.Done():
+	case <-within(t).Done():
+		t.Fatal("the daemon goes on")
+	}
+	said := logSince(t, n, from)
+	if strings.Count(said, "\n") != 1 || !strings.Contains(said, want) {
+		t.Errorf("said:\n%s\nwant one line with %s", said, want)
+	}
+	noConflist(t, n)
+}
+
+// complains waits until a part of the node is wrong for a reason, which must be logged once however often it is tried.
+func complains(t *testing.T, n *lab.Node, part, want string) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("wait for the complaint %q", want), func() error {
+		parts, err := readyz(t, n)
+		if err != nil {
+			return err
+		}
+		if !strings.Contains(parts[part], want) {
+			return fmt.Errorf("the parts are %v", parts)
+		}
+		if strings.Contains(parts[part], "\n") {
+			t.Errorf("more than one line: %s", parts[part])
+		}
+		return nil
+	})
+	t.Log(part, "says:", mustReadyz(t, n)[part])
+}
+
+// readyz is what the daemon says of the parts of the node that are not right.
+func readyz(t *testing.T, n *lab.Node) (map[string]string, error) {
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(within(t), http.MethodGet, "http://127.0.0.1:9669/readyz", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	var answer struct {
+		Ready bool
+		Parts []struct {
+			Name, Error string
+		}
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
+		return nil, err
+	}
+	wrong := map[string]string{}
+	for _, p := range answer.Parts {
+		if p.Error != "" {
+			wrong[p.Name] = p.Error
+		}
+	}
+	if answer.Ready != (resp.StatusCode == http.StatusOK) {
+		t.Errorf("readyz contradicts itself: %d, ready: %v, %v", resp.StatusCode, answer.Ready, wrong)
+	}
+	return wrong, nil
+}
+
+func mustReadyz(t *testing.T, n *lab.Node) map[string]string {
+	t.Helper()
+	parts, err := readyz(t, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return parts
+}
+
+func logSize(t *testing.T, n *lab.Node) int64 {
+	t.Helper()
+	st, err := os.Stat(filepath.Join(n.Dir, "headcni-daemon.log"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Size()
+}
+
+func logSince(t *testing.T, n *lab.Node, from int64) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(n.Dir, "headcni-daemon.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b[from:])
+}
+
+// nothingDone: no runtime may start pods, and nobody's routes are approved.
+func nothingDone(t *testing.T, l *lab.Lab, n *lab.Node) {
+	t.Helper()
+	noConflist(t, n)
+	for _, node := range headscaleNodes(t, l) {
+		if node.Hostname == n.Name {
+			t.Errorf("%s is in Headscale, with %v approved", n.Name, node.Approved)
+		}
+	}
+}
+
+func noConflist(t *testing.T, n *lab.Node) {
+	t.Helper()
+	if _, err := os.Stat(n.Path(filepath.Join(paths.CNIConfDir, paths.ConflistName))); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the conflist: %v, want none", err)
+	}
+}
+
+func headscaleNodes(t *testing.T, l *lab.Lab) []headscale.Node {
+	t.Helper()
+	api, err := headscale.New(headscale.Options{
+		URL: l.Control.URL, Key: secret.New(l.Control.APIKey),
+		Transport: &http.Transport{DialContext: l.Control.Dial, DisableKeepAlives: true},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	nodes, err := api.Nodes(within(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return nodes
+}
+
+// A node with another one's pod range.
+func testDuplicate(t *testing.T, l *lab.Lab) {
+	n, owner := l.Nodes[duplicate], l.Nodes[nodeA]
+	start(t, n, func(_ *lab.Node, c map[string]any) { section(c, "network")["podCIDRs"] = owner.PodCIDRs })
+	complains(t, n, "prefs", owner.Name+" advertises")
+	noConflist(t, n)
+	for _, node := range headscaleNodes(t, l) {
+		if node.Hostname == n.Name && len(node.Approved)+len(node.Available) > 0 {
+			t.Errorf("%s advertises %v, approved %v", n.Name, node.Available, node.Approved)
+		}
+		if node.Hostname == owner.Name && !slices.Equal(sorted(node.Primary), sorted(owner.PodCIDRs)) {
+			t.Errorf("the owner has %v", node.Primary)
+		}
+	}
+	stop(t, n)
+	if err := n.ConfigureDaemon(nil); err != nil {
+		t.Fatal(err)
+	}
+	startDaemon(t, n)
+	addPod(t, n, "after-duplicate", lab.PodOptions{})
+}
+
+func sorted(p []netip.Prefix) []netip.Prefix {
+	return slices.SortedFunc(slices.Values(p), netip.Prefix.Compare)
+}

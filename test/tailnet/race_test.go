@@ -1,0 +1,5 @@
+//go:build race
+
+package tailnet
+
+const raceDetector = true

@@ -1,0 +1,325 @@
+package tailnet
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/lab"
+)
+
+// fourPods makes two pods on each of two nodes.
+func fourPods(t *testing.T, l *lab.Lab, name string) []*lab.Pod {
+	t.Helper()
+	var pods []*lab.Pod
+	for i, n := range l.Nodes[:2] {
+		for j := range 2 {
+			pods = append(pods, addPod(t, n, fmt.Sprintf("%s-%d%d", name, i+1, j+1), lab.PodOptions{}))
+		}
+	}
+	return pods
+}
+
+func testTraffic(t *testing.T, l *lab.Lab) {
+	pods := fourPods(t, l, "traffic")
+	t.Run("pod to pod", func(t *testing.T) { testPodToPod(t, pods) })
+	t.Run("node and pod", func(t *testing.T) { testNodeAndPod(t, l, pods) })
+	t.Run("outside", func(t *testing.T) { testOutside(t, l, pods) })
+	t.Run("laptop", func(t *testing.T) { testLaptop(t, l, pods) })
+}
+
+// Every pod reaches every pod by its own address, and is seen by its own.
+func testPodToPod(t *testing.T, pods []*lab.Pod) {
+	for _, from := range pods {
+		for _, to := range pods {
+			for _, v6 := range []bool{false, true} {
+				what := fmt.Sprintf("%s to %s, %s", from.Name, to.Name, family(v6))
+				wantUDP(t, what+", UDP", from, to.Addr(v6), 64, from.Addr(v6))
+				wantTCP(t, what+", TCP", from, echo(to, v6), from.Addr(v6))
+				if out, err := from.Run(within(t), "ping", "-n", "-c", "1", "-W", "10", to.Addr(v6).String()); err != nil {
+					t.Errorf("%s, ping: %v\n%s", what, err, out)
+				}
+			}
+		}
+	}
+}
+
+func testNodeAndPod(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
+	for _, n := range l.Nodes[:2] {
+		tailnet := tailnetAddrs(t, n)
+		for i, v6 := range []bool{false, true} {
+			for _, p := range pods {
+				own := p.Node == n
+				// Its own pods know the node by its address on the network, others by that in the tailnet.
+				want := tailnet[i]
+				if own {
+					want = n.Underlay[i]
+				}
+				wantTCP(t, fmt.Sprintf("%s to %s, %s", n.Name, p.Name, family(v6)), n, echo(p, v6), want)
+				for _, addr := range []netip.Addr{n.Underlay[i], tailnet[i]} {
+					want := p.Addr(v6)
+					switch {
+					case own:
+					case addr == tailnet[i]:
+						want = tailnetAddrs(t, p.Node)[i]
+					default:
+						want = p.Node.Underlay[i]
+					}
+					wantTCP(t, fmt.Sprintf("%s to %s of %s", p.Name, addr, n.Name), p, service(t, n, addr), want)
+				}
+			}
+		}
+	}
+}
+
+// Strangers see the node, not the pod.
+func testOutside(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
+	for i := range 2 {
+		// The control host is 1 where the nodes are 11 and up.
+		addr := l.Nodes[0].Underlay[i]
+		b := addr.AsSlice()
+		b[len(b)-1] = 1
+		control, _ := netip.AddrFromSlice(b)
+		to := service(t, l.Control, control)
+		for _, p := range pods {
+			wantTCP(t, fmt.Sprintf("%s to %s", p.Name, control), p, to, p.Node.Underlay[i])
+		}
+	}
+}
+
+// A user's device in the tailnet, without anything of ours.
+func testLaptop(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
+	n := l.Nodes[laptop]
+	startTailscaled(t, n)
+	up := []string{"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l, "--user", "1"), "--accept-routes", "--accept-dns=false"}
+	if _, err := n.Run(within(t), "tailscale", up...); err != nil {
+		t.Fatal(err)
+	}
+	tailnet := tailnetAddrs(t, n)
+	for i, v6 := range []bool{false, true} {
+		to := service(t, n, tailnet[i])
+		for _, p := range pods {
+			if err := n.WaitRoute(within(t), p.Addr(v6)); err != nil {
+				t.Fatal(err)
+			}
+			wantTCP(t, fmt.Sprintf("laptop to %s, %s", p.Name, family(v6)), n, echo(p, v6), tailnet[i])
+			wantTCP(t, fmt.Sprintf("%s to laptop, %s", p.Name, family(v6)), p, to, tailnetAddrs(t, p.Node)[i])
+		}
+	}
+	// A name, too: pods need no more than MagicDNS's address.
+	for _, p := range pods {
+		got, err := lab.Lookup(within(t), p, n.Name+"."+lab.BaseDomain)
+		if err != nil || len(got) == 0 || got[0] != tailnet[0] {
+			t.Errorf("%s looks the laptop up: %v, %v; want %v", p.Name, got, err, tailnet)
+		}
+	}
+}
+
+// echo is a pod's server that tells where a connection comes from.
+func echo(p *lab.Pod, v6 bool) netip.AddrPort { return netip.AddrPortFrom(p.Addr(v6), lab.EchoPort) }
+
+// wantTCP connects to a server that tells whom it sees.
+func wantTCP(t *testing.T, what string, from lab.Place, to netip.AddrPort, want netip.Addr) {
+	t.Helper()
+	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) { return ask(ctx, from, to) })
+}
+
+// wantUDP sends one packet that must not be fragmented, to a pod that sends it back.
+func wantUDP(t *testing.T, what string, from lab.Place, to netip.Addr, size int, want netip.Addr) {
+	t.Helper()
+	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) {
+		seen, _, err := lab.Echo(ctx, from, to, size)
+		return seen, err
+	})
+}
+
+// wantSource asks until there is an answer: the first handshake with a node that has just joined takes seconds where it
+// goes wrong. A wrong answer is one.
+func wantSource(t *testing.T, what string, want netip.Addr, ask func(context.Context) (netip.Addr, error)) {
+	t.Helper()
+	deadline := time.Now().Add(soon)
+	for {
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		seen, err := ask(ctx)
+		cancel()
+		switch {
+		case err == nil && seen == want:
+			return
+		case err == nil:
+			t.Errorf("%s: came from %v, want %v", what, seen, want)
+			return
+		case time.Now().After(deadline):
+			t.Errorf("%s: %v", what, err)
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func tailnetAddrs(t *testing.T, n *lab.Node) []netip.Addr {
+	t.Helper()
+	addrs, err := n.TailnetAddrs()
+	if err != nil || len(addrs) != 2 {
+		t.Fatalf("tailnet addresses of %s: %v, %v", n.Name, addrs, err)
+	}
+	return addrs
+}
+
+// service tells whoever connects which address it comes from, until the test ends.
+func service(t *testing.T, at lab.Place, addr netip.Addr) netip.AddrPort {
+	t.Helper()
+	l := listen(t, at, addr)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return // closed
+			}
+			fmt.Fprintln(c, netip.MustParseAddrPort(c.RemoteAddr().String()).Addr().Unmap())
+			c.Close()
+		}
+	}()
+	return netip.MustParseAddrPort(l.Addr().String())
+}
+
+// listen opens a TCP socket that is closed when the test ends.
+func listen(t *testing.T, at lab.Place, addr netip.Addr) (l net.Listener) {
+	t.Helper()
+	err := at.Do(func() (err error) {
+		l, err = net.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// ask returns what a service says.
+func ask(ctx context.Context, from lab.Place, to netip.AddrPort) (netip.Addr, error) {
+	c, err := from.Dial(ctx, "tcp", to.String())
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	defer c.Close()
+	deadline, _ := ctx.Deadline()
+	if err := c.SetDeadline(deadline); err != nil {
+		return netip.Addr{}, err
+	}
+	b, err := io.ReadAll(c)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	return netip.ParseAddr(strings.TrimSpace(string(b)))
+}
+
+// headers of IP and UDP, in bytes.
+var headers = map[bool]int{false: 20 + 8, true: 40 + 8}
+
+func testMTU(t *testing.T, l *lab.Lab) {
+	pods := fourPods(t, l, "mtu")
+	for _, pair := range [][2]*lab.Pod{{pods[0], pods[1]}, {pods[0], pods[2]}, {pods[2], pods[0]}} {
+		from, to := pair[0], pair[1]
+		mtu := linkMTU(t, from.Node, from.Node.Tun)
+		for _, v6 := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s to %s, %s", from.Name, to.Name, family(v6)), func(t *testing.T) {
+				full := mtu - headers[v6]
+				wantUDP(t, fmt.Sprintf("a packet of %d bytes", mtu), from, to.Addr(v6), full, from.Addr(v6))
+				if _, _, err := lab.Echo(within(t), from, to.Addr(v6), full+1); !errors.Is(err, unix.EMSGSIZE) {
+					t.Errorf("a packet of %d bytes: %v, want %v", mtu+1, err, unix.EMSGSIZE)
+				}
+				transfer(t, from, to, to.Addr(v6))
+			})
+		}
+	}
+	t.Run("discovery", func(t *testing.T) { testDiscovery(t, pods[0], pods[2]) })
+}
+
+// A pod that believes in a larger MTU than the tunnel has is told by the node.
+func testDiscovery(t *testing.T, from, to *lab.Pod) {
+	tunnel := linkMTU(t, from.Node, from.Node.Tun)
+	const belief = 1500
+	if _, err := from.Run(within(t), "ip", "link", "set", "eth0", "mtu", strconv.Itoa(belief)); err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range from.Result.Interfaces {
+		if link.Sandbox == "" {
+			if _, err := from.Node.Run(within(t), "ip", "link", "set", link.Name, "mtu", strconv.Itoa(belief)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, v6 := range []bool{false, true} {
+		// The first one may be lost: it is what the node answers.
+		_, _, _ = lab.Echo(within(t), from, to.Addr(v6), belief-headers[v6])
+		if _, _, err := lab.Echo(within(t), from, to.Addr(v6), tunnel+1-headers[v6]); !errors.Is(err, unix.EMSGSIZE) {
+			t.Errorf("%s: a packet of %d bytes into a tunnel of %d: %v, want %v", family(v6), tunnel+1, tunnel, err, unix.EMSGSIZE)
+		}
+		wantUDP(t, family(v6)+", a full packet", from, to.Addr(v6), tunnel-headers[v6], from.Addr(v6))
+		transfer(t, from, to, to.Addr(v6))
+		transfer(t, to, from, from.Addr(v6))
+	}
+}
+
+// linkMTU in bytes.
+func linkMTU(t *testing.T, n *lab.Node, name string) int {
+	t.Helper()
+	link, err := n.Net.LinkByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return link.Attrs().MTU
+}
+
+// transfer sends random data over TCP and compares what arrives.
+func transfer(t *testing.T, from, to lab.Place, addr netip.Addr) {
+	t.Helper()
+	data := make([]byte, 8<<20)
+	rand.NewChaCha8([32]byte{1}).Read(data)
+	l := listen(t, to, addr)
+	type outcome struct {
+		sum [sha256.Size]byte
+		n   int
+		err error
+	}
+	got := make(chan outcome, 1)
+	ctx := within(t)
+	deadline, _ := ctx.Deadline()
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			got <- outcome{err: err}
+			return
+		}
+		defer c.Close()
+		_ = c.SetDeadline(deadline) // a socket that is open
+		b, err := io.ReadAll(c)
+		got <- outcome{sha256.Sum256(b), len(b), err}
+	}()
+	c, err := from.Dial(ctx, "tcp", l.Addr().String())
+	if err != nil {
+		t.Errorf("transfer to %s: %v", addr, err)
+		return
+	}
+	_ = c.SetDeadline(deadline) // a socket that is open
+	_, err = io.Copy(c, bytes.NewReader(data))
+	if err := errors.Join(err, c.Close()); err != nil {
+		t.Errorf("transfer to %s: %v", addr, err)
+	}
+	if o := <-got; o.err != nil || o.n != len(data) || o.sum != sha256.Sum256(data) {
+		t.Errorf("transfer to %s: %d of %d bytes, right: %v, %v", addr, o.n, len(data), o.sum == sha256.Sum256(data), o.err)
+	}
+}

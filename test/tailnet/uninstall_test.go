@@ -1,0 +1,232 @@
+package tailnet
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/internal/lab"
+)
+
+// usersRoute is one that the user of a host advertises.
+const usersRoute = "192.168.99.0/24"
+
+// A host whose user has a tailscaled with a route and settings of their own.
+func testUninstallHost(t *testing.T, l *lab.Lab) {
+	n := l.Nodes[leavingHost]
+	if err := n.ConfigureDaemon(nil); err != nil {
+		t.Fatal(err)
+	}
+	startTailscaled(t, n)
+	up := []string{
+		"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l, "--tags", lab.Tag), "--accept-dns=false",
+		"--advertise-routes=" + usersRoute,
+	}
+	if _, err := n.Run(within(t), "tailscale", up...); err != nil {
+		t.Fatal(err)
+	}
+	approve(t, l, n)
+	before := hostState(t, n)
+	liveAndLeave(t, l, n)
+	if got := approved(t, l, n.Name); !slices.Contains(got, netip.MustParsePrefix(usersRoute)) {
+		t.Errorf("the user's route is not approved any more; these are: %v", got)
+	}
+	// tailscaled takes a moment to follow its prefs.
+	eventually(t, "the host after uninstall, - before, + after", func() error { return same(before, hostState(t, n)) })
+}
+
+func testUninstallDaemon(t *testing.T, l *lab.Lab) {
+	n := l.Nodes[leavingDaemon]
+	if err := n.ConfigureDaemon(nil); err != nil {
+		t.Fatal(err)
+	}
+	before := hostState(t, n)
+	startTailscaled(t, n)
+	liveAndLeave(t, l, n)
+	if err := n.Tailscaled.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	after := hostState(t, n)
+	// tailscaled sets this one and leaves it so. Without marks on packets it changes nothing (ip-sysctl.rst).
+	const mark = "/proc/sys/net/ipv4/conf/all/src_valid_mark"
+	after[mark] = before[mark]
+	// It leaves empty chains.
+	const rules = "nft -s list ruleset"
+	for _, s := range []map[string]string{before, after} {
+		s[rules] = emptyTables(s[rules])
+	}
+	// Its identity stays, so that the node is the same one when it comes back; scripts/uninstall says so.
+	const identity = "/var/lib/headcni"
+	if strings.Contains(after[identity], identity[1:]+"/tailscale/tailscaled.state") {
+		after[identity] = before[identity]
+	}
+	// So does the folder of its socket, on a tmpfs.
+	if after["/run/headcni"] == "drwxr-xr-x run/headcni\n" {
+		after["/run/headcni"] = before["/run/headcni"]
+	}
+	if err := same(before, after); err != nil {
+		t.Errorf("the host after uninstall, - before, + after: %v", err)
+	}
+}
+
+// emptyTables takes away chains without rules, and then tables without chains.
+func emptyTables(rules string) string {
+	rules = regexp.MustCompile(`(?m)^\tchain \S+ \{\n(\t\ttype .*\n)?\t\}\n\n?`).ReplaceAllString(rules, "")
+	return regexp.MustCompile(`(?m)^table .* \{\n\}\n`).ReplaceAllString(rules, "")
+}
+
+func same(before, after map[string]string) error {
+	if d := cmp.Diff(before, after); d != "" {
+		return fmt.Errorf("%s", d)
+	}
+	return nil
+}
+
+// approve approves the user's route, as the user would.
+func approve(t *testing.T, l *lab.Lab, n *lab.Node) {
+	t.Helper()
+	for _, node := range headscaleNodes(t, l) {
+		if node.Hostname == n.Name {
+			if _, err := l.Control.Run(within(t), "headscale", "nodes", "approve-routes", "-i", node.ID.String(), "-r", usersRoute); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatalf("%s is not in Headscale", n.Name)
+}
+
+func approved(t *testing.T, l *lab.Lab, name string) []netip.Prefix {
+	t.Helper()
+	for _, node := range headscaleNodes(t, l) {
+		if node.Hostname == name {
+			return node.Approved
+		}
+	}
+	return nil
+}
+
+// liveAndLeave runs the daemon, has a pod, and uninstalls.
+func liveAndLeave(t *testing.T, l *lab.Lab, n *lab.Node) {
+	t.Helper()
+	startDaemon(t, n)
+	p, err := n.AddPod(within(t), "leaving", lab.PodOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	far := addPod(t, l.Nodes[nodeA], "far-from-"+n.Name, lab.PodOptions{})
+	for _, v6 := range []bool{false, true} {
+		if err := n.WaitRoute(within(t), far.Addr(v6)); err != nil {
+			t.Fatal(err)
+		}
+		wantTCP(t, "to "+far.Name, p, echo(far, v6), p.Addr(v6))
+	}
+	if err := p.Remove(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Run(within(t), "headcni-daemon", "uninstall"); err == nil || !strings.Contains(err.Error(), "stop it first") {
+		t.Errorf("uninstall beside a running daemon: %v", err)
+	}
+	stop(t, n)
+	for range 2 { // the second finds nothing to do
+		if _, err := n.Run(within(t), "headcni-daemon", "uninstall"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// hostState is all of a host that we could have changed.
+func hostState(t *testing.T, n *lab.Node) map[string]string {
+	t.Helper()
+	state := map[string]string{}
+	for _, cmd := range []string{
+		"ip -4 rule", "ip -6 rule", "ip -4 route show table all", "ip -6 route show table all", "nft -s list ruleset",
+	} {
+		args := strings.Fields(cmd)
+		out, err := n.Run(within(t), args[0], args[1:]...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		state[cmd] = volatile.ReplaceAllString(out, "")
+	}
+	for _, dir := range []string{"/etc/cni", "/etc/headcni", "/opt/cni", "/var/lib/headcni", "/var/lib/cni", "/run/headcni"} {
+		state[dir] = tree(t, n, dir)
+	}
+	sysctls(t, n, state)
+	if n.Tailscaled != nil && n.Tailscaled.Alive() {
+		state["prefs"] = prefs(t, n)
+	}
+	return state
+}
+
+// volatile are the parts of what ip(8) prints that change by themselves.
+// Others join while the test goes on.
+var volatile = regexp.MustCompile(` expires \d+sec|(?m)^(100\.64|fd7a:115c:a1e0:)\S+ dev \S+ table 52.*\n`)
+
+// tree lists a folder with modes and link targets.
+func tree(t *testing.T, n *lab.Node, dir string) string {
+	t.Helper()
+	var list strings.Builder
+	root := n.Path("/")
+	err := filepath.WalkDir(n.Path(dir), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		fmt.Fprintln(&list, info.Mode(), strings.TrimPrefix(path, root))
+		return err
+	})
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	return list.String()
+}
+
+// sysctls reads the network's settings.
+func sysctls(t *testing.T, n *lab.Node, into map[string]string) {
+	t.Helper()
+	// /proc/sys/net shows the network namespace of the thread that opens it.
+	err := n.Do(func() error {
+		return filepath.WalkDir("/proc/sys/net", func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || strings.Contains(path, "nf_conntrack_count") || strings.Contains(path, "nf_conntrack_buckets") {
+				return err
+			}
+			if b, err := os.ReadFile(path); err == nil { // some can only be written
+				into[path] = string(b)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// prefs are tailscaled's, without its keys.
+func prefs(t *testing.T, n *lab.Node) string {
+	t.Helper()
+	out, err := n.Run(within(t), "tailscale", "--socket="+n.Socket(), "debug", "prefs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all map[string]any
+	if err := json.Unmarshal([]byte(out), &all); err != nil {
+		t.Fatal(err)
+	}
+	delete(all, "Config")
+	b, err := json.MarshalIndent(all, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
