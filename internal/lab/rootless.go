@@ -48,7 +48,7 @@ func RunAsRoot() (code int, err error) {
 	cmd.Env = append(os.Environ(), DirEnv+"="+BaseDir())
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = userNamespace(0)
-	// An interrupt from the keyboard reaches the child too: it cleans up, we wait.
+	// The child cleans up, we wait. An interrupt from the keyboard reaches it twice, which does no harm.
 	sig := make(chan os.Signal, 1)
 	signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM)
 	defer signal.Stop(sig)
@@ -61,9 +61,7 @@ func RunAsRoot() (code int, err error) {
 		for {
 			select {
 			case s := <-sig:
-				if s == syscall.SIGTERM {
-					_ = cmd.Process.Signal(s) // it may have ended
-				}
+				_ = cmd.Process.Signal(s) // it may have ended
 			case <-done:
 				return
 			}
