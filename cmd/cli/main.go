@@ -37,7 +37,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(demoCmd(), probeCmd(), versionCmd())
+	cmd.AddCommand(demoCmd(), ipamCmd(), probeCmd(), versionCmd())
 	return cmd
 }
 

@@ -1,0 +1,219 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/networking"
+)
+
+// gcGrace is how old a lease without a link must be for gc: an ADD has the lease before the link.
+const gcGrace = time.Minute
+
+// ipamFlags are those of all ipam commands.
+type ipamFlags struct {
+	dataDir, output string
+}
+
+func ipamCmd() *cobra.Command {
+	f := &ipamFlags{}
+	cmd := &cobra.Command{
+		Use:   "ipam",
+		Short: "Look at the addresses that this node has given to pods",
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			if f.output != "table" && f.output != "json" {
+				return fmt.Errorf("--output %s: want table or json", f.output)
+			}
+			return nil
+		},
+	}
+	cmd.PersistentFlags().StringVar(&f.dataDir, "data-dir", paths.IPAMDir, "where the leases are")
+	cmd.PersistentFlags().StringVarP(&f.output, "output", "o", "table", "table or json")
+	cmd.AddCommand(ipamListCmd(f), ipamCheckCmd(f), ipamGCCmd(f))
+	return cmd
+}
+
+// networkLease is a lease with the network that it belongs to.
+type networkLease struct {
+	Network string `json:"network"`
+	ipam.Lease
+}
+
+// each calls fn for the pool of every network and joins the errors.
+func (f *ipamFlags) each(fn func(network string, p *ipam.Pool) error) error {
+	networks, err := ipam.Networks(f.dataDir)
+	if err != nil {
+		return fmt.Errorf("list the networks: %w; run as root", err)
+	}
+	var errs []error
+	for _, n := range networks {
+		p, err := ipam.Open(ipam.Config{Network: n, DataDir: f.dataDir})
+		if err == nil {
+			err = fn(n, p)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("network %s: %w", n, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func ipamListCmd(f *ipamFlags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "list",
+		Short: "List the leases",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			leases := []networkLease{}
+			err := f.each(func(n string, p *ipam.Pool) error {
+				list, err := p.List(cmd.Context())
+				for _, l := range list {
+					leases = append(leases, networkLease{n, l})
+				}
+				return err
+			})
+			return errors.Join(printLeases(cmd.OutOrStdout(), f.output, leases), err)
+		},
+	}
+}
+
+func printLeases(out io.Writer, format string, leases []networkLease) error {
+	if format == "json" {
+		return printJSON(out, leases)
+	}
+	if len(leases) == 0 {
+		_, err := fmt.Fprintln(out, "no leases")
+		return err
+	}
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "NETWORK\tADDRESSES\tPOD\tCONTAINER\tINTERFACE\tSINCE\tWRITER")
+	for _, l := range leases {
+		var addrs []string
+		for _, a := range l.Addrs {
+			addrs = append(addrs, a.Addr.Addr().String())
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.Network, strings.Join(addrs, " "), podName(l.Owner), l.ContainerID, l.IfName,
+			l.Time.Format(time.RFC3339), l.Writer)
+	}
+	return w.Flush()
+}
+
+func podName(o ipam.Owner) string {
+	switch {
+	case o.PodName == "":
+		return "-"
+	case o.PodNamespace == "":
+		return o.PodName
+	}
+	return o.PodNamespace + "/" + o.PodName
+}
+
+func ipamCheckCmd(f *ipamFlags) *cobra.Command {
+	var repair bool
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Look for what is wrong on disk; exit 1 where something is left",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			type networkProblem struct {
+				Network string `json:"network"`
+				ipam.Problem
+			}
+			found, left := []networkProblem{}, 0
+			err := f.each(func(n string, p *ipam.Pool) error {
+				problems, err := p.Check(cmd.Context(), repair)
+				for _, pr := range problems {
+					found = append(found, networkProblem{n, pr})
+					if !pr.Repaired {
+						left++
+					}
+				}
+				return err
+			})
+			out := cmd.OutOrStdout()
+			if f.output == "json" {
+				err = errors.Join(printJSON(out, found), err)
+			} else {
+				for _, p := range found {
+					state := "found"
+					if p.Repaired {
+						state = "repaired"
+					}
+					fmt.Fprintf(out, "%s: %s: %s: %s\n", p.Network, p.Path, p.Text, state)
+				}
+			}
+			switch {
+			case err != nil:
+				return err
+			case left > 0:
+				return fmt.Errorf("%d problems: run `headcnictl ipam check --repair`", left)
+			case f.output != "json" && len(found) == 0:
+				fmt.Fprintln(out, "all well")
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&repair, "repair", false, "put right what is wrong; what might be in use stays taken")
+	return cmd
+}
+
+func ipamGCCmd(f *ipamFlags) *cobra.Command {
+	var dryRun bool
+	cmd := &cobra.Command{
+		Use:   "gc",
+		Short: "Free the leases of pods that are gone: those of the headcni plugin that have had no link for a minute",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			links, err := linkNames()
+			if err != nil {
+				return err
+			}
+			gone := []networkLease{}
+			err = f.each(func(n string, p *ipam.Pool) error {
+				freed, err := p.GC(cmd.Context(), func(l ipam.Lease) bool {
+					live := l.Writer != ipam.InProcess || links[networking.PodLinkName(l.ContainerID, l.IfName)] || time.Since(l.Time) < gcGrace
+					if !live && dryRun {
+						gone = append(gone, networkLease{n, l})
+					}
+					return live || dryRun
+				})
+				for _, l := range freed {
+					gone = append(gone, networkLease{n, l})
+				}
+				return err
+			})
+			return errors.Join(printLeases(cmd.OutOrStdout(), f.output, gone), err)
+		},
+	}
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only list them")
+	return cmd
+}
+
+// linkNames are the host's; a lease without its link has no pod.
+func linkNames() (map[string]bool, error) {
+	ifaces, err := net.Interfaces()
+	if err != nil {
+		return nil, fmt.Errorf("list the links: %w", err)
+	}
+	names := make(map[string]bool, len(ifaces))
+	for _, i := range ifaces {
+		names[i.Name] = true
+	}
+	return names, nil
+}
+
+func printJSON(out io.Writer, v any) error {
+	e := json.NewEncoder(out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
