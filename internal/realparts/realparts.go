@@ -53,6 +53,11 @@ func New(t testing.TB, batch time.Duration) *World {
 	nstest.Require(t)
 	bin := Tool(t, "headscale")
 	Tool(t, "tailscaled")
+	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		nstest.Skip(t, fmt.Sprintf("no tun device: %v", err))
+	}
+	tun.Close()
 	protectEtc(t)
 	w := &World{t: t, number: int(worlds.Add(1))}
 	bridge := w.bridge()

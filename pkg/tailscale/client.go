@@ -78,7 +78,7 @@ func (c *Client) request(ctx context.Context, method, path string, body any) (*h
 	}
 	defer res.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(res.Body, 4096)) // the status alone must do where the text cannot be read
-	return nil, &apiError{status: res.StatusCode, message: message(text)}
+	return nil, &apiError{status: res.StatusCode, message: errorText(text)}
 }
 
 // call sends one call within callTimeout and decodes the answer into out, unless out is nil.
@@ -129,8 +129,8 @@ func (e *apiError) Error() string {
 	return fmt.Sprintf("tailscaled answers %d: %s", e.status, e.message)
 }
 
-// message finds the text in an error body, which is {"Error": "..."} or plain text.
-func message(body []byte) string {
+// errorText finds the text in an error body, which is {"Error": "..."} or plain text.
+func errorText(body []byte) string {
 	var j struct{ Error string }
 	if json.Unmarshal(body, &j) == nil && j.Error != "" {
 		return j.Error

@@ -39,14 +39,14 @@ var (
 type LoginOptions struct {
 	// ControlURL of Headscale, such as https://headscale.example.com.
 	ControlURL string
-	// AuthKey is a pre-auth key. It may be empty where tailscaled has been logged in before.
+	// AuthKey is a pre-auth key. It may be empty where tailscaled is logged in.
 	AuthKey secret.Secret
 	// Hostname is the wanted name in the tailnet; "" leaves tailscaled's own choice.
 	Hostname string
 	// Tags to ask for. Not needed with a key that carries tags, which Headscale's does.
 	Tags []string
-	// Move takes a tailscaled that is logged in to another ControlURL over, with its node key: Headscale has moved. Only
-	// for a tailscaled that is ours; without it that is ErrOtherControl.
+	// Move takes over a tailscaled that is logged in to another ControlURL: Headscale has moved. It needs a key. Only for
+	// a tailscaled that is ours; without Move that is ErrOtherControl.
 	Move bool
 	// Again joins although tailscaled says that it is in: the control server has forgotten the node.
 	Again bool
@@ -95,7 +95,13 @@ func (c *Client) login(ctx context.Context, o LoginOptions) error {
 	if err != nil {
 		return err
 	}
-	return c.awaitRunning(ctx, bus)
+	// A tailscaled that has been in a tailnet says Running at once, from its old network map. A new start makes a new
+	// node key, and the map that has it is a new one.
+	oldKey := ""
+	if step == loginStart && st.HaveNodeKey {
+		oldKey = st.Self.NodeKey
+	}
+	return c.awaitRunning(ctx, bus, oldKey)
 }
 
 // start gives tailscaled a new control client with the key. The prefs go along with it, as `tailscale up` does it:
@@ -147,11 +153,11 @@ func planLogin(st Status, p Prefs, o LoginOptions) (loginStep, error) {
 		return 0, fmt.Errorf("%w: %s; set headscale.url to it, or run `tailscale logout` first", ErrOtherControl, orDefault(p.ControlURL))
 	case o.Again && !o.AuthKey.Empty():
 		return loginStart, nil
-	case known && same && (st.State == Running || st.State == Starting) && p.WantRunning:
+	case known && same && p.WantRunning && (st.State == Running || st.State == Starting || st.State == NoState):
 		return loginNone, nil
 	case known && same && st.State == Stopped:
 		return loginUp, nil
-	case !known && o.AuthKey.Empty(), st.State == NeedsLogin && o.AuthKey.Empty():
+	case o.AuthKey.Empty():
 		return 0, fmt.Errorf("%w: set HEADCNI_AUTH_KEY_FILE to a file with a pre-auth key (headscale preauthkeys create --reusable "+
 			"--tags tag:headcni), or HEADSCALE_API_KEY_FILE so that one is made", ErrNeedsKey)
 	}
@@ -178,50 +184,65 @@ func loginPrefs(have Prefs, o LoginOptions) *edit {
 	return e
 }
 
-// awaitRunning follows the bus until tailscaled is in the tailnet or it is clear that it will not be.
-func (c *Client) awaitRunning(ctx context.Context, bus *bus) error {
-	type next struct {
-		n   notify
-		err error
-	}
-	ch := make(chan next)
-	done := make(chan struct{})
+// awaitRunning follows the bus until tailscaled is in the tailnet with another node key than oldKey, or it is clear that
+// it will not be.
+func (c *Client) awaitRunning(ctx context.Context, bus *bus, oldKey string) error {
+	messages, done := make(chan message), make(chan struct{})
 	defer close(done)
-	go func() {
-		for {
-			n, err := bus.next()
-			select {
-			case ch <- next{n, err}:
-			case <-done:
-				return
-			}
-			if err != nil {
-				return
-			}
-		}
-	}()
-	// The first message holds the state and the health from before the start.
-	first := true
-	last := ""
+	go bus.pump(messages, done)
 	patience := time.NewTimer(loginPatience)
 	defer patience.Stop()
-	for {
+	look := time.NewTicker(100 * time.Millisecond)
+	defer look.Stop()
+	last, running := "", false
+	// The first message holds the state and the health from before the start.
+	for first := true; ; {
 		select {
-		case m := <-ch:
+		case m := <-messages:
 			if m.err != nil {
 				return c.loginGaveUp(ctx, last, m.err)
-			}
-			if m.n.State != nil && *m.n.State == stateRunning && !first {
-				return nil
 			}
 			if done, err := judge(m.n, first, &last); done {
 				return err
 			}
+			if m.n.State != nil && !first {
+				running = *m.n.State == stateRunning
+			}
+			if running && oldKey == "" {
+				return nil
+			}
 			first = false
+		case <-look.C:
+			if !running {
+				continue
+			}
+			if st, err := c.StatusWithoutPeers(ctx); err == nil && st.State == Running && st.Self.NodeKey != oldKey {
+				return nil
+			}
 		case <-patience.C:
-			return c.patienceEnds(ctx, last)
+			return c.patienceEnds(ctx, last, oldKey)
 		case <-ctx.Done():
 			return c.loginGaveUp(ctx, last, ctx.Err())
+		}
+	}
+}
+
+type message struct {
+	n   notify
+	err error
+}
+
+// pump passes the bus's messages on until its end, which is the last one, or until done.
+func (b *bus) pump(to chan<- message, done <-chan struct{}) {
+	for {
+		n, err := b.next()
+		select {
+		case to <- message{n, err}:
+		case <-done:
+			return
+		}
+		if err != nil {
+			return
 		}
 	}
 }
@@ -262,12 +283,12 @@ func refused(text string) error {
 }
 
 // patienceEnds asks once more, because a trimmed tailscaled may tell less on the bus.
-func (c *Client) patienceEnds(ctx context.Context, last string) error {
+func (c *Client) patienceEnds(ctx context.Context, last, oldKey string) error {
 	st, err := c.StatusWithoutPeers(ctx)
 	if err != nil {
 		return err
 	}
-	if st.State == Running {
+	if st.State == Running && st.Self.NodeKey != oldKey {
 		return nil
 	}
 	if text := loginErrorIn(st.Health); text != "" {

@@ -33,13 +33,15 @@ func TestPlanLogin(t *testing.T) {
 		"fresh without key":        {Status{State: NeedsLogin}, Prefs{}, LoginOptions{ControlURL: ours}, 0, ErrNeedsKey},
 		"running":                  {Status{State: Running, HaveNodeKey: true}, in, LoginOptions{ControlURL: ours + ":443/"}, loginNone, nil},
 		"starting, Headscale down": {Status{State: Starting, HaveNodeKey: true}, in, LoginOptions{ControlURL: ours}, loginNone, nil},
+		"just started":             {Status{State: NoState, HaveNodeKey: true}, in, LoginOptions{ControlURL: ours, AuthKey: key}, loginNone, nil},
 		"down":                     {Status{State: Stopped, HaveNodeKey: true}, Prefs{ControlURL: ours}, LoginOptions{ControlURL: ours}, loginUp, nil},
 		"logged out":               {Status{State: NeedsLogin, HaveNodeKey: true}, Prefs{ControlURL: ours, LoggedOut: true}, LoginOptions{ControlURL: ours, AuthKey: key}, loginStart, nil},
 		"key expired":              {Status{State: NeedsLogin, HaveNodeKey: true}, in, LoginOptions{ControlURL: ours, AuthKey: key}, loginStart, nil},
 		"key expired, none given":  {Status{State: NeedsLogin, HaveNodeKey: true}, in, LoginOptions{ControlURL: ours}, 0, ErrNeedsKey},
 		"elsewhere":                {Status{State: Running, HaveNodeKey: true}, Prefs{ControlURL: other, WantRunning: true}, LoginOptions{ControlURL: ours, AuthKey: key}, 0, ErrOtherControl},
 		"at Tailscale":             {Status{State: Running, HaveNodeKey: true}, Prefs{WantRunning: true}, LoginOptions{ControlURL: ours, AuthKey: key}, 0, ErrOtherControl},
-		"moved":                    {Status{State: Running, HaveNodeKey: true}, Prefs{ControlURL: other, WantRunning: true}, LoginOptions{ControlURL: ours, Move: true}, loginStart, nil},
+		"moved":                    {Status{State: Running, HaveNodeKey: true}, Prefs{ControlURL: other, WantRunning: true}, LoginOptions{ControlURL: ours, AuthKey: key, Move: true}, loginStart, nil},
+		"moved without key":        {Status{State: Running, HaveNodeKey: true}, Prefs{ControlURL: other, WantRunning: true}, LoginOptions{ControlURL: ours, Move: true}, 0, ErrNeedsKey},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := planLogin(tt.st, tt.p, tt.o)

@@ -32,6 +32,7 @@ func prefixes(s ...string) []netip.Prefix {
 }
 
 func TestJoinRealTailnet(t *testing.T) {
+	t.Parallel()
 	w := realparts.New(t, testBatch)
 	ctx := testContext(t)
 	d := w.Node()
@@ -99,6 +100,7 @@ func TestJoinRealTailnet(t *testing.T) {
 }
 
 func TestUnreachableControl(t *testing.T) {
+	t.Parallel()
 	w := realparts.New(t, testBatch)
 	ctx := testContext(t)
 	d := w.Node()
@@ -125,6 +127,7 @@ func TestUnreachableControl(t *testing.T) {
 }
 
 func TestRejoinAfterLogout(t *testing.T) {
+	t.Parallel()
 	w := realparts.New(t, testBatch)
 	ctx := testContext(t)
 	d := w.Node()
@@ -139,6 +142,7 @@ func TestRejoinAfterLogout(t *testing.T) {
 }
 
 func TestRealPrefs(t *testing.T) {
+	t.Parallel()
 	w := realparts.New(t, testBatch)
 	ctx := testContext(t)
 	d := w.Node()
@@ -194,6 +198,7 @@ func TestRealPrefs(t *testing.T) {
 
 // TestRealWatch sees the events of a real tailscaled, over its restart.
 func TestRealWatch(t *testing.T) {
+	t.Parallel()
 	w := realparts.New(t, testBatch)
 	ctx := testContext(t)
 	a, b := w.Node(), w.Node()
@@ -237,5 +242,36 @@ func TestRealWatch(t *testing.T) {
 	stop()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("watch ends with %v", err)
+	}
+}
+
+// TestRealMove: Headscale is at another URL and has lost its database.
+func TestRealMove(t *testing.T) {
+	t.Parallel()
+	from, to := realparts.New(t, testBatch), realparts.New(t, testBatch)
+	ctx := testContext(t)
+	d := from.Node()
+	c := New(d.Socket)
+	if err := c.Login(ctx, LoginOptions{ControlURL: from.URL, AuthKey: secret.New(from.AuthKey("tag:headcni"))}); err != nil {
+		t.Fatal(err)
+	}
+	no := false
+	if _, _, err := c.EnsurePrefs(ctx, PrefsSpec{AdvertiseRoutes: prefixes("10.244.1.0/24"), CorpDNS: &no}); err != nil {
+		t.Fatal(err)
+	}
+	o := LoginOptions{ControlURL: to.URL, AuthKey: secret.New(to.AuthKey("tag:headcni"))}
+	if err := c.Login(ctx, o); !errors.Is(err, ErrOtherControl) || !strings.Contains(err.Error(), from.URL) {
+		t.Fatalf("without Move: %v", err)
+	}
+	o.Move = true
+	if err := c.Login(ctx, o); err != nil {
+		t.Fatalf("move: %v\n%s", err, d.Log())
+	}
+	if nodes := to.CLI("nodes", "list"); !strings.Contains(nodes, "100.64.0.1") {
+		t.Errorf("the new server knows:\n%s", nodes)
+	}
+	p, err := c.Prefs(ctx)
+	if err != nil || p.ControlURL != to.URL || !slices.Equal(p.AdvertiseRoutes, prefixes("10.244.1.0/24")) || !p.RouteAll || p.CorpDNS {
+		t.Errorf("prefs: %+v, %v", p, err)
 	}
 }
