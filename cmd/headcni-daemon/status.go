@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/headcni/headcni/pkg/daemon"
+	"github.com/headcni/headcni/pkg/monitoring"
 )
 
 func statusCmd() *cobra.Command {
@@ -92,7 +94,7 @@ func printStatus(out io.Writer, s daemon.Status) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	if !s.Ready {
+	if !s.Ready || slices.ContainsFunc(s.Parts, func(p monitoring.PartStatus) bool { return !p.OK }) {
 		fmt.Fprintln(out)
 		printParts(out, s)
 	}

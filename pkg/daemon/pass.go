@@ -7,8 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -24,9 +27,13 @@ const (
 	partConflist = "conflist"
 	// partHeadscale is this node as Headscale sees it. Pods do not wait for it: Headscale may be down for hours.
 	partHeadscale = "headscale"
+	// partForeign are other programs' firewalls. Nothing of ours can help where they drop, and they may not mean pods.
+	partForeign = "foreign"
 )
 
-var partNames = []string{partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist, partHeadscale}
+var partNames = []string{
+	partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist, partHeadscale, partForeign,
+}
 
 // pass observes, plans and applies once. It reports whether everything is right.
 func (d *Daemon) pass(ctx context.Context) bool {
@@ -74,7 +81,19 @@ func (d *Daemon) pass(ctx context.Context) bool {
 		{name: partHeadscale, needs: []string{partTailnet}, optional: true, run: func(ctx context.Context) ([]string, error) {
 			return d.member.check(ctx, o)
 		}},
+		{name: partForeign, optional: true, run: func(context.Context) ([]string, error) { return nil, foreignDrops(o.tun) }},
 	})
+}
+
+// foreignDrops says which firewalls of others drop what pods send and get, and what to do about it.
+func foreignDrops(tun string) error {
+	drops, err := nft.ForeignDrops()
+	if err != nil || len(drops) == 0 {
+		return err
+	}
+	return fmt.Errorf("another program's firewall drops what pods send and get, which no rule of ours can change: %s; let %s* and %s "+
+		"pass there, for instance `firewall-cmd --permanent --zone=trusted --add-interface=%[2]s+ --add-interface=%[3]s && "+
+		"firewall-cmd --reload`", strings.Join(drops, ", "), names.PodLinkPrefix, tun)
 }
 
 // settled is what later passes, and a boot without tailscaled, go by.

@@ -129,6 +129,10 @@ func TestForeignDrops(t *testing.T) {
 		}
 		table ip fine { chain pass { type filter hook forward priority 5; policy accept; ip saddr 192.0.2.9 drop; }
 		}
+		table inet told {
+			chain zones { iifname "hc*" counter accept; }
+			chain pass { type filter hook forward priority 7; policy accept; jump zones; drop; }
+		}
 		table ip late { chain pass { type filter hook forward priority 6; policy accept; counter drop; }
 		}`)
 	ns.Do(t, func() error {

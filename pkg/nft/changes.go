@@ -39,7 +39,7 @@ func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
 				return
 			}
 			for _, m := range msgs {
-				concerns = concerns || concernsUs(m.Data)
+				concerns = concerns || concernsUs(m.Header.Type, m.Data)
 			}
 			if concerns {
 				signalLater(ctx, out)
@@ -63,8 +63,9 @@ func signalLater(ctx context.Context, out chan<- struct{}) {
 }
 
 // concernsUs looks at an event's table, which is attribute 1 of every kind of object, and for the host's filter table at
-// the chain, so that kube-proxy's thousands of changes wake nobody.
-func concernsUs(msg []byte) bool {
+// the chain, so that kube-proxy's thousands of changes wake nobody. Of others, a new chain in the forward hook may be one
+// that drops (ForeignDrops).
+func concernsUs(typ uint16, msg []byte) bool {
 	if len(msg) < 4 {
 		return false
 	}
@@ -79,5 +80,5 @@ func concernsUs(msg []byte) bool {
 		// NFTA_RULE_CHAIN is 2, NFTA_CHAIN_NAME is 3; both as text only where they are what we take them for.
 		return zstring(a[unix.NFTA_RULE_CHAIN]) == forwardChain || zstring(a[unix.NFTA_CHAIN_NAME]) == forwardChain
 	}
-	return false
+	return typ&0xff == unix.NFT_MSG_NEWCHAIN && inForward(a)
 }

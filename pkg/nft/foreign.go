@@ -3,6 +3,7 @@ package nft
 import (
 	"encoding/binary"
 	"fmt"
+	"strings"
 
 	"github.com/headcni/headcni/pkg/config/names"
 	"golang.org/x/sys/unix"
@@ -13,8 +14,8 @@ const hookForward = 2
 
 // ForeignDrops names what in other programs' tables drops forwarded packets that nobody allowed there, such as
 // firewalld's: a drop is final in nftables, so no accept of ours can help, and pods stay cut off until the owner lets
-// them pass. The FORWARD chain of iptables is not among it, since Sync puts accepts there. A drop deeper than a base
-// chain's policy or last rule is not found.
+// them pass. A table with a rule about pods' links is taken for one whose owner has. The FORWARD chain of iptables is not
+// among it, since Sync puts accepts there. A drop deeper than a base chain's policy or last rule is not found.
 func ForeignDrops() ([]string, error) {
 	var out []string
 	for _, f := range []struct {
@@ -30,7 +31,14 @@ func ForeignDrops() ([]string, error) {
 			if err != nil {
 				return out, fmt.Errorf("list %s chains: %w", f.name, explain(err))
 			}
-			if how != "" {
+			if how == "" {
+				continue
+			}
+			knows, err := knowsPods(f.number, table)
+			if err != nil {
+				return out, fmt.Errorf("list rules of table %s %s: %w", f.name, table, explain(err))
+			}
+			if !knows {
 				out = append(out, fmt.Sprintf("chain %s %s %s %s", f.name, table, chain, how))
 			}
 		}
@@ -45,12 +53,7 @@ func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error)
 		return "", "", "", err
 	}
 	table, chain = zstring(a[unix.NFTA_CHAIN_TABLE]), zstring(a[unix.NFTA_CHAIN_NAME])
-	hook, err := attributes(a[unix.NFTA_CHAIN_HOOK])
-	if err != nil {
-		return "", "", "", err
-	}
-	num := hook[unix.NFTA_HOOK_HOOKNUM]
-	if len(num) != 4 || binary.BigEndian.Uint32(num) != hookForward || table == names.NFTTable ||
+	if !inForward(a) || table == names.NFTTable ||
 		table == filterTable && chain == forwardChain && family != unix.NFPROTO_INET {
 		return "", "", "", nil
 	}
@@ -70,4 +73,29 @@ func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error)
 		return "ends with a rule that drops the rest", table, chain, nil
 	}
 	return "", "", "", nil
+}
+
+// inForward tells whether a chain sees forwarded packets.
+func inForward(chain map[int][]byte) bool {
+	hook, err := attributes(chain[unix.NFTA_CHAIN_HOOK])
+	num := hook[unix.NFTA_HOOK_HOOKNUM]
+	return err == nil && len(num) == 4 && binary.BigEndian.Uint32(num) == hookForward
+}
+
+// knowsPods tells whether a rule of a table matches the links of pods.
+func knowsPods(family uint8, table string) (bool, error) {
+	rules, err := request(family, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, nameAttr(unix.NFTA_RULE_TABLE, table))
+	if err != nil {
+		return false, err
+	}
+	for _, r := range rules {
+		rule, err := readRule(r)
+		if err != nil {
+			return false, err
+		}
+		if strings.Contains(rule.text, fmt.Sprintf("ifname %q", podLinks)) {
+			return true, nil
+		}
+	}
+	return false, nil
 }

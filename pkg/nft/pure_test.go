@@ -238,6 +238,11 @@ func TestConcernsUs(t *testing.T) {
 		}
 		return b
 	}
+	hook := func(n uint32) *nl.RtAttr {
+		a := nl.NewRtAttr(unix.NFTA_CHAIN_HOOK|unix.NLA_F_NESTED, nil)
+		a.AddRtAttr(unix.NFTA_HOOK_HOOKNUM, binary.BigEndian.AppendUint32(nil, n))
+		return a
+	}
 	for _, c := range []struct {
 		what string
 		msg  []byte
@@ -250,8 +255,10 @@ func TestConcernsUs(t *testing.T) {
 		{"another table", msg(nameAttr(unix.NFTA_TABLE_NAME, "headcni2")), false},
 		{"generation", msg(nl.NewRtAttr(unix.NFTA_GEN_ID, binary.BigEndian.AppendUint32(nil, 7))), false},
 		{"nothing", nil, false},
+		{"another's chain for forwarding", msg(nameAttr(unix.NFTA_CHAIN_TABLE, "firewalld"), hook(hookForward)), true},
+		{"another's chain for input", msg(nameAttr(unix.NFTA_CHAIN_TABLE, "firewalld"), hook(1)), false},
 	} {
-		if got := concernsUs(c.msg); got != c.want {
+		if got := concernsUs(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWCHAIN, c.msg); got != c.want {
 			t.Errorf("%s: %v", c.what, got)
 		}
 	}
