@@ -24,6 +24,7 @@ import (
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking"
 	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 const (
@@ -130,6 +131,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	if len(d.cfg.Network.ClusterCIDRs) == 0 {
 		d.log.Warn("network.clusterCIDRs is empty: pods of other nodes are strangers; set it to the range that all nodes' pods have")
+	}
+	if u := d.cfg.Headscale.URL; u != "" && !tailscale.ReconnectsReliably(u) {
+		d.log.Warn("tailscaled comes back to an http:// URL only where its host is a private address: give Headscale a certificate and an https:// URL", "url", u)
 	}
 	if cred, err := d.cfg.Headscale.Credential(d.member.getenv); err == nil && cred.Plain {
 		d.log.Warn("the Headscale key stands in a configuration file: move it to a file of mode 0600 and name that in HEADSCALE_API_KEY_FILE or headscale.apiKeyFile")
