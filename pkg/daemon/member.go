@@ -35,8 +35,10 @@ type member struct {
 	minted      secret.Secret
 	mintedUntil time.Time
 	approvedAt  time.Time
-	confirmed   confirmation
-	checkedAt   time.Time // when check last found all well
+	// advertisedAt is when we last changed what tailscaled advertises.
+	advertisedAt time.Time
+	confirmed    confirmation
+	checkedAt    time.Time // when check last found all well
 
 	mu      sync.Mutex
 	socket  string        // what client talks to
@@ -189,16 +191,18 @@ func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscal
 		return nil, nil
 	}
 	if m.cfg.Headscale.URL == "" {
-		return nil, notApproved(missing, config.ErrNoCredential)
+		return nil, m.cannotTell(missing, config.ErrNoCredential)
 	}
 	api, _, err := m.headscale(ctx)
 	switch {
+	case errors.Is(err, config.ErrNoCredential):
+		return nil, m.cannotTell(missing, err)
 	case confirmed && errors.Is(err, headscale.ErrUnreachable):
 		return nil, nil // nothing says that it is otherwise now
 	case err != nil:
 		return nil, notApproved(missing, err)
 	case api == nil:
-		return nil, notApproved(missing, errors.New("the key is a pre-auth key, which cannot approve"))
+		return nil, m.cannotTell(missing, errors.New("a pre-auth key can neither see nor approve them"))
 	}
 	return m.approveBy(ctx, api, self.NodeKey, spec)
 }
@@ -236,6 +240,18 @@ func (m *member) approveBy(ctx context.Context, api *headscale.Client, key strin
 func notApproved(missing []netip.Prefix, why error) error {
 	return fmt.Errorf("%v: not approved in Headscale: %w; run `headscale nodes approve-routes`, give the daemon an API key, or add "+
 		"autoApprovers to the policy: \"autoApprovers\": {\"routes\": {\"%s\": [\"tag:headcni\"]}}", missing, why, missing[0])
+}
+
+// cannotTell: without an API key there is only what Headscale tells the node of itself. Its policy may have approved the
+// routes long ago: 0.29.3 tells the peers at once (a policy change), the node with the next change of its own, which may
+// take hours.
+func (m *member) cannotTell(missing []netip.Prefix, why error) error {
+	if time.Since(m.advertisedAt) < approvalSettles {
+		return unseen{waiting("the routes are advertised")}
+	}
+	return unseen{fmt.Errorf("%v: Headscale has not told whether they are approved, and %w; see `headscale nodes list-routes`. To have it "+
+		"done, give the daemon an API key or add autoApprovers to the policy: \"autoApprovers\": {\"routes\": {\"%s\": [\"tag:headcni\"]}}",
+		missing, why, missing[0])}
 }
 
 // watch pokes the loop when tailscaled changes in a way that concerns us.

@@ -25,6 +25,11 @@ type waiting string
 
 func (w waiting) Error() string { return string(w) }
 
+// unseen is an error where nobody here can see whether anything is wrong: it is shown, and the node counts as ready.
+type unseen struct{ error }
+
+func (u unseen) Unwrap() error { return u.error }
+
 // board holds the last outcome of each part: the node's state as /readyz shows it.
 type board struct {
 	log     *slog.Logger
@@ -78,7 +83,8 @@ func (b *board) record(p part, changes []string, err error) {
 	}
 	b.mu.Lock()
 	before := b.last[name]
-	b.last[name], b.optional[name] = text, p.optional
+	var u unseen
+	b.last[name], b.optional[name] = text, p.optional || errors.As(err, &u)
 	b.mu.Unlock()
 	b.metrics.Part(name, err == nil, len(changes))
 	if len(changes) > 0 {
@@ -91,6 +97,8 @@ func (b *board) record(p part, changes []string, err error) {
 		b.log.Info("right", "part", name)
 	case errors.As(err, &w):
 		b.log.Debug("waiting", "part", name, "err", text)
+	case errors.As(err, &u):
+		b.log.Warn("cannot be seen from here", "part", name, "err", text)
 	default:
 		b.log.Error("not right", "part", name, "err", text)
 	}

@@ -69,3 +69,33 @@ func TestBoardStopped(t *testing.T) {
 		t.Error("a stop was taken for a fault")
 	}
 }
+
+// What cannot be seen from here is shown, said once, and does not make the node unready.
+func TestBoardUnseen(t *testing.T) {
+	var out bytes.Buffer
+	b := newBoard(slog.New(slog.NewTextHandler(&out, nil)), monitoring.NewMetrics("test"), []string{"a"})
+	fault := error(unseen{waiting("advertised")})
+	parts := []part{{name: "a", run: func(context.Context) ([]string, error) { return nil, fault }}}
+	b.run(t.Context(), parts)
+	if out.Len() != 0 {
+		t.Errorf("logs while it waits: %s", out.String())
+	}
+	fault = unseen{errors.New("nobody has told")}
+	for range 2 {
+		if b.run(t.Context(), parts) {
+			t.Error("all right although that cannot be seen")
+		}
+	}
+	ready, got := b.Ready()
+	if diff := cmp.Diff([]monitoring.PartStatus{{Name: "a", Error: "nobody has told"}}, got); !ready || diff != "" {
+		t.Error(ready, diff)
+	}
+	if n := strings.Count(out.String(), "nobody has told"); n != 1 || !strings.Contains(out.String(), "level=WARN") {
+		t.Errorf("logged %d times: %s", n, out.String())
+	}
+	fault = errors.New("wrong")
+	b.run(t.Context(), parts)
+	if ready, _ := b.Ready(); ready {
+		t.Error("ready with a fault")
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 	"strings"
 
 	"github.com/headcni/headcni/pkg/config/names"
@@ -141,6 +142,9 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 		return nil, err
 	}
 	changes, _, err := d.member.client.EnsurePrefs(ctx, p.prefs)
+	if len(changes) > 0 {
+		d.member.advertisedAt = time.Now()
+	}
 	if err != nil {
 		return changes, err
 	}
