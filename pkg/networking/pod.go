@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -237,6 +238,9 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 	if err := p.setUpPod(inside, pod, links); err != nil {
 		return PodLinks{}, err
 	}
+	if err := awaitCarrier(host, links.HostName); err != nil {
+		return PodLinks{}, err
+	}
 	return links, stillThere(pod.Netns, ns)
 }
 
@@ -347,8 +351,29 @@ func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) error {
 	for _, r := range pod.Routes {
 		steps = append(steps, addPodRoute("pod", l.podIdx, r))
 	}
+	// The look-up makes the kernel carry through what the carrier brings (see awaitCarrier).
+	steps = append(steps, getPodLink(pod.IfName))
 	_, err := p.do(inside, steps...)
 	return explainIPv6(err, "in the pod's network namespace", pod)
+}
+
+const (
+	carrierTries = 100
+	carrierWait  = time.Millisecond
+)
+
+// awaitCarrier waits until the host's end sends. It was set up before its peer, without carrier, and a link gets its queue only
+// when the kernel's link watch has seen the carrier come: until then it drops what it is given. Looking the link up makes
+// that happen at once (rtnl_getlink, since Linux 6.8); older kernels get to it within milliseconds.
+func awaitCarrier(host *podConn, name string) error {
+	for range carrierTries {
+		l, err := host.link(name)
+		if err != nil || l.operational {
+			return err
+		}
+		time.Sleep(carrierWait)
+	}
+	return nil // it is up as far as we can bring it; a late work queue is no reason to fail a pod
 }
 
 // explainIPv6 puts the kernel's EACCES for an address on a link without IPv6 into words.
@@ -441,25 +466,26 @@ func writePodSysctl(link, key, value string) error {
 }
 
 // Detach removes the pod's link and returns when it is gone. It needs neither the pod's namespace nor an earlier result:
-// the pod's end, and every route and neighbour, goes with the host's end. A link that is not there is no error.
-func (p *Pods) Detach(containerID, ifName string) error {
+// the pod's end, and every route and neighbour, goes with the host's end. A link that is not there is no error; removed
+// tells the two apart.
+func (p *Pods) Detach(containerID, ifName string) (removed bool, err error) {
 	if err := p.step("detach"); err != nil {
-		return err
+		return false, err
 	}
 	host, err := openPodConn(unix.NETLINK_ROUTE)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer host.close()
 	l, err := host.link(PodLinkName(containerID, ifName))
 	if errors.Is(err, unix.ENODEV) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	if l.kind != "veth" || !podLinkIsOf(l.alias, containerID, ifName) {
-		return nil // another's: Attach refuses to work beside it, so nothing of ours is there
+		return false, nil // another's: Attach refuses to work beside it, so nothing of ours is there
 	}
-	return deletePodLink(host, l)
+	return true, deletePodLink(host, l)
 }

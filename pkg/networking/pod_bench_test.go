@@ -15,7 +15,7 @@ func BenchmarkAttach(b *testing.B) {
 				return err
 			}
 			b.StopTimer()
-			if err := (&Pods{}).Detach("c1", "eth0"); err != nil {
+			if _, err := (&Pods{}).Detach("c1", "eth0"); err != nil {
 				return err
 			}
 			b.StartTimer()

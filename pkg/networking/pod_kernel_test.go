@@ -51,7 +51,7 @@ func (n podNode) attach(t *testing.T, p *Pods, pod Pod) (l PodLinks, err error) 
 
 func (n podNode) detach(t *testing.T, p *Pods) (err error) {
 	n.host.Do(t, func() error {
-		err = p.Detach("c1", "eth0")
+		_, err = p.Detach("c1", "eth0")
 		return nil
 	})
 	return err

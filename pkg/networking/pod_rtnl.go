@@ -31,6 +31,7 @@ const (
 	podReplyWait = 60 * time.Second
 	// skipLinkStats (RTEXT_FILTER_SKIP_STATS, linux/rtnetlink.h) spares the kernel from adding up counters.
 	skipLinkStats = 1 << 3
+	operUp        = 6 // IF_OPER_UP, linux/if.h
 )
 
 func (r *podRequest) fixed(b ...byte) { r.body = append(r.body, b...) }
@@ -274,6 +275,7 @@ type podLink struct {
 	index, peer int // peer: the other end's index in its own namespace
 	mtu         int
 	up          bool
+	operational bool // it can send
 	mac         net.HardwareAddr
 	name        string
 	kind, alias string
@@ -313,6 +315,9 @@ func parsePodLink(b []byte) (podLink, error) {
 	}
 	if v := attrs[unix.IFLA_LINK]; len(v) == 4 {
 		l.peer = int(binary.NativeEndian.Uint32(v))
+	}
+	if v := attrs[unix.IFLA_OPERSTATE]; len(v) == 1 {
+		l.operational = v[0] == operUp
 	}
 	if v := attrs[unix.IFLA_MTU]; len(v) == 4 {
 		l.mtu = int(binary.NativeEndian.Uint32(v))

@@ -13,8 +13,8 @@ import (
 type Addresses interface {
 	// Add takes addresses for the attachment.
 	Add(ctx context.Context) (Given, error)
-	// Del gives them back. There may be none.
-	Del(ctx context.Context) error
+	// Del gives them back and says which. There may be none.
+	Del(ctx context.Context) ([]netip.Addr, error)
 	// Check fails unless the attachment holds want.
 	Check(ctx context.Context, want []netip.Addr) error
 	upkeep

@@ -136,7 +136,11 @@ func withVersion(b []byte, version string) []byte {
 	return out
 }
 
-func (d *delegate) Del(ctx context.Context) error { _, err := d.run(ctx, "DEL"); return err }
+// Del does not learn from the plugin what was given back.
+func (d *delegate) Del(ctx context.Context) ([]netip.Addr, error) {
+	_, err := d.run(ctx, "DEL")
+	return nil, err
+}
 
 // Check leaves the comparison to the plugin, which gets prevResult with the rest.
 func (d *delegate) Check(ctx context.Context, _ []netip.Addr) error {

@@ -23,7 +23,8 @@ import (
 type Links interface {
 	Vacant(netns, ifName string) error
 	Attach(networking.Pod) (networking.PodLinks, error)
-	Detach(containerID, ifName string) error
+	// Detach tells whether there was a link to remove.
+	Detach(containerID, ifName string) (removed bool, err error)
 	Check(networking.PodState) error
 }
 
@@ -185,8 +186,8 @@ func (p *Plugin) Del(ctx context.Context, a *skel.CmdArgs) error {
 	addresses, err := p.Addresses(r)
 	if err != nil {
 		// Without an IPAM plugin to ask, the link can go all the same. The runtime comes again for the address.
-		detached := coded(stageDetach, p.Links.Detach(r.ContainerID, r.IfName))
-		return p.finish(ctx, r, errors.Join(detached, coded(stageIPAM, err)))
+		_, stuck := p.Links.Detach(r.ContainerID, r.IfName)
+		return p.finish(ctx, r, errors.Join(coded(stageDetach, stuck), coded(stageIPAM, err)))
 	}
 	return p.finish(ctx, r, p.detachAndRelease(ctx, r, addresses))
 }
@@ -194,11 +195,16 @@ func (p *Plugin) Del(ctx context.Context, a *skel.CmdArgs) error {
 // detachAndRelease is DEL, and the undoing of ADD. The link goes first: an address is never free while a pod still has it.
 func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, addresses Addresses) error {
 	r.stage = stageDetach
-	if err := p.Links.Detach(r.ContainerID, r.IfName); err != nil {
+	removed, err := p.Links.Detach(r.ContainerID, r.IfName)
+	if err != nil {
 		return fmt.Errorf("detach %s of container %s (its address stays taken): %w", r.IfName, r.ContainerID, err)
 	}
 	r.stage = stageIPAM
-	return addresses.Del(ctx)
+	released, err := addresses.Del(ctx)
+	if r.hint.Addrs = released; len(released) == 0 && removed && err == nil {
+		r.hint.Addrs = r.previousAddrs() // what the IPAM plugin does not tell
+	}
+	return err
 }
 
 // Check compares the kernel and the lease with prevResult (specification section 2, CHECK). Each deviation is named.

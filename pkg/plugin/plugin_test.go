@@ -51,12 +51,14 @@ func (k *fakeKernel) Attach(pod networking.Pod) (networking.PodLinks, error) {
 	}, nil
 }
 
-func (k *fakeKernel) Detach(containerID, ifName string) error {
+func (k *fakeKernel) Detach(containerID, ifName string) (removed bool, err error) {
 	if err := k.fail["detach"]; err != nil {
-		return err
+		return false, err
 	}
-	delete(k.links, networking.PodLinkName(containerID, ifName))
-	return nil
+	name := networking.PodLinkName(containerID, ifName)
+	_, removed = k.links[name]
+	delete(k.links, name)
+	return removed, nil
 }
 
 func (k *fakeKernel) Check(networking.PodState) error { return k.fail["check"] }
@@ -185,8 +187,9 @@ func TestAddAndDel(t *testing.T) {
 		}
 		b.empty(t)
 	}
-	if h := b.hints[2]; h.Command != "DEL" || h.ErrorCode != 0 {
-		t.Errorf("hint: %+v", h)
+	// The daemon counts what was given back; the second DEL gave nothing.
+	if first, second := b.hints[1], b.hints[2]; first.Command != "DEL" || len(first.Addrs) != 2 || len(second.Addrs) != 0 || second.ErrorCode != 0 {
+		t.Errorf("hints: %+v, %+v", first, second)
 	}
 	if b.log.Len() > 0 {
 		t.Errorf("steady state logs: %s", b.log)
@@ -651,6 +654,22 @@ func TestDelegate(t *testing.T) {
 		}
 		if got := calls(t, dir); got != "ADD c1,DEL c1" {
 			t.Errorf("calls: %s", got)
+		}
+	})
+	t.Run("DEL tells what prevResult says", func(t *testing.T) {
+		dir, b, err := run(t, answer, add, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := b.args(t, "c1", `{"ipam":{"type":"my-ipam"},"prevResult":`+b.out.String()+`}`)
+		a.Path = dir
+		for range 2 {
+			if err := b.Del(bg, a); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := fmt.Sprint(b.hints[1].Addrs, b.hints[2].Addrs); got != "[10.9.0.5] []" {
+			t.Errorf("got %s", got)
 		}
 	})
 	for command, f := range map[string]func(*Plugin, *skel.CmdArgs) error{

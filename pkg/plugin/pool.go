@@ -105,7 +105,7 @@ func (p *pool) Add(ctx context.Context) (Given, error) {
 	if errors.Is(err, ipam.ErrOwnerHasLease) {
 		// The pod has no such interface (that was looked up before): an ADD was killed half-way.
 		p.r.Log.Warn("removing what an interrupted ADD of this attachment left", "lease", lease.Addrs)
-		if err := p.links.Detach(p.r.ContainerID, p.r.IfName); err != nil {
+		if _, err := p.links.Detach(p.r.ContainerID, p.r.IfName); err != nil {
 			return Given{}, fmt.Errorf("remove the link that an interrupted ADD left: %w", err)
 		}
 		if _, err := p.pool.Release(ctx, p.r.ContainerID, p.r.IfName); err != nil {
@@ -174,9 +174,17 @@ func givenBy(result *types100.Result) (Given, error) {
 	return given, nil
 }
 
-func (p *pool) Del(ctx context.Context) error {
-	_, err := p.pool.Release(ctx, p.r.ContainerID, p.r.IfName)
-	return err
+func (p *pool) Del(ctx context.Context) ([]netip.Addr, error) {
+	lease, lookup := p.pool.Lookup(ctx, p.r.ContainerID, p.r.IfName) // only to tell; Release finds out for itself
+	released, err := p.pool.Release(ctx, p.r.ContainerID, p.r.IfName)
+	if err != nil || lookup != nil || !released {
+		return nil, err
+	}
+	var addrs []netip.Addr
+	for _, a := range lease.Addrs {
+		addrs = append(addrs, a.Addr.Addr())
+	}
+	return addrs, nil
 }
 
 func (p *pool) Check(ctx context.Context, want []netip.Addr) error {

@@ -140,6 +140,15 @@ func (r *Request) previous() (*types100.Result, error) {
 	return result, nil
 }
 
+// previousAddrs are the attachment's addresses by prevResult, as far as it is there and can be read.
+func (r *Request) previousAddrs() []netip.Addr {
+	state, err := expectedState(r)
+	if err != nil {
+		return nil
+	}
+	return state.Addrs
+}
+
 // buildResult says what the kernel has now: /32 and /128 addresses, the host's end first. It extends previous, if any.
 func buildResult(r *Request, previous *types100.Result, pod networking.Pod, links networking.PodLinks, given Given) *types100.Result {
 	result := previous
