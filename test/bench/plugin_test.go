@@ -20,14 +20,14 @@ type contender struct {
 	name, plugin, conf string
 }
 
-// contenders have a /16 each, so that no run comes near its end.
+// contenders have a /16 each, so that no run comes near its end, and their leases on the same file system.
 var contenders = []contender{
 	{"headcni", "headcni", `{"cniVersion":"1.0.0","name":"bench-headcni","type":"headcni","mtu":1280,
 		"ipam":{"type":"headcni-ipam","subnet":"10.1.0.0/16"}}`},
 	{"ptp+host-local", "ptp", `{"cniVersion":"1.0.0","name":"bench-ptp","type":"ptp","mtu":1280,
-		"ipam":{"type":"host-local","subnet":"10.2.0.0/16","routes":[{"dst":"0.0.0.0/0"}]}}`},
+		"ipam":{"type":"host-local","dataDir":"/var/lib/headcni/host-local","subnet":"10.2.0.0/16","routes":[{"dst":"0.0.0.0/0"}]}}`},
 	{"bridge+host-local", "bridge", `{"cniVersion":"1.0.0","name":"bench-bridge","type":"bridge","bridge":"bench0","isGateway":true,
-		"ipam":{"type":"host-local","subnet":"10.3.0.0/16","routes":[{"dst":"0.0.0.0/0"}]}}`},
+		"ipam":{"type":"host-local","dataDir":"/var/lib/headcni/host-local","subnet":"10.3.0.0/16","routes":[{"dst":"0.0.0.0/0"}]}}`},
 }
 
 // runner runs plugins from the folders of our programs and of the pinned real parts.
