@@ -21,7 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/headscale"
 )
 
-// Without an API key, where Headscale's policy approves the routes.
+// Without an API key, where Headscale's policy approves the routes. Of that the node may hear late.
 func testPreAuthKey(t *testing.T, l *lab.Lab) {
 	n, peer := l.Nodes[keyOnly], l.Nodes[nodeA]
 	key := authKey(t, l, "--tags", tagAuto)
@@ -93,11 +93,17 @@ func testBadInput(t *testing.T, l *lab.Lab) {
 				t.Fatal(err)
 			}
 			c.fault()
+			from := logSize(t, n)
 			if err := n.StartDaemon(); err != nil {
 				t.Fatal(err)
 			}
 			complains(t, n, c.part, c.complaint)
 			nothingDone(t, l, n)
+			time.Sleep(1500 * time.Millisecond) // it tries again
+			said := keepLines(logSince(t, n, from), `msg="not right" part=`+c.part)
+			if strings.Count(said, "\n") != 1 || !strings.Contains(said, c.complaint) {
+				t.Errorf("logged:\n%s\nwant one line with %q, however often it is tried", said, c.complaint)
+			}
 			if c.name != "wrong pre-auth key" {
 				stop(t, n)
 			}
@@ -137,7 +143,7 @@ func refuses(t *testing.T, n *lab.Node, want string) {
 	noConflist(t, n)
 }
 
-// complains waits until a part of the node is wrong for a reason, which must be logged once however often it is tried.
+// complains waits until a part of the node is wrong for a reason.
 func complains(t *testing.T, n *lab.Node, part, want string) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("wait for the complaint %q", want), func() error {

@@ -56,7 +56,10 @@ func TestTailnet(t *testing.T) {
 		for _, i := range []int{nodeB, crowded, hostLocal, keyOnly, duplicate, leavingDaemon} {
 			modes[i] = daemon
 		}
-		l := newLab(t, lab.Options{Nodes: steadyNodes, Spare: steadyNodes - 2, Modes: modes, Bin: bin, Policy: autoApprove})
+		l := newLab(t, lab.Options{
+			Nodes: steadyNodes, Spare: steadyNodes - 2, Modes: modes, Bin: bin, Policy: autoApprove,
+			Batch: 500 * time.Millisecond, // Headscale's own default, which changes what nodes get to know and when
+		})
 		for name, test := range map[string]func(*testing.T, *lab.Lab){
 			"traffic": testTraffic, "MTU": testMTU, "crowd": testCrowd, "host-local": testHostLocal, "flat": testFlat,
 			"pre-auth key": testPreAuthKey, "bad input": testBadInput, "duplicate CIDR": testDuplicate,
