@@ -26,7 +26,7 @@ const (
 // repairs what can be repaired: a node that was deleted behind our back goes on saying Running.
 func (m *member) check(ctx context.Context, o observation) ([]string, error) {
 	if m.cfg.Headscale.URL == "" || time.Since(m.checkedAt) < fullCheck {
-		return nil, nil
+		return nil, m.warned
 	}
 	api, _, err := m.headscale(ctx)
 	switch {
@@ -39,11 +39,16 @@ func (m *member) check(ctx context.Context, o observation) ([]string, error) {
 	if err == nil {
 		err = keysAndClock(ctx, api)
 	}
-	if err == nil {
-		m.checkedAt = time.Now()
+	var w warning
+	if err == nil || errors.As(err, &w) {
+		m.checkedAt, m.warned = time.Now(), err
 	}
 	return changes, err
 }
+
+// warning is an error that stands for long: asking Headscale with each pass would tell nothing new, and costs it the hash
+// of a key each time.
+type warning struct{ error }
 
 // known makes sure that Headscale knows the node and lets it stay.
 func (m *member) known(ctx context.Context, api *headscale.Client, o observation) ([]string, error) {
@@ -79,8 +84,8 @@ func keyExpiry(expiry, now time.Time) error {
 	if expiry.IsZero() || expiry.Sub(now) > nodeKeyWarning {
 		return nil
 	}
-	return fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
-		"expire --disable -i ID`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))
+	return warning{fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
+		"expire --disable -i ID`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))}
 }
 
 // keysAndClock warns of our own API key's end and of clocks that are apart.
@@ -90,7 +95,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 		return err
 	}
 	if h.Skew > maxSkew || h.Skew < -maxSkew {
-		return fmt.Errorf("Headscale's clock is %s from this node's: keys may seem expired; let an NTP client set both", h.Skew)
+		return warning{fmt.Errorf("Headscale's clock is %s from this node's: keys may seem expired; let an NTP client set both", h.Skew)}
 	}
 	key, err := api.OwnAPIKey(ctx)
 	if errors.Is(err, headscale.ErrNotFound) {
@@ -100,8 +105,8 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 		return err
 	}
 	if !key.Expiration.IsZero() && time.Until(key.Expiration) < apiKeyWarning {
-		return fmt.Errorf("the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
-			"picked up without a restart", key.Prefix, key.Expiration.UTC().Format(time.RFC3339))
+		return warning{fmt.Errorf("the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
+			"picked up without a restart", key.Prefix, key.Expiration.UTC().Format(time.RFC3339))}
 	}
 	return nil
 }

@@ -38,7 +38,8 @@ type member struct {
 	// advertisedAt is when we last changed what tailscaled advertises.
 	advertisedAt time.Time
 	confirmed    confirmation
-	checkedAt    time.Time // when check last found all well
+	checkedAt    time.Time // when check last had an answer, and
+	warned       error     // what it warned of
 
 	mu      sync.Mutex
 	socket  string        // what client talks to
