@@ -30,6 +30,8 @@ var ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.
 type Control struct {
 	*Machine
 	Headscale *Process
+	// Relay is the relay where Options.Relay is set, else nil.
+	Relay *Process
 	// URL is Headscale's.
 	URL string
 	// APIKey is a Headscale API key.
@@ -92,7 +94,11 @@ func (c *Control) setUp(ctx context.Context, opt Options) error {
 	if opt.Policy != nil {
 		opt.Policy(policy)
 	}
-	files := map[string]object{"config.yaml": headscaleConfig(c.URL, opt.Batch), "policy.hujson": policy}
+	config := headscaleConfig(c.URL, opt.Batch)
+	if opt.Relay {
+		withRelay(config)
+	}
+	files := map[string]object{"config.yaml": config, "policy.hujson": policy}
 	for _, dir := range []string{"/etc/headscale", "/run/headscale"} {
 		if err := os.MkdirAll(c.Path(dir), 0o755); err != nil {
 			return err
@@ -104,6 +110,11 @@ func (c *Control) setUp(ctx context.Context, opt Options) error {
 			return err
 		}
 		if err := os.WriteFile(filepath.Join(c.Path("/etc/headscale"), name), b, 0o600); err != nil {
+			return err
+		}
+	}
+	if opt.Relay {
+		if err := c.startRelay(ctx, opt); err != nil {
 			return err
 		}
 	}
@@ -141,7 +152,7 @@ func (c *Control) makeKey(ctx context.Context) error {
 	if _, err := c.Run(ctx, "headscale", "users", "create", headscaleUser); err != nil {
 		return err
 	}
-	out, err := c.Run(ctx, "headscale", "apikeys", "create", "--expiration", "24h")
+	out, err := c.Run(ctx, "headscale", "apikeys", "create", "--expiration", "2160h")
 	if err != nil {
 		return err
 	}

@@ -30,6 +30,8 @@ type Options struct {
 	UnderlayMTU int
 	// Batch is how long Headscale gathers changes, 0 = 10 ms (its own default is 500 ms).
 	Batch time.Duration
+	// Relay has the relay (DERP server) run on the control host as a process of its own, instead of within Headscale.
+	Relay bool
 	// Configure may change what is to be a node's daemon.yaml.
 	Configure func(n *Node, c map[string]any)
 	// Policy may change what is to be Headscale's policy.
@@ -124,14 +126,19 @@ func each(n int, do func(int) error) error {
 	return errors.Join(errs...)
 }
 
-// makeMachines makes the namespaces of the control host and the nodes.
-func (l *Lab) makeMachines(ctx context.Context) error {
-	var hosts strings.Builder
+// names are those of the control host and the nodes.
+func (l *Lab) names() []string {
 	names := []string{"control"}
 	for i := range l.opt.Nodes {
 		names = append(names, fmt.Sprintf("node-%d", i+1))
 	}
-	for i, name := range names {
+	return names
+}
+
+// hosts is what every machine has in /etc/hosts of the others.
+func (l *Lab) hosts() string {
+	var hosts strings.Builder
+	for i, name := range l.names() {
 		n := 1
 		if i > 0 {
 			n = i + 10
@@ -140,9 +147,15 @@ func (l *Lab) makeMachines(ctx context.Context) error {
 			fmt.Fprintf(&hosts, "%s %s\n", a.Addr(), name)
 		}
 	}
+	return hosts.String()
+}
+
+// makeMachines makes the namespaces of the control host and the nodes.
+func (l *Lab) makeMachines(ctx context.Context) error {
+	names, hosts := l.names(), l.hosts()
 	machines := make([]*Machine, len(names))
 	err := each(len(names), func(i int) (err error) {
-		machines[i], err = newMachine(ctx, l.Dir, names[i], hosts.String(), l.opt.path(), l.lock)
+		machines[i], err = newMachine(ctx, l.Dir, names[i], hosts, l.opt.path(), l.lock)
 		return err
 	})
 	// What was made is handed over even after an error, for Close.

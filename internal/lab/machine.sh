@@ -23,6 +23,10 @@ rmdir "$kept"
 mount --bind /run/netns /run/netns
 mount --make-shared /run/netns
 
+# A boot of its own: whoever asks the kernel for its ID is answered by this file.
+cat /proc/sys/kernel/random/uuid > /run/boot_id
+mount --bind /run/boot_id /proc/sys/kernel/random/boot_id
+
 # An ordinary user cannot make folders in /etc, /var/lib and /opt, and root should not: a tmpfs of links covers each.
 for dir in /etc /var/lib /opt; do
 	mount -t tmpfs -o mode=0755 tmpfs "$dir"

@@ -41,6 +41,7 @@ type Node struct {
 
 	lab   *Lab
 	index int
+	disk  *os.File // the mount namespace of a node that crashed
 }
 
 // plugIn says what node number i, from 0, is to be and plugs it into the underlay.
