@@ -67,6 +67,7 @@ func headscaleConfig(url string, batch time.Duration) object {
 		"dns":                    object{"magic_dns": true, "base_domain": BaseDomain, "override_local_dns": false, "nameservers": object{"global": []string{}}},
 		"unix_socket":            "/run/headscale/headscale.sock",
 		"unix_socket_permission": "0700",
+		"cli":                    object{"timeout": "60s"}, // hashing a key is slow on a busy machine
 		"logtail":                object{"enabled": false},
 		// Headscale gathers node changes for this long before it tells the others. Its default of 500 ms is for thousands
 		// of nodes; it only makes joining slower.

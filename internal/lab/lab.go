@@ -187,14 +187,14 @@ func (l *Lab) wire() error {
 }
 
 func (l *Lab) startControl(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("Headscale did not answer within 30 s"))
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("Headscale did not answer within a minute"))
 	defer cancel()
 	return l.Control.setUp(ctx, l.opt)
 }
 
 // startNodes starts tailscaled and the daemon on every node but the spare ones and waits until all is as it should be.
 func (l *Lab) startNodes(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, 60*time.Second, errors.New("the nodes were not ready within 60 s"))
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the nodes were not ready within 2 minutes"))
 	defer cancel()
 	return each(len(l.Nodes), func(i int) error {
 		n := l.Nodes[i]
