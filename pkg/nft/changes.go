@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/headcni/headcni/pkg/config/names"
@@ -15,7 +16,7 @@ import (
 const settle = 50 * time.Millisecond
 
 // Changes signals soon after anybody, ourselves included, changed our tables or the host's FORWARD chain. The channel
-// is closed when ctx ends or the kernel's events cannot be read any more. iptables-legacy has no events.
+// is closed when ctx ends or the kernel's events cannot be read any more. iptables-legacy has no events and is looked at every few seconds.
 func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
 	// Ask for permission first: where the library may not bind its socket, it closes the descriptor twice, once at a
 	// time when it is somebody else's.
@@ -26,27 +27,57 @@ func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to nf_tables events: %w", explain(err))
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	out := make(chan struct{}, 1)
 	stop := context.AfterFunc(ctx, s.Close)
-	go func() {
-		defer close(out)
+	var wg sync.WaitGroup
+	wg.Go(func() { pollLegacy(ctx, out) })
+	wg.Go(func() {
+		defer cancel()
 		defer stop()
 		defer s.Close()
-		for {
-			msgs, _, err := s.Receive()
-			concerns := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
-			if err != nil && !concerns {
-				return
-			}
-			for _, m := range msgs {
-				concerns = concerns || concernsUs(m.Header.Type, m.Data)
-			}
-			if concerns {
-				signalLater(ctx, out)
-			}
-		}
+		receive(ctx, s, out)
+	})
+	go func() {
+		wg.Wait()
+		close(out)
 	}()
 	return out, nil
+}
+
+// receive signals events of nftables until they cannot be read any more.
+func receive(ctx context.Context, s *nl.NetlinkSocket, out chan<- struct{}) {
+	for {
+		msgs, _, err := s.Receive()
+		concerns := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
+		if err != nil && !concerns {
+			return
+		}
+		for _, m := range msgs {
+			concerns = concerns || concernsUs(m.Header.Type, m.Data)
+		}
+		if concerns {
+			signalLater(ctx, out)
+		}
+	}
+}
+
+// pollLegacy signals changes of the FORWARD chains of iptables-legacy, of which the kernel tells nobody.
+func pollLegacy(ctx context.Context, out chan<- struct{}) {
+	tick := time.NewTicker(legacyPoll)
+	defer tick.Stop()
+	last := legacyChains(ctx)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if now := legacyChains(ctx); now != last && ctx.Err() == nil {
+			last = now
+			signalLater(ctx, out)
+		}
+	}
 }
 
 // signalLater lets more events of the same cause arrive in the socket's buffer first.

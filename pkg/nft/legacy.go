@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"time"
 
 	"github.com/headcni/headcni/pkg/config/names"
 	"golang.org/x/sys/unix"
@@ -114,6 +115,27 @@ func (f legacyFamily) inUse() (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// legacyPoll is how often legacyChains is asked for changes. Where iptables-legacy is not in use it reads two small files.
+const legacyPoll = 5 * time.Second
+
+// legacyChains is what the FORWARD chains of iptables-legacy hold, "" where it is not in use. Errors are Sync's to tell.
+func legacyChains(ctx context.Context) string {
+	var all strings.Builder
+	for _, f := range legacyFamilies {
+		if inUse, err := f.inUse(); err != nil || !inUse {
+			continue
+		}
+		program, err := f.find(ctx)
+		if err != nil {
+			continue
+		}
+		if out, err := runProgram(ctx, nil, program, "-w", legacyWait, "-S", forwardChain); err == nil {
+			all.WriteString(program + "\n" + out)
+		}
+	}
+	return all.String()
 }
 
 // find returns the program that speaks to the legacy tables.

@@ -1,0 +1,225 @@
+package hosts
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/lab"
+)
+
+const genuine = "genuine"
+
+// ear hears what UDP datagrams say that arrive at an address.
+type ear struct {
+	name string
+	addr netip.AddrPort
+
+	mu    sync.Mutex
+	heard []string
+}
+
+func listen(t *testing.T, name string, at lab.Place, addr netip.Addr) *ear {
+	t.Helper()
+	var c net.PacketConn
+	err := at.Do(func() (err error) {
+		c, err = net.ListenPacket("udp", netip.AddrPortFrom(addr, 0).String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	e := &ear{name: name, addr: netip.MustParseAddrPort(c.LocalAddr().String())}
+	go func() {
+		buf := make([]byte, 128)
+		for {
+			n, _, err := c.ReadFrom(buf)
+			if err != nil {
+				return // closed
+			}
+			e.mu.Lock()
+			e.heard = append(e.heard, string(buf[:n]))
+			e.mu.Unlock()
+		}
+	}()
+	return e
+}
+
+// lies are what was heard and not genuine; truth tells whether anything genuine was.
+func (e *ear) lies() (lies []string, truth bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, s := range e.heard {
+		if s != genuine {
+			lies = append(lies, s)
+		}
+	}
+	return lies, slices.Contains(e.heard, genuine)
+}
+
+func (e *ear) forget() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.heard = nil
+}
+
+// forge sends a UDP datagram with any source through a raw socket.
+func forge(from lab.Place, src netip.Addr, dst netip.AddrPort, text string) error {
+	udp := binary.BigEndian.AppendUint16(nil, 4242)
+	udp = binary.BigEndian.AppendUint16(udp, dst.Port())
+	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(text)))
+	udp = append(append(udp, 0, 0), text...)
+	const ttl = 64
+	var packet []byte
+	var to unix.Sockaddr
+	family := unix.AF_INET
+	if src.Is4() {
+		// The kernel fills in length, identification and checksum (raw(7)); UDP needs none.
+		packet = []byte{0x45, 0, 0, 0, 0, 0, 0, 0, ttl, unix.IPPROTO_UDP, 0, 0}
+		to = &unix.SockaddrInet4{Addr: dst.Addr().As4()}
+	} else {
+		family = unix.AF_INET6
+		packet = append([]byte{0x60, 0, 0, 0}, udp[4], udp[5], unix.IPPROTO_UDP, ttl)
+		binary.BigEndian.PutUint16(udp[6:], checksum(src, dst.Addr(), udp))
+		to = &unix.SockaddrInet6{Addr: dst.Addr().As16()}
+	}
+	packet = append(append(packet, src.AsSlice()...), dst.Addr().AsSlice()...)
+	return from.Do(func() error {
+		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, append(packet, udp...), 0, to)
+	})
+}
+
+// checksum is UDP's over IPv6 (RFC 8200, section 8.1).
+func checksum(src, dst netip.Addr, udp []byte) uint16 {
+	data := slices.Concat(src.AsSlice(), dst.AsSlice(), []byte{0, 0, udp[4], udp[5], 0, 0, 0, unix.IPPROTO_UDP}, udp)
+	if len(data)%2 == 1 {
+		data = append(data, 0)
+	}
+	var sum uint32
+	for i := 0; i < len(data); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(data[i:]))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
+
+// speak sends everything forged to all, and something genuine until it has arrived, behind which nothing can be late.
+func speak(t *testing.T, s scene) {
+	t.Helper()
+	for _, e := range s.to {
+		e.forget()
+		eventually(t, fmt.Sprintf("wait for something genuine from %s at %s", s.own, e.name), func() error {
+			for _, src := range s.forged {
+				if err := forge(s.from, src, e.addr, "forged "+src.String()); err != nil {
+					return err
+				}
+			}
+			if err := forge(s.from, s.own, e.addr, genuine); err != nil {
+				return err
+			}
+			time.Sleep(50 * time.Millisecond)
+			if _, ok := e.lies(); !ok {
+				return fmt.Errorf("nothing yet")
+			}
+			return nil
+		})
+	}
+	time.Sleep(moment)
+}
+
+func silent(t *testing.T, to []*ear) {
+	t.Helper()
+	for _, e := range to {
+		if lies, _ := e.lies(); len(lies) > 0 {
+			t.Errorf("at %s: %v", e.name, lies)
+		}
+	}
+}
+
+// scene is one who forges, and those who would be deceived.
+type scene struct {
+	from   lab.Place
+	own    netip.Addr // its true address
+	forged []netip.Addr
+	to     []*ear
+}
+
+// deceived is the proof that the forged packets would arrive without our rules.
+func deceived(t *testing.T, n *lab.Node, scenes []scene) {
+	t.Helper()
+	kill(t, n.Daemon)
+	for _, f := range []string{"ip", "ip6"} {
+		sh(t, n.Machine, "nft flush chain %s headcni antispoof", f)
+	}
+	for _, s := range scenes {
+		speak(t, s)
+		for _, e := range s.to {
+			if lies, _ := e.lies(); len(lies) == 0 {
+				t.Errorf("at %s: nothing forged arrived without our rules either", e.name)
+			}
+		}
+	}
+	startDaemon(t, n)
+}
+
+// A pod sends from its own address and from no other.
+func testForgingPod(t *testing.T, w *world) {
+	var scenes []scene
+	for i, v6 := range []bool{false, true} {
+		s := scene{from: w.a1, own: w.a1.Addr(v6), forged: []netip.Addr{
+			w.a2.Addr(v6), w.b1.Addr(v6), w.a.Underlay[i], w.b.Underlay[i], controlAddr(w.Lab, v6),
+			tailnetAddrs(t, w.a)[i], tailnetAddrs(t, w.b)[i], w.a.PodCIDRs[i].Addr().Next(),
+			[]netip.Addr{netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("2001:db8::9")}[i],
+			[]netip.Addr{netip.MustParseAddr("169.254.1.1"), netip.MustParseAddr("fe80::1")}[i],
+		}}
+		near := listen(t, "a pod of its node, "+family(v6), w.a2, w.a2.Addr(v6))
+		s.to = []*ear{
+			near, listen(t, "a pod of another node, "+family(v6), w.b1, w.b1.Addr(v6)),
+			listen(t, "its node, "+family(v6), w.a, w.a.Underlay[i]),
+			listen(t, "the outside, "+family(v6), w.Control, controlAddr(w.Lab, v6)),
+		}
+		speak(t, s)
+		silent(t, s.to)
+		s.to = []*ear{near}
+		scenes = append(scenes, s)
+	}
+	deceived(t, w.a, scenes)
+}
+
+// A host on the LAN does not pass for a pod.
+func testForgingNeighbour(t *testing.T, w *world) {
+	var scenes []scene
+	for i, v6 := range []bool{false, true} {
+		// Nodes forward what the LAN sends to pods, so that one could be asked to.
+		sh(t, w.Control.Machine, "%s route add %s via %s", ip(v6), w.a.PodCIDRs[i], w.a.Underlay[i])
+		s := scene{
+			from: w.Control, own: controlAddr(w.Lab, v6),
+			forged: []netip.Addr{w.a2.Addr(v6), w.b1.Addr(v6), w.b2.Addr(v6), w.b.PodCIDRs[i].Addr().Next()},
+			to: []*ear{
+				listen(t, "a pod, "+family(v6), w.a1, w.a1.Addr(v6)), listen(t, "a node, "+family(v6), w.a, w.a.Underlay[i]),
+			},
+		}
+		speak(t, s)
+		silent(t, s.to)
+		scenes = append(scenes, s)
+	}
+	deceived(t, w.a, scenes)
+	for i, v6 := range []bool{false, true} {
+		sh(t, w.Control.Machine, "%s route delete %s", ip(v6), w.a.PodCIDRs[i])
+	}
+}

@@ -1,0 +1,334 @@
+package hosts
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/internal/lab"
+)
+
+// Machines of testMembership, all left alone at first.
+const (
+	users = iota // a host whose user has made tailscaled their own
+	laptop
+	cutOff // whose Headscale is behind its default route
+	router // a user's router that advertises where Headscale is
+	forgotten
+	memberNodes
+)
+
+// minutes bounds what has to wait for the daemon's minute.
+const minutes = 3 * time.Minute
+
+// far are addresses of the control host that nodes reach by their default route only, IPv4 first.
+func far(n int) [2]netip.Addr {
+	return [2]netip.Addr{netip.MustParseAddr(fmt.Sprintf("192.168.%d.1", n)), netip.MustParseAddr(fmt.Sprintf("fd%d::1", n))}
+}
+
+const (
+	usersLAN    = 97 // far(usersLAN) is in the LAN that users routes
+	internet    = 98
+	headscaleAt = 99
+)
+
+func testMembership(t *testing.T, bin string) {
+	l := newLab(t, lab.Options{
+		Nodes: memberNodes, Spare: memberNodes, Modes: []string{host, host, host, host, daemon}, Bin: bin, Policy: allowAll,
+	})
+	for _, n := range []int{usersLAN, internet, headscaleAt} {
+		sh(t, l.Control.Machine, "ip address add %s/32 dev lo; ip address add %s/128 dev lo nodad", far(n)[0], far(n)[1])
+	}
+	for name, test := range map[string]func(*testing.T, *lab.Lab){
+		"host mode": testHostMode, "deadman": testDeadman, "forgotten by Headscale": testForgotten,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, l)
+		})
+	}
+}
+
+// prefs are a tailscaled's, without its keys.
+func prefs(t *testing.T, n *lab.Node) map[string]any {
+	t.Helper()
+	var p map[string]any
+	if err := json.Unmarshal([]byte(sh(t, n.Machine, "tailscale debug prefs")), &p); err != nil {
+		t.Fatal(err)
+	}
+	delete(p, "Config")
+	return p
+}
+
+// withOurs is what a user's prefs are while the daemon runs.
+func withOurs(p map[string]any, n *lab.Node) map[string]any {
+	p = maps.Clone(p)
+	p["RouteAll"], p["NoSNAT"], p["NoStatefulFiltering"] = true, true, true
+	routes := slices.Clone(p["AdvertiseRoutes"].([]any))
+	for _, c := range n.PodCIDRs {
+		routes = append(routes, c.String())
+	}
+	p["AdvertiseRoutes"] = routes
+	return p
+}
+
+// wantPrefs waits until the prefs are these, whatever the order of routes.
+func wantPrefs(t *testing.T, what string, n *lab.Node, want map[string]any) {
+	t.Helper()
+	eventually(t, what+": prefs, - want, + got", func() error {
+		d := cmp.Diff(sortedRoutes(want), sortedRoutes(prefs(t, n)))
+		if d != "" {
+			return errors.New(d)
+		}
+		return nil
+	})
+}
+
+func sortedRoutes(p map[string]any) map[string]any {
+	p = maps.Clone(p)
+	routes := []string{}
+	if list, ok := p["AdvertiseRoutes"].([]any); ok {
+		for _, r := range list {
+			routes = append(routes, r.(string))
+		}
+	}
+	slices.Sort(routes)
+	p["AdvertiseRoutes"] = routes
+	return p
+}
+
+// household is a user's tailnet: a host that is an exit node and a LAN router, and a laptop that uses it.
+type household struct {
+	*lab.Lab
+	host, laptop  *lab.Node
+	lan, internet [2]netip.AddrPort
+}
+
+func newHousehold(t *testing.T, l *lab.Lab) *household {
+	h := &household{Lab: l, host: l.Nodes[users], laptop: l.Nodes[laptop]}
+	for i := range 2 {
+		h.lan[i] = service(t, l.Control, netip.AddrPortFrom(far(usersLAN)[i], 0))
+		h.internet[i] = service(t, l.Control, netip.AddrPortFrom(far(internet)[i], 0))
+	}
+	sh(t, h.host.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+	startTailscaled(t, h.host)
+	up(t, l, h.host, "--hostname=users-own", "--advertise-routes="+lanRoutes, "--advertise-exit-node", "--ssh")
+	approve(t, l, h.host, append(strings.Split(lanRoutes, ","), "0.0.0.0/0", "::/0")...)
+	startTailscaled(t, h.laptop)
+	up(t, l, h.laptop, "--accept-routes")
+	return h
+}
+
+const lanRoutes = "192.168.97.0/24,fd97::/64"
+
+// functions says that the laptop reaches the LAN, and the world by the exit node, both as the user's host.
+func (h *household) functions(t *testing.T) {
+	t.Helper()
+	accepted(t, h.laptop, strings.Split(lanRoutes, ",")...)
+	for i := range 2 {
+		wants(t, "laptop to the LAN", h.laptop, h.lan[i], h.host.Underlay[i])
+		wants(t, "laptop to the world without exit node", h.laptop, h.internet[i], h.laptop.Underlay[i])
+	}
+	sh(t, h.laptop.Machine, "tailscale set --exit-node=%s", tailnetAddrs(t, h.host)[0])
+	for i := range 2 {
+		eventually(t, "laptop to the world by the exit node", func() error {
+			seen, err := ask(t.Context(), h.laptop, h.internet[i])
+			if err == nil && seen != h.host.Underlay[i] {
+				err = fmt.Errorf("came from %s", seen)
+			}
+			return err
+		})
+	}
+	sh(t, h.laptop.Machine, "tailscale set --exit-node=")
+	eventually(t, "laptop to the world without exit node", func() error {
+		seen, err := ask(t.Context(), h.laptop, h.internet[0])
+		if err == nil && seen != h.laptop.Underlay[0] {
+			err = fmt.Errorf("came from %s", seen)
+		}
+		return err
+	})
+}
+
+// What a user has made of their host's tailscaled stays as it is, and works as before, from start to uninstall.
+func testHostMode(t *testing.T, l *lab.Lab) {
+	h := newHousehold(t, l)
+	n := h.host
+	h.functions(t)
+	before := prefs(t, n)
+	if before["NoSNAT"] != false || before["RunSSH"] != true || before["Hostname"] != "users-own" {
+		t.Fatalf("the user's prefs are not what they set: %v", before)
+	}
+	if err := n.ConfigureDaemon(nil); err != nil {
+		t.Fatal(err)
+	}
+	startDaemon(t, n)
+	wantPrefs(t, "daemon started", n, withOurs(before, n))
+	h.functions(t)
+	t.Run("by our masquerade", func(t *testing.T) { h.testOurMasquerade(t) })
+	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	wantPrefs(t, "daemon stopped", n, withOurs(before, n))
+	startDaemon(t, n)
+	wantPrefs(t, "daemon started again", n, withOurs(before, n))
+
+	before = h.testUserChanges(t, before)
+	h.functions(t)
+
+	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := n.Run(within(t), "headcni-daemon", "uninstall"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	wantPrefs(t, "uninstalled", n, before)
+	h.functions(t)
+}
+
+// NoSNAT, which pods need, takes the function of the user's router; our rules give it back.
+func (h *household) testOurMasquerade(t *testing.T) {
+	kill(t, h.host.Daemon)
+	for i, v6 := range []bool{false, true} {
+		sh(t, h.host.Machine, "nft flush chain %s headcni postrouting", []string{"ip", "ip6"}[i])
+		refused(t, "without it, "+family(v6), h.laptop, h.lan[i])
+	}
+	startDaemon(t, h.host)
+	h.functions(t)
+}
+
+// testUserChanges has the user change their mind while the daemon runs, and returns what is theirs in the end.
+func (h *household) testUserChanges(t *testing.T, before map[string]any) map[string]any {
+	n := h.host
+	theirs := func(change map[string]any) map[string]any {
+		p := maps.Clone(before)
+		maps.Copy(p, change)
+		return p
+	}
+	exit := []any{"0.0.0.0/0", "::/0"}
+	lan := []any{"192.168.97.0/24", "fd97::/64"}
+	for _, c := range []struct {
+		command string
+		now     map[string]any
+	}{
+		{"tailscale set --advertise-routes=" + lanRoutes + ",192.168.95.0/24",
+			theirs(map[string]any{"AdvertiseRoutes": slices.Concat(lan, exit, []any{"192.168.95.0/24"})})},
+		{"tailscale set --advertise-routes=" + lanRoutes, before},
+		{"tailscale set --accept-routes=false --hostname=renamed", theirs(map[string]any{"Hostname": "renamed"})},
+		{"tailscale up --reset --login-server=" + h.Control.URL + " --accept-dns=false --advertise-exit-node --advertise-routes=" + lanRoutes,
+			theirs(map[string]any{"Hostname": n.Name, "RunSSH": false})},
+	} {
+		sh(t, n.Machine, "%s", c.command)
+		wantPrefs(t, c.command, n, withOurs(c.now, n))
+		before = c.now
+	}
+	return before
+}
+
+// A node that was deleted in Headscale goes on saying Running. The daemon notices within a minute and joins anew.
+func testForgotten(t *testing.T, l *lab.Lab) {
+	n := l.Nodes[forgotten]
+	start(t, n, nil)
+	ready(t, n)
+	old, err := registered(t, l, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := headscaleAPI(t, l).DeleteNode(within(t), old.ID); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(minutes); ; time.Sleep(time.Second) {
+		node, err := registered(t, l, n)
+		if err == nil && (node.NodeKey == old.NodeKey || !slices.Contains(node.Primary, n.PodCIDRs[0]) || !slices.Contains(node.Primary, n.PodCIDRs[1])) {
+			err = fmt.Errorf("Headscale has %+v", node)
+		}
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	ready(t, n)
+}
+
+// Where it is our doing that a node cannot reach Headscale, it is taken back.
+func testDeadman(t *testing.T, l *lab.Lab) {
+	n, peer := l.Nodes[cutOff], l.Nodes[router]
+	at := netip.AddrPortFrom(far(headscaleAt)[0], netip.MustParseAddrPort(strings.TrimPrefix(l.Control.URL, "http://")).Port())
+	configure := func(lanFirst string) func(*lab.Node, map[string]any) {
+		return func(_ *lab.Node, c map[string]any) {
+			section(c, "headscale")["url"] = "http://" + at.String()
+			section(c, "network")["lanFirst"] = lanFirst
+		}
+	}
+	start(t, n, configure("false"))
+	ready(t, n)
+	startTailscaled(t, peer)
+	up(t, l, peer)
+	advertise(t, l, peer, "192.168.99.0/24")
+	accepted(t, n, "192.168.99.0/24")
+	if err := dialTCP(n, at); err == nil {
+		t.Fatal("Headscale is reached although a peer took its prefix")
+	}
+	takenBack := func() error {
+		if text, _ := partOf(t, n, "config"); !strings.Contains(text, "taken back") || !strings.Contains(text, "network.lanFirst") {
+			return fmt.Errorf("config: %q", text)
+		}
+		return nil
+	}
+	for deadline := time.Now().Add(minutes); takenBack() != nil; time.Sleep(time.Second) {
+		if time.Now().After(deadline) {
+			t.Fatal(takenBack())
+		}
+	}
+	wantTakenBack(t, n, at)
+	// Not tried again by a restart, but with another configuration.
+	kill(t, n.Daemon)
+	if err := n.StartDaemon(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "after a restart", func() error {
+		if _, err := n.Run(within(t), "headcni-daemon", "status"); err != nil {
+			return err // not up yet
+		}
+		return takenBack()
+	})
+	wantTakenBack(t, n, at)
+	kill(t, n.Daemon)
+	if err := n.ConfigureDaemon(configure("true")); err != nil {
+		t.Fatal(err)
+	}
+	startDaemon(t, n)
+	accepted(t, n, "192.168.99.0/24")
+	if err := dialTCP(n, at); err != nil {
+		t.Error(err)
+	}
+}
+
+// wantTakenBack says that the node has its Headscale again, by no rules of ours, and still sends nothing in clear.
+func wantTakenBack(t *testing.T, n *lab.Node, at netip.AddrPort) {
+	t.Helper()
+	eventually(t, "reach Headscale again", func() error { return dialTCP(n, at) })
+	if rules := sh(t, n.Machine, "ip rule; ip -6 rule"); strings.Contains(rules, "\n51") {
+		t.Errorf("rules of ours are left:\n%s", rules)
+	}
+	if p := prefs(t, n); p["RouteAll"] != false || p["AdvertiseRoutes"] != nil && len(p["AdvertiseRoutes"].([]any)) > 0 {
+		t.Errorf("prefs of ours are left: %v", p)
+	}
+	if guard := sh(t, n.Machine, "nft list chain ip headcni guard"); !strings.Contains(guard, "drop") {
+		t.Errorf("the guard is gone:\n%s", guard)
+	}
+}
+
+func dialTCP(n *lab.Node, to netip.AddrPort) error {
+	return n.Do(func() error { return dialFor(answer, to) })
+}
