@@ -6,8 +6,8 @@ import (
 	"os"
 
 	"github.com/containernetworking/cni/pkg/skel"
-	cniversion "github.com/containernetworking/cni/pkg/version"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/version"
 )
 
@@ -18,8 +18,5 @@ func main() {
 	v := verbs{out: os.Stdout}
 	funcs := skel.CNIFuncs{Add: v.add, Del: v.del, Check: v.check, GC: v.gc, Status: v.status}
 	about := "headcni-ipam " + version.Version + ": CNI IPAM plugin of HeadCNI"
-	if err := skel.PluginMainFuncsWithError(funcs, cniversion.PluginSupports(supported...), about); err != nil {
-		_ = err.Print() // with stdout gone there is nobody left to tell
-		os.Exit(1)
-	}
+	os.Exit(cnimain.Run(funcs, supported, about))
 }

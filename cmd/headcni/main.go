@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
-	cniversion "github.com/containernetworking/cni/pkg/version"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/version"
 	"github.com/headcni/headcni/pkg/plugin"
 )
@@ -22,9 +22,5 @@ func main() {
 	funcs := skel.CNIFuncs{
 		Add: with(p.Add), Del: with(p.Del), Check: with(p.Check), GC: with(p.GC), Status: with(p.Status),
 	}
-	versions := cniversion.PluginSupports("0.3.1", "0.4.0", "1.0.0", "1.1.0")
-	if err := skel.PluginMainFuncsWithError(funcs, versions, "CNI plugin headcni "+version.Version); err != nil {
-		_ = err.Print() // where standard output is closed, the exit code must do
-		os.Exit(1)
-	}
+	os.Exit(cnimain.Run(funcs, []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}, "CNI plugin headcni "+version.Version))
 }

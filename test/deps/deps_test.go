@@ -16,6 +16,7 @@ const module = "github.com/headcni/headcni/"
 
 // level orders the packages; one imports only from below, or from within its own folder.
 var level = map[string]int{
+	"internal/cnimain": 0,
 	"internal/version": 0,
 	"pkg/config":       0,
 

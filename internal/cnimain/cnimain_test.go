@@ -1,0 +1,181 @@
+package cnimain
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/google/go-cmp/cmp"
+)
+
+const asPlugin = "HEADCNI_CNIMAIN_TEST_PLUGIN"
+
+// TestMain lets this binary be a plugin that prints what it was given.
+func TestMain(m *testing.M) {
+	if os.Getenv(asPlugin) == "" {
+		os.Exit(m.Run())
+	}
+	echo := func(a *skel.CmdArgs) error {
+		if strings.Contains(string(a.StdinData), `"fail"`) {
+			return errors.New("as told")
+		}
+		_, err := os.Stdout.Write(a.StdinData)
+		return err
+	}
+	os.Exit(Run(skel.CNIFuncs{Add: echo, Del: echo, Check: echo, GC: echo, Status: echo}, []string{"0.4.0", "1.1.0"}, "about"))
+}
+
+// plugin prepares a call of ADD; env changes the environment, where a variable without value is left out.
+func plugin(t *testing.T, stdin io.Reader, env ...string) (cmd *exec.Cmd, stdout *bytes.Buffer) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	vars := map[string]string{
+		asPlugin: "1", "CNI_COMMAND": "ADD", "CNI_CONTAINERID": "c1", "CNI_IFNAME": "eth0", "CNI_NETNS": "/run/netns/none", "CNI_PATH": "/bin",
+		"GORACE": "atexit_sleep_ms=0", // or a process with the race detector sleeps for a second before it exits
+	}
+	for _, kv := range env {
+		k, v, _ := strings.Cut(kv, "=")
+		vars[k] = v
+	}
+	cmd, stdout = exec.Command(self), &bytes.Buffer{}
+	for k, v := range vars {
+		if v != "" {
+			cmd.Env = append(cmd.Env, k+"="+v)
+		}
+	}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, stdout, t.Output()
+	return cmd, stdout
+}
+
+type answer struct {
+	CNIVersion        string
+	Code              uint
+	Msg, Details      string
+	SupportedVersions []string
+}
+
+func parse(t *testing.T, out *bytes.Buffer) (a answer) {
+	t.Helper()
+	if err := json.Unmarshal(out.Bytes(), &a); err != nil {
+		t.Fatalf("%q is not one JSON object: %v", out, err)
+	}
+	return a
+}
+
+func TestErrors(t *testing.T) {
+	good := `{"cniVersion":"0.4.0","name":"n"}`
+	for _, tt := range []struct {
+		name, stdin string
+		env         []string
+		want        answer
+		words       string
+	}{
+		{"the plugin's", `{"cniVersion":"0.4.0","name":"n","fail":1}`, nil, answer{CNIVersion: "0.4.0", Code: 999}, "as told"},
+		{"verb that the version has not", good, []string{"CNI_COMMAND=GC"}, answer{CNIVersion: "0.4.0", Code: 1}, "does not allow GC"},
+		{"version", `{"cniVersion":"9.9.9","name":"n"}`, nil, answer{CNIVersion: "9.9.9", Code: 1}, "incompatible"},
+		{"no version", `{"name":"n"}`, nil, answer{CNIVersion: "1.1.0", Code: 1}, "incompatible"},
+		{"junk", `}`, nil, answer{CNIVersion: "1.1.0", Code: 6}, ""},
+		{"nothing", ``, nil, answer{CNIVersion: "1.1.0", Code: 6}, ""},
+		{"missing variable", good, []string{"CNI_IFNAME="}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
+		{"container ID", good, []string{"CNI_CONTAINERID=../x"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_CONTAINERID"},
+		{"interface name", good, []string{"CNI_IFNAME=a/b"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
+		{"long interface name", good, []string{"CNI_IFNAME=a123456789012345"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
+		{"command", good, []string{"CNI_COMMAND=FETCH"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_COMMAND"},
+		{"much that nobody reads", good + strings.Repeat(" ", 1<<20), []string{"CNI_PATH="}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_PATH"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cmd, out := plugin(t, strings.NewReader(tt.stdin), tt.env...)
+			var exit *exec.ExitError
+			if err := cmd.Run(); !errors.As(err, &exit) || exit.ExitCode() != 1 {
+				t.Errorf("got %v, want exit code 1", err)
+			}
+			got := parse(t, out)
+			if got.CNIVersion != tt.want.CNIVersion || got.Code != tt.want.Code || got.Msg == "" || !strings.Contains(got.Msg, tt.words) {
+				t.Errorf("got %+v, want %+v with %q in its message", got, tt.want, tt.words)
+			}
+		})
+	}
+}
+
+func TestUnreadableInput(t *testing.T) {
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	cmd, out := plugin(t, dir)
+	if err := cmd.Run(); err == nil {
+		t.Error("want a failure")
+	}
+	if got := parse(t, out); got.Code != 5 {
+		t.Errorf("got %+v, want code 5", got)
+	}
+}
+
+func TestInputIsPassedOn(t *testing.T) {
+	conf := `{"cniVersion":"1.1.0","name":"n","args":"` + strings.Repeat("x", 1<<20) + `"}`
+	cmd, out := plugin(t, strings.NewReader(conf))
+	if err := cmd.Run(); err != nil || out.String() != conf {
+		t.Errorf("got %v and %d bytes, want %d", err, out.Len(), len(conf))
+	}
+}
+
+// TestOwnNetns: skel's check would print an error behind the result.
+func TestOwnNetns(t *testing.T) {
+	conf := `{"cniVersion":"1.1.0","name":"n"}`
+	for _, verb := range []string{"ADD", "DEL"} {
+		cmd, out := plugin(t, strings.NewReader(conf), "CNI_COMMAND="+verb, "CNI_NETNS=/proc/self/ns/net")
+		if err := cmd.Run(); err != nil || out.String() != conf {
+			t.Errorf("%s: %v: %s", verb, err, out)
+		}
+	}
+}
+
+func TestVersion(t *testing.T) {
+	for stdin, want := range map[string]string{`{"cniVersion":"0.4.0"}`: "0.4.0", `{}`: "1.1.0", ``: "1.1.0", `junk`: "1.1.0"} {
+		cmd, out := plugin(t, strings.NewReader(stdin), "CNI_COMMAND=VERSION")
+		if err := cmd.Run(); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(answer{CNIVersion: want, SupportedVersions: []string{"0.4.0", "1.1.0"}}, parse(t, out)); diff != "" {
+			t.Errorf("%q: %s", stdin, diff)
+		}
+	}
+}
+
+// TestInputThatDoesNotEnd: what needs no configuration does not wait for one.
+func TestInputThatDoesNotEnd(t *testing.T) {
+	for _, env := range []string{"CNI_COMMAND=VERSION", "CNI_PATH=", "CNI_COMMAND="} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd, _ := plugin(t, r, env)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		select {
+		case <-ended:
+		case <-time.After(20 * time.Second):
+			t.Errorf("%s waits", env)
+			if err := cmd.Process.Kill(); err != nil {
+				t.Error(err)
+			}
+			<-ended
+		}
+		r.Close()
+		w.Close()
+	}
+}
