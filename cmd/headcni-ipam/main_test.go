@@ -150,6 +150,9 @@ func TestGC(t *testing.T) {
 	}
 	wantCode(t, call{"GC", "", "", c}, types.ErrInvalidNetworkConfig, "valid-attachments")
 	wantCode(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": null`)}, types.ErrInvalidNetworkConfig, "valid-attachments")
+	for _, item := range []string{`null`, `{"containerID": "a"}`} {
+		wantCode(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": [`+item+`]`)}, types.ErrInvalidNetworkConfig, "ifname")
+	}
 	for _, id := range []string{"a", "b", "c"} {
 		mustRun(t, call{"CHECK", id, "", c})
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -171,7 +172,11 @@ func (v verbs) gc(a *skel.CmdArgs) error {
 		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs cni.dev/valid-attachments; without it nothing is released", "")
 	}
 	valid := map[types.GCAttachment]bool{}
-	for _, at := range *n.Attachments {
+	for i, at := range *n.Attachments {
+		if at.ContainerID == "" || at.IfName == "" { // its lease would go
+			return types.NewError(types.ErrInvalidNetworkConfig,
+				fmt.Sprintf("cni.dev/valid-attachments[%d]: want containerID and ifname; nothing is released", i), "")
+		}
 		valid[at] = true
 	}
 	_, err = p.GC(context.Background(), func(l ipam.Lease) bool {
@@ -196,7 +201,7 @@ func cniError(err error) error {
 	if err == nil {
 		return nil
 	}
-	text := err.Error()
+	text := strings.ReplaceAll(err.Error(), "\n", "; ")
 	for _, c := range []struct {
 		is   error
 		code uint

@@ -62,6 +62,11 @@ func (d *decoder) top(key string, v json.RawMessage) bool {
 		// Reserved for the protocol (specification section 1): what a later version adds must not fail here.
 		if key == "cni.dev/valid-attachments" {
 			c.HasValidAttachments = d.to(key, v, &c.ValidAttachments, "a list of {containerID, ifname}") && string(v) != "null"
+			for i, a := range c.ValidAttachments {
+				if a.ContainerID == "" || a.IfName == "" { // GC would end an attachment that lives
+					d.fault(key, "[%d]: want containerID and ifname", i)
+				}
+			}
 		}
 		return true
 	}

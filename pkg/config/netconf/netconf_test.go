@@ -90,6 +90,10 @@ func TestFaults(t *testing.T) {
 		{`{"pod_cidr":"10.244.1.1/24"}`, "pod_cidr: \"10.244.1.1/24\": has bits set behind the prefix; want 10.244.1.0/24"},
 		{`{"pod_cidr":"100.100.0.0/16","ipam":{}}`, "pod_cidr: 100.100.0.0/16: overlaps 100.64.0.0/10"},
 		{`{"ipam":{"subnet":"fd7a:115c:a1e0:1::/64"}}`, "ipam subnet: fd7a:115c:a1e0:1::/64: overlaps fd7a:115c:a1e0::/48"},
+		{`{"pod_cidr":"127.0.0.0/16","ipam":{}}`, "pod_cidr: 127.0.0.0/16: overlaps 127.0.0.0/8"},
+		{`{"ipam":{"subnet":"169.254.1.0/24"}}`, "ipam subnet: 169.254.1.0/24: overlaps 169.254.0.0/16"},
+		{`{"ipam":{"ranges":[[{"subnet":"fe80::/64"}]]}}`, "ipam subnet: fe80::/64: overlaps fe80::/10"},
+		{`{"ipam":{"ranges":[[{"subnet":"ff02::/64"}]]}}`, "ipam subnet: ff02::/64: overlaps ff00::/8"},
 		{`{"service_cidr":"10.0.0.0/8"}`, "ipam subnet: 10.244.1.0/24: overlaps service_cidr 10.0.0.0/8"},
 		{`{"pod_cidr":"10.244.1.0/25"}`, "ipam subnet: 10.244.1.0/24: is not within pod_cidr 10.244.1.0/25"},
 		{`{"pod_cidr":"10.245.0.0/16"}`, "ipam subnet: 10.244.1.0/24: is not within pod_cidr 10.245.0.0/16"},
@@ -174,6 +178,11 @@ func TestAttachments(t *testing.T) {
 	}
 	if c, err = netconf.Parse(with(t, `{"cni.dev/valid-attachments":null}`)); err != nil || c.HasValidAttachments {
 		t.Errorf("null: got %v, %v", c.HasValidAttachments, err)
+	}
+	for _, item := range []string{`null`, `{}`, `{"containerID":"a"}`, `{"ifname":"eth0"}`, `{"containerID":"a","ifname":""}`} {
+		if _, err := netconf.Parse(with(t, `{"cni.dev/valid-attachments":[`+item+`]}`)); !errors.Is(err, netconf.ErrInvalid) {
+			t.Errorf("%s: got %v, want a fault", item, err)
+		}
 	}
 }
 

@@ -10,6 +10,14 @@ import (
 // to the tailnet.
 var tailnet = []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd7a:115c:a1e0::/48")}
 
+// notRouted are ranges of which no address can be a pod's: this network, loopback, link-local, where pods have their gateways, and
+// multicast (RFC 6890, RFC 4291).
+var notRouted = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"),
+	netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("255.255.255.255/32"),
+	netip.MustParsePrefix("::/127"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
+}
+
 const (
 	minMTU = 576 // every IPv4 host must take datagrams of this size (RFC 791)
 	// minMTU6 is IPv6's (RFC 8200, section 5): below it the kernel takes IPv6 off the link.
@@ -34,6 +42,11 @@ func (d *decoder) validate() {
 		for _, t := range tailnet {
 			if p.cidr.Overlaps(t) {
 				d.fault(p.key, "%s: overlaps %s, the tailnet's own addresses; choose a range outside it", p.cidr, t)
+			}
+		}
+		for _, n := range notRouted {
+			if p.cidr.Overlaps(n) {
+				d.fault(p.key, "%s: overlaps %s, whose addresses no pod can have; choose a range outside it", p.cidr, n)
 			}
 		}
 		if s := c.ServiceCIDR; s.IsValid() && p.cidr.Overlaps(s) {
