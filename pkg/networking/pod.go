@@ -29,6 +29,9 @@ const (
 	// DefaultPodMTU is the MTU in bytes where there is no tunnel to take it from: tailscaled's own.
 	DefaultPodMTU = 1280
 
+	// podMetric is above the kernel's default for IPv4 (0) and IPv6 (1024); an interface's index makes it unique in the pod.
+	podMetric = 1024
+
 	podAliasMax = 255 // bytes: IFALIASZ-1, linux/if.h
 )
 
@@ -83,6 +86,8 @@ type PodLinks struct {
 	HostName        string
 	HostMAC, PodMAC net.HardwareAddr
 	HostMTU, PodMTU int // bytes
+	// Metric is that of the pod's routes without a priority of their own; 0: the kernel's default.
+	Metric          int
 	hostIdx, podIdx int
 }
 
@@ -235,7 +240,7 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 	if err := p.podSysctls(ns, pod); err != nil {
 		return PodLinks{}, err
 	}
-	if err := p.setUpPod(inside, pod, links); err != nil {
+	if links.Metric, err = p.setUpPod(inside, pod, links); err != nil {
 		return PodLinks{}, err
 	}
 	if err := awaitCarrier(host, links.HostName); err != nil {
@@ -335,8 +340,8 @@ func (p *Pods) setUpHost(host *podConn, pod Pod, l PodLinks) error {
 	return explainIPv6(err, "on this node", pod)
 }
 
-// setUpPod programs the pod's end.
-func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) error {
+// setUpPod programs the pod's end. It returns the metric of the routes, 0 for the kernel's default.
+func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) (metric int, err error) {
 	steps := []podRequest{podLinkUp("pod", l.podIdx)}
 	for _, a := range pod.Addrs {
 		steps = append(steps, addPodAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
@@ -353,8 +358,32 @@ func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) error {
 	}
 	// The look-up makes the kernel carry through what the carrier brings (see awaitCarrier).
 	steps = append(steps, getPodLink(pod.IfName))
+	_, err = p.do(inside, steps...)
+	if errors.Is(err, unix.EEXIST) {
+		metric = podMetric + l.podIdx
+		err = p.addRoutesBehind(inside, pod, l.podIdx, metric)
+	}
+	return metric, explainIPv6(err, "in the pod's network namespace", pod)
+}
+
+// addRoutesBehind adds the pod's routes anew, behind those of another interface to the same destinations: a container may be
+// attached more than once (CNI specification section 2, ADD), and its first interface stays the way out.
+func (p *Pods) addRoutesBehind(inside *podConn, pod Pod, index, metric int) error {
+	for _, r := range pod.Routes {
+		// The kernel went on past the one that was refused. Only a route by our own interface matches.
+		if _, err := p.do(inside, deletePodRoute(index, r)); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+	}
+	var steps []podRequest
+	for _, r := range pod.Routes {
+		if r.Priority == 0 {
+			r.Priority = metric
+		}
+		steps = append(steps, addPodRoute("pod", index, r))
+	}
 	_, err := p.do(inside, steps...)
-	return explainIPv6(err, "in the pod's network namespace", pod)
+	return err
 }
 
 const (

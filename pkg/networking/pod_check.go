@@ -21,7 +21,7 @@ type PodState struct {
 	// HostListed tells whether the result names the host's end.
 	HostListed      bool
 	HostMAC, PodMAC string // empty: any
-	PodMTU          int    // bytes; 0: any
+	HostMTU, PodMTU int    // bytes; 0: any
 	Addrs           []netip.Addr
 	Routes          []PodRoute // in the pod; a zero gateway means any
 }
@@ -86,16 +86,17 @@ func (c *podCheck) links() {
 		what string
 		l    podLink
 		mac  string
-	}{{"host link " + h.name, h, w.HostMAC}, {"pod interface " + w.IfName, p, w.PodMAC}} {
+		mtu  int
+	}{{"host link " + h.name, h, w.HostMAC, w.HostMTU}, {"pod interface " + w.IfName, p, w.PodMAC, w.PodMTU}} {
 		if !end.l.up {
 			c.fault("%s is down", end.what)
 		}
 		if end.mac != "" && !strings.EqualFold(end.mac, end.l.mac.String()) {
 			c.fault("%s has hardware address %s, not %s", end.what, end.l.mac, end.mac)
 		}
-	}
-	if w.PodMTU != 0 && p.mtu != w.PodMTU {
-		c.fault("pod interface %s has MTU %d, not %d", w.IfName, p.mtu, w.PodMTU)
+		if end.mtu != 0 && end.l.mtu != end.mtu {
+			c.fault("%s has MTU %d, not %d", end.what, end.l.mtu, end.mtu)
+		}
 	}
 }
 

@@ -197,6 +197,52 @@ func TestPodRoutes(t *testing.T) {
 	}
 }
 
+// TestPodSecondInterface: a pod may be attached twice. Its first interface stays the way out.
+func TestPodSecondInterface(t *testing.T) {
+	n := newPodNode(t)
+	first := n.mustAttach(t, podAddr4, podAddr6)
+	addr4, addr6 := netip.MustParseAddr("10.244.1.3"), netip.MustParseAddr("fd00:244:1::3")
+	pod := n.spec(addr4, addr6)
+	pod.IfName = "eth1"
+	pod.Routes = append(pod.Routes, PodRoute{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: PodGateway4})
+	second, err := n.attach(t, &Pods{}, pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if first.Metric != 0 || second.Metric <= 1024 {
+		t.Errorf("metrics %d and %d, want 0 and more than IPv6's default", first.Metric, second.Metric)
+	}
+	metric := fmt.Sprint(second.Metric)
+	for args, want := range map[string]string{
+		"route get 1.1.1.1 from 10.244.1.2":    "dev eth0",
+		"-6 route get 2001:db8::1":             "dev eth0",
+		"route show default dev eth1":          "default via 169.254.1.1 proto static metric " + metric + " onlink",
+		"-6 route show default dev eth1":       "default via fe80::1 proto static metric " + metric + " onlink pref medium",
+		"route show 192.0.2.0/24":              "192.0.2.0/24 via 169.254.1.1 dev eth1 proto static metric " + metric + " onlink",
+		"route show default dev eth0 metric 0": "default via 169.254.1.1 proto static onlink",
+	} {
+		if got := strings.Join(strings.Fields(n.pod.Run(t, "ip", strings.Fields(args)...)), " "); !strings.Contains(got, want) || strings.Count(got, " via ") > 1 {
+			t.Errorf("ip %s\ngot  %s\nwant %s", args, got, want)
+		}
+	}
+	for _, c := range []struct {
+		p    Pod
+		l    PodLinks
+		addr []netip.Addr
+	}{{n.spec(podAddr4, podAddr6), first, []netip.Addr{podAddr4, podAddr6}}, {pod, second, []netip.Addr{addr4, addr6}}} {
+		want := PodState{
+			ContainerID: "c1", IfName: c.p.IfName, Netns: n.pod.Path, HostListed: true, HostMAC: c.l.HostMAC.String(),
+			PodMAC: c.l.PodMAC.String(), HostMTU: c.l.HostMTU, PodMTU: c.l.PodMTU, Addrs: c.addr, Routes: c.p.Routes,
+		}
+		n.host.Do(t, func() error { return (&Pods{}).Check(want) })
+	}
+	pod.Routes = append(pod.Routes, pod.Routes[0]) // the same route twice is a fault, with or without another interface
+	pod.IfName = "eth2"
+	if _, err := n.attach(t, &Pods{}, pod); !errors.Is(err, unix.EEXIST) {
+		t.Errorf("a route twice: got %v", err)
+	}
+}
+
 // TestPodAttachFailsAtEachStep fails every step in turn: the error says which, and Detach leaves nothing behind.
 func TestPodAttachFailsAtEachStep(t *testing.T) {
 	n := newPodNode(t)
@@ -361,6 +407,7 @@ func TestPodCheck(t *testing.T) {
 		{true, "link set eth0 address 02:00:00:00:00:77", "pod interface eth0 has hardware address 02:00:00:00:00:77"},
 		{false, "link set HOST address 02:00:00:00:00:77", "host link HOST has hardware address 02:00:00:00:00:77"},
 		{true, "link set eth0 mtu 1300", "pod interface eth0 has MTU 1300, not 1400"},
+		{false, "link set HOST mtu 1500", "host link HOST has MTU 1500, not 1400"},
 		{true, "addr del 10.244.1.2/32 dev eth0", "pod address 10.244.1.2 is missing"},
 		{true, "addr del fd00:244:1::2/128 dev eth0", "pod address fd00:244:1::2 is missing"},
 		{true, "route del default", "pod route 0.0.0.0/0 via 169.254.1.1 is missing"},
@@ -379,7 +426,8 @@ func TestPodCheck(t *testing.T) {
 			l := n.mustAttach(t, podAddr4, podAddr6)
 			state := PodState{
 				ContainerID: "c1", IfName: "eth0", Netns: n.pod.Path, HostListed: true, HostMAC: l.HostMAC.String(),
-				PodMAC: l.PodMAC.String(), PodMTU: l.PodMTU, Addrs: []netip.Addr{podAddr4, podAddr6}, Routes: n.spec(podAddr4, podAddr6).Routes,
+				PodMAC: l.PodMAC.String(), HostMTU: l.HostMTU, PodMTU: l.PodMTU, Addrs: []netip.Addr{podAddr4, podAddr6},
+				Routes: n.spec(podAddr4, podAddr6).Routes,
 			}
 			check := func() (err error) {
 				n.host.Do(t, func() error { err = (&Pods{}).Check(state); return nil })

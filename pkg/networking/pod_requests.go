@@ -94,6 +94,13 @@ func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) pod
 	return r
 }
 
+// deletePodRoute: ip route del, of what addPodRoute has added.
+func deletePodRoute(index int, route PodRoute) podRequest {
+	r := addPodRoute("pod", index, route)
+	r.what, r.typ, r.flags = fmt.Sprintf("delete pod route %s", route.Dst), unix.RTM_DELROUTE, 0
+	return r
+}
+
 // addPodRoute: ip route add DST [via GATEWAY onlink] dev LINK [mtu N] [advmss N] [metric N] [table N] [scope N]
 func addPodRoute(side string, index int, route PodRoute) podRequest {
 	r := podRequest{what: fmt.Sprintf("add %s route %s", side, route.Dst), typ: unix.RTM_NEWROUTE, flags: podCreate}

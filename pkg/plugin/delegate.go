@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -17,6 +18,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
+
+	"github.com/headcni/headcni/pkg/config/netconf"
 )
 
 const (
@@ -39,9 +42,16 @@ type delegate struct {
 func newDelegate(r *Request, name string) (*delegate, error) {
 	for _, dir := range filepath.SplitList(r.Path) {
 		path := filepath.Join(dir, name)
-		if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() {
-			return &delegate{name: name, path: path, r: r}, nil
+		info, err := os.Stat(path)
+		if err != nil || !info.Mode().IsRegular() {
+			continue
 		}
+		if self, err := os.Stat("/proc/self/exe"); err == nil && os.SameFile(info, self) {
+			// It would run itself without end.
+			return nil, fmt.Errorf("%w: ipam.type: %q is this plugin itself; want %s, host-local or another IPAM plugin",
+				netconf.ErrInvalid, name, netconf.IPAMType)
+		}
+		return &delegate{name: name, path: path, r: r}, nil
 	}
 	return nil, fmt.Errorf("%w: %q is in none of the folders of CNI_PATH (%s); install it there or choose another ipam.type",
 		errNoDelegate, name, r.Path)
@@ -116,11 +126,18 @@ func parseResult(b []byte, version string) (*types100.Result, error) {
 	if head.CNIVersion != "" {
 		version = head.CNIVersion
 	}
-	result, err := create.Create(version, withVersion(b, version))
+	created, err := create.Create(version, withVersion(b, version))
 	if err != nil {
 		return nil, err
 	}
-	return types100.NewResultFromResult(result)
+	result, err := types100.NewResultFromResult(created)
+	if err != nil {
+		return nil, err
+	}
+	if slices.Contains(result.Interfaces, nil) || slices.Contains(result.IPs, nil) || slices.Contains(result.Routes, nil) {
+		return nil, errors.New("interfaces, ips and routes must not hold null")
+	}
+	return result, nil
 }
 
 func withVersion(b []byte, version string) []byte {

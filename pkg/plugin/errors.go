@@ -94,5 +94,5 @@ func coded(s stage, err error) error {
 func newError(code uint, msg string, err error) *types.Error {
 	details := strings.ReplaceAll(err.Error(), "\n", "; ")
 	details = strings.TrimPrefix(strings.TrimPrefix(details, msg), ": ")
-	return types.NewError(code, msg, strings.TrimPrefix(details, "; "))
+	return types.NewError(code, msg, strings.TrimSpace(strings.TrimPrefix(details, "; ")))
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -142,6 +143,10 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		}
 	}
 	r.stage = stageNetns
+	if strings.Contains(r.IfName, "%") {
+		// The kernel would take it for a pattern and choose a name of its own (net/core/dev.c, dev_alloc_name).
+		return fmt.Errorf("%w CNI_IFNAME: %q: must not contain %%", errEnvironment, r.IfName)
+	}
 	// Before anything is taken: where the interface exists, the attachment may be alive, and undoing would end it.
 	if err := p.Links.Vacant(r.Netns, r.IfName); err != nil {
 		return err

@@ -287,6 +287,20 @@ func TestDelIsLenient(t *testing.T) {
 	}
 }
 
+// TestPatternAsName: the kernel would choose another name than the one asked for.
+func TestPatternAsName(t *testing.T) {
+	b := newBench(t)
+	a := b.args(t, "c1", "")
+	a.IfName = "eth%d"
+	if text := fails(t, b.Add(bg, a), 4); !strings.Contains(text, "CNI_IFNAME") {
+		t.Errorf("got %q", text)
+	}
+	b.empty(t)
+	if err := b.Del(bg, a); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSecondAddTouchesNothing(t *testing.T) {
 	b := newBench(t)
 	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
@@ -539,6 +553,14 @@ func TestCheck(t *testing.T) {
 	}
 	fails(t, b.Check(bg, b.args(t, "c1", "")), 7)       // no prevResult
 	fails(t, b.Check(bg, b.args(t, "c2", previous)), 7) // another's
+	for _, list := range []string{"interfaces", "ips", "routes"} {
+		null := fmt.Sprintf(`{"prevResult":%s}`, strings.Replace(b.out.String(), `"`+list+`": [`, `"`+list+`": [null,`, 1))
+		if !strings.Contains(null, "[null,") {
+			t.Fatalf("the result has no %s: %s", list, null)
+		}
+		fails(t, b.Check(bg, b.args(t, "c1", null)), 7)
+		fails(t, b.Add(bg, b.args(t, "c3", null)), 7)
+	}
 	b.kernel.fail["check"] = errors.New("host link is missing")
 	if text := fails(t, b.Check(bg, b.args(t, "c1", previous)), CodeCheck); !strings.Contains(text, "host link is missing") {
 		t.Errorf("got %q", text)
@@ -643,6 +665,10 @@ func TestDelegate(t *testing.T) {
 			t.Errorf("calls: %s", got)
 		}
 	})
+	t.Run("ADD answers null", func(t *testing.T) {
+		_, _, err := run(t, `[ $CNI_COMMAND = DEL ] || echo '{"ips":[null]}'`, add, "")
+		fails(t, err, CodeAddress)
+	})
 	t.Run("ADD answers junk", func(t *testing.T) {
 		_, _, err := run(t, `echo junk`, add, "")
 		fails(t, err, CodeAddress)
@@ -686,6 +712,21 @@ func TestDelegate(t *testing.T) {
 			fails(t, err, 50)
 		})
 	}
+	t.Run("itself", func(t *testing.T) {
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, dir := newBench(t), t.TempDir()
+		if err := os.Symlink(self, filepath.Join(dir, "headcni")); err != nil {
+			t.Fatal(err)
+		}
+		a := b.args(t, "c1", `{"ipam":{"type":"headcni"}}`)
+		a.Path = dir
+		if text := fails(t, b.Add(bg, a), 7); !strings.Contains(text, "itself") {
+			t.Errorf("got %q", text)
+		}
+	})
 	t.Run("missing", func(t *testing.T) {
 		b := newBench(t)
 		a := b.args(t, "c1", `{"ipam":{"type":"my-ipam"}}`)

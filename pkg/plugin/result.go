@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -178,7 +179,7 @@ func buildResult(r *Request, previous *types100.Result, pod networking.Pod, link
 		d := route.Dst
 		result.Routes = append(result.Routes, &types.Route{
 			Dst: net.IPNet{IP: d.Addr().AsSlice(), Mask: net.CIDRMask(d.Bits(), d.Addr().BitLen())}, GW: route.Gateway.AsSlice(),
-			MTU: route.MTU, AdvMSS: route.AdvMSS, Priority: route.Priority, Table: route.Table, Scope: route.Scope,
+			MTU: route.MTU, AdvMSS: route.AdvMSS, Priority: cmp.Or(route.Priority, links.Metric), Table: route.Table, Scope: route.Scope,
 		})
 	}
 	if dns := mergeDNS(r.Config, given.DNS); !dns.IsEmpty() {
@@ -229,7 +230,7 @@ func expectedState(r *Request) (networking.PodState, error) {
 		case link.Sandbox != "" && link.Name == r.IfName:
 			inPod, s.PodMAC, s.PodMTU = i, link.Mac, link.Mtu
 		case link.Sandbox == "" && link.Name == networking.PodLinkName(r.ContainerID, r.IfName):
-			s.HostListed, s.HostMAC = true, link.Mac
+			s.HostListed, s.HostMAC, s.HostMTU = true, link.Mac, link.Mtu
 		}
 	}
 	if inPod < 0 || !s.HostListed {
