@@ -188,10 +188,12 @@ func testFlat(t *testing.T, l *lab.Lab) {
 	if err := os.WriteFile(path, text, 0o644); err != nil {
 		t.Fatal(err)
 	}
+	//lint:ignore SA1019 what containerd and CRI-O do with a .conf
 	conf, err := libcni.ConfFromFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
+	//lint:ignore SA1019 likewise
 	list, err := libcni.ConfListFromConf(conf)
 	if err != nil {
 		t.Fatal(err)
