@@ -67,6 +67,8 @@ func TestLoadFaults(t *testing.T) {
 		{"mtu v6", "network: {mtu: 1000, podCIDRs: ['fd00:244:1::/64']}", nil, []string{"1280"}},
 		{"headscale inside", "headscale: {url: 'http://10.244.3.4:8080'}\nnetwork: {clusterCIDRs: [10.244.0.0/16]}", nil, []string{"Headscale's own address 10.244.3.4"}},
 		{"url", "headscale: {url: headscale.example}", nil, []string{"headscale.url", "https://"}},
+		{"url with a password", "headscale: {url: 'https://me:s3cret@h.example'}", nil, []string{"https://***@h.example", "without a password"}},
+		{"password without a scheme", "headscale: {url: 'me:s3cret@h.example'}", nil, []string{`"***@h.example"`}},
 		{"listen", "monitoring: {listen: '9669'}", nil, []string{"monitoring.listen"}},
 		{"relative", "cni: {binDir: bin}", nil, []string{"cni.binDir", "absolute"}},
 		{"set without value", "", []string{"network.mtu"}, []string{"key=value"}},
@@ -79,6 +81,9 @@ func TestLoadFaults(t *testing.T) {
 			_, err := Load(write(t, tt.yaml), false, nil, tt.sets)
 			if err == nil {
 				t.Fatal("want an error")
+			}
+			if strings.Contains(err.Error(), "s3cret") {
+				t.Errorf("tells a secret: %v", err)
 			}
 			for _, w := range tt.want {
 				if !strings.Contains(err.Error(), w) {

@@ -45,11 +45,24 @@ func (c Config) Validate() error {
 	return errors.Join(v...)
 }
 
+// withoutUser masks what may be a password. It does not rely on s being a URL.
+func withoutUser(s string) string {
+	at := strings.LastIndex(s, "@")
+	if at < 0 {
+		return s
+	}
+	scheme, _, ok := strings.Cut(s[:at], "://")
+	if !ok {
+		return "***" + s[at:]
+	}
+	return scheme + "://***" + s[at:]
+}
+
 func (c Config) validateHeadscale(v *faults) {
 	if c.Headscale.URL != "" {
 		u, err := url.Parse(c.Headscale.URL)
 		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.User != nil {
-			v.add("headscale.url", c.Headscale.URL, "want https://HOST[:PORT] without a password")
+			v.add("headscale.url", withoutUser(c.Headscale.URL), "want https://HOST[:PORT] without a password")
 		}
 	}
 	for _, f := range [][2]string{

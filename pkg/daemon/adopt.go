@@ -10,8 +10,10 @@ import (
 	"slices"
 
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/ipam"
 )
 
 // staticConf is what a conflist written by hand says that is of use to the daemon.
@@ -141,7 +143,8 @@ func headcniPlugin(b []byte) json.RawMessage {
 var ErrFlat = errors.New("a flat configuration under the name .conflist, which container runtimes refuse: run " +
 	"`headcni-daemon config convert FILE`, or rename it to .conf")
 
-// CheckConflist says what is wrong with a conflist on disk as far as its form goes; nil where there is none.
+// CheckConflist says what is wrong with a conflist on disk: its form, and what the plugin would refuse. It is nil where
+// there is none.
 func CheckConflist(path string) error {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -153,11 +156,58 @@ func CheckConflist(path string) error {
 	_, err = convert(b)
 	switch {
 	case errors.Is(err, errList):
-		return nil
+		err = checkPlugins(b)
 	case err == nil:
 		err = ErrFlat
 	}
-	return fmt.Errorf("%s: %w", path, err)
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// checkPlugins reads our plugins' configurations as the plugin itself will, with what the runtime adds to them (CNI
+// specification 1.1.0, section 3).
+func checkPlugins(list []byte) error {
+	var keys struct {
+		CNIVersion json.RawMessage              `json:"cniVersion"`
+		Name       string                       `json:"name"`
+		Plugins    []map[string]json.RawMessage `json:"plugins"`
+	}
+	if err := json.Unmarshal(list, &keys); err != nil {
+		return fmt.Errorf("not a list of plugins with a name: %w", err)
+	}
+	if keys.Name == "" {
+		return errors.New("name: missing; every network has one")
+	}
+	name, err := json.Marshal(keys.Name)
+	if err != nil {
+		return err
+	}
+	for _, p := range keys.Plugins {
+		if string(p["type"]) != `"headcni"` {
+			continue
+		}
+		p["name"] = name
+		if keys.CNIVersion != nil {
+			p["cniVersion"] = keys.CNIVersion
+		}
+		conf, err := json.Marshal(p)
+		if err != nil {
+			return err
+		}
+		c, err := netconf.Parse(conf)
+		if err == nil && c.IPAM.Type == netconf.IPAMType {
+			if c.IPAM.Raw == nil {
+				c.IPAM.Raw = json.RawMessage("{}")
+			}
+			_, err = ipam.ParseConfig(c.Name, c.IPAM.Raw)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ConvertConflist makes a conflist of a flat configuration, in place. It reports whether there was something to do.

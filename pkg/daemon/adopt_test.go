@@ -88,6 +88,41 @@ func TestAdoptFaults(t *testing.T) {
 	}
 }
 
+// TestCheckConflist: what the plugin would refuse is told before a pod asks for it.
+func TestCheckConflist(t *testing.T) {
+	path := filepath.Join(t.TempDir(), paths.ConflistName)
+	for plugin, want := range map[string]string{
+		`{"type":"headcni","ipam":{"subnet":"10.1.0.0/24"}}`:                     "",
+		`{"type":"headcni","ipam":{"type":"host-local","subnet":"10.1.0.0/24"}}`: "",
+		`{"type":"portmap","mut":1}`:                                             "",
+		`{"type":"headcni","mut":1,"ipam":{"subnet":"10.1.0.0/24"}}`:             "mut: unknown key",
+		`{"type":"headcni"}`: "no ranges",
+		`{"type":"headcni","ipam":{"subnet":"10.1.0.0/24","strategy":"best"}}`:       "ipam.strategy",
+		`{"type":"headcni","auth_key":["s3cret"],"ipam":{"subnet":"10.1.0.0/24"}}`:   "auth_key: a secret must be a string",
+		`{"type":"headcni","ipam":{"subnet":"10.1.0.0/24"}}],"name":"","disable":[7`: "name: missing",
+		`7`: "not a list of plugins",
+	} {
+		list := `{"cniVersion":"1.0.0","name":"n","plugins":[` + plugin + `]}`
+		if err := os.WriteFile(path, []byte(list), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := CheckConflist(path)
+		if (err == nil) != (want == "") || err != nil && (!strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "s3cret")) {
+			t.Errorf("%s: got %v, want %q", plugin, err, want)
+		}
+	}
+	shipped, err := os.ReadFile("../../" + paths.ConflistName)
+	if err == nil {
+		err = os.WriteFile(path, shipped, 0o600)
+	}
+	if err == nil {
+		err = CheckConflist(path)
+	}
+	if err != nil {
+		t.Errorf("the shipped one: %v", err)
+	}
+}
+
 func TestConvertConflist(t *testing.T) {
 	path := filepath.Join(t.TempDir(), paths.ConflistName)
 	if err := CheckConflist(path); err != nil {
