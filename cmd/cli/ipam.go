@@ -82,12 +82,20 @@ func ipamListCmd(f *ipamFlags) *cobra.Command {
 				}
 				return err
 			})
-			return errors.Join(printLeases(cmd.OutOrStdout(), f.output, leases), err)
+			return printLeases(cmd.OutOrStdout(), f.output, leases, err)
 		},
 	}
 }
 
-func printLeases(out io.Writer, format string, leases []networkLease) error {
+// printLeases prints the leases and passes err on, which says that there may be more.
+func printLeases(out io.Writer, format string, leases []networkLease, err error) error {
+	if err != nil && len(leases) == 0 {
+		return err
+	}
+	return errors.Join(renderLeases(out, format, leases), err)
+}
+
+func renderLeases(out io.Writer, format string, leases []networkLease) error {
 	if format == "json" {
 		return printJSON(out, leases)
 	}
@@ -192,7 +200,7 @@ func ipamGCCmd(f *ipamFlags) *cobra.Command {
 				}
 				return err
 			})
-			return errors.Join(printLeases(cmd.OutOrStdout(), f.output, gone), err)
+			return printLeases(cmd.OutOrStdout(), f.output, gone, err)
 		},
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only list them")

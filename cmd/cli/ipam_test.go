@@ -43,6 +43,12 @@ func TestIPAM(t *testing.T) {
 	if err != nil || json.Unmarshal([]byte(out), &leases) != nil || len(leases) != 1 || leases[0]["network"] != "net" || leases[0]["writer"] != "headcni" {
 		t.Errorf("list -o json: %v\n%s", err, out)
 	}
+	for _, command := range []string{"list", "gc"} {
+		out, err := headcnictl(t, "ipam", command, "--data-dir", "/proc/self/exe")
+		if err == nil || strings.Contains(out, "no leases") {
+			t.Errorf("%s of what cannot be read: %v\n%s", command, err, out)
+		}
+	}
 	// The lease has no link, but is too young to be called leaked.
 	for _, args := range [][]string{{"ipam", "gc", "--dry-run"}, {"ipam", "gc"}} {
 		if out, err := headcnictl(t, append(args, "--data-dir", dir)...); err != nil || out != "no leases\n" {
