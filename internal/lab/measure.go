@@ -246,6 +246,8 @@ type Report struct {
 	Sent, Lost int
 	// Longest is the longest time without an arrival, from the first datagram's sending to the stop.
 	Longest time.Duration
+	// Dark is when that time began.
+	Dark time.Time
 }
 
 // underWay is how long Stop waits for a datagram more. On a busy machine one can be that late.
@@ -277,7 +279,9 @@ func (s *Stream) Stop() Report {
 	at = append(at, s.sentAt[len(s.sentAt)-1])
 	slices.SortFunc(at, time.Time.Compare)
 	for i := range at[1:] {
-		r.Longest = max(r.Longest, at[i+1].Sub(at[i]))
+		if gap := at[i+1].Sub(at[i]); gap > r.Longest {
+			r.Longest, r.Dark = gap, at[i]
+		}
 	}
 	return r
 }
