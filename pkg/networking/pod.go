@@ -337,6 +337,9 @@ func (p *Pods) setUpHost(host *podConn, pod Pod, l PodLinks) error {
 		steps = append(steps, addPodNeigh("host", l.hostIdx, a, l.PodMAC), addPodRoute("host", l.hostIdx, PodRoute{Dst: netip.PrefixFrom(a, a.BitLen())}))
 	}
 	_, err = p.do(host, steps...)
+	if errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("%w: something else on this node has the address; `ip route get` tells what", err)
+	}
 	return explainIPv6(err, "on this node", pod)
 }
 

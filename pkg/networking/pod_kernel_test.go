@@ -318,6 +318,20 @@ func TestPodNameCollision(t *testing.T) {
 	n.host.Run(t, "ip", "link", "show", "dev", podHost) // still there
 }
 
+func TestPodAddressElsewhere(t *testing.T) {
+	n := newPodNode(t)
+	n.host.Run(t, "ip", "route", "add", podAddr4.String(), "dev", "lo")
+	if _, err := n.attach(t, &Pods{}, n.spec(podAddr4)); !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "something else on this node has the address") {
+		t.Errorf("got %v", err)
+	}
+	if err := n.detach(t, &Pods{}); err != nil {
+		t.Fatal(err)
+	}
+	if out := n.host.Run(t, "ip", "route", "show", podAddr4.String()); !strings.Contains(out, "dev lo") {
+		t.Errorf("the other's route has gone: %q", out)
+	}
+}
+
 func TestPodVacant(t *testing.T) {
 	n := newPodNode(t)
 	file := filepath.Join(t.TempDir(), "file")

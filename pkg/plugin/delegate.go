@@ -84,6 +84,9 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	}
 	var answer types.Error
 	if json.Unmarshal(stdout.Bytes(), &answer) == nil && answer.Msg != "" {
+		if answer.Code == 0 {
+			answer.Code = CodeAddress // 0 is no error code (specification, section 5)
+		}
 		return nil, types.NewError(answer.Code, fmt.Sprintf("IPAM plugin %s: %s", d.name, answer.Msg), answer.Details)
 	}
 	return nil, fmt.Errorf("run IPAM plugin %s: %w", d.path, err)

@@ -156,6 +156,9 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 			failed := r.stage
 			// The caller may have given up; what was made must go all the same.
 			undo := p.detachAndRelease(context.WithoutCancel(ctx), r, addresses)
+			if undo != nil {
+				undo = fmt.Errorf("undo: %w", undo)
+			}
 			err = errors.Join(cniError(failed, err), undo)
 			r.stage = failed
 		}

@@ -658,6 +658,21 @@ func TestDelegate(t *testing.T) {
 		}
 		b.empty(t)
 	})
+	t.Run("ADD fails without a code", func(t *testing.T) {
+		_, _, err := run(t, `echo '{"code":0,"msg":"none left"}'; exit 1`, add, "")
+		if text := fails(t, err, CodeAddress); !strings.Contains(text, "none left; undo: ") {
+			t.Errorf("got %q", text)
+		}
+	})
+	for _, addr := range []string{"0.0.0.0/24", "127.0.0.1/8", "224.0.0.5/24", "ff02::5/64", "::/64"} {
+		t.Run("ADD answers "+addr, func(t *testing.T) {
+			_, b, err := run(t, `[ $CNI_COMMAND = DEL ] || echo '{"ips":[{"address":"`+addr+`"}]}'`, add, "")
+			if text := fails(t, err, CodeAddress); !strings.Contains(text, "a pod cannot have") {
+				t.Errorf("got %q", text)
+			}
+			b.empty(t)
+		})
+	}
 	t.Run("ADD answers nothing", func(t *testing.T) {
 		dir, _, err := run(t, `[ $CNI_COMMAND = DEL ] || echo '{}'`, add, "")
 		fails(t, err, CodeAddress)

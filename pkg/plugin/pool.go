@@ -165,11 +165,11 @@ func givenBy(result *types100.Result) (Given, error) {
 	given := Given{Routes: result.Routes, DNS: result.DNS}
 	for _, ip := range result.IPs {
 		addr, ok := netip.AddrFromSlice(ip.Address.IP)
-		if !ok {
-			return Given{}, errors.New("read the addresses given: one is not valid")
+		if addr = addr.Unmap(); !ok || addr.IsUnspecified() || addr.IsLoopback() || addr.IsMulticast() {
+			return Given{}, fmt.Errorf("read the addresses given: a pod cannot have %s", addr)
 		}
 		gateway, _ := netip.AddrFromSlice(ip.Gateway) // zero: none
-		given.IPs = append(given.IPs, GivenIP{Addr: addr.Unmap(), Gateway: gateway.Unmap()})
+		given.IPs = append(given.IPs, GivenIP{Addr: addr, Gateway: gateway.Unmap()})
 	}
 	return given, nil
 }
