@@ -38,6 +38,15 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	}
 	d.member.use(socketOf(d.cfg, o.mode))
 	o.tailnet, o.tailnetErr = d.member.status(ctx, o.mode)
+	if o.tailnet != nil {
+		prefs, err := d.member.client.Prefs(ctx)
+		if err == nil {
+			users := prefs.Saved(tailscale.PrefsSpec{})
+			o.prefs = &users
+		} else if o.tailnetErr == nil {
+			o.tailnetErr = err
+		}
+	}
 	if o.tailnet != nil && len(o.tailnet.Self.IPs) > 0 {
 		if link, err := findTun(o.tun, o.tailnet.Self.IPs); err == nil {
 			o.tun, o.tunMTU = link.Name, link.MTU

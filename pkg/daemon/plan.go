@@ -29,6 +29,8 @@ type observation struct {
 	tailnet *tailscale.Status
 	// tailnetErr is why tailscaled cannot be used, nil while it can.
 	tailnetErr error
+	// prefs are tailscaled's now, nil while it does not answer.
+	prefs *tailscale.SavedPrefs
 	// ipam is the ipam object of a conflist written by hand, nil where there is none.
 	ipam json.RawMessage
 	// portmap tells whether the portmap plugin is installed.
@@ -135,8 +137,8 @@ func taken(p netip.Prefix, peer tailscale.Peer) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// lanFirst: where the user had neither accepted routes nor chosen an exit node, nothing but the cluster should follow
-// what peers advertise.
+// lanFirst: where the user had not accepted routes and has chosen no exit node, nothing but the cluster should follow what
+// peers advertise.
 func lanFirst(c config.Config, o observation, s state) bool {
 	switch {
 	case c.Network.LANFirst != config.Auto:
@@ -144,7 +146,19 @@ func lanFirst(c config.Config, o observation, s state) bool {
 	case o.mode == config.ModeDaemon:
 		return true
 	}
-	return s.Prefs != nil && !s.Prefs.RouteAll && !s.Prefs.ExitNode
+	found := s.Prefs
+	if found == nil {
+		// Before we have it accept routes, not after: one of them may lead to where Headscale is.
+		found = o.prefs
+	}
+	if found == nil {
+		return false
+	}
+	exitNode := found.ExitNode
+	if o.prefs != nil {
+		exitNode = o.prefs.ExitNode // which the user may choose at any time
+	}
+	return !found.RouteAll && !exitNode
 }
 
 // union sorts the prefixes and drops those inside others.

@@ -78,21 +78,27 @@ func TestLANFirst(t *testing.T) {
 		name, mode string
 		set        config.Tristate
 		s          state
+		now        *tailscale.SavedPrefs
 		want       bool
 	}{
-		{"dedicated", config.ModeDaemon, config.Auto, state{}, true},
-		{"host, nothing known", config.ModeHost, config.Auto, state{}, false},
-		{"host, no routes accepted", config.ModeHost, config.Auto, found(false, false), true},
-		{"host, routes accepted", config.ModeHost, config.Auto, found(true, false), false},
-		{"host, exit node", config.ModeHost, config.Auto, found(false, true), false},
-		{"told to", config.ModeHost, "true", found(true, true), true},
-		{"told not to", config.ModeDaemon, "false", state{}, false},
+		{"dedicated", config.ModeDaemon, config.Auto, state{}, nil, true},
+		{"host, nothing known", config.ModeHost, config.Auto, state{}, nil, false},
+		{"host, first pass", config.ModeHost, config.Auto, state{}, &tailscale.SavedPrefs{}, true},
+		{"host, first pass, routes accepted", config.ModeHost, config.Auto, state{}, &tailscale.SavedPrefs{RouteAll: true}, false},
+		{"host, no routes accepted", config.ModeHost, config.Auto, found(false, false), nil, true},
+		{"host, none accepted but by us", config.ModeHost, config.Auto, found(false, false), &tailscale.SavedPrefs{RouteAll: true}, true},
+		{"host, routes accepted", config.ModeHost, config.Auto, found(true, false), nil, false},
+		{"host, exit node", config.ModeHost, config.Auto, found(false, true), nil, false},
+		{"host, exit node chosen later", config.ModeHost, config.Auto, found(false, false), &tailscale.SavedPrefs{ExitNode: true}, false},
+		{"host, exit node no more", config.ModeHost, config.Auto, found(false, true), &tailscale.SavedPrefs{RouteAll: true}, true},
+		{"told to", config.ModeHost, "true", found(true, true), nil, true},
+		{"told not to", config.ModeDaemon, "false", state{}, nil, false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			c := config.Default()
 			c.Network.LANFirst = tt.set
-			if got := lanFirst(c, observation{mode: tt.mode}, tt.s); got != tt.want {
+			if got := lanFirst(c, observation{mode: tt.mode, prefs: tt.now}, tt.s); got != tt.want {
 				t.Errorf("got %v, want %v", got, tt.want)
 			}
 		})

@@ -11,8 +11,8 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 )
 
-// clear is a world with traffic, and a machine that lures it.
-type clear struct {
+// wire is a world with traffic to look at, and a machine that lures it.
+type wire struct {
 	*world
 	lure    *lab.Node
 	streams []*lab.Stream
@@ -22,7 +22,7 @@ type clear struct {
 func testNeverInClear(t *testing.T, bin string) {
 	w := newWorld(t, lab.Options{Nodes: 3, Spare: 1, Modes: []string{host, daemon, host}, Bin: bin})
 	w.works(t)
-	c := &clear{world: w, lure: w.Nodes[2]}
+	c := &wire{world: w, lure: w.Nodes[2]}
 	for _, pair := range [][2]*lab.Pod{{w.a1, w.b1}, {w.b1, w.a1}} {
 		for _, v6 := range []bool{false, true} {
 			s, err := lab.StartStream(within(t), fmt.Sprintf("%s to %s, %s", pair[0].Name, pair[1].Name, family(v6)), pair[0], pair[1], pair[1].Addr(v6))
@@ -55,7 +55,7 @@ func testNeverInClear(t *testing.T, bin string) {
 	}
 }
 
-func (c *clear) stop() {
+func (c *wire) stop() {
 	for _, s := range c.streams {
 		s.Stop()
 	}
@@ -63,7 +63,7 @@ func (c *clear) stop() {
 }
 
 // never looks at the wire while do breaks something and for a while after, in which pods and nodes send more.
-func (c *clear) never(t *testing.T, do func()) {
+func (c *wire) never(t *testing.T, do func()) {
 	t.Helper()
 	got := c.watch(t, do, func() {
 		for _, v6 := range []bool{false, true} {
@@ -77,7 +77,7 @@ func (c *clear) never(t *testing.T, do func()) {
 	}
 }
 
-func (c *clear) watch(t *testing.T, do, send func()) lab.Captured {
+func (c *wire) watch(t *testing.T, do, send func()) lab.Captured {
 	t.Helper()
 	capture, err := c.CaptureUnderlay()
 	if err != nil {
@@ -101,7 +101,7 @@ type sender struct {
 	to   *lab.Pod
 }
 
-func (c *clear) senders() []sender {
+func (c *wire) senders() []sender {
 	return []sender{{"a pod", c.a1, c.b1}, {"a node", c.a, c.b1}, {"a pod", c.b1, c.a1}, {"a node", c.b, c.a1}}
 }
 
@@ -123,7 +123,7 @@ func (s sender) burst(ctx context.Context, v6 bool) {
 }
 
 // dark says that the fault was one: nothing flows.
-func (c *clear) dark(t *testing.T, since time.Time) {
+func (c *wire) dark(t *testing.T, since time.Time) {
 	t.Helper()
 	for _, s := range c.streams {
 		if back, ok := s.Back(since.Add(moment / 2)); ok { // what was on its way is no matter
@@ -133,7 +133,7 @@ func (c *clear) dark(t *testing.T, since time.Time) {
 }
 
 // flows waits until all flows that is sent from now on.
-func (c *clear) flows(t *testing.T) {
+func (c *wire) flows(t *testing.T) {
 	t.Helper()
 	for _, s := range c.streams {
 		if _, err := s.WaitBack(within(t), time.Now()); err != nil {
@@ -143,7 +143,7 @@ func (c *clear) flows(t *testing.T) {
 }
 
 // mend starts what is dead and waits until all is as it was.
-func (c *clear) mend(t *testing.T) {
+func (c *wire) mend(t *testing.T) {
 	t.Helper()
 	for _, n := range c.nodes() {
 		if !n.Tailscaled.Alive() {
@@ -162,14 +162,14 @@ func (c *clear) mend(t *testing.T) {
 	c.works(t)
 }
 
-func (c *clear) each(t *testing.T, format string, args ...any) {
+func (c *wire) each(t *testing.T, format string, args ...any) {
 	t.Helper()
 	for _, n := range c.nodes() {
 		sh(t, n.Machine, format, args...)
 	}
 }
 
-func (c *clear) testDaemonStopped(t *testing.T) {
+func (c *wire) testDaemonStopped(t *testing.T) {
 	c.never(t, func() {
 		for _, n := range c.nodes() {
 			if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
@@ -187,7 +187,7 @@ const (
 	flushRoutes = `for f in -4 -6; do ip $f route flush metric 4278 type unreachable; done`
 )
 
-func (c *clear) testRulesFlushed(t *testing.T) {
+func (c *wire) testRulesFlushed(t *testing.T) {
 	before := sh(t, c.a.Machine, "ip rule; ip -6 rule")
 	c.never(t, func() {
 		c.each(t, "%s", flushRules)
@@ -201,7 +201,7 @@ func (c *clear) testRulesFlushed(t *testing.T) {
 	c.mend(t)
 }
 
-func (c *clear) testTableFlushed(t *testing.T) {
+func (c *wire) testTableFlushed(t *testing.T) {
 	c.never(t, func() {
 		c.each(t, "ip route flush table 52; ip -6 route flush table 52")
 		since := time.Now()
@@ -215,7 +215,7 @@ func (c *clear) testTableFlushed(t *testing.T) {
 	c.never(t, func() { c.mend(t) })
 }
 
-func (c *clear) testTunDeleted(t *testing.T) {
+func (c *wire) testTunDeleted(t *testing.T) {
 	c.never(t, func() {
 		for _, n := range c.nodes() {
 			sh(t, n.Machine, "ip link delete %s", n.Tun)
@@ -231,7 +231,7 @@ func (c *clear) testTunDeleted(t *testing.T) {
 }
 
 // A route in main that is wider than ours, by a neighbour, does not get what it covers: with a tunnel or without.
-func (c *clear) testWiderRoutes(t *testing.T) {
+func (c *wire) testWiderRoutes(t *testing.T) {
 	for i, v6 := range []bool{false, true} {
 		c.each(t, "%s route add %s via %s", ip(v6), []string{"10.0.0.0/8", "fd00::/8"}[i], c.lure.Underlay[i])
 	}
@@ -252,7 +252,7 @@ func (c *clear) testWiderRoutes(t *testing.T) {
 
 // A peer that advertises a part of a node's range gets nothing of the node's own traffic. What others send is Headscale's
 // decision, which approved it; it still stays in the tunnel.
-func (c *clear) testTaken(t *testing.T) {
+func (c *wire) testTaken(t *testing.T) {
 	parts := []string{"10.244.1.0/25", "fd00:244:1::/65"}
 	c.never(t, func() {
 		advertise(t, c.Lab, c.lure, parts...)
@@ -269,13 +269,13 @@ func (c *clear) testTaken(t *testing.T) {
 }
 
 // testLeft leaves some of our defences while the daemon and the tunnel are dead.
-func (c *clear) testLeft(t *testing.T, tables, rules, routes bool) {
+func (c *wire) testLeft(t *testing.T, tables, rules, routes bool) {
 	c.never(t, func() { c.strip(t, tables, rules, routes) })
 	c.never(t, func() { c.mend(t) })
 }
 
 // strip takes the daemon, the tunnel and the other defences away. The tunnel goes last.
-func (c *clear) strip(t *testing.T, tables, rules, routes bool) {
+func (c *wire) strip(t *testing.T, tables, rules, routes bool) {
 	t.Helper()
 	for _, n := range c.nodes() {
 		kill(t, n.Daemon)
@@ -297,7 +297,7 @@ func (c *clear) strip(t *testing.T, tables, rules, routes bool) {
 }
 
 // The proof that all the captures above would have seen something, in both families, from pods and from nodes.
-func (c *clear) testNothingLeft(t *testing.T) {
+func (c *wire) testNothingLeft(t *testing.T) {
 	c.strip(t, false, false, false)
 	c.stop()
 	for _, s := range c.senders() {

@@ -30,23 +30,21 @@ const (
 // minutes bounds what has to wait for the daemon's minute.
 const minutes = 3 * time.Minute
 
-// far are addresses of the control host that nodes reach by their default route only, IPv4 first.
-func far(n int) [2]netip.Addr {
-	return [2]netip.Addr{netip.MustParseAddr(fmt.Sprintf("192.168.%d.1", n)), netip.MustParseAddr(fmt.Sprintf("fd%d::1", n))}
-}
-
-const (
-	usersLAN    = 97 // far(usersLAN) is in the LAN that users routes
-	internet    = 98
-	headscaleAt = 99
+// Addresses of the control host that nodes reach by their default route only, IPv4 first: in the LAN that users routes,
+// of the world outside (an exit node of Tailscale's does not give private ones away), and Headscale's (which must be a
+// private one, see internal/lab).
+var (
+	usersLAN    = [2]netip.Addr{netip.MustParseAddr("192.168.97.1"), netip.MustParseAddr("fd97::1")}
+	outside     = [2]netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:113::1")}
+	headscaleAt = [2]netip.Addr{netip.MustParseAddr("192.168.99.1"), netip.MustParseAddr("fd99::1")}
 )
 
 func testMembership(t *testing.T, bin string) {
 	l := newLab(t, lab.Options{
 		Nodes: memberNodes, Spare: memberNodes, Modes: []string{host, host, host, host, daemon}, Bin: bin, Policy: allowAll,
 	})
-	for _, n := range []int{usersLAN, internet, headscaleAt} {
-		sh(t, l.Control.Machine, "ip address add %s/32 dev lo; ip address add %s/128 dev lo nodad", far(n)[0], far(n)[1])
+	for _, a := range [][2]netip.Addr{usersLAN, outside, headscaleAt} {
+		sh(t, l.Control.Machine, "ip address add %s/32 dev lo; ip address add %s/128 dev lo nodad", a[0], a[1])
 	}
 	for name, test := range map[string]func(*testing.T, *lab.Lab){
 		"host mode": testHostMode, "deadman": testDeadman, "forgotten by Headscale": testForgotten,
@@ -109,15 +107,15 @@ func sortedRoutes(p map[string]any) map[string]any {
 // household is a user's tailnet: a host that is an exit node and a LAN router, and a laptop that uses it.
 type household struct {
 	*lab.Lab
-	host, laptop  *lab.Node
-	lan, internet [2]netip.AddrPort
+	host, laptop *lab.Node
+	lan, outside [2]netip.AddrPort
 }
 
 func newHousehold(t *testing.T, l *lab.Lab) *household {
 	h := &household{Lab: l, host: l.Nodes[users], laptop: l.Nodes[laptop]}
 	for i := range 2 {
-		h.lan[i] = service(t, l.Control, netip.AddrPortFrom(far(usersLAN)[i], 0))
-		h.internet[i] = service(t, l.Control, netip.AddrPortFrom(far(internet)[i], 0))
+		h.lan[i] = service(t, l.Control, netip.AddrPortFrom(usersLAN[i], 0))
+		h.outside[i] = service(t, l.Control, netip.AddrPortFrom(outside[i], 0))
 	}
 	sh(t, h.host.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
 	startTailscaled(t, h.host)
@@ -136,26 +134,32 @@ func (h *household) functions(t *testing.T) {
 	accepted(t, h.laptop, strings.Split(lanRoutes, ",")...)
 	for i := range 2 {
 		wants(t, "laptop to the LAN", h.laptop, h.lan[i], h.host.Underlay[i])
-		wants(t, "laptop to the world without exit node", h.laptop, h.internet[i], h.laptop.Underlay[i])
+		wants(t, "laptop to the world without exit node", h.laptop, h.outside[i], h.laptop.Underlay[i])
 	}
-	sh(t, h.laptop.Machine, "tailscale set --exit-node=%s", tailnetAddrs(t, h.host)[0])
-	for i := range 2 {
-		eventually(t, "laptop to the world by the exit node", func() error {
-			seen, err := ask(t.Context(), h.laptop, h.internet[i])
-			if err == nil && seen != h.host.Underlay[i] {
-				err = fmt.Errorf("came from %s", seen)
-			}
+	h.usesExitNode(t, h.laptop, h.host)
+}
+
+// usesExitNode says that a device reaches the world as another one while that is its exit node, and only then.
+func (h *household) usesExitNode(t *testing.T, device, exit *lab.Node) {
+	t.Helper()
+	for _, c := range []struct {
+		node string
+		seen *lab.Node
+	}{{tailnetAddrs(t, exit)[0].String(), exit}, {"", device}} {
+		eventually(t, "choose the exit node", func() error { // of which the device may still have to hear
+			_, err := device.Run(within(t), "tailscale", "set", "--exit-node="+c.node)
 			return err
 		})
-	}
-	sh(t, h.laptop.Machine, "tailscale set --exit-node=")
-	eventually(t, "laptop to the world without exit node", func() error {
-		seen, err := ask(t.Context(), h.laptop, h.internet[0])
-		if err == nil && seen != h.laptop.Underlay[0] {
-			err = fmt.Errorf("came from %s", seen)
+		for i := range 2 {
+			eventually(t, fmt.Sprintf("%s to the world, with the exit node %q", device.Name, c.node), func() error {
+				seen, err := ask(t.Context(), device, h.outside[i])
+				if err == nil && seen != c.seen.Underlay[i] {
+					err = fmt.Errorf("came from %s", seen)
+				}
+				return err
+			})
 		}
-		return err
-	})
+	}
 }
 
 // What a user has made of their host's tailscaled stays as it is, and works as before, from start to uninstall.
@@ -183,6 +187,8 @@ func testHostMode(t *testing.T, l *lab.Lab) {
 
 	before = h.testUserChanges(t, before)
 	h.functions(t)
+	t.Run("with the laptop as exit node", func(t *testing.T) { h.testTurned(t) })
+	wantPrefs(t, "the exit node again", n, withOurs(before, n))
 
 	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -205,6 +211,16 @@ func (h *household) testOurMasquerade(t *testing.T) {
 	h.functions(t)
 }
 
+// testTurned has the host use the laptop as its exit node. tailscaled allows nobody to be one and use one.
+func (h *household) testTurned(t *testing.T) {
+	sh(t, h.host.Machine, "tailscale set --advertise-exit-node=false")
+	sh(t, h.laptop.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1; tailscale set --advertise-exit-node")
+	approve(t, h.Lab, h.laptop, "0.0.0.0/0", "::/0")
+	h.usesExitNode(t, h.host, h.laptop)
+	sh(t, h.laptop.Machine, "tailscale set --advertise-exit-node=false")
+	sh(t, h.host.Machine, "tailscale set --advertise-exit-node")
+}
+
 // testUserChanges has the user change their mind while the daemon runs, and returns what is theirs in the end.
 func (h *household) testUserChanges(t *testing.T, before map[string]any) map[string]any {
 	n := h.host
@@ -224,7 +240,7 @@ func (h *household) testUserChanges(t *testing.T, before map[string]any) map[str
 		{"tailscale set --advertise-routes=" + lanRoutes, before},
 		{"tailscale set --accept-routes=false --hostname=renamed", theirs(map[string]any{"Hostname": "renamed"})},
 		{"tailscale up --reset --login-server=" + h.Control.URL + " --accept-dns=false --advertise-exit-node --advertise-routes=" + lanRoutes,
-			theirs(map[string]any{"Hostname": n.Name, "RunSSH": false})},
+			theirs(map[string]any{"Hostname": "", "RunSSH": false})},
 	} {
 		sh(t, n.Machine, "%s", c.command)
 		wantPrefs(t, c.command, n, withOurs(c.now, n))
@@ -263,7 +279,7 @@ func testForgotten(t *testing.T, l *lab.Lab) {
 // Where it is our doing that a node cannot reach Headscale, it is taken back.
 func testDeadman(t *testing.T, l *lab.Lab) {
 	n, peer := l.Nodes[cutOff], l.Nodes[router]
-	at := netip.AddrPortFrom(far(headscaleAt)[0], netip.MustParseAddrPort(strings.TrimPrefix(l.Control.URL, "http://")).Port())
+	at := netip.AddrPortFrom(headscaleAt[0], netip.MustParseAddrPort(strings.TrimPrefix(l.Control.URL, "http://")).Port())
 	configure := func(lanFirst string) func(*lab.Node, map[string]any) {
 		return func(_ *lab.Node, c map[string]any) {
 			section(c, "headscale")["url"] = "http://" + at.String()
