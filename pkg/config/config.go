@@ -169,6 +169,9 @@ func Load(path string, optional bool, environ, sets []string) (Config, error) {
 	b, err := os.ReadFile(path)
 	switch {
 	case err == nil:
+		if severalDocuments(b) {
+			return Config{}, fmt.Errorf("read %s: more than one YAML document, of which only the first would count; keep one", path)
+		}
 		if err := yaml.UnmarshalStrict(b, &c); err != nil {
 			return Config{}, fmt.Errorf("read %s: %s; see docs/daemon.yaml for every key", path, plain(err))
 		}
@@ -183,6 +186,22 @@ func Load(path string, optional bool, environ, sets []string) (Config, error) {
 		return Config{}, err
 	}
 	return c, nil
+}
+
+// severalDocuments reports whether a line of three dashes comes after content (YAML 1.2, section 9.2).
+func severalDocuments(b []byte) bool {
+	content := false
+	for line := range strings.Lines(string(b)) {
+		switch line = strings.TrimRight(line, " \t\r\n"); {
+		case line == "---" || strings.HasPrefix(line, "--- "):
+			if content {
+				return true
+			}
+		case line != "" && line[0] != '#' && line[0] != '%':
+			content = true
+		}
+	}
+	return false
 }
 
 // plain drops the layers of the YAML library from its error.

@@ -52,6 +52,7 @@ func TestLoadFaults(t *testing.T) {
 		want       []string // all must be in the error
 	}{
 		{"unknown key", "netwrk: {}", nil, []string{`unknown field "netwrk"`, "docs/daemon.yaml"}},
+		{"two documents", "# mine\n---\nlogging: {level: debug}\n---\nnetwork: {mtu: 1400}", nil, []string{"more than one YAML document"}},
 		{"not yaml", "a: [", nil, []string{"read "}},
 		{"tailnet range", "network: {podCIDRs: [100.64.3.0/24]}", nil, []string{"network.podCIDRs", "100.64.0.0/10", "10.244.0.0/16"}},
 		{"tailnet range v6", "network: {clusterCIDRs: ['fd7a:115c:a1e0:1::/64']}", nil, []string{"network.clusterCIDRs", "fd7a:115c:a1e0::/48"}},
