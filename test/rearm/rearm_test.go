@@ -12,7 +12,6 @@ import (
 	"io"
 	"maps"
 	"net/http"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +20,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 )
@@ -51,17 +51,7 @@ var variants = []struct {
 }{{"without cached maps", false}, {"cache-network-maps", true}}
 
 func TestRestart(t *testing.T) {
-	nstest.Require(t)
-	bin := os.Getenv(lab.BinEnv)
-	if bin == "" {
-		bin = t.TempDir()
-		if err := lab.Build(t.Context(), bin); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := (lab.Options{Bin: bin}).Check(); err != nil {
-		nstest.Skip(t, err.Error())
-	}
+	bin := labtest.Programs(t)
 	for _, v := range variants {
 		t.Run(v.name, func(t *testing.T) {
 			l, pods := world(t, bin, v.cache)
@@ -91,21 +81,13 @@ func TestRestart(t *testing.T) {
 // world is a lab of daemon-mode nodes with a pod each.
 func world(t *testing.T, bin string, cache bool) (*lab.Lab, []*lab.Pod) {
 	t.Helper()
-	l, err := lab.New(t.Context(), lab.Options{
+	l := labtest.New(t, lab.Options{
 		Nodes: *nodes, Modes: []string{config.ModeDaemon}, Bin: bin, Batch: 500 * time.Millisecond,
 		Policy: func(p map[string]any) {
 			if cache {
 				p["nodeAttrs"] = []map[string]any{{"target": []string{"tag:headcni"}, "attr": []string{"cache-network-maps"}}}
 			}
 		},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Error(err)
-		}
 	})
 	var pods []*lab.Pod
 	for _, n := range l.Nodes {

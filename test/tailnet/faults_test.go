@@ -12,6 +12,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 )
 
 // moment is how long a fault lasts.
@@ -28,7 +29,7 @@ func startFlows(t *testing.T, a, b *lab.Pod) flows {
 	for _, pair := range [][2]*lab.Pod{{a, b}, {b, a}} {
 		for _, v6 := range []bool{false, true} {
 			name := fmt.Sprintf("%s to %s, %s", pair[0].Name, pair[1].Name, family(v6))
-			s, err := lab.StartStream(within(t), name, pair[0], pair[1], pair[1].Addr(v6))
+			s, err := lab.StartStream(labtest.Within(t), name, pair[0], pair[1], pair[1].Addr(v6))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -43,7 +44,7 @@ func startFlows(t *testing.T, a, b *lab.Pod) flows {
 func (f flows) waitBack(t *testing.T, since time.Time) {
 	t.Helper()
 	for _, s := range f {
-		if _, err := s.WaitBack(within(t), since); err != nil {
+		if _, err := s.WaitBack(labtest.Within(t), since); err != nil {
 			t.Error(err)
 		}
 	}
@@ -103,7 +104,7 @@ func testDaemonDead(t *testing.T, n *lab.Node, a, b *lab.Pod) {
 // newPodTalks makes a pod that reaches others, and removes it.
 func newPodTalks(t *testing.T, n *lab.Node, others ...*lab.Pod) {
 	t.Helper()
-	p, err := n.AddPod(within(t), "new", lab.PodOptions{})
+	p, err := n.AddPod(labtest.Within(t), "new", lab.PodOptions{})
 	if err != nil {
 		t.Error(err)
 		return
@@ -114,12 +115,12 @@ func newPodTalks(t *testing.T, n *lab.Node, others ...*lab.Pod) {
 			wantTCP(t, fmt.Sprintf("%s to new pod, %s", o.Name, family(v6)), o, echo(p, v6), o.Addr(v6))
 		}
 	}
-	if err := p.Remove(within(t)); err != nil {
+	if err := p.Remove(labtest.Within(t)); err != nil {
 		t.Error(err)
 	}
 }
 
-// Nothing needs Headscale but a node that is to join; it joins as soon as Headscale is back.
+// Nothing needs Headscale but a node that is to join; it joins as labtest.Soon as Headscale is back.
 func testHeadscaleDead(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 	f := startFlows(t, a, b)
 	if err := l.Control.Headscale.Kill(); err != nil {
@@ -142,18 +143,18 @@ func testHeadscaleDead(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 	noConflist(t, stranger)
 	f.noneLost(t)
 	f = startFlows(t, a, b)
-	if err := l.Control.StartHeadscale(within(t)); err != nil {
+	if err := l.Control.StartHeadscale(labtest.Within(t)); err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range l.Nodes {
 		ready(t, n)
 	}
 	f.noneLost(t)
-	if err := stranger.WaitRoutes(within(t)); err != nil {
+	if err := stranger.WaitRoutes(labtest.Within(t)); err != nil {
 		t.Fatal(err)
 	}
 	for _, cidr := range stranger.PodCIDRs {
-		if err := a.Node.WaitRoute(within(t), cidr.Addr().Next()); err != nil {
+		if err := a.Node.WaitRoute(labtest.Within(t), cidr.Addr().Next()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -195,13 +196,13 @@ func testTailscaledDead(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 // newPodStarts makes a pod that reaches its node, and removes it.
 func newPodStarts(t *testing.T, n *lab.Node) {
 	t.Helper()
-	p, err := n.AddPod(within(t), "new", lab.PodOptions{})
+	p, err := n.AddPod(labtest.Within(t), "new", lab.PodOptions{})
 	if err != nil {
 		t.Error(err)
 		return
 	}
 	wantTCP(t, "node to new pod", n, echo(p, false), n.Underlay[0])
-	if err := p.Remove(within(t)); err != nil {
+	if err := p.Remove(labtest.Within(t)); err != nil {
 		t.Error(err)
 	}
 }
@@ -247,18 +248,18 @@ func testLeakIsSeen(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 func flush(t *testing.T, n *lab.Node) {
 	t.Helper()
 	for _, f := range []string{"ip", "ip6"} {
-		if _, err := n.Run(within(t), "nft", "delete", "table", f, "headcni"); err != nil {
+		if _, err := n.Run(labtest.Within(t), "nft", "delete", "table", f, "headcni"); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for _, f := range []string{"-4", "-6"} {
 		for _, line := range ourRules(t, n, f) {
 			pref, _, _ := strings.Cut(line, ":")
-			if _, err := n.Run(within(t), "ip", f, "rule", "del", "pref", pref); err != nil {
+			if _, err := n.Run(labtest.Within(t), "ip", f, "rule", "del", "pref", pref); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if _, err := n.Run(within(t), "ip", f, "route", "flush", "metric", "4278", "type", "unreachable"); err != nil {
+		if _, err := n.Run(labtest.Within(t), "ip", f, "route", "flush", "metric", "4278", "type", "unreachable"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -267,7 +268,7 @@ func flush(t *testing.T, n *lab.Node) {
 // ourRules are the lines of `ip rule` with our numbers.
 func ourRules(t *testing.T, n *lab.Node, f string) []string {
 	t.Helper()
-	out, err := n.Run(within(t), "ip", f, "rule")
+	out, err := n.Run(labtest.Within(t), "ip", f, "rule")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -280,14 +281,14 @@ func ours(t *testing.T, n *lab.Node) (string, error) {
 	var all strings.Builder
 	for _, f := range []string{"-4", "-6"} {
 		all.WriteString(strings.Join(ourRules(t, n, f), "\n"))
-		out, err := n.Run(within(t), "ip", f, "route", "show", "type", "unreachable")
+		out, err := n.Run(labtest.Within(t), "ip", f, "route", "show", "type", "unreachable")
 		if err != nil {
 			return "", err
 		}
 		all.WriteString("\n" + out)
 	}
 	for _, f := range []string{"ip", "ip6"} {
-		out, err := n.Run(within(t), "nft", "-s", "list", "table", f, "headcni")
+		out, err := n.Run(labtest.Within(t), "nft", "-s", "list", "table", f, "headcni")
 		if err != nil {
 			return "", err
 		}
@@ -306,19 +307,19 @@ func testGate(t *testing.T, n *lab.Node, status uint) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := n.CNI().GetStatusNetworkList(within(t), list); err != nil {
+	if err := n.CNI().GetStatusNetworkList(labtest.Within(t), list); err != nil {
 		t.Errorf("STATUS of a programmed node: %v", err)
 	}
 	flush(t, n)
 	links := podLinks(t, n)
-	_, err = n.AddPod(within(t), "refused", lab.PodOptions{})
+	_, err = n.AddPod(labtest.Within(t), "refused", lab.PodOptions{})
 	wantCode(t, "ADD", err, types.ErrTryAgainLater)
-	wantCode(t, "STATUS", n.CNI().GetStatusNetworkList(within(t), list), status)
+	wantCode(t, "STATUS", n.CNI().GetStatusNetworkList(labtest.Within(t), list), status)
 	if now := podLinks(t, n); len(now) != len(links) {
 		t.Errorf("links before %v, after %v", links, now)
 	}
 	startDaemon(t, n)
-	if err := n.CNI().GetStatusNetworkList(within(t), list); err != nil {
+	if err := n.CNI().GetStatusNetworkList(labtest.Within(t), list); err != nil {
 		t.Errorf("STATUS of a node that is programmed again: %v", err)
 	}
 	newPodStarts(t, n)
@@ -332,7 +333,7 @@ func wantCode(t *testing.T, what string, err error, code uint) {
 	}
 }
 
-// What is taken away under a living daemon is back soon, and nothing was in clear in the meantime.
+// What is taken away under a living daemon is back labtest.Soon, and nothing was in clear in the meantime.
 func testFlush(t *testing.T, l *lab.Lab, n *lab.Node, a, b *lab.Pod) {
 	before, err := ours(t, n)
 	if err != nil {
@@ -349,12 +350,12 @@ func testFlush(t *testing.T, l *lab.Lab, n *lab.Node, a, b *lab.Pod) {
 		}
 		return err
 	}
-	eventually(t, "wait for what was flushed", back)
+	labtest.Eventually(t, "wait for what was flushed", back)
 	// As `systemctl restart nftables` does it.
-	if _, err := n.Run(within(t), "nft", "flush", "ruleset"); err != nil {
+	if _, err := n.Run(labtest.Within(t), "nft", "flush", "ruleset"); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "wait for the tables", back)
+	labtest.Eventually(t, "wait for the tables", back)
 	f.waitBack(t, time.Now())
 	ready(t, n)
 	if c := inClear(); c.Clear > 0 {

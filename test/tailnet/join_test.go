@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
@@ -33,7 +34,7 @@ func testPreAuthKey(t *testing.T, l *lab.Lab) {
 	startDaemon(t, n)
 	a, b := addPod(t, n, "key-1", lab.PodOptions{}), addPod(t, peer, "key-2", lab.PodOptions{})
 	for _, v6 := range []bool{false, true} {
-		if err := peer.WaitRoute(within(t), a.Addr(v6)); err != nil {
+		if err := peer.WaitRoute(labtest.Within(t), a.Addr(v6)); err != nil {
 			t.Fatal(err)
 		}
 		wantTCP(t, family(v6), b, echo(a, v6), b.Addr(v6))
@@ -70,7 +71,7 @@ func testBadInput(t *testing.T, l *lab.Lab) {
 		}
 		refuses(t, n, `unknown field "podCidr"`)
 	})
-	expired, err := l.Control.Run(within(t), "headscale", "apikeys", "create", "--expiration", "1ms")
+	expired, err := l.Control.Run(labtest.Within(t), "headscale", "apikeys", "create", "--expiration", "1ms")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +134,7 @@ func refuses(t *testing.T, n *lab.Node, want string) {
 	}
 	select {
 	case <-n.Daemon.Done():
-	case <-within(t).Done():
+	case <-labtest.Within(t).Done():
 		t.Fatal("the daemon goes on")
 	}
 	said := logSince(t, n, from)
@@ -146,7 +147,7 @@ func refuses(t *testing.T, n *lab.Node, want string) {
 // complains waits until a part of the node is wrong for a reason.
 func complains(t *testing.T, n *lab.Node, part, want string) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("wait for the complaint %q", want), func() error {
+	labtest.Eventually(t, fmt.Sprintf("wait for the complaint %q", want), func() error {
 		parts, err := readyz(t, n)
 		if err != nil {
 			return err
@@ -165,7 +166,7 @@ func complains(t *testing.T, n *lab.Node, part, want string) {
 // readyz is what the daemon says of the parts of the node that are not right.
 func readyz(t *testing.T, n *lab.Node) (map[string]string, error) {
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}}
-	req, err := http.NewRequestWithContext(within(t), http.MethodGet, "http://127.0.0.1:9669/readyz", nil)
+	req, err := http.NewRequestWithContext(labtest.Within(t), http.MethodGet, "http://127.0.0.1:9669/readyz", nil)
 	if err != nil {
 		return nil, err
 	}
@@ -252,7 +253,7 @@ func headscaleNodes(t *testing.T, l *lab.Lab) []headscale.Node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	nodes, err := api.Nodes(within(t))
+	nodes, err := api.Nodes(labtest.Within(t))
 	if err != nil {
 		t.Fatal(err)
 	}

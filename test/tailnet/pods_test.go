@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/ipam"
@@ -65,7 +66,7 @@ func testCrowd(t *testing.T, l *lab.Lab) {
 // atOnce calls do for each pod of a crowd.
 func atOnce(t *testing.T, do func(ctx context.Context, i int) error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*soon)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*labtest.Soon)
 	defer cancel()
 	errs := make([]error, crowd)
 	var wg sync.WaitGroup
@@ -84,7 +85,7 @@ func routes(t *testing.T, n *lab.Node) string {
 	var all strings.Builder
 	for _, f := range []string{"-4", "-6"} {
 		for _, what := range []string{"route", "rule", "neigh"} {
-			out, err := n.Run(within(t), "ip", f, what, "show")
+			out, err := n.Run(labtest.Within(t), "ip", f, what, "show")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -124,7 +125,7 @@ func podLinks(t *testing.T, n *lab.Node) (found []string) {
 // leases asks on the node: in another boot, and the lab's nodes have boots of their own, the store begins anew.
 func leases(t *testing.T, n *lab.Node) (all []ipam.Lease) {
 	t.Helper()
-	out, err := n.Run(within(t), "headcnictl", "ipam", "list", "-o", "json")
+	out, err := n.Run(labtest.Within(t), "headcnictl", "ipam", "list", "-o", "json")
 	if err == nil {
 		err = json.Unmarshal([]byte(out), &all)
 	}
@@ -143,16 +144,16 @@ func testHostLocal(t *testing.T, l *lab.Lab) {
 	far := addPod(t, peer, "hl-far", lab.PodOptions{})
 	for _, to := range []*lab.Pod{b, far} {
 		for _, v6 := range []bool{false, true} {
-			if err := peer.WaitRoute(within(t), a.Addr(v6)); err != nil {
+			if err := peer.WaitRoute(labtest.Within(t), a.Addr(v6)); err != nil {
 				t.Fatal(err)
 			}
-			if err := n.WaitRoute(within(t), far.Addr(v6)); err != nil {
+			if err := n.WaitRoute(labtest.Within(t), far.Addr(v6)); err != nil {
 				t.Fatal(err)
 			}
 			wantTCP(t, fmt.Sprintf("%s to %s, %s", a.Name, to.Name, family(v6)), a, echo(to, v6), a.Addr(v6))
 		}
 	}
-	if err := a.Check(within(t)); err != nil {
+	if err := a.Check(labtest.Within(t)); err != nil {
 		t.Errorf("CHECK: %v", err)
 	}
 	// Its leases are files, named by address.
@@ -163,7 +164,7 @@ func testHostLocal(t *testing.T, l *lab.Lab) {
 		}
 	}
 	for _, p := range []*lab.Pod{a, b} {
-		if err := p.Remove(within(t)); err != nil {
+		if err := p.Remove(labtest.Within(t)); err != nil {
 			t.Error(err)
 		}
 	}
@@ -212,10 +213,10 @@ func testFlat(t *testing.T, l *lab.Lab) {
 	wantTCP(t, "node to pod", n, echo(a, false), n.Underlay[0])
 	wantTCP(t, "pod to node", a, service(t, n, n.Underlay[0]), a.Addr(false))
 	for _, p := range []*lab.Pod{a, b} {
-		if err := p.Check(within(t)); err != nil {
+		if err := p.Check(labtest.Within(t)); err != nil {
 			t.Errorf("CHECK: %v", err)
 		}
-		if err := p.Remove(within(t)); err != nil {
+		if err := p.Remove(labtest.Within(t)); err != nil {
 			t.Error(err)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 )
 
 // fourPods makes two pods on each of two nodes.
@@ -48,7 +49,7 @@ func testPodToPod(t *testing.T, pods []*lab.Pod) {
 				what := fmt.Sprintf("%s to %s, %s", from.Name, to.Name, family(v6))
 				wantUDP(t, what+", UDP", from, to.Addr(v6), 64, from.Addr(v6))
 				wantTCP(t, what+", TCP", from, echo(to, v6), from.Addr(v6))
-				if out, err := from.Run(within(t), "ping", "-n", "-c", "1", "-W", "10", to.Addr(v6).String()); err != nil {
+				if out, err := from.Run(labtest.Within(t), "ping", "-n", "-c", "1", "-W", "10", to.Addr(v6).String()); err != nil {
 					t.Errorf("%s, ping: %v\n%s", what, err, out)
 				}
 			}
@@ -104,14 +105,14 @@ func testLaptop(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	n := l.Nodes[laptop]
 	startTailscaled(t, n)
 	up := []string{"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l, "--user", "1"), "--accept-routes", "--accept-dns=false"}
-	if _, err := n.Run(within(t), "tailscale", up...); err != nil {
+	if _, err := n.Run(labtest.Within(t), "tailscale", up...); err != nil {
 		t.Fatal(err)
 	}
 	tailnet := tailnetAddrs(t, n)
 	for i, v6 := range []bool{false, true} {
 		to := service(t, n, tailnet[i])
 		for _, p := range pods {
-			if err := n.WaitRoute(within(t), p.Addr(v6)); err != nil {
+			if err := n.WaitRoute(labtest.Within(t), p.Addr(v6)); err != nil {
 				t.Fatal(err)
 			}
 			wantTCP(t, fmt.Sprintf("laptop to %s, %s", p.Name, family(v6)), n, echo(p, v6), tailnet[i])
@@ -120,7 +121,7 @@ func testLaptop(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	}
 	// A name, too: pods need no more than MagicDNS's address.
 	for _, p := range pods {
-		got, err := lab.Lookup(within(t), p, n.Name+"."+lab.BaseDomain)
+		got, err := lab.Lookup(labtest.Within(t), p, n.Name+"."+lab.BaseDomain)
 		if err != nil || len(got) == 0 || got[0] != tailnet[0] {
 			t.Errorf("%s looks the laptop up: %v, %v; want %v", p.Name, got, err, tailnet)
 		}
@@ -149,7 +150,7 @@ func wantUDP(t *testing.T, what string, from lab.Place, to netip.Addr, size int,
 // goes wrong. A wrong answer is one.
 func wantSource(t *testing.T, what string, want netip.Addr, ask func(context.Context) (netip.Addr, error)) {
 	t.Helper()
-	deadline := time.Now().Add(soon)
+	deadline := time.Now().Add(labtest.Soon)
 	for {
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		seen, err := ask(ctx)
@@ -238,7 +239,7 @@ func testMTU(t *testing.T, l *lab.Lab) {
 			t.Run(fmt.Sprintf("%s to %s, %s", from.Name, to.Name, family(v6)), func(t *testing.T) {
 				full := mtu - headers[v6]
 				wantUDP(t, fmt.Sprintf("a packet of %d bytes", mtu), from, to.Addr(v6), full, from.Addr(v6))
-				if _, _, err := lab.Echo(within(t), from, to.Addr(v6), full+1); !errors.Is(err, unix.EMSGSIZE) {
+				if _, _, err := lab.Echo(labtest.Within(t), from, to.Addr(v6), full+1); !errors.Is(err, unix.EMSGSIZE) {
 					t.Errorf("a packet of %d bytes: %v, want %v", mtu+1, err, unix.EMSGSIZE)
 				}
 				transfer(t, from, to, to.Addr(v6))
@@ -252,20 +253,20 @@ func testMTU(t *testing.T, l *lab.Lab) {
 func testDiscovery(t *testing.T, from, to *lab.Pod) {
 	tunnel := linkMTU(t, from.Node, from.Node.Tun)
 	const belief = 1500
-	if _, err := from.Run(within(t), "ip", "link", "set", "eth0", "mtu", strconv.Itoa(belief)); err != nil {
+	if _, err := from.Run(labtest.Within(t), "ip", "link", "set", "eth0", "mtu", strconv.Itoa(belief)); err != nil {
 		t.Fatal(err)
 	}
 	for _, link := range from.Result.Interfaces {
 		if link.Sandbox == "" {
-			if _, err := from.Node.Run(within(t), "ip", "link", "set", link.Name, "mtu", strconv.Itoa(belief)); err != nil {
+			if _, err := from.Node.Run(labtest.Within(t), "ip", "link", "set", link.Name, "mtu", strconv.Itoa(belief)); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
 	for _, v6 := range []bool{false, true} {
 		// The first one may be lost: it is what the node answers.
-		_, _, _ = lab.Echo(within(t), from, to.Addr(v6), belief-headers[v6])
-		if _, _, err := lab.Echo(within(t), from, to.Addr(v6), tunnel+1-headers[v6]); !errors.Is(err, unix.EMSGSIZE) {
+		_, _, _ = lab.Echo(labtest.Within(t), from, to.Addr(v6), belief-headers[v6])
+		if _, _, err := lab.Echo(labtest.Within(t), from, to.Addr(v6), tunnel+1-headers[v6]); !errors.Is(err, unix.EMSGSIZE) {
 			t.Errorf("%s: a packet of %d bytes into a tunnel of %d: %v, want %v", family(v6), tunnel+1, tunnel, err, unix.EMSGSIZE)
 		}
 		wantUDP(t, family(v6)+", a full packet", from, to.Addr(v6), tunnel-headers[v6], from.Addr(v6))
@@ -296,7 +297,7 @@ func transfer(t *testing.T, from, to lab.Place, addr netip.Addr) {
 		err error
 	}
 	got := make(chan outcome, 1)
-	ctx := within(t)
+	ctx := labtest.Within(t)
 	deadline, _ := ctx.Deadline()
 	go func() {
 		c, err := l.Accept()

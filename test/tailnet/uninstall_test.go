@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 )
 
 // usersRoute is one that the user of a host advertises.
@@ -32,7 +33,7 @@ func testUninstallHost(t *testing.T, l *lab.Lab) {
 		"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l, "--tags", lab.Tag), "--accept-dns=false",
 		"--advertise-routes=" + usersRoute,
 	}
-	if _, err := n.Run(within(t), "tailscale", up...); err != nil {
+	if _, err := n.Run(labtest.Within(t), "tailscale", up...); err != nil {
 		t.Fatal(err)
 	}
 	approve(t, l, n)
@@ -42,7 +43,7 @@ func testUninstallHost(t *testing.T, l *lab.Lab) {
 		t.Errorf("the user's route is not approved any more; these are: %v", got)
 	}
 	// tailscaled takes a moment to follow its prefs.
-	eventually(t, "the host after uninstall, - before, + after", func() error { return same(before, hostState(t, n)) })
+	labtest.Eventually(t, "the host after uninstall, - before, + after", func() error { return same(before, hostState(t, n)) })
 }
 
 func testUninstallDaemon(t *testing.T, l *lab.Lab) {
@@ -97,7 +98,7 @@ func approve(t *testing.T, l *lab.Lab, n *lab.Node) {
 	t.Helper()
 	for _, node := range headscaleNodes(t, l) {
 		if node.Hostname == n.Name {
-			if _, err := l.Control.Run(within(t), "headscale", "nodes", "approve-routes", "-i", node.ID.String(), "-r", usersRoute); err != nil {
+			if _, err := l.Control.Run(labtest.Within(t), "headscale", "nodes", "approve-routes", "-i", node.ID.String(), "-r", usersRoute); err != nil {
 				t.Fatal(err)
 			}
 			return
@@ -120,26 +121,26 @@ func approved(t *testing.T, l *lab.Lab, name string) []netip.Prefix {
 func liveAndLeave(t *testing.T, l *lab.Lab, n *lab.Node) {
 	t.Helper()
 	startDaemon(t, n)
-	p, err := n.AddPod(within(t), "leaving", lab.PodOptions{})
+	p, err := n.AddPod(labtest.Within(t), "leaving", lab.PodOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	far := addPod(t, l.Nodes[nodeA], "far-from-"+n.Name, lab.PodOptions{})
 	for _, v6 := range []bool{false, true} {
-		if err := n.WaitRoute(within(t), far.Addr(v6)); err != nil {
+		if err := n.WaitRoute(labtest.Within(t), far.Addr(v6)); err != nil {
 			t.Fatal(err)
 		}
 		wantTCP(t, "to "+far.Name, p, echo(far, v6), p.Addr(v6))
 	}
-	if err := p.Remove(within(t)); err != nil {
+	if err := p.Remove(labtest.Within(t)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.Run(within(t), "headcni-daemon", "uninstall"); err == nil || !strings.Contains(err.Error(), "stop it first") {
+	if _, err := n.Run(labtest.Within(t), "headcni-daemon", "uninstall"); err == nil || !strings.Contains(err.Error(), "stop it first") {
 		t.Errorf("uninstall beside a running daemon: %v", err)
 	}
 	stop(t, n)
 	for range 2 { // the second finds nothing to do
-		if _, err := n.Run(within(t), "headcni-daemon", "uninstall"); err != nil {
+		if _, err := n.Run(labtest.Within(t), "headcni-daemon", "uninstall"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -153,7 +154,7 @@ func hostState(t *testing.T, n *lab.Node) map[string]string {
 		"ip -4 rule", "ip -6 rule", "ip -4 route show table all", "ip -6 route show table all", "nft -s list ruleset",
 	} {
 		args := strings.Fields(cmd)
-		out, err := n.Run(within(t), args[0], args[1:]...)
+		out, err := n.Run(labtest.Within(t), args[0], args[1:]...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -215,7 +216,7 @@ func sysctls(t *testing.T, n *lab.Node, into map[string]string) {
 // prefs are tailscaled's, without its keys.
 func prefs(t *testing.T, n *lab.Node) string {
 	t.Helper()
-	out, err := n.Run(within(t), "tailscale", "--socket="+n.Socket(), "debug", "prefs")
+	out, err := n.Run(labtest.Within(t), "tailscale", "--socket="+n.Socket(), "debug", "prefs")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,5 +1,5 @@
 //go:build race
 
-package tailnet
+package labtest
 
 const raceDetector = true
