@@ -25,7 +25,7 @@ func row(b *testing.B, what, ours, beside string, a, c []float64) {
 	fmt.Fprintf(os.Stdout, "%s| %s | %s | %s | %.3g | %.3g | **%.2f** | %.2f-%.2f | %d |\n", heading, what, ours, beside, median(a), median(c), ratio, lo, hi, len(a))
 	heading = "" // once
 	verb, _, _ := strings.Cut(what, ",")
-	b.ReportMetric(ratio, verb+"/"+beside)
+	b.ReportMetric(ratio, strings.ReplaceAll(verb+"/"+beside, " ", "-")) // a unit has no spaces
 	b.ReportMetric(0, "ns/op") // the rounds are fixed: Go's own figure means nothing here
 }
 
