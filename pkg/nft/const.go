@@ -51,6 +51,12 @@ const (
 	markKeep = "0xff00ffff"
 )
 
+// tailnet are all tailnet addresses.
+var tailnet = map[knftables.Family]string{
+	knftables.IPv4Family: "100.64.0.0/10",
+	knftables.IPv6Family: "fd7a:115c:a1e0::/48",
+}
+
 // quad100 is tailscaled's own resolver and web server inside the tun: the node itself rather than a tailnet device.
 var quad100 = map[knftables.Family]string{
 	knftables.IPv4Family: "100.100.100.100",

@@ -57,10 +57,10 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"meta": "3.13", "mark": "3.13", "set": "3.14 meta set", "drop": "3.13", "accept": "3.13", "return": "3.13",
 		"masquerade": "3.18 nft_masq", "fully-random": "3.18", "snat": "3.13 nft_nat", "to": "3.13",
 		"fib": "4.10 nft_fib", "iif": "4.10 fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
-		"ct": "3.13", "direction": "3.13 ct", "original": "3.13 ct",
+		"ct": "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
-	value := regexp.MustCompile(`^(@(cluster|keepsrc|own)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*)$`)
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
 	for name, cfg := range variants() {
 		for _, table := range rulesetOf(cfg) {

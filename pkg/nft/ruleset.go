@@ -97,8 +97,18 @@ func guard(family knftables.Family, cfg Config) []string {
 				family, setOwn, cfg.TunName, setKeepSource, quad100[family]))
 		}
 	}
-	return append(rules,
-		rule(`%s daddr @%s %soifname != "%s" oifname != "lo" drop`, family, setCluster, notTun, podLinks))
+	notIn := rule(`%soifname != "%s" oifname != "lo" drop`, notTun, podLinks)
+	return append(rules, rule(`%s %s`, toTailnet(family), notIn), rule(`%s daddr @%s %s`, family, setCluster, notIn))
+}
+
+// toTailnet matches what pods send to the tailnet: they know processes of other nodes by tailnet addresses, and what they
+// answer them is the cluster's traffic too. In IPv4 it is no more than the answers to whoever has called a pod by its own
+// address: 100.64.0.0/10 is not the tailnet's alone, clouds have resolvers and load balancers there.
+func toTailnet(family knftables.Family) string {
+	if family == knftables.IPv6Family {
+		return rule(`ip6 saddr @%s ip6 daddr %s`, setOwn, tailnet[family])
+	}
+	return rule(`ip saddr @%s ip daddr %s ct original ip daddr @%[1]s`, setOwn, tailnet[family])
 }
 
 // nat: who sees which source.

@@ -2,8 +2,11 @@ package hosts
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -16,6 +19,7 @@ type wire struct {
 	*world
 	lure    *lab.Node
 	streams []*lab.Stream
+	replies []*reply
 }
 
 // testNeverInClear breaks nodes in every way and looks at the wire.
@@ -30,6 +34,15 @@ func testNeverInClear(t *testing.T, bin string) {
 				t.Fatal(err)
 			}
 			c.streams = append(c.streams, s)
+		}
+	}
+	for _, to := range []*lab.Pod{w.a1, w.b1} {
+		for _, v6 := range []bool{false, true} {
+			from := w.b
+			if to.Node == w.b {
+				from = w.a
+			}
+			c.replies = append(c.replies, askForReplies(t, from, to, v6))
 		}
 	}
 	defer c.stop()
@@ -60,6 +73,62 @@ func (c *wire) stop() {
 		s.Stop()
 	}
 	c.streams = nil
+	for _, r := range c.replies {
+		r.stop()
+	}
+	c.replies = nil
+}
+
+// reply is a pod that goes on answering a process of another node, which its node knows by its tailnet address.
+type reply struct {
+	name     string
+	pod      net.PacketConn
+	to       net.Addr
+	question net.Conn
+	quiet    atomic.Bool
+	ended    chan struct{}
+}
+
+func askForReplies(t *testing.T, from *lab.Node, to *lab.Pod, v6 bool) *reply {
+	t.Helper()
+	r := &reply{name: fmt.Sprintf("%s to a process of %s, %s", to.Name, from.Name, family(v6)), ended: make(chan struct{})}
+	err := to.Do(func() (err error) {
+		r.pod, err = net.ListenPacket("udp", netip.AddrPortFrom(to.Addr(v6), 0).String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.question, err = from.Dial(t.Context(), "udp", r.pod.LocalAddr().String()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, r.name, func() error {
+		_, _ = r.question.Write([]byte("say something")) // lost is no worse
+		if err := r.pod.SetReadDeadline(time.Now().Add(moment)); err != nil {
+			return err
+		}
+		_, r.to, err = r.pod.ReadFrom(make([]byte, 64))
+		return err
+	})
+	go func() {
+		defer close(r.ended)
+		for {
+			if !r.quiet.Load() {
+				if _, err := r.pod.WriteTo([]byte("secret"), r.to); errors.Is(err, net.ErrClosed) {
+					return
+				}
+			}
+			time.Sleep(lab.Beat)
+		}
+	}()
+	return r
+}
+
+func (r *reply) stop() {
+	r.quiet.Store(false) // to notice
+	r.pod.Close()
+	<-r.ended
+	r.question.Close()
 }
 
 // never looks at the wire while do breaks something and for a while after, in which pods and nodes send more.
@@ -268,10 +337,18 @@ func (c *wire) testTaken(t *testing.T) {
 	c.mend(t)
 }
 
-// testLeft leaves some of our defences while the daemon and the tunnel are dead.
+// testLeft leaves some of our defences while the daemon and the tunnel are dead. Only nftables can tell a pod's answer to a
+// tailnet device from what it sends to others at such an address.
 func (c *wire) testLeft(t *testing.T, tables, rules, routes bool) {
+	hush := func(quiet bool) {
+		for _, r := range c.replies {
+			r.quiet.Store(quiet)
+		}
+	}
+	hush(!tables)
 	c.never(t, func() { c.strip(t, tables, rules, routes) })
 	c.never(t, func() { c.mend(t) })
+	hush(false)
 }
 
 // strip takes the daemon, the tunnel and the other defences away. The tunnel goes last.
@@ -299,7 +376,16 @@ func (c *wire) strip(t *testing.T, tables, rules, routes bool) {
 // The proof that all the captures above would have seen something, in both families, from pods and from nodes.
 func (c *wire) testNothingLeft(t *testing.T) {
 	c.strip(t, false, false, false)
+	replies := c.replies
+	c.replies = nil // to go on
 	c.stop()
+	for _, r := range replies {
+		got := c.watch(t, func() {}, func() {})
+		if got.Clear == 0 {
+			t.Errorf("%s: none of %d packets is in clear", r.name, got.Total)
+		}
+		r.stop()
+	}
 	for _, s := range c.senders() {
 		for _, v6 := range []bool{false, true} {
 			got := c.watch(t, func() {}, func() { s.burst(t.Context(), v6) })

@@ -3,6 +3,7 @@ package hosts
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -23,7 +24,13 @@ import (
 	"github.com/headcni/headcni/pkg/headscale"
 )
 
-func TestMain(m *testing.M) { nstest.Main(m) }
+func TestMain(m *testing.M) {
+	// Most of these tests wait most of the time. A -parallel of the caller's still counts: flags are parsed later.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	nstest.Main(m)
+}
 
 const (
 	// soon bounds what takes a moment on an idle machine. This one may be busy, and no speed is tested here.
