@@ -26,7 +26,7 @@ func row(b *testing.B, what, ours, beside string, a, c []float64) {
 	heading = "" // once
 	verb, _, _ := strings.Cut(what, ",")
 	b.ReportMetric(ratio, strings.ReplaceAll(verb+"/"+beside, " ", "-")) // a unit has no spaces
-	b.ReportMetric(0, "ns/op") // the rounds are fixed: Go's own figure means nothing here
+	b.ReportMetric(0, "ns/op")                                           // the rounds are fixed: Go's own figure means nothing here
 }
 
 func median(v []float64) float64 {
