@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 )
 
 // wire is a world with traffic to look at, and a machine that lures it.
@@ -29,7 +30,7 @@ func testNeverInClear(t *testing.T, bin string) {
 	c := &wire{world: w, lure: w.Nodes[2]}
 	for _, pair := range [][2]*lab.Pod{{w.a1, w.b1}, {w.b1, w.a1}} {
 		for _, v6 := range []bool{false, true} {
-			s, err := lab.StartStream(within(t), fmt.Sprintf("%s to %s, %s", pair[0].Name, pair[1].Name, family(v6)), pair[0], pair[1], pair[1].Addr(v6))
+			s, err := lab.StartStream(labtest.Within(t), fmt.Sprintf("%s to %s, %s", pair[0].Name, pair[1].Name, family(v6)), pair[0], pair[1], pair[1].Addr(v6))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -102,7 +103,7 @@ func askForReplies(t *testing.T, from *lab.Node, to *lab.Pod, v6 bool) *reply {
 	if r.question, err = from.Dial(t.Context(), "udp", r.pod.LocalAddr().String()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, r.name, func() error {
+	labtest.Eventually(t, r.name, func() error {
 		_, _ = r.question.Write([]byte("say something")) // lost is no worse
 		if err := r.pod.SetReadDeadline(time.Now().Add(moment)); err != nil {
 			return err
@@ -205,7 +206,7 @@ func (c *wire) dark(t *testing.T, since time.Time) {
 func (c *wire) flows(t *testing.T) {
 	t.Helper()
 	for _, s := range c.streams {
-		if _, err := s.WaitBack(within(t), time.Now()); err != nil {
+		if _, err := s.WaitBack(labtest.Within(t), time.Now()); err != nil {
 			t.Error(err)
 		}
 	}
@@ -260,7 +261,7 @@ func (c *wire) testRulesFlushed(t *testing.T) {
 	before := sh(t, c.a.Machine, "ip rule; ip -6 rule")
 	c.never(t, func() {
 		c.each(t, "%s", flushRules)
-		eventually(t, "wait for the rules", func() error {
+		labtest.Eventually(t, "wait for the rules", func() error {
 			if now := sh(t, c.a.Machine, "ip rule; ip -6 rule"); now != before {
 				return fmt.Errorf("before:\n%s\nnow:\n%s", before, now)
 			}
@@ -331,7 +332,7 @@ func (c *wire) testTaken(t *testing.T) {
 			wants(t, "node to its pod", c.a, echo(c.a1, v6), c.a.Underlay[i])
 		}
 	})
-	if _, err := c.lure.Run(within(t), "tailscale", "set", "--advertise-routes="); err != nil {
+	if _, err := c.lure.Run(labtest.Within(t), "tailscale", "set", "--advertise-routes="); err != nil {
 		t.Fatal(err)
 	}
 	c.mend(t)

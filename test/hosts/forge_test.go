@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 )
 
 const genuine = "genuine"
@@ -123,7 +124,7 @@ func speak(t *testing.T, s scene) {
 	t.Helper()
 	for _, e := range s.to {
 		e.forget()
-		eventually(t, fmt.Sprintf("wait for something genuine from %s at %s", s.own, e.name), func() error {
+		labtest.Eventually(t, fmt.Sprintf("wait for something genuine from %s at %s", s.own, e.name), func() error {
 			for _, src := range s.forged {
 				if err := forge(s.from, src, e.addr, "forged "+src.String()); err != nil {
 					return err

@@ -9,15 +9,13 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
@@ -33,8 +31,6 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	// soon bounds what takes a moment on an idle machine. This one may be busy, and no speed is tested here.
-	soon = 60 * time.Second
 	// moment is how long something is looked at that must not happen.
 	moment = 700 * time.Millisecond
 	// answer is how long a connection that works may take.
@@ -49,7 +45,7 @@ const (
 // TestHosts tests on three labs at once, each of which is broken and mended many times.
 func TestHosts(t *testing.T) {
 	nstest.Require(t)
-	bin := programs(t)
+	bin := labtest.Programs(t)
 	for name, test := range map[string]func(*testing.T, string){
 		"surroundings": testSurroundings, "never in clear": testNeverInClear, "membership": testMembership,
 	} {
@@ -60,86 +56,10 @@ func TestHosts(t *testing.T) {
 	}
 }
 
-// programs is a folder with our programs: HEADCNI_BIN, else one with built ones.
-func programs(t *testing.T) string {
-	t.Helper()
-	dir := os.Getenv(lab.BinEnv)
-	if dir == "" {
-		dir = t.TempDir()
-		if err := lab.Build(t.Context(), dir); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := (lab.Options{Bin: dir}).Check(); err != nil {
-		nstest.Skip(t, err.Error())
-	}
-	return dir
-}
-
-// newLab makes a lab that ends with the test, and shows its logs where the test failed.
-func newLab(t *testing.T, opt lab.Options) *lab.Lab {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*soon)
-	defer cancel()
-	l, err := lab.New(ctx, opt)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		for _, path := range l.Logs() {
-			if t.Failed() {
-				showLog(t, path)
-			}
-		}
-		if err := l.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return l
-}
-
-// showLog shows what our programs said at the end of a log, and keeps the whole with `go test -artifacts`.
-func showLog(t *testing.T, path string) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	ours := strings.Join(regexp.MustCompile(`(?m)^(time=|headcni-daemon:).*\n`).FindAllString(string(text), -1), "")
-	t.Logf("--- %s\n%s", path, ours[max(0, len(ours)-5000):])
-	name := filepath.Base(filepath.Dir(path)) + "-" + filepath.Base(path)
-	if err := os.WriteFile(filepath.Join(t.ArtifactDir(), name), text, 0o644); err != nil {
-		t.Error(err)
-	}
-}
-
-// within is a context for what takes a moment, also after the test.
-func within(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), soon)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// eventually waits until try succeeds.
-func eventually(t *testing.T, what string, try func() error) {
-	t.Helper()
-	deadline := time.Now().Add(soon)
-	for {
-		err := try()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: %v", what, err)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-}
-
 // sh runs a line of shell on a machine, and must succeed.
 func sh(t *testing.T, m *lab.Machine, format string, args ...any) string {
 	t.Helper()
-	out, err := m.Run(within(t), "bash", "-euo", "pipefail", "-c", fmt.Sprintf(format, args...))
+	out, err := m.Run(labtest.Within(t), "bash", "-euo", "pipefail", "-c", fmt.Sprintf(format, args...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +83,7 @@ func startTailscaled(t *testing.T, n *lab.Node) {
 	if err := n.StartTailscaled(); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.WaitSocket(within(t)); err != nil {
+	if err := n.WaitSocket(labtest.Within(t)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -191,7 +111,7 @@ func kill(t *testing.T, processes ...*lab.Process) {
 
 func ready(t *testing.T, n *lab.Node) {
 	t.Helper()
-	if err := n.WaitReady(within(t)); err != nil {
+	if err := n.WaitReady(labtest.Within(t)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -199,7 +119,7 @@ func ready(t *testing.T, n *lab.Node) {
 // addPod makes a pod that ends with the lab.
 func addPod(t *testing.T, n *lab.Node, name string) *lab.Pod {
 	t.Helper()
-	p, err := n.AddPod(within(t), name, lab.PodOptions{})
+	p, err := n.AddPod(labtest.Within(t), name, lab.PodOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +129,7 @@ func addPod(t *testing.T, n *lab.Node, name string) *lab.Pod {
 // up joins a tailscaled that a user has started, without anything of ours.
 func up(t *testing.T, l *lab.Lab, n *lab.Node, args ...string) {
 	t.Helper()
-	out, err := l.Control.Run(within(t), "headscale", "preauthkeys", "create", "--expiration", "24h", "--user", "1")
+	out, err := l.Control.Run(labtest.Within(t), "headscale", "preauthkeys", "create", "--expiration", "24h", "--user", "1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -218,7 +138,7 @@ func up(t *testing.T, l *lab.Lab, n *lab.Node, args ...string) {
 		t.Fatal("headscale preauthkeys create printed nothing")
 	}
 	args = append([]string{"up", "--login-server=" + l.Control.URL, "--auth-key=" + words[len(words)-1], "--accept-dns=false"}, args...)
-	if _, err := n.Run(within(t), "tailscale", args...); err != nil {
+	if _, err := n.Run(labtest.Within(t), "tailscale", args...); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -239,7 +159,7 @@ func headscaleAPI(t *testing.T, l *lab.Lab) *headscale.Client {
 // registered is what Headscale has of a node that is in the tailnet.
 func registered(t *testing.T, l *lab.Lab, n *lab.Node) (headscale.Node, error) {
 	t.Helper()
-	nodes, err := headscaleAPI(t, l).Nodes(within(t))
+	nodes, err := headscaleAPI(t, l).Nodes(labtest.Within(t))
 	if err != nil {
 		return headscale.Node{}, err
 	}
@@ -255,7 +175,7 @@ func registered(t *testing.T, l *lab.Lab, n *lab.Node) (headscale.Node, error) {
 // advertise has the user of a node advertise these routes and no others, and approves them.
 func advertise(t *testing.T, l *lab.Lab, n *lab.Node, routes ...string) {
 	t.Helper()
-	if _, err := n.Run(within(t), "tailscale", "set", "--advertise-routes="+strings.Join(routes, ",")); err != nil {
+	if _, err := n.Run(labtest.Within(t), "tailscale", "set", "--advertise-routes="+strings.Join(routes, ",")); err != nil {
 		t.Fatal(err)
 	}
 	approve(t, l, n, routes...)
@@ -272,7 +192,7 @@ func approve(t *testing.T, l *lab.Lab, n *lab.Node, routes ...string) {
 	for _, r := range routes {
 		want = append(want, netip.MustParsePrefix(r))
 	}
-	if _, err := headscaleAPI(t, l).ApproveRoutes(within(t), node.ID, want, nil); err != nil {
+	if _, err := headscaleAPI(t, l).ApproveRoutes(labtest.Within(t), node.ID, want, nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -280,7 +200,7 @@ func approve(t *testing.T, l *lab.Lab, n *lab.Node, routes ...string) {
 // accepted waits until a node has routes in tailscaled's table.
 func accepted(t *testing.T, n *lab.Node, routes ...string) {
 	t.Helper()
-	eventually(t, "wait for accepted routes", func() error {
+	labtest.Eventually(t, "wait for accepted routes", func() error {
 		have := strings.Fields(sh(t, n.Machine, "ip route show table 52; ip -6 route show table 52"))
 		for _, r := range routes {
 			if !slices.Contains(have, r) {
@@ -294,7 +214,7 @@ func accepted(t *testing.T, n *lab.Node, routes ...string) {
 func tailnetAddrs(t *testing.T, n *lab.Node) []netip.Addr {
 	t.Helper()
 	var addrs []netip.Addr
-	eventually(t, "wait for the tailnet's addresses", func() (err error) {
+	labtest.Eventually(t, "wait for the tailnet's addresses", func() (err error) {
 		addrs, err = n.TailnetAddrs()
 		if err == nil && len(addrs) == 0 {
 			err = errors.New("none")
@@ -386,7 +306,7 @@ func echo(p *lab.Pod, v6 bool) netip.AddrPort { return netip.AddrPortFrom(p.Addr
 // just joined takes seconds where it goes wrong. A wrong answer is one.
 func wants(t *testing.T, what string, from lab.Place, to netip.AddrPort, want netip.Addr) {
 	t.Helper()
-	deadline := time.Now().Add(soon)
+	deadline := time.Now().Add(labtest.Soon)
 	for {
 		seen, err := ask(t.Context(), from, to)
 		switch {

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 )
 
 // Machines of testMembership, all left alone at first.
@@ -40,7 +41,7 @@ var (
 )
 
 func testMembership(t *testing.T, bin string) {
-	l := newLab(t, lab.Options{
+	l := labtest.New(t, lab.Options{
 		Nodes: memberNodes, Spare: memberNodes, Modes: []string{host, host, host, host, daemon}, Bin: bin, Policy: allowAll,
 	})
 	for _, a := range [][2]netip.Addr{usersLAN, outside, headscaleAt} {
@@ -82,7 +83,7 @@ func withOurs(p map[string]any, n *lab.Node) map[string]any {
 // wantPrefs waits until the prefs are these, whatever the order of routes.
 func wantPrefs(t *testing.T, what string, n *lab.Node, want map[string]any) {
 	t.Helper()
-	eventually(t, what+": prefs, - want, + got", func() error {
+	labtest.Eventually(t, what+": prefs, - want, + got", func() error {
 		d := cmp.Diff(sortedRoutes(want), sortedRoutes(prefs(t, n)))
 		if d != "" {
 			return errors.New(d)
@@ -146,12 +147,12 @@ func (h *household) usesExitNode(t *testing.T, device, exit *lab.Node) {
 		node string
 		seen *lab.Node
 	}{{tailnetAddrs(t, exit)[0].String(), exit}, {"", device}} {
-		eventually(t, "choose the exit node", func() error { // of which the device may still have to hear
-			_, err := device.Run(within(t), "tailscale", "set", "--exit-node="+c.node)
+		labtest.Eventually(t, "choose the exit node", func() error { // of which the device may still have to hear
+			_, err := device.Run(labtest.Within(t), "tailscale", "set", "--exit-node="+c.node)
 			return err
 		})
 		for i := range 2 {
-			eventually(t, fmt.Sprintf("%s to the world, with the exit node %q", device.Name, c.node), func() error {
+			labtest.Eventually(t, fmt.Sprintf("%s to the world, with the exit node %q", device.Name, c.node), func() error {
 				seen, err := ask(t.Context(), device, h.outside[i])
 				if err == nil && seen != c.seen.Underlay[i] {
 					err = fmt.Errorf("came from %s", seen)
@@ -193,7 +194,7 @@ func testHostMode(t *testing.T, l *lab.Lab) {
 	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := n.Run(within(t), "headcni-daemon", "uninstall"); err != nil {
+	if out, err := n.Run(labtest.Within(t), "headcni-daemon", "uninstall"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	wantPrefs(t, "uninstalled", n, before)
@@ -258,7 +259,7 @@ func testForgotten(t *testing.T, l *lab.Lab) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := headscaleAPI(t, l).DeleteNode(within(t), old.ID); err != nil {
+	if err := headscaleAPI(t, l).DeleteNode(labtest.Within(t), old.ID); err != nil {
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(minutes); ; time.Sleep(time.Second) {
@@ -312,8 +313,8 @@ func testDeadman(t *testing.T, l *lab.Lab) {
 	if err := n.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "after a restart", func() error {
-		if _, err := n.Run(within(t), "headcni-daemon", "status"); err != nil {
+	labtest.Eventually(t, "after a restart", func() error {
+		if _, err := n.Run(labtest.Within(t), "headcni-daemon", "status"); err != nil {
 			return err // not up yet
 		}
 		return takenBack()
@@ -333,7 +334,7 @@ func testDeadman(t *testing.T, l *lab.Lab) {
 // wantTakenBack says that the node has its Headscale again, by no rules of ours, and still sends nothing in clear.
 func wantTakenBack(t *testing.T, n *lab.Node, at netip.AddrPort) {
 	t.Helper()
-	eventually(t, "reach Headscale again", func() error { return dialTCP(n, at) })
+	labtest.Eventually(t, "reach Headscale again", func() error { return dialTCP(n, at) })
 	if rules := sh(t, n.Machine, "ip rule; ip -6 rule"); strings.Contains(rules, "\n51") {
 		t.Errorf("rules of ours are left:\n%s", rules)
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 )
 
 const (
@@ -93,7 +94,7 @@ func testConnectWaits(t *testing.T, w *world) {
 		for i, v6 := range []bool{false, true} {
 			sh(t, w.a.Machine, "nft flush chain %s headcni patience", []string{"ip", "ip6"}[i])
 			began := time.Now()
-			if err := connect(w.a1, echo(w.b1, v6)); err == nil || time.Since(began) > soon/2 {
+			if err := connect(w.a1, echo(w.b1, v6)); err == nil || time.Since(began) > labtest.Soon/2 {
 				t.Errorf("%s: without them: %v after %v", family(v6), err, time.Since(began))
 			}
 		}
@@ -105,7 +106,7 @@ func testConnectWaits(t *testing.T, w *world) {
 
 // connect connects once, however long it takes.
 func connect(from *lab.Pod, to netip.AddrPort) error {
-	return from.Do(func() error { return dialFor(soon, to) })
+	return from.Do(func() error { return dialFor(labtest.Soon, to) })
 }
 
 func dialFor(d time.Duration, to netip.AddrPort) error {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	daemonpkg "github.com/headcni/headcni/pkg/daemon"
 )
 
@@ -28,7 +29,7 @@ func newWorld(t *testing.T, opt lab.Options) *world {
 	opt.Configure = func(_ *lab.Node, c map[string]any) {
 		section(c, "network")["serviceCIDRs"] = []string{serviceCIDR4, serviceCIDR6}
 	}
-	l := newLab(t, opt)
+	l := labtest.New(t, opt)
 	w := &world{Lab: l, a: l.Nodes[0], b: l.Nodes[1]}
 	w.a1, w.a2 = addPod(t, w.a, "a1"), addPod(t, w.a, "a2")
 	w.b1, w.b2 = addPod(t, w.b, "b1"), addPod(t, w.b, "b2")
@@ -123,7 +124,7 @@ func testForward(t *testing.T, w *world, backend string) {
 		}
 	}
 	for _, n := range w.nodes() {
-		eventually(t, "wait for accepts that were deleted", func() error { return accepts(t, n, backend) })
+		labtest.Eventually(t, "wait for accepts that were deleted", func() error { return accepts(t, n, backend) })
 	}
 	w.works(t)
 	for _, n := range w.nodes() {
@@ -209,7 +210,7 @@ func testForeignFirewall(t *testing.T, w *world) {
 	sh(t, n.Machine, `nft 'table inet firewalld { chain filter_FORWARD { type filter hook forward priority filter + 10; policy accept;
 		ct state { established, related } accept; jump zones; reject with icmpx admin-prohibited; }; chain zones { }; }'`)
 	refused(t, "through the firewall", w.a1, echo(w.a2, false))
-	eventually(t, "wait for the firewall to be named", func() error {
+	labtest.Eventually(t, "wait for the firewall to be named", func() error {
 		text, ready := partOf(t, n, "foreign")
 		for _, want := range []string{"chain inet firewalld filter_FORWARD", "firewall-cmd", "hc+", n.Tun} {
 			if !strings.Contains(text, want) {
@@ -229,7 +230,7 @@ func testForeignFirewall(t *testing.T, w *world) {
 	// As `firewall-cmd --zone=trusted --add-interface=hc+ --add-interface=tailscale0` does it.
 	sh(t, n.Machine, `for i in 'hc*' %s; do nft "add rule inet firewalld zones iifname \"$i\" accept"; done`, n.Tun)
 	w.works(t)
-	eventually(t, "wait for the firewall to be right", func() error {
+	labtest.Eventually(t, "wait for the firewall to be right", func() error {
 		if text, _ := partOf(t, n, "foreign"); text != "" {
 			return fmt.Errorf("%s", text)
 		}
@@ -276,7 +277,7 @@ func testForeignRoutes(t *testing.T, w *world, peer *lab.Node) {
 			at := service(t, n, netip.AddrPortFrom(addr, 0))
 			wants(t, "LAN host to "+n.Name, w.Control, at, controlAddr(w.Lab, i == 1))
 		}
-		if _, err := n.Run(within(t), "headcni-daemon", "health"); err != nil {
+		if _, err := n.Run(labtest.Within(t), "headcni-daemon", "health"); err != nil {
 			t.Error(err)
 		}
 	}
@@ -314,7 +315,7 @@ func testNoIPv6(t *testing.T, w *world, n *lab.Node) {
 // In daemon mode, tailscaled is a process of its own: it outlives the daemon, and the next daemon takes it as it is. It
 // does not start beside a host's own, whose routes it would break.
 func testDedicatedTailscaled(t *testing.T, w *world) {
-	out, err := w.a.Run(within(t), "headcni-daemon", "tailscaled")
+	out, err := w.a.Run(labtest.Within(t), "headcni-daemon", "tailscaled")
 	for _, want := range []string{"answers at", "tailscale.mode: host", "systemctl disable --now tailscaled"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("beside a host's tailscaled: %v, want %q; printed %q", err, want, out)
