@@ -34,6 +34,7 @@ func root() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:           "headcnictl",
 		Short:         "Look at HeadCNI and try it out",
+		Version:       version.Version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}

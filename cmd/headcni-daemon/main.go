@@ -45,6 +45,7 @@ func root() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:           "headcni-daemon",
 		Short:         "The node daemon of HeadCNI",
+		Version:       version.Version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}

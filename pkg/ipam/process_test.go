@@ -270,7 +270,7 @@ func TestManyProcesses(t *testing.T) {
 	}
 }
 
-// crashRounds is how often a process is killed; `make test` asks for more by HEADCNI_CRASH_ROUNDS.
+// crashRounds is how often a process is killed; HEADCNI_CRASH_ROUNDS=1000 asks for more.
 func crashRounds(t *testing.T) int {
 	text := os.Getenv("HEADCNI_CRASH_ROUNDS")
 	if text == "" {
