@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/internal/nstest"
 )
 
@@ -90,7 +91,7 @@ func daemonFaults() []fault {
 			must(t, n.Daemon.Signal(sig))
 			time.Sleep(settled)
 			must(t, n.StartDaemon())
-			must(t, n.WaitReady(within(t)))
+			must(t, n.WaitReady(labtest.Within(t)))
 		}
 	}
 	return []fault{
@@ -109,12 +110,12 @@ func upgrade(t *testing.T, w *world, n *lab.Node, _ []*lab.Stream) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build headcni-daemon: %v\n%s", err, out)
 	}
-	_, err := n.Run(within(t), "mv", program+".new", program)
+	_, err := n.Run(labtest.Within(t), "mv", program+".new", program)
 	must(t, err)
 	must(t, n.Daemon.Signal(syscall.SIGTERM))
 	must(t, n.StartDaemon())
-	must(t, n.WaitReady(within(t)))
-	if got, err := n.Run(within(t), program, "version"); err != nil || strings.TrimSpace(got) != version {
+	must(t, n.WaitReady(labtest.Within(t)))
+	if got, err := n.Run(labtest.Within(t), program, "version"); err != nil || strings.TrimSpace(got) != version {
 		t.Errorf("after the upgrade: version %q, %v", got, err)
 	}
 }
@@ -170,8 +171,8 @@ func cutOff(also string) fault {
 // headscaleBack starts Headscale and waits until the nodes are connected again: what they hear then can break things too.
 func headscaleBack(t *testing.T, w *world) {
 	t.Helper()
-	must(t, w.Control.StartHeadscale(within(t)))
-	must(t, w.Control.WaitConnected(within(t), len(w.Nodes)))
+	must(t, w.Control.StartHeadscale(labtest.Within(t)))
+	must(t, w.Control.WaitConnected(labtest.Within(t), len(w.Nodes)))
 }
 
 func name(sig syscall.Signal) string {
@@ -200,7 +201,7 @@ func underlayFaults() []fault {
 // port changes the node's port of the underlay's switch.
 func port(t *testing.T, w *world, n *lab.Node, how ...string) {
 	t.Helper()
-	_, err := w.Control.Run(within(t), "ip", append([]string{"link", "set", n.Port}, how...)...)
+	_, err := w.Control.Run(labtest.Within(t), "ip", append([]string{"link", "set", n.Port}, how...)...)
 	must(t, err)
 }
 
@@ -209,7 +210,7 @@ func port(t *testing.T, w *world, n *lab.Node, how ...string) {
 func blockUDP(t *testing.T, w *world, _ *lab.Node, streams []*lab.Stream) {
 	for i, at := range w.Nodes {
 		other := w.Nodes[1-i].Underlay
-		_, err := at.Run(within(t), "nft", fmt.Sprintf(`table inet firewall {
+		_, err := at.Run(labtest.Within(t), "nft", fmt.Sprintf(`table inet firewall {
 	chain in {
 		type filter hook input priority -300;
 		ip saddr %s meta l4proto udp drop
@@ -222,7 +223,7 @@ func blockUDP(t *testing.T, w *world, _ *lab.Node, streams []*lab.Stream) {
 	waitBack(t, streams, time.Now())
 	time.Sleep(settled)
 	for _, at := range w.Nodes {
-		_, err := at.Run(within(t), "nft", "delete", "table", "inet", "firewall")
+		_, err := at.Run(labtest.Within(t), "nft", "delete", "table", "inet", "firewall")
 		must(t, err)
 	}
 	w.waitPath(t, true)
@@ -242,14 +243,14 @@ func reboot(t *testing.T, w *world, n *lab.Node, off time.Duration) row {
 	boot := bootID(t, n)
 	must(t, n.Crash())
 	time.Sleep(off)
-	must(t, n.Boot(within(t)))
+	must(t, n.Boot(labtest.Within(t)))
 	began := time.Now()
 	if again := bootID(t, n); again == boot {
 		t.Errorf("the boot ID %s is that of the boot before", again)
 	}
 	refused(t, n)
 	must(t, n.StartTailscaled())
-	must(t, n.WaitSocket(within(t)))
+	must(t, n.WaitSocket(labtest.Within(t)))
 	refused(t, n)
 	must(t, n.StartDaemon())
 	w.pods[i] = firstPod(t, n)
@@ -258,7 +259,7 @@ func reboot(t *testing.T, w *world, n *lab.Node, off time.Duration) row {
 	for d := range flows {
 		var worst time.Duration
 		for _, s := range flows[d] {
-			back, err := s.WaitBack(within(t), began)
+			back, err := s.WaitBack(labtest.Within(t), began)
 			must(t, err)
 			worst = max(worst, back)
 		}
@@ -273,7 +274,7 @@ func reboot(t *testing.T, w *world, n *lab.Node, off time.Duration) row {
 
 func bootID(t *testing.T, n *lab.Node) string {
 	t.Helper()
-	id, err := n.Run(within(t), "cat", "/proc/sys/kernel/random/boot_id")
+	id, err := n.Run(labtest.Within(t), "cat", "/proc/sys/kernel/random/boot_id")
 	must(t, err)
 	return id
 }
@@ -282,7 +283,7 @@ func bootID(t *testing.T, n *lab.Node) string {
 // section 5.
 func refused(t *testing.T, n *lab.Node) {
 	t.Helper()
-	_, err := n.AddPod(within(t), "early", lab.PodOptions{Idle: true})
+	_, err := n.AddPod(labtest.Within(t), "early", lab.PodOptions{Idle: true})
 	if !tryAgainLater(err) {
 		t.Errorf("ADD before the node is safe: %v, want code %d", err, types.ErrTryAgainLater)
 	}
@@ -296,8 +297,8 @@ func tryAgainLater(err error) bool {
 // firstPod tries to start a pod until it succeeds. Until then there is one answer only.
 func firstPod(t *testing.T, n *lab.Node) (p *lab.Pod) {
 	t.Helper()
-	eventually(t, "the first pod after a reboot", func() (err error) {
-		p, err = n.AddPod(within(t), "probe", lab.PodOptions{Idle: true})
+	labtest.Eventually(t, "the first pod after a reboot", func() (err error) {
+		p, err = n.AddPod(labtest.Within(t), "probe", lab.PodOptions{Idle: true})
 		if err != nil && !tryAgainLater(err) {
 			t.Fatalf("ADD on a node that has returned: %v", err)
 		}
@@ -317,7 +318,7 @@ func leak(t *testing.T, w *world) row {
 	must(t, n.Tailscaled.Kill())
 	c, err := w.CaptureUnderlay()
 	must(t, err)
-	_, err = n.Run(within(t), "bash", "-euo", "pipefail", "-c", `for f in -4 -6; do
+	_, err = n.Run(labtest.Within(t), "bash", "-euo", "pipefail", "-c", `for f in -4 -6; do
 	prefs=$(ip $f rule | sed -n 's/^\(51[89][0-9]\):.*/\1/p')
 	for pref in $prefs; do ip $f rule del pref "$pref"; done
 	ip $f route flush metric 4278 type unreachable

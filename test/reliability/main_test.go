@@ -6,17 +6,12 @@
 package reliability
 
 import (
-	"context"
-	"errors"
 	"flag"
-	"fmt"
-	"os"
-	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 )
@@ -28,12 +23,8 @@ var (
 	repeats = flag.Int("repeats", 2, "how often each fault of tailscaled strikes each node and direction")
 )
 
-const (
-	// patience is how long a flow may stay dark after a fault is over.
-	patience = 2 * time.Minute
-	// settled is how long flows are left alone before and after a fault.
-	settled = time.Second
-)
+// settled is how long flows are left alone before and after a fault.
+const settled = time.Second
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -70,10 +61,8 @@ func inWorld(t *testing.T, k kind, test func(*testing.T, *world)) {
 
 func newWorld(t *testing.T, k kind) *world {
 	t.Helper()
-	w := &world{bin: programs(t)}
-	ctx := within(t)
-	var err error
-	w.Lab, err = lab.New(ctx, lab.Options{
+	w := &world{bin: labtest.Programs(t)}
+	w.Lab = labtest.New(t, lab.Options{
 		Modes: []string{config.ModeHost, config.ModeDaemon}, Bin: w.bin, Relay: k.relay, Batch: 500 * time.Millisecond,
 		Policy: func(p map[string]any) {
 			if k.cache {
@@ -81,97 +70,12 @@ func newWorld(t *testing.T, k kind) *world {
 			}
 		},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			showLogs(t, w.Logs())
-		}
-		if err := w.Close(); err != nil {
-			t.Error(err)
-		}
-	})
 	for _, n := range w.Nodes {
-		p, err := n.AddPod(ctx, "probe", lab.PodOptions{Idle: true})
-		if err != nil {
-			t.Fatal(err)
-		}
+		p, err := n.AddPod(labtest.Within(t), "probe", lab.PodOptions{Idle: true})
+		must(t, err)
 		w.pods = append(w.pods, p)
 	}
 	return w
-}
-
-// programs makes a folder of our programs that may be replaced, from those of HEADCNI_BIN or else from the source.
-func programs(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
-	built := os.Getenv(lab.BinEnv)
-	if built == "" {
-		if err := lab.Build(t.Context(), dir); err != nil {
-			t.Fatal(err)
-		}
-	} else if err := linkAll(built, dir); err != nil {
-		t.Fatal(err)
-	}
-	if err := (lab.Options{Bin: dir}).Check(); err != nil {
-		nstest.Skip(t, err.Error())
-	}
-	return dir
-}
-
-func linkAll(from, to string) error {
-	files, err := os.ReadDir(from)
-	for _, f := range files {
-		err = errors.Join(err, os.Symlink(filepath.Join(from, f.Name()), filepath.Join(to, f.Name())))
-	}
-	return err
-}
-
-// showLogs prints the ends of the logs, of a daemon's only what is its own: the dedicated tailscaled shares it.
-func showLogs(t *testing.T, logs []string) {
-	const enough = 4000
-	for _, path := range logs {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Error(err)
-			continue
-		}
-		text := string(b)
-		if filepath.Base(path) == "headcni-daemon.log" {
-			var ours strings.Builder
-			for line := range strings.Lines(text) {
-				if strings.HasPrefix(line, "time=") || strings.HasPrefix(line, "headcni-daemon:") {
-					ours.WriteString(line)
-				}
-			}
-			text = ours.String()
-		}
-		t.Logf("--- %s\n%s", path, text[max(0, len(text)-enough):])
-	}
-}
-
-// within is a context for what takes a moment, on a machine that may be busy.
-func within(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeoutCause(t.Context(), patience, fmt.Errorf("not within %v", patience))
-	t.Cleanup(cancel)
-	return ctx
-}
-
-// eventually waits until try succeeds.
-func eventually(t *testing.T, what string, try func() error) {
-	t.Helper()
-	deadline := time.Now().Add(patience)
-	for {
-		err := try()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: %v", what, err)
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
 }
 
 func must(t *testing.T, err error) {

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -145,7 +146,7 @@ func (w *world) flows(t *testing.T, i, direction int) (flows [2][]*lab.Stream) {
 		}
 		for _, v6 := range []bool{false, true} {
 			a, b := ends[0], ends[1]
-			s, err := lab.StartStream(within(t), fmt.Sprintf("%s to %s", a.Addr(v6), b.Addr(v6)), a, b, b.Addr(v6))
+			s, err := lab.StartStream(labtest.Within(t), fmt.Sprintf("%s to %s", a.Addr(v6), b.Addr(v6)), a, b, b.Addr(v6))
 			must(t, err)
 			flows[d] = append(flows[d], s)
 		}
@@ -159,7 +160,7 @@ func (w *world) flows(t *testing.T, i, direction int) (flows [2][]*lab.Stream) {
 func waitBack(t *testing.T, streams []*lab.Stream, since time.Time) {
 	t.Helper()
 	for _, s := range streams {
-		_, err := s.WaitBack(within(t), since)
+		_, err := s.WaitBack(labtest.Within(t), since)
 		must(t, err)
 	}
 }
@@ -184,9 +185,9 @@ func (w *world) capture(t *testing.T) (stop func() int) {
 // their pods talk by a direct path.
 func (w *world) calm(t *testing.T) {
 	t.Helper()
-	must(t, w.Control.WaitConnected(within(t), len(w.Nodes)))
+	must(t, w.Control.WaitConnected(labtest.Within(t), len(w.Nodes)))
 	for _, n := range w.Nodes {
-		must(t, n.WaitReady(within(t)))
+		must(t, n.WaitReady(labtest.Within(t)))
 	}
 	flows := w.flows(t, 0, both)
 	w.waitPath(t, true)
@@ -211,7 +212,7 @@ func stopAll(streams []*lab.Stream) map[*lab.Stream]lab.Report {
 // waitPath waits until each node sends to the other by a direct path, or by the relay. Something has to be sent.
 func (w *world) waitPath(t *testing.T, direct bool) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("direct path: %v", direct), func() error {
+	labtest.Eventually(t, fmt.Sprintf("direct path: %v", direct), func() error {
 		for _, n := range w.Nodes {
 			at, err := peerPaths(t, n)
 			if err != nil {
@@ -229,7 +230,7 @@ func (w *world) waitPath(t *testing.T, direct bool) {
 
 // peerPaths are the addresses at which a node reaches its peers directly; empty where it uses the relay.
 func peerPaths(t *testing.T, n *lab.Node) (map[string]string, error) {
-	out, err := n.Run(within(t), "tailscale", "--socket="+n.Socket(), "status", "--json")
+	out, err := n.Run(labtest.Within(t), "tailscale", "--socket="+n.Socket(), "status", "--json")
 	if err != nil {
 		return nil, err
 	}
@@ -261,7 +262,7 @@ func (w *world) state(t *testing.T) map[string]string {
 			"cat " + paths.CNIConfDir + "/" + paths.ConflistName, "tailscale --socket=" + n.Socket() + " debug prefs",
 		} {
 			args := strings.Fields(cmd)
-			out, err := n.Run(within(t), args[0], args[1:]...)
+			out, err := n.Run(labtest.Within(t), args[0], args[1:]...)
 			must(t, err)
 			got[n.Name+": "+cmd] = out
 		}
