@@ -26,6 +26,7 @@ type Config struct {
 	IPAM       IPAM       `json:"ipam"`
 	CNI        CNI        `json:"cni"`
 	DNS        DNS        `json:"dns"`
+	Kubernetes Kubernetes `json:"kubernetes"`
 	Monitoring Monitoring `json:"monitoring"`
 	Logging    Logging    `json:"logging"`
 }
@@ -83,6 +84,8 @@ type Network struct {
 	Masquerade    bool     `json:"masquerade"`
 	TailnetEgress string   `json:"tailnetEgress"`
 	LANFirst      Tristate `json:"lanFirst"`
+	// NetworkPolicy asks for Kubernetes' NetworkPolicies to be enforced.
+	NetworkPolicy bool `json:"networkPolicy"`
 }
 
 // IPAM is the conflist's `ipam`.
@@ -97,6 +100,8 @@ type IPAM struct {
 type CNI struct {
 	BinDir  string `json:"binDir"`
 	ConfDir string `json:"confDir"`
+	// Exclusive puts other CNIs' configurations that sort before ours out of the runtime's sight until uninstall.
+	Exclusive bool `json:"exclusive"`
 }
 
 // DNS is what pods get to know of names.
@@ -110,6 +115,16 @@ type MagicDNS struct {
 	BaseDomain    string   `json:"baseDomain"`
 	Nameservers   []string `json:"nameservers"`
 	SearchDomains []string `json:"searchDomains"`
+}
+
+// Kubernetes says whether the node is one of a cluster, and which.
+type Kubernetes struct {
+	// Enable takes pod CIDRs and the join key from Kubernetes; auto means in a pod, or where Kubeconfig is set.
+	Enable Tristate `json:"enable"`
+	// NodeName is the Node object's name; empty means the variable NODE_NAME, else the host name in lower case.
+	NodeName string `json:"nodeName"`
+	// Kubeconfig is a file that says where the API server is; empty means the pod's service account.
+	Kubeconfig string `json:"kubeconfig"`
 }
 
 // Monitoring is the HTTP server for /healthz, /readyz and /metrics.
@@ -157,6 +172,7 @@ func Default() Config {
 		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
+		Kubernetes: Kubernetes{Enable: Auto},
 		Monitoring: Monitoring{Listen: "127.0.0.1:9669"},
 		Logging:    Logging{Level: "info", Format: "text"},
 	}

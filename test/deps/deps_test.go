@@ -27,6 +27,7 @@ var level = map[string]int{
 	"pkg/dns":        2,
 	"pkg/headscale":  2,
 	"pkg/ipam":       2,
+	"pkg/kube":       2,
 	"pkg/monitoring": 2,
 	"pkg/networking": 2,
 	"pkg/nft":        2,
@@ -44,7 +45,7 @@ var level = map[string]int{
 }
 
 // testOnly packages import testing. Nothing that ships may.
-var testOnly = []string{"internal/labtest", "internal/nstest", "internal/realparts", "test"}
+var testOnly = []string{"internal/cluster", "internal/labtest", "internal/nstest", "internal/realparts", "test"}
 
 // pkg is what `go list` tells of a package.
 type pkg struct {
