@@ -67,12 +67,12 @@ bench: build ## Speed of ADD, DEL, address management and throughput beside the 
 .PHONY: bench-rearm
 bench-rearm: build ## How long pods are dark after a restart of tailscaled, 100 times for each variant; needs root, takes 25 minutes
 	@if ((EUID != 0)); then echo "make bench-rearm: needs root: run 'sudo make bench-rearm'" >&2; exit 1; fi
-	@$(WITH_PACKAGES) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -count 1 -timeout 60m ./test/rearm/ -args -trials $(or $(TRIALS),100)
+	@$(WITH_PACKAGES) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/rearm/ -args -trials $(or $(TRIALS),100)
 
 .PHONY: bench-faults
 bench-faults: build ## What pods lose when one part after another breaks, as in docs/reliability.md; needs root, takes 25 minutes
 	@if ((EUID != 0)); then echo "make bench-faults: needs root: run 'sudo make bench-faults'" >&2; exit 1; fi
-	@$(call WITH_PACKAGES,demo) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
+	@$(call WITH_PACKAGES,demo) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
 
 .PHONY: lint
 lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against README_CN.md
