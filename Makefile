@@ -8,6 +8,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+BIN     ?= bin
 DESTDIR ?=
 PREFIX  ?= /usr/local
 CNI_BIN  ?= /opt/cni/bin
@@ -42,12 +43,19 @@ build: need-go ## Compile everything into bin/, with host-local and portmap
 
 .PHONY: compile
 compile:
-	@mkdir -p bin
-	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ $(addprefix ./cmd/,$(PROGRAMS))
-	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/headcnictl ./cmd/cli
-	@cd test/tools/cni-plugins && go build -trimpath -ldflags '-s -w' -o ../../../bin/ \
+	@mkdir -p $(BIN)
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGRAMS))
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/headcnictl ./cmd/cli
+	@cd test/tools/cni-plugins && go build -trimpath -ldflags '-s -w' -o $(abspath $(BIN))/ \
 		github.com/containernetworking/plugins/plugins/ipam/host-local \
 		github.com/containernetworking/plugins/plugins/meta/portmap
+
+ARCH     ?= $(shell . test/tools/lib.sh && find_go && go env GOARCH)
+IMAGE    ?= ghcr.io/headcni/headcni:$(or $(shell sed -n 's/^appVersion: *"\{0,1\}\([^"]*\)"\{0,1\}$$/\1/p' chart/Chart.yaml 2>/dev/null),$(VERSION))
+
+.PHONY: image
+image: need-go ## The container image bin/headcni-image-ARCH.tar, without a container engine; ARCH=amd64|arm64 IMAGE=name:tag
+	@test/tools/as-user env VERSION='$(VERSION)' REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" scripts/image '$(ARCH)' '$(IMAGE)'
 
 .PHONY: test
 test: need-go ## All tests with the race detector, none skipped; needs root
@@ -79,7 +87,7 @@ lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against R
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
 	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
-	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall)
+	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall scripts/image scripts/image-rootfs)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 .PHONY: vet
