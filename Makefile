@@ -46,7 +46,9 @@ compile:
 	@mkdir -p $(BIN)
 	@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGRAMS))
 	@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/headcnictl ./cmd/cli
-	@cd test/tools/cni-plugins && go build -trimpath -ldflags '-s -w' -o $(abspath $(BIN))/ \
+	@cd test/tools/cni-plugins && \
+		release=$$(sed -n 's/^\tgithub\.com\/containernetworking\/plugins \(v[^ ]*\).*/\1/p' go.mod) && \
+		go build -trimpath -ldflags "-s -w -X github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=$$release" -o $(abspath $(BIN))/ \
 		github.com/containernetworking/plugins/plugins/ipam/host-local \
 		github.com/containernetworking/plugins/plugins/meta/portmap
 
@@ -63,7 +65,8 @@ test: need-go ## All tests with the race detector, none skipped; needs root
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call WITH_PACKAGES,test) $(MAKE) build; $(WITH_TOOLS) \
-		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) ./...
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) ./...; \
+		cd test/tools/oci; go vet ./...; go test ./...
 
 .PHONY: bench
 bench: build ## Speed of ADD, DEL, address management and throughput beside the reference plugins; needs root

@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,7 +38,7 @@ func (p packing) write(file string) (digest v1.Hash, err error) {
 	if err != nil {
 		return v1.Hash{}, err
 	}
-	refs := map[name.Reference]v1.Image{}
+	var names []string
 	for _, n := range p.names {
 		ref, err := name.NewTag(n, name.WithDefaultTag(""))
 		if err != nil {
@@ -45,7 +47,7 @@ func (p packing) write(file string) (digest v1.Hash, err error) {
 		if ref.TagStr() == "" {
 			return v1.Hash{}, fmt.Errorf("--name %s: want NAME:TAG", n)
 		}
-		refs[ref] = img
+		names = append(names, n)
 	}
 	temp, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {
@@ -56,7 +58,7 @@ func (p packing) write(file string) (digest v1.Hash, err error) {
 			err = errors.Join(err, os.Remove(temp.Name()))
 		}
 	}()
-	if err = errors.Join(tarball.MultiRefWrite(refs, temp), temp.Chmod(0o644), temp.Close()); err != nil {
+	if err = errors.Join(writeArchive(temp, img, names), temp.Chmod(0o644), temp.Close()); err != nil {
 		return v1.Hash{}, err
 	}
 	if err = os.Rename(temp.Name(), file); err != nil {
@@ -92,6 +94,63 @@ func (p packing) image() (v1.Image, error) {
 		Entrypoint: p.entrypoint, Cmd: p.cmd, Env: p.env, Labels: p.labels, User: p.user, WorkingDir: p.workdir,
 	}
 	return mutate.ConfigFile(img, file)
+}
+
+// writeArchive writes what `docker save` does: the configuration, the layers, and a manifest that names them.
+// (tarball.MultiRefWrite would put several names in an order that changes from run to run.)
+func writeArchive(w io.Writer, img v1.Image, names []string) error {
+	config, err := img.RawConfigFile()
+	if err != nil {
+		return err
+	}
+	configName, err := img.ConfigName()
+	if err != nil {
+		return err
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		return err
+	}
+	tw := tar.NewWriter(w)
+	m := tarball.Descriptor{Config: configName.String(), RepoTags: names}
+	if err := addBytes(tw, m.Config, config); err != nil {
+		return err
+	}
+	for _, l := range layers {
+		digest, err := l.Digest()
+		if err != nil {
+			return err
+		}
+		r, err := l.Compressed()
+		if err != nil {
+			return err
+		}
+		content, err := io.ReadAll(r)
+		if err = errors.Join(err, r.Close()); err != nil {
+			return err
+		}
+		file := digest.Hex + ".tar.gz"
+		if !slices.Contains(m.Layers, file) {
+			if err := addBytes(tw, file, content); err != nil {
+				return err
+			}
+		}
+		m.Layers = append(m.Layers, file)
+	}
+	list, err := json.Marshal(tarball.Manifest{m})
+	if err != nil {
+		return err
+	}
+	return errors.Join(addBytes(tw, "manifest.json", list), tw.Close())
+}
+
+func addBytes(tw *tar.Writer, file string, content []byte) error {
+	h := &tar.Header{Name: file, Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(content)), ModTime: epoch, Format: tar.FormatPAX}
+	if err := tw.WriteHeader(h); err != nil {
+		return err
+	}
+	_, err := tw.Write(content)
+	return err
 }
 
 func layerOf(dir string) (v1.Layer, error) {
