@@ -96,7 +96,7 @@ type IPAM struct {
 	GCInterval string `json:"gcInterval"`
 }
 
-// CNI says where the runtime looks.
+// CNI says where the runtime looks. A folder that is not given is found (paths.DetectCNI).
 type CNI struct {
 	BinDir  string `json:"binDir"`
 	ConfDir string `json:"confDir"`
@@ -182,6 +182,7 @@ func Default() Config {
 // A missing file is an error unless optional.
 func Load(path string, optional bool, environ, sets []string) (Config, error) {
 	c := Default()
+	c.CNI.BinDir, c.CNI.ConfDir = "", ""
 	b, err := os.ReadFile(path)
 	switch {
 	case err == nil:
@@ -198,10 +199,22 @@ func Load(path string, optional bool, environ, sets []string) (Config, error) {
 	if err := c.override(environ, sets); err != nil {
 		return Config{}, err
 	}
+	c.CNI.find("/")
 	if err := c.Validate(); err != nil {
 		return Config{}, err
 	}
 	return c, nil
+}
+
+// find takes the folders that are not given from the host's container runtime.
+func (c *CNI) find(root string) {
+	binDir, confDir := paths.DetectCNI(root)
+	if c.BinDir == "" {
+		c.BinDir = binDir
+	}
+	if c.ConfDir == "" {
+		c.ConfDir = confDir
+	}
 }
 
 // severalDocuments reports whether a line of three dashes comes after content (YAML 1.2, section 9.2).

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
 
@@ -145,5 +146,26 @@ func TestCredentialOrder(t *testing.T) {
 	all["HEADSCALE_API_KEY_FILE"] = "/nonexistent"
 	if _, err := h.Credential(getenv); err == nil || !strings.Contains(err.Error(), "HEADSCALE_API_KEY_FILE") {
 		t.Errorf("missing file: %v", err)
+	}
+}
+
+func TestCNIFoldersAreFound(t *testing.T) {
+	root := t.TempDir()
+	file := filepath.Join(root, "/var/snap/microk8s/current/args/containerd.toml")
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("[plugins.x.cni]\nbin_dir = \"/found/bin\"\nconf_dir = \"/found/conf\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct{ have, want CNI }{
+		{CNI{}, CNI{BinDir: "/found/bin", ConfDir: "/found/conf"}},
+		{CNI{BinDir: paths.CNIBinDir}, CNI{BinDir: paths.CNIBinDir, ConfDir: "/found/conf"}}, // given is given
+	} {
+		got := tc.have
+		got.find(root)
+		if got != tc.want {
+			t.Errorf("%+v becomes %+v; want %+v", tc.have, got, tc.want)
+		}
 	}
 }
