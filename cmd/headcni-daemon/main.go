@@ -54,7 +54,7 @@ func root() *cobra.Command {
 	cmd.PersistentFlags().StringArrayVar(&f.sets, "set", nil,
 		"set one key, such as network.podCIDRs=10.244.1.0/24; before it come variables such as HEADCNI_NETWORK_PODCIDRS, and then the file")
 	f.given = func() bool { return cmd.PersistentFlags().Changed("config") }
-	cmd.AddCommand(runCmd(f), tailscaledCmd(f), uninstallCmd(f), statusCmd(), healthCmd(), configCmd(f), versionCmd())
+	cmd.AddCommand(runCmd(f), tailscaledCmd(f), installCmd(f), uninstallCmd(f), statusCmd(), healthCmd(), configCmd(f), versionCmd())
 	return cmd
 }
 

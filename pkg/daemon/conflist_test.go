@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -15,6 +16,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(installLoopEnv) != "" {
+		fmt.Fprintln(os.Stderr, installLoop())
+		os.Exit(1)
+	}
 	flag.Parse()
 	nstest.Main(m)
 }

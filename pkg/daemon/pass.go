@@ -153,7 +153,7 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 
 func (d *Daemon) syncConflist(p plan) ([]string, error) {
 	if _, err := os.Stat(filepath.Join(d.cfg.CNI.BinDir, "headcni")); err != nil {
-		return nil, fmt.Errorf("the CNI plugin is missing: %w; run `make install` or set cni.binDir", err)
+		return nil, fmt.Errorf("the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
 	}
 	changed, err := writeConflist(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
 		return d.remember(func(s *state) { s.ConflistMode = mode })

@@ -39,7 +39,7 @@ func Uninstall(ctx context.Context, c config.Config) error {
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
 	}
-	return errors.Join(removeFile(statePath()), os.RemoveAll(paths.IPAMDir), removeRunDir())
+	return errors.Join(RemovePlugins(ctx), removeFile(statePath()), os.RemoveAll(paths.IPAMDir), removeRunDir())
 }
 
 // removeRunDir removes our sockets and the lock that we hold. A dedicated tailscaled that still runs keeps the folder.

@@ -26,6 +26,8 @@ const (
 	// CNIConfDir and CNIBinDir are the defaults of containerd, CRI-O and kubelet.
 	CNIConfDir = "/etc/cni/net.d"
 	CNIBinDir  = "/opt/cni/bin"
+	// ImageCNIDir is where the container image has the plugins that go to the host.
+	ImageCNIDir = "/opt/headcni/cni"
 	// ConflistName is the file the daemon writes into the CNI configuration folder.
 	ConflistName = "10-headcni.conflist"
 

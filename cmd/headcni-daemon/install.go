@@ -1,0 +1,51 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/daemon"
+)
+
+// installCmd is what the init container runs, and `make install`.
+func installCmd(f *flags) *cobra.Command {
+	var from, to string
+	var remove bool
+	cmd := &cobra.Command{
+		Use:   "install",
+		Short: "Put the CNI plugins where the container runtime looks for them; a host-local or portmap of somebody else stays",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if remove {
+				return daemon.RemovePlugins(cmd.Context())
+			}
+			if to == "" {
+				c, err := f.load()
+				if err != nil {
+					return err
+				}
+				to = c.CNI.BinDir
+			}
+			if from == "" {
+				found, err := daemon.PluginSource()
+				if err != nil {
+					return err
+				}
+				from = found
+			}
+			lines, err := daemon.Install(cmd.Context(), from, to)
+			for _, line := range lines {
+				fmt.Fprintln(cmd.OutOrStdout(), line)
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&from, "from", "", "folder to take the plugins from (default "+paths.ImageCNIDir+", else the folder of this program)")
+	cmd.Flags().StringVar(&to, "to", "", "folder to put them into (default cni.binDir)")
+	cmd.Flags().BoolVar(&remove, "remove", false, "take away what was installed, and nothing else; `headcni-daemon uninstall` does that too")
+	cmd.MarkFlagsMutuallyExclusive("remove", "from")
+	cmd.MarkFlagsMutuallyExclusive("remove", "to")
+	return cmd
+}

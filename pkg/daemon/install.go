@@ -1,0 +1,321 @@
+package daemon
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config/paths"
+)
+
+// borrowed plugins are not ours: where the node has its own, those stay. Ours come last, so that what they may call is
+// there before them.
+var (
+	borrowedPlugins = []string{"host-local", "portmap"}
+	ownPlugins      = []string{"headcni-ipam", "headcni"}
+)
+
+const (
+	// tempMark is in the names of files that are being written: .headcni.install-123.
+	tempMark = ".install-"
+	// installWait is how long another installation into the same folder may take.
+	installWait = 30 * time.Second
+)
+
+// installed is what we put where: path -> checksums that the file may have by our doing. There are two while it is being
+// replaced, for whoever comes after a kill in between.
+type installed map[string][]string
+
+func installedPath() string { return filepath.Join(paths.StateDir, "plugins.json") }
+
+func loadInstalled() (installed, error) {
+	b, err := os.ReadFile(installedPath())
+	if errors.Is(err, fs.ErrNotExist) {
+		return installed{}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read which plugins are ours: %w", err)
+	}
+	var in installed
+	if err := json.Unmarshal(b, &in); err != nil {
+		return nil, fmt.Errorf("read which plugins are ours: %s: %w; remove the file to start afresh (a host-local or portmap that came "+
+			"with us then stays at uninstall)", installedPath(), err)
+	}
+	if in == nil {
+		in = installed{}
+	}
+	return in, nil
+}
+
+func (in installed) save() error {
+	b, err := json.MarshalIndent(in, "", "  ")
+	if err != nil {
+		return err
+	}
+	return replaceFile(installedPath(), append(b, '\n'), 0o600)
+}
+
+// Install puts the plugins of folder from into folder to, each whole or not at all, and returns a line for each that it
+// looked at. A host-local or portmap that somebody else put there stays.
+func Install(ctx context.Context, from, to string) ([]string, error) {
+	unlock, err := lockFolder(ctx, to)
+	if err != nil {
+		return nil, fmt.Errorf("install plugins: %w", err)
+	}
+	defer unlock()
+	if err := checkSource(from, to); err != nil {
+		return nil, fmt.Errorf("install plugins: %w", err)
+	}
+	if err := os.MkdirAll(paths.StateDir, 0o755); err != nil {
+		return nil, fmt.Errorf("install plugins: %w", err)
+	}
+	in, err := loadInstalled()
+	if err != nil {
+		return nil, fmt.Errorf("install plugins: %w", err)
+	}
+	if err := sweepTemps(to); err != nil {
+		return nil, fmt.Errorf("install plugins: %w", explain(err, to))
+	}
+	var lines []string
+	for _, name := range slices.Concat(borrowedPlugins, ownPlugins) {
+		line, err := in.plugin(filepath.Join(from, name), filepath.Join(to, name), slices.Contains(ownPlugins, name))
+		if err != nil {
+			return lines, fmt.Errorf("install %s: %w", filepath.Join(to, name), explain(err, to))
+		}
+		lines = append(lines, line)
+	}
+	return lines, nil
+}
+
+// checkSource makes sure that nothing is begun that cannot be ended.
+func checkSource(from, to string) error {
+	for _, name := range ownPlugins {
+		if info, err := os.Stat(filepath.Join(from, name)); err != nil || !info.Mode().IsRegular() {
+			return fmt.Errorf("%s has no plugin %s: give --from the folder with the plugins (bin after `make build`, %s in the image)",
+				from, name, paths.ImageCNIDir)
+		}
+	}
+	a, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	if b, err := os.Stat(to); err == nil && os.SameFile(a, b) {
+		return fmt.Errorf("%s is where the plugins go: give --from another folder to take them from", to)
+	}
+	return nil
+}
+
+// plugin makes file to what file from is.
+func (in installed) plugin(from, to string, own bool) (string, error) {
+	content, err := os.ReadFile(from)
+	if errors.Is(err, fs.ErrNotExist) && !own {
+		return to + ": not among the plugins to install", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	want := checksum(content)
+	have, mode, err := fileChecksum(to)
+	if err != nil {
+		return "", err
+	}
+	// have is "" for what is not there and for what is no regular file, such as K3s' links to its own.
+	if mode != 0 && !own && !slices.Contains(in[to], have) {
+		return to + ": left as it is, because somebody else put it there", nil
+	}
+	if have == want && mode == pluginMode {
+		return to + ": up to date", in.settle(to, want)
+	}
+	if !slices.Contains(in[to], want) {
+		in[to] = append(in[to], want)
+		if err := in.save(); err != nil {
+			return "", err
+		}
+	}
+	if err := putPlugin(to, content); err != nil {
+		return "", err
+	}
+	return to + ": installed", in.settle(to, want)
+}
+
+// settle notes that the file at path is whole, with this checksum.
+func (in installed) settle(path, sum string) error {
+	if slices.Equal(in[path], []string{sum}) {
+		return nil
+	}
+	in[path] = []string{sum}
+	return in.save()
+}
+
+const pluginMode = fs.FileMode(0o755)
+
+// putPlugin replaces a file in one step: a runtime starts the old plugin or the new one. It is not synced: what a power
+// cut takes is put back at the next start of the pod or unit.
+func putPlugin(path string, content []byte) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+tempMark)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	if _, err = f.Write(content); err == nil {
+		err = f.Chmod(pluginMode)
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}
+
+func checksum(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+// fileChecksum returns a file's checksum and mode, mode 0 where there is none and no checksum for anything but a file.
+func fileChecksum(path string) (sum string, mode fs.FileMode, err error) {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return "", 0, nil
+	case err != nil:
+		return "", 0, err
+	case info.IsDir():
+		return "", 0, fmt.Errorf("%s is a folder: remove it", path)
+	case !info.Mode().IsRegular():
+		return "", info.Mode(), nil
+	}
+	b, err := os.ReadFile(path)
+	return checksum(b), info.Mode(), err
+}
+
+// lockFolder keeps other installations out of a folder. The kernel drops the lock with the process.
+func lockFolder(ctx context.Context, dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, explain(err, dir)
+	}
+	for end := time.Now().Add(installWait); ; {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(end) || ctx.Err() != nil {
+			f.Close()
+			return nil, fmt.Errorf("lock %s, which another installation seems to use: %w", dir, errors.Join(err, ctx.Err()))
+		}
+		sleep(ctx, 100*time.Millisecond)
+	}
+}
+
+// sweepTemps removes what killed installations into a folder left. The caller holds the folder's lock.
+func sweepTemps(dir string) error {
+	var errs []error
+	patterns := []string{filepath.Join(paths.StateDir, "."+filepath.Base(installedPath())+".*")} // of replaceFile
+	for _, name := range slices.Concat(borrowedPlugins, ownPlugins) {
+		patterns = append(patterns, filepath.Join(dir, "."+name+tempMark+"*"))
+	}
+	for _, pattern := range patterns {
+		left, err := filepath.Glob(pattern)
+		errs = append(errs, err)
+		for _, path := range left {
+			errs = append(errs, removeFile(path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// explain says what to do about a folder for plugins that cannot be used.
+func explain(err error, dir string) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return fmt.Errorf("%w: make room on the file system of %s; what was there before is still there", err, dir)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR):
+		return fmt.Errorf("%w: set cni.binDir to the folder where the container runtime looks for plugins (%s), make that folder if it is not "+
+			"there yet, and in a pod mount the host's at the same path", err, knownFolders())
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: set cni.binDir to a folder that can be written and where the container runtime looks for plugins (%s), or tell "+
+			"the runtime of another (bin_dir in containerd's configuration); in a pod mount the host's folder writable", err, knownFolders())
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w: run it as root", err)
+	}
+	return err
+}
+
+// knownFolders tells who has plugins where, for messages.
+func knownFolders() string {
+	known := []string{"usually " + paths.CNIBinDir}
+	for _, d := range paths.Distributions {
+		if d.BinDir != paths.CNIBinDir {
+			known = append(known, d.Name+": "+d.BinDir)
+		}
+	}
+	return strings.Join(known, "; ")
+}
+
+// RemovePlugins takes away what Install put anywhere, but not a host-local or portmap that somebody has replaced since.
+func RemovePlugins(ctx context.Context) error {
+	in, err := loadInstalled()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for path, sums := range in {
+		if err := removePlugin(ctx, path, sums); err != nil {
+			errs = append(errs, fmt.Errorf("remove %s: %w", path, err))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return removeFile(installedPath())
+}
+
+func removePlugin(ctx context.Context, path string, sums []string) error {
+	dir := filepath.Dir(path)
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	unlock, err := lockFolder(ctx, dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := sweepTemps(dir); err != nil {
+		return err
+	}
+	sum, mode, err := fileChecksum(path)
+	if err != nil || mode == 0 {
+		return err
+	}
+	if slices.Contains(ownPlugins, filepath.Base(path)) || slices.Contains(sums, sum) {
+		return removeFile(path)
+	}
+	return nil
+}
+
+// PluginSource is where Install takes plugins from if nothing else is said: the image's, else the folder of our program.
+func PluginSource() (string, error) {
+	if _, err := os.Stat(paths.ImageCNIDir); err == nil {
+		return paths.ImageCNIDir, nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	return filepath.Dir(self), nil
+}
