@@ -86,12 +86,16 @@ func tailscaledCmd(f *flags) *cobra.Command {
 		Use:   "tailscaled",
 		Short: "Become the dedicated tailscaled of daemon mode",
 		Args:  cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := f.load()
 			if err != nil {
 				return err
 			}
-			return daemon.Tailscaled(c, os.Environ())
+			log, err := logging.New(os.Stderr, c.Logging.Level, c.Logging.Format)
+			if err != nil {
+				return err
+			}
+			return daemon.Tailscaled(cmd.Context(), c, os.Environ(), log)
 		},
 	}
 }

@@ -44,8 +44,8 @@ type rangeText struct {
 
 // adopt fills what daemon.yaml does not say from the conflist that a person had put where ours goes, or that is kept
 // for uninstall since. It returns that conflist's ipam object too, nil where there is none: ranges inside the pod CIDR
-// must stay as they were given.
-func adopt(c config.Config) (config.Config, json.RawMessage, error) {
+// must stay as they were given. In Kubernetes the pod CIDR is not that file's to say.
+func adopt(c config.Config, kubernetes bool) (config.Config, json.RawMessage, error) {
 	b, err := readStatic(c.CNI.ConfDir)
 	if err != nil || b == nil {
 		return c, nil, err
@@ -71,7 +71,7 @@ func adopt(c config.Config) (config.Config, json.RawMessage, error) {
 		}
 	}
 	var ipam json.RawMessage
-	if len(c.Network.PodCIDRs) == 0 && len(own) > 0 {
+	if len(c.Network.PodCIDRs) == 0 && len(own) > 0 && !kubernetes {
 		c.Network.PodCIDRs = own
 		var parts struct {
 			IPAM json.RawMessage `json:"ipam"`

@@ -43,7 +43,7 @@ func TestAdopt(t *testing.T) {
 			want.DNS.MagicDNS = config.MagicDNS{
 				Enable: true, BaseDomain: "cluster.local", Nameservers: []string{"10.2.0.1"}, SearchDomains: []string{"c.example.com"},
 			}
-			got, ipam, err := adopt(c)
+			got, ipam, err := adopt(c, false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -58,7 +58,7 @@ func TestAdopt(t *testing.T) {
 			// What daemon.yaml says wins.
 			c.Headscale.URL, c.Headscale.AuthKey = "https://other", secret.New("own")
 			c.Network.PodCIDRs, c.Network.MTU = config.CIDRs{"10.9.0.0/24"}, 1300
-			got, ipam, err = adopt(c)
+			got, ipam, err = adopt(c, false)
 			if err != nil || ipam != nil || got.Headscale.URL != "https://other" || got.Headscale.AuthKey.Reveal() != "own" ||
 				got.Network.PodCIDRs[0] != "10.9.0.0/24" || got.Network.MTU != 1300 || got.IPAM.Type != "headcni-ipam" {
 				t.Errorf("%+v, %s, %v", got, ipam, err)
@@ -74,14 +74,14 @@ func TestAdoptFaults(t *testing.T) {
 	if err := os.WriteFile(path, []byte(strings.ReplaceAll(flatExample, "10.244.0.", "100.64.0.")), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := adopt(c); err == nil || !strings.Contains(err.Error(), "100.64.0.0/10") || !strings.Contains(err.Error(), "conflist") {
+	if _, _, err := adopt(c, false); err == nil || !strings.Contains(err.Error(), "100.64.0.0/10") || !strings.Contains(err.Error(), "conflist") {
 		t.Errorf("got %v", err)
 	}
 	for _, text := range []string{"{", `{"plugins":[{"type":"bridge"}]}`, `[]`} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		got, _, err := adopt(c)
+		got, _, err := adopt(c, false)
 		if diff := cmp.Diff(c, got, cmp.AllowUnexported(secret.Secret{})); err != nil || diff != "" {
 			t.Errorf("%s: %v %s", text, err, diff)
 		}

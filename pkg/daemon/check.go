@@ -30,6 +30,8 @@ func (m *member) check(ctx context.Context, o observation) ([]string, error) {
 	}
 	api, _, err := m.headscale(ctx)
 	switch {
+	case errors.Is(err, config.ErrNoCredential) && o.cluster != nil:
+		return m.checkByView(ctx, o)
 	case errors.Is(err, config.ErrNoCredential), err == nil && api == nil:
 		return nil, keyExpiry(o.tailnet.Self.KeyExpiry, time.Now()) // all that we can see
 	case err != nil:

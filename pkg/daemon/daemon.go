@@ -45,28 +45,40 @@ type Daemon struct {
 	metrics *monitoring.Metrics
 	board   *board
 
-	node   *networking.Node
-	tables *nft.Tables
-	member *member
+	node    *networking.Node
+	tables  *nft.Tables
+	member  *member
+	cluster *cluster // nil without Kubernetes
+	events  *events
 
 	saved   state
 	wake    chan struct{}
-	cutOff  chan struct{} // told once, when the deadman has seen enough
+	cutOff  chan string // told what cannot be reached, when the deadman has seen enough
 	version string
+	began   time.Time
+
+	// Of the loop alone: what was last written to our Node.
+	wrote   string
+	wroteAt time.Time
 
 	// For status, from the last pass.
 	mu        sync.Mutex
 	last      observation
 	confirmed []netip.Prefix // routes that Headscale says it routes to us
+	gone      bool           // uninstalled: nothing is to be done any more
 }
 
 // New checks what the daemon cannot do without and opens its handles. It changes nothing on the host.
 func New(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*Daemon, error) {
-	c, ipam, err := adopt(c)
+	k, err := newCluster(c, log, getenv, version)
 	if err != nil {
 		return nil, err
 	}
-	if err := prerequisites(c); err != nil {
+	c, ipam, err := adopt(c, k != nil)
+	if err != nil {
+		return nil, err
+	}
+	if err := prerequisites(c, k != nil); err != nil {
 		return nil, err
 	}
 	saved, err := loadState()
@@ -75,8 +87,13 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved,
-		board: newBoard(log, m, partNames), wake: make(chan struct{}, 1), cutOff: make(chan struct{}, 1), version: version,
+		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved, cluster: k,
+		events: &events{}, board: newBoard(log, m, partsOf(c, k != nil)), wake: make(chan struct{}, 1), cutOff: make(chan string, 1),
+		version: version, began: time.Now(),
+	}
+	if k != nil {
+		d.member.inKubernetes(k)
+		d.board.told = d.tell
 	}
 	d.node = networking.NewNode(saved.Host, func(h networking.SavedHost) error {
 		return d.remember(func(s *state) { s.Host = h })
@@ -85,7 +102,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 }
 
 // prerequisites names everything that is missing at once, each with its remedy.
-func prerequisites(c config.Config) error {
+func prerequisites(c config.Config, kubernetes bool) error {
 	var errs []error
 	if os.Geteuid() != 0 {
 		errs = append(errs, errors.New("needs root for routes and nftables; run it with sudo or as a systemd unit"))
@@ -93,7 +110,7 @@ func prerequisites(c config.Config) error {
 	if _, err := exec.LookPath("nft"); err != nil {
 		errs = append(errs, errors.New("needs the nft program (1.0.1 or later); install nftables (apt-get install nftables)"))
 	}
-	if len(c.Network.PodCIDRs) == 0 {
+	if len(c.Network.PodCIDRs) == 0 && !kubernetes {
 		errs = append(errs, errors.New("network.podCIDRs: none; give this node a range of its own, such as 10.244.1.0/24"))
 	}
 	for _, dir := range []string{paths.StateDir, paths.RunDir} {
@@ -115,7 +132,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	defer cancel()
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	fatal := make(chan error, 4)
+	fatal := make(chan error, 8)
 	if d.cfg.Monitoring.Listen != "" {
 		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
 		if err != nil {
@@ -126,10 +143,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	wg.Go(func() { fatal <- d.serveAPI(ctx) })
 	wg.Go(func() { fatal <- hint.Serve(ctx, paths.DaemonSocket, d.metrics.Plugin) })
 	d.watch(ctx, &wg)
+	if d.cluster != nil {
+		wg.Go(func() { fatal <- freshMount(ctx, filepath.Dir(paths.HostTailscaleSocket)) })
+	}
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
 		wg.Go(func() { newSweeper().run(ctx, every, d.log, d.metrics) })
 	}
-	if len(d.cfg.Network.ClusterCIDRs) == 0 {
+	if len(d.cfg.Network.ClusterCIDRs) == 0 && d.cluster == nil {
 		d.log.Warn("network.clusterCIDRs is empty: pods of other nodes are strangers; set it to the range that all nodes' pods have")
 	}
 	if u := d.cfg.Headscale.URL; u != "" && !tailscale.ReconnectsReliably(u) {
@@ -138,7 +158,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if cred, err := d.cfg.Headscale.Credential(d.member.getenv); err == nil && cred.Plain {
 		d.log.Warn("the Headscale key stands in a configuration file: move it to a file of mode 0600 and name that in HEADSCALE_API_KEY_FILE or headscale.apiKeyFile")
 	}
-	d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
+	if d.cluster != nil {
+		d.log.Info("started", "node", d.cluster.node, "mode", d.cfg.Tailscale.Mode)
+	} else {
+		d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
+	}
 	err = d.loop(ctx, fatal)
 	cancel() // before the deferred Wait
 	d.log.Info("stopped; the network stays in force")
@@ -167,8 +191,8 @@ func (d *Daemon) loop(ctx context.Context, fatal <-chan error) error {
 				return err
 			}
 		case <-time.After(wait):
-		case <-d.cutOff:
-			if err := d.takeBack(ctx); err != nil {
+		case address := <-d.cutOff:
+			if err := d.takeBack(ctx, address); err != nil {
 				d.log.Error("take our routes back", "err", err)
 			}
 		case <-d.wake:
@@ -194,11 +218,26 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes} {
 		wg.Go(func() { d.watchKernel(ctx, changes) })
 	}
-	if address := controlAddress(d.cfg); address != "" {
-		wg.Go(func() { newDeadman(address).run(ctx, func() { d.cutOff <- struct{}{} }) })
+	addresses := []string{controlAddress(d.cfg)}
+	if d.cluster != nil {
+		addresses = append(addresses, d.cluster.address)
+		wg.Go(func() { d.cluster.run(ctx, d.poke) })
+	}
+	for _, address := range addresses {
+		if address != "" {
+			wg.Go(func() { newDeadman(address).run(ctx, func() { d.reportCutOff(address) }) })
+		}
 	}
 	wg.Go(func() { d.member.watch(ctx, d.poke) })
 	wg.Go(func() { d.member.rearm(ctx, d.metrics.RearmPing) })
+}
+
+// reportCutOff never blocks: one report is enough.
+func (d *Daemon) reportCutOff(address string) {
+	select {
+	case d.cutOff <- address:
+	default:
+	}
 }
 
 // watchKernel subscribes again whenever a subscription ends, and then looks at everything: events were missed.

@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	// deadmanPatience is how long our routes may keep this node from Headscale before they are taken back.
+	// deadmanPatience is how long our routes may keep this node from Headscale or the API server before they are taken back.
 	deadmanPatience = time.Minute
 	deadmanInterval = 10 * time.Second
 	deadmanDial     = 3 * time.Second
@@ -26,7 +26,7 @@ const (
 )
 
 // deadman watches whether it is our rules, or routes that we made tailscaled accept, that cut the node off from
-// Headscale. A Headscale that is down does not count: it cannot be reached past our rules either.
+// Headscale or the API server. One that is down does not count: it cannot be reached past our rules either.
 type deadman struct {
 	reach func(ctx context.Context, mark int) error
 	now   func() time.Time
@@ -89,24 +89,33 @@ func controlAddress(c config.Config) string {
 	return net.JoinHostPort(u.Hostname(), port)
 }
 
-// fingerprint tells whether the configuration has changed since it was taken back.
+// fingerprint tells whether the configuration has changed since it was taken back. The CIDRs of other Nodes, which come and
+// go, are no part of it.
 func fingerprint(c config.Config) string {
 	sum := sha256.Sum256([]byte(c.String())) // secrets are masked in it
 	return hex.EncodeToString(sum[:8])
 }
 
+// fingerprint is that of the configuration with our own pod CIDRs, wherever they are from.
+func (d *Daemon) fingerprint() string {
+	c := d.cfg
+	if d.cluster != nil {
+		c.Network.PodCIDRs = texts(d.saved.Kubernetes.PodCIDRs)
+	}
+	return fingerprint(c)
+}
+
 // errTakenBack is why nothing is applied any more.
-func errTakenBack(c config.Config) error {
-	return fmt.Errorf("taken back: with our routes this node could not reach Headscale at %s for %s, without them it could; look for "+
-		"a peer that advertises its prefix (headscale nodes list-routes), set network.lanFirst: true or change the CIDRs: a changed "+
-		"configuration is tried again", c.Headscale.URL, deadmanPatience)
+func errTakenBack(address string) error {
+	return fmt.Errorf("taken back: with our routes this node could not reach %s for %s, without them it could; look for a peer that "+
+		"advertises its prefix (headscale nodes list-routes), set network.lanFirst: true or change the CIDRs: a changed configuration "+
+		"is tried again", address, deadmanPatience)
 }
 
 // takeBack removes our rules, routes and prefs, but not the guard: what the node lost it gets back, and still nothing
 // goes out in clear. It is remembered first, so that no restart tries the same again.
-func (d *Daemon) takeBack(ctx context.Context) error {
-	d.log.Error("not right", "part", partConfig, "err", errTakenBack(d.cfg))
-	if err := d.remember(func(s *state) { s.TakenBack = fingerprint(d.cfg) }); err != nil {
+func (d *Daemon) takeBack(ctx context.Context, address string) error {
+	if err := d.remember(func(s *state) { s.TakenBack, s.TakenBackFor = d.fingerprint(), address }); err != nil {
 		return err
 	}
 	return errors.Join(d.node.Remove(ctx), restorePrefs(ctx, d.cfg, d.saved))

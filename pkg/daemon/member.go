@@ -40,6 +40,12 @@ type member struct {
 	confirmed    confirmation
 	checkedAt    time.Time // when check last had an answer, and
 	warned       error     // what it warned of
+	unknown      time.Time // since when the controller says that Headscale does not know us, and
+	rejoined     time.Time // when we last joined anew for that
+
+	// In Kubernetes: the controller's key, and our Node's name.
+	joinKey  func(context.Context) (secret.Secret, error)
+	nodeName string
 
 	mu      sync.Mutex
 	socket  string        // what client talks to
@@ -114,7 +120,15 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 	switch {
 	case running(o.tailnet) && m.cfg.Headscale.URL != "":
 		// One that is in already only notices where Headscale has moved. A host's tailscaled is not ours to move.
-		return nil, m.client.Login(ctx, tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Move: o.mode == config.ModeDaemon})
+		move := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Move: o.mode == config.ModeDaemon}
+		err := m.client.Login(ctx, move)
+		if !errors.Is(err, tailscale.ErrNeedsKey) {
+			return nil, err
+		}
+		if err := m.loginWith(ctx, move); err != nil {
+			return nil, err
+		}
+		return []string{"moved to " + move.ControlURL}, waiting("has just moved")
 	case running(o.tailnet):
 		return nil, nil
 	case o.tailnet.State == tailscale.Stopped && o.mode == config.ModeHost:
@@ -123,6 +137,9 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 		return nil, waiting("tailscaled is starting")
 	case m.cfg.Headscale.URL == "":
 		return nil, errors.New("tailscaled is not logged in and headscale.url is empty: set it and a key, or run `tailscale up --login-server URL`")
+	}
+	if m.nodeName != "" && m.cfg.Tailscale.Hostname == "" && o.mode == config.ModeDaemon {
+		m.cfg.Tailscale.Hostname = m.nodeName
 	}
 	if err := m.login(ctx, false); err != nil {
 		return nil, err
@@ -133,8 +150,14 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 
 // login joins with the credential, or with a key made by it. again joins anew where Headscale has forgotten the node.
 func (m *member) login(ctx context.Context, again bool) error {
-	opts := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Hostname: m.cfg.Tailscale.Hostname, Again: again}
+	return m.loginWith(ctx, tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Hostname: m.cfg.Tailscale.Hostname, Again: again})
+}
+
+func (m *member) loginWith(ctx context.Context, opts tailscale.LoginOptions) error {
 	api, cred, err := m.headscale(ctx)
+	if errors.Is(err, config.ErrNoCredential) {
+		cred.Key, err = m.controllersKey(ctx, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -184,18 +207,24 @@ func (m *member) headscale(ctx context.Context) (*headscale.Client, config.Crede
 
 // approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what
 // the policy lacks. While tailscaled says that they are routed, Headscale is not asked.
-func (m *member) approve(ctx context.Context, self tailscale.Peer, spec tailscale.PrefsSpec) (changed []string, err error) {
+func (m *member) approve(ctx context.Context, o observation, spec tailscale.PrefsSpec) (changed []string, err error) {
+	self := o.tailnet.Self
 	missing := without(spec.AdvertiseRoutes, self.Routes)
 	// Headscale tells the peers of an approval at once, the node itself with its next change.
 	confirmed := m.confirmed.key == self.NodeKey && len(without(missing, m.confirmed.routes)) == 0
 	if len(spec.DropRoutes) == 0 && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < fullCheck) {
 		return nil, nil
 	}
-	if m.cfg.Headscale.URL == "" {
+	if m.cfg.Headscale.URL == "" && o.cluster == nil {
 		return nil, m.cannotTell(missing, config.ErrNoCredential)
 	}
 	api, _, err := m.headscale(ctx)
 	switch {
+	case errors.Is(err, config.ErrNoCredential) && o.cluster != nil:
+		if len(missing) == 0 {
+			return nil, nil // old routes of ours are the controller's to withdraw
+		}
+		return nil, m.approvedBy(o.cluster, self.NodeKey, missing)
 	case errors.Is(err, config.ErrNoCredential):
 		return nil, m.cannotTell(missing, err)
 	case confirmed && errors.Is(err, headscale.ErrUnreachable):

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,7 +27,7 @@ const hostTun = "tailscale0"
 // observe looks at the host and at tailscaled. That tailscaled does not answer is an observation, kept in tailnetErr,
 // and no error: the node is programmed from what was known before.
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
-	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam}
+	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, config: d.cfg}
 	if o.mode == config.ModeAuto {
 		o.mode = settleMode(d.saved.Mode)
 	}
@@ -65,7 +66,46 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	}
 	_, err = os.Stat(filepath.Join(d.cfg.CNI.BinDir, "portmap"))
 	o.portmap = err == nil
-	return o, nil
+	return o, d.observeCluster(&o)
+}
+
+// observeCluster takes the pod CIDRs and the rest of the network from Kubernetes, and keeps what it said.
+func (d *Daemon) observeCluster(o *observation) error {
+	o.cluster = d.cluster.view()
+	if o.cluster == nil {
+		return nil
+	}
+	l, err := d.saved.Kubernetes.learn(o.cluster, d.cluster.node)
+	if err != nil {
+		return err
+	}
+	if len(l.Leaving) > 0 {
+		pods := networking.Pods{}
+		live, err := pods.Live(networkName)
+		if err != nil {
+			return fmt.Errorf("look for pods of former pod CIDRs: %w", err)
+		}
+		var addrs []netip.Addr
+		for _, p := range live {
+			addrs = append(addrs, p.Addrs...)
+		}
+		l = l.stay(addrs)
+	}
+	if err := d.remember(func(s *state) { s.Kubernetes = l }); err != nil {
+		return err
+	}
+	if len(l.PodCIDRs) == 0 {
+		return o.cluster.noCIDR(d.cluster.node, time.Since(d.began))
+	}
+	o.leaving = l.Leaving
+	for _, p := range l.PodCIDRs {
+		if name := o.cluster.holder(p, d.cluster.node); name != "" {
+			o.held = append(o.held, fmt.Errorf("pod range %s: Kubernetes has given it, or a part of it, to Node %s; delete this Node and let "+
+				"kubelet register it again for another one", p, name))
+		}
+	}
+	o.config, err = inForce(d.cfg, l)
+	return err
 }
 
 // sourceAddr is the zero Addr where the node has no default route of the family.

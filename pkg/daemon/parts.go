@@ -40,10 +40,13 @@ type board struct {
 	last  map[string]string // error text, "" = ok
 	// optional parts do not count for readiness.
 	optional map[string]bool
+	// told is given what is news for people who do not read logs; nil = nobody.
+	told func(part string, ok bool, text string)
+	bad  map[string]bool // what told was told of
 }
 
 func newBoard(log *slog.Logger, m *monitoring.Metrics, names []string) *board {
-	b := &board{log: log, metrics: m, order: names, last: map[string]string{}, optional: map[string]bool{}}
+	b := &board{log: log, metrics: m, order: names, last: map[string]string{}, optional: map[string]bool{}, bad: map[string]bool{}}
 	for _, n := range names {
 		b.last[n] = "not tried yet"
 	}
@@ -69,7 +72,8 @@ func (b *board) run(ctx context.Context, parts []part) bool {
 			return false // we are being stopped: an interrupted part is no news
 		}
 		ok[p.name] = err == nil
-		all = all && err == nil
+		var warn warning
+		all = all && (err == nil || errors.As(err, &warn)) // looking more often would not help
 		b.record(p, changes, err)
 	}
 	return all
@@ -95,13 +99,24 @@ func (b *board) record(p part, changes []string, err error) {
 	case text == before:
 	case err == nil:
 		b.log.Info("right", "part", name)
+		b.tell(name, true, "right again")
 	case errors.As(err, &w):
 		b.log.Debug("waiting", "part", name, "err", text)
 	case errors.As(err, &u):
 		b.log.Warn("cannot be seen from here", "part", name, "err", text)
 	default:
 		b.log.Error("not right", "part", name, "err", text)
+		b.tell(name, false, text)
 	}
+}
+
+// tell tells of faults, and of their end.
+func (b *board) tell(name string, ok bool, text string) {
+	if b.told == nil || ok && !b.bad[name] {
+		return
+	}
+	b.bad[name] = !ok
+	b.told(name, ok, text)
 }
 
 // Ready implements monitoring.Readiness: every part is right that is not optional.

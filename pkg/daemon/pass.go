@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/nft"
@@ -30,21 +31,42 @@ const (
 	partHeadscale = "headscale"
 	// partForeign are other programs' firewalls. Nothing of ours can help where they drop, and they may not mean pods.
 	partForeign = "foreign"
+	// partKubernetes is the API server: pods do not wait for it either.
+	partKubernetes = "kubernetes"
+	// partPolicy says that what network.networkPolicy asks for is not done.
+	partPolicy = "policy"
 )
 
-var partNames = []string{
-	partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist, partHeadscale, partForeign,
+// partsOf are the parts that a node has.
+func partsOf(c config.Config, kubernetes bool) []string {
+	parts := []string{
+		partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist, partHeadscale, partForeign,
+	}
+	if c.Network.NetworkPolicy {
+		parts = append(parts, partPolicy)
+	}
+	if kubernetes {
+		parts = append(parts, partKubernetes)
+	}
+	return parts
 }
+
+// errNoPolicy: what somebody relies on for safety must not be missing silently.
+var errNoPolicy = warning{errors.New("network.networkPolicy is true, but this version enforces no NetworkPolicy: every pod can be reached by " +
+	"every other; keep apart what must be apart in other ways, or set it to false to say that you know")}
 
 // pass observes, plans and applies once. It reports whether everything is right.
 func (d *Daemon) pass(ctx context.Context) bool {
+	if done, right := d.leave(ctx); done {
+		return right
+	}
 	o, err := d.observe(ctx)
 	var p plan
-	if err == nil && d.saved.TakenBack == fingerprint(d.cfg) {
-		err = errTakenBack(d.cfg)
+	if err == nil && d.saved.TakenBack == d.fingerprint() {
+		err = errTakenBack(d.saved.TakenBackFor)
 	}
 	if err == nil {
-		p, err = makePlan(d.cfg, o, d.saved)
+		p, err = makePlan(o.config, o, d.saved)
 	}
 	if o.tailnet != nil {
 		d.metrics.Peers(o.tailnet.PathCounts())
@@ -54,7 +76,8 @@ func (d *Daemon) pass(ctx context.Context) bool {
 		defer d.mu.Unlock()
 		d.last, d.confirmed = o, d.member.confirmed.routes
 	}()
-	return d.board.run(ctx, []part{
+	up := false
+	parts := []part{
 		{name: partConfig, run: func(context.Context) ([]string, error) {
 			if err != nil {
 				return nil, err
@@ -74,16 +97,27 @@ func (d *Daemon) pass(ctx context.Context) bool {
 			return d.syncPrefs(ctx, p)
 		}},
 		{name: partApproval, needs: []string{partPrefs}, run: func(ctx context.Context) ([]string, error) {
-			return d.member.approve(ctx, o.tailnet.Self, p.prefs)
+			return d.member.approve(ctx, o, p.prefs)
 		}},
 		{name: partConflist, needs: []string{partPrefs}, run: func(context.Context) ([]string, error) {
-			return d.syncConflist(p)
+			done, err := d.syncConflist(p)
+			up = err == nil
+			return done, err
 		}},
 		{name: partHeadscale, needs: []string{partTailnet}, optional: true, run: func(ctx context.Context) ([]string, error) {
 			return d.member.check(ctx, o)
 		}},
 		{name: partForeign, optional: true, run: func(context.Context) ([]string, error) { return nil, foreignDrops(o.tun) }},
-	})
+	}
+	if d.cfg.Network.NetworkPolicy {
+		parts = append(parts, part{name: partPolicy, optional: true, run: func(context.Context) ([]string, error) { return nil, errNoPolicy }})
+	}
+	if o.cluster != nil {
+		parts = append(parts, part{name: partKubernetes, optional: true, run: func(ctx context.Context) ([]string, error) {
+			return d.syncNode(ctx, o, up)
+		}})
+	}
+	return d.board.run(ctx, parts)
 }
 
 // foreignDrops says which firewalls of others drop what pods send and get, and what to do about it.
@@ -158,10 +192,16 @@ func (d *Daemon) syncConflist(p plan) ([]string, error) {
 	changed, err := writeConflist(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
 		return d.remember(func(s *state) { s.ConflistMode = mode })
 	})
-	if changed {
-		return []string{"write " + filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName)}, err
+	if err != nil {
+		return nil, err
 	}
-	return nil, err
+	done, err := standFirst(d.cfg.CNI.ConfDir, d.cfg.CNI.Exclusive, func(names []string) error {
+		return d.remember(func(s *state) { s.Hidden = slices.Compact(slices.Sorted(slices.Values(append(s.Hidden, names...)))) })
+	})
+	if changed {
+		done = append(done, "write "+filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName))
+	}
+	return done, err
 }
 
 // errStopped: the user's `tailscale down` is theirs to undo.

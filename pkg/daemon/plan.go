@@ -35,6 +35,14 @@ type observation struct {
 	ipam json.RawMessage
 	// portmap tells whether the portmap plugin is installed.
 	portmap bool
+	// config is what is in force: the configuration, in Kubernetes with what that says of the network.
+	config config.Config
+	// cluster is nil without Kubernetes.
+	cluster *clusterView
+	// leaving are former pod CIDRs whose pods still run here.
+	leaving []netip.Prefix
+	// held are the pod CIDRs of ours that Kubernetes has given to other Nodes too.
+	held []error
 }
 
 // plan is what the node should look like.
@@ -57,14 +65,14 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		return plan{}, err
 	}
 	p := plan{
-		node: networking.NodeConfig{Own: own, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
+		node: networking.NodeConfig{Own: own, Leaving: o.leaving, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: own, Cluster: cluster, KeepSource: c.Network.ServiceCIDRs.Prefixes(), TunName: o.tun,
+			Own: slices.Concat(own, o.leaving), Cluster: cluster, KeepSource: c.Network.ServiceCIDRs.Prefixes(), TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.mode == config.ModeHost,
 		},
 		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: without(s.Advertised, own)},
-		duplicate: duplicate(own, o),
+		duplicate: errors.Join(append(o.held, duplicate(own, o))...),
 	}
 	if o.mode == config.ModeDaemon {
 		// The dedicated tailscaled must not take the host's resolver over.

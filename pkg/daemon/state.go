@@ -32,8 +32,13 @@ type state struct {
 	Host networking.SavedHost `json:"host"`
 	// ConflistMode is the file mode of the conflist that we replaced, 0 = there was none.
 	ConflistMode os.FileMode `json:"conflistMode,omitempty"`
-	// TakenBack is the fingerprint of the configuration that cut this node off from Headscale.
-	TakenBack string `json:"takenBack,omitempty"`
+	// TakenBack is the fingerprint of the configuration that cut this node off from TakenBackFor, a host:port.
+	TakenBack    string `json:"takenBack,omitempty"`
+	TakenBackFor string `json:"takenBackFor,omitempty"`
+	// Hidden are the names of other CNIs' configurations that cni.exclusive has hidden.
+	Hidden []string `json:"hidden,omitempty"`
+	// Kubernetes is what it last said.
+	Kubernetes learned `json:"kubernetes,omitzero"`
 }
 
 func statePath() string { return filepath.Join(paths.StateDir, "daemon.json") }
@@ -70,7 +75,7 @@ func (s state) save(have state) error {
 
 // clone makes a copy that shares nothing.
 func (s state) clone() state {
-	s.Advertised = slices.Clone(s.Advertised)
+	s.Advertised, s.Hidden = slices.Clone(s.Advertised), slices.Clone(s.Hidden)
 	if s.Prefs != nil {
 		p := *s.Prefs
 		s.Prefs = &p

@@ -73,12 +73,13 @@ func (d *Daemon) status(ctx context.Context) Status {
 	d.mu.Lock()
 	s := Status{Version: d.version, Ready: ready, Parts: parts, Mode: d.last.mode, Tun: d.last.tun, TunMTU: d.last.tunMTU}
 	approved := slices.Clone(d.confirmed)
+	network := d.last.config.Network
 	d.mu.Unlock()
-	own := d.cfg.Network.PodCIDRs.Prefixes()
+	own := network.PodCIDRs.Prefixes()
 	t, prefs := d.member.look(ctx)
 	if t != nil {
 		approved = append(approved, t.Self.Routes...)
-		s.Tailnet = tailnetStatus(*t, prefs, union(own, d.cfg.Network.ClusterCIDRs.Prefixes(), d.cfg.Network.RemoteCIDRs.Prefixes()))
+		s.Tailnet = tailnetStatus(*t, prefs, union(own, network.ClusterCIDRs.Prefixes(), network.RemoteCIDRs.Prefixes()))
 	}
 	for _, p := range own {
 		s.CIDRs = append(s.CIDRs, CIDRStatus{

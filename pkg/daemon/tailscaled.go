@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -20,9 +21,17 @@ import (
 
 // Tailscaled prepares the dedicated tailscaled of daemon mode and becomes it: on success it does not return. Its state
 // outlives the daemon; supervision is systemd's or Kubernetes'.
-func Tailscaled(c config.Config, environ []string) error {
+//
+// In Kubernetes every node runs it, those whose host has a tailscaled too: there it waits for its end, quietly.
+func Tailscaled(ctx context.Context, c config.Config, environ []string, log *slog.Logger) error {
 	if os.Geteuid() != 0 {
 		return errors.New("start tailscaled: needs root for the tun device and the routes; run it with sudo or as a systemd unit")
+	}
+	if inKubernetes(c, getenvOf(environ)) && c.Tailscale.Mode != config.ModeDaemon {
+		wanted, err := wantDedicated(ctx, c, log)
+		if err != nil || !wanted {
+			return err
+		}
 	}
 	if err := refuseBesideHost(); err != nil {
 		return err
@@ -48,6 +57,93 @@ func Tailscaled(c config.Config, environ []string) error {
 		"--port=" + strconv.Itoa(c.Tailscale.Port), "--no-logs-no-support",
 	}
 	return fmt.Errorf("start %s: %w", bin, unix.Exec(bin, argv, tailscaledEnv(environ)))
+}
+
+const (
+	// bootGrace is how long after a boot a host's tailscaled may still be about to start. It comes before kubelet's pods as
+	// a rule, but no unit waits for another here.
+	bootGrace = time.Minute
+	// hostLook is how often a host's tailscaled is looked for meanwhile.
+	hostLook = time.Second
+)
+
+// wantDedicated returns true as soon as it is clear that the node is to have a dedicated tailscaled, and false when ctx
+// ends before.
+//
+// What the daemon has settled on stays: a host's tailscaled that is away is being upgraded or restarted, and to take its
+// routes over for that minute would cut every flow twice. Where nothing is settled, a host tailscaled that answers decides;
+// so does a socket that nobody answers at, which is of this boot (/run is a tmpfs), so the host has a tailscaled; and a
+// node that has just booted is given time. The host's unit files and state would tell more, but we do not see them.
+func wantDedicated(ctx context.Context, c config.Config, log *slog.Logger) (bool, error) {
+	said := false
+	for ctx.Err() == nil {
+		s, err := loadState()
+		if err != nil {
+			return false, err
+		}
+		up, err := uptime()
+		if err != nil {
+			return false, err
+		}
+		if err := mountGone(filepath.Dir(paths.HostTailscaleSocket)); err != nil {
+			return false, err
+		}
+		_, noSocket := os.Lstat(paths.HostTailscaleSocket)
+		switch {
+		case c.Tailscale.Mode == config.ModeHost || s.Mode == config.ModeHost:
+		case s.Mode == config.ModeDaemon:
+			return true, nil
+		case noSocket != nil && up > bootGrace:
+			return true, nil
+		}
+		if !said {
+			log.Info("this node uses its host's own tailscaled, or may be about to; idle")
+			said = true
+		}
+		sleep(ctx, hostLook)
+	}
+	return false, nil
+}
+
+// mountGone is an error where the folder that was mounted into our container exists no more. systemd makes a new
+// /run/tailscale with each start of a host's tailscaled, and a container sees that one only after a start of its own.
+func mountGone(dir string) error {
+	var s unix.Stat_t
+	if err := unix.Stat(dir, &s); err == nil && s.Nlink == 0 {
+		return fmt.Errorf("the host has made %s anew, which a new container will see: ends to be started again", dir)
+	}
+	return nil // a folder that is not there is no mount
+}
+
+// freshMount looks until ctx ends, or it is found to be gone.
+func freshMount(ctx context.Context, dir string) error {
+	for ctx.Err() == nil {
+		if err := mountGone(dir); err != nil {
+			return err
+		}
+		sleep(ctx, hostLook)
+	}
+	return nil
+}
+
+// uptime is how long ago the machine booted.
+func uptime() (time.Duration, error) {
+	var i unix.Sysinfo_t
+	if err := unix.Sysinfo(&i); err != nil {
+		return 0, fmt.Errorf("ask when the machine booted: %w", err)
+	}
+	return time.Duration(i.Uptime) * time.Second, nil
+}
+
+func getenvOf(environ []string) func(string) string {
+	return func(name string) string {
+		for _, e := range environ {
+			if v, ok := strings.CutPrefix(e, name+"="); ok {
+				return v
+			}
+		}
+		return ""
+	}
 }
 
 // tailscaledEnv is the environment of the dedicated tailscaled.

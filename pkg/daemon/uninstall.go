@@ -30,16 +30,25 @@ func Uninstall(ctx context.Context, c config.Config) error {
 	if err != nil {
 		return err
 	}
+	if err := takeOff(ctx, c, s); err != nil {
+		return err
+	}
+	return removeRunDir()
+}
+
+// takeOff is Uninstall without the folder that the process itself uses.
+func takeOff(ctx context.Context, c config.Config, s state) error {
 	// The conflist goes first, so that no pod starts on a node that is being taken down; the guard goes last.
-	err = errors.Join(
+	err := errors.Join(
 		removeConflist(c.CNI.ConfDir, s.ConflistMode),
+		putBack(c.CNI.ConfDir, s.Hidden),
 		restorePrefs(ctx, c, s),
 		removeNetwork(ctx, s),
 	)
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
 	}
-	return errors.Join(RemovePlugins(ctx), removeFile(statePath()), os.RemoveAll(paths.IPAMDir), removeRunDir())
+	return errors.Join(RemovePlugins(ctx), removeFile(statePath()), os.RemoveAll(paths.IPAMDir))
 }
 
 // removeRunDir removes our sockets and the lock that we hold. A dedicated tailscaled that still runs keeps the folder.

@@ -14,6 +14,8 @@ import (
 type NodeConfig struct {
 	// Own are this node's pod CIDRs. Cluster are the pod CIDRs of all clusters, Own included.
 	Own, Cluster []netip.Prefix
+	// Leaving are former pod CIDRs of this node whose pods still run here. The rest of them may be another node's by now.
+	Leaving []netip.Prefix
 	// TunName is tailscaled's interface, "" while it is not known.
 	TunName string
 	// LANFirst keeps the node's default route before routes that peers advertise: for hosts whose user had neither

@@ -136,6 +136,9 @@ func wantedRules(f nodeFamily, cfg NodeConfig) []nodeRule {
 		add(prefOwn, p, func(r *nodeRule) { r.suppress = int32(p.Bits()) })
 		add(prefOwnElse, p, unreachable)
 	}
+	for _, p := range ofFamily(f, cfg.Leaving) {
+		add(prefOwn, p, func(r *nodeRule) { r.suppress = int32(p.Bits()) })
+	}
 	for _, p := range ofFamily(f, cfg.Cluster, cfg.Own) {
 		add(prefCluster, p, tunnel)
 		add(prefClusterElse, p, unreachable)

@@ -1,0 +1,367 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+const (
+	// apiTimeout bounds each request to the API server but the watch.
+	apiTimeout = 5 * time.Second
+	// nodePage is how many Nodes are read at once where the server cannot stream them: one is 10 kB and more.
+	nodePage = 100
+	// serviceInterval is how often the cluster's service ranges are asked for. They are added to, if ever, by hand.
+	serviceInterval = 10 * time.Minute
+)
+
+// cluster is what this node sees of Kubernetes: its own Node, and of all others their pod CIDRs. It watches Nodes and
+// nothing else.
+type cluster struct {
+	client    kubernetes.Interface
+	node      string // our Node's name
+	namespace string // of our own objects
+	address   string // the API server's host:port, "" where unknown
+	log       *slog.Logger
+	changed   func() // told when something changes that concerns us
+
+	mu       sync.Mutex
+	synced   bool
+	err      error // why the API server cannot be asked, nil while it can
+	own      *corev1.Node
+	cidrs    map[string][]netip.Prefix // by name of each Node, ours included
+	services []netip.Prefix
+}
+
+// inKubernetes reports whether the node is to be one of a cluster.
+func inKubernetes(c config.Config, getenv func(string) string) bool {
+	if c.Kubernetes.Enable == config.Auto {
+		return c.Kubernetes.Kubeconfig != "" || getenv("KUBERNETES_SERVICE_HOST") != ""
+	}
+	return c.Kubernetes.Enable == "true"
+}
+
+// nodeName is our Node's: what is configured, what the pod was told, else what kubelet makes of the host name.
+func nodeName(c config.Config, getenv func(string) string) (string, error) {
+	if c.Kubernetes.NodeName != "" {
+		return c.Kubernetes.NodeName, nil
+	}
+	if n := getenv("NODE_NAME"); n != "" {
+		return n, nil
+	}
+	h, err := os.Hostname()
+	return strings.ToLower(h), err
+}
+
+// newCluster makes the view. It does not connect.
+func newCluster(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*cluster, error) {
+	if !inKubernetes(c, getenv) {
+		return nil, nil
+	}
+	if p := c.Network.PodCIDRs; len(p) > 0 {
+		return nil, fmt.Errorf("network.podCIDRs: %v: in Kubernetes the Node object says which they are (Node.spec.podCIDRs): remove the "+
+			"key, or set kubernetes.enable: false", []string(p))
+	}
+	node, err := nodeName(c, getenv)
+	if err != nil {
+		return nil, err
+	}
+	rc, err := kube.Config(c.Kubernetes.Kubeconfig, "headcni-daemon/"+version)
+	if err != nil {
+		return nil, fmt.Errorf("%w; set kubernetes.kubeconfig, or kubernetes.enable: false", err)
+	}
+	client, err := kubernetes.NewForConfig(rc)
+	if err != nil {
+		return nil, err
+	}
+	k := watched(client, node, log)
+	k.address = apiAddress(rc.Host)
+	return k, nil
+}
+
+func watched(client kubernetes.Interface, node string, log *slog.Logger) *cluster {
+	return &cluster{client: client, node: node, namespace: kube.Namespace(), log: log, cidrs: map[string][]netip.Prefix{}}
+}
+
+// apiAddress is host:port of a URL, or of what may stand in its place in a kubeconfig.
+func apiAddress(host string) string {
+	if !strings.Contains(host, "://") {
+		host = "https://" + host
+	}
+	u, err := url.Parse(host)
+	if err != nil || u.Hostname() == "" {
+		return ""
+	}
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	return net.JoinHostPort(u.Hostname(), port)
+}
+
+// run watches until ctx ends. changed is told of everything that concerns us.
+func (k *cluster) run(ctx context.Context, changed func()) {
+	k.changed = changed
+	// The library logs each failed try; the part kubernetes says it once.
+	ctx = klog.NewContext(ctx, klog.New(nil))
+	nodes := k.client.CoreV1().Nodes()
+	lw := &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			// In pages also where the library would take everything at once from the server's cache.
+			if o.Limit = nodePage; o.ResourceVersion == "0" {
+				o.ResourceVersion = ""
+			}
+			ctx, cancel := context.WithTimeout(ctx, 6*apiTimeout)
+			defer cancel()
+			list, err := nodes.List(ctx, o)
+			k.answered(err)
+			if err != nil {
+				return nil, err
+			}
+			for i := range list.Items {
+				list.Items[i] = *k.few(&list.Items[i])
+			}
+			return list, nil
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			w, err := nodes.Watch(ctx, o)
+			k.answered(err)
+			return w, err
+		},
+	}
+	r := cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(lw, k.client), &corev1.Node{}, (*nodeStore)(k),
+		cache.ReflectorOptions{Name: "nodes"})
+	var wg sync.WaitGroup
+	wg.Go(func() { k.watchServices(ctx) })
+	r.RunWithContext(ctx)
+	wg.Wait()
+}
+
+// answered keeps whether the API server could be asked.
+func (k *cluster) answered(err error) {
+	if errors.Is(err, context.Canceled) || apierrors.IsResourceExpired(err) || apierrors.IsInvalid(err) {
+		return // we are being stopped; or the library asks in another way next
+	}
+	if apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) {
+		err = fmt.Errorf("%w; the service account %s must be allowed to get, list and watch nodes (see the chart's ClusterRole)", err, kube.DaemonAccount)
+	}
+	k.mu.Lock()
+	news := (err == nil) != (k.err == nil)
+	k.err = err
+	k.mu.Unlock()
+	if news {
+		k.changed()
+	}
+}
+
+// few is what is kept of a Node: of others a name and CIDRs.
+func (k *cluster) few(n *corev1.Node) *corev1.Node {
+	out := &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: n.Name, ResourceVersion: n.ResourceVersion, Annotations: map[string]string{}},
+		Spec:       corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs},
+	}
+	if out.Annotations = nil; n.Name != k.node {
+		return out
+	}
+	out.UID = n.UID
+	out.Annotations = map[string]string{}
+	for key, v := range n.Annotations {
+		if strings.HasPrefix(key, "headcni.io/") {
+			out.Annotations[key] = v
+		}
+	}
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeNetworkUnavailable {
+			c.LastHeartbeatTime = metav1.Time{} // no news
+			out.Status.Conditions = []corev1.NodeCondition{c}
+		}
+	}
+	return out
+}
+
+// nodeStore is where the watch puts Nodes.
+type nodeStore cluster
+
+func (s *nodeStore) Add(obj any) error    { return s.Update(obj) }
+func (s *nodeStore) Resync() error        { return nil }
+func (s *nodeStore) cluster() *cluster    { return (*cluster)(s) }
+func (s *nodeStore) Delete(obj any) error { return s.change(obj, (*cluster).forget) }
+func (s *nodeStore) Update(obj any) error { return s.change(obj, (*cluster).put) }
+
+// Transformer keeps what the library gathers on its way to Replace small.
+func (s *nodeStore) Transformer() cache.TransformFunc {
+	return func(obj any) (any, error) {
+		if n, ok := obj.(*corev1.Node); ok {
+			return s.cluster().few(n), nil
+		}
+		return obj, nil
+	}
+}
+
+func (s *nodeStore) change(obj any, do func(*cluster, *corev1.Node) bool) error {
+	n, ok := obj.(*corev1.Node)
+	if !ok {
+		return fmt.Errorf("a %T among Nodes", obj)
+	}
+	k := s.cluster()
+	k.mu.Lock()
+	news := do(k, n)
+	k.mu.Unlock()
+	if news {
+		k.changed()
+	}
+	return nil
+}
+
+// Replace takes the whole list, at the start and whenever events may have been missed.
+func (s *nodeStore) Replace(list []any, _ string) error {
+	k := s.cluster()
+	k.mu.Lock()
+	seen := map[string]bool{}
+	for _, obj := range list {
+		if n, ok := obj.(*corev1.Node); ok {
+			seen[n.Name] = true
+			k.put(n)
+		}
+	}
+	for name := range k.cidrs {
+		if !seen[name] {
+			delete(k.cidrs, name)
+		}
+	}
+	if !seen[k.node] {
+		k.own = nil
+	}
+	k.synced, k.err = true, nil
+	k.mu.Unlock()
+	k.changed()
+	return nil
+}
+
+// put reports whether it changed anything for us. The caller holds the lock, as with forget.
+func (k *cluster) put(n *corev1.Node) bool {
+	n = k.few(n)
+	cidrs, err := kube.PodCIDRs(n)
+	if err != nil && n.Name != k.node {
+		cidrs = nil // its own daemon says what is wrong with them
+	}
+	news := !slices.Equal(k.cidrs[n.Name], cidrs)
+	if k.cidrs[n.Name] = cidrs; len(cidrs) == 0 {
+		delete(k.cidrs, n.Name)
+	}
+	if n.Name != k.node {
+		return news
+	}
+	before := k.own
+	k.own = n
+	return before == nil || !sameNode(before, n)
+}
+
+func (k *cluster) forget(n *corev1.Node) bool {
+	_, had := k.cidrs[n.Name]
+	delete(k.cidrs, n.Name)
+	if n.Name == k.node {
+		k.own = nil
+		return true
+	}
+	return had
+}
+
+// clusterView is the cluster at one moment.
+type clusterView struct {
+	// synced: the API server has told everything at least once.
+	synced bool
+	err    error
+	// node is ours, nil where Kubernetes has none of that name.
+	node *corev1.Node
+	// pods are all Nodes' CIDRs, in as few prefixes as there can be.
+	pods     []netip.Prefix
+	services []netip.Prefix
+	cidrs    map[string][]netip.Prefix
+}
+
+// view is nil without Kubernetes.
+func (k *cluster) view() *clusterView {
+	if k == nil {
+		return nil
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	v := &clusterView{synced: k.synced, err: k.err, node: k.own, services: k.services, cidrs: map[string][]netip.Prefix{}}
+	var all []netip.Prefix
+	for name, cidrs := range k.cidrs {
+		v.cidrs[name] = cidrs
+		all = append(all, cidrs...)
+	}
+	v.pods = aggregate(all)
+	return v
+}
+
+// holder names another Node that has a pod CIDR overlapping p, "" where there is none.
+func (v *clusterView) holder(p netip.Prefix, own string) string {
+	if v == nil {
+		return ""
+	}
+	for name, cidrs := range v.cidrs {
+		if name != own && slices.ContainsFunc(cidrs, p.Overlaps) {
+			return name
+		}
+	}
+	return ""
+}
+
+// aggregate covers exactly what the prefixes cover in as few as possible: each one is a rule that packets are compared
+// with, and a cluster has a thousand nodes.
+func aggregate(prefixes []netip.Prefix) []netip.Prefix {
+	out := union(prefixes)
+	for i := 1; i < len(out); {
+		a, b := out[i-1], out[i]
+		if a.Bits() == b.Bits() && a.Bits() > 1 {
+			if parent := netip.PrefixFrom(a.Addr(), a.Bits()-1).Masked(); parent.Contains(b.Addr()) && parent.Addr() == a.Addr() {
+				out[i-1] = parent
+				out = slices.Delete(out, i, i+1)
+				i = max(i-1, 1) // the parent may have a sibling before it
+				continue
+			}
+		}
+		i++
+	}
+	return out
+}
+
+// joinKey reads the key that the controller has made for nodes to join with.
+func (k *cluster) joinKey(ctx context.Context) (secret.Secret, error) {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	s, err := k.client.CoreV1().Secrets(k.namespace).Get(ctx, kube.JoinSecret, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) || err == nil && len(s.Data[kube.JoinSecretKey]) == 0 {
+		return secret.Secret{}, fmt.Errorf("headcni-controller has not made a key to join with yet (Secret %s/%s): see `kubectl -n %[1]s logs "+
+			"deploy/headcni-controller`", k.namespace, kube.JoinSecret)
+	}
+	if err != nil {
+		return secret.Secret{}, fmt.Errorf("read the key to join with (Secret %s/%s): %w", k.namespace, kube.JoinSecret, err)
+	}
+	return secret.New(strings.TrimSpace(string(s.Data[kube.JoinSecretKey]))), nil
+}

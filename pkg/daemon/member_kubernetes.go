@@ -1,0 +1,108 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+const (
+	// unknownPatience is how long Headscale must not know a node before it joins anew: the controller may have looked
+	// while the node was joining.
+	unknownPatience = 30 * time.Second
+	// rejoinInterval bounds how often that is done: each time leaves a node in Headscale where the controller is wrong.
+	rejoinInterval = 5 * time.Minute
+	// viewPatience is how long the controller may take to look at a node.
+	viewPatience = time.Minute
+)
+
+// inKubernetes lets the node join with the key that the controller makes.
+func (m *member) inKubernetes(k *cluster) {
+	m.joinKey, m.nodeName = k.joinKey, k.node
+}
+
+// controllersKey is what to join with where nothing else is given: in Kubernetes the controller's key.
+func (m *member) controllersKey(ctx context.Context, none error) (secret.Secret, error) {
+	if m.joinKey == nil {
+		return secret.Secret{}, none
+	}
+	return m.joinKey(ctx)
+}
+
+// viewOf is how the controller sees the node with this key in Headscale; nil where it has not said.
+func viewOf(c *clusterView, nodeKey string) (*kube.View, error) {
+	if c == nil || c.node == nil {
+		return nil, nil
+	}
+	v, ok, err := kube.ViewOf(c.node)
+	if err != nil || !ok || v.NodeKey != nodeKey {
+		return nil, err
+	}
+	return &v, nil
+}
+
+// approvedBy judges the controller's view of routes that tailscaled does not know to be routed.
+func (m *member) approvedBy(c *clusterView, key string, missing []netip.Prefix) error {
+	v, err := viewOf(c, key)
+	switch {
+	case err != nil:
+		return err
+	case v == nil && (c.err != nil || !c.synced):
+		return m.cannotTell(missing, errors.New("the API server cannot be asked what headcni-controller says"))
+	case v == nil && time.Since(m.advertisedAt) < viewPatience:
+		return waiting("headcni-controller has not looked at this node yet")
+	case v == nil:
+		return fmt.Errorf("%v: headcni-controller has said nothing of this node: see `kubectl -n %s logs deploy/headcni-controller`", missing, kube.Namespace())
+	case v.State == kube.StateUnseen:
+		return m.cannotTell(missing, errors.New("headcni-controller has a pre-auth key, which can neither see nor approve them"))
+	case v.State == kube.StateRouted && len(without(missing, v.Routes)) == 0:
+		return nil
+	case v.State == kube.StateRefused:
+		return fmt.Errorf("%v: headcni-controller does not approve them: %s", missing, v.Message)
+	case v.Message != "":
+		return waiting("headcni-controller says: " + v.Message)
+	}
+	return waiting("headcni-controller is about to approve " + fmt.Sprint(missing))
+}
+
+// checkByView is check where the controller asks Headscale for us.
+func (m *member) checkByView(ctx context.Context, o observation) ([]string, error) {
+	self := o.tailnet.Self
+	v, err := viewOf(o.cluster, self.NodeKey)
+	if err != nil {
+		return nil, err
+	}
+	if v == nil || v.State != kube.StateUnknown {
+		m.unknown = time.Time{}
+		if v != nil && v.Expiry != nil {
+			return nil, keyExpiry(*v.Expiry, time.Now())
+		}
+		return nil, keyExpiry(self.KeyExpiry, time.Now())
+	}
+	if o.mode == config.ModeHost {
+		return nil, errors.New("Headscale does not know this node (deleted there, or another server than headcni-controller's): log it in " +
+			"again with `tailscale up --force-reauth`")
+	}
+	if m.unknown.IsZero() {
+		m.unknown = time.Now()
+	}
+	if time.Since(m.unknown) < unknownPatience {
+		return nil, waiting("Headscale does not know this node; joins anew if it stays so")
+	}
+	if ago := time.Since(m.rejoined); ago < rejoinInterval {
+		return nil, fmt.Errorf("Headscale does not know this node although it joined %s ago: does headcni-controller ask the Headscale at "+
+			"headscale.url?", ago.Round(time.Second))
+	}
+	m.rejoined = time.Now()
+	if err := m.login(ctx, true); err != nil {
+		return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
+	}
+	m.unknown, m.confirmed = time.Time{}, confirmation{}
+	return []string{"joined anew: Headscale did not know this node any more"}, waiting("has just joined anew")
+}
