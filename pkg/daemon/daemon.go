@@ -32,6 +32,8 @@ const (
 	fullCheck = time.Minute
 	// settle is how long a burst of events is gathered before a pass.
 	settle = 100 * time.Millisecond
+	// spoolInterval is how often the spool of hints is looked at although nobody told of one.
+	spoolInterval = 10 * time.Second
 	// retryMin and retryMax bound the wait after a pass in which something was not right.
 	retryMin = time.Second
 	retryMax = 30 * time.Second
@@ -133,6 +135,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	fatal := make(chan error, 8)
+	spoolErr := func(err error) { d.log.Warn("count what the plugin did", "err", err) }
+	if err := d.metrics.Keep(totalsPath(), hint.Spool(paths.DaemonSocket), spoolErr); err != nil {
+		return err
+	}
 	if d.cfg.Monitoring.Listen != "" {
 		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
 		if err != nil {
@@ -141,7 +147,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 		wg.Go(func() { fatal <- wait() })
 	}
 	wg.Go(func() { fatal <- d.serveAPI(ctx) })
-	wg.Go(func() { fatal <- hint.Serve(ctx, paths.DaemonSocket, d.metrics.Plugin) })
+	hinted := make(chan struct{}, 1)
+	wg.Go(func() { fatal <- hint.Serve(ctx, paths.DaemonSocket, func(hint.Hint) { wake(hinted) }) })
+	wg.Go(func() { d.count(ctx, hinted) })
 	d.watch(ctx, &wg)
 	if d.cluster != nil {
 		wg.Go(func() { fatal <- freshMount(ctx, filepath.Dir(paths.HostTailscaleSocket)) })
@@ -206,10 +214,28 @@ func (d *Daemon) loop(ctx context.Context, fatal <-chan error) error {
 }
 
 // poke asks for a pass. It never blocks: one that is asked for already will see everything.
-func (d *Daemon) poke() {
+func (d *Daemon) poke() { wake(d.wake) }
+
+func wake(ch chan<- struct{}) {
 	select {
-	case d.wake <- struct{}{}:
+	case ch <- struct{}{}:
 	default:
+	}
+}
+
+// totalsPath is where the metrics of the plugin are kept until the next boot.
+func totalsPath() string { return filepath.Join(paths.RunDir, "metrics.json") }
+
+// count takes hints out of the spool soon after each, and now and then for those that came without a word.
+func (d *Daemon) count(ctx context.Context, hinted <-chan struct{}) {
+	for ctx.Err() == nil {
+		d.metrics.Fold()
+		select {
+		case <-ctx.Done():
+		case <-time.After(spoolInterval):
+		case <-hinted:
+			sleep(ctx, settle)
+		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/networking"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -53,8 +54,10 @@ func takeOff(ctx context.Context, c config.Config, s state) error {
 
 // removeRunDir removes our sockets and the lock that we hold. A dedicated tailscaled that still runs keeps the folder.
 func removeRunDir() error {
-	err := errors.Join(removeFile(paths.DaemonSocket), removeFile(paths.APISocket), removeFile(lockPath()))
-	if gone := os.Remove(paths.RunDir); gone != nil && !errors.Is(gone, unix.ENOTEMPTY) {
+	err := errors.Join(removeFile(paths.DaemonSocket), removeFile(paths.APISocket), removeFile(lockPath()), removeFile(totalsPath()),
+		os.RemoveAll(hint.Spool(paths.DaemonSocket)))
+	// In a container the folder is a mount.
+	if gone := os.Remove(paths.RunDir); gone != nil && !errors.Is(gone, unix.ENOTEMPTY) && !errors.Is(gone, unix.EBUSY) {
 		err = errors.Join(err, gone)
 	}
 	return err

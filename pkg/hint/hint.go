@@ -1,5 +1,5 @@
-// Package hint carries what the short-lived CNI plugin did to the daemon, over a Unix socket. A hint makes the daemon
-// faster and its metrics complete; nothing depends on it: a lost one never fails an ADD or a DEL.
+// Package hint carries what the short-lived CNI plugin did to the daemon: by a file, which is what the daemon counts, and
+// over a Unix socket, which makes it look at once. No pod depends on it: a lost hint never fails an ADD or a DEL.
 package hint
 
 import (
@@ -34,7 +34,7 @@ type Hint struct {
 	Stage        string        `json:"stage,omitempty"`     // what failed: config, gate, ipam, attach, ...
 }
 
-// Send gives h to the daemon at socket and waits until it has been taken, at most Wait.
+// Send writes h into the spool, gives it to the daemon at socket and waits until it has been taken, at most Wait.
 func Send(ctx context.Context, socket string, h Hint) error {
 	ctx, cancel := context.WithTimeout(ctx, Wait)
 	defer cancel()
@@ -42,6 +42,11 @@ func Send(ctx context.Context, socket string, h Hint) error {
 	if err != nil {
 		return err
 	}
+	return errors.Join(spool(Spool(socket), b), tell(ctx, socket, b))
+}
+
+// tell gives a hint to the daemon. Where none listens the kernel says so at once.
+func tell(ctx context.Context, socket string, b []byte) error {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unixpacket", socket)
 	if err != nil {

@@ -4,18 +4,13 @@ package monitoring
 import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-
-	"github.com/headcni/headcni/pkg/hint"
 )
 
-// Metrics are the daemon's. The four of the specification are counted from the plugin's hints.
+// Metrics are the daemon's. The four of the specification are counted from the plugin's hints, see Keep.
 type Metrics struct {
 	registry *prometheus.Registry
 
-	allocations prometheus.Counter
-	releases    prometheus.Counter
-	errors      *prometheus.CounterVec
-	setup       prometheus.Histogram
+	plugin *book
 
 	passes      prometheus.Histogram
 	part        *prometheus.GaugeVec
@@ -28,19 +23,7 @@ type Metrics struct {
 func NewMetrics(version string) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
-		allocations: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "headcni_ip_allocations_total", Help: "Addresses given to pods.",
-		}),
-		releases: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "headcni_ip_releases_total", Help: "Addresses taken back from pods.",
-		}),
-		errors: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "headcni_network_errors_total", Help: "Failed network operations by what failed.",
-		}, []string{"stage"}),
-		setup: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "headcni_pod_network_setup_duration_seconds", Help: "Duration of successful CNI ADD commands inside the plugin.",
-			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
-		}),
+		plugin:   &book{t: newTotals(), log: func(error) {}},
 		passes: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "headcni_reconcile_duration_seconds", Help: "Duration of one observe-plan-apply pass over the node.",
 			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
@@ -58,37 +41,37 @@ func NewMetrics(version string) *Metrics {
 			Name: "headcni_corrections_total", Help: "Changes made to the node by part, the first set-up included.",
 		}, []string{"part"}),
 	}
+	// It stays 0 until there is somebody who enforces them.
+	policy := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "headcni_network_policy_enforced", Help: "1 where this node enforces NetworkPolicies, 0 where it does not.",
+	})
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "headcni_build_info", Help: "Always 1."}, []string{"version"})
 	build.WithLabelValues(version).Set(1)
-	m.registry.MustRegister(m.allocations, m.releases, m.errors, m.setup, m.passes, m.part, m.peers, m.rearmPings, m.corrections, build,
+	m.registry.MustRegister(m.plugin, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	for _, stage := range []string{"config", "gate", "ipam", "attach", "detach", "other"} {
-		m.errors.WithLabelValues(stage)
-	}
 	return m
 }
 
-// Plugin counts one finished command of the CNI plugin.
-func (m *Metrics) Plugin(h hint.Hint) {
-	if h.ErrorCode != 0 {
-		stage := h.Stage
-		if stage == "" {
-			stage = "other"
-		}
-		m.errors.WithLabelValues(stage).Inc()
-		return
-	}
-	switch h.Command {
-	case "ADD":
-		m.allocations.Add(float64(len(h.Addrs)))
-		m.setup.Observe(h.Duration.Seconds())
-	case "DEL":
-		m.releases.Add(float64(len(h.Addrs)))
+// Keep counts the plugin's hints from the spool from now on, and goes on from what an earlier daemon kept at path. log is
+// told of what goes wrong.
+func (m *Metrics) Keep(path, spool string, log func(error)) error {
+	m.plugin.log = log
+	return m.plugin.open(path, spool)
+}
+
+// Fold counts what is in the spool. A scrape does so too.
+func (m *Metrics) Fold() {
+	if err := m.plugin.fold(); err != nil {
+		m.plugin.log(err)
 	}
 }
 
 // Released counts addresses that were freed without a DEL.
-func (m *Metrics) Released(n int) { m.releases.Add(float64(n)) }
+func (m *Metrics) Released(n int) {
+	if err := m.plugin.change(func(t *totals) { t.Releases += uint64(n) }); err != nil {
+		m.plugin.log(err)
+	}
+}
 
 // Pass records one reconcile pass of the daemon, in seconds.
 func (m *Metrics) Pass(seconds float64) { m.passes.Observe(seconds) }

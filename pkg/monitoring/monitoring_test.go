@@ -2,10 +2,13 @@ package monitoring
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -46,9 +49,19 @@ func freeAddr(t *testing.T) string {
 func TestServe(t *testing.T) {
 	m := NewMetrics("v1")
 	v4, v6 := netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")
-	m.Plugin(hint.Hint{Command: "ADD", Addrs: []netip.Addr{v4, v6}, Duration: 5 * time.Millisecond})
-	m.Plugin(hint.Hint{Command: "ADD", ErrorCode: 11, Stage: "gate"})
-	m.Plugin(hint.Hint{Command: "DEL", Addrs: []netip.Addr{v4}})
+	socket := filepath.Join(t.TempDir(), "daemon.sock")
+	if err := m.Keep(filepath.Join(t.TempDir(), "metrics.json"), hint.Spool(socket), func(err error) { t.Error(err) }); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range []hint.Hint{
+		{Command: "ADD", Addrs: []netip.Addr{v4, v6}, Duration: 5 * time.Millisecond},
+		{Command: "ADD", ErrorCode: 11, Stage: "gate"},
+		{Command: "DEL", Addrs: []netip.Addr{v4}},
+	} {
+		if err := hint.Send(t.Context(), socket, h); !errors.Is(err, os.ErrNotExist) { // nobody listens: spooled all the same
+			t.Fatal(err)
+		}
+	}
 	m.Part("rules", true, 3)
 
 	ctx, cancel := context.WithCancel(t.Context())

@@ -1,0 +1,93 @@
+package hint
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+const (
+	// maxSpool bounds the folder's own size in bytes, which one stat tells and which grows with its entries: on a tmpfs, where
+	// it usually is, by 20 for each. That is 8192 hints, half a day of a node that starts a pod each ten seconds.
+	maxSpool = 20 * 8192
+	// leftoverAge is when a file that is still being written is one that was not finished.
+	leftoverAge = time.Minute
+)
+
+// errFull means that nobody has taken hints for long.
+var errFull = errors.New("the spool is full")
+
+// Spool is the folder of hints that have not been counted, beside the daemon's socket. Every hint goes there first: what
+// is in it has not been counted, what has been is not, whoever was killed meanwhile.
+func Spool(socket string) string { return filepath.Join(filepath.Dir(socket), "hints") }
+
+// spool puts a hint into the folder, whole or not at all. Where there is no folder no daemon has ever run. It is a tmpfs:
+// nothing is synced.
+func spool(dir string, b []byte) (err error) {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if info.Size() > maxSpool {
+		return errFull
+	}
+	name := fmt.Sprintf("%d-%d", time.Now().UnixNano(), os.Getpid())
+	temp := filepath.Join(dir, "."+name)
+	if err := os.WriteFile(temp, b, 0o600); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	return os.Rename(temp, filepath.Join(dir, name))
+}
+
+// Spooled is a hint in the spool and the name of its file. Hint is zero where the file cannot be understood.
+type Spooled struct {
+	Name string
+	Hint Hint
+}
+
+// ReadSpool reads up to limit hints, and removes what killed plugins did not finish.
+func ReadSpool(dir string, limit int) ([]Spooled, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var out []Spooled
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if strings.HasPrefix(e.Name(), ".") {
+			if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > leftoverAge {
+				_ = os.Remove(path) // the next look tries again
+			}
+			continue
+		}
+		if len(out) == limit {
+			break
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return out, err
+		}
+		s := Spooled{Name: e.Name()}
+		_ = json.Unmarshal(b, &s.Hint) // of another version, then: not understood
+		out = append(out, s)
+	}
+	return out, nil
+}
+
+// RemoveSpooled removes hints that have been counted.
+func RemoveSpooled(dir string, names []string) error {
+	var errs []error
+	for _, name := range names {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,192 @@
+package monitoring
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/headcni/headcni/pkg/hint"
+)
+
+// batch bounds how many hints are counted in one step.
+const batch = 1024
+
+// setupBuckets are the upper bounds of the histogram of ADD, in seconds.
+var setupBuckets = prometheus.ExponentialBuckets(0.001, 2, 14)
+
+// totals are the four metrics of the specification. A restart of the daemon loses none of them: they are kept on the
+// tmpfs on which the hints are, until the next boot.
+type totals struct {
+	Allocations uint64            `json:"allocations"`
+	Releases    uint64            `json:"releases"`
+	Errors      map[string]uint64 `json:"errors"`
+	// Setups counts ADDs by the bucket that they fell into; what is longer than the last bound is in one more.
+	Setups   []uint64 `json:"setups"`
+	SetupSum float64  `json:"setupSeconds"`
+	// Counted are hints in these totals whose files may still be in the spool.
+	Counted []string `json:"counted,omitempty"`
+}
+
+func newTotals() totals {
+	t := totals{Errors: map[string]uint64{}, Setups: make([]uint64, len(setupBuckets)+1)}
+	for _, stage := range []string{"config", "gate", "ipam", "attach", "detach", "other"} {
+		t.Errors[stage] = 0 // so that a rate is right from the first scrape
+	}
+	return t
+}
+
+func (t totals) clone() totals {
+	t.Errors, t.Setups, t.Counted = maps.Clone(t.Errors), slices.Clone(t.Setups), slices.Clone(t.Counted)
+	return t
+}
+
+// add counts one finished command of the CNI plugin.
+func (t *totals) add(h hint.Hint) {
+	switch {
+	case h.ErrorCode != 0 && h.Stage != "":
+		t.Errors[h.Stage]++
+	case h.ErrorCode != 0:
+		t.Errors["other"]++
+	case h.Command == "ADD":
+		t.Allocations += uint64(len(h.Addrs))
+		i, _ := slices.BinarySearch(setupBuckets, h.Duration.Seconds())
+		t.Setups[i]++
+		t.SetupSum += h.Duration.Seconds()
+	case h.Command == "DEL":
+		t.Releases += uint64(len(h.Addrs))
+	}
+}
+
+// book holds the totals and where they are kept: in path, from the hints in spool; both "" = in memory only.
+type book struct {
+	path, spool string
+	log         func(error)
+
+	mu sync.Mutex
+	t  totals
+}
+
+// open reads what an earlier daemon kept. What cannot be read is begun anew.
+func (b *book) open(path, spool string) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.path, b.spool = path, spool
+	if err := os.MkdirAll(spool, 0o700); err != nil {
+		return fmt.Errorf("make the spool of hints: %w", err)
+	}
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read the kept metrics: %w", err)
+	}
+	t := newTotals()
+	if json.Unmarshal(text, &t) == nil && len(t.Setups) == len(setupBuckets)+1 && t.Errors != nil {
+		b.t = t
+	}
+	return nil
+}
+
+// fold counts what is in the spool. Killed between any two steps it counts nothing twice and leaves out nothing: a hint is
+// in the kept totals from the rename on, and its name beside it until its file is gone.
+func (b *book) fold() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.spool != "" {
+		if err := hint.RemoveSpooled(b.spool, b.t.Counted); err != nil {
+			return fmt.Errorf("take hints out of the spool: %w", err)
+		}
+		found, err := hint.ReadSpool(b.spool, batch)
+		if err != nil {
+			return fmt.Errorf("read the spool of hints: %w", err)
+		}
+		if len(found) == 0 {
+			return nil
+		}
+		next := b.t.clone()
+		next.Counted = nil
+		for _, s := range found {
+			next.add(s.Hint)
+			next.Counted = append(next.Counted, s.Name)
+		}
+		if err := b.keep(next); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// change counts what no hint tells.
+func (b *book) change(do func(*totals)) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	next := b.t.clone()
+	do(&next)
+	return b.keep(next)
+}
+
+// keep writes the totals in one step and then goes by them. A tmpfs needs no sync.
+func (b *book) keep(next totals) error {
+	if b.path != "" {
+		text, err := json.Marshal(next)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(b.path+".new", text, 0o600); err != nil {
+			return fmt.Errorf("keep the metrics: %w", err)
+		}
+		if err := os.Rename(b.path+".new", b.path); err != nil {
+			return fmt.Errorf("keep the metrics: %w", err)
+		}
+	}
+	b.t = next
+	return nil
+}
+
+var (
+	allocationsDesc = prometheus.NewDesc("headcni_ip_allocations_total", "Addresses given to pods.", nil, nil)
+	releasesDesc    = prometheus.NewDesc("headcni_ip_releases_total", "Addresses taken back from pods.", nil, nil)
+	errorsDesc      = prometheus.NewDesc("headcni_network_errors_total", "Failed network operations by what failed.", []string{"stage"}, nil)
+	setupDesc       = prometheus.NewDesc("headcni_pod_network_setup_duration_seconds",
+		"Duration of successful CNI ADD commands inside the plugin.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (b *book) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{allocationsDesc, releasesDesc, errorsDesc, setupDesc} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector: a scrape has every command that has ended.
+func (b *book) Collect(ch chan<- prometheus.Metric) {
+	if err := b.fold(); err != nil {
+		b.log(err)
+	}
+	b.mu.Lock()
+	t := b.t.clone()
+	b.mu.Unlock()
+	counter := func(d *prometheus.Desc, n uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
+	}
+	counter(allocationsDesc, t.Allocations)
+	counter(releasesDesc, t.Releases)
+	for stage, n := range t.Errors {
+		counter(errorsDesc, n, stage)
+	}
+	buckets, count := map[float64]uint64{}, uint64(0)
+	for i, n := range t.Setups {
+		if count += n; i < len(setupBuckets) {
+			buckets[setupBuckets[i]] = count // they are cumulative
+		}
+	}
+	ch <- prometheus.MustNewConstHistogram(setupDesc, count, t.SetupSum, buckets)
+}
