@@ -68,6 +68,14 @@ test: need-go ## All tests with the race detector, none skipped; needs root
 		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) ./...; \
 		cd test/tools/oci; go vet ./...; go test ./...
 
+MATRIX := 0.26 0.27 0.28
+
+.PHONY: test-matrix
+test-matrix: need-go ## pkg/headscale against older real Headscales too (MATRIX), with a table at the end; needs root
+	@if ((EUID != 0)); then echo "make test-matrix: needs root: run 'sudo make test-matrix'" >&2; exit 1; fi
+	@$(call WITH_PACKAGES,demo) HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale $(addprefix headscale-,$(MATRIX))); export HEADCNI_TOOLS; \
+		scripts/test-matrix headscale $(addprefix headscale-,$(MATRIX))
+
 .PHONY: bench
 bench: build ## Speed of ADD, DEL, address management and throughput beside the reference plugins; needs root
 	@if ((EUID != 0)); then echo "make bench: needs root: run 'sudo make bench'" >&2; exit 1; fi
@@ -90,7 +98,7 @@ lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against R
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
 	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
-	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall scripts/image scripts/image-rootfs)
+	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 .PHONY: vet

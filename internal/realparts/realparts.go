@@ -6,6 +6,7 @@ package realparts
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -29,6 +30,10 @@ import (
 // ToolsEnv holds the folders that test/tools/ensure prints.
 const ToolsEnv = "HEADCNI_TOOLS"
 
+// HeadscaleEnv names the Headscale to test against where it is not the pinned one: headscale-0.26 and so on, as
+// test/tools/ensure calls them.
+const HeadscaleEnv = "HEADCNI_HEADSCALE"
+
 // startTimeout bounds the start of a process. It is seconds on a busy machine.
 const startTimeout = 60 * time.Second
 
@@ -51,7 +56,7 @@ type World struct {
 func New(t testing.TB, batch time.Duration) *World {
 	t.Helper()
 	nstest.Require(t)
-	bin := Tool(t, "headscale")
+	bin := Tool(t, cmp.Or(os.Getenv(HeadscaleEnv), "headscale"))
 	Tool(t, "tailscaled")
 	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if err != nil {
