@@ -279,12 +279,26 @@ func readSysctl(key string) (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
+// hostSysctlRoot is where a container has the host's /proc/sys/net mounted once more (below net). A runtime makes the
+// container's own /proc/sys read-only unless it is privileged, and lets nothing be mounted below /proc. Both show the
+// sysctls of the reader's network namespace, which is the host's (hostNetwork).
+const hostSysctlRoot = "/host/proc/sys"
+
 func writeSysctl(key, value string) error {
-	err := os.WriteFile(filepath.Join(sysctlRoot, key), []byte(value), 0)
-	if errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("%w: run the daemon's container privileged, or set it on the host yourself", err)
+	return writeSysctlIn(sysctlRoot, hostSysctlRoot, key, value)
+}
+
+// writeSysctlIn writes below root, and below other where root is read-only.
+func writeSysctlIn(root, other, key, value string) error {
+	err := os.WriteFile(filepath.Join(root, key), []byte(value), 0)
+	if !errors.Is(err, unix.EROFS) {
+		return err
 	}
-	return err
+	err2 := os.WriteFile(filepath.Join(other, key), []byte(value), 0)
+	if err2 == nil {
+		return nil
+	}
+	return fmt.Errorf("%w, and %w: mount the host's /proc/sys/net there (the chart does), or set it on the host yourself", err, err2)
 }
 
 // hasFamily is false for IPv6 on a host that was started with ipv6.disable=1 or has none in its kernel.
