@@ -15,7 +15,7 @@ CNI_BIN  ?= /opt/cni/bin
 CNI_CONF ?= /etc/cni/net.d
 UNITS    ?= $(PREFIX)/lib/systemd/system
 
-PROGRAMS := headcni headcni-ipam headcni-daemon
+PROGRAMS := headcni headcni-ipam headcni-daemon headcni-controller
 PLUGINS  := host-local portmap
 LDFLAGS  := -s -w -X github.com/headcni/headcni/internal/version.Version=$(VERSION)
 

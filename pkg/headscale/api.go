@@ -324,3 +324,7 @@ func wrap(err error, format string, args ...any) error {
 	}
 	return fmt.Errorf(format+": %w", append(args, err)...)
 }
+
+// StarCoversRoutes tells whether * in a policy's rules means every address, as it did up to 0.28; since 0.29 it means
+// those of the tailnet's own nodes. A server that does not tell its version is older than 0.27.
+func StarCoversRoutes(version string) bool { return !atLeast(version, 0, 29) }

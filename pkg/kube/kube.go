@@ -29,6 +29,10 @@ const (
 	JoinSecretKey = "auth-key"
 	// Lease is what the controllers' leader holds.
 	Lease = "headcni-controller"
+	// Memory is the ConfigMap in which the controller keeps which node of the tailnet is which Node.
+	Memory = "headcni-controller"
+	// Controller is the controllers' Deployment.
+	Controller = "headcni-controller"
 )
 
 // Annotations on Node objects.
@@ -42,6 +46,8 @@ const (
 	TailnetIPs = prefix + "tailnet-ips"
 	// Headscale, by the controller: the node as Headscale sees it, a View as JSON.
 	Headscale = prefix + "headscale"
+	// Allocated is "true" where the controller gave the Node its pod CIDRs.
+	Allocated = prefix + "allocated"
 	// Uninstall asks the node's daemon to take everything off its node. The daemon answers by setting Uninstalled, and does
 	// nothing more.
 	Uninstall   = prefix + "uninstall"

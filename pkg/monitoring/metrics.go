@@ -4,6 +4,7 @@ package monitoring
 import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+	dto "github.com/prometheus/client_model/go"
 )
 
 // Metrics are the daemon's. The four of the specification are counted from the plugin's hints, see Keep.
@@ -65,6 +66,9 @@ func (m *Metrics) Fold() {
 		m.plugin.log(err)
 	}
 }
+
+// Gather implements prometheus.Gatherer.
+func (m *Metrics) Gather() ([]*dto.MetricFamily, error) { return m.registry.Gather() }
 
 // Released counts addresses that were freed without a DEL.
 func (m *Metrics) Released(n int) {

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
@@ -26,7 +27,7 @@ type Readiness interface {
 
 // Serve answers /healthz (the process lives), /readyz (200 or 503 and the parts as JSON) and /metrics on listen until
 // ctx ends. It returns an error at once if it cannot listen.
-func Serve(ctx context.Context, listen string, m *Metrics, r Readiness) (wait func() error, err error) {
+func Serve(ctx context.Context, listen string, g prometheus.Gatherer, r Readiness) (wait func() error, err error) {
 	l, err := net.Listen("tcp", listen)
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w; choose another monitoring.listen", err)
@@ -44,7 +45,7 @@ func Serve(ctx context.Context, listen string, m *Metrics, r Readiness) (wait fu
 			Parts []PartStatus `json:"parts"`
 		}{ok, parts}) // the client has gone
 	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{}))
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(l) }()

@@ -1,0 +1,128 @@
+package controller
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Lengths of the pod CIDRs that we give to Nodes, those of kube-controller-manager.
+const (
+	bits4 = 24
+	bits6 = 64
+	// allocateAfter is how long Kubernetes has for it: kube-controller-manager takes seconds.
+	allocateAfter = 30 * time.Second
+)
+
+// allocate gives pod CIDRs to Nodes that have none, one of each family of network.clusterCIDRs. It gives nothing where any
+// Node has got its own from somebody else: two allocators would give one range twice.
+func (o observation) allocate() (map[string][]netip.Prefix, error) {
+	if len(o.ranges) == 0 {
+		return nil, nil
+	}
+	var taken []netip.Prefix
+	var needy []node
+	for _, n := range o.nodes {
+		switch {
+		case n.cidrErr != nil, len(n.cidrs) > 0 && !n.allocated:
+			return nil, nil
+		case len(n.cidrs) > 0:
+			taken = append(taken, n.cidrs...)
+		case o.now.Sub(n.created) >= allocateAfter:
+			needy = append(needy, n)
+		}
+	}
+	for _, t := range o.tailnet {
+		for _, r := range t.Approved {
+			if inside(r, o.ranges) {
+				taken = append(taken, r) // of a Node that is gone, or of another cluster
+			}
+		}
+	}
+	given := map[string][]netip.Prefix{}
+	for _, n := range needy {
+		cidrs, err := o.cut(taken)
+		if err != nil {
+			return given, fmt.Errorf("give Node %s a pod CIDR: %w", n.name, err)
+		}
+		given[n.name] = cidrs
+		taken = append(taken, cidrs...)
+	}
+	return given, nil
+}
+
+// cut finds the lowest free range of each family.
+func (o observation) cut(taken []netip.Prefix) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, v6 := range []bool{false, true} {
+		var of []netip.Prefix
+		for _, r := range o.ranges {
+			if r.Addr().Is6() == v6 {
+				of = append(of, r)
+			}
+		}
+		if len(of) == 0 {
+			continue
+		}
+		free, ok := netip.Prefix{}, false
+		for _, r := range of {
+			if free, ok = firstFree(r, taken); ok {
+				break
+			}
+		}
+		if !ok {
+			return nil, fmt.Errorf("no free /%d is left in %v: make network.clusterCIDRs wider", nodeBits(v6), of)
+		}
+		out = append(out, free)
+	}
+	return out, nil
+}
+
+func nodeBits(v6 bool) int {
+	if v6 {
+		return bits6
+	}
+	return bits4
+}
+
+// firstFree goes through the ranges of a node's size within r. One step leaves what is taken behind, so there are no more
+// steps than taken ranges.
+func firstFree(r netip.Prefix, taken []netip.Prefix) (netip.Prefix, bool) {
+	bits := nodeBits(r.Addr().Is6())
+	for a := r.Masked().Addr(); r.Contains(a); {
+		c := netip.PrefixFrom(a, bits)
+		if c.Bits() < r.Bits() {
+			return netip.Prefix{}, false // r is smaller than one node's range
+		}
+		i := slices.IndexFunc(taken, c.Overlaps)
+		if i < 0 {
+			return c, true
+		}
+		wider := c
+		if taken[i].Bits() < bits {
+			wider = taken[i]
+		}
+		next, ok := after(wider)
+		if !ok {
+			break
+		}
+		a = next
+	}
+	return netip.Prefix{}, false
+}
+
+// after is the address behind a prefix; ok is false at the end of the address space.
+func after(p netip.Prefix) (netip.Addr, bool) {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits() - 1; i >= 0; i-- {
+		bit := byte(1) << (7 - i%8)
+		if b[i/8]&bit == 0 {
+			b[i/8] |= bit
+			a, ok := netip.AddrFromSlice(b)
+			return a, ok
+		}
+		b[i/8] &^= bit
+	}
+	return netip.Addr{}, false
+}

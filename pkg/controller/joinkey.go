@@ -1,0 +1,85 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+const (
+	// joinKeyLife is how long a key to join with can be used. Headscale keeps expired keys for ever, so it is not minutes.
+	joinKeyLife = 6 * time.Hour
+	// joinKeyRenew is when another is made: a node that has just read the old one has this long to use it.
+	joinKeyRenew = joinKeyLife / 2
+
+	// Annotations of the Secret: what its key is good for.
+	joinExpires = "headcni.io/expires"
+	joinServer  = "headcni.io/server"
+)
+
+// joinKey makes sure that the Secret holds a key that nodes can join with, and returns when it expires (the zero time: not
+// known). api is nil where the credential is itself a pre-auth key.
+//
+// The key is made before the Secret is written: a leader that dies in between leaves a key that nobody knows, which
+// expires by itself, and the old one stays good meanwhile.
+func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credential secret.Secret) (time.Time, error) {
+	secrets := c.client.CoreV1().Secrets(c.namespace)
+	have, err := secrets.Get(ctx, kube.JoinSecret, metav1.GetOptions{})
+	missing := apierrors.IsNotFound(err)
+	if err != nil && !missing {
+		return time.Time{}, fmt.Errorf("read the join key: %w", err)
+	}
+	next := have.DeepCopy()
+	if missing {
+		next = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: kube.JoinSecret, Namespace: c.namespace}, Type: corev1.SecretTypeOpaque}
+	}
+	if next.Annotations == nil {
+		next.Annotations = map[string]string{}
+	}
+	if next.Labels == nil {
+		next.Labels = map[string]string{}
+	}
+	next.Labels["app.kubernetes.io/managed-by"] = "headcni-controller"
+	expires, err := time.Parse(time.RFC3339, next.Annotations[joinExpires])
+	key := string(next.Data[kube.JoinSecretKey])
+	sameServer := next.Annotations[joinServer] == c.cfg.Headscale.URL
+	switch {
+	case api == nil:
+		if key == credential.Reveal() && sameServer {
+			return time.Time{}, nil
+		}
+		key, expires = credential.Reveal(), time.Time{}
+		delete(next.Annotations, joinExpires)
+	case err == nil && key != "" && sameServer && expires.Sub(c.now()) > joinKeyRenew:
+		return expires, nil
+	default:
+		expires = c.now().Add(joinKeyLife).UTC().Truncate(time.Second)
+		made, err := api.CreatePreAuthKey(ctx, headscale.PreAuthKeyRequest{Tags: c.cfg.Tailscale.Tags, Expiration: expires, Reusable: true})
+		if err != nil {
+			return time.Time{}, fmt.Errorf("make a join key: %w", err)
+		}
+		key = made.Key.Reveal()
+		next.Annotations[joinExpires] = expires.Format(time.RFC3339)
+	}
+	next.Annotations[joinServer] = c.cfg.Headscale.URL
+	next.Data = map[string][]byte{kube.JoinSecretKey: []byte(key)}
+	if missing {
+		_, err = secrets.Create(ctx, next, metav1.CreateOptions{})
+	} else {
+		// With the version that was read: somebody who wrote meanwhile wins, and the next pass looks again.
+		_, err = secrets.Update(ctx, next, metav1.UpdateOptions{})
+	}
+	if err != nil {
+		return time.Time{}, fmt.Errorf("write Secret %s/%s: %w", c.namespace, kube.JoinSecret, err)
+	}
+	c.log.Info("wrote the join key", "secret", kube.JoinSecret, "expires", expires)
+	return expires, nil
+}

@@ -1,0 +1,242 @@
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+// apiTimeout bounds one write to the API server.
+const apiTimeout = 10 * time.Second
+
+// pass observes, plans and applies once. pending means that something is under way.
+func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
+	nodes, synced := c.snapshot()
+	if !synced {
+		return true, nil
+	}
+	if slices.ContainsFunc(nodes, func(n node) bool { return n.leaving }) {
+		// The whole is being uninstalled: whatever we write now would stay behind.
+		return false, nil
+	}
+	api, cred, err := c.headscale(ctx)
+	if err != nil {
+		c.tell(ctx, nil, []finding{{checkKey, err.Error()}}, false)
+		return false, err
+	}
+	expires, keyErr := c.joinKey(ctx, api, cred.Key)
+	c.metrics.joinKey.Set(0)
+	if !expires.IsZero() {
+		c.metrics.joinKey.Set(float64(expires.Unix()))
+	}
+	if api == nil {
+		return false, errors.Join(keyErr, c.unseen(ctx, nodes))
+	}
+	tailnet, err := api.Nodes(ctx)
+	c.metrics.headscale.Set(0)
+	if err != nil {
+		return false, errors.Join(keyErr, err)
+	}
+	c.metrics.headscale.Set(1)
+	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes, tailnet: tailnet}
+	var found *corev1.ConfigMap
+	if o.memory, found, err = c.loadMemory(ctx); err != nil {
+		return false, errors.Join(keyErr, err)
+	}
+	p := makePlan(o)
+	if err := c.saveMemory(ctx, p.memory, found); err != nil {
+		return false, errors.Join(keyErr, err) // what is not remembered is not done
+	}
+	err = c.apply(ctx, api, o, p)
+	c.slow(ctx, api, o)
+	findings := c.findings
+	if p.full != nil {
+		findings = append(slices.Clone(findings), finding{checkRanges, p.full.Error()})
+	}
+	c.tell(ctx, nodes, findings, true)
+	return p.pending, errors.Join(keyErr, err)
+}
+
+// headscale is a client where the credential is an API key, else nil.
+func (c *Controller) headscale(ctx context.Context) (*headscale.Client, config.Credential, error) {
+	cred, err := c.cfg.Headscale.Credential(c.getenv)
+	if err != nil {
+		return nil, cred, err
+	}
+	api, err := headscale.New(headscale.Options{URL: c.cfg.Headscale.URL, Key: cred.Key, CAFile: c.cfg.Headscale.CAFile})
+	if err != nil {
+		return nil, cred, err
+	}
+	kind, err := api.Kind(ctx)
+	if err != nil {
+		return nil, cred, fmt.Errorf("%s: %w", cred.Source, err)
+	}
+	if kind == headscale.KindPreAuth {
+		return nil, cred, nil
+	}
+	return api, cred, nil
+}
+
+// apply makes the differences, going on past errors. Routes are taken before they are given, so that a range that moves
+// is never approved for two.
+func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observation, p plan) error {
+	var errs []error
+	slices.SortStableFunc(p.approvals, func(a, b approval) int { return len(a.own) - len(b.own) })
+	for _, a := range p.approvals {
+		changed, err := api.ApproveRoutes(ctx, a.id, a.own, a.stale)
+		if err == nil && changed {
+			c.log.Info("approved", "node", a.id, "routes", a.own, "taken back", a.stale)
+		}
+		if errors.Is(err, headscale.ErrNotFound) {
+			err = nil // gone since the list was made
+		}
+		errs = append(errs, err)
+	}
+	for _, id := range p.lasting {
+		errs = append(errs, api.DisableExpiry(ctx, id))
+	}
+	for _, id := range p.remove {
+		err := api.DeleteNode(ctx, id)
+		if err == nil {
+			c.log.Info("removed a node of the tailnet whose Node is gone", "node", id)
+		}
+		if errors.Is(err, headscale.ErrNotFound) {
+			err = nil
+		}
+		errs = append(errs, err)
+	}
+	for name, cidrs := range p.allocate {
+		errs = append(errs, c.give(ctx, name, cidrs))
+	}
+	for _, n := range o.nodes {
+		if v, ok := p.views[n.name]; ok {
+			errs = append(errs, c.show(ctx, n, v))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// show writes a view on a Node.
+func (c *Controller) show(ctx context.Context, n node, v kube.View) error {
+	if err := c.annotate(ctx, n.name, map[string]any{kube.Headscale: v.String()}); err != nil {
+		return err
+	}
+	if n.view.State != v.State {
+		c.log.Info("node", "name", n.name, "state", v.State, "message", v.Message)
+	}
+	return nil
+}
+
+// give writes pod CIDRs on a Node that has none. The API server takes them once.
+func (c *Controller) give(ctx context.Context, name string, cidrs []netip.Prefix) error {
+	var texts []string
+	for _, p := range cidrs {
+		texts = append(texts, p.String())
+	}
+	err := c.patch(ctx, name, types.StrategicMergePatchType, map[string]any{
+		"metadata": map[string]any{"annotations": map[string]string{kube.Allocated: "true"}},
+		"spec":     map[string]any{"podCIDR": texts[0], "podCIDRs": texts},
+	})
+	if err == nil {
+		c.log.Info("gave pod CIDRs", "node", name, "podCIDRs", texts)
+	}
+	return err
+}
+
+func (c *Controller) patch(ctx context.Context, node string, kind types.PatchType, change any) error {
+	body, err := json.Marshal(change)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	_, err = c.client.CoreV1().Nodes().Patch(ctx, node, kind, body, metav1.PatchOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil // gone since
+	}
+	if err != nil {
+		return fmt.Errorf("write to Node %s: %w", node, err)
+	}
+	return nil
+}
+
+// unseen is a pass with a pre-auth key: nodes can join, and nothing can be seen or approved.
+func (c *Controller) unseen(ctx context.Context, nodes []node) error {
+	var errs []error
+	for _, n := range nodes {
+		v := kube.View{NodeKey: n.key, State: kube.StateUnseen}
+		if n.key != "" && v.String() != n.viewText {
+			errs = append(errs, c.show(ctx, n, v))
+		}
+	}
+	ranges := observation{ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes}.podRanges()
+	c.tell(ctx, nodes, []finding{{checkAutoApprovers, preAuthAdvice(ranges, c.cfg.Tailscale.Tags)}}, true)
+	return errors.Join(errs...)
+}
+
+// preAuthAdvice says what a pre-auth key needs of the policy, and what it gives up.
+func preAuthAdvice(ranges []netip.Prefix, tags []string) string {
+	lines := ""
+	for i, r := range ranges {
+		if i > 0 {
+			lines += ", "
+		}
+		lines += fmt.Sprintf("\"%s\": %s", r, quoted(tags))
+	}
+	return fmt.Sprintf("the key in Secret %s is a pre-auth key: routes are approved only by the policy, which needs \"autoApprovers\": {\"routes\": {%s}}; "+
+		"and then any node with the tag may take any pod range. With an API key headcni-controller approves exactly each Node's own", kube.AuthSecret, lines)
+}
+
+// slow looks at what seldom changes: the policy and our own key.
+func (c *Controller) slow(ctx context.Context, api *headscale.Client, o observation) {
+	if c.now().Sub(c.slowAt) < slowCheck {
+		return
+	}
+	health, err := api.Health(ctx)
+	if err != nil {
+		return // the next pass says so
+	}
+	var found []finding
+	text, err := api.Policy(ctx)
+	switch {
+	case errors.Is(err, headscale.ErrNotFound):
+		text, err = "{}", nil // without a policy everything is allowed
+	case err != nil:
+		c.log.Info("the policy cannot be looked at", "err", err)
+	}
+	if err == nil {
+		found, err = checkPolicy(text, o.podRanges(), c.cfg.Tailscale.Tags, headscale.StarCoversRoutes(health.Version))
+		if err != nil {
+			c.log.Warn("look at the policy", "err", err)
+		}
+	}
+	if f := c.ownKey(ctx, api); f != "" {
+		found = append(found, finding{checkKey, f})
+	}
+	c.findings, c.slowAt = found, c.now()
+}
+
+// apiKeyWarning is how long before our API key expires it is spoken of; Headscale's live 90 days.
+const apiKeyWarning = 14 * 24 * time.Hour
+
+func (c *Controller) ownKey(ctx context.Context, api *headscale.Client) string {
+	key, err := api.OwnAPIKey(ctx)
+	if err != nil || key.Expiration.IsZero() || key.Expiration.Sub(c.now()) > apiKeyWarning {
+		return "" // an older server does not tell
+	}
+	return fmt.Sprintf("the API key %s expires at %s: make another (headscale apikeys create) and put it into Secret %s; it is picked up without a restart",
+		key.Prefix, key.Expiration.UTC().Format(time.RFC3339), kube.AuthSecret)
+}

@@ -1,0 +1,291 @@
+package controller
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+const (
+	// grace is how long a node of the tailnet stays after its Node is gone: a Node that was deleted by mistake, or re-added
+	// by a kubelet that starts anew, keeps its place.
+	grace = 10 * time.Minute
+	// rescue is how long before a node key expires it is made to last.
+	rescue = 24 * time.Hour
+)
+
+// plan is what is to be changed. Everything that is right already is not in it.
+type plan struct {
+	// views by name of the Node.
+	views map[string]kube.View
+	// approvals change what is approved for a node of the tailnet.
+	approvals []approval
+	remove    []headscale.ID // from Headscale
+	lasting   []headscale.ID // whose node key is to expire no more
+	// allocate gives pod CIDRs to Nodes.
+	allocate map[string][]netip.Prefix
+	// full: there is no range left to give to a Node.
+	full error
+	// pending: something is under way, look again soon.
+	pending bool
+	memory  memory
+}
+
+// approval makes own approved routes and takes stale ones back.
+type approval struct {
+	id         headscale.ID
+	own, stale []netip.Prefix
+}
+
+// makePlan does no I/O.
+func makePlan(o observation) plan {
+	p := plan{views: map[string]kube.View{}}
+	ranges := o.podRanges()
+	claims, refused := o.claims()
+	granted := o.grant(claims)
+	for _, n := range o.nodes {
+		if n.key == "" || n.leaving {
+			continue
+		}
+		v := p.view(n, ranges, claims, refused, granted[n.name])
+		if v.String() != n.viewText {
+			p.views[n.name] = v
+		}
+	}
+	p.remember(o, claims, granted, ranges)
+	p.allocate, p.full = o.allocate()
+	return p
+}
+
+// podRanges are the ranges in which approved routes are ours to give and to take.
+func (o observation) podRanges() []netip.Prefix {
+	if len(o.ranges) > 0 {
+		return o.ranges
+	}
+	var all []netip.Prefix
+	for _, n := range o.nodes {
+		all = append(all, n.cidrs...)
+	}
+	return all
+}
+
+// claims finds which node of the tailnet each Node is, by the node key that its daemon wrote. Where two Nodes have the
+// same key, the one that had it first keeps it: a node that was broken into could write another's.
+func (o observation) claims() (byNode map[string]headscale.Node, refused map[string]string) {
+	byNode, refused = map[string]headscale.Node{}, map[string]string{}
+	byKey := map[string][]node{}
+	for _, n := range o.nodes {
+		if n.key != "" && !n.leaving {
+			byKey[n.key] = append(byKey[n.key], n)
+		}
+	}
+	for _, t := range o.tailnet {
+		nodes := byKey[t.NodeKey]
+		if len(nodes) == 0 {
+			continue
+		}
+		holder := ""
+		if m, ok := o.memory.byID(t.ID); ok {
+			holder = m.Node
+		}
+		for _, n := range nodes {
+			switch {
+			case len(nodes) == 1, n.name == holder:
+				byNode[n.name] = t
+			default:
+				refused[n.name] = fmt.Sprintf("Nodes %s have the same node key: one of them is not what it says it is", names(nodes))
+			}
+		}
+	}
+	return byNode, refused
+}
+
+func names(nodes []node) string {
+	var out []string
+	for _, n := range nodes {
+		out = append(out, n.name)
+	}
+	slices.Sort(out)
+	return strings.Join(out, " and ")
+}
+
+// grant is what each claimed Node may have: its own pod CIDRs, or a reason why not.
+type grant struct {
+	cidrs []netip.Prefix
+	why   string
+}
+
+// grant decides about ranges. Those approved already come first, then the older Node: a new one cannot take a range from
+// another by overlapping it.
+func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
+	order := slices.Clone(o.nodes)
+	had := func(n node) bool {
+		m, ok := o.memory.byID(claims[n.name].ID)
+		return ok && m.Node == n.name && len(n.cidrs) > 0 && len(without(n.cidrs, m.Routes)) == 0
+	}
+	slices.SortFunc(order, func(a, b node) int {
+		if x, y := had(a), had(b); x != y {
+			return map[bool]int{true: -1, false: 1}[x]
+		}
+		return cmp.Or(a.created.Compare(b.created), cmp.Compare(a.name, b.name))
+	})
+	out := map[string]grant{}
+	var taken []netip.Prefix
+	for _, n := range order {
+		g := grant{why: n.fault(o.ranges, taken, len(o.nodes) > 1)}
+		if g.why == "" {
+			g.cidrs = n.cidrs
+			taken = append(taken, n.cidrs...)
+		}
+		out[n.name] = g
+	}
+	return out
+}
+
+// fault says why a Node's pod CIDRs cannot be approved, "" where they can. configured are network.clusterCIDRs.
+func (n node) fault(configured, taken []netip.Prefix, others bool) string {
+	if n.cidrErr != nil {
+		return n.cidrErr.Error()
+	}
+	for _, c := range n.cidrs {
+		switch {
+		case c.Overlaps(config.CGNAT), c.Overlaps(config.TailnetULA):
+			return fmt.Sprintf("%s is in the tailnet's own range", c)
+		case overlapping(c, taken):
+			return fmt.Sprintf("%s overlaps another Node's pod CIDR", c)
+		case len(configured) > 0 && !inside(c, configured):
+			return fmt.Sprintf("%s is not within network.clusterCIDRs %v: set them to what kube-controller-manager has as --cluster-cidr", c, configured)
+		case others && slices.Contains(configured, c):
+			return fmt.Sprintf("%s is a whole cluster range", c)
+		}
+	}
+	return ""
+}
+
+// view is the Node as Headscale sees it.
+func (p *plan) view(n node, ranges []netip.Prefix, claims map[string]headscale.Node, refused map[string]string, g grant) kube.View {
+	v := kube.View{NodeKey: n.key}
+	t, known := claims[n.name]
+	switch {
+	case refused[n.name] != "":
+		v.State, v.Message = kube.StateRefused, refused[n.name]
+		return v
+	case !known:
+		v.State, v.Message = kube.StateUnknown, "Headscale has no node with this key"
+		// It may be joining; one that stays unknown is no reason to ask all the time.
+		p.pending = p.pending || n.viewText != v.String()
+		return v
+	}
+	if !t.Expiry.IsZero() {
+		at := t.Expiry.UTC().Truncate(time.Second)
+		v.Expiry = &at
+	}
+	p.approve(t, g.cidrs, ranges)
+	missing := without(g.cidrs, t.Primary)
+	switch {
+	case g.why != "":
+		v.State, v.Message = kube.StateRefused, g.why
+	case len(g.cidrs) == 0:
+		v.State, v.Message = kube.StatePending, "the Node has no pod CIDR yet"
+	case len(missing) == 0:
+		v.State, v.Routes = kube.StateRouted, g.cidrs
+	case !t.Online && n.view.NodeKey == n.key && n.view.State == kube.StateRouted && slices.Equal(n.view.Routes, g.cidrs):
+		// It is away, or Headscale has just started and holds everybody for away: that is no news.
+		v.State, v.Routes = n.view.State, n.view.Routes
+	default:
+		v.State = kube.StatePending
+		v.Message = why(t, missing)
+		p.pending = p.pending || t.Online
+	}
+	return v
+}
+
+// why says what keeps granted routes from being in use.
+func why(t headscale.Node, missing []netip.Prefix) string {
+	switch {
+	case !t.Online:
+		return fmt.Sprintf("node %s is not connected to Headscale", t.Name)
+	case len(without(missing, t.Available)) > 0:
+		return fmt.Sprintf("node %s does not advertise %v yet", t.Name, without(missing, t.Available))
+	case len(without(missing, t.Approved)) > 0:
+		return fmt.Sprintf("%v are about to be approved", missing)
+	}
+	return fmt.Sprintf("%v are approved; where this stays, another node advertises them too (headscale nodes list-routes)", missing)
+}
+
+// approve plans what is to change among the approved routes of a node of the tailnet: within the pod ranges exactly own,
+// everything else stays as it is.
+func (p *plan) approve(t headscale.Node, own, ranges []netip.Prefix) {
+	var stale []netip.Prefix
+	for _, r := range without(t.Approved, own) {
+		if inside(r, ranges) {
+			stale = append(stale, r)
+		}
+	}
+	if len(stale) > 0 || len(without(own, t.Approved)) > 0 {
+		p.approvals = append(p.approvals, approval{id: t.ID, own: own, stale: stale})
+		p.pending = true
+	}
+}
+
+// remember plans the memory, and what becomes of nodes of the tailnet that no Node claims any more.
+func (p *plan) remember(o observation, claims map[string]headscale.Node, granted map[string]grant, ranges []netip.Prefix) {
+	claimed := map[headscale.ID]bool{}
+	var inUse []netip.Prefix
+	for _, n := range o.nodes {
+		t, ok := claims[n.name]
+		if !ok {
+			continue
+		}
+		claimed[t.ID] = true
+		inUse = append(inUse, granted[n.name].cidrs...)
+		p.memory.Members = append(p.memory.Members, member{
+			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon, Routes: granted[n.name].cidrs,
+		})
+		if n.mode == config.ModeDaemon && !t.Expiry.IsZero() && t.Expiry.Sub(o.now) < rescue {
+			p.lasting = append(p.lasting, t.ID)
+		}
+	}
+	for _, m := range o.memory.Members {
+		i := slices.IndexFunc(o.tailnet, func(t headscale.Node) bool { return t.ID == m.ID })
+		if claimed[m.ID] || i < 0 {
+			continue
+		}
+		p.forsake(o.now, m, o.tailnet[i], inUse)
+	}
+	sortMembers(p.memory.Members)
+}
+
+// forsake deals with a node of the tailnet whose Node is gone, or has joined anew under another key.
+func (p *plan) forsake(now time.Time, m member, t headscale.Node, inUse []netip.Prefix) {
+	if m.Gone.IsZero() {
+		m.Gone = now
+	}
+	over := now.Sub(m.Gone) >= grace
+	if over && m.Daemon && !t.Online {
+		p.remove = append(p.remove, m.ID)
+		p.memory.Members = append(p.memory.Members, m) // until it is really gone
+		return
+	}
+	var stale []netip.Prefix
+	for _, r := range m.Routes {
+		// At once where somebody else has the range now: two nodes with one route are a lottery.
+		if slices.Contains(t.Approved, r) && (over || overlapping(r, inUse)) {
+			stale = append(stale, r)
+		}
+	}
+	if len(stale) > 0 {
+		p.approvals = append(p.approvals, approval{id: m.ID, stale: stale})
+	}
+	if over && !m.Daemon && len(stale) == 0 {
+		return // forgotten: it is somebody's machine without a route of ours
+	}
+	p.memory.Members = append(p.memory.Members, m)
+}

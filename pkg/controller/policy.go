@@ -1,0 +1,165 @@
+package controller
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/tailscale/hujson"
+)
+
+// What is checked of Headscale, as the metric's labels.
+const (
+	checkKey           = "key"            // the API key or pre-auth key itself
+	checkACL           = "acl"            // pod ranges in acls
+	checkAutoApprovers = "auto-approvers" // that anybody with the tag may take a pod range
+	checkMaps          = "cache-network-maps"
+	checkRanges        = "ranges" // pod CIDRs are left to give to Nodes
+)
+
+var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkRanges}
+
+// finding is something that somebody should change.
+type finding struct {
+	check, text string
+}
+
+// policy is what we look at of Headscale's policy file.
+type policy struct {
+	Hosts map[string]string `json:"hosts"`
+	ACLs  []struct {
+		Action string   `json:"action"`
+		Src    []string `json:"src"`
+		Dst    []string `json:"dst"`
+	} `json:"acls"`
+	Grants []struct {
+		Src []string `json:"src"`
+		Dst []string `json:"dst"`
+		IP  []string `json:"ip"`
+	} `json:"grants"`
+	AutoApprovers struct {
+		Routes map[string][]string `json:"routes"`
+	} `json:"autoApprovers"`
+	NodeAttrs []struct {
+		Target []string `json:"target"`
+		Attr   []string `json:"attr"`
+	} `json:"nodeAttrs"`
+}
+
+// checkPolicy compares Headscale's policy with what the cluster needs. starCovers tells whether * means every address, as
+// up to 0.28; since 0.29 it means tailnet addresses only.
+func checkPolicy(text string, ranges []netip.Prefix, tags []string, starCovers bool) ([]finding, error) {
+	std, err := hujson.Standardize([]byte(text))
+	if err != nil {
+		return nil, fmt.Errorf("read Headscale's policy: %w", err)
+	}
+	var p policy
+	if err := json.Unmarshal(std, &p); err != nil {
+		return nil, fmt.Errorf("read Headscale's policy: %w", err)
+	}
+	var found []finding
+	if f := p.rules(ranges, tags, starCovers); f != "" {
+		found = append(found, finding{checkACL, f})
+	}
+	for route, who := range p.AutoApprovers.Routes {
+		r, err := netip.ParsePrefix(route)
+		if err == nil && overlapping(r, ranges) {
+			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s take any part of %s, so that one "+
+				"node that was broken into can take other nodes' pods; headcni-controller approves routes by itself: remove the line "+
+				"\"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, quoted(who))})
+		}
+	}
+	slices.SortFunc(found, func(a, b finding) int { return strings.Compare(a.text, b.text) })
+	if !p.hasAttr("cache-network-maps", tags) {
+		found = append(found, finding{checkMaps, fmt.Sprintf("a node's tailscaled cannot restart while Headscale is down: add to the policy "+
+			"\"nodeAttrs\": [{\"target\": %s, \"attr\": [\"cache-network-maps\"]}]", quoted(tags))})
+	}
+	return found, nil
+}
+
+// rules says which lines of acls are missing for pods to reach pods, "" where none is. A policy without any rule at all
+// allows nothing; one without the key acls allows everything.
+func (p policy) rules(ranges []netip.Prefix, tags []string, starCovers bool) string {
+	if p.ACLs == nil && p.Grants == nil {
+		return ""
+	}
+	var missing []string
+	for _, r := range ranges {
+		if !p.allowed(r, starCovers) {
+			missing = append(missing, r.String())
+		}
+	}
+	if len(missing) == 0 {
+		return ""
+	}
+	src := slices.Concat(tags, missing)
+	var dst []string
+	for _, s := range src {
+		dst = append(dst, s+":*")
+	}
+	return fmt.Sprintf("pods of %s do not reach each other: add to acls {\"action\": \"accept\", \"src\": %s, \"dst\": %s}",
+		strings.Join(missing, ", "), quoted(src), quoted(dst))
+}
+
+// allowed reports whether one rule lets all of r reach all of r on all ports.
+func (p policy) allowed(r netip.Prefix, starCovers bool) bool {
+	for _, a := range p.ACLs {
+		if a.Action == "accept" && p.covered(r, a.Src, starCovers) && p.covered(r, anyPort(a.Dst), starCovers) {
+			return true
+		}
+	}
+	for _, g := range p.Grants {
+		if slices.Contains(g.IP, "*") && p.covered(r, g.Src, starCovers) && p.covered(r, g.Dst, starCovers) {
+			return true
+		}
+	}
+	return false
+}
+
+// anyPort keeps the destinations that allow every port, without the port.
+func anyPort(dst []string) []string {
+	var out []string
+	for _, d := range dst {
+		if host, ok := strings.CutSuffix(d, ":*"); ok {
+			out = append(out, strings.Trim(host, "[]"))
+		}
+	}
+	return out
+}
+
+func (p policy) covered(r netip.Prefix, by []string, starCovers bool) bool {
+	for _, s := range by {
+		if s == "*" && starCovers {
+			return true
+		}
+		if host, ok := p.Hosts[s]; ok {
+			s = host
+		}
+		if q, err := netip.ParsePrefix(s); err == nil && inside(r, []netip.Prefix{q.Masked()}) {
+			return true
+		}
+	}
+	return false
+}
+
+func (p policy) hasAttr(attr string, tags []string) bool {
+	for _, n := range p.NodeAttrs {
+		if !slices.Contains(n.Attr, attr) {
+			continue
+		}
+		if slices.Contains(n.Target, "*") || slices.ContainsFunc(tags, func(t string) bool { return slices.Contains(n.Target, t) }) {
+			return true
+		}
+	}
+	return false
+}
+
+func quoted(list []string) string {
+	b, err := json.Marshal(list)
+	if err != nil {
+		return strings.Join(list, ", ") // a list of strings cannot fail
+	}
+	return strings.ReplaceAll(string(b), ",", ", ")
+}

@@ -1,0 +1,91 @@
+package controller
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+// node is what the plan needs of a Node.
+type node struct {
+	name string
+	// key and mode are what the node's own daemon says; "" before it has joined.
+	key, mode string
+	cidrs     []netip.Prefix
+	cidrErr   error
+	created   time.Time
+	// allocated: the CIDRs are from us, not from Kubernetes.
+	allocated bool
+	leaving   bool // is being uninstalled
+	view      kube.View
+	viewText  string // as it stands on the Node, "" = none
+}
+
+func nodeOf(n *corev1.Node) node {
+	out := node{
+		name: n.Name, key: n.Annotations[kube.NodeKey], mode: n.Annotations[kube.Mode], created: n.CreationTimestamp.Time,
+		allocated: n.Annotations[kube.Allocated] == "true", leaving: n.Annotations[kube.Uninstall] == "true",
+		viewText: n.Annotations[kube.Headscale],
+	}
+	out.cidrs, out.cidrErr = kube.PodCIDRs(n)
+	out.view, _, _ = kube.ViewOf(n) // a damaged one is written anew
+	return out
+}
+
+// observation is what a plan is made from.
+type observation struct {
+	now time.Time
+	// ranges are network.clusterCIDRs; none means that the Nodes' pod CIDRs are all there is.
+	ranges  []netip.Prefix
+	nodes   []node
+	tailnet []headscale.Node
+	memory  memory
+}
+
+// memory is what the controller must know of the past: which node of the tailnet was which Node.
+type memory struct {
+	Members []member `json:"members,omitempty"`
+}
+
+// member is a node of the tailnet that a Node has claimed by its node key.
+type member struct {
+	ID   headscale.ID `json:"id"`
+	Node string       `json:"node"`
+	// Daemon: it joined for us, in daemon mode. Others are people's machines and never removed.
+	Daemon bool `json:"daemon,omitempty"`
+	// Routes are what we approved for it.
+	Routes []netip.Prefix `json:"routes,omitempty"`
+	// Gone is since when no Node claims it, zero while one does.
+	Gone time.Time `json:"gone,omitzero"`
+}
+
+func (m memory) byID(id headscale.ID) (member, bool) {
+	i := slices.IndexFunc(m.Members, func(e member) bool { return e.ID == id })
+	if i < 0 {
+		return member{}, false
+	}
+	return m.Members[i], true
+}
+
+func sortMembers(members []member) {
+	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
+}
+
+// overlapping reports whether p overlaps any of list.
+func overlapping(p netip.Prefix, list []netip.Prefix) bool { return slices.ContainsFunc(list, p.Overlaps) }
+
+// inside reports whether p lies within one of list.
+func inside(p netip.Prefix, list []netip.Prefix) bool {
+	return slices.ContainsFunc(list, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
+}
+
+// without returns the elements of a that are not in b.
+func without(a, b []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(a), func(p netip.Prefix) bool { return slices.Contains(b, p) })
+}

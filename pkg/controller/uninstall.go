@@ -1,0 +1,176 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+const (
+	// nodesLeave is how long the nodes' daemons have to take everything off their nodes.
+	nodesLeave = 2 * time.Minute
+	// leaderLeaves is how long the controllers have to stop.
+	leaderLeaves = time.Minute
+	poll         = time.Second
+)
+
+// Uninstall has every node's daemon take HeadCNI off its node, and then removes what the controllers made: nodes in
+// Headscale, annotations, the join key and their memory. A node whose daemon does not answer is named and left behind. It
+// may be repeated.
+func (c *Controller) Uninstall(ctx context.Context) error {
+	if err := c.stopControllers(ctx); err != nil {
+		return err
+	}
+	var errs []error
+	errs = append(errs, c.askNodes(ctx), c.forgetNodes(ctx))
+	for _, made := range []struct {
+		kind, name string
+		remove     func(context.Context, string, metav1.DeleteOptions) error
+	}{
+		{"Secret", kube.JoinSecret, c.client.CoreV1().Secrets(c.namespace).Delete},
+		{"ConfigMap", kube.Memory, c.client.CoreV1().ConfigMaps(c.namespace).Delete},
+		{"Lease", kube.Lease, c.client.CoordinationV1().Leases(c.namespace).Delete},
+	} {
+		if err := made.remove(ctx, made.name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+			errs = append(errs, fmt.Errorf("remove %s %s: %w", made.kind, made.name, err))
+		}
+	}
+	return errors.Join(append(errs, c.cleanNodes(ctx))...)
+}
+
+// stopControllers scales them to none: a leader would write again what is removed here.
+func (c *Controller) stopControllers(ctx context.Context) error {
+	deployments := c.client.AppsV1().Deployments(c.namespace)
+	_, err := deployments.Patch(ctx, kube.Controller, types.MergePatchType, []byte(`{"spec":{"replicas":0}}`), metav1.PatchOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("stop the controllers: %w", err)
+	}
+	deadline := c.now().Add(leaderLeaves)
+	for {
+		d, err := deployments.Get(ctx, kube.Controller, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) || err == nil && d.Status.Replicas == 0 && d.Status.ObservedGeneration >= d.Generation {
+			return nil
+		}
+		if err == nil && c.now().After(deadline) {
+			err = errors.New("they are still running")
+		}
+		if err != nil {
+			return fmt.Errorf("wait for the controllers to stop: %w", err)
+		}
+		if err := sleep(ctx, poll); err != nil {
+			return err
+		}
+	}
+}
+
+// askNodes annotates the Nodes whose daemon has ever spoken, and waits for the answers.
+func (c *Controller) askNodes(ctx context.Context) error {
+	deadline := c.now().Add(nodesLeave)
+	asked := map[string]bool{}
+	for {
+		list, err := c.client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return fmt.Errorf("list the Nodes: %w", err)
+		}
+		var waiting []string
+		for _, n := range list.Items {
+			if n.Annotations[kube.NodeKey] == "" && n.Annotations[kube.Uninstall] == "" || n.Annotations[kube.Uninstalled] != "" {
+				continue
+			}
+			if !asked[n.Name] {
+				if err := c.annotate(ctx, n.Name, map[string]any{kube.Uninstall: "true"}); err != nil {
+					return err
+				}
+				asked[n.Name] = true
+			}
+			waiting = append(waiting, n.Name)
+		}
+		if len(waiting) == 0 {
+			c.log.Info("the nodes are clean", "nodes", len(asked))
+			return nil
+		}
+		if c.now().After(deadline) {
+			return fmt.Errorf("no answer from the daemon on %v: run `headcni-daemon uninstall` there, or reboot", waiting)
+		}
+		if err := sleep(ctx, poll); err != nil {
+			return err
+		}
+	}
+}
+
+// forgetNodes removes from Headscale the nodes that joined for us, and takes our routes back from the others.
+func (c *Controller) forgetNodes(ctx context.Context) error {
+	api, _, err := c.headscale(ctx)
+	if err != nil || api == nil {
+		return err
+	}
+	m, _, err := c.loadMemory(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range m.Members {
+		if e.Daemon {
+			err = api.DeleteNode(ctx, e.ID)
+		} else {
+			_, err = api.ApproveRoutes(ctx, e.ID, nil, e.Routes)
+		}
+		if err != nil && !errors.Is(err, headscale.ErrNotFound) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// cleanNodes removes our annotations.
+func (c *Controller) cleanNodes(ctx context.Context) error {
+	list, err := c.client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return fmt.Errorf("list the Nodes: %w", err)
+	}
+	var errs []error
+	for _, n := range list.Items {
+		if change := ourAnnotations(&n); len(change) > 0 {
+			errs = append(errs, c.annotate(ctx, n.Name, change))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func ourAnnotations(n *corev1.Node) map[string]any {
+	change := map[string]any{}
+	for _, key := range []string{
+		kube.NodeKey, kube.Mode, kube.TailnetIPs, kube.Headscale, kube.Allocated, kube.Uninstall, kube.Uninstalled,
+	} {
+		if _, ok := n.Annotations[key]; ok {
+			change[key] = nil
+		}
+	}
+	return change
+}
+
+// annotate merges annotations into a Node; nil removes one.
+func (c *Controller) annotate(ctx context.Context, node string, change map[string]any) error {
+	return c.patch(ctx, node, types.MergePatchType, map[string]any{"metadata": map[string]any{"annotations": change}})
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
