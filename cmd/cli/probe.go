@@ -12,9 +12,9 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 )
 
-// probeCmd is what runs in the pods of a lab.
+// probeCmd is what runs in the pods of a lab and of `helm test`.
 func probeCmd() *cobra.Command {
-	cmd := &cobra.Command{Use: "probe", Short: "What runs in the pods of a lab", Hidden: true}
+	cmd := &cobra.Command{Use: "probe", Short: "What runs in the pods of a lab and of helm test", Hidden: true}
 	var name, node string
 	serve := &cobra.Command{
 		Use:  "serve",
@@ -23,7 +23,7 @@ func probeCmd() *cobra.Command {
 	}
 	serve.Flags().StringVar(&name, "name", "", "the pod's name")
 	serve.Flags().StringVar(&node, "node", "", "the node's name")
-	cmd.AddCommand(serve, askCmd())
+	cmd.AddCommand(serve, askCmd(), answerCmd(), clusterCmd())
 	return cmd
 }
 
