@@ -167,9 +167,16 @@ func (k *cluster) answered(err error) {
 	if apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) {
 		err = fmt.Errorf("%w; the service account %s must be allowed to get, list and watch nodes (see the chart's ClusterRole)", err, kube.DaemonAccount)
 	}
+	var u *url.Error
+	if errors.As(err, &u) {
+		err = u.Err // without the URL, which is long and says nothing
+	}
 	k.mu.Lock()
-	news := (err == nil) != (k.err == nil)
-	k.err = err
+	// Each try fails in words of its own, with its own port: the first ones stand for all of a kind.
+	news := (err == nil) != (k.err == nil) || apierrors.ReasonForError(err) != apierrors.ReasonForError(k.err)
+	if news {
+		k.err = err
+	}
 	k.mu.Unlock()
 	if news {
 		k.changed()
