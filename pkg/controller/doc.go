@@ -4,22 +4,23 @@
 //
 // # Rights
 //
-// What the service account headcni-controller needs, for `run` and `uninstall` alike. In the cluster:
+// What `headcni-controller run` asks of the API server:
 //
-//	""             nodes    list, watch, patch   metadata.annotations; spec.podCIDRs of Nodes that have none; uninstall
-//	events.k8s.io  events   create               about Nodes in the namespace default, about the controller in its own
+//	""                   nodes       list, watch, patch   annotations; spec.podCIDRs of Nodes that have none
+//	events.k8s.io        events      create               in the namespace default (Nodes) and in its own (the Deployment)
 //
-// In its own namespace:
+// and in its own namespace:
 //
-//	""                   secrets     headcni-join        get, update, delete
-//	""                   configmaps  headcni-controller  get, patch, delete
-//	coordination.k8s.io  leases      headcni-controller  get, update, delete
-//	coordination.k8s.io  leases      (any name)          create
-//	""                   pods        (any name)          list   uninstall: which nodes have a daemon that can answer
+//	""                   secrets     create; headcni-join: get, update
+//	""                   configmaps  create; headcni-controller: get, update
+//	coordination.k8s.io  leases      create; headcni-controller: get, update
 //
-// The chart makes the Secret headcni-join (type Opaque, without data) and the ConfigMap headcni-controller (without data),
-// so that no right to create either is needed: who may create Secrets in kube-system can have the token of any service
-// account there put into one. Where that right is given all the same, missing ones are made.
+// What `headcni-controller uninstall` asks: nodes list and patch; and in its own namespace
 //
-// The controller reads no Secret but headcni-join: the credential for Headscale is a mounted file.
+//	apps                 deployments headcni-controller: get, patch
+//	""                   secrets     headcni-join: delete
+//	""                   configmaps  headcni-controller: get, delete
+//	coordination.k8s.io  leases      headcni-controller: delete
+//
+// The credential for Headscale is a mounted file, never read through the API server.
 package controller
