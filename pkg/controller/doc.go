@@ -11,8 +11,8 @@
 //
 // and in its own namespace:
 //
-//	""                   secrets     create; headcni-join: get, update
-//	""                   configmaps  create; headcni-controller: get, update
+//	""                   secrets     headcni-join: get, update
+//	""                   configmaps  headcni-controller: get, update
 //	coordination.k8s.io  leases      create; headcni-controller: get, update
 //
 // What `headcni-controller uninstall` asks: nodes list and patch; and in its own namespace
@@ -22,5 +22,7 @@
 //	""                   configmaps  headcni-controller: get, delete
 //	coordination.k8s.io  leases      headcni-controller: delete
 //
-// The credential for Headscale is a mounted file, never read through the API server.
+// The chart makes the Secret headcni-join and the ConfigMap headcni-controller, empty: who may create Secrets in kube-system
+// can have the token of any service account there put into one. Where that right is given all the same, missing ones are
+// made. The credential for Headscale is a mounted file, never read through the API server.
 package controller
