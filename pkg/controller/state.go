@@ -78,7 +78,9 @@ func sortMembers(members []member) {
 }
 
 // overlapping reports whether p overlaps any of list.
-func overlapping(p netip.Prefix, list []netip.Prefix) bool { return slices.ContainsFunc(list, p.Overlaps) }
+func overlapping(p netip.Prefix, list []netip.Prefix) bool {
+	return slices.ContainsFunc(list, p.Overlaps)
+}
 
 // inside reports whether p lies within one of list.
 func inside(p netip.Prefix, list []netip.Prefix) bool {
