@@ -16,7 +16,7 @@ CNI_CONF ?= /etc/cni/net.d
 UNITS    ?= $(PREFIX)/lib/systemd/system
 
 PROGRAMS := headcni headcni-ipam headcni-daemon headcni-controller
-PLUGINS  := host-local portmap
+PLUGINS  := host-local loopback portmap
 LDFLAGS  := -s -w -X github.com/headcni/headcni/internal/version.Version=$(VERSION)
 
 # The work tree may belong to another user than the one who builds (sudo), in which case Git refuses to tell go about it.
@@ -38,7 +38,7 @@ demo: build ## Two nodes, four pods, real Headscale and tailscaled, on this mach
 	@$(call WITH_PACKAGES,demo) $(WITH_TOOLS) bin/headcnictl demo $(ARGS)
 
 .PHONY: build
-build: need-go ## Compile everything into bin/, with host-local and portmap
+build: need-go ## Compile everything into bin/, with host-local, loopback and portmap
 	@test/tools/as-user $(MAKE) compile VERSION='$(VERSION)'
 
 .PHONY: compile
@@ -50,6 +50,7 @@ compile:
 		release=$$(sed -n 's/^\tgithub\.com\/containernetworking\/plugins \(v[^ ]*\).*/\1/p' go.mod) && \
 		go build -trimpath -ldflags "-s -w -X github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=$$release" -o $(abspath $(BIN))/ \
 		github.com/containernetworking/plugins/plugins/ipam/host-local \
+		github.com/containernetworking/plugins/plugins/main/loopback \
 		github.com/containernetworking/plugins/plugins/meta/portmap
 
 ARCH     ?= $(shell . test/tools/lib.sh && find_go && go env GOARCH)

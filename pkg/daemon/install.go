@@ -20,9 +20,9 @@ import (
 )
 
 // borrowed plugins are not ours: where the node has its own, those stay. Ours come last, so that what they may call is
-// there before them.
+// there before them. loopback is what containerd itself runs in every pod; on K3s without its flannel nobody else brings it.
 var (
-	borrowedPlugins = []string{"host-local", "portmap"}
+	borrowedPlugins = []string{"host-local", "loopback", "portmap"}
 	ownPlugins      = []string{"headcni-ipam", "headcni"}
 )
 
@@ -49,8 +49,8 @@ func loadInstalled() (installed, error) {
 	}
 	var in installed
 	if err := json.Unmarshal(b, &in); err != nil {
-		return nil, fmt.Errorf("read which plugins are ours: %s: %w; remove the file to start afresh (a host-local or portmap that came "+
-			"with us then stays at uninstall)", installedPath(), err)
+		return nil, fmt.Errorf("read which plugins are ours: %s: %w; remove the file to start afresh (a host-local, loopback or portmap that "+
+			"came with us then stays at uninstall)", installedPath(), err)
 	}
 	if in == nil {
 		in = installed{}
@@ -67,7 +67,7 @@ func (in installed) save() error {
 }
 
 // Install puts the plugins of folder from into folder to, each whole or not at all, and returns a line for each that it
-// looked at. A host-local or portmap that somebody else put there stays.
+// looked at. A host-local, loopback or portmap that somebody else put there stays.
 func Install(ctx context.Context, from, to string) ([]string, error) {
 	unlock, err := lockFolder(ctx, to)
 	if err != nil {
@@ -267,7 +267,8 @@ func knownFolders() string {
 	return strings.Join(known, "; ")
 }
 
-// RemovePlugins takes away what Install put anywhere, but not a host-local or portmap that somebody has replaced since.
+// RemovePlugins takes away what Install put anywhere, but not a host-local, loopback or portmap that somebody has replaced
+// since.
 func RemovePlugins(ctx context.Context) error {
 	in, err := loadInstalled()
 	if err != nil {
