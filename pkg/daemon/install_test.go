@@ -208,8 +208,8 @@ func TestInstallOntoFullDisk(t *testing.T) {
 	freshState(t)
 	const size = 256 << 10
 	old, next, to := plugins(t, "1", size), plugins(t, "2", size), t.TempDir()
-	// Room for the four old ones and for a part of a fifth.
-	mount(t, "tmpfs", to, "tmpfs", 0, "size=1200k")
+	// Room for the five old ones and for a part of a sixth.
+	mount(t, "tmpfs", to, "tmpfs", 0, "size=1460k")
 	install(t, old, to)
 	_, err := Install(t.Context(), next, to)
 	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "make room on the file system of "+to) {
