@@ -21,14 +21,15 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 	if len(o.ranges) == 0 {
 		return nil, nil
 	}
-	var taken []netip.Prefix
+	taken := newTakenSet()
 	var needy []node
 	for _, n := range o.nodes {
 		switch {
 		case n.cidrErr != nil, len(n.cidrs) > 0 && !n.allocated:
 			return nil, nil
 		case len(n.cidrs) > 0:
-			taken = append(taken, n.cidrs...)
+			taken.add(n.cidrs...)
+		case n.leaving:
 		case o.now.Sub(n.created) >= allocateAfter:
 			needy = append(needy, n)
 		}
@@ -36,7 +37,7 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 	for _, t := range o.tailnet {
 		for _, r := range t.Approved {
 			if inside(r, o.ranges) {
-				taken = append(taken, r) // of a Node that is gone, or of another cluster
+				taken.add(r) // of a Node that is gone, or of another cluster
 			}
 		}
 	}
@@ -47,13 +48,13 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 			return given, fmt.Errorf("give Node %s a pod CIDR: %w", n.name, err)
 		}
 		given[n.name] = cidrs
-		taken = append(taken, cidrs...)
+		taken.add(cidrs...)
 	}
 	return given, nil
 }
 
 // cut finds the lowest free range of each family.
-func (o observation) cut(taken []netip.Prefix) ([]netip.Prefix, error) {
+func (o observation) cut(taken *takenSet) ([]netip.Prefix, error) {
 	var out []netip.Prefix
 	for _, v6 := range []bool{false, true} {
 		var of []netip.Prefix
@@ -88,26 +89,55 @@ func nodeBits(v6 bool) int {
 
 // firstFree goes through the ranges of a node's size within r. One step leaves what is taken behind, so there are no more
 // steps than taken ranges.
-func firstFree(r netip.Prefix, taken []netip.Prefix) (netip.Prefix, bool) {
+func firstFree(r netip.Prefix, taken *takenSet) (netip.Prefix, bool) {
 	bits := nodeBits(r.Addr().Is6())
 	for a := r.Masked().Addr(); r.Contains(a); {
 		c := netip.PrefixFrom(a, bits)
 		if c.Bits() < r.Bits() {
 			return netip.Prefix{}, false // r is smaller than one node's range
 		}
-		i := slices.IndexFunc(taken, c.Overlaps)
-		if i < 0 {
+		by, ok := taken.by(c)
+		if !ok {
 			return c, true
 		}
-		wider := c
-		if taken[i].Bits() < bits {
-			wider = taken[i]
+		if by.Bits() > bits {
+			by = c
 		}
-		next, ok := after(wider)
+		next, ok := after(by)
 		if !ok {
 			break
 		}
 		a = next
+	}
+	return netip.Prefix{}, false
+}
+
+// takenSet are ranges that are in use. Those of a node's own size, which nearly all are, are looked up: a thousand Nodes at
+// once would else be a billion comparisons.
+type takenSet struct {
+	exact map[netip.Prefix]bool
+	other []netip.Prefix
+}
+
+func newTakenSet() *takenSet { return &takenSet{exact: map[netip.Prefix]bool{}} }
+
+func (s *takenSet) add(list ...netip.Prefix) {
+	for _, p := range list {
+		if p.Bits() == nodeBits(p.Addr().Is6()) {
+			s.exact[p.Masked()] = true
+		} else {
+			s.other = append(s.other, p)
+		}
+	}
+}
+
+// by is a range that overlaps c, which is of a node's size.
+func (s *takenSet) by(c netip.Prefix) (netip.Prefix, bool) {
+	if s.exact[c] {
+		return c, true
+	}
+	if i := slices.IndexFunc(s.other, c.Overlaps); i >= 0 {
+		return s.other[i], true
 	}
 	return netip.Prefix{}, false
 }

@@ -22,6 +22,8 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/monitoring"
 )
@@ -58,7 +60,11 @@ type Controller struct {
 	wake      chan struct{}
 	news      news
 
-	// Of the leader's loop.
+	// leading is held by the leader's loop.
+	leading sync.Mutex
+	// Of the leader's loop. api is kept while the key is the same: a client has connections of its own.
+	api      *headscale.Client
+	apiKey   secret.Secret
 	slowAt   time.Time
 	findings []finding // of the slow check
 
@@ -78,6 +84,8 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	if err != nil {
 		return nil, fmt.Errorf("%w; set kubernetes.kubeconfig", err)
 	}
+	// A thousand Nodes have their views written within seconds, not at the library's five a second.
+	rc.QPS, rc.Burst = 50, 100
 	client, err := kubernetes.NewForConfig(rc)
 	if err != nil {
 		return nil, err
@@ -118,7 +126,7 @@ func (c *Controller) Run(ctx context.Context, listen string) error {
 			LockConfig: resourcelock.ResourceLockConfig{Identity: c.identity},
 		},
 		LeaseDuration: leaseDuration, RenewDeadline: renewDeadline, RetryPeriod: retryPeriod, ReleaseOnCancel: true,
-		Callbacks: leaderelection.LeaderCallbacks{OnStartedLeading: c.lead, OnStoppedLeading: func() { close(lost) }},
+		Callbacks: leaderelection.LeaderCallbacks{OnStartedLeading: func(held context.Context) { c.lead(ctx, held) }, OnStoppedLeading: func() { close(lost) }},
 		Name:      kube.Lease,
 	})
 	if err != nil {
@@ -135,7 +143,16 @@ func (c *Controller) Run(ctx context.Context, listen string) error {
 		}()
 	}
 	stopping := ctx
-	elector.Run(klog.NewContext(ctx, klog.New(nil)))
+	// The Lease is given up only when the loop has ended: else two would lead for a moment.
+	held, release := context.WithCancel(klog.NewContext(context.WithoutCancel(ctx), klog.New(nil)))
+	defer release()
+	go func() {
+		<-ctx.Done()
+		c.leading.Lock()
+		release()
+		c.leading.Unlock()
+	}()
+	elector.Run(held)
 	<-lost
 	select {
 	case err := <-failed:
@@ -241,8 +258,16 @@ func (c *Controller) snapshot() (nodes []node, synced bool) {
 	return nodes, c.synced
 }
 
-// lead runs passes until ctx ends.
-func (c *Controller) lead(ctx context.Context) {
+// lead runs passes until ctx ends, or held: the lead is lost.
+func (c *Controller) lead(ctx, held context.Context) {
+	c.leading.Lock()
+	defer c.leading.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(held, cancel)()
+	if held.Err() != nil || ctx.Err() != nil {
+		return
+	}
 	c.log.Info("leads")
 	c.lean(true)
 	defer c.lean(false)

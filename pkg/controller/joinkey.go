@@ -3,6 +3,7 @@ package controller
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -20,9 +21,13 @@ const (
 	// joinKeyRenew is when another is made: a node that has just read the old one has this long to use it.
 	joinKeyRenew = joinKeyLife / 2
 
+	// joinKeyTimeout bounds the three calls that it takes.
+	joinKeyTimeout = 30 * time.Second
+
 	// Annotations of the Secret: what its key is good for.
 	joinExpires = "headcni.io/expires"
 	joinServer  = "headcni.io/server"
+	joinTags    = "headcni.io/tags"
 )
 
 // joinKey makes sure that the Secret holds a key that nodes can join with, and returns when it expires (the zero time: not
@@ -31,6 +36,8 @@ const (
 // The key is made before the Secret is written: a leader that dies in between leaves a key that nobody knows, which
 // expires by itself, and the old one stays good meanwhile.
 func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credential secret.Secret) (time.Time, error) {
+	ctx, cancel := context.WithTimeout(ctx, joinKeyTimeout)
+	defer cancel()
 	secrets := c.client.CoreV1().Secrets(c.namespace)
 	have, err := secrets.Get(ctx, kube.JoinSecret, metav1.GetOptions{})
 	missing := apierrors.IsNotFound(err)
@@ -50,15 +57,16 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 	next.Labels["app.kubernetes.io/managed-by"] = "headcni-controller"
 	expires, err := time.Parse(time.RFC3339, next.Annotations[joinExpires])
 	key := string(next.Data[kube.JoinSecretKey])
-	sameServer := next.Annotations[joinServer] == c.cfg.Headscale.URL
+	tags := strings.Join(c.cfg.Tailscale.Tags, ",")
+	same := next.Annotations[joinServer] == c.cfg.Headscale.URL && next.Annotations[joinTags] == tags
 	switch {
 	case api == nil:
-		if key == credential.Reveal() && sameServer {
+		if key == credential.Reveal() && same {
 			return time.Time{}, nil
 		}
 		key, expires = credential.Reveal(), time.Time{}
 		delete(next.Annotations, joinExpires)
-	case err == nil && key != "" && sameServer && expires.Sub(c.now()) > joinKeyRenew:
+	case err == nil && key != "" && same && expires.Sub(c.now()) > joinKeyRenew:
 		return expires, nil
 	default:
 		expires = c.now().Add(joinKeyLife).UTC().Truncate(time.Second)
@@ -69,7 +77,7 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 		key = made.Key.Reveal()
 		next.Annotations[joinExpires] = expires.Format(time.RFC3339)
 	}
-	next.Annotations[joinServer] = c.cfg.Headscale.URL
+	next.Annotations[joinServer], next.Annotations[joinTags] = c.cfg.Headscale.URL, tags
 	next.Data = map[string][]byte{kube.JoinSecretKey: []byte(key)}
 	if missing {
 		_, err = secrets.Create(ctx, next, metav1.CreateOptions{})

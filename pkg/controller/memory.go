@@ -17,6 +17,8 @@ const memoryKey = "members.json"
 
 // loadMemory reads the ConfigMap; none is an empty memory. found is nil then.
 func (c *Controller) loadMemory(ctx context.Context) (m memory, found *corev1.ConfigMap, err error) {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
 	found, err = c.client.CoreV1().ConfigMaps(c.namespace).Get(ctx, kube.Memory, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return memory{}, nil, nil
@@ -42,6 +44,8 @@ func (c *Controller) saveMemory(ctx context.Context, m memory, found *corev1.Con
 	if found != nil && found.Data[memoryKey] == string(b) {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
 	maps := c.client.CoreV1().ConfigMaps(c.namespace)
 	if found == nil {
 		_, err = maps.Create(ctx, &corev1.ConfigMap{

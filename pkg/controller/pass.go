@@ -28,11 +28,10 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	if !synced {
 		return true, nil
 	}
-	if slices.ContainsFunc(nodes, func(n node) bool { return n.leaving }) {
-		// The whole is being uninstalled: whatever we write now would stay behind.
-		return false, nil
-	}
+	// A Node that is being uninstalled is left alone, the others are not: uninstall itself stops all controllers first, and
+	// whoever has one node's kubelet can put that annotation on it.
 	api, cred, err := c.headscale(ctx)
+	c.metrics.headscale.Set(0)
 	if err != nil {
 		c.tell(ctx, nil, []finding{{checkKey, err.Error()}}, false)
 		return false, err
@@ -46,12 +45,15 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 		return false, errors.Join(keyErr, c.unseen(ctx, nodes))
 	}
 	tailnet, err := api.Nodes(ctx)
-	c.metrics.headscale.Set(0)
+	if errors.Is(err, headscale.ErrUnauthorized) {
+		c.tell(ctx, nil, []finding{{checkKey, fmt.Sprintf("%s: %v", cred.Source, err)}}, false)
+		return false, err // the join key's error says the same
+	}
 	if err != nil {
 		return false, errors.Join(keyErr, err)
 	}
 	c.metrics.headscale.Set(1)
-	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes, tailnet: tailnet}
+	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), tags: c.cfg.Tailscale.Tags, nodes: nodes, tailnet: tailnet}
 	var found *corev1.ConfigMap
 	if o.memory, found, err = c.loadMemory(ctx); err != nil {
 		return false, errors.Join(keyErr, err)
@@ -76,6 +78,9 @@ func (c *Controller) headscale(ctx context.Context) (*headscale.Client, config.C
 	if err != nil {
 		return nil, cred, err
 	}
+	if c.api != nil && c.apiKey == cred.Key {
+		return c.api, cred, nil
+	}
 	api, err := headscale.New(headscale.Options{URL: c.cfg.Headscale.URL, Key: cred.Key, CAFile: c.cfg.Headscale.CAFile})
 	if err != nil {
 		return nil, cred, err
@@ -87,6 +92,7 @@ func (c *Controller) headscale(ctx context.Context) (*headscale.Client, config.C
 	if kind == headscale.KindPreAuth {
 		return nil, cred, nil
 	}
+	c.api, c.apiKey = api, cred.Key
 	return api, cred, nil
 }
 
@@ -178,12 +184,20 @@ func (c *Controller) unseen(ctx context.Context, nodes []node) error {
 	var errs []error
 	for _, n := range nodes {
 		v := kube.View{NodeKey: n.key, State: kube.StateUnseen}
-		if n.key != "" && v.String() != n.viewText {
+		if n.key != "" && !n.leaving && v.String() != n.viewText {
 			errs = append(errs, c.show(ctx, n, v))
 		}
 	}
-	ranges := observation{ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes}.podRanges()
-	c.tell(ctx, nodes, []finding{{checkAutoApprovers, preAuthAdvice(ranges, c.cfg.Tailscale.Tags)}}, true)
+	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes}
+	findings := []finding{{checkAutoApprovers, preAuthAdvice(o.podRanges(), c.cfg.Tailscale.Tags)}}
+	given, full := o.allocate()
+	for name, cidrs := range given {
+		errs = append(errs, c.give(ctx, name, cidrs))
+	}
+	if full != nil {
+		findings = append(findings, finding{checkRanges, full.Error()})
+	}
+	c.tell(ctx, nodes, findings, true)
 	return errors.Join(errs...)
 }
 

@@ -47,9 +47,15 @@ type approval struct {
 // makePlan does no I/O.
 func makePlan(o observation) plan {
 	p := plan{views: map[string]kube.View{}}
-	ranges := o.podRanges()
 	claims, refused := o.claims()
 	granted := o.grant(claims)
+	ranges := o.ranges
+	if len(ranges) == 0 {
+		// Only what is granted: a Node with a range that is refused, 0.0.0.0/0 for instance, takes no route from anybody.
+		for _, g := range granted {
+			ranges = append(ranges, g.cidrs...)
+		}
+	}
 	for _, n := range o.nodes {
 		if n.key == "" || n.leaving {
 			continue
@@ -247,9 +253,10 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		claimed[t.ID] = true
 		inUse = append(inUse, granted[n.name].cidrs...)
 		p.memory.Members = append(p.memory.Members, member{
-			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon, Routes: granted[n.name].cidrs,
+			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t), Routes: granted[n.name].cidrs,
 		})
-		if n.mode == config.ModeDaemon && !t.Expiry.IsZero() && t.Expiry.Sub(o.now) < rescue {
+		// Not one that has expired: `headscale nodes expire` is how an administrator shuts a node out.
+		if n.mode == config.ModeDaemon && o.joined(t) && t.Expiry.After(o.now) && t.Expiry.Sub(o.now) < rescue {
 			p.lasting = append(p.lasting, t.ID)
 		}
 	}

@@ -27,11 +27,13 @@ func kn(name, key string, cidrs ...string) node {
 	return node{name: name, key: "nodekey:" + key, mode: "daemon", cidrs: prefixes(cidrs...), created: now.Add(-time.Hour)}
 }
 
+var tags = []string{"tag:headcni"}
+
 // ts is a node of the tailnet that advertises routes, which of them are approved, and is primary for those.
 func ts(id headscale.ID, key string, advertised []string, approved ...string) headscale.Node {
 	return headscale.Node{
 		ID: id, Name: key, NodeKey: "nodekey:" + key, Online: true, Available: prefixes(advertised...),
-		Approved: prefixes(approved...), Primary: prefixes(approved...),
+		Approved: prefixes(approved...), Primary: prefixes(approved...), Tags: tags, Method: methodAuthKey,
 	}
 }
 
@@ -158,7 +160,7 @@ func TestPlan(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			p := makePlan(observation{
-				now: now, ranges: prefixes(test.ranges...), nodes: test.nodes, tailnet: test.tailnet, memory: memory{Members: test.memory},
+				now: now, ranges: prefixes(test.ranges...), tags: tags, nodes: test.nodes, tailnet: test.tailnet, memory: memory{Members: test.memory},
 			})
 			for name, want := range test.views {
 				state, part, _ := strings.Cut(want, " ")
@@ -193,7 +195,7 @@ func text(list []netip.Prefix) string {
 
 // TestMemory: a place in the tailnet is remembered from the first claim on, and until it is really gone.
 func TestMemory(t *testing.T) {
-	o := observation{now: now, nodes: []node{kn("one", "a", "10.244.1.0/24")}, tailnet: []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"})}}
+	o := observation{now: now, tags: tags, nodes: []node{kn("one", "a", "10.244.1.0/24")}, tailnet: []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"})}}
 	o.memory = makePlan(o).memory
 	claimed := memory{Members: []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24")}}}
 	prefixEqual := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })

@@ -72,7 +72,8 @@ func checkPolicy(text string, ranges []netip.Prefix, tags []string, starCovers b
 		}
 	}
 	slices.SortFunc(found, func(a, b finding) int { return strings.Compare(a.text, b.text) })
-	if !p.hasAttr("cache-network-maps", tags) {
+	// Older servers know no nodeAttrs and refuse a policy that has any.
+	if !starCovers && !p.hasAttr("cache-network-maps", tags) {
 		found = append(found, finding{checkMaps, fmt.Sprintf("a node's tailscaled cannot restart while Headscale is down: add to the policy "+
 			"\"nodeAttrs\": [{\"target\": %s, \"attr\": [\"cache-network-maps\"]}]", quoted(tags))})
 	}

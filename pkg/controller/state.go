@@ -42,7 +42,9 @@ func nodeOf(n *corev1.Node) node {
 type observation struct {
 	now time.Time
 	// ranges are network.clusterCIDRs; none means that the Nodes' pod CIDRs are all there is.
-	ranges  []netip.Prefix
+	ranges []netip.Prefix
+	// tags are those that our nodes join with.
+	tags    []string
 	nodes   []node
 	tailnet []headscale.Node
 	memory  memory
@@ -64,6 +66,16 @@ type member struct {
 	// Gone is since when no Node claims it, zero while one does.
 	Gone time.Time `json:"gone,omitzero"`
 }
+
+// joined reports whether a node of the tailnet has joined for us: by a key, with our tags. A Node's annotations are what
+// its daemon says, and anybody's node key can be read from a tailnet: a node that was broken into could say that it is
+// somebody's laptop in daemon mode, and have that removed.
+func (o observation) joined(t headscale.Node) bool {
+	return t.Method == methodAuthKey && len(o.tags) > 0 && !slices.ContainsFunc(o.tags, func(tag string) bool { return !slices.Contains(t.Tags, tag) })
+}
+
+// methodAuthKey is Headscale's word for a node that joined with a pre-auth key.
+const methodAuthKey = "REGISTER_METHOD_AUTH_KEY"
 
 func (m memory) byID(id headscale.ID) (member, bool) {
 	i := slices.IndexFunc(m.Members, func(e member) bool { return e.ID == id })

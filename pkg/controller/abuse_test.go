@@ -1,0 +1,214 @@
+package controller
+
+import (
+	"bytes"
+	"encoding/json"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/headscale"
+)
+
+// A stolen node writes the key of somebody's laptop on its own Node (public keys of peers are known to all), then its own
+// again. Ten minutes later, while the laptop sleeps, it must not be deleted from Headscale.
+func TestForeignMachineIsNotRemoved(t *testing.T) {
+	laptop := headscale.Node{ID: 7, Name: "laptop", NodeKey: "nodekey:laptop", User: "alice", Method: "REGISTER_METHOD_OIDC"}
+	own := headscale.Node{ID: 1, Name: "b", NodeKey: "nodekey:b", Online: true, Tags: tags, Method: "REGISTER_METHOD_AUTH_KEY"}
+	b := node{name: "b", key: "nodekey:laptop", mode: config.ModeDaemon, cidrs: prefixes("10.244.2.0/24"), created: now}
+	o := observation{now: now, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{b}, tailnet: []headscale.Node{laptop, own}}
+	p := makePlan(o)
+	b.key = "nodekey:b"
+	o.nodes, o.memory = []node{b}, p.memory
+	p = makePlan(o)
+	o.memory, o.now = p.memory, now.Add(grace+time.Minute)
+	p = makePlan(o)
+	if slices.Contains(p.remove, 7) {
+		t.Errorf("the laptop is deleted from Headscale: %+v", p.remove)
+	}
+}
+
+// `headscale nodes expire` is how an administrator shuts a stolen node out. It must stay out.
+func TestExpiredNodeStaysOut(t *testing.T) {
+	stolen := headscale.Node{ID: 1, Name: "b", NodeKey: "nodekey:b", Tags: tags, Method: "REGISTER_METHOD_AUTH_KEY", Expiry: now.Add(-time.Second)}
+	b := node{name: "b", key: "nodekey:b", mode: config.ModeDaemon, cidrs: prefixes("10.244.2.0/24"), created: now}
+	p := makePlan(observation{now: now, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{b}, tailnet: []headscale.Node{stolen}})
+	if len(p.lasting) > 0 {
+		t.Error("the expired node's key is made to last for ever")
+	}
+}
+
+// The same by a node that claims somebody's laptop.
+func TestForeignExpiryStays(t *testing.T) {
+	laptop := headscale.Node{ID: 7, Name: "laptop", NodeKey: "nodekey:laptop", User: "alice", Method: "REGISTER_METHOD_OIDC", Online: true, Expiry: now.Add(time.Hour)}
+	b := node{name: "b", key: "nodekey:laptop", mode: config.ModeDaemon, cidrs: prefixes("10.244.2.0/24"), created: now}
+	p := makePlan(observation{now: now, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{b}, tailnet: []headscale.Node{laptop}})
+	if len(p.lasting) > 0 {
+		t.Error("the laptop's key is made to last for ever")
+	}
+}
+
+// A Node whose kubelet registered it with spec.podCIDR 0.0.0.0/0, without network.clusterCIDRs: others keep the routes
+// that their users gave them.
+func TestMadRangeTakesNothing(t *testing.T) {
+	a := node{name: "a", key: "nodekey:a", mode: config.ModeHost, cidrs: prefixes("10.244.1.0/24"), created: now}
+	b := node{name: "b", key: "nodekey:b", mode: config.ModeHost, cidrs: prefixes("0.0.0.0/0"), created: now}
+	ta := headscale.Node{ID: 1, Name: "a", NodeKey: "nodekey:a", Online: true, Approved: prefixes("10.244.1.0/24", "192.168.7.0/24", "0.0.0.0/0")}
+	tb := headscale.Node{ID: 2, Name: "b", NodeKey: "nodekey:b", Online: true}
+	p := makePlan(observation{now: now, tags: tags, nodes: []node{a, b}, tailnet: []headscale.Node{ta, tb}})
+	for _, x := range p.approvals {
+		if x.id == 1 && len(x.stale) > 0 {
+			t.Errorf("a loses %v", x.stale)
+		}
+	}
+}
+
+// hs is a Headscale that refuses the key.
+func refusing(t *testing.T) string {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(401)
+		_, _ = w.Write([]byte("Unauthorized"))
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+func world(t *testing.T, url, key string, nodes ...*corev1.Node) (*Controller, *fake.Clientset, *bytes.Buffer) {
+	t.Setenv("HEADSCALE_API_KEY", "")
+	cfg := config.Default()
+	cfg.Headscale.URL = url
+	cfg.Network.ClusterCIDRs = config.CIDRs{"10.244.0.0/16"}
+	client := fake.NewClientset()
+	var log bytes.Buffer
+	env := func(name string) string {
+		if name == "HEADSCALE_API_KEY" {
+			return key
+		}
+		return ""
+	}
+	c := newController(cfg, slog.New(slog.NewTextHandler(&log, nil)), env, client, "test")
+	for _, n := range nodes {
+		if _, err := client.CoreV1().Nodes().Create(t.Context(), n, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		c.setNode(nodeOf(n))
+	}
+	c.synced = true
+	return c, client, &log
+}
+
+// A wrong or expired API key (with the prefix of 0.28 and later) must be told by an Event and the metric.
+func TestWrongKeyIsTold(t *testing.T) {
+	c, client, _ := world(t, refusing(t), "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	if _, err := c.pass(t.Context()); err == nil {
+		t.Fatal("no error")
+	}
+	events, err := client.EventsV1().Events("").List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(events.Items) == 0 {
+		t.Errorf("no Event: %v", err)
+	}
+}
+
+// healthy answers like a Headscale without nodes.
+func healthy(t *testing.T, minted *int) string {
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/api/v1/preauthkey" && r.Method == "POST":
+			*minted++
+			_ = json.NewEncoder(w).Encode(map[string]any{"preAuthKey": map[string]any{"id": "1", "key": "hskey-auth-x"}})
+		default:
+			_, _ = w.Write([]byte("{}"))
+		}
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+// With kubelet's credentials a stolen node may write any annotation on its own Node. That must not stop the controller
+// for everybody.
+func TestOneNodesUninstallStopsNobodyElse(t *testing.T) {
+	minted := 0
+	b := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "b", Annotations: map[string]string{"headcni.io/uninstall": "true"}}}
+	c, client, _ := world(t, healthy(t, &minted), "hskey-api-000000000000-"+strings.Repeat("0", 64), b, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
+	if _, err := c.pass(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.CoreV1().Secrets(c.namespace).Get(t.Context(), "headcni-join", metav1.GetOptions{}); err != nil {
+		t.Errorf("no join key is made any more: %v", err)
+	}
+}
+
+// Tags are what a joined node may do: a key minted with others must not stay.
+func TestTagsChangeMakesAnotherKey(t *testing.T) {
+	minted := 0
+	c, _, _ := world(t, healthy(t, &minted), "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	if _, err := c.pass(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c.cfg.Tailscale.Tags = []string{"tag:other"}
+	if _, err := c.pass(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if minted != 2 {
+		t.Errorf("%d keys made, want another for the new tags", minted)
+	}
+}
+
+// A pre-auth key: Nodes without pod CIDRs are given some all the same, as the API server needs no Headscale for it.
+func TestPreAuthAllocates(t *testing.T) {
+	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a", CreationTimestamp: metav1.NewTime(time.Now().Add(-time.Hour))}}
+	c, client, _ := world(t, refusing(t), "hskey-auth-x", n)
+	if _, err := c.pass(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got, err := client.CoreV1().Nodes().Get(t.Context(), "a", metav1.GetOptions{})
+	if err != nil || len(got.Spec.PodCIDRs) == 0 {
+		t.Errorf("no pod CIDR: %v", err)
+	}
+}
+
+// Headscale before 0.29 refuses a policy with nodeAttrs: nobody may be told to write one there.
+func TestNoAdviceThatBreaksOldServers(t *testing.T) {
+	found, err := checkPolicy("{}", prefixes("10.244.0.0/16"), tags, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range found {
+		if strings.Contains(f.text, "nodeAttrs") {
+			t.Errorf("0.28 is advised: %s", f.text)
+		}
+	}
+}
+
+// A Node whose key Headscale does not know (powered off for good, say) must not make it asked every 2 s for ever.
+func TestUnknownForeverIsNotPending(t *testing.T) {
+	n := node{name: "a", key: "nodekey:gone", cidrs: prefixes("10.244.1.0/24"), created: now.Add(-24 * time.Hour)}
+	p := makePlan(observation{now: now, tags: tags, nodes: []node{n}})
+	n.view = p.views["a"]
+	n.viewText = n.view.String()
+	if p = makePlan(observation{now: now, tags: tags, nodes: []node{n}}); p.pending {
+		t.Error("still pending, with nothing to do")
+	}
+}
+
+// A thousand Nodes without pod CIDRs at once.
+func TestAllocateThousand(t *testing.T) {
+	o := observation{now: now, tags: tags, ranges: prefixes("10.240.0.0/12", "fd00:240::/32")}
+	for i := range 1000 {
+		o.nodes = append(o.nodes, node{name: "n" + string(rune('a'+i%26)) + time.Duration(i).String(), created: now.Add(-time.Hour)})
+	}
+	start := time.Now()
+	got, err := o.allocate()
+	if d := time.Since(start); err != nil || len(got) != 1000 || d > time.Second {
+		t.Errorf("%d in %v, %v", len(got), d, err)
+	}
+}
