@@ -17,6 +17,8 @@ import (
 type Options struct {
 	// Nodes is how many machines there are beside the control host.
 	Nodes int
+	// Names are those of the nodes, "node-1" and so on where there are none.
+	Names []string
 	// Spare is how many of them, the last ones, are left alone: plugged in and with the plugins installed, but nothing
 	// is configured or started.
 	Spare int
@@ -130,7 +132,11 @@ func each(n int, do func(int) error) error {
 func (l *Lab) names() []string {
 	names := []string{"control"}
 	for i := range l.opt.Nodes {
-		names = append(names, fmt.Sprintf("node-%d", i+1))
+		name := fmt.Sprintf("node-%d", i+1)
+		if i < len(l.opt.Names) {
+			name = l.opt.Names[i]
+		}
+		names = append(names, name)
 	}
 	return names
 }

@@ -1,0 +1,148 @@
+package cluster
+
+import (
+	"context"
+	_ "embed" // manifests.yaml
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+const (
+	kubernetesDir = "/etc/kubernetes"
+	apiPort       = 6443
+)
+
+//go:embed manifests.yaml
+var manifests string
+
+// ServicePrefixes are ServiceCIDRs.
+func ServicePrefixes() []netip.Prefix { return prefixes(ServiceCIDRs) }
+
+// PodPrefixes are PodCIDRs.
+func PodPrefixes() []netip.Prefix { return prefixes(PodCIDRs) }
+
+func prefixes(list string) []netip.Prefix {
+	var out []netip.Prefix
+	for s := range strings.SplitSeq(list, ",") {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+// makeClients makes the administrator's kubeconfig and a client, which connects from the control host.
+func (c *Cluster) makeClients() error {
+	admin, err := c.pki.kubeconfig("admin", "system:masters")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(c.Kubeconfig(), admin, 0o600); err != nil {
+		return err
+	}
+	if c.Config, err = clientcmd.RESTConfigFromKubeConfig(admin); err != nil {
+		return err
+	}
+	c.Config.Dial = c.Control.Dial
+	c.Config.QPS, c.Config.Burst = 200, 400
+	c.Client, err = kubernetes.NewForConfig(c.Config)
+	return err
+}
+
+// startControlPlane starts etcd and Kubernetes' own programs, and has what every cluster holds applied.
+func (c *Cluster) startControlPlane(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the control plane was not ready within 2 minutes"))
+	defer cancel()
+	cp := c.Nodes[0]
+	files, err := c.pki.files()
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"kube-controller-manager", "kube-scheduler"} {
+		if files[name+".kubeconfig"], err = c.pki.kubeconfig("system:"+name, ""); err != nil {
+			return err
+		}
+	}
+	if err := writeFiles(cp.Path(kubernetesDir), files); err != nil {
+		return err
+	}
+	if err := c.run("etcd", "--data-dir=/var/lib/etcd", "--unsafe-no-fsync", "--log-level=warn",
+		"--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380"); err != nil {
+		return err
+	}
+	if err := c.run("kube-apiserver", c.apiServerFlags()...); err != nil {
+		return err
+	}
+	server := c.control[len(c.control)-1]
+	err = poll(ctx, 50*time.Millisecond, func() error {
+		if !server.Alive() {
+			return fmt.Errorf("kube-apiserver ended: see %s", server.Log)
+		}
+		_, err := c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").Timeout(time.Second).DoRaw(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("wait for the API server: %w", err)
+	}
+	if err := c.run("kube-controller-manager", c.controllerManagerFlags()...); err != nil {
+		return err
+	}
+	if err := c.run("kube-scheduler", "--kubeconfig="+kubernetesDir+"/kube-scheduler.kubeconfig", "--leader-elect=false", "--bind-address=127.0.0.1"); err != nil {
+		return err
+	}
+	path := filepath.Join(c.Dir, "manifests.yaml")
+	if err := os.WriteFile(path, []byte(strings.ReplaceAll(manifests, "DNS_ADDRESS", DNSAddress)), 0o600); err != nil {
+		return err
+	}
+	_, err = c.Kubectl(ctx, "apply", "--server-side", "-f", path)
+	return err
+}
+
+// run starts a program of the control plane.
+func (c *Cluster) run(name string, args ...string) error {
+	p, err := c.Nodes[0].Start(name, nil, args...)
+	if err != nil {
+		return err
+	}
+	c.control = append(c.control, p)
+	return nil
+}
+
+func (c *Cluster) apiServerFlags() []string {
+	in := func(name string) string { return filepath.Join(kubernetesDir, name) }
+	return []string{
+		"--etcd-servers=http://127.0.0.1:2379",
+		"--advertise-address=" + c.Nodes[0].Underlay[0].String(), fmt.Sprintf("--secure-port=%d", apiPort),
+		"--service-cluster-ip-range=" + ServiceCIDRs,
+		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged",
+		"--client-ca-file=" + in("ca.crt"), "--tls-cert-file=" + in("server.crt"), "--tls-private-key-file=" + in("server.key"),
+		"--kubelet-client-certificate=" + in("kubelet-client.crt"), "--kubelet-client-key=" + in("kubelet-client.key"),
+		"--kubelet-preferred-address-types=InternalIP",
+		"--service-account-issuer=https://kubernetes.default.svc.cluster.local",
+		"--service-account-key-file=" + in("sa.crt"), "--service-account-signing-key-file=" + in("sa.key"),
+		// Aggregated API servers, which some of upstream's tests bring.
+		"--requestheader-client-ca-file=" + in("ca.crt"), "--requestheader-allowed-names=front-proxy",
+		"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
+		"--requestheader-extra-headers-prefix=X-Remote-Extra-",
+	}
+}
+
+func (c *Cluster) controllerManagerFlags() []string {
+	in := func(name string) string { return filepath.Join(kubernetesDir, name) }
+	flags := []string{
+		"--kubeconfig=" + in("kube-controller-manager.kubeconfig"), "--leader-elect=false", "--bind-address=127.0.0.1",
+		"--use-service-account-credentials", "--root-ca-file=" + in("ca.crt"), "--service-account-private-key-file=" + in("sa.key"),
+		"--cluster-signing-cert-file=" + in("ca.crt"), "--cluster-signing-key-file=" + in("ca.key"),
+		"--service-cluster-ip-range=" + ServiceCIDRs,
+	}
+	if !c.opt.NoPodCIDRs {
+		flags = append(flags, "--allocate-node-cidrs", "--cluster-cidr="+PodCIDRs, "--node-cidr-mask-size-ipv4=24", "--node-cidr-mask-size-ipv6=64")
+	}
+	return flags
+}
