@@ -85,7 +85,7 @@ bench: build ## Speed of ADD, DEL, address management and throughput beside the 
 		go test -run '^$$' -bench . -benchtime 1x -timeout 30m $(BENCHFLAGS) ./test/bench/
 
 .PHONY: bench-rearm
-bench-rearm: build ## How long pods are dark after a restart of tailscaled, 100 times for each variant; needs root, takes 25 minutes
+bench-rearm: build ## How long pods are dark after a restart of tailscaled, 100 times for each variant; needs root, takes 27 minutes
 	@if ((EUID != 0)); then echo "make bench-rearm: needs root: run 'sudo make bench-rearm'" >&2; exit 1; fi
 	@$(WITH_PACKAGES) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/rearm/ -args -trials $(or $(TRIALS),100)
 
