@@ -1,98 +1,82 @@
 #!/usr/bin/env bash
-# Installs or upgrades HeadCNI with Helm, and does not call it done before pods on all
-# nodes reach each other.
+# Installs or upgrades HeadCNI in a cluster with Helm, waits until every node has its pod network, and tries it.
+# `./deploy-with-helm.sh --help` says how.
 #
-#   ./deploy-with-helm.sh -u https://headscale.example.com -k KEY
-#
-# `--help` lists the options. Progress goes to standard error.
+# The key never stands on a command line of a process started here, in a variable handed on, in a file on this machine
+# or in what is printed. It goes through a pipe into the Secret headcni-auth, and Helm gets that Secret's name only:
+# Helm keeps all values of a release, so a key among them would be in the cluster a second time, in every revision.
+{ set +x; } 2>/dev/null
 set -euo pipefail
 
-chart=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)/chart
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 402)); then
+	echo "deploy-with-helm.sh: bash $BASH_VERSION is too old: run it with bash 4.2 or later" >&2
+	exit 1
+fi
+
+self=${BASH_SOURCE[0]}
+if type -P readlink >/dev/null && [[ -L $self ]]; then
+	self=$(readlink -f "$self")
+fi
+chart=$(cd "$(dirname "$self")" && pwd)/chart
 release=headcni
-key_variables=(HEADSCALE_API_KEY HEADCNI_AUTH_KEY)
-file_variables=(HEADSCALE_API_KEY_FILE HEADCNI_AUTH_KEY_FILE)
+secret=headcni-auth
+field=data.api-key # of the Secret
 
 usage() {
-	cat <<'EOF'
-usage: deploy-with-helm.sh -u URL [-k KEY] [options]
+	cat <<'HELP'
+Usage: ./deploy-with-helm.sh -u URL -k KEY [options]
 
-  -u, --url URL         the Headscale server, as the nodes reach it
-  -k, --key KEY         an API key (recommended: the controller then approves the nodes'
-                        routes) or a reusable pre-auth key (Headscale's policy must then
-                        approve them). "-" reads it from standard input. Without -k:
-                        HEADSCALE_API_KEY, HEADCNI_AUTH_KEY, the files that
-                        HEADSCALE_API_KEY_FILE or HEADCNI_AUTH_KEY_FILE name, else the
-                        Secret headcni-auth (key api-key) that is in the cluster already
-  -n, --namespace NAME  namespace (default kube-system)
-  -f, --values FILE     values for the chart; may be given several times
-      --set KEY=VALUE   one value, such as config.network.mtu=1400; may be given several times
-      --image IMAGE     REPOSITORY[:TAG] or REPOSITORY@sha256:..., where it is not the chart's
-      --timeout TIME    how long everything may take, such as 300, 90s or 5m (default 5m)
-      --no-url-check    do not ask the URL from this machine, which may not reach what nodes do
-      --dry-run         show what would be installed (without the key), change nothing
-  -h, --help            this text
+Installs or upgrades HeadCNI, waits until every node's pod range is routed and pods on all nodes answer.
 
-kubectl's current context says which cluster it is. KUBECONFIG works as usual.
-EOF
+  -u, --url URL          Headscale, for instance https://headscale.example.com
+  -k, --key KEY          its API key (recommended) or a pre-auth key; - reads it from standard input.
+                         Without -k: HEADSCALE_API_KEY, HEADCNI_AUTH_KEY, or the file that HEADSCALE_API_KEY_FILE or
+                         HEADCNI_AUTH_KEY_FILE names, in this order; else the key that the cluster has already
+  -n, --namespace NAME   where HeadCNI's objects are (default kube-system)
+  -f, --values FILE      values for the chart; repeatable
+      --set KEY=VALUE    one value for the chart; repeatable
+      --image NAME:TAG   the image (default: the chart's)
+      --kubeconfig FILE  as for kubectl
+      --context NAME     as for kubectl
+      --timeout TIME     for all the waiting, such as 90s or 5m (default 5m)
+      --skip-url-check   do not ask URL from this machine: only the nodes reach it
+      --dry-run          print what would be applied, the key masked, and change nothing
+  -h, --help             print this
+
+A key after -k is in the shell's history and, for a moment, in the list of processes. A file or standard input is not:
+
+  HEADSCALE_API_KEY_FILE=api-key ./deploy-with-helm.sh -u https://headscale.example.com
+HELP
 }
 
-say() { printf '%s\n' "$*" >&2; }
-
-die() {
-	say "deploy-with-helm.sh: $*"
-	exit 1
+# say prints a line of progress: on standard output, or beside it where that is for the manifests.
+say() { clear_line && printf '%s\n' "$*" >&3; }
+ok() { say "ok    $*"; }
+warn() { say "warn  $1" && { [[ -z ${2:-} ]] || say "      $2"; }; }
+# fail prints what is wrong, and what to do about it.
+fail() { say "FAIL  $1" && { [[ -z ${2:-} ]] || say "      $2"; }; }
+usage_error() {
+	printf 'deploy-with-helm.sh: %s\n' "$*" >&2
+	exit 2
 }
 
-# A process's arguments can be read by everybody on the machine, and this one lives for
-# minutes: a key on the command line goes into a file, and we start anew without it.
-hide_key() {
-	local args=("$@") i
-	for ((i = 0; i < ${#args[@]}; i++)); do
-		case ${args[i]} in
-		-k | --key)
-			if ((i + 1 < ${#args[@]})) && [[ ${args[i + 1]} != - ]]; then
-				start_without_key "${args[i + 1]}" "${args[@]:0:i}" "${args[@]:i+2}"
-			fi
-			return 0
-			;;
-		--key=?*) start_without_key "${args[i]#--key=}" "${args[@]:0:i}" "${args[@]:i+1}" ;;
-		-u | --url | -n | --namespace | -f | --values | --set | --image | --timeout) ((++i)) ;;
-		esac
-	done
-}
-
-start_without_key() {
-	key_to_file "$1"
-	shift
-	HEADCNI_DEPLOY_KEY_FILE=$key_file exec "$BASH" "${BASH_SOURCE[0]}" "$@"
-}
-
-# key_to_file writes the key to a file in a folder that only we may enter.
-key_to_file() {
-	local dir=${XDG_RUNTIME_DIR:-/dev/shm}
-	[[ -d $dir && -w $dir ]] || dir=${TMPDIR:-/tmp}
-	dir=$(mktemp -d "$dir/headcni-deploy.XXXXXX")
-	key_file=$dir/key
-	(umask 077 && printf '%s' "$1" >"$key_file")
-}
-
-# forget_key removes the file, if it is of our own making.
-forget_key() {
-	if [[ ${key_file:-} == */headcni-deploy.??????/key ]]; then
-		rm -f "$key_file"
-		rmdir "${key_file%/*}" 2>/dev/null || true
+# waiting shows for what: a line that moves on a terminal, elsewhere one whenever it changes.
+last_wait=''
+waiting() {
+	if [[ -t 3 ]]; then
+		printf '\r\033[Kwait  %s (%d s left)' "$1" $((deadline - SECONDS)) >&3
+	elif [[ $1 != "$last_wait" ]]; then
+		printf 'wait  %s\n' "$1" >&3
 	fi
-	key_file=''
+	last_wait=$1
 }
+clear_line() { [[ -z $last_wait || ! -t 3 ]] || printf '\r\033[K' >&3; }
 
-clean_up() {
-	rm -f "${error_file:-}"
-	forget_key
-}
+url='' key='' key_from='' namespace=kube-system image='' kubeconfig='' context='' timeout=5m dry_run='' skip_url=''
+values=() sets=() rest=()
 
+# parse reads the command line. rest collects all of it but the key.
 parse() {
-	url='' namespace=kube-system image='' timeout=5m check_url=yes dry_run='' read_key=''
-	helm_args=()
 	local option value
 	while (($#)); do
 		option=$1
@@ -102,334 +86,629 @@ parse() {
 			usage
 			exit 0
 			;;
-		--dry-run) dry_run=yes && continue ;;
-		--no-url-check) check_url='' && continue ;;
-		--*=*) value=${option#*=} option=${option%%=*} ;;
-		-*)
-			(($#)) || die "$option needs a value; see --help"
-			value=$1
-			shift
+		--dry-run) dry_run=1 rest+=("$option") && continue ;;
+		--skip-url-check) skip_url=1 rest+=("$option") && continue ;;
+		--*=*)
+			set -- "${option#*=}" "$@"
+			option=${option%%=*}
 			;;
-		*) die "unexpected argument $option; see --help" ;;
 		esac
+		(($#)) || usage_error "$option needs a value, or is unknown: see --help"
+		value=$1
+		shift
 		case $option in
-		-u | --url) url=$value ;;
-		-k | --key) # any other has been hidden
-			[[ $value == - ]] || die "give the key once"
-			read_key=yes
-			;;
+		-k | --key) key=$value key_from=-k && continue ;;
+		-u | --url) url=${value%/} ;;
 		-n | --namespace) namespace=$value ;;
-		-f | --values)
-			[[ -r $value ]] || die "cannot read the values file $value"
-			helm_args+=(--values "$value")
-			;;
-		--set)
-			[[ $value != *authKey=* && $value != apiKey=* ]] || die "give the key with -k: --set would show it to everybody on this machine"
-			helm_args+=(--set "$value")
-			;;
+		-f | --values) values+=("$value") ;;
+		--set) sets+=("$value") ;;
 		--image) image=$value ;;
+		--kubeconfig) kubeconfig=$value ;;
+		--context) context=$value ;;
 		--timeout) timeout=$value ;;
-		*) die "no such option: $option; see --help" ;;
+		*) usage_error "unknown option $option: see --help" ;;
 		esac
+		rest+=("$option" "$value")
 	done
-	[[ -n $url ]] || die "-u is missing: give the Headscale server's URL, such as -u https://headscale.example.com"
-	url=${url%/}
-	case $timeout in
-	*[!0-9sm]* | '') die "--timeout $timeout: want seconds or minutes, such as 90s or 5m" ;;
-	*m) deadline=$((SECONDS + 60 * ${timeout%m})) ;;
-	*) deadline=$((SECONDS + ${timeout%s})) ;;
+}
+
+# hide_key starts this script anew with the key on standard input: else it would be in the list of processes as long as
+# the script runs. What fails before shows no key either.
+hide_key() {
+	[[ $key_from == -k && $key != - ]] || return 0
+	exec "$BASH" "$self" ${rest[@]+"${rest[@]}"} -k - < <(printf '%s\n' "$key")
+}
+
+# read_key finds the key: -k, then the variables in the specification's order. A source that is set and unreadable is an
+# error: falling through would use a key nobody meant.
+read_key() {
+	local name file=''
+	if [[ $key == - ]]; then
+		key=$(cat)
+		key_from='standard input'
+	else
+		for name in HEADSCALE_API_KEY HEADCNI_AUTH_KEY; do
+			[[ -z $key_from && ${!name:-} == *[![:space:]]* ]] && key=${!name} key_from=$name
+		done
+		for name in HEADSCALE_API_KEY_FILE HEADCNI_AUTH_KEY_FILE; do
+			[[ -z $key_from && -n ${!name:-} ]] && file=${!name} key_from="$name ($file)"
+		done
+		if [[ -n $file ]]; then
+			[[ -r $file && ! -d $file ]] || usage_error "$key_from cannot be read: write the key into it, mode 0600"
+			key=$(<"$file")
+		fi
+	fi
+	unset HEADSCALE_API_KEY HEADCNI_AUTH_KEY HEADSCALE_API_KEY_FILE HEADCNI_AUTH_KEY_FILE
+	key=${key#"${key%%[![:space:]]*}"} key=${key%"${key##*[![:space:]]}"}
+	[[ -z $key_from || -n $key ]] || usage_error "the key from $key_from is empty"
+	# No key has other characters, and these need no quoting anywhere.
+	[[ $key != *[!A-Za-z0-9._~+/=:-]* ]] || usage_error "the key from $key_from is not one word of letters, digits and ._~+/=:-"
+}
+
+# kind_of_key says api, preauth, or nothing where it cannot be told: 0.28 gave keys prefixes, before it API keys had a
+# dot and pre-auth keys 48 hexadecimal digits.
+kind_of_key() {
+	case $key in
+	hskey-api-*) echo api ;;
+	hskey-auth-* | tskey-auth-*) echo preauth ;;
+	*.*) echo api ;;
+	*) [[ ! $key =~ ^[0-9a-f]{48}$ ]] || echo preauth ;;
 	esac
 }
 
-# find_key looks where the specification says, unless there was one on the command line.
-find_key() {
-	local name text
-	if [[ -n $read_key ]]; then
-		IFS= read -r text || [[ -n $text ]] || die "no key on standard input"
-		key_to_file "$text"
-	fi
-	[[ -z $key_file ]] || return 0
-	for name in "${key_variables[@]}"; do
-		if [[ -n ${!name:-} ]]; then
-			key_to_file "${!name}"
-			return
-		fi
+# seconds turns 5m, 90s or 1h30m into a number.
+seconds() {
+	[[ $1 =~ ^(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?$ && -n $1 ]] || return 1
+	echo $((10#${BASH_REMATCH[2]:-0} * 3600 + 10#${BASH_REMATCH[4]:-0} * 60 + 10#${BASH_REMATCH[6]:-0}))
+}
+
+# sets_value tells whether the user's values have a key of this name, anywhere.
+sets_value() {
+	local item line
+	for item in ${sets[@]+"${sets[@]}"}; do
+		[[ $item =~ (^|[.,{])($1)= ]] && return 0
 	done
-	for name in "${file_variables[@]}"; do
-		if [[ -n ${!name:-} ]]; then
-			[[ -r ${!name} ]] || die "$name: cannot read ${!name}"
-			key_to_file "$(tr -d ' \t\r\n' <"${!name}")"
-			return
-		fi
+	for item in ${values[@]+"${values[@]}"}; do
+		while IFS= read -r line || [[ -n $line ]]; do
+			[[ $line =~ (^|[[:space:]{,\"\'])($1)[\"\']?[[:space:]]*:[[:space:]]*(.*) ]] || continue
+			case ${BASH_REMATCH[3]} in '' | '#'* | '""'* | "''"* | '}'* | ','*) ;; *) return 0 ;; esac
+		done <"$item"
 	done
+	return 1
 }
 
-check_programs() {
-	command -v kubectl >/dev/null || die "kubectl is not on PATH: see https://kubernetes.io/docs/tasks/tools/"
-	command -v helm >/dev/null || die "helm is not on PATH: see https://helm.sh/docs/intro/install/ (version 3.8 or later)"
-	local version
-	version=$(helm version --short 2>/dev/null) || die "helm does not run: try 'helm version'"
-	if [[ $version =~ ^v([0-9]+)\.([0-9]+) ]] && ((BASH_REMATCH[1] < 3 || BASH_REMATCH[1] == 3 && BASH_REMATCH[2] < 8)); then
-		die "helm $version is too old: version 3.8 or later is needed"
-	fi
-	[[ -r $chart/Chart.yaml ]] || die "the chart is not beside this script: $chart; clone the whole repository"
-}
-
-check_cluster() {
-	local answer
-	if ! answer=$(kubectl get --raw /version --request-timeout=10s 2>&1); then
-		die "the cluster does not answer: ${answer##*$'\n'}
-  Is 'kubectl config current-context' the right one, and KUBECONFIG set? Try 'kubectl get nodes'."
-	fi
-	[[ $(kubectl auth can-i create clusterroles 2>/dev/null) == yes ]] ||
-		die "you may not create ClusterRoles in this cluster: use an administrator's kubeconfig"
-	nodes=$(kubectl get nodes -o jsonpath='{range .items[*]}{.metadata.name}{"\n"}{end}')
-	[[ -n $nodes ]] || die "the cluster has no Nodes yet: join one first (they stay NotReady until HeadCNI is there)"
-	if [[ -z $key_file ]] && ! kubectl -n "$namespace" get secret headcni-auth -o name >/dev/null 2>&1; then
-		die "no key: give one with -k, or make the Secret headcni-auth (key api-key) in the namespace $namespace"
-	fi
-}
-
-# ask_url prints the HTTP status of a path of the server's, 000 where there is none.
-# The key goes to curl by standard input.
-ask_url() {
-	local header=''
-	[[ -z ${2:-} ]] || header=$(printf 'header = "Authorization: Bearer %s"' "$(<"$2")")
-	printf '%s\n' "$header" | curl -sS -m 10 -o /dev/null -w '%{http_code}' -K - "$url$1" 2>"$error_file" || true
-}
-
-check_url() {
-	local code
-	[[ $url =~ ^https?://([^/@:]+|\[[0-9a-fA-F:]+\])(:[0-9]+)?(/.*)?$ ]] || die "-u $url: want https://HOST[:PORT]"
+check_arguments() {
+	local file
+	for file in ${values[@]+"${values[@]}"}; do
+		[[ -r $file && ! -d $file ]] || usage_error "-f $file cannot be read"
+	done
+	for file in ${sets[@]+"${sets[@]}"}; do
+		[[ $file == *=* ]] || usage_error "--set takes KEY=VALUE"
+	done
+	! sets_value 'authKey|apiKey' ||
+		usage_error "--set and -f must not hold the key, which Helm would keep and --set would show: give it by -k -, or HEADSCALE_API_KEY_FILE"
+	[[ -n $url ]] || usage_error "-u URL is missing: see --help"
+	[[ $url =~ ^https?://(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?$ ]] ||
+		usage_error "-u $url is not a URL such as https://headscale.example.com"
 	case ${BASH_REMATCH[1]} in
-	localhost | 127.* | '[::1]') die "-u $url: on every node that is the node itself; give a name or address that all nodes reach" ;;
+	localhost | 127.* | '[::1]') usage_error "-u $url is the node itself on every node: give a name or address that all nodes reach" ;;
 	esac
-	[[ -n $check_url ]] || return 0
-	if ! command -v curl >/dev/null; then
-		say "  (without curl the URL is not checked)"
+	[[ $namespace =~ ^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || usage_error "-n $namespace is not a namespace's name"
+	time_limit=$(seconds "$timeout") || time_limit=0
+	((time_limit > 0)) || usage_error "--timeout $timeout is not a time such as 90s or 5m"
+	[[ -z $image || $image == *@sha256:* || ${image##*/} == *?:?* ]] || usage_error "--image $image has no tag: give NAME:TAG"
+}
+
+# Programs started in the background, so that a signal is answered at once, and files are gone with the script.
+scratch='' child='' tested=''
+cleanup() {
+	trap '' INT TERM
+	if [[ -n $child ]]; then
+		kill "$child" 2>/dev/null || true # helm notes in the release that it was interrupted
+		wait "$child" 2>/dev/null || true
+	fi
+	[[ -z $tested ]] || remove_test
+	clear_line
+	[[ -z $scratch ]] || rm -rf "$scratch"
+}
+
+# logged runs a command, its output in a file, and returns what it does. The name of the file comes first.
+logged() {
+	local file=$scratch/$1 status=0
+	shift
+	"$@" >"$file" 2>&1 3>&- &
+	child=$!
+	wait "$child" || status=$?
+	child=''
+	return "$status"
+}
+
+kube() { kubectl ${kube_flags[@]+"${kube_flags[@]}"} --request-timeout=20s "$@" 3>&-; }
+in_namespace() { kube --namespace "$namespace" "$@"; }
+
+# prepare says how kubectl and helm are to be called.
+prepare() {
+	kube_flags=() helm_flags=(--namespace "$namespace")
+	[[ -z $kubeconfig ]] || kube_flags+=(--kubeconfig "$kubeconfig") helm_flags+=(--kubeconfig "$kubeconfig")
+	[[ -z $context ]] || kube_flags+=(--context "$context") helm_flags+=(--kube-context "$context")
+	chart_flags=(--set-string "config.headscale.url=$url")
+	# Without this the chart would take over a Secret of an earlier install that was given the key by Helm, and its copy.
+	[[ -n $foreign_secret ]] || chart_flags+=(--set-string "existingSecret=$secret")
+	local item
+	for item in ${values[@]+"${values[@]}"}; do
+		chart_flags+=(--values "$item")
+	done
+	for item in ${sets[@]+"${sets[@]}"}; do
+		chart_flags+=(--set "$item")
+	done
+	case $image in
+	'') ;;
+	*@*) chart_flags+=(--set-string "image.repository=${image%@*}" --set-string "image.digest=${image#*@}") ;;
+	*) chart_flags+=(--set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}") ;;
+	esac
+}
+
+check_tools() {
+	local version
+	if ! type -P helm >/dev/null; then
+		fail "helm is missing" "install Helm 3 or later: https://helm.sh/docs/intro/install/"
+		failed=1
+	else
+		version=$(helm version --short 2>/dev/null) || version=unknown
+		if [[ $version =~ ^v?([0-9]+)\. ]] && ((BASH_REMATCH[1] >= 3)); then
+			ok "helm $version"
+		else
+			fail "helm is $version" "install Helm 3 or later: https://helm.sh/docs/intro/install/"
+			failed=1
+		fi
+	fi
+	if [[ -n $dry_run ]]; then
+		:
+	elif type -P kubectl >/dev/null; then
+		ok "kubectl is here"
+	else
+		fail "kubectl is missing" "install it: https://kubernetes.io/docs/tasks/tools/ (K3s: ln -s /usr/local/bin/k3s /usr/local/bin/kubectl)"
+		failed=1
+	fi
+	if [[ ! -r $chart/Chart.yaml ]]; then
+		fail "there is no chart in $chart" "run the script from HeadCNI's source, which has chart/ beside it"
+		failed=1
+	fi
+	[[ -z $failed ]] || exit 1
+}
+
+# check_url asks URL for the key that every control server of Tailscale's protocol shows.
+check_url() {
+	local answer status=0
+	[[ -z $skip_url ]] || return 0
+	if ! type -P curl >/dev/null; then
+		warn "curl is missing, so $url was not tried"
 		return
 	fi
-	code=$(ask_url /health)
-	case $code in
-	000) die "Headscale does not answer at $url: $(<"$error_file")
-  Does it run, and is the URL its server_url? If only the nodes reach it, give --no-url-check." ;;
-	200) ;;
-	*) die "$url/health answers HTTP $code: is this Headscale, and the port its listen_addr? --no-url-check goes on all the same." ;;
+	answer=$(curl --silent --show-error --max-time 15 "$url/key?v=100" 2>&1 3>&-) || status=$?
+	if ((status == 0)) && [[ $answer == *publicKey* ]]; then
+		ok "$url answers"
+		check_key
+	elif ((status == 0)); then
+		fail "$url answers, but is no Headscale" "-u takes the server_url of Headscale's configuration, without a path"
+		failed=1
+	elif ((status == 60)); then
+		warn "$url has a certificate that this machine does not trust" "if the nodes do not either, give its authority: -f with caBundle"
+	else
+		fail "$url does not answer: ${answer##*) }" "check -u; or --skip-url-check where only the nodes reach it"
+		failed=1
+	fi
+}
+
+# check_key asks Headscale whether the key is one for its API. curl reads the key from a pipe.
+check_key() {
+	local code
+	[[ -n $key && $kind != preauth ]] || return 0
+	code=$(printf 'header = "Authorization: Bearer %s"\n' "$key" |
+		curl --silent --max-time 15 --config - --output /dev/null --write-out '%{http_code}' "$url/api/v1/apikey" 3>&-) || true
+	case $code:$kind in
+	200:*) kind=api && ok "Headscale takes the API key" ;;
+	401:api | 403:api)
+		fail "Headscale refuses the API key" "make another one: headscale apikeys create"
+		failed=1
+		;;
+	401: | 403:) kind=preauth ;;
+	*) warn "Headscale's API answers with status $code" ;;
 	esac
 }
 
-# what_key finds out which kind the key is: api, preauth or unknown.
-what_key() {
-	local key code
-	[[ -n $key_file ]] || return 0
-	key=$(<"$key_file")
-	[[ -n $key && $key != *[[:space:]]* ]] || die "the key is empty or more than one word"
-	case $key in
-	hskey-auth-* | tskey-*) kind=preauth ;;
-	hskey-api-*) kind=api ;;
-	esac
-	if [[ $kind != preauth && -n $check_url ]] && command -v curl >/dev/null; then
-		code=$(ask_url /api/v1/apikey "$key_file")
-		case $kind:$code in
-		*:200) kind=api ;;
-		api:401 | api:403) die "Headscale refuses the API key: it is wrong or has expired (they do after 90 days). Make one: headscale apikeys create" ;;
-		unknown:401 | unknown:403) kind=preauth ;; # before 0.28 only asking tells them apart
-		esac
+# may tells whether the user may do something.
+may() { kube auth can-i --quiet "$@" >/dev/null 2>&1; }
+
+check_cluster() {
+	local out right
+	if ! out=$(kube get --raw /version 2>&1); then
+		fail "the cluster does not answer: ${out##*$'\n'}" "check --kubeconfig, --context or KUBECONFIG; on K3s: export KUBECONFIG=/etc/rancher/k3s/k3s.yaml"
+		exit 1
+	fi
+	[[ $out =~ \"gitVersion\":[[:space:]]*\"([^\"]*)\" ]] && out=${BASH_REMATCH[1]}
+	ok "the cluster answers: Kubernetes $out"
+	for right in "create daemonsets.apps -n $namespace" "create secrets -n $namespace" "create clusterrolebindings.rbac.authorization.k8s.io" \
+		"escalate clusterroles.rbac.authorization.k8s.io" "list nodes"; do
+		# shellcheck disable=SC2086 # words of a command
+		if ! may $right; then
+			fail "you may not $right" "use a kubeconfig with the rights of cluster-admin"
+			failed=1
+		fi
+	done
+	if ! kube get namespace "$namespace" >/dev/null 2>&1; then
+		ok "the namespace $namespace will be made"
+		new_namespace=1
+	elif [[ -z $key && -z $foreign_secret && -z $(in_namespace get secret "$secret" --ignore-not-found -o "jsonpath={.$field}" 2>/dev/null) ]]; then
+		failed=1
+		fail "no key was given, and the cluster has none" "give one: -k -, or HEADSCALE_API_KEY_FILE"
 	fi
 }
 
-# own_values are what this cluster needs beyond what the user gave.
-own_values() {
-	set_args=(--set-string "config.headscale.url=$url")
-	if [[ -n $image ]]; then
-		case ${image##*/} in
-		*@*) set_args+=(--set-string "image.repository=${image%@*}" --set-string "image.digest=${image#*@}") ;;
-		*:*) set_args+=(--set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}") ;;
-		*) set_args+=(--set-string "image.repository=$image") ;;
+# check_nodes warns of other pod networks and of nodes without pod CIDRs. It fills nodes.
+check_nodes() {
+	local name ready cidrs view flannel other='' none=''
+	while IFS='|' read -r name ready cidrs view flannel; do
+		[[ -z $name ]] && continue
+		nodes=$((nodes + 1))
+		[[ -n $cidrs ]] || none+=" $name"
+		[[ -z $flannel ]] || other+=" flannel on $name,"
+	done < <(list_nodes)
+	while read -r name; do
+		case ${name#*/} in
+		*flannel* | calico-node | canal | rke2-canal | cilium | weave-net | kindnet | antrea-agent | kube-router | aws-node | \
+			azure-cns | ovnkube-node | kube-ovn-cni | netd) other+=" $name," ;;
 		esac
+	done < <(kube get daemonsets --all-namespaces -o 'jsonpath={range .items[*]}{.metadata.namespace}/{.metadata.name}{"\n"}{end}')
+	[[ -z $other ]] || warn "another pod network is here:${other%,}" "take it off first, or have the nodes prefer ours: --set config.cni.exclusive=true"
+	if [[ -n $none ]] && ! sets_value clusterCIDRs; then
+		warn "without pod CIDRs:$none" "start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr, or give the pool: --set 'config.network.clusterCIDRs={10.244.0.0/16}'"
 	fi
-	if (($(wc -l <<<"$nodes") == 1)); then
-		set_args+=(--set controller.replicas=1)
+	((nodes > 0)) || fail "the cluster has no Linux nodes" "let one join"
+	((nodes > 0)) || exit 1
+	ok "$nodes node(s)"
+	# The chart's two controllers have no room on one node.
+	if ((nodes == 1)) && ! sets_value replicas; then
+		chart_flags+=(--set controller.replicas=1)
 	fi
-	if [[ -n $(kubectl get nodes -l microk8s.io/cluster=true -o name 2>/dev/null) ]]; then
-		local data=/var/snap/microk8s/current
-		set_args+=(--set "config.cni.binDir=$data/opt/cni/bin" --set "config.cni.confDir=$data/args/cni-network")
+	# Its snap has folders of its own, and a pod cannot find that out.
+	if [[ -n $(kube get nodes --selector microk8s.io/cluster=true -o name) ]] && ! sets_value 'binDir|confDir'; then
+		chart_flags+=(--set config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin --set config.cni.confDir=/var/snap/microk8s/current/args/cni-network)
 	fi
-	if [[ -n $dry_run && -n $key_file ]]; then
-		set_args+=(--set-string 'config.headscale.authKey=THE-KEY-IS-NOT-SHOWN')
-	elif [[ -n $key_file ]]; then
-		set_args+=(--set-file "config.headscale.authKey=$key_file")
-	fi
-	# The user's come last, so that they win.
-	set_args+=(${helm_args[@]+"${helm_args[@]}"})
 }
 
-left() { printf '%d' $((deadline > SECONDS ? deadline - SECONDS : 0)); }
+# list_nodes prints name, Ready, pod CIDRs, the controller's view and a trace of flannel of each node of ours.
+list_nodes() {
+	kube get nodes --selector "${selector:-kubernetes.io/os=linux}" -o "jsonpath={range .items[*]}{.metadata.name}|{.status.conditions[?(@.type=='Ready')].status}|{.spec.podCIDRs[*]}|{.metadata.annotations.headcni\.io/headscale}|{.metadata.annotations.flannel\.alpha\.coreos\.com/backend-type}{'\n'}{end}"
+}
 
-# wait_for calls a function every 2 s until it succeeds. The function says in $status
-# what it waits for, and may end the script where waiting is no use.
+# secret_manifest prints the Secret with a key in base64. printf is the shell's own; a here-document would be a file in
+# bash before 5.1. The annotation: an earlier release may own the Secret, and would take it along.
+secret_manifest() {
+	printf '%s\n' 'apiVersion: v1' 'kind: Secret' 'metadata:' "  name: $secret" "  namespace: $namespace" \
+		'  annotations:' '    helm.sh/resource-policy: keep' 'type: Opaque' 'data:' "  api-key: $1"
+}
+
+# put_secret brings the key into the cluster. Applied by the server, because else kubectl leaves a second copy in an
+# annotation. rekeyed says that it replaced another key.
+put_secret() {
+	local before
+	if [[ -n $new_namespace ]]; then
+		# Its pods use the host's network.
+		kube apply --filename - >/dev/null <<YAML
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: $namespace
+  labels:
+    pod-security.kubernetes.io/enforce: privileged
+YAML
+	fi
+	if [[ -z $key ]]; then
+		ok "the key in the cluster stays"
+		return
+	fi
+	before=$(in_namespace get secret "$secret" --ignore-not-found -o 'jsonpath={.metadata.resourceVersion}')
+	secret_manifest "$(printf '%s' "$key" | base64 | tr -d '\n')" |
+		in_namespace apply --server-side --force-conflicts --field-manager headcni-deploy --filename - >/dev/null
+	[[ -z $before || $before == "$(in_namespace get secret "$secret" -o 'jsonpath={.metadata.resourceVersion}')" ]] || rekeyed=1
+	ok "the key from $key_from is in the Secret $namespace/$secret"
+}
+
+install_chart() {
+	waiting "helm upgrade --install $release"
+	if ! logged helm helm upgrade --install "$release" "$chart" "${helm_flags[@]}" "${chart_flags[@]}" --timeout "${time_limit}s"; then
+		fail "helm upgrade --install $release:"
+		cat "$scratch/helm" >&3
+		if grep -q 'another operation' "$scratch/helm"; then
+			say "      An earlier run was cut off. Take it back: helm rollback $release -n $namespace, or for the first install: helm uninstall $release -n $namespace"
+		fi
+		exit 1
+	fi
+	if [[ -n $rekeyed ]]; then
+		in_namespace rollout restart deployment/headcni-controller >/dev/null
+	fi
+	retry_images
+	ok "the chart is installed"
+	# shellcheck disable=SC2016 # variables of the template
+	selector=$(in_namespace get daemonset headcni -o 'go-template={{range $k, $v := .spec.template.spec.nodeSelector}}{{$k}}={{$v}},{{end}}')
+	selector=${selector%,}
+}
+
+# workloads sets missing to those that are not ready.
+workloads() {
+	local type name generation seen want ready updated all
+	missing=''
+	all=$(in_namespace get daemonset/headcni daemonset/headcni-tailscaled deployment/headcni-controller --ignore-not-found -o 'jsonpath={range .items[*]}{.kind}|{.metadata.name}|{.metadata.generation}|{.status.observedGeneration}|{.status.desiredNumberScheduled}{.spec.replicas}|{.status.numberReady}{.status.readyReplicas}|{.status.updatedNumberScheduled}{.status.updatedReplicas}{"\n"}{end}') ||
+		{ missing='the API server' && return; }
+	[[ $all == *DaemonSet* && $all == *Deployment* ]] || missing='not made yet'
+	while IFS='|' read -r type name generation seen want ready updated; do
+		# tailscaled's pods are replaced when their node's administrator says so.
+		[[ $name != headcni-tailscaled ]] || updated=$want
+		if [[ $generation != "$seen" || -z $want || ${ready:-0} -lt $want || ${updated:-0} -lt $want ]]; then
+			missing+="${missing:+, }$type $name (${ready:-0} of ${want:-?} ready)"
+		fi
+	done <<<"$all"
+}
+
+# routes sets missing to the nodes whose pod ranges are not routed.
+routes() {
+	local name ready cidrs view flannel all
+	missing=''
+	all=$(list_nodes) || { missing='the API server' && return; }
+	while IFS='|' read -r name ready cidrs view flannel; do
+		[[ -z $name ]] || routed "$view" || missing+="${missing:+, }$name"
+	done <<<"$all"
+}
+
+# routed tells whether the controller's view is what is wanted. With a pre-auth key it can see nothing: then the pods
+# have to tell.
+routed() { [[ $(field_of state "$1") == routed || ($kind != api && $(field_of state "$1") == unseen) ]]; }
+
+# field_of prints a text field of the JSON in an annotation.
+field_of() {
+	local pattern="\"$1\":\"(([^\"\\\\]|\\\\.)*)\""
+	[[ $2 =~ $pattern ]] || return 0
+	local text=${BASH_REMATCH[1]//\\\"/\"}
+	printf '%s' "${text//\\n/ }"
+}
+
+# ready sets missing to the nodes that are not Ready.
+ready() {
+	local name ready cidrs view flannel all
+	missing=''
+	all=$(list_nodes) || { missing='the API server' && return; }
+	while IFS='|' read -r name ready cidrs view flannel; do
+		[[ -z $name || $ready == True ]] || missing+="${missing:+, }$name"
+	done <<<"$all"
+}
+
+# imageless prints the pods whose image their node cannot get.
+imageless() {
+	local pod reasons
+	while IFS='|' read -r pod reasons; do
+		[[ ! $reasons =~ ImagePullBackOff|InvalidImageName|ErrImageNeverPull ]] || printf '%s\n' "$pod"
+	done < <(in_namespace get pods -l app.kubernetes.io/name=headcni -o 'jsonpath={range .items[*]}{.metadata.name}|{.status.initContainerStatuses[*].state.waiting.reason} {.status.containerStatuses[*].state.waiting.reason}{"\n"}{end}' 2>/dev/null)
+}
+
+# retry_images has pods of an earlier run look for their image at once: kubelet would for up to five minutes not.
+retry_images() {
+	local pods
+	pods=$(imageless)
+	# shellcheck disable=SC2086 # names of pods
+	[[ -z $pods ]] || in_namespace delete pod --wait=false $pods >/dev/null 2>&1 || true
+}
+
+# no_image tells whether nodes have been without the image for a while; waiting longer does not help then.
+imageless_since=''
+no_image() {
+	[[ -n $(imageless) ]] || { imageless_since='' && return 1; }
+	: "${imageless_since:=$SECONDS}"
+	((SECONDS - imageless_since >= 20))
+}
+
+# wait_for runs a function that sets missing until that is empty, and says $2 then; $3 with what is missing else.
 wait_for() {
-	local what=$1 shown=''
-	status=
-	until "$what"; do
+	while :; do
+		"$1"
+		[[ -n $missing ]] || break
 		if ((SECONDS >= deadline)); then
-			fail "after $timeout: $status"
+			fail "$3: $missing"
+			return 1
 		fi
-		if [[ $status != "$shown" ]]; then
-			say "  $status"
-			shown=$status
+		if [[ $1 == workloads ]] && no_image; then
+			fail "nodes cannot get the image"
+			return 1
 		fi
+		waiting "$3: $missing"
 		sleep 2
 	done
+	ok "$2"
 }
 
-daemons_ready() {
-	local want ready updated generation observed
-	no_image
-	IFS=, read -r want ready updated generation observed < <(kubectl -n "$namespace" get daemonset headcni -o \
-		jsonpath='{.status.desiredNumberScheduled},{.status.numberReady},{.status.updatedNumberScheduled},{.metadata.generation},{.status.observedGeneration}' && echo)
-	status="nodes whose network is programmed: ${ready:-0} of ${want:-?}"
-	[[ -n $want && $want != 0 && $ready == "$want" && ${updated:-0} == "$want" && $observed == "$generation" ]]
+# remove_test takes away what `helm test` left: it removes its pods itself only after success.
+remove_test() {
+	tested=''
+	in_namespace delete --ignore-not-found --wait=false pod/headcni-test daemonset/headcni-test serviceaccount/headcni-test \
+		role/headcni-test rolebinding/headcni-test >/dev/null 2>&1 || true
 }
 
-# no_image ends the script where the runtimes have given up on the image.
-no_image() {
-	local reasons
-	reasons=$(kubectl -n "$namespace" get pods -l app.kubernetes.io/part-of=headcni \
-		-o jsonpath='{..state.waiting.reason}' 2>/dev/null || true)
-	case " $reasons " in
-	*ImagePullBackOff* | *ErrImageNeverPull* | *InvalidImageName*)
-		: "${image_missing:=$SECONDS}"
-		if ((SECONDS - image_missing >= 10)); then
-			fail "nodes have no image $(kubectl -n "$namespace" get daemonset headcni -o jsonpath='{.spec.template.spec.containers[0].image}').
-  None is published. Build it with 'make image', push it to a registry or import it on each node
-  (ctr -n k8s.io images import FILE), and name it with --image."
+# try_pods has the chart start a pod on every node, and another ask all of them by their addresses.
+try_pods() {
+	local left=$((deadline - SECONDS)) line
+	((left > 30)) || left=30
+	waiting "pods on all nodes answer"
+	tested=1
+	if logged test helm test "$release" "${helm_flags[@]}" --timeout "${left}s"; then
+		remove_test
+		ok "a pod on every node answers from another node's pod"
+		return
+	fi
+	fail "not every pod answers:"
+	while IFS= read -r line; do
+		say "      $line"
+	done < <(in_namespace logs pod/headcni-test --tail=20 2>/dev/null || tail -n 3 "$scratch/test")
+	in_namespace get pods -l headcni.io/test=answer -o 'jsonpath={range .items[?(@.status.phase!="Running")]}{.spec.nodeName}{"\n"}{end}' 2>/dev/null |
+		while read -r line; do say "      on $line the pod has not started"; done
+	return 1
+}
+
+# report says of each node what is not as it should be.
+report() {
+	local name ready cidrs view flannel pod line
+	while IFS='|' read -r name ready cidrs view flannel; do
+		[[ -n $name ]] || continue
+		pod=$(in_namespace get pods -l app.kubernetes.io/name=headcni,app.kubernetes.io/component=daemon --field-selector "spec.nodeName=$name" -o 'jsonpath={.items[*].metadata.name}' 2>/dev/null) || true
+		pod=${pod%% *}
+		say ""
+		say "node $name: Ready is ${ready:-unknown}; pod CIDRs: ${cidrs:-none}; Headscale: $(field_of state "$view")${view:+. }$(field_of message "$view")"
+		[[ -n $view ]] || say "  nothing yet from the controller about it"
+		if [[ -z $pod ]]; then
+			say "  no pod of DaemonSet headcni"
+		else
+			line=$(in_namespace get pod "$pod" -o 'jsonpath={range .status.initContainerStatuses[*]}{.name} {.state.waiting.reason} {.state.waiting.message}{"\n"}{end}{range .status.containerStatuses[*]}{.name} {.state.waiting.reason} {.state.waiting.message}{"\n"}{end}' 2>/dev/null) || true
+			while read -r line; do
+				[[ $line != *' '* ]] || say "  $pod: $line"
+			done <<<"$line"
+			line=$(in_namespace logs "$pod" -c headcni-daemon --tail=1 2>/dev/null) || true
+			[[ -z $line ]] || say "  last log line: $line"
 		fi
-		;;
-	*) image_missing= ;;
-	esac
-}
-
-controller_ready() {
-	local available
-	available=$(kubectl -n "$namespace" get deployment headcni-controller -o jsonpath='{.status.availableReplicas}')
-	status="controllers that are ready: ${available:-0}"
-	((${available:-0} > 0))
-}
-
-# views prints each Node's name and the controller's view of it (JSON), with a tab between.
-views() {
-	kubectl get nodes -o jsonpath='{range .items[*]}{.metadata.name}{"\t"}{.metadata.annotations.headcni\.io/headscale}{"\n"}{end}'
-}
-
-# routes_approved: Headscale sends every node's pods to it. With a pre-auth key nobody can
-# see that; traffic shows it then.
-routes_approved() {
-	local node view waiting=()
-	while IFS=$'\t' read -r node view; do
-		case $view in
-		*'"state":"routed"'* | *'"state":"unseen"'*) ;;
-		*) waiting+=("$node") ;;
-		esac
-	done < <(views)
-	status="nodes whose routes Headscale has not approved yet: ${waiting[*]:-none}"
-	((${#waiting[@]} == 0))
-}
-
-# pool prints the ranges that pods have addresses from.
-pool() {
-	local found
-	found=$(kubectl -n kube-system get configmap kubeadm-config -o jsonpath='{.data.ClusterConfiguration}' 2>/dev/null |
-		sed -n 's/^ *podSubnet: *"\{0,1\}\([^"]*\)"\{0,1\}$/\1/p') || true
-	if [[ -z $found ]]; then
-		found=$(kubectl get nodes -o jsonpath='{range .items[*]}{.spec.podCIDRs[*]}{"\n"}{end}' 2>/dev/null) || true
+		print_events "involvedObject.kind=Node,involvedObject.name=$name"
+	done < <(list_nodes)
+	say ""
+	say "controller:"
+	for pod in $(in_namespace get pods -l app.kubernetes.io/name=headcni,app.kubernetes.io/component=controller -o 'jsonpath={.items[*].metadata.name}' 2>/dev/null); do
+		line=$(in_namespace logs "$pod" --tail=1 2>/dev/null) || true
+		say "  $pod: ${line:-no log}"
+	done
+	print_events involvedObject.kind!=Node
+	if [[ -n $(imageless) ]]; then
+		say ""
+		say "No image is published: make one and import it on every node:"
+		say "  make image; ctr -n k8s.io images import bin/headcni-image-amd64.tar   (K3s: k3s ctr images import ...)"
+		say "or push it to a registry and give it with --image"
 	fi
-	tr ', ' '\n' <<<"$found" | sed '/^$/d' | sort -u
 }
 
-# policy_lines prints what Headscale's policy needs where nobody approves routes by API.
-policy_lines() {
-	local cidr routes='' names='' targets=''
-	while read -r cidr; do
-		routes+="${routes:+, }\"$cidr\": [\"tag:headcni\"]"
-		names+=", \"$cidr\"" targets+=", \"$cidr:*\""
-	done < <(pool)
-	cat >&2 <<EOF
-
-With a pre-auth key Headscale's policy has to approve the nodes' routes, and to let pods through. It needs
-(beside what it has; the pool that all nodes' pod CIDRs are cut from will do for nodes to come):
-
-  "tagOwners": {"tag:headcni": []},
-  "autoApprovers": {"routes": {$routes}},
-  "acls": [{"action": "accept", "src": ["tag:headcni"$names], "dst": ["tag:headcni:*"$targets]}],
-
-An API key instead of the pre-auth key (headscale apikeys create) needs no autoApprovers.
-EOF
+# print_events prints the last warnings of ours about something.
+print_events() {
+	local reporter reason message
+	while IFS='|' read -r reporter reason message; do
+		[[ $reporter != headcni.io/* ]] || say "  $reason: $message"
+	done < <(kube get events --all-namespaces --field-selector "type=Warning,$1" --sort-by .metadata.creationTimestamp -o 'jsonpath={range .items[*]}{.reportingComponent}|{.reason}|{.message}{"\n"}{end}' 2>/dev/null | tail -n 4)
 }
 
-# fail says what is wrong, what the parts say about it, and ends the script.
-fail() {
-	local node view
-	say
-	say "NOT READY: $1"
-	while IFS=$'\t' read -r node view; do
-		case $view in
-		*'"state":"routed"'* | *'"state":"unseen"'*) ;;
-		'') say "  Node $node: the controller has said nothing of it yet" ;;
-		*) say "  Node $node: $(sed -n 's/.*"message":"\(\([^"\\]\|\\.\)*\)".*/\1/p' <<<"$view")" ;;
-		esac
-	done < <(views 2>/dev/null || true)
-	events=$(kubectl get events -A --field-selector type=Warning \
-		-o jsonpath='{range .items[*]}{.reportingComponent}{"\t"}{.involvedObject.name}: {.message}{"\n"}{end}' 2>/dev/null |
-		sed -n 's/^headcni[^\t]*\t/  /p' | sort -u | tail -n 10) || true
-	[[ -z $events ]] || say "$events"
-	if [[ $kind != api ]] && grep -q '"state":"unseen"' < <(views 2>/dev/null); then
-		kind=preauth
+# quoted prints words as a list in JSON, each with $1 behind it.
+quoted() {
+	local suffix=$1 out='' word
+	shift
+	for word in "$@"; do
+		out+="${out:+, }\"$word$suffix\""
+	done
+	printf '%s' "$out"
+}
+
+# policy prints what Headscale's policy must say. Where the cluster's pool is known it stands for the nodes' ranges, so
+# that another node needs no change.
+policy() {
+	local config tags=() ranges=() name ready cidrs rest range approvers='' owners=''
+	config=$(in_namespace get configmap headcni-config -o 'jsonpath={.data.daemon\.yaml}' 2>/dev/null) || true
+	rest=$config
+	while [[ $rest =~ tag:[a-z0-9-]+ ]]; do
+		tags+=("${BASH_REMATCH[0]}")
+		rest=${rest#*"${BASH_REMATCH[0]}"}
+	done
+	((${#tags[@]})) || tags=(tag:headcni)
+	rest=$(kube --namespace kube-system get configmap kubeadm-config -o 'jsonpath={.data.ClusterConfiguration}' 2>/dev/null) || true
+	if [[ $rest =~ podSubnet:[[:space:]]*\"?([0-9A-Fa-f.:/,]+) ]]; then
+		IFS=, read -r -a ranges <<<"${BASH_REMATCH[1]}"
+	else
+		while IFS='|' read -r name ready cidrs rest; do
+			# shellcheck disable=SC2206 # prefixes, one or two
+			ranges+=($cidrs)
+		done < <(list_nodes)
 	fi
-	if [[ $kind == preauth ]]; then
-		policy_lines
-	fi
-	say
-	say "Look at: kubectl -n $namespace get pods -o wide -l app.kubernetes.io/part-of=headcni"
-	say "         kubectl -n $namespace logs deployment/headcni-controller"
-	say "         kubectl -n $namespace exec daemonset/headcni -- headcni-daemon status"
+	for name in "${tags[@]}"; do
+		owners+="${owners:+, }\"$name\": []"
+	done
+	for range in ${ranges[@]+"${ranges[@]}"}; do
+		approvers+="${approvers:+, }\"$range\": [$(quoted '' "${tags[@]}")]"
+	done
+	say ""
+	say "Headscale's policy must say this. Add what it lacks (headscale policy get, headscale policy set):"
+	say ""
+	say "{"
+	say "  \"tagOwners\": { $owners },"
+	say "  \"acls\": [{"
+	say "    \"action\": \"accept\","
+	say "    \"src\": [$(quoted '' "${tags[@]}" ${ranges[@]+"${ranges[@]}"})],"
+	say "    \"dst\": [$(quoted ':*' "${tags[@]}" ${ranges[@]+"${ranges[@]}"})],"
+	say "  }],"
+	[[ $kind == api ]] || say "  \"autoApprovers\": { \"routes\": { $approvers } },"
+	say "  \"nodeAttrs\": [{ \"target\": [$(quoted '' "${tags[@]}")], \"attr\": [\"cache-network-maps\"] }],"
+	say "}"
+	say ""
+	say "The ranges are the nodes' pod CIDRs; the range they are cut from (--cluster-cidr) covers new nodes too."
+}
+
+# give_up ends a deployment that is not whole.
+give_up() {
+	report
+	policy
+	say ""
+	say "Not done. HeadCNI stays installed; run this again when it is put right, or take it off: helm uninstall $release -n $namespace"
 	exit 1
 }
 
-main() {
-	key_file=${HEADCNI_DEPLOY_KEY_FILE:-} kind=unknown image_missing=
-	unset HEADCNI_DEPLOY_KEY_FILE
-	trap clean_up EXIT
-	trap 'exit 130' INT
-	trap 'exit 143' TERM
-	parse "$@"
-	error_file=$(mktemp)
-	find_key
-	check_programs
-	check_url
-	check_cluster
-	what_key
-	own_values
-	local helm_command=(helm upgrade --install "$release" "$chart" --namespace "$namespace" --create-namespace --timeout "$(left)s" "${set_args[@]}")
-	if [[ -n $dry_run ]]; then
-		"${helm_command[@]}" --dry-run
-		return
+# dry prints the manifests, and looks at the cluster where it answers: what the chart makes depends on its version.
+dry() {
+	local look=()
+	if [[ -n $key || -z $foreign_secret ]]; then
+		secret_manifest '"***"'
 	fi
-	say "HeadCNI: installing into $(kubectl config current-context 2>/dev/null || echo 'the cluster'), namespace $namespace"
-	"${helm_command[@]}" >"$error_file" 2>&1 || die "helm failed:
-$(<"$error_file")"
-	forget_key
-	wait_for daemons_ready
-	wait_for controller_ready
-	wait_for routes_approved
-	say "  every node's network is programmed; trying it from pod to pod"
-	if ! helm test "$release" --namespace "$namespace" --timeout "$(left)s" >"$error_file" 2>&1; then
-		kubectl -n "$namespace" logs headcni-test >>"$error_file" 2>&1 || true
-		fail "a pod does not reach the pods of all nodes:
-$(tail -n 15 "$error_file")"
+	if type -P kubectl >/dev/null && kube get --raw /version >/dev/null 2>&1; then
+		look=(--validate)
 	fi
-	say "HeadCNI is ready: pods on all $(wc -l <<<"$nodes") nodes reach each other (after $SECONDS s)"
+	helm template "$release" "$chart" "${helm_flags[@]}" "${chart_flags[@]}" ${look[@]+"${look[@]}"} 3>&-
 }
 
-hide_key "$@"
+main() {
+	failed='' foreign_secret='' new_namespace='' rekeyed='' nodes=0 selector='' missing='' kind=''
+	parse "$@"
+	hide_key
+	exec 3>&1
+	[[ -z $dry_run ]] || exec 3>&2
+	read_key
+	check_arguments
+	kind=$(kind_of_key)
+	if sets_value existingSecret; then
+		foreign_secret=1
+		[[ -z $key ]] || usage_error "a key and existingSecret were given: leave one of them out"
+	fi
+	deadline=$((SECONDS + time_limit))
+	trap cleanup EXIT
+	trap 'exit 130' INT
+	trap 'exit 143' TERM
+	trap 'exit 129' HUP
+	scratch=$(umask 077 && mktemp -d)
+	prepare
+	check_tools
+	if [[ -n $dry_run ]]; then
+		dry
+		return
+	fi
+	check_cluster
+	check_url
+	check_nodes
+	[[ -z $failed ]] || exit 1
+	put_secret
+	install_chart
+	wait_for workloads "the daemon and the controller are ready" "not ready" || give_up
+	wait_for routes "every node's pod range is routed" "not routed yet" || give_up
+	wait_for ready "every node is Ready" "nodes not Ready" || give_up
+	try_pods || give_up
+	[[ $kind != preauth ]] || warn "with a pre-auth key any tagged node may announce any pod range that the policy approves" "an API key lets the controller approve exactly each node's own"
+	say "done  HeadCNI runs in namespace $namespace. Its end: helm uninstall $release -n $namespace; kubectl -n $namespace delete secret $secret"
+}
+
 main "$@"
