@@ -73,7 +73,7 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"README.md", "README_CN.md", "CHANGELOG.md", "docs/architecture.md"} {
+	for _, name := range []string{"README.md", "README_CN.md", "CHANGELOG.md", "chart/README.md", "docs/architecture.md"} {
 		docs = append(docs, filepath.Join(root, name))
 	}
 	for _, doc := range docs {
