@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -403,6 +404,14 @@ func TestAdmissionPolicyKnowsTheAnnotations(t *testing.T) {
 		for _, a := range []string{kube.Headscale, kube.Uninstall, kube.Allocated} {
 			if strings.Contains(o.text, "'"+a+"'") {
 				t.Errorf("the daemon may write %s", a)
+			}
+		}
+		// Each new release of Kubernetes may add a field.
+		status := reflect.TypeFor[corev1.NodeStatus]()
+		for i := range status.NumField() {
+			field, _, _ := strings.Cut(status.Field(i).Tag.Get("json"), ",")
+			if field != "conditions" && !strings.Contains(o.text, "may not change a Node's status."+field+"\n") {
+				t.Errorf("the daemon may change status.%s", field)
 			}
 		}
 		if want := "system:serviceaccount:kube-system:" + kube.DaemonAccount + "'"; !strings.Contains(o.text, want) {
