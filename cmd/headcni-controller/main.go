@@ -61,7 +61,7 @@ func root() *cobra.Command {
 		},
 	}
 	run.Flags().StringVar(&f.listen, "listen", defaultListen, "address of /healthz, /readyz and /metrics; empty: none")
-	cmd.AddCommand(run, &cobra.Command{
+	cmd.AddCommand(run, healthCmd(), &cobra.Command{
 		Use:   "uninstall",
 		Short: "Have every node's daemon take HeadCNI off its node, and remove what the controllers made",
 		Args:  cobra.NoArgs,

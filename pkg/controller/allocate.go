@@ -91,13 +91,18 @@ func nodeBits(v6 bool) int {
 // steps than taken ranges.
 func firstFree(r netip.Prefix, taken *takenSet) (netip.Prefix, bool) {
 	bits := nodeBits(r.Addr().Is6())
-	for a := r.Masked().Addr(); r.Contains(a); {
+	a, begun := taken.from[r]
+	if !begun {
+		a = r.Masked().Addr()
+	}
+	for r.Contains(a) {
 		c := netip.PrefixFrom(a, bits)
 		if c.Bits() < r.Bits() {
 			return netip.Prefix{}, false // r is smaller than one node's range
 		}
 		by, ok := taken.by(c)
 		if !ok {
+			taken.from[r] = a
 			return c, true
 		}
 		if by.Bits() > bits {
@@ -117,9 +122,13 @@ func firstFree(r netip.Prefix, taken *takenSet) (netip.Prefix, bool) {
 type takenSet struct {
 	exact map[netip.Prefix]bool
 	other []netip.Prefix
+	// from is where a range has something free at the earliest: a set only grows.
+	from map[netip.Prefix]netip.Addr
 }
 
-func newTakenSet() *takenSet { return &takenSet{exact: map[netip.Prefix]bool{}} }
+func newTakenSet() *takenSet {
+	return &takenSet{exact: map[netip.Prefix]bool{}, from: map[netip.Prefix]netip.Addr{}}
+}
 
 func (s *takenSet) add(list ...netip.Prefix) {
 	for _, p := range list {

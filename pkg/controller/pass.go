@@ -53,7 +53,8 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 		return false, errors.Join(keyErr, err)
 	}
 	c.metrics.headscale.Set(1)
-	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), tags: c.cfg.Tailscale.Tags, nodes: nodes, tailnet: tailnet}
+	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), services: c.cfg.Network.ServiceCIDRs.Prefixes(),
+		tags: c.cfg.Tailscale.Tags, nodes: nodes, tailnet: tailnet}
 	var found *corev1.ConfigMap
 	if o.memory, found, err = c.loadMemory(ctx); err != nil {
 		return false, errors.Join(keyErr, err)
@@ -65,6 +66,9 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	err = c.apply(ctx, api, o, p)
 	c.slow(ctx, api, o)
 	findings := c.findings
+	if p.expiring != "" {
+		findings = append(slices.Clone(findings), finding{checkNodeKeys, p.expiring})
+	}
 	if p.full != nil {
 		findings = append(slices.Clone(findings), finding{checkRanges, p.full.Error()})
 	}

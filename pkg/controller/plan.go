@@ -19,6 +19,8 @@ const (
 	grace = 10 * time.Minute
 	// rescue is how long before a node key expires it is made to last.
 	rescue = 24 * time.Hour
+	// expiryWarning is how long before a node key expires it is spoken of.
+	expiryWarning = 7 * 24 * time.Hour
 )
 
 // plan is what is to be changed. Everything that is right already is not in it.
@@ -33,6 +35,8 @@ type plan struct {
 	allocate map[string][]netip.Prefix
 	// full: there is no range left to give to a Node.
 	full error
+	// expiring says which Nodes are about to drop out of the tailnet, and what to do, "" where none is.
+	expiring string
 	// pending: something is under way, look again soon.
 	pending bool
 	memory  memory
@@ -66,6 +70,7 @@ func makePlan(o observation) plan {
 		}
 	}
 	p.remember(o, claims, granted, ranges)
+	p.expiring = o.expiring(claims)
 	p.allocate, p.full = o.allocate()
 	return p
 }
@@ -113,6 +118,22 @@ func (o observation) claims() (byNode map[string]headscale.Node, refused map[str
 	return byNode, refused
 }
 
+// expiring names the Nodes whose node key expires soon or has expired.
+func (o observation) expiring(claims map[string]headscale.Node) string {
+	var out []string
+	for name, t := range claims {
+		if !t.Expiry.IsZero() && t.Expiry.Sub(o.now) < expiryWarning {
+			out = append(out, fmt.Sprintf("%s at %s (node %s)", name, t.Expiry.UTC().Format(time.RFC3339), t.ID))
+		}
+	}
+	if len(out) == 0 {
+		return ""
+	}
+	slices.Sort(out)
+	return "with its node key a Node loses its pods' network: run `headscale nodes expire --disable -i ID`, or log in again with a key that has " +
+		"tags. Expiring: " + strings.Join(out, ", ")
+}
+
 func names(nodes []node) string {
 	var out []string
 	for _, n := range nodes {
@@ -145,7 +166,7 @@ func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
 	out := map[string]grant{}
 	var taken []netip.Prefix
 	for _, n := range order {
-		g := grant{why: n.fault(o.ranges, taken, len(o.nodes) > 1)}
+		g := grant{why: o.fault(n, taken)}
 		if g.why == "" {
 			g.cidrs = n.cidrs
 			taken = append(taken, n.cidrs...)
@@ -155,8 +176,8 @@ func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
 	return out
 }
 
-// fault says why a Node's pod CIDRs cannot be approved, "" where they can. configured are network.clusterCIDRs.
-func (n node) fault(configured, taken []netip.Prefix, others bool) string {
+// fault says why a Node's pod CIDRs cannot be approved, "" where they can. taken are other Nodes'.
+func (o observation) fault(n node, taken []netip.Prefix) string {
 	if n.cidrErr != nil {
 		return n.cidrErr.Error()
 	}
@@ -166,9 +187,11 @@ func (n node) fault(configured, taken []netip.Prefix, others bool) string {
 			return fmt.Sprintf("%s is in the tailnet's own range", c)
 		case overlapping(c, taken):
 			return fmt.Sprintf("%s overlaps another Node's pod CIDR", c)
-		case len(configured) > 0 && !inside(c, configured):
-			return fmt.Sprintf("%s is not within network.clusterCIDRs %v: set them to what kube-controller-manager has as --cluster-cidr", c, configured)
-		case others && slices.Contains(configured, c):
+		case overlapping(c, o.services):
+			return fmt.Sprintf("%s overlaps the service range %v: no Service there could be reached", c, o.services)
+		case len(o.ranges) > 0 && !inside(c, o.ranges):
+			return fmt.Sprintf("%s is not within network.clusterCIDRs %v: set them to what kube-controller-manager has as --cluster-cidr", c, o.ranges)
+		case len(o.nodes) > 1 && slices.Contains(o.ranges, c):
 			return fmt.Sprintf("%s is a whole cluster range", c)
 		}
 	}

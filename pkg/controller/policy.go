@@ -16,10 +16,11 @@ const (
 	checkACL           = "acl"            // pod ranges in acls
 	checkAutoApprovers = "auto-approvers" // that anybody with the tag may take a pod range
 	checkMaps          = "cache-network-maps"
-	checkRanges        = "ranges" // pod CIDRs are left to give to Nodes
+	checkRanges        = "ranges"    // pod CIDRs are left to give to Nodes
+	checkNodeKeys      = "node-keys" // of Nodes, that do not expire
 )
 
-var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkRanges}
+var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkRanges, checkNodeKeys}
 
 // finding is something that somebody should change.
 type finding struct {

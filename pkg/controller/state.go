@@ -43,6 +43,8 @@ type observation struct {
 	now time.Time
 	// ranges are network.clusterCIDRs; none means that the Nodes' pod CIDRs are all there is.
 	ranges []netip.Prefix
+	// services are network.serviceCIDRs.
+	services []netip.Prefix
 	// tags are those that our nodes join with.
 	tags    []string
 	nodes   []node

@@ -102,7 +102,11 @@ func (c *Controller) askNodes(ctx context.Context) error {
 			return nil
 		}
 		if c.now().After(deadline) {
-			return fmt.Errorf("no answer from the daemon on %v: run `headcni-daemon uninstall` there, or reboot", waiting)
+			// A node that is dead for good must not keep everything else from going.
+			for _, name := range waiting {
+				c.log.Warn("no answer from the daemon: run `headcni-daemon uninstall` there, or reboot it", "node", name)
+			}
+			return nil
 		}
 		if err := sleep(ctx, poll); err != nil {
 			return err

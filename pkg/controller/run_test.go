@@ -1,0 +1,156 @@
+package controller
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+// busy is a Headscale that takes its time, and says how many calls of which key are under way.
+type busy struct{ one, two atomic.Int32 }
+
+func (b *busy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	n := &b.one
+	if strings.Contains(r.Header.Get("Authorization"), "222222222222") {
+		n = &b.two
+	}
+	n.Add(1)
+	defer n.Add(-1)
+	time.Sleep(300 * time.Millisecond)
+	_, _ = w.Write([]byte(`{"preAuthKey":{"id":"1","key":"hskey-auth-x"}}`))
+}
+
+// TestOneLeads: of two controllers one works; when it is told to stop it ends its pass, and only then does the other begin.
+func TestOneLeads(t *testing.T) {
+	t.Setenv("POD_NAMESPACE", "kube-system")
+	b := &busy{}
+	s := httptest.NewServer(b)
+	defer s.Close()
+	cfg := config.Default()
+	cfg.Headscale.URL = s.URL
+	client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
+	run := func(digit string) (*Controller, context.CancelFunc, chan error) {
+		c := newController(cfg, slog.New(slog.DiscardHandler), func(name string) string {
+			return map[string]string{"HEADSCALE_API_KEY": "hskey-api-" + strings.Repeat(digit, 12) + "-x", "POD_NAME": digit}[name]
+		}, client, "test")
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- c.Run(ctx, "") }()
+		return c, cancel, done
+	}
+	leads := func(c *Controller) bool { c.mu.Lock(); defer c.mu.Unlock(); return c.leads }
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for end := time.Now().Add(2 * leaseDuration); !ok(); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("waited in vain until %s", what)
+			}
+		}
+	}
+	one, stopOne, doneOne := run("1")
+	until("the first leads", func() bool { return leads(one) })
+	two, stopTwo, doneTwo := run("2")
+	defer stopTwo()
+	until("the first is at work", func() bool { return b.one.Load() > 0 })
+	if leads(two) || b.two.Load() > 0 {
+		t.Error("two lead")
+	}
+	stopOne()
+	began := time.Now()
+	until("the second is at work", func() bool { return b.two.Load() > 0 })
+	if leads(one) {
+		t.Error("the second began before the first had ended")
+	}
+	if took := time.Since(began); took > leaseDuration {
+		t.Errorf("the second waited %s: the Lease was not given up", took)
+	}
+	if err := <-doneOne; err != nil {
+		t.Error(err)
+	}
+	stopTwo()
+	if err := <-doneTwo; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestUninstall: a node that answers, and one that is dead.
+func TestUninstall(t *testing.T) {
+	t.Setenv("POD_NAMESPACE", "kube-system")
+	var deleted atomic.Int32
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodDelete {
+			deleted.Add(1)
+		}
+		_, _ = w.Write([]byte("{}"))
+	}))
+	defer s.Close()
+	cfg := config.Default()
+	cfg.Headscale.URL = s.URL
+	object := metav1.ObjectMeta{Name: kube.Memory, Namespace: "kube-system"}
+	nodes := []runtime.Object{
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "alive", Annotations: map[string]string{kube.NodeKey: "nodekey:a", "mine": "stays"}}},
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "dead", Annotations: map[string]string{kube.NodeKey: "nodekey:d"}}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Name: kube.Controller, Namespace: "kube-system"}},
+		&corev1.ConfigMap{ObjectMeta: object, Data: map[string]string{memoryKey: `{"members":[{"id":"1","node":"alive","daemon":true},{"id":"2","node":"host"}]}`}},
+		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: kube.JoinSecret, Namespace: "kube-system"}},
+	}
+	log := &strings.Builder{}
+	c := newController(cfg, slog.New(slog.NewTextHandler(log, nil)), func(name string) string {
+		return map[string]string{"HEADSCALE_API_KEY": "hskey-api-111111111111-x"}[name]
+	}, fake.NewClientset(nodes...), "test")
+	start := time.Now()
+	c.now = func() time.Time { return start.Add(60 * time.Since(start)) } // two minutes are two seconds
+	go func() {
+		for t.Context().Err() == nil {
+			n, err := c.client.CoreV1().Nodes().Get(context.Background(), "alive", metav1.GetOptions{})
+			if err == nil && n.Annotations[kube.Uninstall] == "true" {
+				_ = c.annotate(context.Background(), "alive", map[string]any{kube.Uninstalled: "now"}) // the test sees the annotation or not
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
+	if err := c.Uninstall(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(log.String(), "node=dead") || strings.Contains(log.String(), "node=alive") {
+		t.Errorf("the dead node, and no other, must be named:\n%s", log)
+	}
+	if deleted.Load() != 1 {
+		t.Errorf("%d nodes were deleted in Headscale, want the one that joined for us", deleted.Load())
+	}
+	list, err := c.client.CoreV1().Nodes().List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range list.Items {
+		if n.Name == "alive" && n.Annotations["mine"] != "stays" {
+			t.Error("somebody else's annotation is gone")
+		}
+		for key := range n.Annotations {
+			if strings.HasPrefix(key, "headcni.io/") {
+				t.Errorf("Node %s keeps %s", n.Name, key)
+			}
+		}
+	}
+	if _, err := c.client.CoreV1().Secrets("kube-system").Get(t.Context(), kube.JoinSecret, metav1.GetOptions{}); err == nil {
+		t.Error("the join key is still there")
+	}
+	if err := c.Uninstall(t.Context()); err != nil {
+		t.Errorf("again: %v", err)
+	}
+}
