@@ -146,6 +146,12 @@ func (m *Machine) Start(name string, env []string, args ...string) (*Process, er
 	return start(m.ns, log, append(m.env[:len(m.env):len(m.env)], env...), nil, m.find(name), args...)
 }
 
+// PID is the number, in the caller's PID namespace, of the process that holds the machine.
+func (m *Machine) PID() int { return m.holder.Process.Pid }
+
+// Find looks a program up in the machine's PATH.
+func (m *Machine) Find(name string) string { return m.find(name) }
+
 // find looks a program up in the machine's PATH.
 func (m *Machine) find(name string) string {
 	if strings.Contains(name, "/") {
