@@ -46,15 +46,13 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 	}
 	next := have.DeepCopy()
 	if missing {
-		next = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: kube.JoinSecret, Namespace: c.namespace}, Type: corev1.SecretTypeOpaque}
+		next = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{
+			Name: kube.JoinSecret, Namespace: c.namespace, Labels: map[string]string{"app.kubernetes.io/managed-by": "headcni-controller"},
+		}, Type: corev1.SecretTypeOpaque}
 	}
 	if next.Annotations == nil {
 		next.Annotations = map[string]string{}
 	}
-	if next.Labels == nil {
-		next.Labels = map[string]string{}
-	}
-	next.Labels["app.kubernetes.io/managed-by"] = "headcni-controller"
 	expires, err := time.Parse(time.RFC3339, next.Annotations[joinExpires])
 	key := string(next.Data[kube.JoinSecretKey])
 	tags := strings.Join(c.cfg.Tailscale.Tags, ",")
