@@ -153,7 +153,11 @@ httpGet:
 {{- define "headcni.controllerAffinity" -}}
 nodeAffinity:
   preferredDuringSchedulingIgnoredDuringExecution:
-    {{- range list "node-role.kubernetes.io/control-plane" "node-role.kubernetes.io/master" }}
+    {{- $roles := list "node-role.kubernetes.io/control-plane" }}
+    {{- if semverCompare "<1.24-0" .root.Capabilities.KubeVersion.Version }}
+    {{- $roles = append $roles "node-role.kubernetes.io/master" }}
+    {{- end }}
+    {{- range $roles }}
     - weight: 100
       preference:
         matchExpressions:
