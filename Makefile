@@ -77,6 +77,29 @@ test-matrix: need-go ## pkg/headscale against older real Headscales too (MATRIX)
 	@$(call WITH_PACKAGES,demo) HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale $(addprefix headscale-,$(MATRIX))); export HEADCNI_TOOLS; \
 		scripts/test-matrix headscale $(addprefix headscale-,$(MATRIX))
 
+# Programs, images and our own image for a Kubernetes cluster on this machine.
+WITH_CLUSTER = $(call WITH_PACKAGES,e2e) \
+	HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale cni-plugins helm containerd coredns kubernetes kubernetes-e2e); \
+	HEADCNI_IMAGES=$$(test/tools/images); export HEADCNI_TOOLS HEADCNI_IMAGES HEADCNI_BIN="$(CURDIR)/bin"; \
+	$(MAKE) image IMAGE=headcni.local/headcni:e2e; export HEADCNI_IMAGE="$(CURDIR)/bin/headcni-image-$(ARCH).tar"; \
+	export HEADCNI_TEST_REQUIRE=1;
+
+.PHONY: e2e
+e2e: build ## The chart on a real Kubernetes, with upstream's network conformance tests; needs root, E2EFLAGS=-help
+	@if ((EUID != 0)); then echo "make e2e: needs root: run 'sudo make e2e'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m ./test/e2e/ -args -conformance '$(CONFORMANCE)' $(E2EFLAGS)
+
+CONFORMANCE ?= \[sig-network\].*\[Conformance\]
+
+.PHONY: e2e-up
+e2e-up: build ## A Kubernetes with HeadCNI on this machine, left running to look at; needs root, E2EFLAGS=-help
+	@if ((EUID != 0)); then echo "make e2e-up: needs root: run 'sudo make e2e-up'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go run ./test/e2e/up -image "$$HEADCNI_IMAGE" $(E2EFLAGS)
+
+.PHONY: e2e-down
+e2e-down: need-go ## End what e2e-up left running
+	@go run ./test/e2e/up -down
+
 .PHONY: bench
 bench: build ## Speed of ADD, DEL, address management and throughput beside the reference plugins; needs root
 	@if ((EUID != 0)); then echo "make bench: needs root: run 'sudo make bench'" >&2; exit 1; fi

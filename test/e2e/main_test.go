@@ -5,7 +5,6 @@ package e2e
 import (
 	"context"
 	_ "embed" // testdata
-	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
@@ -21,13 +20,11 @@ import (
 	"github.com/headcni/headcni/internal/nstest"
 )
 
-// ImageEnv holds the path of the image's tar file, which holds it under the name imageName.
 const (
-	imageEnv   = "HEADCNI_IMAGE"
-	repository = "headcni.local/headcni"
-	tag        = "e2e"
-	namespace  = "kube-system"
-	echoes     = "e2e"
+	// imageEnv holds the path of the tar file that `make image` writes.
+	imageEnv  = "HEADCNI_IMAGE"
+	namespace = cluster.Namespace
+	echoes    = "e2e" // the namespace of the pods that answer
 )
 
 var (
@@ -45,6 +42,7 @@ func TestMain(m *testing.M) { nstest.Main(m) }
 // world is the cluster of a test and what runs on it.
 type world struct {
 	*cluster.Cluster
+	chart cluster.Chart
 	// echo and host are a pod of each node, by the node's name: one with an address of its own, one with the host's.
 	echo, host map[string]*corev1.Pod
 }
@@ -64,7 +62,7 @@ func start(t *testing.T, opt cluster.Options) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{Cluster: c}
+	w := &world{Cluster: c, chart: cluster.Chart{Dir: "../../chart", Image: image}}
 	t.Cleanup(func() {
 		if t.Failed() {
 			w.explain(t)
@@ -74,7 +72,7 @@ func start(t *testing.T, opt cluster.Options) *world {
 			t.Error(err)
 		}
 	})
-	if err := c.ImportImage(ctx, image); err != nil {
+	if err := c.Load(ctx, w.chart); err != nil {
 		t.Fatal(err)
 	}
 	return w
@@ -150,34 +148,12 @@ func (w *world) apply(t *testing.T, name, manifest string) {
 	w.kubectl(t, "apply", "--server-side", "-f", path)
 }
 
-// install installs the chart as a user would, with the API key in a file.
-func (w *world) install(t *testing.T, change func(values map[string]any)) {
+// install installs the chart as a user would.
+func (w *world) install(t *testing.T, values map[string]any) {
 	t.Helper()
-	// The relay of an offline tailnet speaks plain HTTP.
-	env := []map[string]string{{"name": "TS_DEBUG_USE_DERP_HTTP", "value": "true"}}
-	values := map[string]any{
-		"config":     map[string]any{"headscale": map[string]any{"url": w.Control.URL}},
-		"apiKey":     w.Control.APIKey,
-		"image":      map[string]any{"repository": repository, "tag": tag},
-		"tailscaled": map[string]any{"extraEnv": env},
-	}
-	if change != nil {
-		change(values)
-	}
-	b, err := json.Marshal(values) // JSON is valid YAML
-	if err != nil {
+	w.chart.Values = values
+	if err := w.Install(within(t, time.Minute), w.chart); err != nil {
 		t.Fatal(err)
-	}
-	path := filepath.Join(w.Dir, "values.yaml")
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	chart, err := filepath.Abs("../../chart")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if out, err := w.Helm(within(t, time.Minute), "install", "headcni", chart, "--namespace="+namespace, "--values="+path); err != nil {
-		t.Fatalf("%v\n%s", err, out)
 	}
 }
 

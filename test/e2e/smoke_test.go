@@ -252,7 +252,7 @@ func testLogs(t *testing.T, w *world) {
 
 // testHelm runs the chart's own test.
 func testHelm(t *testing.T, w *world) {
-	if out, err := w.Helm(within(t, 3*time.Minute), "test", "headcni", "--namespace="+namespace, "--logs"); err != nil {
+	if out, err := w.Helm(within(t, 3*time.Minute), "test", cluster.Release, "--namespace="+namespace); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
