@@ -60,6 +60,7 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the control plane was not ready within 2 minutes"))
 	defer cancel()
 	cp := c.Nodes[0]
+	c.control = nil // what there was before a reboot
 	files, err := c.pki.files()
 	if err != nil {
 		return err

@@ -328,14 +328,19 @@ func (n *Node) Kill() error {
 	return removeCgroups(n.cgroup())
 }
 
-// Boot starts a node that was killed: containerd with the images that it had, kubelet, kube-proxy, and its own tailscaled
-// where it has one. It does not wait until the node is ready.
+// Boot starts a node that was killed: containerd with the images that it had, kubelet, kube-proxy, its own tailscaled where
+// it has one, and the control plane on its node. It does not wait until the node is ready.
 func (n *Node) Boot(ctx context.Context) error {
 	if err := n.Node.Boot(ctx); err != nil {
 		return err
 	}
 	if err := n.prepare(ctx); err != nil {
 		return err
+	}
+	if n.Name == ControlPlane {
+		if err := n.cluster.startControlPlane(ctx); err != nil {
+			return err
+		}
 	}
 	if err := n.StartContainerd(ctx); err != nil {
 		return err
