@@ -17,7 +17,8 @@ self=${BASH_SOURCE[0]}
 if type -P readlink >/dev/null && [[ -L $self ]]; then
 	self=$(readlink -f "$self")
 fi
-chart=$(cd "$(dirname "$self")" && pwd)/chart
+[[ $self == */* ]] || self=./$self
+chart=$(cd "${self%/*}" && pwd)/chart
 release=headcni
 secret=headcni-auth
 field=data.api-key # of the Secret
@@ -112,6 +113,9 @@ parse() {
 	done
 }
 
+# unexport keeps the variables from the programs that are started.
+unexport() { export -n HEADSCALE_API_KEY HEADCNI_AUTH_KEY HEADSCALE_API_KEY_FILE HEADCNI_AUTH_KEY_FILE; }
+
 # hide_key starts this script anew with the key on standard input: else it would be in the list of processes as long as
 # the script runs. What fails before shows no key either.
 hide_key() {
@@ -124,7 +128,7 @@ hide_key() {
 read_key() {
 	local name file=''
 	if [[ $key == - ]]; then
-		key=$(cat)
+		key=$(</dev/stdin)
 		key_from='standard input'
 	else
 		for name in HEADSCALE_API_KEY HEADCNI_AUTH_KEY; do
@@ -138,7 +142,6 @@ read_key() {
 			key=$(<"$file")
 		fi
 	fi
-	unset HEADSCALE_API_KEY HEADCNI_AUTH_KEY HEADSCALE_API_KEY_FILE HEADCNI_AUTH_KEY_FILE
 	key=${key#"${key%%[![:space:]]*}"} key=${key%"${key##*[![:space:]]}"}
 	[[ -z $key_from || -n $key ]] || usage_error "the key from $key_from is empty"
 	# No key has other characters, and these need no quoting anywhere.
@@ -504,7 +507,7 @@ imageless_since=''
 no_image() {
 	[[ -n $(imageless) ]] || { imageless_since='' && return 1; }
 	: "${imageless_since:=$SECONDS}"
-	((SECONDS - imageless_since >= 20))
+	((SECONDS - imageless_since >= 10))
 }
 
 # wait_for runs a function that sets missing until that is empty, and says $2 then; $3 with what is missing else.
@@ -675,6 +678,7 @@ dry() {
 main() {
 	failed='' foreign_secret='' new_namespace='' rekeyed='' nodes=0 selector='' missing='' kind=''
 	parse "$@"
+	unexport
 	hide_key
 	exec 3>&1
 	[[ -z $dry_run ]] || exec 3>&2
