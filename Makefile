@@ -122,7 +122,7 @@ lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against R
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
 	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
-	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/as-user scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix)
+	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/images test/tools/as-user internal/cluster/node.sh scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 .PHONY: vet

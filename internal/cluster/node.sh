@@ -34,7 +34,8 @@ if [ -n "$hierarchies" ]; then
 	done
 else
 	mount -t cgroup2 cgroup2 /sys/fs/cgroup
-	for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+	read -ra controllers </sys/fs/cgroup/cgroup.controllers
+	for controller in "${controllers[@]}"; do
 		echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || :
 	done
 	mkdir -p "/sys/fs/cgroup/$group"
