@@ -16,11 +16,13 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/kube"
 )
 
 const root = "../.."
@@ -114,9 +116,12 @@ func TestREADMENamesTargetsThatExist(t *testing.T) {
 
 // What a reader copies into a file must be taken by the program that reads it.
 func TestREADMEConfigurationIsValid(t *testing.T) {
-	var plugins, ipams, daemons int
+	var plugins, ipams, daemons, secrets int
 	for _, b := range blocks(read(t, "README.md")) {
 		switch {
+		case b.Kind == "yaml" && strings.Contains(b.Text, "\nkind: Secret\n"):
+			secrets++
+			checkSecret(t, b.Text)
 		case b.Kind == "yaml":
 			daemons++
 			loadDaemon(t, b.Text)
@@ -133,8 +138,21 @@ func TestREADMEConfigurationIsValid(t *testing.T) {
 			}
 		}
 	}
-	if plugins != 1 || ipams != 1 || daemons != 1 {
-		t.Errorf("found %d plugin, %d ipam and %d daemon configurations, want one each", plugins, ipams, daemons)
+	if plugins != 1 || ipams != 1 || daemons != 1 || secrets != 1 {
+		t.Errorf("found %d plugin, %d ipam, %d daemon configurations and %d Secrets, want one each", plugins, ipams, daemons, secrets)
+	}
+}
+
+// checkSecret holds the Secret to the name and key that the controller mounts.
+func checkSecret(t *testing.T, text string) {
+	t.Helper()
+	var s corev1.Secret
+	text = strings.Replace(text, "<base64-encoded-api-key>", "a2V5", 1)
+	if err := yaml.UnmarshalStrict([]byte(text), &s); err != nil {
+		t.Errorf("%v in\n%s", err, text)
+	}
+	if s.Name != kube.AuthSecret || string(s.Data[kube.AuthSecretKey]) != "key" {
+		t.Errorf("want Secret %s with the key %s in\n%s", kube.AuthSecret, kube.AuthSecretKey, text)
 	}
 }
 
