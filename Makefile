@@ -72,9 +72,11 @@ test: need-go ## All tests with the race detector, none skipped; needs root
 MATRIX := 0.26 0.27 0.28
 
 .PHONY: test-matrix
-test-matrix: need-go ## pkg/headscale against older real Headscales too (MATRIX), with a table at the end; needs root
+test-matrix: need-go ## What depends on Headscale against older real ones too (MATRIX), with a table at the end; needs root
 	@if ((EUID != 0)); then echo "make test-matrix: needs root: run 'sudo make test-matrix'" >&2; exit 1; fi
-	@$(call WITH_PACKAGES,demo) HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale $(addprefix headscale-,$(MATRIX))); export HEADCNI_TOOLS; \
+	@$(call WITH_PACKAGES,demo) $(MAKE) build; \
+		HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale tailscale-trimmed cni-plugins $(addprefix headscale-,$(MATRIX))); \
+		export HEADCNI_TOOLS HEADCNI_BIN="$(CURDIR)/bin"; \
 		scripts/test-matrix headscale $(addprefix headscale-,$(MATRIX))
 
 # Programs, images and our own image for a Kubernetes cluster on this machine.

@@ -6,8 +6,8 @@ package realparts
 
 import (
 	"bytes"
-	"cmp"
 	"context"
+	"debug/buildinfo"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,10 +30,6 @@ import (
 
 // ToolsEnv holds the folders that test/tools/ensure prints.
 const ToolsEnv = "HEADCNI_TOOLS"
-
-// HeadscaleEnv names the Headscale to test against where it is not the pinned one: headscale-0.26 and so on, as
-// test/tools/ensure calls them.
-const HeadscaleEnv = "HEADCNI_HEADSCALE"
 
 // startTimeout bounds the start of a process. It is seconds on a busy machine.
 const startTimeout = 60 * time.Second
@@ -52,11 +49,11 @@ type World struct {
 }
 
 // New makes an underlay of its own and starts Headscale. It skips the test where the tools are missing. batch is
-// Headscale's delay before it tells nodes of changes, 500 ms by its own default.
+// Headscale's delay before it tells nodes of changes, 500 ms by its own default; 0.27 and older have none of that name.
 func New(t testing.TB, batch time.Duration) *World {
 	t.Helper()
 	nstest.Require(t)
-	bin := Tool(t, cmp.Or(os.Getenv(HeadscaleEnv), "headscale"))
+	bin := Tool(t, "headscale")
 	Tool(t, "tailscaled")
 	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if err != nil {
@@ -268,6 +265,20 @@ func (h *Headscale) CLI(args ...string) string {
 	return strings.TrimSpace(out.String())
 }
 
+// Since reports whether it is Headscale 0.<minor> or later: make test-matrix runs tests against older ones.
+func (h *Headscale) Since(minor int) bool {
+	h.t.Helper()
+	info, err := buildinfo.ReadFile(h.bin)
+	if err != nil {
+		h.t.Fatalf("read which Headscale %s is: %v", h.bin, err)
+	}
+	var major, is int
+	if _, err := fmt.Sscanf(info.Main.Version, "v%d.%d", &major, &is); err != nil {
+		h.t.Fatalf("read which Headscale %s is: version %q", h.bin, info.Main.Version)
+	}
+	return major > 0 || is >= minor
+}
+
 // APIKey makes an API key.
 func (h *Headscale) APIKey() string {
 	h.t.Helper()
@@ -277,7 +288,31 @@ func (h *Headscale) APIKey() string {
 // AuthKey makes a pre-auth key that joins nodes with tags; more are arguments of `headscale preauthkeys create`.
 func (h *Headscale) AuthKey(tags string, more ...string) string {
 	h.t.Helper()
+	if !h.Since(28) { // every key has an owner
+		more = append(more, "--user", h.owner())
+	}
 	return lastWord(h.CLI(append([]string{"preauthkeys", "create", "--expiration", "24h", "--tags", tags}, more...)...))
+}
+
+// owner is the number of a user, who is made where there is none yet.
+func (h *Headscale) owner() string {
+	h.t.Helper()
+	list := func() string {
+		h.t.Helper()
+		var users []struct{ ID uint64 }
+		if out := h.CLI("users", "list", "--output", "json"); json.Unmarshal([]byte(out), &users) != nil {
+			h.t.Fatalf("headscale users list: %s", out)
+		}
+		if len(users) == 0 {
+			return ""
+		}
+		return strconv.FormatUint(users[0].ID, 10)
+	}
+	if id := list(); id != "" {
+		return id
+	}
+	h.CLI("users", "create", "somebody")
+	return list()
 }
 
 func lastWord(s string) string {

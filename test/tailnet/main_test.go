@@ -150,10 +150,10 @@ func section(c map[string]any, name string) map[string]any {
 	return c[name].(map[string]any)
 }
 
-// authKey makes a pre-auth key.
+// authKey makes a pre-auth key of the lab's user, as up to Headscale 0.27 each has to have one.
 func authKey(t *testing.T, l *lab.Lab, args ...string) string {
 	t.Helper()
-	out, err := l.Control.Run(labtest.Within(t), "headscale", append([]string{"preauthkeys", "create", "--expiration", "24h"}, args...)...)
+	out, err := l.Control.Run(labtest.Within(t), "headscale", append([]string{"preauthkeys", "create", "--expiration", "24h", "--user", "1"}, args...)...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -104,7 +104,7 @@ func testOutside(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 func testLaptop(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	n := l.Nodes[laptop]
 	startTailscaled(t, n)
-	up := []string{"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l, "--user", "1"), "--accept-routes", "--accept-dns=false"}
+	up := []string{"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l), "--accept-routes", "--accept-dns=false"}
 	if _, err := n.Run(labtest.Within(t), "tailscale", up...); err != nil {
 		t.Fatal(err)
 	}
