@@ -209,6 +209,31 @@ func TestOldNode(t *testing.T) {
 	}
 }
 
+// TestUserMadeMeanwhile: up to 0.27 nodes that join at the same time make the user of their keys at the same time.
+func TestUserMadeMeanwhile(t *testing.T) {
+	var made atomic.Bool
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body) // a short one fails the test
+		switch {
+		case r.URL.Path == "/api/v1/user" && r.Method == "POST":
+			made.Store(true) // by the other node
+			answer(500, `{"code":2,"message":"creating user: UNIQUE constraint failed: users.name","details":[]}`)(w, r)
+		case r.URL.Path == "/api/v1/user" && made.Load():
+			fmt.Fprint(w, `{"users":[{"id":"3","name":"headcni"}]}`)
+		case r.URL.Path == "/api/v1/user":
+			fmt.Fprint(w, `{"users":[]}`)
+		case strings.Contains(string(body), `"user":"3"`):
+			fmt.Fprint(w, `{"preAuthKey":{"id":"1","key":"k","user":{"id":"3","name":"headcni"}}}`)
+		default:
+			answer(500, `{"code":2,"message":"user not found","details":[]}`)(w, r)
+		}
+	})
+	k, err := c.CreatePreAuthKey(t.Context(), PreAuthKeyRequest{Tags: []string{"tag:headcni"}})
+	if err != nil || k.User.Name != "headcni" || !made.Load() {
+		t.Errorf("%+v, %v", k, err)
+	}
+}
+
 func TestAtLeast(t *testing.T) {
 	for v, want := range map[string]bool{"": false, "v0.28.0": false, "v0.29.3": true, "0.30.0-beta.1": true, "v1.0.0": true, "dev": true} {
 		if got := atLeast(v, 0, 29); got != want {

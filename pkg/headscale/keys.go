@@ -78,6 +78,24 @@ func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user
 
 // ensureUser finds a user or makes it.
 func (c *Client) ensureUser(ctx context.Context, name string) (User, error) {
+	u, err := c.user(ctx, name)
+	if !errors.Is(err, ErrNotFound) {
+		return u, err
+	}
+	var out struct{ User User }
+	err = c.do(ctx, call{method: "POST", path: "/api/v1/user", body: map[string]string{"name": name}, out: &out, once: true})
+	var refused *Error
+	if errors.As(err, &refused) {
+		// Another node that joins at the same time may have been faster.
+		if u, found := c.user(ctx, name); found == nil {
+			return u, nil
+		}
+	}
+	return out.User, wrap(err, "make user %s", name)
+}
+
+// user finds a user. ErrNotFound.
+func (c *Client) user(ctx context.Context, name string) (User, error) {
 	var list struct{ Users []User }
 	if err := c.do(ctx, call{method: "GET", path: "/api/v1/user?name=" + url.QueryEscape(name), out: &list}); err != nil {
 		return User{}, fmt.Errorf("find user %s: %w", name, err)
@@ -87,9 +105,7 @@ func (c *Client) ensureUser(ctx context.Context, name string) (User, error) {
 			return u, nil
 		}
 	}
-	var out struct{ User User }
-	err := c.do(ctx, call{method: "POST", path: "/api/v1/user", body: map[string]string{"name": name}, out: &out, once: true})
-	return out.User, wrap(err, "make user %s", name)
+	return User{}, fmt.Errorf("find user %s: %w", name, ErrNotFound)
 }
 
 // PreAuthKeys lists the keys of all users.
