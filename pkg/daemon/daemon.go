@@ -51,6 +51,7 @@ type Daemon struct {
 	tables  *nft.Tables
 	member  *member
 	cluster *cluster // nil without Kubernetes
+	tunnel  tunnel   // of the loop alone
 	events  *events
 
 	saved   state

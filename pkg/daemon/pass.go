@@ -25,6 +25,8 @@ const (
 	partRoutes   = "routes"
 	partTailnet  = "tailnet"
 	partPrefs    = "prefs"
+	// partTunnel are tailscaled's routes to its peers, which it makes once and does not look at again.
+	partTunnel   = "tunnel"
 	partApproval = "approval"
 	partConflist = "conflist"
 	// partHeadscale is this node as Headscale sees it. Pods do not wait for it: Headscale may be down for hours.
@@ -40,7 +42,8 @@ const (
 // partsOf are the parts that a node has.
 func partsOf(c config.Config, kubernetes bool) []string {
 	parts := []string{
-		partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partApproval, partConflist, partHeadscale, partForeign,
+		partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partTunnel, partApproval, partConflist, partHeadscale,
+		partForeign,
 	}
 	if c.Network.NetworkPolicy {
 		parts = append(parts, partPolicy)
@@ -95,6 +98,9 @@ func (d *Daemon) pass(ctx context.Context) bool {
 		}},
 		{name: partPrefs, needs: []string{partTailnet}, run: func(ctx context.Context) ([]string, error) {
 			return d.syncPrefs(ctx, p)
+		}},
+		{name: partTunnel, needs: []string{partPrefs}, optional: true, run: func(context.Context) ([]string, error) {
+			return d.tunnel.sync(d.node, o)
 		}},
 		{name: partApproval, needs: []string{partPrefs}, run: func(ctx context.Context) ([]string, error) {
 			return d.member.approve(ctx, o, p.prefs)

@@ -18,9 +18,10 @@ import (
 // settle gathers the events of one cause (a link that goes takes its routes along) into one signal.
 const settle = 50 * time.Millisecond
 
-// Changes signals soon after anything changed, by anybody, that Sync or DefaultSource looks at: our rules and routes, the
-// default routes, links and addresses other than pods', and the switches for forwarding. The kernel tells nobody about
-// other sysctls. The channel is closed when ctx ends or the kernel's events cannot be read any more.
+// Changes signals soon after anything changed, by anybody, that Sync, DefaultSource or Untunnelled looks at: our rules and
+// routes, the default routes, a loss of tailscaled's routes, links and addresses other than pods', and the switches for
+// forwarding. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the kernel's events
+// cannot be read any more.
 func (n *Node) Changes(ctx context.Context) (<-chan struct{}, error) {
 	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK,
 		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_NETCONF,
@@ -67,7 +68,7 @@ func concernsNode(typ uint16, msg []byte) bool {
 		r, err := decodeRule(msg)
 		return err != nil || r.pref >= prefFirst && r.pref <= prefLast
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		return routeConcerns(msg)
+		return routeConcerns(msg) || typ == unix.RTM_DELROUTE && tableOf(msg) == tailscaleTable
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		name, ok := attribute(msg, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)
 		return !ok || !strings.HasPrefix(string(bytes.TrimRight(name, "\x00")), names.PodLinkPrefix)
@@ -101,6 +102,15 @@ func routeConcerns(msg []byte) bool {
 	}
 	p, ok := attribute(msg, unix.SizeofRtMsg, unix.RTA_PRIORITY)
 	return ok && len(p) == 4 && binary.NativeEndian.Uint32(p) == unreachableMetric
+}
+
+// tableOf is a route's table. The kernel always says it in an attribute too, since the header holds small numbers only.
+func tableOf(msg []byte) uint32 {
+	t, ok := attribute(msg, unix.SizeofRtMsg, unix.RTA_TABLE)
+	if ok && len(t) == 4 {
+		return binary.NativeEndian.Uint32(t)
+	}
+	return 0
 }
 
 // attribute finds one attribute behind a header of n bytes.

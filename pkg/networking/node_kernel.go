@@ -174,21 +174,25 @@ func listRoutes(f nodeFamily) ([]nodeRoute, error) {
 		if r.Priority != unreachableMetric {
 			continue // the library's filter knows a priority for rules only
 		}
-		to := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-		if f.af == unix.AF_INET6 {
-			to = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-		}
-		if r.Dst != nil {
-			addr, _ := netip.AddrFromSlice(r.Dst.IP)
-			ones, _ := r.Dst.Mask.Size()
-			if f.af == unix.AF_INET {
-				addr = addr.Unmap()
-			}
-			to = netip.PrefixFrom(addr, ones)
-		}
-		out = append(out, nodeRoute{to: to, kind: r.Type, proto: int(r.Protocol)})
+		out = append(out, nodeRoute{to: routeTo(r, f), kind: r.Type, proto: int(r.Protocol)})
 	}
 	return out, nil
+}
+
+// routeTo is a route's destination, which the library leaves out where it is everything.
+func routeTo(r netlink.Route, f nodeFamily) netip.Prefix {
+	if r.Dst == nil {
+		if f.af == unix.AF_INET6 {
+			return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		}
+		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	addr, _ := netip.AddrFromSlice(r.Dst.IP)
+	if f.af == unix.AF_INET {
+		addr = addr.Unmap()
+	}
+	ones, _ := r.Dst.Mask.Size()
+	return netip.PrefixFrom(addr, ones)
 }
 
 func (r nodeRoute) netlink() *netlink.Route {

@@ -62,3 +62,46 @@ func Links() ([]Link, error) {
 	}
 	return links, nil
 }
+
+// Service addresses of every tailnet, where tailscaled answers DNS, and the range of IPv6 tailnet addresses.
+var (
+	serviceAddr4 = netip.MustParsePrefix("100.100.100.100/32")
+	serviceAddr6 = netip.MustParsePrefix("fd7a:115c:a1e0::53/128")
+	tailnet6     = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+)
+
+// TunnelRoutes are the routes that a running tailscaled which accepts routes has surely made into its interface: to its
+// own service, and to the peers that are online. To others it may have some.
+func (s Status) TunnelRoutes() []netip.Prefix {
+	if s.State != Running {
+		return nil
+	}
+	var out []netip.Prefix
+	add := func(p netip.Prefix) {
+		if !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	for _, a := range s.Self.IPs {
+		if a.Is4() {
+			add(serviceAddr4)
+		} else {
+			add(serviceAddr6)
+		}
+	}
+	for _, p := range s.Peers {
+		if !p.Online || p.Expired {
+			continue
+		}
+		for _, r := range p.Allowed {
+			switch {
+			case r.Bits() == 0 && !p.ExitNode:
+			case tailnet6.Contains(r.Addr()) && r.IsSingleIP():
+				add(tailnet6) // as tailscaled does
+			default:
+				add(r)
+			}
+		}
+	}
+	return out
+}

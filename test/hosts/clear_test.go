@@ -271,18 +271,48 @@ func (c *wire) testRulesFlushed(t *testing.T) {
 	c.mend(t)
 }
 
+// tailscaled makes its routes once. The daemon puts back what it still speaks of.
 func (c *wire) testTableFlushed(t *testing.T) {
+	before := map[*lab.Node]string{}
+	for _, n := range c.nodes() {
+		before[n] = tunnelTable(t, n)
+	}
+	flush := func() { c.each(t, "ip route flush table 52; ip -6 route flush table 52") }
 	c.never(t, func() {
-		c.each(t, "ip route flush table 52; ip -6 route flush table 52")
+		for _, n := range c.nodes() {
+			kill(t, n.Daemon)
+		}
+		flush()
 		since := time.Now()
 		time.Sleep(moment)
 		c.dark(t, since)
-		// tailscaled puts its routes there once.
-		for _, n := range c.nodes() {
-			kill(t, n.Tailscaled)
-		}
 	})
-	c.never(t, func() { c.mend(t) })
+	back := func() {
+		for _, n := range c.nodes() {
+			labtest.Eventually(t, "wait for tailscaled's routes on "+n.Name, func() error {
+				if now := tunnelTable(t, n); now != before[n] {
+					return fmt.Errorf("before:\n%s\nnow:\n%s", before[n], now)
+				}
+				return nil
+			})
+		}
+		c.flows(t)
+	}
+	c.never(t, func() {
+		c.mend(t)
+		back()
+	})
+	c.never(t, func() {
+		flush()
+		back()
+	})
+	c.mend(t)
+}
+
+// tunnelTable is tailscaled's routing table.
+func tunnelTable(t *testing.T, n *lab.Node) string {
+	t.Helper()
+	return sh(t, n.Machine, "ip -4 -d route show table 52 | sort; ip -6 -d route show table 52 | sort")
 }
 
 func (c *wire) testTunDeleted(t *testing.T) {

@@ -1,0 +1,101 @@
+package networking
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Untunnelled returns those of the prefixes for which tailscaled's table has no route over tun. A family in which tun has
+// no address is left out: tailscaled has no routes there. So is everything while tun is down or gone.
+//
+// tailscaled puts each route there once. Whoever flushes the table takes them for good.
+func (n *Node) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error) {
+	link, err := netlink.LinkByName(tun)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look at %s: %w", tun, err)
+	}
+	if link.Attrs().Flags&net.FlagUp == 0 {
+		return nil, nil
+	}
+	var out []netip.Prefix
+	for _, f := range nodeFamilies {
+		want := slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return !f.has(p) })
+		if len(want) == 0 || !hasFamily(f) {
+			continue
+		}
+		has, err := hasGlobal(link, f)
+		if err != nil || !has {
+			if err != nil {
+				return nil, err
+			}
+			continue
+		}
+		have, err := tunnelRoutes(link, f)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range want {
+			covers := func(r netip.Prefix) bool { return r.Bits() <= p.Bits() && r.Contains(p.Addr()) }
+			if !slices.ContainsFunc(have, covers) {
+				out = append(out, p)
+			}
+		}
+	}
+	return out, nil
+}
+
+// hasGlobal tells whether a link has an address of a family beside the one that every link has.
+func hasGlobal(link netlink.Link, f nodeFamily) (bool, error) {
+	addrs, err := untilWhole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, f.af) })
+	if err != nil {
+		return false, fmt.Errorf("list %s addresses of %s: %w", f.name, link.Attrs().Name, err)
+	}
+	return slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return !a.IP.IsLinkLocalUnicast() }), nil
+}
+
+// tunnelRoutes are those of tailscaled's table that lead into its interface.
+func tunnelRoutes(link netlink.Link, f nodeFamily) ([]netip.Prefix, error) {
+	filter := &netlink.Route{Table: tailscaleTable, LinkIndex: link.Attrs().Index}
+	routes, err := untilWhole(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list tailscaled's %s routes: %w", f.name, err)
+	}
+	var out []netip.Prefix
+	for _, r := range routes {
+		if r.Type == unix.RTN_UNICAST {
+			out = append(out, routeTo(r, f))
+		}
+	}
+	return out, nil
+}
+
+// Tunnel puts routes into tailscaled's table as tailscaled itself does, which takes them for its own from then on.
+func (n *Node) Tunnel(tun string, prefixes []netip.Prefix) (added []string, err error) {
+	link, err := netlink.LinkByName(tun)
+	if err != nil {
+		return nil, fmt.Errorf("look at %s: %w", tun, err)
+	}
+	for _, p := range prefixes {
+		r := &netlink.Route{
+			LinkIndex: link.Attrs().Index, Table: tailscaleTable,
+			Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+		}
+		what := fmt.Sprintf("add route %s dev %s table %d", p, tun, tailscaleTable)
+		if err := netlink.RouteReplace(r); err != nil {
+			return added, fmt.Errorf("%s: %w", what, explainNode(err))
+		}
+		added = append(added, what)
+	}
+	return added, nil
+}
