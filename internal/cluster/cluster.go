@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -117,14 +118,15 @@ type Cluster struct {
 	// Client and Config are an administrator's.
 	Client kubernetes.Interface
 	Config *rest.Config
+	// APIServer is to be killed and started by those who want to see the nodes without it.
+	APIServer *lab.Process
 	// Agnhost is the name of upstream's test image, which every node has.
 	Agnhost string
 
-	opt     Options
-	lab     *lab.Lab
-	pki     *pki
-	began   time.Time
-	control []*lab.Process // the control plane's programs
+	opt   Options
+	lab   *lab.Lab
+	pki   *pki
+	began time.Time
 }
 
 // Start starts a cluster and returns when every node is registered and has the test images. The nodes are not ready, and
@@ -235,6 +237,15 @@ func (c *Cluster) Kubeconfig() string { return filepath.Join(c.Dir, "admin.kubec
 // ImportImage gives an image, a tar file as `docker save` or `make image` writes it, to all nodes.
 func (c *Cluster) ImportImage(ctx context.Context, tar string) error {
 	return each(c.Nodes, func(n *Node) error { return n.ImportImage(ctx, tar) })
+}
+
+// CaptureUnderlay counts packets with pods' addresses that are in clear between the machines. What Stop says of the total
+// does not hold after a reboot.
+func (c *Cluster) CaptureUnderlay() (*lab.Capture, error) { return c.lab.CaptureUnderlay() }
+
+// SendClear puts such a packet on a node's wire: the proof that a capture sees one.
+func (c *Cluster) SendClear(n *Node, src, dst netip.Addr) error {
+	return c.lab.SendClear(n.Node, src, dst)
 }
 
 // Logs are the log files so far.

@@ -60,7 +60,6 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the control plane was not ready within 2 minutes"))
 	defer cancel()
 	cp := c.Nodes[0]
-	c.control = nil // what there was before a reboot
 	files, err := c.pki.files()
 	if err != nil {
 		return err
@@ -77,19 +76,8 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 		"--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380"); err != nil {
 		return err
 	}
-	if err := c.run("kube-apiserver", c.apiServerFlags()...); err != nil {
+	if err := c.StartAPIServer(ctx); err != nil {
 		return err
-	}
-	server := c.control[len(c.control)-1]
-	err = poll(ctx, 50*time.Millisecond, func() error {
-		if !server.Alive() {
-			return fmt.Errorf("kube-apiserver ended: see %s", server.Log)
-		}
-		_, err := c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").Timeout(time.Second).DoRaw(ctx)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("wait for the API server: %w", err)
 	}
 	if err := c.run("kube-controller-manager", c.controllerManagerFlags()...); err != nil {
 		return err
@@ -105,14 +93,28 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	return err
 }
 
-// run starts a program of the control plane.
-func (c *Cluster) run(name string, args ...string) error {
-	p, err := c.Nodes[0].Start(name, nil, args...)
-	if err != nil {
+// StartAPIServer starts the API server and waits until it is ready.
+func (c *Cluster) StartAPIServer(ctx context.Context) (err error) {
+	if c.APIServer, err = c.Nodes[0].Start("kube-apiserver", nil, c.apiServerFlags()...); err != nil {
 		return err
 	}
-	c.control = append(c.control, p)
+	err = poll(ctx, 50*time.Millisecond, func() error {
+		if !c.APIServer.Alive() {
+			return fmt.Errorf("kube-apiserver ended: see %s", c.APIServer.Log)
+		}
+		_, err := c.Client.Discovery().RESTClient().Get().AbsPath("/readyz").Timeout(time.Second).DoRaw(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("wait for the API server: %w", err)
+	}
 	return nil
+}
+
+// run starts a program of the control plane, which ends with its node.
+func (c *Cluster) run(name string, args ...string) error {
+	_, err := c.Nodes[0].Start(name, nil, args...)
+	return err
 }
 
 func (c *Cluster) apiServerFlags() []string {
