@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +32,8 @@ const (
 	partConflist = "conflist"
 	// partHeadscale is this node as Headscale sees it. Pods do not wait for it: Headscale may be down for hours.
 	partHeadscale = "headscale"
-	// partForeign are other programs' firewalls. Nothing of ours can help where they drop, and they may not mean pods.
+	// partForeign are other programs' firewalls, tailscaled's too. Nothing of ours can help where they drop, and they may not
+	// mean pods.
 	partForeign = "foreign"
 	// partKubernetes is the API server: pods do not wait for it either.
 	partKubernetes = "kubernetes"
@@ -113,7 +115,9 @@ func (d *Daemon) pass(ctx context.Context) bool {
 		{name: partHeadscale, needs: []string{partTailnet}, optional: true, run: func(ctx context.Context) ([]string, error) {
 			return d.member.check(ctx, o)
 		}},
-		{name: partForeign, optional: true, run: func(context.Context) ([]string, error) { return nil, foreignDrops(o.tun) }},
+		{name: partForeign, optional: true, run: func(context.Context) ([]string, error) {
+			return nil, errors.Join(foreignDrops(o.tun), sharedCGNAT(o))
+		}},
 	}
 	if d.cfg.Network.NetworkPolicy {
 		parts = append(parts, part{name: partPolicy, optional: true, run: func(context.Context) ([]string, error) { return nil, errNoPolicy }})
@@ -135,6 +139,24 @@ func foreignDrops(tun string) error {
 	return fmt.Errorf("another program's firewall drops what pods send and get, which no rule of ours can change: %s; let %s* and %s "+
 		"pass there, for instance `firewall-cmd --permanent --zone=trusted --add-interface=%[2]s+ --add-interface=%[3]s && "+
 		"firewall-cmd --reload`", strings.Join(drops, ", "), names.PodLinkPrefix, tun)
+}
+
+// cgnat is where IPv4 tailnet addresses are from, and networks of providers too.
+var cgnat = netip.MustParsePrefix("100.64.0.0/10")
+
+// sharedCGNAT says that tailscaled keeps this host from a network of its own, which no rule of ours can change.
+func sharedCGNAT(o observation) error {
+	if o.tailnet == nil || o.tailnet.SharesCGNAT {
+		return nil
+	}
+	for _, p := range o.hostPrefixes {
+		if p.Overlaps(cgnat) {
+			return fmt.Errorf("an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
+				`from there (pods are not concerned); add "nodeAttrs": [{"target": ["*"], "attr": ["%s"]}] to Headscale's policy, and keep `+
+				"prefixes.v4 in Headscale's configuration clear of that network", p, cgnat, tailscale.AttrSharesCGNAT)
+		}
+	}
+	return nil
 }
 
 // settled is what later passes, and a boot without tailscaled, go by.

@@ -19,6 +19,10 @@ const (
 	Running          = "Running"
 )
 
+// AttrSharesCGNAT is the node attribute by which tailscaled, if it is new enough, lets other interfaces have addresses in
+// 100.64.0.0/10 too. Without it, it drops what they get from there.
+const AttrSharesCGNAT = "disable-linux-cgnat-drop-rule"
+
 // Status is what tailscaled knows of itself and its peers.
 type Status struct {
 	// Version of tailscaled, such as 1.102.5-t0123456.
@@ -35,7 +39,9 @@ type Status struct {
 	MagicDNSSuffix string
 	// Health holds what tailscaled complains of.
 	Health []string
-	Self   Peer
+	// SharesCGNAT tells that the tailnet's policy has given this node the attribute of that name (AttrSharesCGNAT).
+	SharesCGNAT bool
+	Self        Peer
 	// Peers are sorted by name.
 	Peers []Peer
 }
@@ -130,6 +136,7 @@ type wirePeer struct {
 	LastHandshake                        time.Time
 	Online, ExitNode, Active, Expired    bool
 	KeyExpiry                            *time.Time
+	CapMap                               map[string]present
 }
 
 func (w *wirePeer) peer() Peer {
@@ -168,6 +175,9 @@ func (c *Client) status(ctx context.Context, path string) (Status, error) {
 	s := Status{
 		Version: w.Version, State: w.BackendState, HaveNodeKey: w.HaveNodeKey, TUN: w.TUN, AuthURL: w.AuthURL,
 		MagicDNSSuffix: w.MagicDNSSuffix, Health: w.Health, Self: w.Self.peer(),
+	}
+	if w.Self != nil {
+		_, s.SharesCGNAT = w.Self.CapMap[AttrSharesCGNAT]
 	}
 	for _, p := range w.Peer {
 		s.Peers = append(s.Peers, p.peer())

@@ -79,7 +79,7 @@ func (w *world) works(t *testing.T) {
 func (w *world) nodes() []*lab.Node { return []*lab.Node{w.a, w.b} }
 
 func testSurroundings(t *testing.T, bin string) {
-	w := newWorld(t, lab.Options{Nodes: 4, Spare: 2, Modes: []string{host, daemon, host, daemon}, Bin: bin})
+	w := newWorld(t, lab.Options{Nodes: 6, Spare: 4, Modes: []string{host, daemon, host, daemon}, Bin: bin})
 	w.works(t)
 	for _, c := range []struct {
 		name string
@@ -95,6 +95,9 @@ func testSurroundings(t *testing.T, bin string) {
 		{"connect waits", func(t *testing.T) { testConnectWaits(t, w) }},
 		{"dedicated tailscaled", func(t *testing.T) { testDedicatedTailscaled(t, w) }},
 		{"no IPv6", func(t *testing.T) { testNoIPv6(t, w, w.Nodes[3]) }},
+		{"router advertisements", func(t *testing.T) { testRouterAdvertisements(t, w, w.Nodes[5]) }},
+		{"resolver of its own", func(t *testing.T) { testOwnResolver(t, w, w.Nodes[4]) }},
+		{"100.64 of its own", func(t *testing.T) { testOwnCGNAT(t, w) }},
 		{"foreign routes", func(t *testing.T) { testForeignRoutes(t, w, w.Nodes[2]) }},
 	} {
 		t.Run(c.name, c.test)
