@@ -594,12 +594,19 @@ report() {
 	fi
 }
 
-# print_events prints the last warnings of ours about something.
+# print_events prints our warnings about something, but those that a later event takes back: what is before the colon says
+# what they are about.
 print_events() {
-	local reporter reason message
+	local reporter reason message subject
+	local -A open=()
 	while IFS='|' read -r reporter reason message; do
-		[[ $reporter != headcni.io/* ]] || say "  $reason: $message"
-	done < <(kube get events --all-namespaces --field-selector "type=Warning,$1" --sort-by .metadata.creationTimestamp -o 'jsonpath={range .items[*]}{.reportingComponent}|{.reason}|{.message}{"\n"}{end}' 2>/dev/null | tail -n 4)
+		[[ $reporter == headcni.io/* && -n $message ]] || continue
+		open[${message%%:*}]="$reason: $message"
+		[[ $reason != *Right || $reason == *NotRight ]] || unset "open[${message%%:*}]"
+	done < <(kube get events --all-namespaces --field-selector "$1" --sort-by .metadata.creationTimestamp -o 'jsonpath={range .items[*]}{.reportingComponent}|{.reason}|{.message}{"\n"}{end}' 2>/dev/null)
+	for subject in "${!open[@]}"; do
+		say "  ${open[$subject]}"
+	done
 }
 
 # quoted prints words as a list in JSON, each with $1 behind it.
@@ -639,7 +646,7 @@ policy() {
 		approvers+="${approvers:+, }\"$range\": [$(quoted '' "${tags[@]}")]"
 	done
 	say ""
-	say "Headscale's policy must say this. Add what it lacks (headscale policy get, headscale policy set):"
+	say "Headscale's policy must say this. Add what it lacks (headscale policy get and set, or the file policy.path):"
 	say ""
 	say "{"
 	say "  \"tagOwners\": { $owners },"

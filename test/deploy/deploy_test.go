@@ -394,7 +394,7 @@ func TestNotDone(t *testing.T) {
 		silent string
 	}{
 		"a daemon": {scenario{Nodes: twoNodes(routed), NotReady: true}, apiKey,
-			[]string{"not ready: DaemonSet headcni (1 of 2 ready)", "last log line: the last line", "HeadCNINotRight: forward: the firewall drops"}, "nothing of ours"},
+			[]string{"not ready: DaemonSet headcni (1 of 2 ready)", "last log line: the last line", "HeadCNINotRight: forward: the firewall drops"}, "conflist"},
 		"a route": {scenario{Nodes: twoNodes(pending)}, apiKey,
 			[]string{"not routed yet: b", `node b: Ready is True; pod CIDRs: 10.244.1.0/24 fd00:244:0:1::/64; Headscale: pending. the policy says "no" to it`}, "autoApprovers"},
 		"unseen, with an API key": {scenario{Nodes: twoNodes(`{"state":"unseen"}`)}, apiKey, []string{"not routed yet: b"}, "autoApprovers"},

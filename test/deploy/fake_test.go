@@ -232,7 +232,7 @@ func (s scenario) kubectl(dir string, c call) int {
 	case has("logs"):
 		fmt.Println("the last line")
 	case has("get events"):
-		fmt.Print("headcni.io/daemon|HeadCNINotRight|forward: the firewall drops\nkubelet|Other|nothing of ours\n")
+		fmt.Print("headcni.io/daemon|HeadCNINotRight|conflist: no plugin\nheadcni.io/daemon|HeadCNIRight|conflist: right again\nheadcni.io/daemon|HeadCNINotRight|forward: the firewall drops\nkubelet|Other|nothing of ours\n")
 	case has("apply"), has("delete"), has("rollout restart"):
 	default:
 		fmt.Fprintln(os.Stderr, "the fake kubectl knows nothing of:", line)
