@@ -97,6 +97,7 @@ func testSurroundings(t *testing.T, bin string) {
 		{"no IPv6", func(t *testing.T) { testNoIPv6(t, w, w.Nodes[3]) }},
 		{"router advertisements", func(t *testing.T) { testRouterAdvertisements(t, w, w.Nodes[5]) }},
 		{"resolver of its own", func(t *testing.T) { testOwnResolver(t, w, w.Nodes[4]) }},
+		{"networkd", func(t *testing.T) { testNetworkd(t, w) }},
 		{"100.64 of its own", func(t *testing.T) { testOwnCGNAT(t, w) }},
 		{"foreign routes", func(t *testing.T) { testForeignRoutes(t, w, w.Nodes[2]) }},
 	} {
