@@ -76,7 +76,7 @@ test-matrix: need-go ## What depends on Headscale against older real ones too (M
 	@if ((EUID != 0)); then echo "make test-matrix: needs root: run 'sudo make test-matrix'" >&2; exit 1; fi
 	@$(call WITH_PACKAGES,demo) $(MAKE) build; \
 		HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale tailscale-trimmed cni-plugins $(addprefix headscale-,$(MATRIX))); \
-		export HEADCNI_TOOLS HEADCNI_BIN="$(CURDIR)/bin"; \
+		export HEADCNI_TOOLS HEADCNI_BIN="$(abspath $(BIN))"; \
 		scripts/test-matrix headscale $(addprefix headscale-,$(MATRIX))
 
 # Programs, images and our own image for a Kubernetes cluster on this machine.
