@@ -56,8 +56,9 @@ func takeOff(ctx context.Context, c config.Config, s state) error {
 func removeRunDir() error {
 	err := errors.Join(removeFile(paths.DaemonSocket), removeFile(paths.APISocket), removeFile(lockPath()), removeFile(totalsPath()),
 		os.RemoveAll(hint.Spool(paths.DaemonSocket)))
-	// In a container the folder is a mount.
-	if gone := os.Remove(paths.RunDir); gone != nil && !errors.Is(gone, unix.ENOTEMPTY) && !errors.Is(gone, unix.EBUSY) {
+	// In a container the folder is a mount, in a root that is read-only.
+	gone := os.Remove(paths.RunDir)
+	if gone != nil && !errors.Is(gone, unix.ENOTEMPTY) && !errors.Is(gone, unix.EBUSY) && !errors.Is(gone, unix.EROFS) {
 		err = errors.Join(err, gone)
 	}
 	return err
