@@ -61,12 +61,12 @@ image: need-go ## The container image bin/headcni-image-ARCH.tar, without a cont
 	@test/tools/as-user env VERSION='$(VERSION)' REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" scripts/image '$(ARCH)' '$(IMAGE)'
 
 .PHONY: test
-test: need-go ## All tests with the race detector, none skipped; needs root
+test: need-go ## All tests but e2e's, with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call WITH_PACKAGES,test) $(MAKE) build; $(WITH_TOOLS) \
-		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) ./...; \
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v /test/e2e); \
 		cd test/tools/oci; go vet ./...; go test ./...
 
 MATRIX := 0.26 0.27 0.28
