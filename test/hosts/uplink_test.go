@@ -137,6 +137,28 @@ func testRouterAdvertisements(t *testing.T, w *world, n *lab.Node) {
 		wants(t, "from a pod of another node", w.b1, echo(p, v6), w.b1.Addr(v6))
 		wants(t, "node to its pod", n, echo(p, v6), n.Underlay[index(v6)])
 	}
+	hangsOnAdvertisements(t, n, router, monitor, target, byRA, works)
+
+	if err := p.Remove(labtest.Within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	sh(t, n.Machine, "headcni-daemon uninstall")
+	if now := sysctls(); now != before {
+		t.Errorf("after uninstall: %q, want %q", now, before)
+	}
+	labtest.Eventually(t, "wait for a default route without us", byRA)
+	wants(t, "node to outside, without us", n, target, n.Underlay[1])
+}
+
+// hangsOnAdvertisements says that the default route outlives the first advertisement, has always been there, and goes
+// with the last one.
+func hangsOnAdvertisements(t *testing.T, n *lab.Node, router *advertiser, monitor *lab.Process, target netip.AddrPort,
+	byRA func() error, works func(string),
+) {
+	t.Helper()
 	time.Sleep(raLifetime + moment)
 	if err := byRA(); err != nil {
 		t.Errorf("when the first advertisement has run out: %v", err)
@@ -159,19 +181,6 @@ func testRouterAdvertisements(t *testing.T, w *world, n *lab.Node) {
 	})
 	router.quiet.Store(false)
 	works("advertised again")
-
-	if err := p.Remove(labtest.Within(t)); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	sh(t, n.Machine, "headcni-daemon uninstall")
-	if now := sysctls(); now != before {
-		t.Errorf("after uninstall: %q, want %q", now, before)
-	}
-	labtest.Eventually(t, "wait for a default route without us", byRA)
-	wants(t, "node to outside, without us", n, target, n.Underlay[1])
 }
 
 // A host whose only resolver is the tailnet's own: nothing that makes the tailnet may need it.
