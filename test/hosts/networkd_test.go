@@ -39,8 +39,8 @@ func realNetworkd(t *testing.T) bool {
 
 // imitation deletes what systemd-networkd 252 was seen to delete.
 const imitation = `for f in -4 -6; do
-	ip -d $f rule | grep -v 'proto kernel' | cut -d: -f1 | while read -r pref; do ip $f rule delete pref $pref; done
-	ip -d $f route | grep '^unreachable' | grep -v 'proto kernel' | while read -r _ to _; do ip $f route delete unreachable $to; done
+	ip -d $f rule | sed '/proto kernel/d; s/:.*//' | while read -r pref; do ip $f rule delete pref $pref; done
+	ip -d $f route | sed '/^unreachable/!d; /proto kernel/d' | while read -r _ to _; do ip $f route delete unreachable $to; done
 done`
 
 // startNetworkd has systemd-networkd manage a node's uplink as it is, until the test ends.
