@@ -151,9 +151,9 @@ func sharedCGNAT(o observation) error {
 	}
 	for _, p := range o.hostPrefixes {
 		if p.Overlaps(cgnat) {
-			return fmt.Errorf("an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
+			return warning{fmt.Errorf("an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
 				`from there (pods are not concerned); add "nodeAttrs": [{"target": ["*"], "attr": ["%s"]}] to Headscale's policy, and keep `+
-				"prefixes.v4 in Headscale's configuration clear of that network", p, cgnat, tailscale.AttrSharesCGNAT)
+				"prefixes.v4 in Headscale's configuration clear of that network", p, cgnat, tailscale.AttrSharesCGNAT)}
 		}
 	}
 	return nil

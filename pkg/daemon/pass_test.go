@@ -1,0 +1,33 @@
+package daemon
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+func TestSharedCGNAT(t *testing.T) {
+	prefixes := func(texts ...string) (out []netip.Prefix) {
+		for _, s := range texts {
+			out = append(out, netip.MustParsePrefix(s))
+		}
+		return out
+	}
+	for name, c := range map[string]struct {
+		o    observation
+		want string
+	}{
+		"other networks": {observation{tailnet: &tailscale.Status{}, hostPrefixes: prefixes("192.168.1.0/24", "100.128.0.0/16", "fd7a::/16")}, ""},
+		"inside":         {observation{tailnet: &tailscale.Status{}, hostPrefixes: prefixes("192.168.1.0/24", "100.64.200.0/24")}, "has 100.64.200.0/24"},
+		"around":         {observation{tailnet: &tailscale.Status{}, hostPrefixes: prefixes("100.0.0.0/8")}, "has 100.0.0.0/8"},
+		"allowed":        {observation{tailnet: &tailscale.Status{SharesCGNAT: true}, hostPrefixes: prefixes("100.64.200.0/24")}, ""},
+		"no tailscaled":  {observation{hostPrefixes: prefixes("100.64.200.0/24")}, ""},
+	} {
+		err := sharedCGNAT(c.o)
+		if (err != nil) != (c.want != "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+	}
+}
