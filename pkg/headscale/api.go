@@ -239,7 +239,17 @@ func (c *Client) RenameNode(ctx context.Context, id ID, name string) error {
 }
 
 // DeleteNode removes a node. ErrNotFound where it is gone.
+//
+// Its routes are taken from it first: to 0.27 and 0.28 a node that was connected when it was deleted stays the one that
+// serves them, and no other gets them until the server is restarted.
 func (c *Client) DeleteNode(ctx context.Context, id ID) error {
+	n, err := c.Node(ctx, id)
+	if err == nil && len(n.Approved) > 0 {
+		_, err = c.ApproveRoutes(ctx, id, nil, n.Approved)
+	}
+	if err != nil {
+		return fmt.Errorf("delete node %s: %w", id, err)
+	}
 	return wrap(c.do(ctx, call{method: "DELETE", path: nodePath(id)}), "delete node %s", id)
 }
 

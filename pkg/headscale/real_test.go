@@ -111,6 +111,8 @@ func TestRealServer(t *testing.T) {
 		}
 	}
 
+	t.Run("heir", func(t *testing.T) { testHeir(t, ctx, w, c, made) })
+
 	w.Kill()
 	if _, err := c.Nodes(ctx); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "headscale.url") {
 		t.Errorf("dead server: %v", err)
@@ -125,6 +127,27 @@ func TestRealServer(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+// testHeir: another node gets a route of the deleted one, which was connected.
+func testHeir(t *testing.T, ctx context.Context, w *realparts.World, c *Client, key PreAuthKey) {
+	const route = "192.168.7.0/24"
+	w.Node().CLI("up", "--login-server="+w.URL, "--auth-key="+key.Key.Reveal(), "--hostname=heir", "--advertise-routes="+route)
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(200 * time.Millisecond) {
+		nodes, err := c.Nodes(ctx)
+		if err != nil || len(nodes) != 1 {
+			t.Fatalf("%+v, %v", nodes, err)
+		}
+		if slices.Contains(nodes[0].Primary, netip.MustParsePrefix(route)) {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the heir has no route: %+v", nodes[0])
+		}
+		if _, err := c.ApproveRoutes(ctx, nodes[0].ID, prefixes(route), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
 
 func testKinds(t *testing.T, ctx context.Context, url, apiKey, authKey string) {
 	for name, tt := range map[string]struct {
