@@ -89,9 +89,14 @@ WITH_CLUSTER = $(call WITH_PACKAGES,e2e) \
 .PHONY: e2e
 e2e: build ## The chart on a real Kubernetes, with upstream's network conformance tests; needs root, E2EFLAGS=-help
 	@if ((EUID != 0)); then echo "make e2e: needs root: run 'sudo make e2e'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m ./test/e2e/ -args -conformance '$(CONFORMANCE)' $(E2EFLAGS)
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m -run 'TestSmoke$$' ./test/e2e/ -args -conformance '$(CONFORMANCE)' $(E2EFLAGS)
 
 CONFORMANCE ?= \[sig-network\].*\[Conformance\]
+
+.PHONY: e2e-faults
+e2e-faults: build ## On a real Kubernetes: restarts, reboot, node loss, uninstall, a stolen node, metrics, other set-ups; 15 minutes
+	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-up
 e2e-up: build ## A Kubernetes with HeadCNI on this machine, left running to look at; needs root, E2EFLAGS=-help
