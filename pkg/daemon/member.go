@@ -262,7 +262,7 @@ func (m *member) approveBy(ctx context.Context, api *headscale.Client, key strin
 		return changed, waiting("the routes are approved and on their way")
 	default:
 		return changed, fmt.Errorf("%v: approved in Headscale but not routed to this node; another node may advertise them too "+
-			"(headscale nodes list-routes)", missing)
+			"(headscale nodes list-routes), or had them when it was deleted: restart Headscale 0.27 or 0.28 then", missing)
 	}
 }
 
