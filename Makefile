@@ -31,7 +31,7 @@ WITH_PACKAGES = programs=$$(test/tools/packages $(1)); eval "$$programs";
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: build ## Two nodes, four pods, real Headscale and tailscaled, on this machine; ARGS=--keep leaves it running

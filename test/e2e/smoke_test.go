@@ -36,6 +36,7 @@ func TestSmoke(t *testing.T) {
 		{"NodeToPod", testNodeToPod},
 		{"NodeToService", testNodeToService},
 		{"PodToAPIServer", testPodToAPIServer},
+		{"Webhook", testWebhook},
 		{"Logs", testLogs},
 		{"HelmTest", testHelm},
 		{"Conformance", testConformance},
