@@ -60,9 +60,10 @@ type Daemon struct {
 	version string
 	began   time.Time
 
-	// Of the loop alone: what was last written to our Node.
-	wrote   string
-	wroteAt time.Time
+	// Of the loop alone: what was last written to our Node, and when a failed uninstall is tried again.
+	wrote      string
+	wroteAt    time.Time
+	leaveAgain time.Time
 
 	// For status, from the last pass.
 	mu        sync.Mutex

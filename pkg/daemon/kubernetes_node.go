@@ -239,9 +239,13 @@ func (d *Daemon) leave(ctx context.Context) (done, right bool) {
 	if v == nil || !d.gone && (v.node == nil || v.node.Annotations[kube.Uninstall] != "true") {
 		return d.gone, true
 	}
+	if time.Now().Before(d.leaveAgain) {
+		return true, false // what a failed try changed in the kernel wakes us at once
+	}
 	err := d.takeAway(ctx, v)
 	if err != nil {
 		d.log.Error("uninstall from this node", "err", err)
+		d.leaveAgain = time.Now().Add(writeInterval)
 	}
 	return true, err == nil
 }

@@ -250,7 +250,8 @@ func (m *member) approveBy(ctx context.Context, api *headscale.Client, key strin
 	if approved {
 		m.approvedAt = time.Now()
 		changed = []string{fmt.Sprintf("approved %v", spec.AdvertiseRoutes)}
-		if node, err = api.Node(ctx, node.ID); err != nil {
+		// From the list of nodes: only there Headscale says which routes are in use.
+		if node, err = api.NodeByKey(ctx, key); err != nil {
 			return changed, fmt.Errorf("look at our approved routes: %w", err)
 		}
 	}
