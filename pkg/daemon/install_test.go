@@ -270,6 +270,9 @@ func TestInstallKilled(t *testing.T) {
 	const size = 1 << 20
 	one, two, to := plugins(t, "1", size), plugins(t, "2", size), t.TempDir()
 	install(t, one, to)
+	began := time.Now()
+	install(t, two, to)
+	took := time.Since(began) // with the race detector many times as long
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -290,7 +293,7 @@ func TestInstallKilled(t *testing.T) {
 		if _, err := out.Read(make([]byte, 1)); err != nil {
 			t.Fatalf("the loop did not start: %v, %v", err, cmd.Wait())
 		}
-		time.Sleep(rand.N(30 * time.Millisecond))
+		time.Sleep(rand.N(2 * took))
 		if err := cmd.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
