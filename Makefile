@@ -60,13 +60,15 @@ IMAGE    ?= ghcr.io/headcni/headcni:$(or $(shell sed -n 's/^appVersion: *"\{0,1\
 image: need-go ## The container image bin/headcni-image-ARCH.tar, without a container engine; ARCH=amd64|arm64 IMAGE=name:tag
 	@test/tools/as-user env VERSION='$(VERSION)' REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" scripts/image '$(ARCH)' '$(IMAGE)'
 
+# test/deploy's stand-ins for kubectl and helm are the test binary itself: with the race detector it takes a second to start.
 .PHONY: test
 test: need-go ## All tests but e2e's, with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call WITH_PACKAGES,test) $(MAKE) build; $(WITH_TOOLS) \
-		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v /test/e2e); \
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy); \
+		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		cd test/tools/oci; go vet ./...; go test ./...
 
 MATRIX := 0.26 0.27 0.28
