@@ -5,8 +5,6 @@ package main
 import (
 	"os"
 
-	"github.com/containernetworking/cni/pkg/skel"
-
 	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/version"
 )
@@ -16,7 +14,7 @@ var supported = []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
 func main() {
 	v := verbs{out: os.Stdout}
-	funcs := skel.CNIFuncs{Add: v.add, Del: v.del, Check: v.check, GC: v.gc, Status: v.status}
+	commands := cnimain.Commands{Add: v.add, Del: v.del, Check: v.check, GC: v.gc, Status: v.status}
 	about := "headcni-ipam " + version.Version + ": CNI IPAM plugin of HeadCNI"
-	os.Exit(cnimain.Run(funcs, supported, about))
+	os.Exit(cnimain.Run(commands, supported, about))
 }

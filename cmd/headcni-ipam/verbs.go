@@ -10,10 +10,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/pkg/ipam"
 )
 
@@ -73,12 +73,12 @@ func leniently(n netConf) (ipam.Config, error) {
 	return ipam.Config{Network: n.Name, DataDir: c.DataDir}, nil
 }
 
-func (v verbs) add(a *skel.CmdArgs) error {
-	n, p, err := open(a.StdinData, true)
+func (v verbs) add(a cnimain.Call) error {
+	n, p, err := open(a.Stdin, true)
 	if err != nil {
 		return err
 	}
-	requested, err := ipam.RequestedIPs(a.Args, a.StdinData)
+	requested, err := ipam.RequestedIPs(a.Args, a.Stdin)
 	if err != nil {
 		return cniError(err)
 	}
@@ -118,8 +118,8 @@ func addrs(l ipam.Lease) []netip.Addr {
 	return out
 }
 
-func (v verbs) del(a *skel.CmdArgs) error {
-	_, p, err := open(a.StdinData, false)
+func (v verbs) del(a cnimain.Call) error {
+	_, p, err := open(a.Stdin, false)
 	if err != nil {
 		return err
 	}
@@ -128,8 +128,8 @@ func (v verbs) del(a *skel.CmdArgs) error {
 }
 
 // check wants a lease, and where the calling plugin tells what ADD gave, that all of it is in there.
-func (v verbs) check(a *skel.CmdArgs) error {
-	n, p, err := open(a.StdinData, false)
+func (v verbs) check(a cnimain.Call) error {
+	n, p, err := open(a.Stdin, false)
 	if err != nil {
 		return err
 	}
@@ -162,9 +162,9 @@ func (v verbs) check(a *skel.CmdArgs) error {
 
 // gc releases what is not in the list. The specification has the runtime stop ADD and DEL meanwhile; a lease that is
 // younger than this process is kept all the same, for the list cannot know it.
-func (v verbs) gc(a *skel.CmdArgs) error {
+func (v verbs) gc(a cnimain.Call) error {
 	start := time.Now()
-	n, p, err := open(a.StdinData, false)
+	n, p, err := open(a.Stdin, false)
 	if err != nil {
 		return err
 	}
@@ -185,8 +185,8 @@ func (v verbs) gc(a *skel.CmdArgs) error {
 	return cniError(err)
 }
 
-func (v verbs) status(a *skel.CmdArgs) error {
-	_, p, err := open(a.StdinData, true)
+func (v verbs) status(a cnimain.Call) error {
+	_, p, err := open(a.Stdin, true)
 	if err != nil {
 		return err
 	}

@@ -7,8 +7,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
-
 	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/version"
 	"github.com/headcni/headcni/pkg/plugin"
@@ -16,11 +14,11 @@ import (
 
 func main() {
 	p := plugin.New(time.Now())
-	with := func(f func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
-		return func(a *skel.CmdArgs) error { return f(context.Background(), a) }
+	with := func(f func(context.Context, cnimain.Call) error) func(cnimain.Call) error {
+		return func(a cnimain.Call) error { return f(context.Background(), a) }
 	}
-	funcs := skel.CNIFuncs{
+	commands := cnimain.Commands{
 		Add: with(p.Add), Del: with(p.Del), Check: with(p.Check), GC: with(p.GC), Status: with(p.Status),
 	}
-	os.Exit(cnimain.Run(funcs, []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}, "CNI plugin headcni "+version.Version))
+	os.Exit(cnimain.Run(commands, []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}, "CNI plugin headcni "+version.Version))
 }

@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -22,14 +21,17 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asPlugin) == "" {
 		os.Exit(m.Run())
 	}
-	echo := func(a *skel.CmdArgs) error {
-		if strings.Contains(string(a.StdinData), `"fail"`) {
+	echo := func(c Call) error {
+		if strings.Contains(string(c.Stdin), `"fail"`) {
 			return errors.New("as told")
 		}
-		_, err := os.Stdout.Write(a.StdinData)
+		if strings.Contains(string(c.Stdin), `"panic"`) {
+			panic("as told")
+		}
+		_, err := os.Stdout.Write(c.Stdin)
 		return err
 	}
-	os.Exit(Run(skel.CNIFuncs{Add: echo, Del: echo, Check: echo, GC: echo, Status: echo}, []string{"0.4.0", "1.1.0"}, "about"))
+	os.Exit(Run(Commands{Add: echo, Del: echo, Check: echo, GC: echo, Status: echo}, []string{"0.3.1", "0.4.0", "1.1.0"}, "about"))
 }
 
 // plugin prepares a call of ADD; env changes the environment, where a variable without value is left out.
@@ -81,6 +83,12 @@ func TestErrors(t *testing.T) {
 		words       string
 	}{
 		{"the plugin's", `{"cniVersion":"0.4.0","name":"n","fail":1}`, nil, answer{CNIVersion: "0.4.0", Code: 999}, "as told"},
+		{"panic", `{"cniVersion":"0.4.0","name":"n","panic":1}`, nil, answer{CNIVersion: "0.4.0", Code: 999}, "internal fault"},
+		{"CHECK before 0.4.0", `{"cniVersion":"0.3.1","name":"n"}`, []string{"CNI_COMMAND=CHECK"}, answer{CNIVersion: "0.3.1", Code: 1}, "does not allow CHECK"},
+		{"GC without a path", `{"cniVersion":"1.1.0","name":"n"}`, []string{"CNI_COMMAND=GC", "CNI_PATH="}, answer{CNIVersion: "1.1.0", Code: 4}, "CNI_PATH"},
+		{"no name", `{"cniVersion":"1.1.0"}`, nil, answer{CNIVersion: "1.1.0", Code: 7}, "name"},
+		{"name", `{"cniVersion":"1.1.0","name":"../x"}`, nil, answer{CNIVersion: "1.1.0", Code: 7}, "name"},
+		{"name of another type", `{"cniVersion":"1.1.0","name":7}`, nil, answer{CNIVersion: "1.1.0", Code: 6}, "configuration"},
 		{"verb that the version has not", good, []string{"CNI_COMMAND=GC"}, answer{CNIVersion: "0.4.0", Code: 1}, "does not allow GC"},
 		{"version", `{"cniVersion":"9.9.9","name":"n"}`, nil, answer{CNIVersion: "9.9.9", Code: 1}, "incompatible"},
 		{"no version", `{"name":"n"}`, nil, answer{CNIVersion: "1.1.0", Code: 1}, "incompatible"},
@@ -91,7 +99,7 @@ func TestErrors(t *testing.T) {
 		{"interface name", good, []string{"CNI_IFNAME=a/b"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
 		{"long interface name", good, []string{"CNI_IFNAME=a123456789012345"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
 		{"command", good, []string{"CNI_COMMAND=FETCH"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_COMMAND"},
-		{"much that nobody reads", good + strings.Repeat(" ", 1<<20), []string{"CNI_PATH="}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_PATH"},
+		{"much that nobody reads", good + strings.Repeat(" ", 1<<20), []string{"CNI_NETNS="}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_NETNS"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cmd, out := plugin(t, strings.NewReader(tt.stdin), tt.env...)
@@ -130,13 +138,17 @@ func TestInputIsPassedOn(t *testing.T) {
 	}
 }
 
-// TestOwnNetns: skel's check would print an error behind the result.
-func TestOwnNetns(t *testing.T) {
+// TestOptional leaves out what the specification does not require.
+func TestOptional(t *testing.T) {
 	conf := `{"cniVersion":"1.1.0","name":"n"}`
-	for _, verb := range []string{"ADD", "DEL"} {
-		cmd, out := plugin(t, strings.NewReader(conf), "CNI_COMMAND="+verb, "CNI_NETNS=/proc/self/ns/net")
+	for _, env := range [][]string{
+		{"CNI_PATH="}, {"CNI_COMMAND=DEL", "CNI_PATH=", "CNI_NETNS="}, {"CNI_COMMAND=CHECK", "CNI_PATH="},
+		{"CNI_COMMAND=STATUS", "CNI_PATH=", "CNI_NETNS=", "CNI_CONTAINERID=", "CNI_IFNAME="},
+		{"CNI_COMMAND=GC", "CNI_NETNS=", "CNI_CONTAINERID=", "CNI_IFNAME="},
+	} {
+		cmd, out := plugin(t, strings.NewReader(conf), env...)
 		if err := cmd.Run(); err != nil || out.String() != conf {
-			t.Errorf("%s: %v: %s", verb, err, out)
+			t.Errorf("%s: %v: %s", env, err, out)
 		}
 	}
 }
@@ -147,7 +159,7 @@ func TestVersion(t *testing.T) {
 		if err := cmd.Run(); err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(answer{CNIVersion: want, SupportedVersions: []string{"0.4.0", "1.1.0"}}, parse(t, out)); diff != "" {
+		if diff := cmp.Diff(answer{CNIVersion: want, SupportedVersions: []string{"0.3.1", "0.4.0", "1.1.0"}}, parse(t, out)); diff != "" {
 			t.Errorf("%q: %s", stdin, diff)
 		}
 	}
@@ -155,7 +167,7 @@ func TestVersion(t *testing.T) {
 
 // TestInputThatDoesNotEnd: what needs no configuration does not wait for one.
 func TestInputThatDoesNotEnd(t *testing.T) {
-	for _, env := range []string{"CNI_COMMAND=VERSION", "CNI_PATH=", "CNI_COMMAND="} {
+	for _, env := range []string{"CNI_COMMAND=VERSION", "CNI_IFNAME=", "CNI_COMMAND="} {
 		r, w, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)

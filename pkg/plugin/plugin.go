@@ -13,8 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
-
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/networking"
@@ -78,13 +77,13 @@ type Request struct {
 }
 
 // begin reads the configuration and CNI_ARGS. On an error the Request is still good for what DEL needs.
-func (p *Plugin) begin(command string, a *skel.CmdArgs) (*Request, error) {
+func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 	r := &Request{
-		Command: command, ContainerID: a.ContainerID, IfName: a.IfName, Netns: a.Netns, Path: a.Path, Stdin: a.StdinData,
+		Command: command, ContainerID: a.ContainerID, IfName: a.IfName, Netns: a.Netns, Path: a.Path, Stdin: a.Stdin,
 		stage: stageConfig,
 	}
 	var faults, argsFault error
-	r.Config, faults = netconf.Parse(a.StdinData)
+	r.Config, faults = netconf.Parse(a.Stdin)
 	r.Args, argsFault = parseArgs(a.Args)
 	r.Log = newLogger(p.Stderr, r.Config).With("command", command, "container", a.ContainerID, "interface", a.IfName)
 	if pods, ok := p.Links.(*networking.Pods); ok {
@@ -122,7 +121,7 @@ func (p *Plugin) finish(ctx context.Context, r *Request, err error) error {
 //
 // With a prevResult, as a later plugin of a chain, it adds its own interface beside those of the plugins before it and
 // passes their result on with its own appended.
-func (p *Plugin) Add(ctx context.Context, a *skel.CmdArgs) error {
+func (p *Plugin) Add(ctx context.Context, a cnimain.Call) error {
 	r, faults := p.begin("ADD", a)
 	addresses, err := p.Addresses(r)
 	if err = errors.Join(faults, err); err == nil {
@@ -143,9 +142,12 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		}
 	}
 	r.stage = stageNetns
-	if strings.Contains(r.IfName, "%") {
+	switch {
+	case strings.Contains(r.IfName, "%"):
 		// The kernel would take it for a pattern and choose a name of its own (net/core/dev.c, dev_alloc_name).
 		return fmt.Errorf("%w CNI_IFNAME: %q: must not contain %%", errEnvironment, r.IfName)
+	case r.IfName == "all" || r.IfName == "default":
+		return fmt.Errorf("%w CNI_IFNAME: %q: sysctls of that name are all interfaces'; choose another", errEnvironment, r.IfName)
 	}
 	// Before anything is taken: where the interface exists, the attachment may be alive, and undoing would end it.
 	if err := p.Links.Vacant(r.Netns, r.IfName); err != nil {
@@ -185,7 +187,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 // Del detaches a pod (specification section 2, DEL): without netns, without prevResult, any number of times. A fault of
 // the configuration does not stop it: the link's name follows from the attachment alone, and a lease is found by its
 // owner.
-func (p *Plugin) Del(ctx context.Context, a *skel.CmdArgs) error {
+func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 	r, faults := p.begin("DEL", a)
 	if faults != nil {
 		r.Log.Warn("the configuration has faults; deleting all the same", "err", faults)
@@ -216,7 +218,7 @@ func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, addresses Add
 }
 
 // Check compares the kernel and the lease with prevResult (specification section 2, CHECK). Each deviation is named.
-func (p *Plugin) Check(ctx context.Context, a *skel.CmdArgs) error {
+func (p *Plugin) Check(ctx context.Context, a cnimain.Call) error {
 	r, err := p.begin("CHECK", a)
 	if err == nil {
 		err = p.check(ctx, r)
@@ -246,7 +248,7 @@ func (p *Plugin) check(ctx context.Context, r *Request) error {
 
 // GC removes links and leases of attachments that are not in cni.dev/valid-attachments (specification section 2, GC). It
 // goes on past errors.
-func (p *Plugin) GC(ctx context.Context, a *skel.CmdArgs) error {
+func (p *Plugin) GC(ctx context.Context, a cnimain.Call) error {
 	r, err := p.begin("GC", a)
 	if err == nil {
 		err = p.gc(ctx, r)
@@ -282,7 +284,7 @@ func (p *Plugin) gc(ctx context.Context, r *Request) error {
 
 // Status tells whether ADD would work (specification section 2, STATUS): error 50 if not, 51 if pods that run may be cut
 // off as well.
-func (p *Plugin) Status(ctx context.Context, a *skel.CmdArgs) error {
+func (p *Plugin) Status(ctx context.Context, a cnimain.Call) error {
 	r, err := p.begin("STATUS", a)
 	if err == nil {
 		err = p.status(ctx, r)

@@ -15,10 +15,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/ipam"
@@ -108,7 +108,7 @@ func newBench(t *testing.T) *bench {
 }
 
 // args makes a command for container id. keys are set in the configuration.
-func (b *bench) args(t *testing.T, id, keys string) *skel.CmdArgs {
+func (b *bench) args(t *testing.T, id, keys string) cnimain.Call {
 	t.Helper()
 	conf := map[string]json.RawMessage{}
 	base := fmt.Sprintf(`{"cniVersion":"1.1.0","name":"n","type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,
@@ -125,7 +125,7 @@ func (b *bench) args(t *testing.T, id, keys string) *skel.CmdArgs {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &skel.CmdArgs{ContainerID: id, IfName: "eth0", Netns: "/run/netns/x", StdinData: stdin,
+	return cnimain.Call{ContainerID: id, IfName: "eth0", Netns: "/run/netns/x", Stdin: stdin,
 		Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=" + id}
 }
 
@@ -614,7 +614,7 @@ func script(t *testing.T, name, body string) (dir string) {
 
 func TestDelegate(t *testing.T) {
 	answer := `echo '{"ips":[{"address":"10.9.0.5/24","gateway":"10.9.0.1"}],"dns":{"nameservers":["10.9.0.53"]}}'`
-	run := func(t *testing.T, body string, f func(*Plugin, *skel.CmdArgs) error, keys string) (dir string, b *bench, err error) {
+	run := func(t *testing.T, body string, f func(*Plugin, cnimain.Call) error, keys string) (dir string, b *bench, err error) {
 		dir, b = script(t, "my-ipam", body), newBench(t)
 		t.Setenv("CNI_CONTAINERID", "c1")
 		t.Setenv("CNI_COMMAND", "OVERRIDDEN")
@@ -630,7 +630,7 @@ func TestDelegate(t *testing.T) {
 		}
 		return strings.Join(strings.Split(strings.TrimSpace(string(text)), "\n"), ",")
 	}
-	add := func(p *Plugin, a *skel.CmdArgs) error { return p.Add(bg, a) }
+	add := func(p *Plugin, a cnimain.Call) error { return p.Add(bg, a) }
 	t.Run("ADD", func(t *testing.T) {
 		dir, b, err := run(t, answer, add, "")
 		if err != nil {
@@ -713,10 +713,10 @@ func TestDelegate(t *testing.T) {
 			t.Errorf("got %s", got)
 		}
 	})
-	for command, f := range map[string]func(*Plugin, *skel.CmdArgs) error{
-		"DEL":    func(p *Plugin, a *skel.CmdArgs) error { return p.Del(bg, a) },
-		"GC":     func(p *Plugin, a *skel.CmdArgs) error { return p.GC(bg, a) },
-		"STATUS": func(p *Plugin, a *skel.CmdArgs) error { return p.Status(bg, a) },
+	for command, f := range map[string]func(*Plugin, cnimain.Call) error{
+		"DEL":    func(p *Plugin, a cnimain.Call) error { return p.Del(bg, a) },
+		"GC":     func(p *Plugin, a cnimain.Call) error { return p.GC(bg, a) },
+		"STATUS": func(p *Plugin, a cnimain.Call) error { return p.Status(bg, a) },
 	} {
 		t.Run(command, func(t *testing.T) {
 			dir, _, err := run(t, "", f, `,"cni.dev/valid-attachments":[]`)
