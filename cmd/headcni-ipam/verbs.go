@@ -99,15 +99,11 @@ func (v verbs) add(a cnimain.Call) error {
 }
 
 func (v verbs) print(c ipam.Config, lease ipam.Lease, cniVersion string) error {
-	full, err := c.Result(lease)
+	result, err := c.Result(lease)
 	if err != nil {
 		return err
 	}
-	result, err := full.GetAsVersion(cniVersion)
-	if err != nil {
-		return err
-	}
-	return result.PrintTo(v.out)
+	return cnimain.PrintResult(v.out, cniVersion, result)
 }
 
 func addrs(l ipam.Lease) []netip.Addr {

@@ -181,7 +181,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		return err
 	}
 	r.stage = stageResult
-	return printResult(p.Stdout, r, buildResult(r, previous, pod, links, given))
+	return cnimain.PrintResult(p.Stdout, r.Config.CNIVersion, buildResult(r, previous, pod, links, given))
 }
 
 // Del detaches a pod (specification section 2, DEL): without netns, without prevResult, any number of times. A fault of

@@ -388,8 +388,14 @@ func TestResultVersions(t *testing.T) {
 	}
 }
 
-func golden(t *testing.T, name string, got []byte) {
+// golden compares a result, set out for people, with a file.
+func golden(t *testing.T, name string, result []byte) {
 	t.Helper()
+	var indented bytes.Buffer
+	if err := json.Indent(&indented, bytes.TrimSpace(result), "", "  "); err != nil {
+		t.Fatal(err)
+	}
+	got := indented.Bytes()
 	path := filepath.Join("testdata", name)
 	if *update {
 		if err := errors.Join(os.MkdirAll("testdata", 0o755), os.WriteFile(path, append(got, '\n'), 0o644)); err != nil {
@@ -554,7 +560,7 @@ func TestCheck(t *testing.T) {
 	fails(t, b.Check(bg, b.args(t, "c1", "")), 7)       // no prevResult
 	fails(t, b.Check(bg, b.args(t, "c2", previous)), 7) // another's
 	for _, list := range []string{"interfaces", "ips", "routes"} {
-		null := fmt.Sprintf(`{"prevResult":%s}`, strings.Replace(b.out.String(), `"`+list+`": [`, `"`+list+`": [null,`, 1))
+		null := fmt.Sprintf(`{"prevResult":%s}`, strings.Replace(b.out.String(), `"`+list+`":[`, `"`+list+`":[null,`, 1))
 		if !strings.Contains(null, "[null,") {
 			t.Fatalf("the result has no %s: %s", list, null)
 		}

@@ -4,14 +4,12 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"slices"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/networking"
@@ -186,32 +184,6 @@ func buildResult(r *Request, previous *types100.Result, pod networking.Pod, link
 		result.DNS = dns
 	}
 	return result
-}
-
-// printResult writes the result in the version of the configuration.
-func printResult(w io.Writer, r *Request, result *types100.Result) error {
-	current, err := version.GreaterThanOrEqualTo(r.Config.CNIVersion, "1.1.0")
-	if err != nil {
-		return err
-	}
-	if !current {
-		dropNewFields(result)
-	}
-	converted, err := result.GetAsVersion(r.Config.CNIVersion)
-	if err != nil {
-		return fmt.Errorf("convert result to version %s: %w", r.Config.CNIVersion, err)
-	}
-	return converted.PrintTo(w)
-}
-
-// dropNewFields takes out what results had not before 1.1.0. The CNI library's conversions leave it in.
-func dropNewFields(result *types100.Result) {
-	for _, i := range result.Interfaces {
-		i.Mtu, i.SocketPath, i.PciID = 0, "", ""
-	}
-	for i, route := range result.Routes {
-		result.Routes[i] = &types.Route{Dst: route.Dst, GW: route.GW}
-	}
 }
 
 // expectedState reads prevResult for CHECK.
