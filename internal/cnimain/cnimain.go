@@ -38,6 +38,8 @@ type Call struct {
 	Args        string // CNI_ARGS
 	Path        string // CNI_PATH
 	Stdin       []byte // the configuration: a JSON object with a supported cniVersion and a valid name
+	// Config is Stdin taken apart, since who needs it is in haste.
+	Config map[string]json.RawMessage
 }
 
 // Commands carry out the commands. Each prints its own result to standard output. An error that is or wraps a *types.Error
@@ -71,7 +73,6 @@ func (c Commands) named(verb string) (command, bool) {
 
 // Run answers the command in CNI_COMMAND and returns the exit code. about goes to standard error where there is no command.
 func Run(commands Commands, supported []string, about string) int {
-	growStack()
 	verb := os.Getenv("CNI_COMMAND")
 	switch verb {
 	case "":
@@ -96,7 +97,10 @@ func Run(commands Commands, supported []string, about string) int {
 	if call.Stdin, err = io.ReadAll(os.Stdin); err != nil {
 		return fail(types.NewError(types.ErrIOFailure, "read standard input", err.Error()), nil)
 	}
-	if fault := checkConfig(call.Stdin, supported, verb, c.since); fault != nil {
+	if err := json.Unmarshal(call.Stdin, &call.Config); err != nil || call.Config == nil {
+		return fail(notJSON(err), call.Stdin)
+	}
+	if fault := checkConfig(call.Config, supported, verb, c.since); fault != nil {
 		return fail(fault, call.Stdin)
 	}
 	if err := guarded(c.run, call); err != nil {
@@ -107,15 +111,6 @@ func Run(commands Commands, supported []string, about string) int {
 		return fail(fault, call.Stdin)
 	}
 	return 0
-}
-
-// growStack makes the stack large while it is still shallow. It would grow several times otherwise, each time in the depths
-// of the JSON package, where moving it is dear.
-//
-//go:noinline
-func growStack() {
-	var frame [24 << 10]byte
-	_ = len(os.Args[:min(len(os.Args), int(frame[0]))])
 }
 
 // guarded turns a panic, which is a fault of ours, into an error that a runtime can read.
@@ -178,40 +173,38 @@ func checkIfName(name string) string {
 	return ""
 }
 
-// checkConfig checks what does not depend on the plugin. It never repeats the input, which may hold a secret.
-func checkConfig(stdin []byte, supported []string, verb, since string) *types.Error {
-	var c struct {
-		CNIVersion string `json:"cniVersion"`
-		Name       string `json:"name"`
+// checkConfig checks what does not depend on the plugin.
+func checkConfig(config map[string]json.RawMessage, supported []string, verb, since string) *types.Error {
+	var has, name string
+	for key, to := range map[string]*string{"cniVersion": &has, "name": &name} {
+		if v := config[key]; v != nil && json.Unmarshal(v, to) != nil {
+			return types.NewError(types.ErrDecodingFailure, unreadable, key+" must be a string")
+		}
 	}
-	if err := json.Unmarshal(stdin, &c); err != nil {
-		return types.NewError(types.ErrDecodingFailure, "could not read the network configuration on standard input", whatIsWrong(err))
-	}
-	if !slices.Contains(supported, c.CNIVersion) {
+	if !slices.Contains(supported, has) {
 		return types.NewError(types.ErrIncompatibleCNIVersion, "incompatible CNI versions",
-			fmt.Sprintf("the configuration has %q, the plugin supports %q", c.CNIVersion, supported))
+			fmt.Sprintf("the configuration has %q, the plugin supports %q", has, supported))
 	}
-	if can, err := version.GreaterThanOrEqualTo(c.CNIVersion, since); err != nil || !can {
+	if can, err := version.GreaterThanOrEqualTo(has, since); err != nil || !can {
 		return types.NewError(types.ErrIncompatibleCNIVersion, "config version does not allow "+verb,
-			fmt.Sprintf("the configuration has %s, %s came with %s", c.CNIVersion, verb, since))
+			fmt.Sprintf("the configuration has %s, %s came with %s", has, verb, since))
 	}
-	if !validName(c.Name) {
+	if !validName(name) {
 		return types.NewError(types.ErrInvalidNetworkConfig, "invalid or missing network name",
 			"want a letter or digit and then letters, digits, underscore, dot and dash")
 	}
 	return nil
 }
 
-func whatIsWrong(err error) string {
+const unreadable = "could not read the network configuration on standard input"
+
+// notJSON never repeats the input, which may hold a secret.
+func notJSON(err error) *types.Error {
 	var syntax *json.SyntaxError
-	var typ *json.UnmarshalTypeError
-	switch {
-	case errors.As(err, &syntax):
-		return fmt.Sprintf("it is no JSON from byte %d on", syntax.Offset)
-	case errors.As(err, &typ) && typ.Field != "":
-		return fmt.Sprintf("%s must be a string", typ.Field)
+	if errors.As(err, &syntax) {
+		return types.NewError(types.ErrDecodingFailure, unreadable, fmt.Sprintf("it is no JSON from byte %d on", syntax.Offset))
 	}
-	return "it is not a JSON object"
+	return types.NewError(types.ErrDecodingFailure, unreadable, "it is not a JSON object")
 }
 
 // readWithin reads standard input for as long as its writer takes, but no longer than d.

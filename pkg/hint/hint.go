@@ -11,16 +11,19 @@ import (
 	"net/netip"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/jsonw"
 )
 
-// Wait is the longest a plugin waits for the daemon, in all.
-const Wait = 200 * time.Millisecond
+// readWait is how long the daemon waits for what a plugin that has connected sends: it sends at once.
+const readWait = 200 * time.Millisecond
 
 // maxSize bounds a hint on the wire, in bytes.
 const maxSize = 16 << 10
 
-// Hint is one finished plugin command. On the wire it is one JSON object in one SOCK_SEQPACKET packet; the answer is a
-// packet "ok".
+// Hint is one finished plugin command. On the wire it is one JSON object in one SOCK_SEQPACKET packet, without an answer.
 type Hint struct {
 	Command      string        `json:"command"` // ADD or DEL
 	ContainerID  string        `json:"containerID"`
@@ -34,42 +37,49 @@ type Hint struct {
 	Stage        string        `json:"stage,omitempty"`     // what failed: config, gate, ipam, attach, ...
 }
 
-// Send writes h into the spool, gives it to the daemon at socket and waits until it has been taken, at most Wait.
-func Send(ctx context.Context, socket string, h Hint) error {
-	ctx, cancel := context.WithTimeout(ctx, Wait)
-	defer cancel()
-	b, err := json.Marshal(h)
-	if err != nil {
-		return err
+// encode writes what encoding/json would.
+func (h Hint) encode() []byte {
+	var w jsonw.Writer
+	w.Begin('{')
+	w.Key("command")
+	w.String(h.Command)
+	w.Key("containerID")
+	w.String(h.ContainerID)
+	w.Key("ifName")
+	w.String(h.IfName)
+	w.OptionalString("podNamespace", h.PodNamespace)
+	w.OptionalString("podName", h.PodName)
+	w.OptionalString("hostIfName", h.HostIfName)
+	addrs := make([]string, len(h.Addrs))
+	for i, a := range h.Addrs {
+		addrs[i] = a.String()
 	}
-	return errors.Join(spool(Spool(socket), b), tell(ctx, socket, b))
+	w.OptionalStrings("addrs", addrs)
+	w.Key("durationNs")
+	w.Int(int64(h.Duration))
+	w.OptionalInt("errorCode", int64(h.ErrorCode))
+	w.OptionalString("stage", h.Stage)
+	w.End('}')
+	return w.Bytes()
 }
 
-// tell gives a hint to the daemon. Where none listens the kernel says so at once.
-func tell(ctx context.Context, socket string, b []byte) error {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unixpacket", socket)
+// Send writes h into the spool and tells the daemon at socket. It waits for nobody: what the daemon counts is in the spool.
+func Send(socket string, h Hint) error {
+	b := h.encode()
+	return errors.Join(spool(Spool(socket), b), tell(socket, b))
+}
+
+// tell gives a hint to the daemon. The kernel says at once where none listens, and where one does not keep up.
+func tell(socket string, b []byte) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	if deadline, ok := ctx.Deadline(); ok {
-		if err := c.SetDeadline(deadline); err != nil {
-			return err
-		}
+	defer unix.Close(fd)
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket}); err != nil {
+		return fmt.Errorf("connect to %s: %w", socket, err)
 	}
-	if _, err := c.Write(b); err != nil {
-		return err
-	}
-	var answer [8]byte
-	n, err := c.Read(answer[:])
-	if err != nil {
-		return err
-	}
-	if string(answer[:n]) != "ok" {
-		return fmt.Errorf("daemon answered %q", answer[:n])
-	}
-	return nil
+	return unix.Send(fd, b, unix.MSG_NOSIGNAL)
 }
 
 // Serve listens on socket (mode 0600) and calls take for each hint, one at a time, until ctx ends. A stale socket file is
@@ -104,19 +114,16 @@ func Serve(ctx context.Context, socket string, take func(Hint)) error {
 
 func serve(c *net.UnixConn, take func(Hint)) {
 	defer c.Close()
-	if c.SetDeadline(time.Now().Add(Wait)) != nil {
+	if c.SetReadDeadline(time.Now().Add(readWait)) != nil {
 		return
 	}
 	buf := make([]byte, maxSize)
 	n, err := c.Read(buf)
 	if err != nil {
-		return // the plugin gave up
+		return // the plugin was killed
 	}
 	var h Hint
-	if err := json.Unmarshal(buf[:n], &h); err != nil {
-		_, _ = c.Write([]byte("bad"))
-		return
+	if json.Unmarshal(buf[:n], &h) == nil {
+		take(h)
 	}
-	take(h)
-	_, _ = c.Write([]byte("ok")) // a plugin that gave up does not need the answer
 }

@@ -78,10 +78,10 @@ func TestParseConfig(t *testing.T) {
 func TestParseConfigFaults(t *testing.T) {
 	for json, want := range map[string][]string{
 		`{`:                               {"known keys are"},
-		`{} {}`:                           {"something follows"},
-		`[]`:                              {"cannot unmarshal"},
-		`{"strateg": "random"}`:           {`unknown field "strateg"`, "strategy"},
-		`{"ranges": [[{"subnte": "x"}]]}`: {`unknown field "subnte"`},
+		`{} {}`:                           {"want an object"},
+		`[]`:                              {"want an object"},
+		`{"strateg": "random"}`:           {"ipam.strateg: unknown key", "strategy"},
+		`{"ranges": [[{"subnte": "x"}]]}`: {"ipam.ranges[0][0].subnte: unknown key"},
 		`{"subnet": "10.0.0.0/24", "strategy": "best"}`:                               {`ipam.strategy: "best"`, "dense-pack"},
 		`{"subnet": "10.0.0.0/24", "dataDir": "x"}`:                                   {`ipam.dataDir: "x"`},
 		`{"rangeStart": "10.0.0.1"}`:                                                  {"ipam.subnet: is missing"},

@@ -58,7 +58,7 @@ func TestServe(t *testing.T) {
 		{Command: "ADD", ErrorCode: 11, Stage: "gate"},
 		{Command: "DEL", Addrs: []netip.Addr{v4}},
 	} {
-		if err := hint.Send(t.Context(), socket, h); !errors.Is(err, os.ErrNotExist) { // nobody listens: spooled all the same
+		if err := hint.Send(socket, h); !errors.Is(err, os.ErrNotExist) { // nobody listens: spooled all the same
 			t.Fatal(err)
 		}
 	}

@@ -80,7 +80,7 @@ func send(t *testing.T, dir string, n int) {
 	t.Helper()
 	for i := range n {
 		h := hint.Hint{Command: "ADD", ContainerID: fmt.Sprint(i), Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Duration: time.Microsecond}
-		_ = hint.Send(t.Context(), filepath.Join(dir, "daemon.sock"), h) // nobody listens
+		_ = hint.Send(filepath.Join(dir, "daemon.sock"), h) // nobody listens
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/headcni/headcni/internal/procfs"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -279,8 +280,7 @@ const sysctlRoot = "/proc/sys"
 
 // readSysctl reads a value by its path below /proc/sys. /proc/sys/net is the calling thread's network namespace.
 func readSysctl(key string) (string, error) {
-	b, err := os.ReadFile(filepath.Join(sysctlRoot, key))
-	return strings.TrimSpace(string(b)), err
+	return procfs.Read(filepath.Join(sysctlRoot, key))
 }
 
 // hostSysctlRoot is where a container has the host's /proc/sys/net mounted once more (below net). A runtime makes the
@@ -294,11 +294,11 @@ func writeSysctl(key, value string) error {
 
 // writeSysctlIn writes below root, and below other where root is read-only.
 func writeSysctlIn(root, other, key, value string) error {
-	err := os.WriteFile(filepath.Join(root, key), []byte(value), 0)
+	err := procfs.Write(filepath.Join(root, key), value)
 	if !errors.Is(err, unix.EROFS) {
 		return err
 	}
-	err2 := os.WriteFile(filepath.Join(other, key), []byte(value), 0)
+	err2 := procfs.Write(filepath.Join(other, key), value)
 	if err2 == nil {
 		return nil
 	}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/internal/procfs"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -37,11 +38,11 @@ func (s SavedHost) clone() SavedHost {
 
 // freshBoot forgets what was saved in an earlier boot.
 func (n *Node) freshBoot() error {
-	b, err := os.ReadFile(paths.BootID)
+	id, err := procfs.Read(paths.BootID)
 	if err != nil {
 		return fmt.Errorf("read the boot ID: %w", err)
 	}
-	if id := strings.TrimSpace(string(b)); n.saved.BootID != id {
+	if n.saved.BootID != id {
 		n.saved = SavedHost{BootID: id}
 	}
 	return nil

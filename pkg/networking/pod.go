@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/procfs"
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
@@ -51,6 +52,8 @@ var (
 // Pods attaches pods to the node's network by netlink. The zero value works.
 type Pods struct {
 	Log *slog.Logger // nil: nothing is logged
+
+	vacant *podNetns // what Vacant has opened, for the Attach that follows
 
 	// inject, where a test sets it, fails the step that is about to run.
 	inject func(step string) error
@@ -187,66 +190,90 @@ func stillThere(path string, fd int) error {
 // Vacant returns an error that matches ErrPodLinkExists if the pod already has the interface, and one that matches
 // ErrPodNetns if there is no such namespace. It changes nothing.
 func (p *Pods) Vacant(netns, ifName string) error {
-	fd, err := openPodNetns(netns)
+	ns, err := p.enter(netns)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	c, err := openPodConnAt(fd, unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer c.close()
-	_, err = c.link(ifName)
-	switch {
-	case err == nil:
-		return fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, netns, ErrPodLinkExists)
-	case errors.Is(err, unix.ENODEV):
+	_, err = ns.conn.link(ifName)
+	if errors.Is(err, unix.ENODEV) {
+		p.vacant = ns
 		return nil
+	}
+	ns.close()
+	if err == nil {
+		return fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, netns, ErrPodLinkExists)
 	}
 	return err
 }
 
+// podNetns is a pod's network namespace and a netlink socket in it.
+type podNetns struct {
+	path string
+	fd   int
+	conn *podConn
+}
+
+// enter opens a pod's namespace, or takes over what Vacant has opened.
+func (p *Pods) enter(path string) (*podNetns, error) {
+	if was := p.vacant; was != nil {
+		p.vacant = nil
+		if was.path == path {
+			return was, nil
+		}
+		was.close()
+	}
+	fd, err := openPodNetns(path)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := openPodConnAt(fd, unix.NETLINK_ROUTE)
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return &podNetns{path: path, fd: fd, conn: conn}, nil
+}
+
+func (n *podNetns) close() {
+	n.conn.close()
+	unix.Close(n.fd)
+}
+
 // Attach makes the pod's link. On an error something may be left over, which Detach removes.
 func (p *Pods) Attach(pod Pod) (PodLinks, error) {
-	ns, err := openPodNetns(pod.Netns)
+	ns, err := p.enter(pod.Netns)
 	if err != nil {
 		return PodLinks{}, err
 	}
-	defer unix.Close(ns)
+	defer ns.close()
 	host, err := openPodConn(unix.NETLINK_ROUTE)
 	if err != nil {
 		return PodLinks{}, err
 	}
 	defer host.close()
-	inside, err := openPodConnAt(ns, unix.NETLINK_ROUTE)
-	if err != nil {
-		return PodLinks{}, err
-	}
-	defer inside.close()
 
 	if pod.Forward {
 		if err := enableForwarding(pod.Addrs); err != nil {
 			return PodLinks{}, err
 		}
 	}
-	links, err := p.create(host, pod, ns)
+	links, err := p.create(host, pod, ns.fd)
 	if err != nil {
 		return PodLinks{}, err
 	}
 	if err := p.setUpHost(host, pod, links); err != nil {
 		return PodLinks{}, err
 	}
-	if err := p.podSysctls(ns, pod); err != nil {
+	if err := p.podSysctls(ns.fd, pod); err != nil {
 		return PodLinks{}, err
 	}
-	if links.Metric, err = p.setUpPod(inside, pod, links); err != nil {
+	if links.Metric, err = p.setUpPod(ns.conn, pod, links); err != nil {
 		return PodLinks{}, err
 	}
 	if err := awaitCarrier(host, links.HostName); err != nil {
 		return PodLinks{}, err
 	}
-	return links, stillThere(pod.Netns, ns)
+	return links, stillThere(pod.Netns, ns.fd)
 }
 
 // create makes the veth pair, with the pod's end born inside its namespace.
@@ -462,7 +489,7 @@ func (p *Pods) podSysctls(netns int, pod Pod) error {
 		if !want6 {
 			return nil
 		}
-		if off, err := readPodSysctl(pod.IfName, "disable_ipv6"); err != nil || off == "0" {
+		if off, err := procfs.Read(podSysctl(pod.IfName, "disable_ipv6")); err != nil || off == "0" {
 			return nil // adding the address tells what is wrong, if anything is
 		}
 		if err := writePodSysctl(pod.IfName, "disable_ipv6", "0"); err != nil {
@@ -472,26 +499,10 @@ func (p *Pods) podSysctls(netns int, pod Pod) error {
 	})
 }
 
-func podSysctl(link, key string) string { return "/proc/sys/net/ipv6/conf/" + link + "/" + key }
-
-func readPodSysctl(link, key string) (string, error) {
-	fd, err := unix.Open(podSysctl(link, key), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", err
-	}
-	defer unix.Close(fd)
-	var b [32]byte
-	n, err := unix.Read(fd, b[:])
-	return strings.TrimSpace(string(b[:max(n, 0)])), err
-}
+func podSysctl(link, key string) string { return sysctlRoot + "/net/ipv6/conf/" + link + "/" + key }
 
 func writePodSysctl(link, key, value string) error {
-	fd, err := unix.Open(podSysctl(link, key), unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if err == nil {
-		_, err = unix.Write(fd, []byte(value))
-		unix.Close(fd)
-	}
-	if err != nil {
+	if err := procfs.Write(podSysctl(link, key), value); err != nil {
 		return fmt.Errorf("set sysctl net.ipv6.conf.%s.%s=%s: %w", link, key, value, err)
 	}
 	return nil

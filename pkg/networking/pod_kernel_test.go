@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/internal/procfs"
 )
 
 var (
@@ -153,7 +154,7 @@ func TestPodAttach(t *testing.T) {
 				link string
 			}{{n.host, l.HostName}, {n.pod, "eth0"}} {
 				c.ns.Do(t, func() error {
-					if v, err := readPodSysctl(c.link, "accept_ra"); err != nil || v != "0" {
+					if v, err := procfs.Read(podSysctl(c.link, "accept_ra")); err != nil || v != "0" {
 						return fmt.Errorf("accept_ra of %s is %q, %v", c.link, v, err)
 					}
 					return nil

@@ -45,7 +45,7 @@ type Plugin struct {
 	// Addresses chooses the IPAM plugin for a request.
 	Addresses func(*Request) (Addresses, error)
 	// Hint tells the daemon. Its failure changes nothing.
-	Hint   func(ctx context.Context, socket string, h hint.Hint) error
+	Hint   func(socket string, h hint.Hint) error
 	Stdout io.Writer
 	Stderr io.Writer
 	Start  time.Time
@@ -83,7 +83,7 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 		stage: stageConfig,
 	}
 	var faults, argsFault error
-	r.Config, faults = netconf.Parse(a.Stdin)
+	r.Config, faults = netconf.ParseKeys(a.Config)
 	r.Args, argsFault = parseArgs(a.Args)
 	r.Log = newLogger(p.Stderr, r.Config).With("command", command, "container", a.ContainerID, "interface", a.IfName)
 	if pods, ok := p.Links.(*networking.Pods); ok {
@@ -101,7 +101,7 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 }
 
 // finish logs the outcome, tells the daemon of an ADD or a DEL, and gives an error its code.
-func (p *Plugin) finish(ctx context.Context, r *Request, err error) error {
+func (p *Plugin) finish(r *Request, err error) error {
 	var failed error
 	if err != nil {
 		e := cniError(r.stage, err)
@@ -110,7 +110,7 @@ func (p *Plugin) finish(ctx context.Context, r *Request, err error) error {
 	r.hint.Duration = time.Since(p.Start)
 	r.Log.Debug("done", "duration", r.hint.Duration, "code", r.hint.ErrorCode, "err", err)
 	if r.Command == "ADD" || r.Command == "DEL" {
-		if err := p.Hint(ctx, r.Config.DaemonSocket, r.hint); err != nil {
+		if err := p.Hint(r.Config.DaemonSocket, r.hint); err != nil {
 			r.Log.Debug("no hint to the daemon", "err", err) // it is a help, not a need
 		}
 	}
@@ -127,7 +127,7 @@ func (p *Plugin) Add(ctx context.Context, a cnimain.Call) error {
 	if err = errors.Join(faults, err); err == nil {
 		err = p.add(ctx, r, addresses)
 	}
-	return p.finish(ctx, r, err)
+	return p.finish(r, err)
 }
 
 func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err error) {
@@ -197,9 +197,9 @@ func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 	if err != nil {
 		// Without an IPAM plugin to ask, the link can go all the same. The runtime comes again for the address.
 		_, stuck := p.Links.Detach(r.ContainerID, r.IfName)
-		return p.finish(ctx, r, errors.Join(coded(stageDetach, stuck), coded(stageIPAM, err)))
+		return p.finish(r, errors.Join(coded(stageDetach, stuck), coded(stageIPAM, err)))
 	}
-	return p.finish(ctx, r, p.detachAndRelease(ctx, r, addresses))
+	return p.finish(r, p.detachAndRelease(ctx, r, addresses))
 }
 
 // detachAndRelease is DEL, and the undoing of ADD. The link goes first: an address is never free while a pod still has it.
@@ -223,7 +223,7 @@ func (p *Plugin) Check(ctx context.Context, a cnimain.Call) error {
 	if err == nil {
 		err = p.check(ctx, r)
 	}
-	return p.finish(ctx, r, err)
+	return p.finish(r, err)
 }
 
 func (p *Plugin) check(ctx context.Context, r *Request) error {
@@ -253,7 +253,7 @@ func (p *Plugin) GC(ctx context.Context, a cnimain.Call) error {
 	if err == nil {
 		err = p.gc(ctx, r)
 	}
-	return p.finish(ctx, r, err)
+	return p.finish(r, err)
 }
 
 func (p *Plugin) gc(ctx context.Context, r *Request) error {
@@ -289,7 +289,7 @@ func (p *Plugin) Status(ctx context.Context, a cnimain.Call) error {
 	if err == nil {
 		err = p.status(ctx, r)
 	}
-	return p.finish(ctx, r, err)
+	return p.finish(r, err)
 }
 
 func (p *Plugin) status(ctx context.Context, r *Request) error {

@@ -99,7 +99,7 @@ func newBench(t *testing.T) *bench {
 	b := &bench{kernel: k, dir: t.TempDir(), out: &bytes.Buffer{}, log: &bytes.Buffer{}}
 	b.Plugin = &Plugin{
 		Links: k, Node: k, Addresses: addressesFor(k, k), Stdout: b.out, Stderr: b.log, Start: time.Now(),
-		Hint: func(_ context.Context, _ string, h hint.Hint) error {
+		Hint: func(_ string, h hint.Hint) error {
 			b.hints = append(b.hints, h)
 			return errors.New("no daemon")
 		},
@@ -125,7 +125,7 @@ func (b *bench) args(t *testing.T, id, keys string) cnimain.Call {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return cnimain.Call{ContainerID: id, IfName: "eth0", Netns: "/run/netns/x", Stdin: stdin,
+	return cnimain.Call{ContainerID: id, IfName: "eth0", Netns: "/run/netns/x", Stdin: stdin, Config: conf,
 		Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=" + id}
 }
 

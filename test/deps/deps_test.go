@@ -18,6 +18,7 @@ const module = "github.com/headcni/headcni/"
 var level = map[string]int{
 	"internal/cnimain": 1,
 	"internal/jsonw":   0,
+	"internal/procfs":  0,
 	"internal/version": 0,
 	"pkg/config":       0,
 

@@ -12,20 +12,11 @@ var hostLocalKeys = []string{
 	"type", "name", "subnet", "rangeStart", "rangeEnd", "gateway", "ranges", "routes", "dataDir", "resolvConf",
 }
 
-// rangesPart is what host-local's format, which is also headcni-ipam's, says about subnets. The IPAM plugin validates
-// the rest.
-type rangesPart struct {
-	rangePart
-	Ranges [][]rangePart `json:"ranges"`
-}
-
-type rangePart struct {
-	Subnet  string `json:"subnet"`
-	Gateway string `json:"gateway"`
-}
+// keyed is a JSON object. Decoding into it is several times faster than into a struct that is decoded once.
+type keyed = map[string]json.RawMessage
 
 func (d *decoder) ipam(v json.RawMessage) {
-	keys := map[string]json.RawMessage{}
+	keys := keyed{}
 	if !d.to("ipam", v, &keys, "an object") || keys == nil {
 		return
 	}
@@ -50,33 +41,33 @@ func (d *decoder) ipam(v json.RawMessage) {
 	default:
 		return // a format of its own
 	}
-	d.ranges(v)
+	d.ranges(keys)
 }
 
-func (d *decoder) ranges(v json.RawMessage) {
-	var r rangesPart
-	if !d.to("ipam", v, &r, "subnet, gateway and ranges as host-local has them") {
+// ranges reads what host-local's format, which is also headcni-ipam's, says about subnets. The IPAM plugin validates the
+// rest.
+func (d *decoder) ranges(keys keyed) {
+	var sets [][]keyed
+	if v := keys["ranges"]; v != nil && !d.to("ipam.ranges", v, &sets, "a list of lists of ranges") {
 		return
 	}
-	i := &d.c.IPAM
-	for _, set := range append([][]rangePart{{r.rangePart}}, r.Ranges...) {
-		for _, part := range set {
-			if part.Subnet != "" {
-				// Bits behind the prefix are allowed here: host-local takes them, so existing files have them.
-				p, err := netip.ParsePrefix(part.Subnet)
-				if err != nil {
-					d.fault("ipam subnet", "%q: want a CIDR such as 10.244.0.0/24", part.Subnet)
-				} else {
-					i.Subnets = append(i.Subnets, p.Masked())
-				}
+	for _, r := range slices.Concat([]keyed{keys}, slices.Concat(sets...)) {
+		var subnet, gateway string
+		if v := r["subnet"]; v != nil && d.to("ipam subnet", v, &subnet, "a CIDR") && subnet != "" {
+			// Bits behind the prefix are allowed here: host-local takes them, so existing files have them.
+			p, err := netip.ParsePrefix(subnet)
+			if err != nil {
+				d.fault("ipam subnet", "%q: want a CIDR such as 10.244.0.0/24", subnet)
+			} else {
+				d.c.IPAM.Subnets = append(d.c.IPAM.Subnets, p.Masked())
 			}
-			if part.Gateway != "" {
-				a, err := netip.ParseAddr(part.Gateway)
-				if err != nil {
-					d.fault("ipam gateway", "%q: want an IP address", part.Gateway)
-				} else {
-					i.Gateways = append(i.Gateways, a.Unmap())
-				}
+		}
+		if v := r["gateway"]; v != nil && d.to("ipam gateway", v, &gateway, "an IP address") && gateway != "" {
+			a, err := netip.ParseAddr(gateway)
+			if err != nil {
+				d.fault("ipam gateway", "%q: want an IP address", gateway)
+			} else {
+				d.c.IPAM.Gateways = append(d.c.IPAM.Gateways, a.Unmap())
 			}
 		}
 	}

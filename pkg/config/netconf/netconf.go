@@ -107,18 +107,25 @@ type Attachment struct {
 // Parse decodes strictly, fills in defaults and validates. The error, if any, matches ErrInvalid and joins all faults.
 // The Config then holds whatever could be read: DEL has to go on with that.
 func Parse(stdin []byte) (Config, error) {
-	c := Config{DaemonSocket: paths.DaemonSocket, LogLevel: slog.LevelWarn}
-	d := decoder{c: &c}
 	keys := map[string]json.RawMessage{}
 	if err := json.Unmarshal(stdin, &keys); err != nil {
 		// The decoder's own message could repeat a piece of the input, which may hold a secret.
-		return c, fmt.Errorf("%w: not a JSON object", ErrInvalid)
+		return defaults(), fmt.Errorf("%w: not a JSON object", ErrInvalid)
 	}
+	return ParseKeys(keys)
+}
+
+// ParseKeys is Parse for a configuration that has been taken apart.
+func ParseKeys(keys map[string]json.RawMessage) (Config, error) {
+	c := defaults()
+	d := decoder{c: &c}
 	d.object("", keys, d.top)
 	c.logLevelFromEnv(&d)
 	d.validate()
 	return c, d.err()
 }
+
+func defaults() Config { return Config{DaemonSocket: paths.DaemonSocket, LogLevel: slog.LevelWarn} }
 
 func (c *Config) logLevelFromEnv(d *decoder) {
 	if level := os.Getenv(LogLevelEnv); level != "" {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/procfs"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -67,11 +67,10 @@ func New(dir string, o Options) (*Store, error) {
 		s.timeout = DefaultLockTimeout
 	}
 	if s.bootID == "" {
-		b, err := os.ReadFile(paths.BootID)
-		if err != nil {
+		var err error
+		if s.bootID, err = procfs.Read(paths.BootID); err != nil {
 			return nil, fmt.Errorf("read the boot ID: %w; is /proc mounted?", err)
 		}
-		s.bootID = strings.TrimSpace(string(b))
 	}
 	if !isBoot(s.bootID) {
 		return nil, fmt.Errorf("boot ID %q: want a UUID", s.bootID)
