@@ -531,7 +531,7 @@ func TestBadInput(t *testing.T) {
 		code                  uint
 	}{
 		{"ADD", "c1", pod.Path, "", 6}, {"ADD", "c1", pod.Path, "[]", 6}, {"ADD", "c1", pod.Path, `{"cniVersion":"1.1.0"}`, 7},
-		{"ADD", "c1", pod.Path, n.conf(t, `{"mut":1}`, "10.244.1.0/24"), 7},
+		{"ADD", "c1", pod.Path, n.conf(t, `{"mut":1}`, "10.244.1.0/24"), 2},
 		{"ADD", "c1", pod.Path, n.conf(t, `{"cniVersion":"2.0.0"}`, "10.244.1.0/24"), 1},
 		{"ADD", "c1", pod.Path, n.conf(t, "", "100.64.1.0/24"), 7},
 		{"ADD", "c1", pod.Path, n.conf(t, `{"ipam":{"type":"nowhere"}}`), 100},

@@ -48,6 +48,8 @@ func cniError(s stage, err error) *types.Error {
 		return newError(types.ErrLimitedConnectivity, "not available, and running pods may be cut off", err)
 	case has:
 		return newError(e.Code, e.Msg, err)
+	case errors.Is(err, netconf.ErrUnsupported) && !errors.Is(err, ipam.ErrConfig):
+		return newError(types.ErrUnsupportedField, oneLine(err), err) // the message must contain key and value
 	case errors.Is(err, netconf.ErrInvalid):
 		return newError(types.ErrInvalidNetworkConfig, netconf.ErrInvalid.Error(), err)
 	case errors.Is(err, ipam.ErrConfig):
@@ -57,7 +59,7 @@ func cniError(s stage, err error) *types.Error {
 	case errors.Is(err, ipam.ErrLocked):
 		return newError(types.ErrTryAgainLater, "address store is busy; try again later", err)
 	case errors.Is(err, errEnvironment):
-		return newError(types.ErrInvalidEnvironmentVariables, errEnvironment.Error(), err)
+		return newError(types.ErrInvalidEnvironmentVariables, oneLine(err), err) // the message must name the variables
 	case errors.Is(err, networking.ErrPodNetns):
 		return newError(types.ErrInvalidNetNS, networking.ErrPodNetns.Error(), err)
 	case errors.Is(err, networking.ErrNotProgrammed):
@@ -90,9 +92,11 @@ func coded(s stage, err error) error {
 	return cniError(s, err)
 }
 
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+
 // newError puts the whole story on one line.
 func newError(code uint, msg string, err error) *types.Error {
-	details := strings.ReplaceAll(err.Error(), "\n", "; ")
+	details := oneLine(err)
 	details = strings.TrimPrefix(strings.TrimPrefix(details, msg), ": ")
 	return types.NewError(code, msg, strings.TrimSpace(strings.TrimPrefix(details, "; ")))
 }

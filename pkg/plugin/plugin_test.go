@@ -32,6 +32,7 @@ type fakeKernel struct {
 	links map[string]networking.Pod // by link name
 	fail  map[string]error
 	live  []networking.LivePod
+	inUse map[netip.Addr]bool
 }
 
 func (k *fakeKernel) Vacant(_, ifName string) error { return k.fail["vacant"] }
@@ -64,6 +65,8 @@ func (k *fakeKernel) Detach(containerID, ifName string) (removed bool, err error
 func (k *fakeKernel) Check(networking.PodState) error { return k.fail["check"] }
 func (k *fakeKernel) Gate([]netip.Prefix) error       { return k.fail["gate"] }
 func (k *fakeKernel) HasPods() bool                   { return len(k.links) > 0 }
+
+func (k *fakeKernel) InUse(a netip.Addr) bool { return k.inUse[a] }
 
 func (k *fakeKernel) Live(string) ([]networking.LivePod, error) { return k.live, nil }
 
@@ -206,7 +209,8 @@ func TestAddFailsAtEachStep(t *testing.T) {
 		stage      string
 		want       string
 	}{
-		{"config", `{"mut":1}`, nil, 7, "config", "mut: unknown key"},
+		{"unknown key", `{"mut":1}`, nil, 2, "config", "mut: unknown key (value 1)"},
+		{"config", `{"mut":1,"mtu":1}`, nil, 7, "config", "mut: unknown key"},
 		{"ipam config", `{"ipam":{"type":"headcni-ipam","strategie":"x"}}`, nil, 7, "config", "strategie"},
 		{"gate", "", func(b *bench) { b.kernel.fail["gate"] = networking.ErrNotProgrammed }, 11, "gate", "not programmed"},
 		{"netns", "", func(b *bench) { b.kernel.fail["vacant"] = networking.ErrPodNetns }, 8, "netns", "namespace"},
@@ -542,7 +546,7 @@ func TestStatus(t *testing.T) {
 	fails(t, b.Status(bg, b.args(t, "", "")), types.ErrPluginNotAvailable)
 	b.kernel.links["hc"] = networking.Pod{}
 	fails(t, b.Status(bg, b.args(t, "", "")), types.ErrLimitedConnectivity)
-	fails(t, b.Status(bg, b.args(t, "", `{"mut":1}`)), 7)
+	fails(t, b.Status(bg, b.args(t, "", `{"mut":1}`)), 2)
 	if len(b.hints) > 0 {
 		t.Errorf("STATUS sends hints: %v", b.hints)
 	}

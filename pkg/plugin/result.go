@@ -40,7 +40,7 @@ func planPod(r *Request, given Given) (networking.Pod, error) {
 		if err != nil {
 			return pod, err
 		}
-		if !planned.Gateway.IsValid() {
+		if !gateways[planned.Dst.Addr().BitLen()].IsValid() {
 			r.Log.Debug("left out a route of a family that the pod has no address of", "route", planned.Dst)
 			continue
 		}
@@ -82,7 +82,10 @@ func checkFamilies(enableIPv6 *bool, addrs []netip.Addr) error {
 	return nil
 }
 
-// planRoute leaves the gateway zero where the pod has no address of the route's family.
+// scopeLink is the scope of destinations on the link itself, RT_SCOPE_LINK of linux/rtnetlink.h; the host's own are above it.
+// The kernel takes no next hop with it.
+const scopeLink = 253
+
 func planRoute(route *types.Route, gateways map[int]netip.Addr) (networking.PodRoute, error) {
 	dst, ok := netip.AddrFromSlice(route.Dst.IP)
 	bits, size := route.Dst.Mask.Size()
@@ -96,7 +99,10 @@ func planRoute(route *types.Route, gateways map[int]netip.Addr) (networking.PodR
 		Dst: netip.PrefixFrom(dst, bits).Masked(), Gateway: gateways[size],
 		MTU: route.MTU, AdvMSS: route.AdvMSS, Priority: route.Priority, Table: route.Table, Scope: route.Scope,
 	}
-	if gw, ok := netip.AddrFromSlice(route.GW); ok && planned.Gateway.IsValid() {
+	if route.Scope != nil && *route.Scope >= scopeLink {
+		planned.Gateway = netip.Addr{}
+	}
+	if gw, ok := netip.AddrFromSlice(route.GW); ok {
 		planned.Gateway = gw.Unmap()
 	}
 	return planned, nil

@@ -9,12 +9,15 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/headcni/headcni/pkg/config/secret"
 )
 
 // decoder gathers all faults instead of stopping at the first.
 type decoder struct {
-	c      *Config
-	faults []error
+	c       *Config
+	faults  []error
+	unknown int // how many of the faults are unknown keys
 }
 
 func (d *decoder) fault(key, format string, args ...any) {
@@ -29,7 +32,11 @@ func (d *decoder) err() error {
 	for i, f := range d.faults {
 		text[i] = f.Error()
 	}
-	return fmt.Errorf("%w: %s", ErrInvalid, strings.Join(text, "; "))
+	kind := ErrInvalid
+	if d.unknown == len(d.faults) {
+		kind = ErrUnsupported
+	}
+	return fmt.Errorf("%w: %s", kind, strings.Join(text, "; "))
 }
 
 // object gives each key to set, which reports whether it knows the key. Keys are case-sensitive, unlike encoding/json's
@@ -37,9 +44,30 @@ func (d *decoder) err() error {
 func (d *decoder) object(prefix string, keys map[string]json.RawMessage, set func(key string, v json.RawMessage) bool) {
 	for _, key := range slices.Sorted(maps.Keys(keys)) {
 		if !set(key, keys[key]) {
-			d.fault(prefix+key, "unknown key; see the configuration reference for the keys that headcni takes")
+			d.unknown++
+			d.fault(prefix+key, "unknown key (value %s); see the configuration reference for the keys that headcni takes",
+				shown(key, keys[key]))
 		}
 	}
+}
+
+const shownMax = 60 // bytes
+
+// secretive are parts of the names of what others must not see.
+var secretive = []string{"key", "secret", "token", "pass", "auth", "cred"}
+
+// shown is the value of an unknown key, which the error must contain (specification section 5, code 2). One that may be a
+// secret under a misspelled key is left out.
+func shown(key string, v json.RawMessage) string {
+	text := strings.ToLower(key + string(v))
+	if slices.ContainsFunc(secretive, func(s string) bool { return strings.Contains(text, s) }) {
+		return secret.New(text).String()
+	}
+	text = strings.ToValidUTF8(strings.Join(strings.Fields(string(v)), " "), "?")
+	if len(text) > shownMax {
+		return strings.ToValidUTF8(text[:shownMax], "") + "..."
+	}
+	return text
 }
 
 // to decodes v into p. The fault says what was wanted and never repeats the input.
@@ -159,14 +187,17 @@ func (d *decoder) protocol(key string, v json.RawMessage) {
 		var m map[string]bool
 		d.to(key, v, &m, "an object of true and false")
 	case "args":
-		// args may hold anything (CONVENTIONS.md); only a well-formed args.cni.ips means something here.
+		// args may hold anything (CONVENTIONS.md); only well-formed args.cni.ips and mac mean something here. The plugin
+		// tuning takes the same mac: were it not ours too, it would change the pod's after our neighbour entry was made.
 		var a struct {
 			CNI struct {
 				IPs []string `json:"ips"`
+				MAC string   `json:"mac"`
 			} `json:"cni"`
 		}
-		if json.Unmarshal(v, &a) == nil && len(d.c.Runtime.IPs) == 0 {
+		if json.Unmarshal(v, &a) == nil {
 			d.requested("args.cni.ips", a.CNI.IPs)
+			d.requestedMAC("args.cni.mac", a.CNI.MAC)
 		}
 	case "runtimeConfig":
 		d.runtime(v)
@@ -194,13 +225,7 @@ func (d *decoder) runtime(v json.RawMessage) {
 		d.c.Runtime.IPs = nil // the capability is stronger than args
 		d.requested("runtimeConfig.ips", r.IPs)
 	}
-	if r.MAC != "" {
-		mac, err := ParseMAC(r.MAC)
-		if err != nil {
-			d.fault("runtimeConfig.mac", "%v", err)
-		}
-		d.c.Runtime.MAC = mac
-	}
+	d.requestedMAC("runtimeConfig.mac", r.MAC)
 	d.c.Runtime.DNS = DNS{Nameservers: r.DNS.Servers, Search: r.DNS.Searches, Options: r.DNS.Options}
 	if len(r.IPRanges) > 0 && string(r.IPRanges) != "null" {
 		d.c.Runtime.IPRanges = r.IPRanges
@@ -216,6 +241,17 @@ func (d *decoder) requested(key string, ips []string) {
 		}
 		d.c.Runtime.IPs = append(d.c.Runtime.IPs, ip)
 	}
+}
+
+func (d *decoder) requestedMAC(key, s string) {
+	if s == "" {
+		return
+	}
+	mac, err := ParseMAC(s)
+	if err != nil {
+		d.fault(key, "%v", err)
+	}
+	d.c.Runtime.MAC = mac
 }
 
 // ParseIP reads an address with or without a prefix length, as the conventions allow for requested addresses.

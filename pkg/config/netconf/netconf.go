@@ -27,6 +27,9 @@ const MagicDNSServer = "100.100.100.100"
 // ErrInvalid marks every fault of a configuration (CNI error code 7).
 var ErrInvalid = errors.New("invalid network config")
 
+// ErrUnsupported marks a configuration whose only faults are unknown keys (CNI error code 2). It matches ErrInvalid.
+var ErrUnsupported = fmt.Errorf("%w: unsupported field", ErrInvalid)
+
 // Config is one plugin's configuration as the runtime derives it from the file on disk.
 type Config struct {
 	CNIVersion string

@@ -75,7 +75,10 @@ func with(t *testing.T, keys string) []byte {
 func TestFaults(t *testing.T) {
 	for _, tt := range []struct{ keys, want string }{
 		{`{"mut":1280}`, "mut: unknown key"},
-		{`{"MTU":1280}`, "MTU: unknown key"},
+		{"{\"MTU\":{\"a\": [1,\n2]}}", `MTU: unknown key (value {"a": [1, 2]})`},
+		{`{"mut":"` + strings.Repeat("ü", 99) + `"}`, `mut: unknown key (value "` + strings.Repeat("ü", 29) + "...)"},
+		{`{"authkey":"s3cret"}`, "authkey: unknown key (value ***)"},
+		{`{"headscale":{"api_key":"s3cret"}}`, "headscale: unknown key (value ***)"},
 		{`{"magic_dns":{"enabled":true}}`, "magic_dns.enabled: unknown key"},
 		{`{"gate":{"podCidrs":[]}}`, "gate.podCidrs: unknown key"},
 		{`{"ipam":{"type":"host-local","subnet":"10.244.1.0/24","strategy":"random"}}`, "ipam.strategy: host-local has no such setting"},
@@ -109,13 +112,16 @@ func TestFaults(t *testing.T) {
 		{`{"runtimeConfig":{"mac":"01:00:5e:00:00:01"}}`, "runtimeConfig.mac: \"01:00:5e:00:00:01\": want a unicast"},
 		{`{"runtimeConfig":{"ips":["10.0.0.300"]}}`, "runtimeConfig.ips: \"10.0.0.300\": want an IP address"},
 		{`{"auth_key":["s3cret"]}`, "auth_key: a secret must be a string"},
-		{`{"mut":1,"mtu":1,"pod_cidr":"x"}`, "mut: unknown key; see the configuration reference for the keys that headcni takes; " +
+		{`{"mut":1,"mtu":1,"pod_cidr":"x"}`, "mut: unknown key (value 1); see the configuration reference for the keys that headcni takes; " +
 			"pod_cidr: \"x\": want a CIDR such as 10.244.0.0/24; mtu: 1: want"},
 	} {
 		t.Run(tt.keys, func(t *testing.T) {
 			_, err := netconf.Parse(with(t, tt.keys))
 			if !errors.Is(err, netconf.ErrInvalid) {
 				t.Fatalf("got %v, want ErrInvalid", err)
+			}
+			if only := strings.Count(err.Error(), "unknown key") == 1+strings.Count(err.Error(), "takes; "); only != errors.Is(err, netconf.ErrUnsupported) {
+				t.Errorf("unknown keys only: %v, ErrUnsupported: %v: %v", only, !only, err)
 			}
 			if !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("got  %v\nwant %s", err, tt.want)
