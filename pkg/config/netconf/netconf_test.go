@@ -75,7 +75,7 @@ func with(t *testing.T, keys string) []byte {
 func TestFaults(t *testing.T) {
 	for _, tt := range []struct{ keys, want string }{
 		{`{"mut":1280}`, "mut: unknown key"},
-		{"{\"MTU\":{\"a\": [1,\n2]}}", `MTU: unknown key (value {"a": [1, 2]})`},
+		{`{"MTU":{"a":[1,2]}}`, `MTU: unknown key (value {"a":[1,2]})`},
 		{`{"mut":"` + strings.Repeat("ü", 99) + `"}`, `mut: unknown key (value "` + strings.Repeat("ü", 29) + "...)"},
 		{`{"authkey":"s3cret"}`, "authkey: unknown key (value ***)"},
 		{`{"headscale":{"api_key":"s3cret"}}`, "headscale: unknown key (value ***)"},
