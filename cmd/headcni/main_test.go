@@ -372,6 +372,39 @@ func TestHostLocal(t *testing.T) {
 	}
 }
 
+// TestAddressesOfAnotherNetwork: two networks have one subnet, as when a network is renamed, or its IPAM plugin changed,
+// while pods run. No address comes twice, and the pods of one network do not keep the other's from starting.
+func TestAddressesOfAnotherNetwork(t *testing.T) {
+	for _, strategy := range []string{"sequential", "random", "dense-pack"} {
+		t.Run(strategy, func(t *testing.T) {
+			n := newNode(t)
+			n.referencePlugins(t)
+			conf := func(name, ipamType string) string {
+				return n.conf(t, fmt.Sprintf(`{"name":%q,"ipam":{"type":%q,"dataDir":%q,"ranges":[[{"subnet":"10.244.1.0/28"}],[{"subnet":"fd00:244:1::/124"}]]}}`,
+					name, ipamType, filepath.Join(n.dataDir, name)))
+			}
+			now := strings.Replace(conf("new", "headcni-ipam"), `"dataDir"`, fmt.Sprintf(`"strategy":%q,"dataDir"`, strategy), 1)
+			seen := map[netip.Addr]bool{}
+			for i := range 13 { // all that a /28 has
+				of := now
+				switch {
+				case i < 3:
+					of = conf("hostlocal", "host-local")
+				case i < 6:
+					of = conf("old", "headcni-ipam")
+				}
+				out := n.must(t, "ADD", fmt.Sprint("c", i), nstest.New(t).Path, of)
+				for _, a := range parse(t, out).addrs(t) {
+					if seen[a] {
+						t.Errorf("%s was given twice", a)
+					}
+					seen[a] = true
+				}
+			}
+		})
+	}
+}
+
 // TestKilledAdd kills ADD at many moments. The DEL that a runtime sends then leaves nothing, and so does an ADD that is
 // tried again before.
 func TestKilledAdd(t *testing.T) {

@@ -49,6 +49,10 @@ type Config struct {
 	// Routes and the DNS settings of the file ResolvConf go into the result.
 	Routes     []Route
 	ResolvConf string
+	// InUse, where it is set, says that an address that no lease has is live all the same, for instance under another
+	// network's name. Such an address is passed over for this time. It is asked under the lock, and not about requested
+	// addresses.
+	InUse func(netip.Addr) bool
 }
 
 // rangeJSON is host-local's range with exclude added.

@@ -166,12 +166,12 @@ func (p *Pool) choose(tx *store.Tx, set int, want choice) (choice, error) {
 	return c, err
 }
 
-// search picks until the links agree that the address is free. Where the index is of no use, or says that nothing is free,
-// it is made anew once: that walks all leases, but only in a pool that is damaged or full.
+// search picks until the links, and who else knows, agree that the address is free. Where the index is of no use, or says
+// that nothing is free, it is made anew once: that walks all leases, but only in a pool that is damaged or full.
 func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
-	fresh := false
+	from, inUse, fresh := p.spaces[set], 0, false
 	for {
-		c, err := pick(p.cfg.Strategy, p.spaces[set], last, tx, p.draw)
+		c, err := pick(p.cfg.Strategy, from, last, tx, p.draw)
 		switch {
 		case err != nil && !errors.Is(err, store.ErrIndex):
 			return choice{}, err
@@ -180,8 +180,13 @@ func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
 			if err != nil {
 				return choice{}, err
 			}
-			if !linked {
+			if !linked && (p.cfg.InUse == nil || !p.cfg.InUse(c.addr)) {
 				return c, nil
+			}
+			if !linked {
+				// It is not written down: nobody would tell us when it is free again.
+				from, inUse = from.without(c.addr), inUse+1
+				continue
 			}
 			err = tx.Heal(c.addr)
 			if err != nil && !errors.Is(err, store.ErrIndex) {
@@ -192,7 +197,7 @@ func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
 			}
 		}
 		if fresh {
-			return choice{}, errors.Join(p.exhausted(set), err)
+			return choice{}, errors.Join(p.exhausted(set, inUse), err)
 		}
 		fresh = true
 		if err := tx.DropIndex(); err != nil {
@@ -201,12 +206,16 @@ func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
 	}
 }
 
-func (p *Pool) exhausted(set int) error {
+func (p *Pool) exhausted(set, inUse int) error {
 	var subnets []netip.Prefix
 	for _, r := range p.cfg.Sets[set] {
 		subnets = append(subnets, r.Subnet)
 	}
-	return fmt.Errorf("%w in %v of network %s; `headcnictl ipam list` shows who has them", ErrExhausted, subnets, p.cfg.Network)
+	others := ""
+	if inUse > 0 {
+		others = fmt.Sprintf(", and `ip route` the %d that have no lease here", inUse)
+	}
+	return fmt.Errorf("%w in %v of network %s; `headcnictl ipam list` shows who has them%s", ErrExhausted, subnets, p.cfg.Network, others)
 }
 
 // Release takes the attachment's lease away and reports whether it had one. It may be repeated.

@@ -466,3 +466,53 @@ func TestOpenRefuses(t *testing.T) {
 	}
 	allocate(t, p, "with the kernel's boot ID")
 }
+
+// An address that is live without a lease is passed over, wherever in the pool it is, and comes when it is free again.
+func TestAddressesInUseElsewhere(t *testing.T) {
+	ctx := context.Background()
+	for _, strategy := range strategies {
+		for _, texts := range []string{"10.0.0.2 fd00::2", "10.0.0.3 10.0.0.4 fd00::3 fd00::4", "10.0.0.2 10.0.0.4 10.0.0.6 fd00::2 fd00::4 fd00::6"} {
+			live := map[netip.Addr]bool{}
+			for _, a := range parse(strings.Fields(texts)) {
+				live[a] = true
+			}
+			c := smallConfig(testDir(t), strategy)
+			c.InUse = func(a netip.Addr) bool { return live[a] }
+			p := openWith(t, c, nil)
+			given := map[netip.Addr]bool{}
+			take := func(l Lease) {
+				for _, a := range l.Addrs {
+					if live[a.Addr.Addr()] || given[a.Addr.Addr()] {
+						t.Errorf("%s: %s was given, but is not free", strategy, a.Addr)
+					}
+					given[a.Addr.Addr()] = true
+				}
+			}
+			for i := range smallSize - len(live)/2 {
+				take(allocate(t, p, fmt.Sprint(i)))
+			}
+			_, err := p.Allocate(ctx, Owner{ContainerID: "late", IfName: "eth0"}, nil)
+			if want := fmt.Sprintf("`ip route` the %d that", len(live)/2); !errors.Is(err, ErrExhausted) || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want %q", strategy, err, want)
+			}
+			if got := checked(t, p); len(got) > 0 {
+				t.Errorf("%s: %+v", strategy, got)
+			}
+			n := len(live) / 2
+			clear(live)
+			for i := range n {
+				take(allocate(t, p, fmt.Sprint("again", i)))
+			}
+			if len(given) != 2*smallSize {
+				t.Errorf("%s: %d addresses could be had, want %d", strategy, len(given), 2*smallSize)
+			}
+		}
+	}
+}
+
+// A requested address is the kernel's to refuse: it knows better what stands in the way.
+func TestRequestedAddressInUseElsewhere(t *testing.T) {
+	c := smallConfig(testDir(t), DensePack)
+	c.InUse = func(netip.Addr) bool { t.Error("asked"); return true }
+	allocate(t, openWith(t, c, nil), "a", "10.0.0.3", "fd00::3")
+}

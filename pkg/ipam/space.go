@@ -160,6 +160,24 @@ func (s space) size() number {
 	return n
 }
 
+// without is the space less one address.
+func (s space) without(a netip.Addr) space {
+	out := make(space, 0, len(s)+1)
+	for _, sp := range s {
+		if !sp.contains(a) {
+			out = append(out, sp)
+			continue
+		}
+		if sp.lo != a {
+			out = append(out, span{sp.lo, a.Prev(), sp.rng})
+		}
+		if sp.hi != a {
+			out = append(out, span{a.Next(), sp.hi, sp.rng})
+		}
+	}
+	return out
+}
+
 // small means that every window may be looked at: there are at most a few dozen.
 func (s space) small() bool { return s.size().compare(number{lo: 16 * store.WindowSize}) <= 0 }
 

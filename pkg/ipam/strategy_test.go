@@ -110,6 +110,31 @@ func TestSpansAreWhatMayBeGiven(t *testing.T) {
 	}
 }
 
+func TestSpaceWithout(t *testing.T) {
+	for name, shape := range shapes {
+		whole := newSpace(rangesOf(t, shape))
+		order := usable(rangesOf(t, shape))
+		for i, a := range order {
+			less := whole.without(a)
+			if _, ok := less.find(a); ok || less.size() != (number{lo: uint64(len(order) - 1)}) {
+				t.Errorf("%s: without %s: %v", name, a, less)
+			}
+			for j := range len(order) - 1 {
+				want := order[j]
+				if j >= i {
+					want = order[j+1]
+				}
+				if got := less.at(number{lo: uint64(j)}); got.addr != want || !got.rng.Subnet.Contains(want) {
+					t.Fatalf("%s: without %s: at(%d) = %s, want %s", name, a, j, got.addr, want)
+				}
+			}
+		}
+		if got := whole.without(adr("203.0.113.1")); got.size() != whole.size() {
+			t.Errorf("%s: a foreign address changed it: %v", name, got)
+		}
+	}
+}
+
 // Every strategy gives each address exactly once and stops after the last.
 func TestFillsThePool(t *testing.T) {
 	for name, shape := range shapes {

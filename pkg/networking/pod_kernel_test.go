@@ -574,3 +574,26 @@ func TestPodAlias(t *testing.T) {
 		}
 	}
 }
+
+func TestPodAddressInUse(t *testing.T) {
+	n := newPodNode(t)
+	n.mustAttach(t, podAddr4, podAddr6)
+	for _, args := range []string{
+		"-4 addr add 10.244.1.1/32 dev lo", "-4 route add default dev lo", "-6 route add default dev lo",
+		"-4 route add unreachable 10.244.1.8", "-6 route add unreachable fd00:244:1::8", "-4 route add blackhole 10.244.1.9",
+		"-4 rule add to 10.244.2.0/24 unreachable", "-6 rule add to fd00:244:2::/64 unreachable",
+	} {
+		n.host.Run(t, "ip", strings.Fields(args)...)
+	}
+	for text, want := range map[string]bool{
+		"10.244.1.2": true, "fd00:244:1::2": true, "10.244.1.1": true, "10.244.1.3": false, "fd00:244:1::3": false, "10.9.9.9": false,
+		"10.244.1.8": false, "fd00:244:1::8": false, "10.244.1.9": false, "10.244.2.2": false, "fd00:244:2::2": false,
+	} {
+		n.host.Do(t, func() error {
+			if got := (&Pods{}).InUse(netip.MustParseAddr(text)); got != want {
+				t.Errorf("%s in use: %v, want %v", text, got, want)
+			}
+			return nil
+		})
+	}
+}

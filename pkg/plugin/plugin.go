@@ -34,6 +34,8 @@ type Node interface {
 	// Sweep removes the links of a network for which keep is false and returns those that it could not remove.
 	Sweep(network string, keep func(linkName string) bool) (left []string, err error)
 	HasPods() bool
+	// InUse tells whether something on the node has an address, whatever the leases say.
+	InUse(netip.Addr) bool
 	// Live lists the pods whose links are there.
 	Live(network string) ([]networking.LivePod, error)
 }

@@ -36,7 +36,7 @@ func newPool(r *Request, links Links, node Node) (Addresses, error) {
 		r.Log.Warn("the ipam configuration has faults; going on all the same", "err", err)
 		cfg = ipam.Config{Network: r.Config.Name, DataDir: dataDir(r.Config.IPAM.Raw)}
 	}
-	cfg.Writer = ipam.InProcess
+	cfg.Writer, cfg.InUse = ipam.InProcess, node.InUse
 	p, err := ipam.Open(cfg)
 	if err != nil {
 		return nil, err
