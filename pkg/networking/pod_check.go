@@ -86,17 +86,21 @@ func (c *podCheck) links() {
 		what string
 		l    podLink
 		mac  string
-		mtu  int
-	}{{"host link " + h.name, h, w.HostMAC, w.HostMTU}, {"pod interface " + w.IfName, p, w.PodMAC, w.PodMTU}} {
+	}{{"host link " + h.name, h, w.HostMAC}, {"pod interface " + w.IfName, p, w.PodMAC}} {
 		if !end.l.up {
 			c.fault("%s is down", end.what)
 		}
 		if end.mac != "" && !strings.EqualFold(end.mac, end.l.mac.String()) {
 			c.fault("%s has hardware address %s, not %s", end.what, end.l.mac, end.mac)
 		}
-		if end.mtu != 0 && end.l.mtu != end.mtu {
-			c.fault("%s has MTU %d, not %d", end.what, end.l.mtu, end.mtu)
-		}
+	}
+	if w.HostMTU != 0 && h.mtu != w.HostMTU {
+		c.fault("host link %s has MTU %d, not %d", h.name, h.mtu, w.HostMTU)
+	}
+	// A plugin after us may have made the pod's smaller (tuning, which leaves it out of the result). Larger packets than the
+	// host's end takes are lost.
+	if w.PodMTU != 0 && p.mtu > w.PodMTU {
+		c.fault("pod interface %s has MTU %d, not %d; if another plugin raised it, set mtu for headcni instead", p.name, p.mtu, w.PodMTU)
 	}
 }
 
@@ -160,12 +164,21 @@ func (c *podCheck) podAddrs() {
 // podRouteKey tells routes of the same table apart.
 type podRouteKey struct {
 	dst     netip.Prefix
-	gateway netip.Addr
-	table   int
+	gateway netip.Addr // zero: any
+}
+
+// podRouteTables are the tables that have a route.
+type podRouteTables map[podRouteKey]map[int]bool
+
+func (h podRouteTables) note(key podRouteKey, table int) {
+	if h[key] == nil {
+		h[key] = map[int]bool{}
+	}
+	h[key][table] = true
 }
 
 func (c *podCheck) podRoutes() {
-	have := map[podRouteKey]bool{}
+	have := podRouteTables{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		r := podRequest{what: "list routes", typ: unix.RTM_GETROUTE}
 		r.fixed(family, 0, 0, 0, 0, 0, 0, 0)
@@ -180,14 +193,8 @@ func (c *podCheck) podRoutes() {
 		c.faults = append(c.faults, err)
 		return
 	}
-	for _, r := range c.want.Routes {
-		table := unix.RT_TABLE_MAIN
-		if r.Table != nil {
-			table = *r.Table
-		}
-		if !have[podRouteKey{r.Dst, r.Gateway, table}] {
-			c.fault("pod route %s is missing", strings.TrimSuffix(fmt.Sprintf("%s via %s", r.Dst, r.Gateway), " via invalid IP"))
-		}
+	for _, r := range have.missing(c.want.Routes) {
+		c.fault("pod route %s is missing", strings.TrimSuffix(fmt.Sprintf("%s via %s", r.Dst, r.Gateway), " via invalid IP"))
 	}
 	checked := map[netip.Addr]bool{}
 	for _, r := range c.want.Routes {
@@ -199,7 +206,32 @@ func (c *podCheck) podRoutes() {
 	}
 }
 
-func noteRoute(have map[podRouteKey]bool, b []byte) {
+// missing returns the routes that are in no table. One may be in another table than ours was: a plugin after us (sbr) can have
+// moved it.
+func (h podRouteTables) missing(want []PodRoute) (list []PodRoute) {
+	for _, elsewhere := range []bool{false, true} {
+		list = nil
+		for _, r := range want {
+			tables, table := h[podRouteKey{r.Dst, r.Gateway}], unix.RT_TABLE_MAIN
+			if r.Table != nil {
+				table = *r.Table
+			}
+			for t := range tables {
+				if elsewhere {
+					table = t
+				}
+			}
+			if !tables[table] {
+				list = append(list, r)
+			}
+			delete(tables, table) // it stands for one route only
+		}
+		want = list
+	}
+	return list
+}
+
+func noteRoute(have podRouteTables, b []byte) {
 	if len(b) < unix.SizeofRtMsg {
 		return
 	}
@@ -212,14 +244,17 @@ func noteRoute(have map[podRouteKey]bool, b []byte) {
 	if a, ok := netip.AddrFromSlice(attrs[unix.RTA_DST]); ok {
 		dst = a
 	}
-	key := podRouteKey{dst: netip.PrefixFrom(dst, int(m.Dst_len)), table: int(m.Table)}
+	key, table := podRouteKey{dst: netip.PrefixFrom(dst, int(m.Dst_len))}, int(m.Table)
 	if t := attrs[unix.RTA_TABLE]; len(t) == 4 {
-		key.table = int(binary.NativeEndian.Uint32(t))
+		table = int(binary.NativeEndian.Uint32(t))
 	}
-	have[key] = true // by any gateway
+	if table == unix.RT_TABLE_LOCAL {
+		return // the kernel's own
+	}
+	have.note(key, table)
 	if gw, ok := netip.AddrFromSlice(attrs[unix.RTA_GATEWAY]); ok {
 		key.gateway = gw
-		have[key] = true
+		have.note(key, table)
 	}
 }
 

@@ -421,7 +421,7 @@ func TestPodCheck(t *testing.T) {
 		{true, "link set eth0 down", "pod interface eth0 is down"},
 		{true, "link set eth0 address 02:00:00:00:00:77", "pod interface eth0 has hardware address 02:00:00:00:00:77"},
 		{false, "link set HOST address 02:00:00:00:00:77", "host link HOST has hardware address 02:00:00:00:00:77"},
-		{true, "link set eth0 mtu 1300", "pod interface eth0 has MTU 1300, not 1400"},
+		{true, "link set eth0 mtu 1500", "pod interface eth0 has MTU 1500, not 1400"},
 		{false, "link set HOST mtu 1500", "host link HOST has MTU 1500, not 1400"},
 		{true, "addr del 10.244.1.2/32 dev eth0", "pod address 10.244.1.2 is missing"},
 		{true, "addr del fd00:244:1::2/128 dev eth0", "pod address fd00:244:1::2 is missing"},
