@@ -442,6 +442,43 @@ func TestKilledAdd(t *testing.T) {
 	}
 }
 
+// TestKilledAddOfADelegate: the IPAM plugin that runs when ADD is killed lives on. The DEL that a runtime then sends must
+// come after it, or what it takes stays taken.
+func TestKilledAddOfADelegate(t *testing.T) {
+	n := newNode(t)
+	script := `#!/bin/sh
+cd $(dirname $0)
+case $CNI_COMMAND in
+ADD) touch at-work; sleep 0.3; touch lease; echo '{"ips": [{"address": "10.244.1.5/24"}]}' ;;
+DEL) rm -f lease ;;
+esac
+`
+	if err := os.WriteFile(filepath.Join(n.dataDir, "slow-ipam"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n.cniPath = n.dataDir
+	conf := n.conf(t, `{"ipam":{"type":"slow-ipam"}}`)
+	add, _, _ := n.command("ADD", "c1", nstest.New(t).Path, conf)
+	if err := add.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exists := func(name string) bool { _, err := os.Stat(filepath.Join(n.dataDir, name)); return err == nil }
+	for end := time.Now().Add(5 * time.Second); !exists("at-work"); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the IPAM plugin did not run")
+		}
+	}
+	_ = add.Process.Kill()
+	if add.Wait() == nil {
+		t.Fatal("ADD was not killed")
+	}
+	n.must(t, "DEL", "c1", "", conf)
+	time.Sleep(400 * time.Millisecond)
+	if exists("lease") {
+		t.Error("the address stays taken")
+	}
+}
+
 func TestKilledDel(t *testing.T) {
 	n := newNode(t)
 	conf := n.conf(t, "", "10.244.1.0/24")
