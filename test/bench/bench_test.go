@@ -1,32 +1,125 @@
-// Package bench measures HeadCNI beside other parts of its field, on real parts, side by side and interleaved in one
-// run. `make bench` runs it and prints a table of ratios of medians.
+// Package bench measures HeadCNI beside other parts of its field and beside the kernel alone: on real parts, as whole
+// processes, side by side and interleaved in one run. `make bench` runs it and prints tables of ratios of medians.
 package bench
 
 import (
+	"flag"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/headcni/headcni/internal/nstest"
 )
 
 func TestMain(m *testing.M) { nstest.Main(m) }
 
-var heading = "| what | ours | beside | median, ours | median, beside | ratio | 95 % of the ratio | n |\n|---|---|---|---|---|---|---|---|\n"
+var (
+	scale     = flag.Float64("scale", 1, "part of the rounds to run, for a quick look; at least 2 are run")
+	tableFile = flag.String("table", "", "file to append the tables to")
+)
 
-// row prints one line of the table and reports the ratio as the benchmark's metric.
-func row(b *testing.B, what, ours, beside string, a, c []float64) {
+// samples are measurements by the name of what was done, in milliseconds where nothing else is said.
+type samples map[string][]float64
+
+func (s samples) add(name string, took time.Duration) {
+	s[name] = append(s[name], float64(took.Nanoseconds())/1e6)
+}
+
+// way is one of several ways to do the same. It does it once and adds what it took.
+type way func(samples) error
+
+// interleave goes all ways in each round, in an order that is drawn anew: what else the machine does, and what one way leaves
+// to the next, meets all alike. A round that is not counted warms the caches.
+func interleave(b *testing.B, rounds int, ways ...way) samples {
 	b.Helper()
-	ratio := median(a) / median(c)
-	lo, hi := bootstrap(a, c)
-	fmt.Fprintf(os.Stdout, "%s| %s | %s | %s | %.3g | %.3g | **%.2f** | %.2f-%.2f | %d |\n", heading, what, ours, beside, median(a), median(c), ratio, lo, hi, len(a))
-	heading = "" // once
-	verb, _, _ := strings.Cut(what, ",")
-	b.ReportMetric(ratio, strings.ReplaceAll(verb+"/"+beside, " ", "-")) // a unit has no spaces
-	b.ReportMetric(0, "ns/op")                                           // the rounds are fixed: Go's own figure means nothing here
+	var got samples
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for i := range max(2, int(math.Round(float64(rounds)**scale))) + 1 {
+		if i <= 1 {
+			got = samples{}
+		}
+		for _, j := range rnd.Perm(len(ways)) {
+			if err := ways[j](got); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	b.ReportMetric(0, "ns/op") // the rounds are fixed: Go's own figure means nothing here
+	return got
+}
+
+// report is a Markdown table. It is printed when the benchmark ends.
+type report struct {
+	b    *testing.B
+	text strings.Builder
+}
+
+func newReport(b *testing.B, title, heading string) *report {
+	r := &report{b: b}
+	fmt.Fprintf(&r.text, "\n%s\n\n%s\n|%s\n", title, heading, strings.Repeat("---|", strings.Count(heading, "|")-1))
+	b.Cleanup(r.print)
+	return r
+}
+
+// newComparison is the report that rows of compare go into.
+func newComparison(b *testing.B, title string) *report {
+	return newReport(b, title, "| what | ours | beside | median, ours | median, beside | ratio | 95 % | goal | n |")
+}
+
+func (r *report) print() {
+	fmt.Print(r.text.String())
+	if *tableFile == "" || r.b.Failed() {
+		return
+	}
+	f, err := os.OpenFile(*tableFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err == nil {
+		_, err = f.WriteString(r.text.String())
+	}
+	if err == nil {
+		err = f.Close()
+	}
+	if err != nil {
+		r.b.Error(err)
+	}
+}
+
+// A measure says how one side stands to the other.
+type measure struct {
+	of   func(a, c float64) float64
+	text string // format of one value
+}
+
+var (
+	ratio = measure{func(a, c float64) float64 { return a / c }, "%.3g"}
+	// excess is what ours takes more, in the unit of the samples.
+	excess = measure{func(a, c float64) float64 { return a - c }, "%+.3g"}
+)
+
+// A row compares what two sides took for the same.
+type row struct {
+	what, detail string // detail ends with the unit
+	ours, beside string
+	measure      measure
+	goal         string // in words, may be empty
+}
+
+// compare adds a row for the samples "WHAT SIDE" of both sides.
+func (r *report) compare(got samples, w row) {
+	r.b.Helper()
+	a, c := got[w.what+" "+w.ours], got[w.what+" "+w.beside]
+	if len(a) == 0 || len(c) == 0 {
+		r.b.Errorf("%+v: %d samples of ours, %d of the other", w, len(a), len(c))
+		return
+	}
+	lo, hi := bootstrap(w.measure, a, c)
+	value, t := w.measure.of(median(a), median(c)), w.measure.text
+	fmt.Fprintf(&r.text, "| %s, %s | %s | %s | %.3g | %.3g | **"+t+"** | "+t+" to "+t+" | %s | %d |\n",
+		w.what, w.detail, w.ours, w.beside, median(a), median(c), value, lo, hi, w.goal, len(a))
 }
 
 func median(v []float64) float64 {
@@ -38,8 +131,8 @@ func median(v []float64) float64 {
 	return (s[n/2-1] + s[n/2]) / 2
 }
 
-// bootstrap returns the percentile interval that holds 95 % of the ratio of medians over resamples of both sides.
-func bootstrap(a, c []float64) (lo, hi float64) {
+// bootstrap returns the percentile interval that holds 95 % of the measure of medians over resamples of both sides.
+func bootstrap(m measure, a, c []float64) (lo, hi float64) {
 	const resamples = 2000
 	rnd := rand.New(rand.NewPCG(1, 2)) // the same data give the same interval
 	pick := func(v []float64) []float64 {
@@ -49,10 +142,10 @@ func bootstrap(a, c []float64) (lo, hi float64) {
 		}
 		return out
 	}
-	ratios := make([]float64, resamples)
-	for i := range ratios {
-		ratios[i] = median(pick(a)) / median(pick(c))
+	values := make([]float64, resamples)
+	for i := range values {
+		values[i] = m.of(median(pick(a)), median(pick(c)))
 	}
-	slices.Sort(ratios)
-	return ratios[resamples*25/1000], ratios[resamples*975/1000]
+	slices.Sort(values)
+	return values[resamples*25/1000], values[resamples*975/1000]
 }

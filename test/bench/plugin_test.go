@@ -1,177 +1,213 @@
 package bench
 
 import (
-	"bytes"
+	"context"
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sync"
 	"testing"
-	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/hint"
 )
 
-// A contender is a CNI configuration that is run as a container runtime runs it: one process per command.
-type contender struct {
-	name, plugin, conf string
+// hostLocal is the reference IPAM object, with its leases on the same tmpfs as ours.
+func hostLocal(subnet string) string {
+	return `"ipam":{"type":"host-local","dataDir":"/var/lib/headcni/host-local","subnet":"` + subnet + `","routes":[{"dst":"0.0.0.0/0"}]}`
 }
 
-// contenders have a /16 each, so that no run comes near its end, and their leases on the same file system.
-var contenders = []contender{
-	{"headcni", "headcni", `{"cniVersion":"1.0.0","name":"bench-headcni","type":"headcni","mtu":1280,
-		"ipam":{"type":"headcni-ipam","subnet":"10.1.0.0/16"}}`},
-	{"ptp+host-local", "ptp", `{"cniVersion":"1.0.0","name":"bench-ptp","type":"ptp","mtu":1280,
-		"ipam":{"type":"host-local","dataDir":"/var/lib/headcni/host-local","subnet":"10.2.0.0/16","routes":[{"dst":"0.0.0.0/0"}]}}`},
-	{"bridge+host-local", "bridge", `{"cniVersion":"1.0.0","name":"bench-bridge","type":"bridge","bridge":"bench0","isGateway":true,
-		"ipam":{"type":"host-local","dataDir":"/var/lib/headcni/host-local","subnet":"10.3.0.0/16","routes":[{"dst":"0.0.0.0/0"}]}}`},
-}
+// Every contender has a /16, so that no run comes near its end.
+var (
+	headcni = contender{"headcni", "bench-headcni", []link{
+		{"headcni", `"mtu":1280,"ipam":{"type":"headcni-ipam","subnet":"10.1.0.0/16"}`},
+	}}
+	ptp = contender{"ptp + host-local", "bench-ptp", []link{{"ptp", `"mtu":1280,` + hostLocal("10.2.0.0/16")}}}
 
-// runner runs plugins from the folders of our programs and of the pinned real parts.
-type runner struct {
-	path  string // for the plugins' own look-up of IPAM plugins
-	count int
-}
+	references = []contender{ptp, {"bridge + host-local", "bench-bridge", []link{
+		{"bridge", `"bridge":"bench0","isGateway":true,` + hostLocal("10.3.0.0/16")},
+	}}}
+)
 
-func newRunner(b *testing.B) *runner {
-	nstest.Require(b)
-	ours, tools := os.Getenv("HEADCNI_BIN"), os.Getenv("HEADCNI_TOOLS")
-	if ours == "" || tools == "" {
-		nstest.Skip(b, "no programs to measure: run `sudo make bench`")
+// otherLinks gives the host more links: the ends of pods that are there already.
+func otherLinks(b *testing.B, n int) {
+	b.Helper()
+	if n == 0 {
+		return
 	}
-	return &runner{path: ours + ":" + tools}
-}
-
-func (r *runner) find(name string) (string, error) {
-	for _, dir := range filepath.SplitList(r.path) {
-		path := filepath.Join(dir, name)
-		if _, err := os.Stat(path); err == nil {
-			return path, nil
-		}
-	}
-	return "", fmt.Errorf("no %s in %s", name, r.path)
-}
-
-// command runs one CNI command and returns how long the process took.
-func (r *runner) command(c contender, command, id, netns string) (time.Duration, error) {
-	path, err := r.find(c.plugin)
+	pods := nstest.New(b)
+	fd, err := os.Open(pods.Path)
 	if err != nil {
-		return 0, err
+		b.Fatal(err)
 	}
-	cmd := exec.Command(path)
-	cmd.Stdin = bytes.NewBufferString(c.conf)
-	cmd.Env = []string{
-		"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + id, "CNI_NETNS=" + netns, "CNI_IFNAME=eth0", "CNI_PATH=" + r.path,
-		"PATH=" + os.Getenv("PATH"),
+	defer fd.Close()
+	for i := range n {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.Flags = fmt.Sprintf("other%d", i), net.FlagUp
+		err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: fmt.Sprintf("pod%d", i), PeerNamespace: netlink.NsFd(fd.Fd())})
+		if err != nil {
+			b.Fatalf("make link %d of %d: %v", i, n, err)
+		}
 	}
-	var out, errOut bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errOut
-	began := time.Now()
-	err = cmd.Run()
-	took := time.Since(began)
+	b.Cleanup(func() { removeOtherLinks(b) })
+}
+
+// removeOtherLinks waits: one link's removal takes a grace period of the kernel, a namespace's takes all at once.
+func removeOtherLinks(b *testing.B) {
+	links, err := netlink.LinkList()
 	if err != nil {
-		return 0, fmt.Errorf("%s %s: %w: %s%s", c.name, command, err, out.Bytes(), errOut.Bytes())
+		b.Fatal(err)
 	}
-	return took, nil
-}
-
-// sandbox is a network namespace as a runtime has it.
-type sandbox struct{ id, netns string }
-
-func (r *runner) sandboxes(n int) ([]sandbox, error) {
-	var all []sandbox
-	for range n {
-		r.count++
-		s := sandbox{id: fmt.Sprintf("bench%d", r.count)}
-		s.netns = filepath.Join("/run/netns", s.id)
-		if err := nstest.Create(s.netns); err != nil {
-			return all, err
-		}
-		all = append(all, s)
-	}
-	return all, nil
-}
-
-func remove(all []sandbox) error {
-	for _, s := range all {
-		if err := unix.Unmount(s.netns, unix.MNT_DETACH); err != nil {
-			return err
-		}
-		if err := os.Remove(s.netns); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// together runs one command for all sandboxes at once and returns how long it took until the last was done.
-func (r *runner) together(c contender, command string, all []sandbox) (time.Duration, error) {
-	errs := make([]error, len(all))
-	var wg sync.WaitGroup
-	began := time.Now()
-	for i, s := range all {
-		wg.Go(func() { _, errs[i] = r.command(c, command, s.id, s.netns) })
-	}
-	wg.Wait()
-	took := time.Since(began)
-	for _, err := range errs {
-		if err != nil {
-			return 0, err
-		}
-	}
-	return took, nil
-}
-
-// round is one ADD and one DEL of n sandboxes at once for every contender, in an order that turns with the rounds: what
-// else the machine does meets all alike.
-func (r *runner) round(number, n int, add, del map[string][]float64) error {
-	for i := range contenders {
-		c := contenders[(i+number)%len(contenders)]
-		all, err := r.sandboxes(n)
-		if err != nil {
-			return err
-		}
-		a, err := r.together(c, "ADD", all)
-		if err != nil {
-			return err
-		}
-		d, err := r.together(c, "DEL", all)
-		if err != nil {
-			return err
-		}
-		if err := remove(all); err != nil {
-			return err
-		}
-		add[c.name] = append(add[c.name], a.Seconds()*1e3)
-		del[c.name] = append(del[c.name], d.Seconds()*1e3)
-	}
-	return nil
-}
-
-// BenchmarkPlugin compares whole plugin processes, 1 and 30 at once.
-func BenchmarkPlugin(b *testing.B) {
-	for _, n := range []int{1, 30} {
-		b.Run(fmt.Sprintf("at-once=%d", n), func(b *testing.B) {
-			r := newRunner(b)
-			rounds := 60
-			if n > 1 {
-				rounds = 15
-			}
-			add, del := map[string][]float64{}, map[string][]float64{}
-			if err := r.round(0, n, map[string][]float64{}, map[string][]float64{}); err != nil { // warm caches
+	const group = 77
+	for _, l := range links {
+		if l.Type() == "veth" {
+			if err := netlink.LinkSetGroup(l, group); err != nil {
 				b.Fatal(err)
 			}
-			for i := range rounds {
-				if err := r.round(i, n, add, del); err != nil {
-					b.Fatal(err)
-				}
+		}
+	}
+	if out, err := exec.Command("ip", "link", "delete", "group", fmt.Sprint(group)).CombinedOutput(); err != nil {
+		b.Fatalf("remove the other links: %v\n%s", err, out)
+	}
+}
+
+// BenchmarkPlugin compares whole plugin processes: one, and many at once until the last is done. 110 is the kubelet's default
+// limit of pods on a node: its DEL drains a node.
+func BenchmarkPlugin(b *testing.B) {
+	goals := map[string]string{
+		"ADD 1": "at most 0.30", "ADD 300": "at most 0.33: 3 times the rate", "DEL 110": "at most 0.45",
+	}
+	for _, links := range []int{0, 1000} {
+		b.Run(fmt.Sprintf("links=%d", links), func(b *testing.B) {
+			p := newPrograms(b)
+			otherLinks(b, links)
+			r := newComparison(b, fmt.Sprintf("Plugins, with %d other links on the host:", links))
+			for _, load := range []struct{ atOnce, rounds int }{{1, 60}, {30, 12}, {110, 6}, {300, 5}} {
+				b.Run(fmt.Sprintf("at-once=%d", load.atOnce), func(b *testing.B) {
+					all := newSandboxes(b, load.atOnce)
+					ways := []way{p.lives(headcni, all, "ADD", "CHECK", "DEL")}
+					for _, c := range references {
+						ways = append(ways, p.lives(c, all, "ADD", "CHECK", "DEL"))
+					}
+					got := interleave(b, load.rounds, ways...)
+					for _, command := range []string{"ADD", "CHECK", "DEL"} {
+						for _, c := range references {
+							w := row{command, fmt.Sprintf("%d at once, ms", load.atOnce), headcni.name, c.name, ratio, ""}
+							if c.name == ptp.name {
+								w.goal = goals[fmt.Sprint(command, " ", load.atOnce)]
+							}
+							r.compare(got, w)
+						}
+					}
+				})
 			}
-			for _, other := range contenders[1:] {
-				row(b, fmt.Sprintf("ADD, %d at once, ms", n), "headcni", other.name, add["headcni"], add[other.name])
-				row(b, fmt.Sprintf("DEL, %d at once, ms", n), "headcni", other.name, del["headcni"], del[other.name])
+		})
+	}
+}
+
+// shipped is the conflist that the daemon writes (pkg/daemon/conflist.go), with a socket of our choice. It is for IPv4 alone: the
+// reference plugin waits for the kernel's duplicate address detection of IPv6, a second that would outweigh all else.
+func shipped(name, network, subnet, socket string) contender {
+	return contender{name, network, []link{
+		{"headcni", fmt.Sprintf(`"pod_cidr":%q,"service_cidr":"10.96.0.0/16","mtu":1280,"enable_ipv6":false,`+
+			`"ipam":{"type":"headcni-ipam","ranges":[[{"subnet":%[1]q}]],"strategy":"sequential"},`+
+			`"magic_dns":{"enable":true,"base_domain":"cluster.local","nameservers":["10.96.0.10"]},`+
+			`"gate":{"podCIDRs":[%[1]q]},"daemon_socket":%[2]q`, subnet, socket)},
+		portmap,
+	}}
+}
+
+// portmap has nothing to do: no pod asks for a port of the host, like nearly all.
+var portmap = link{"portmap", `"capabilities":{"portMappings":true}`}
+
+// openGate makes what the plugin's gate looks for: the daemon's node network.
+func openGate(b *testing.B, subnets ...string) {
+	b.Helper()
+	for _, s := range subnets {
+		dst, err := netlink.ParseIPNet(s)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := netlink.RouteAdd(&netlink.Route{Dst: dst, Type: unix.RTN_UNREACHABLE}); err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() {
+			if err := netlink.RouteDel(&netlink.Route{Dst: dst, Type: unix.RTN_UNREACHABLE}); err != nil {
+				b.Error(err)
+			}
+		})
+	}
+	nft := func(verb string) {
+		for _, family := range []string{"ip", "ip6"} {
+			if out, err := exec.Command("nft", verb, "table", family, "headcni").CombinedOutput(); err != nil {
+				b.Fatalf("nft %s table: %v\n%s", verb, err, out)
+			}
+		}
+	}
+	nft("add")
+	b.Cleanup(func() { nft("delete") })
+}
+
+// listen stands in for the daemon: it takes hints from the socket and the spool.
+func listen(b *testing.B, socket string) {
+	b.Helper()
+	spool := hint.Spool(socket)
+	if err := os.MkdirAll(spool, 0o700); err != nil {
+		b.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done, heard := make(chan error), 0
+	take := func(hint.Hint) {
+		heard++
+		got, err := hint.ReadSpool(spool, 1000)
+		for _, h := range got {
+			err = errors.Join(err, hint.RemoveSpooled(spool, []string{h.Name}))
+		}
+		if err != nil {
+			b.Error(err)
+		}
+	}
+	go func() { done <- hint.Serve(ctx, socket, take) }()
+	b.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil || heard == 0 {
+			b.Errorf("the stand-in for the daemon has heard of %d commands: %v", heard, err)
+		}
+	})
+}
+
+// BenchmarkConflist compares the shipped conflist with its likeness of reference plugins.
+func BenchmarkConflist(b *testing.B) {
+	p := newPrograms(b)
+	socket := filepath.Join(paths.RunDir, "listening", "daemon.sock")
+	listen(b, socket)
+	openGate(b, "10.4.0.0/16", "10.5.0.0/16")
+	quiet := shipped("headcni + portmap, no daemon", "bench-quiet", "10.4.0.0/16", filepath.Join(paths.RunDir, "absent.sock"))
+	heard := shipped("headcni + portmap", "bench-heard", "10.5.0.0/16", socket)
+	reference := contender{"ptp + portmap", "bench-ptp-portmap", []link{{"ptp", `"mtu":1280,` + hostLocal("10.6.0.0/16")}, portmap}}
+	r := newComparison(b, "The shipped conflist:")
+	for _, load := range []struct {
+		atOnce, rounds int
+		goal           string
+	}{{1, 40, "at most 0.30"}, {30, 10, ""}} {
+		b.Run(fmt.Sprintf("at-once=%d", load.atOnce), func(b *testing.B) {
+			all := newSandboxes(b, load.atOnce)
+			verbs := []string{"ADD", "CHECK", "DEL"}
+			got := interleave(b, load.rounds, p.lives(heard, all, verbs...), p.lives(quiet, all, verbs...), p.lives(reference, all, verbs...))
+			for _, command := range verbs {
+				w := row{command, fmt.Sprintf("%d at once, ms", load.atOnce), heard.name, reference.name, ratio, ""}
+				if command == "ADD" {
+					w.goal = load.goal
+				}
+				r.compare(got, w)
+				w.ours, w.goal = quiet.name, ""
+				r.compare(got, w)
 			}
 		})
 	}

@@ -45,21 +45,16 @@ func BenchmarkThroughput(b *testing.B) {
 		{"node-node over tailscale", l.Nodes[0], l.Nodes[1], tailnet[0]},
 		{"node-node, underlay", l.Nodes[0], l.Nodes[1], l.Nodes[1].Underlay[0]},
 	}
-	const rounds = 12
-	got := map[string][]float64{}
-	for i := range rounds + 1 {
-		for j := range paths {
-			p := paths[(i+j)%len(paths)]
+	var ways []way
+	for _, p := range paths {
+		ways = append(ways, func(got samples) error {
 			bps, err := lab.Throughput(ctx, p.from, p.to, p.addr, time.Second)
-			if err != nil {
-				b.Fatal(err)
-			}
-			if i > 0 { // the first round sets up sessions and routes
-				got[p.name] = append(got[p.name], bps/1e9)
-			}
-		}
+			got["TCP "+p.name] = append(got["TCP "+p.name], bps/1e9)
+			return err
+		})
 	}
-	for _, p := range paths[1:] {
-		row(b, "TCP, 1 stream, Gb/s", paths[0].name, p.name, got[paths[0].name], got[p.name])
-	}
+	got := interleave(b, 12, ways...)
+	r := newComparison(b, "Throughput:")
+	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[0].name, paths[1].name, ratio, "at least 0.97"})
+	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[0].name, paths[2].name, ratio, ""})
 }
