@@ -2,7 +2,8 @@ package controller
 
 import (
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/headcni/headcni/pkg/monitoring"
 )
 
 // metrics are the controller's.
@@ -14,13 +15,13 @@ type metrics struct {
 	nodes     *prometheus.GaugeVec
 	findings  *prometheus.GaugeVec
 	joinKey   prometheus.Gauge
+	apiKey    prometheus.Gauge
 	passes    *prometheus.CounterVec
 }
 
 func newMetrics(version string) *metrics {
 	m := &metrics{
-		registry: prometheus.NewRegistry(),
-		leader:   prometheus.NewGauge(prometheus.GaugeOpts{Name: "headcni_controller_leader", Help: "1 where this controller leads."}),
+		leader: prometheus.NewGauge(prometheus.GaugeOpts{Name: "headcni_controller_leader", Help: "1 where this controller leads."}),
 		headscale: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "headcni_controller_headscale_up", Help: "1 where Headscale answered the leader's last call.",
 		}),
@@ -33,14 +34,14 @@ func newMetrics(version string) *metrics {
 		joinKey: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "headcni_join_key_expiry_timestamp_seconds", Help: "When the key that nodes join with expires, 0 where it is not known.",
 		}),
+		apiKey: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "headcni_headscale_api_key_expiry_timestamp_seconds", Help: "When the API key for Headscale expires, 0 where it is not known or never does.",
+		}),
 		passes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "headcni_controller_passes_total", Help: "Passes of the leader by result: right or failed.",
 		}, []string{"result"}),
 	}
-	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "headcni_build_info", Help: "Always 1."}, []string{"version"})
-	build.WithLabelValues(version).Set(1)
-	m.registry.MustRegister(m.leader, m.headscale, m.nodes, m.findings, m.joinKey, m.passes, build,
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry = monitoring.NewRegistry(version, m.leader, m.headscale, m.nodes, m.findings, m.joinKey, m.apiKey, m.passes)
 	for _, result := range []string{"right", "failed"} {
 		m.passes.WithLabelValues(result)
 	}

@@ -52,7 +52,7 @@ type Daemon struct {
 	member  *member
 	cluster *cluster // nil without Kubernetes
 	tunnel  tunnel   // of the loop alone
-	events  *events
+	events  events   // of the loop alone
 
 	saved   state
 	wake    chan struct{}
@@ -92,7 +92,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
 		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved, cluster: k,
-		events: &events{}, board: newBoard(log, m, partsOf(c, k != nil)), wake: make(chan struct{}, 1), cutOff: make(chan string, 1),
+		board: newBoard(log, m, partsOf(c, k != nil)), wake: make(chan struct{}, 1), cutOff: make(chan string, 1),
 		version: version, began: time.Now(),
 	}
 	if k != nil {

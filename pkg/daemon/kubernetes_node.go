@@ -223,15 +223,6 @@ func (d *Daemon) syncNode(ctx context.Context, o observation, up bool) ([]string
 	return done, errors.Join(errs...)
 }
 
-// tell makes an event of what is news on the board.
-func (d *Daemon) tell(part string, ok bool, text string) {
-	if ok {
-		d.events.add(corev1.EventTypeNormal, "HeadCNIRight", part, part+": "+text)
-		return
-	}
-	d.events.add(corev1.EventTypeWarning, "HeadCNINotRight", part, part+": "+text)
-}
-
 // leave takes everything off the node where its Node object asks for it, says so there, and reports whether there is
 // nothing else to do. Once done it stays so until the process ends: the annotation goes before we are stopped.
 func (d *Daemon) leave(ctx context.Context) (done, right bool) {

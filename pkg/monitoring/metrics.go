@@ -1,4 +1,4 @@
-// Package monitoring is how the daemon shows itself: Prometheus metrics, liveness and readiness.
+// Package monitoring is how the daemon and the controller show themselves: Prometheus metrics, liveness and readiness.
 package monitoring
 
 import (
@@ -20,11 +20,20 @@ type Metrics struct {
 	corrections *prometheus.CounterVec
 }
 
+// NewRegistry has what each of our programs shows: some metrics of its own, its version, and those of Go and the process.
+func NewRegistry(version string, own ...prometheus.Collector) *prometheus.Registry {
+	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "headcni_build_info", Help: "Always 1."}, []string{"version"})
+	build.WithLabelValues(version).Set(1)
+	r := prometheus.NewRegistry()
+	r.MustRegister(own...)
+	r.MustRegister(build, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r
+}
+
 // NewMetrics registers everything at zero, so that a rate over a fresh daemon is right from the first scrape.
 func NewMetrics(version string) *Metrics {
 	m := &Metrics{
-		registry: prometheus.NewRegistry(),
-		plugin:   &book{t: newTotals(), log: func(error) {}},
+		plugin: &book{t: newTotals(), log: func(error) {}},
 		passes: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "headcni_reconcile_duration_seconds", Help: "Duration of one observe-plan-apply pass over the node.",
 			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
@@ -46,10 +55,7 @@ func NewMetrics(version string) *Metrics {
 	policy := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "headcni_network_policy_enforced", Help: "1 where this node enforces NetworkPolicies, 0 where it does not.",
 	})
-	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "headcni_build_info", Help: "Always 1."}, []string{"version"})
-	build.WithLabelValues(version).Set(1)
-	m.registry.MustRegister(m.plugin, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections, build,
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry = NewRegistry(version, m.plugin, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
 	return m
 }
 

@@ -1,0 +1,47 @@
+package kube
+
+import (
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes/fake"
+)
+
+func TestWriteEvent(t *testing.T) {
+	client := fake.NewClientset()
+	r := Reporter{Client: client, Program: "daemon", Instance: "a"}
+	e := Event{Time: time.Now(), About: AboutNode("a"), What: "firewall", Note: strings.Repeat("é", maxNote)}
+	for range 2 { // the second as after an answer that was lost
+		if err := r.Write(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	about := corev1.ObjectReference{Kind: "Deployment", Namespace: "kube-system", Name: Controller}
+	if err := r.Write(t.Context(), Event{Time: time.Now(), About: about, What: "policy", Note: "right again", Right: true}); err != nil {
+		t.Fatal(err)
+	}
+	list, err := client.EventsV1().Events(metav1.NamespaceAll).List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(list.Items) != 2 {
+		t.Fatalf("%d events, %v", len(list.Items), err)
+	}
+	for _, got := range list.Items {
+		if got.ReportingController != "headcni.io/daemon" || got.ReportingInstance != "a" || got.EventTime.Nanosecond()%1000 != 0 {
+			t.Errorf("%+v", got)
+		}
+		switch got.Regarding.Kind {
+		case "Node":
+			if got.Namespace != "default" || got.Type != corev1.EventTypeWarning || got.Reason != ReasonNotRight || got.Action != "firewall" ||
+				got.Regarding.UID != "a" || len(got.Note) > maxNote || !utf8.ValidString(got.Note) || !strings.HasSuffix(got.Note, "é...") {
+				t.Errorf("%+v", got)
+			}
+		default:
+			if got.Namespace != "kube-system" || got.Type != corev1.EventTypeNormal || got.Reason != ReasonRight || got.Note != "right again" {
+				t.Errorf("%+v", got)
+			}
+		}
+	}
+}
