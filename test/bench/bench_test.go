@@ -118,8 +118,16 @@ func (r *report) compare(got samples, w row) {
 	}
 	lo, hi := bootstrap(w.measure, a, c)
 	value, t := w.measure.of(median(a), median(c)), w.measure.text
-	fmt.Fprintf(&r.text, "| %s, %s | %s | %s | %.3g | %.3g | **"+t+"** | "+t+" to "+t+" | %s | %d |\n",
-		w.what, w.detail, w.ours, w.beside, median(a), median(c), value, lo, hi, w.goal, len(a))
+	fmt.Fprintf(&r.text, "| %s, %s | %s | %s | %s | %s | **"+t+"** | "+t+" to "+t+" | %s | %d |\n",
+		w.what, w.detail, w.ours, w.beside, digits(median(a)), digits(median(c)), value, lo, hi, w.goal, len(a))
+}
+
+// digits writes three significant digits, or a whole number.
+func digits(v float64) string {
+	if v >= 1000 {
+		return fmt.Sprintf("%.0f", v)
+	}
+	return fmt.Sprintf("%.3g", v)
 }
 
 func median(v []float64) float64 {
