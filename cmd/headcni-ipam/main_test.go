@@ -190,7 +190,7 @@ func TestErrorsAndUndo(t *testing.T) {
 	wantCode(t, call{"ADD", "a", "", conf("1.1.0", dir, `"subnet": "10.0.0.5/24"`, "")}, types.ErrInvalidNetworkConfig, "host bits")
 	wantCode(t, call{"STATUS", "", "", conf("1.1.0", dir, `"strategy": "x"`, "")}, types.ErrInvalidNetworkConfig, "strategy")
 	wantCode(t, call{"ADD", "a", "", `{"cniVersion": "1.1.0", "name": "net", "type": "bridge"}`}, types.ErrInvalidNetworkConfig, "no ipam")
-	wantCode(t, call{"ADD", "a", "", conf("1.1.0", dir, dual+`, "resolvConf": "/nonexistent/resolv.conf"`, "")}, types.ErrInternal, "resolvConf")
+	wantCode(t, call{"ADD", "a", "", conf("1.1.0", dir, dual+`, "resolvConf": "/nonexistent/resolv.conf"`, "")}, types.ErrInvalidNetworkConfig, "ipam.resolvConf: open /nonexistent/resolv.conf")
 	wantCode(t, call{"CHECK", "a", "", good}, codeNoLease, "no lease") // what ADD gave was taken back
 
 	mustRun(t, call{"ADD", "a", "", good})

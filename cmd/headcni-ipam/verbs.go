@@ -8,10 +8,10 @@ import (
 	"io"
 	"net/netip"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
-	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/pkg/ipam"
@@ -30,55 +30,61 @@ const (
 // verbs are the commands of CNI specification 1.1.0.
 type verbs struct{ out io.Writer }
 
-// netConf is what of a network configuration is not in the ipam object.
-type netConf struct {
-	CNIVersion  string                `json:"cniVersion"`
-	Name        string                `json:"name"`
-	IPAM        json.RawMessage       `json:"ipam"`
-	PrevResult  json.RawMessage       `json:"prevResult"`
-	Attachments *[]types.GCAttachment `json:"cni.dev/valid-attachments"`
-}
-
-// open parses the configuration. strict is for ADD; all else works with ranges that are wrong or missing by now, as long
-// as the leases can be found.
-func open(stdin []byte, strict bool) (netConf, *ipam.Pool, error) {
-	var n netConf
-	if err := json.Unmarshal(stdin, &n); err != nil {
-		return n, nil, types.NewError(types.ErrDecodingFailure, "decode the network configuration", err.Error())
+// open parses the configuration. strict is for ADD and STATUS; all else works with ranges that are wrong or missing by now,
+// as long as the leases can be found.
+func open(a cnimain.Call, strict bool) (*ipam.Pool, error) {
+	name := str(a.Config["name"])
+	if len(a.Config["ipam"]) == 0 {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig, "the network configuration has no ipam object", "")
 	}
-	if len(n.IPAM) == 0 {
-		return n, nil, types.NewError(types.ErrInvalidNetworkConfig, "the network configuration has no ipam object", "")
-	}
-	c, err := ipam.ParseConfig(n.Name, n.IPAM)
+	c, err := parse(name, a)
 	if err != nil && !strict {
-		if c, err = leniently(n); err != nil {
-			return n, nil, cniError(err)
-		}
+		c, err = leniently(name, a.Config["ipam"])
 	}
 	if err != nil {
-		return n, nil, cniError(err)
+		return nil, cniError(err)
 	}
 	p, err := ipam.Open(c)
-	return n, p, cniError(err)
+	return p, cniError(err)
+}
+
+func parse(name string, a cnimain.Call) (ipam.Config, error) {
+	var runtime struct {
+		IPRanges json.RawMessage `json:"ipRanges"`
+	}
+	if v := a.Config["runtimeConfig"]; v != nil && json.Unmarshal(v, &runtime) != nil {
+		return ipam.Config{}, fmt.Errorf("%w: runtimeConfig: want an object", ipam.ErrConfig)
+	}
+	object, err := ipam.WithRanges(a.Config["ipam"], runtime.IPRanges)
+	if err != nil {
+		return ipam.Config{}, err
+	}
+	return ipam.ParseConfig(name, object)
+}
+
+// str reads a string that cnimain has seen to be one.
+func str(v json.RawMessage) (s string) {
+	_ = json.Unmarshal(v, &s)
+	return s
 }
 
 // leniently takes from a configuration only where the leases are.
-func leniently(n netConf) (ipam.Config, error) {
+func leniently(name string, object json.RawMessage) (ipam.Config, error) {
 	var c struct {
 		DataDir string `json:"dataDir"`
 	}
-	if err := json.Unmarshal(n.IPAM, &c); err != nil {
-		return ipam.Config{}, fmt.Errorf("%w: %w", ipam.ErrConfig, err)
+	if err := json.Unmarshal(object, &c); err != nil {
+		return ipam.Config{}, fmt.Errorf("%w: ipam: want an object with a path called dataDir", ipam.ErrConfig)
 	}
-	return ipam.Config{Network: n.Name, DataDir: c.DataDir}, nil
+	return ipam.Config{Network: name, DataDir: c.DataDir}, nil
 }
 
 func (v verbs) add(a cnimain.Call) error {
-	n, p, err := open(a.Stdin, true)
+	p, err := open(a, true)
 	if err != nil {
 		return err
 	}
-	requested, err := ipam.RequestedIPs(a.Args, a.Stdin)
+	requested, err := ipam.RequestedIPs(a.Args, a.Config)
 	if err != nil {
 		return cniError(err)
 	}
@@ -91,7 +97,7 @@ func (v verbs) add(a cnimain.Call) error {
 	if err != nil {
 		return cniError(err)
 	}
-	if err := v.print(p.Config(), lease, n.CNIVersion); err != nil {
+	if err := v.print(p.Config(), lease, str(a.Config["cniVersion"])); err != nil {
 		_, undo := p.Release(ctx, a.ContainerID, a.IfName)
 		return cniError(errors.Join(err, undo))
 	}
@@ -115,7 +121,7 @@ func addrs(l ipam.Lease) []netip.Addr {
 }
 
 func (v verbs) del(a cnimain.Call) error {
-	_, p, err := open(a.Stdin, false)
+	p, err := open(a, false)
 	if err != nil {
 		return err
 	}
@@ -125,12 +131,13 @@ func (v verbs) del(a cnimain.Call) error {
 
 // check wants a lease, and where the calling plugin tells what ADD gave, that all of it is in there.
 func (v verbs) check(a cnimain.Call) error {
-	n, p, err := open(a.Stdin, false)
+	p, err := open(a, false)
 	if err != nil {
 		return err
 	}
 	lease, err := p.Lookup(context.Background(), a.ContainerID, a.IfName)
-	if err != nil || len(n.PrevResult) == 0 {
+	prevResult := a.Config["prevResult"]
+	if err != nil || prevResult == nil {
 		return cniError(err)
 	}
 	// Only the addresses matter, and all versions from 0.3.0 on write them alike.
@@ -139,7 +146,7 @@ func (v verbs) check(a cnimain.Call) error {
 			Address string `json:"address"`
 		} `json:"ips"`
 	}
-	if err := json.Unmarshal(n.PrevResult, &prev); err != nil {
+	if err := json.Unmarshal(prevResult, &prev); err != nil {
 		return types.NewError(types.ErrDecodingFailure, "decode prevResult", err.Error())
 	}
 	have := map[netip.Addr]bool{}
@@ -160,18 +167,20 @@ func (v verbs) check(a cnimain.Call) error {
 // younger than this process is kept all the same, for the list cannot know it.
 func (v verbs) gc(a cnimain.Call) error {
 	start := time.Now()
-	n, p, err := open(a.Stdin, false)
+	p, err := open(a, false)
 	if err != nil {
 		return err
 	}
-	if n.Attachments == nil {
-		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs cni.dev/valid-attachments; without it nothing is released", "")
+	const key = "cni.dev/valid-attachments"
+	var attachments []types.GCAttachment
+	if err := json.Unmarshal(a.Config[key], &attachments); err != nil || attachments == nil {
+		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs a list called "+key+"; without it nothing is released", "")
 	}
 	valid := map[types.GCAttachment]bool{}
-	for i, at := range *n.Attachments {
+	for i, at := range attachments {
 		if at.ContainerID == "" || at.IfName == "" { // its lease would go
 			return types.NewError(types.ErrInvalidNetworkConfig,
-				fmt.Sprintf("cni.dev/valid-attachments[%d]: want containerID and ifname; nothing is released", i), "")
+				fmt.Sprintf("%s[%d]: want containerID and ifname; nothing is released", key, i), "")
 		}
 		valid[at] = true
 	}
@@ -182,7 +191,7 @@ func (v verbs) gc(a cnimain.Call) error {
 }
 
 func (v verbs) status(a cnimain.Call) error {
-	_, p, err := open(a.Stdin, true)
+	p, err := open(a, true)
 	if err != nil {
 		return err
 	}
@@ -202,19 +211,17 @@ func cniError(err error) error {
 		is   error
 		code uint
 	}{
+		{ipam.ErrUnsupported, types.ErrUnsupportedField},
 		{ipam.ErrConfig, types.ErrInvalidNetworkConfig},
 		{ipam.ErrNoRanges, types.ErrInvalidNetworkConfig},
 		{ipam.ErrArgs, types.ErrInvalidEnvironmentVariables},
+		{ipam.ErrOwner, types.ErrInvalidEnvironmentVariables},
 		{ipam.ErrLocked, types.ErrTryAgainLater},
 		{ipam.ErrExhausted, codeExhausted},
 		{ipam.ErrInUse, codeInUse},
 		{ipam.ErrNotInRange, codeNotInRange},
 		{ipam.ErrNotFound, codeNoLease},
 		{ipam.ErrCorrupt, codeCorrupt},
-		{unix.ENOSPC, types.ErrIOFailure},
-		{unix.EROFS, types.ErrIOFailure},
-		{unix.EACCES, types.ErrIOFailure},
-		{unix.EIO, types.ErrIOFailure},
 	} {
 		if errors.Is(err, c.is) {
 			e := types.NewError(c.code, text, "")
@@ -223,6 +230,10 @@ func cniError(err error) error {
 			}
 			return e
 		}
+	}
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return types.NewError(types.ErrIOFailure, text, "")
 	}
 	return types.NewError(types.ErrInternal, text, "")
 }

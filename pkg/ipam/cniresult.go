@@ -14,7 +14,7 @@ import (
 )
 
 // Result makes the abbreviated result of a delegated plugin from a lease (CNI specification, section 4): addresses,
-// routes and DNS, no interfaces.
+// routes and DNS, no interfaces. A resolvConf that is not there is an ErrConfig.
 func (c Config) Result(l Lease) (*types100.Result, error) {
 	r := &types100.Result{CNIVersion: types100.ImplementedSpecVersion}
 	for _, a := range l.Addrs {
@@ -28,6 +28,9 @@ func (c Config) Result(l Lease) (*types100.Result, error) {
 	}
 	if c.ResolvConf != "" {
 		dns, err := readResolvConf(c.ResolvConf)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("%w: ipam.resolvConf: %w", ErrConfig, err)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("read ipam.resolvConf: %w", err)
 		}

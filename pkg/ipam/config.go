@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -88,8 +89,8 @@ const knownKeys = "known keys are type, subnet, rangeStart, rangeEnd, gateway, e
 // ParseConfig reads the ipam object of a CNI network configuration: host-local's format (subnet, rangeStart, rangeEnd,
 // gateway, ranges, routes, dataDir, resolvConf), and in addition strategy and exclude (a list of prefixes or addresses, in
 // a range or beside the ranges). A subnet beside ranges makes the first set, as with host-local. Unknown keys are an
-// error. The error is an ErrConfig that names all faults; where the only one is that there is no range, it is an
-// ErrNoRanges too, and the rest of the Config is good.
+// error. The error is an ErrConfig that names all faults; where they all are unknown keys, it is an ErrUnsupported too;
+// where the only one is that there is no range, it is an ErrNoRanges too, and the rest of the Config is good.
 func ParseConfig(network string, ipamJSON []byte) (Config, error) {
 	var keys keyed
 	if err := json.Unmarshal(ipamJSON, &keys); err != nil {
@@ -109,17 +110,30 @@ func ParseConfig(network string, ipamJSON []byte) (Config, error) {
 }
 
 // parser turns text into addresses and gathers the faults.
-type parser struct{ faults []error }
+type parser struct {
+	faults  []error
+	unknown int // of them, those that are unknown keys
+}
 
 func (p *parser) fault(field, format string, args ...any) {
 	p.faults = append(p.faults, fmt.Errorf("ipam."+field+": "+format, args...))
 }
 
+// unknownKey names key and value, as the specification wants it (section 5, error 2). Nothing here is secret.
+func (p *parser) unknownKey(field string, v json.RawMessage) {
+	p.unknown++
+	p.fault(field, "unknown key (value %s)", v)
+}
+
 func (p *parser) err() error {
-	if len(p.faults) == 0 {
+	kind := ErrConfig
+	switch len(p.faults) {
+	case 0:
 		return nil
+	case p.unknown:
+		kind = ErrUnsupported
 	}
-	return fmt.Errorf("%w: %w", ErrConfig, errors.Join(p.faults...))
+	return fmt.Errorf("%w: %w", kind, errors.Join(p.faults...))
 }
 
 // decode reads a member. The fault does not repeat the input.
@@ -159,7 +173,7 @@ func (p *parser) object(keys keyed) (raw configJSON) {
 			}
 		default:
 			if !p.rangeKey("", key, v, &raw.rangeJSON) {
-				p.fault(key, "unknown key")
+				p.unknownKey(key, v)
 			}
 		}
 	}
@@ -169,7 +183,7 @@ func (p *parser) object(keys keyed) (raw configJSON) {
 func (p *parser) rangeObject(at string, keys keyed) (r rangeJSON) {
 	for _, key := range slices.Sorted(maps.Keys(keys)) {
 		if !p.rangeKey(at, key, keys[key], &r) {
-			p.fault(at+key, "unknown key")
+			p.unknownKey(at+key, keys[key])
 		}
 	}
 	return r
@@ -284,7 +298,48 @@ func (p *parser) route(at string, r routeJSON) Route {
 	if out.Dst.IsValid() && out.GW.IsValid() && out.GW.Is4() != out.Dst.Addr().Is4() {
 		p.fault(at+"gw", "%s: of another family than dst %s", out.GW, out.Dst)
 	}
+	p.number(at+"mtu", &r.MTU, 0, math.MaxUint16)
+	p.number(at+"advmss", &r.AdvMSS, 0, math.MaxUint16)
+	p.number(at+"priority", &r.Priority, 0, math.MaxUint32)
+	p.number(at+"table", r.Table, 1, math.MaxUint32)
+	p.number(at+"scope", r.Scope, 0, math.MaxUint8)
 	return out
+}
+
+// number wants the value, where there is one, to be what the kernel has room for.
+func (p *parser) number(field string, n *int, least, most int64) {
+	if n != nil && (int64(*n) < least || int64(*n) > most) {
+		p.fault(field, "%d: want %d to %d", *n, least, most)
+	}
+}
+
+// WithRanges returns an ipam object with the range sets that the runtime asks for (runtimeConfig.ipRanges, the capability
+// ipRanges) before its own, as host-local has it. The object may be nil, the ranges too.
+func WithRanges(ipamJSON, ipRanges json.RawMessage) (json.RawMessage, error) {
+	if len(ipRanges) == 0 {
+		return ipamJSON, nil
+	}
+	keys := keyed{}
+	var asked, own []json.RawMessage
+	if err := json.Unmarshal(ipRanges, &asked); err != nil {
+		return nil, fmt.Errorf("%w: runtimeConfig.ipRanges: want a list of range sets", ErrConfig)
+	}
+	if len(ipamJSON) > 0 {
+		if err := json.Unmarshal(ipamJSON, &keys); err != nil || keys == nil {
+			return nil, fmt.Errorf("%w: ipam: want an object", ErrConfig)
+		}
+	}
+	if ranges := keys["ranges"]; ranges != nil {
+		if err := json.Unmarshal(ranges, &own); err != nil {
+			return nil, fmt.Errorf("%w: ipam.ranges: want a list of range sets", ErrConfig)
+		}
+	}
+	all, err := json.Marshal(append(asked, own...))
+	if err != nil {
+		return nil, err
+	}
+	keys["ranges"] = all
+	return json.Marshal(keys)
 }
 
 // withDefaults fills what is not given. The receiver is not changed.

@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"os"
@@ -80,8 +81,8 @@ func TestParseConfigFaults(t *testing.T) {
 		`{`:                               {"known keys are"},
 		`{} {}`:                           {"want an object"},
 		`[]`:                              {"want an object"},
-		`{"strateg": "random"}`:           {"ipam.strateg: unknown key", "strategy"},
-		`{"ranges": [[{"subnte": "x"}]]}`: {"ipam.ranges[0][0].subnte: unknown key"},
+		`{"strateg": "random"}`:           {`ipam.strateg: unknown key (value "random")`, "strategy"},
+		`{"ranges": [[{"subnte": "x"}]]}`: {`ipam.ranges[0][0].subnte: unknown key (value "x")`},
 		`{"subnet": "10.0.0.0/24", "strategy": "best"}`:                               {`ipam.strategy: "best"`, "dense-pack"},
 		`{"subnet": "10.0.0.0/24", "dataDir": "x"}`:                                   {`ipam.dataDir: "x"`},
 		`{"rangeStart": "10.0.0.1"}`:                                                  {"ipam.subnet: is missing"},
@@ -99,7 +100,9 @@ func TestParseConfigFaults(t *testing.T) {
 		`{"ranges": [[{"subnet": "10.0.0.0/24"}, {"subnet": "fd00::/64"}]]}`:                     {"another family", "a set of its own"},
 		`{"ranges": [[{"subnet": "10.0.0.0/24"}], [{"subnet": "10.0.0.0/16"}]]}`:                 {"overlap"},
 		`{"subnet": "10.0.0.0/24", "routes": [{"dst": "x"}, {"dst": "::/0", "gw": "10.0.0.1"}]}`: {"routes[0].dst", "routes[1].gw"},
-		`{"subnet": "x", "rangeStart": "y", "gateway": "fe80::1%eth0"}`:                          {"ipam.subnet", "ipam.rangeStart", "ipam.gateway"},
+		`{"subnet": "10.0.0.0/24", "routes": [{"dst": "0.0.0.0/0", "mtu": -1, "advmss": 65536, "priority": 4294967296, "table": 0, "scope": 256}]}`: {
+			"routes[0].mtu: -1: want 0 to 65535", "routes[0].advmss: 65536", "routes[0].priority: 4294967296", "routes[0].table: 0", "routes[0].scope: 256"},
+		`{"subnet": "x", "rangeStart": "y", "gateway": "fe80::1%eth0"}`: {"ipam.subnet", "ipam.rangeStart", "ipam.gateway"},
 	} {
 		_, err := ParseConfig("net", []byte(json))
 		if !errors.Is(err, ErrConfig) || errors.Is(err, ErrNoRanges) {
@@ -110,6 +113,9 @@ func TestParseConfigFaults(t *testing.T) {
 			if !strings.Contains(err.Error(), w) {
 				t.Errorf("%s: %v\nlacks %q", json, err, w)
 			}
+		}
+		if only := strings.Contains(err.Error(), "unknown key"); only != errors.Is(err, ErrUnsupported) {
+			t.Errorf("%s: unknown keys only: %v, but: %v", json, only, err)
 		}
 	}
 	c, err := ParseConfig("net", []byte(`{"strategy": "random"}`))
@@ -160,7 +166,11 @@ func TestRequestedIPs(t *testing.T) {
 		{"", `{"runtimeConfig": {"ips": ["10.0.0"]}}`, nil, ErrConfig},
 		{"", `{"args": {"cni": {"ips": "10.0.0.1"}}}`, nil, ErrConfig},
 	} {
-		got, err := RequestedIPs(c.args, []byte(c.json))
+		var conf map[string]json.RawMessage
+		if err := json.Unmarshal([]byte(c.json), &conf); err != nil {
+			t.Fatal(err)
+		}
+		got, err := RequestedIPs(c.args, conf)
 		if !errors.Is(err, c.is) || c.is == nil && err != nil {
 			t.Errorf("%q %s: %v, want %v", c.args, c.json, err, c.is)
 		}
@@ -241,7 +251,7 @@ func TestResult(t *testing.T) {
 		}
 	}
 	c.ResolvConf += ".missing"
-	if _, err := c.Result(Lease{}); !errors.Is(err, os.ErrNotExist) {
+	if _, err := c.Result(Lease{}); !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), c.ResolvConf) {
 		t.Errorf("missing resolv.conf: %v", err)
 	}
 }

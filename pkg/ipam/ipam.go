@@ -72,9 +72,13 @@ var (
 	ErrNoRanges = errors.New("no ranges")
 	// ErrConfig means that the configuration is wrong; the error names every fault.
 	ErrConfig = errors.New("invalid ipam configuration")
+	// ErrUnsupported means that the configuration has keys that are unknown. It is an ErrConfig.
+	ErrUnsupported = fmt.Errorf("%w: unsupported field", ErrConfig)
 	// ErrArgs means that CNI_ARGS asks for something that is no address.
 	ErrArgs = errors.New("invalid CNI_ARGS")
 
+	// ErrOwner means that nothing can be leased to such an attachment.
+	ErrOwner = store.ErrOwner
 	// ErrNotFound means that the attachment has no lease.
 	ErrNotFound = store.ErrNotFound
 	// ErrCorrupt means that the store must be rebuilt (Rebuild) or removed.
@@ -85,7 +89,7 @@ var (
 
 func validOwner(containerID, ifName string) error {
 	if containerID == "" || ifName == "" {
-		return fmt.Errorf("attachment %q/%q: want a container ID and an interface name", containerID, ifName)
+		return fmt.Errorf("%w: %q/%q: want a container ID and an interface name", ErrOwner, containerID, ifName)
 	}
 	return nil
 }

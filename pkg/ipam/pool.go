@@ -71,8 +71,8 @@ func (p *Pool) Dir() string { return p.store.Dir() }
 
 // Allocate gives the owner one address from each range set: the requested one where a requested address is of that set,
 // else one by the strategy. All or none. Errors: ErrExhausted, ErrInUse, ErrNotInRange (also for an address that is
-// reserved or excluded, or a second one of the same set), ErrOwnerHasLease (with that lease), ErrLocked, ErrCorrupt,
-// ErrNoRanges, and what the disk says.
+// reserved or excluded, or a second one of the same set), ErrOwnerHasLease (with that lease), ErrOwner, ErrLocked,
+// ErrCorrupt, ErrNoRanges, and what the disk says.
 func (p *Pool) Allocate(ctx context.Context, o Owner, requested []netip.Addr) (lease Lease, err error) {
 	if err := validOwner(o.ContainerID, o.IfName); err != nil {
 		return Lease{}, err
@@ -88,7 +88,7 @@ func (p *Pool) Allocate(ctx context.Context, o Owner, requested []netip.Addr) (l
 		lease, err = p.allocate(tx, o, want)
 		return err
 	})
-	if err != nil && !errors.Is(err, ErrOwnerHasLease) {
+	if err != nil && !errors.Is(err, ErrOwnerHasLease) && !errors.Is(err, ErrOwner) {
 		return Lease{}, fmt.Errorf("allocate for %s/%s: %w", o.ContainerID, o.IfName, err)
 	}
 	return lease, err

@@ -35,21 +35,21 @@ func args(cniArgs string) func(yield func(key, value string) bool) {
 }
 
 // RequestedIPs gathers the addresses that a runtime or user asks for, from the three places that the CNI conventions
-// name: IP in CNI_ARGS (several with commas), args.cni.ips and runtimeConfig.ips of the network configuration. Prefix
-// lengths are allowed and ignored: the range gives the length.
-func RequestedIPs(cniArgs string, netConf []byte) ([]netip.Addr, error) {
-	var conf struct {
-		Args struct {
-			CNI struct {
-				IPs []string `json:"ips"`
-			} `json:"cni"`
-		} `json:"args"`
-		RuntimeConfig struct {
+// name: IP in CNI_ARGS (several with commas), args.cni.ips and runtimeConfig.ips of the network configuration, which is
+// given by its keys. Prefix lengths are allowed and ignored: the range gives the length.
+func RequestedIPs(cniArgs string, netConf map[string]json.RawMessage) ([]netip.Addr, error) {
+	var conventional struct {
+		CNI struct {
 			IPs []string `json:"ips"`
-		} `json:"runtimeConfig"`
+		} `json:"cni"`
 	}
-	if err := json.Unmarshal(netConf, &conf); err != nil {
-		return nil, fmt.Errorf("%w: requested addresses: %w", ErrConfig, err)
+	var runtime struct {
+		IPs []string `json:"ips"`
+	}
+	for key, to := range map[string]any{"args": &conventional, "runtimeConfig": &runtime} {
+		if v := netConf[key]; v != nil && json.Unmarshal(v, to) != nil {
+			return nil, fmt.Errorf("%w: %s: want an object with addresses in a list called ips", ErrConfig, key)
+		}
 	}
 	var out []netip.Addr
 	add := func(from string, texts []string) error {
@@ -74,7 +74,7 @@ func RequestedIPs(cniArgs string, netConf []byte) ([]netip.Addr, error) {
 	for _, c := range []struct {
 		from string
 		ips  []string
-	}{{"args.cni.ips", conf.Args.CNI.IPs}, {"runtimeConfig.ips", conf.RuntimeConfig.IPs}} {
+	}{{"args.cni.ips", conventional.CNI.IPs}, {"runtimeConfig.ips", runtime.IPs}} {
 		if err := add(c.from, c.ips); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrConfig, err)
 		}

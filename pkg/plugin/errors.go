@@ -48,7 +48,7 @@ func cniError(s stage, err error) *types.Error {
 		return newError(types.ErrLimitedConnectivity, "not available, and running pods may be cut off", err)
 	case has:
 		return newError(e.Code, e.Msg, err)
-	case errors.Is(err, netconf.ErrUnsupported) && !errors.Is(err, ipam.ErrConfig):
+	case onlyUnknownKeys(err):
 		return newError(types.ErrUnsupportedField, oneLine(err), err) // the message must contain key and value
 	case errors.Is(err, netconf.ErrInvalid):
 		return newError(types.ErrInvalidNetworkConfig, netconf.ErrInvalid.Error(), err)
@@ -58,7 +58,7 @@ func cniError(s stage, err error) *types.Error {
 		return newError(CodeAddress, errNoDelegate.Error(), err)
 	case errors.Is(err, ipam.ErrLocked):
 		return newError(types.ErrTryAgainLater, "address store is busy; try again later", err)
-	case errors.Is(err, errEnvironment):
+	case errors.Is(err, errEnvironment), errors.Is(err, ipam.ErrOwner):
 		return newError(types.ErrInvalidEnvironmentVariables, oneLine(err), err) // the message must name the variables
 	case errors.Is(err, networking.ErrPodNetns):
 		return newError(types.ErrInvalidNetNS, networking.ErrPodNetns.Error(), err)
@@ -82,6 +82,12 @@ func cniError(s stage, err error) *types.Error {
 		return newError(types.ErrIOFailure, "could not write the result", err)
 	}
 	return newError(types.ErrInternal, "internal error", err)
+}
+
+// onlyUnknownKeys: neither half of the configuration has another fault.
+func onlyUnknownKeys(err error) bool {
+	ours, pool := errors.Is(err, netconf.ErrInvalid), errors.Is(err, ipam.ErrConfig)
+	return (ours || pool) && (!ours || errors.Is(err, netconf.ErrUnsupported)) && (!pool || errors.Is(err, ipam.ErrUnsupported))
 }
 
 // coded is cniError for a step among others; nil stays nil.

@@ -211,7 +211,9 @@ func TestAddFailsAtEachStep(t *testing.T) {
 	}{
 		{"unknown key", `{"mut":1}`, nil, 2, "config", "mut: unknown key (value 1)"},
 		{"config", `{"mut":1,"mtu":1}`, nil, 7, "config", "mut: unknown key"},
-		{"ipam config", `{"ipam":{"type":"headcni-ipam","strategie":"x"}}`, nil, 7, "config", "strategie"},
+		{"unknown ipam key", `{"ipam":{"type":"headcni-ipam","strategie":"x"}}`, nil, 2, "config", `strategie: unknown key (value "x")`},
+		{"ipam config", `{"ipam":{"type":"headcni-ipam","strategy":"x"}}`, nil, 7, "config", "strategy"},
+		{"both", `{"mut":1,"ipam":{"type":"headcni-ipam","strategy":"x"}}`, nil, 7, "config", "strategy"},
 		{"gate", "", func(b *bench) { b.kernel.fail["gate"] = networking.ErrNotProgrammed }, 11, "gate", "not programmed"},
 		{"netns", "", func(b *bench) { b.kernel.fail["vacant"] = networking.ErrPodNetns }, 8, "netns", "namespace"},
 		{"interface exists", "", func(b *bench) { b.kernel.fail["vacant"] = networking.ErrPodLinkExists }, CodeInterfaceExists, "netns", "exists"},

@@ -44,42 +44,16 @@ func newPool(r *Request, links Links, node Node) (Addresses, error) {
 	return &pool{r: r, pool: p, links: links, node: node}, nil
 }
 
-// poolConfig puts the ranges that the runtime asks for (capability ipRanges) before the configured ones, as host-local
-// does.
+// poolConfig is what the configuration says of the pool, with the ranges that the runtime asks for.
 func poolConfig(c netconf.Config) (ipam.Config, error) {
-	raw := c.IPAM.Raw
+	raw, err := ipam.WithRanges(c.IPAM.Raw, c.Runtime.IPRanges)
+	if err != nil {
+		return ipam.Config{}, err
+	}
 	if raw == nil {
 		raw = json.RawMessage(`{}`)
 	}
-	if c.Runtime.IPRanges == nil {
-		return ipam.ParseConfig(c.Name, raw)
-	}
-	var keys map[string]json.RawMessage
-	var ranges, asked []json.RawMessage
-	if err := json.Unmarshal(c.Runtime.IPRanges, &asked); err != nil {
-		return ipam.Config{}, fmt.Errorf("%w: runtimeConfig.ipRanges: want a list of range sets", netconf.ErrInvalid)
-	}
-	if err := json.Unmarshal(raw, &keys); err != nil {
-		return ipam.Config{}, fmt.Errorf("%w: ipam: want an object", netconf.ErrInvalid)
-	}
-	if keys["ranges"] != nil {
-		if err := json.Unmarshal(keys["ranges"], &ranges); err != nil {
-			return ipam.Config{}, fmt.Errorf("%w: ipam.ranges: want a list of range sets", netconf.ErrInvalid)
-		}
-	}
-	if keys == nil {
-		keys = map[string]json.RawMessage{}
-	}
-	all, err := json.Marshal(append(asked, ranges...))
-	if err != nil {
-		return ipam.Config{}, err
-	}
-	keys["ranges"] = all
-	merged, err := json.Marshal(keys)
-	if err != nil {
-		return ipam.Config{}, err
-	}
-	return ipam.ParseConfig(c.Name, merged)
+	return ipam.ParseConfig(c.Name, raw)
 }
 
 func dataDir(raw json.RawMessage) string {

@@ -75,7 +75,7 @@ func encode(l Lease) ([]byte, error) {
 	}
 	b.WriteString(recordTail + "\n")
 	if b.Len() > maxRecord {
-		return nil, fmt.Errorf("lease of %q: record of %d bytes, at most %d fit", l.ContainerID, b.Len(), maxRecord)
+		return nil, fmt.Errorf("%w: its record would have %d bytes, at most %d fit; want a shorter container ID or pod name", ErrOwner, b.Len(), maxRecord)
 	}
 	return b.Bytes(), nil
 }

@@ -33,6 +33,8 @@ const (
 var (
 	// ErrNotFound means that the attachment has no lease.
 	ErrNotFound = errors.New("no lease")
+	// ErrOwner means that nothing can be leased to such an attachment.
+	ErrOwner = errors.New("invalid attachment")
 	// ErrTaken means that an address or an attachment has a lease already.
 	ErrTaken = errors.New("already leased")
 	// ErrCorrupt means that the store is not as any version of this program leaves it.
