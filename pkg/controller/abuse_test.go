@@ -178,7 +178,7 @@ func TestPreAuthAllocates(t *testing.T) {
 
 // Headscale before 0.29 refuses a policy with nodeAttrs: nobody may be told to write one there.
 func TestNoAdviceThatBreaksOldServers(t *testing.T) {
-	found, err := checkPolicy("{}", prefixes("10.244.0.0/16"), tags, true)
+	found, err := checkPolicy("{}", needs{ranges: prefixes("10.244.0.0/16"), tags: tags, sharing: []string{"a"}, starCovers: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,5 +210,46 @@ func TestAllocateThousand(t *testing.T) {
 	got, err := o.allocate()
 	if d := time.Since(start); err != nil || len(got) != 1000 || d > time.Second {
 		t.Errorf("%d in %v, %v", len(got), d, err)
+	}
+}
+
+// A Headscale that was set up anew has another API key and knows none of the join keys that the old one made.
+func TestAnotherAPIKeyMakesAnotherJoinKey(t *testing.T) {
+	minted := 0
+	url := healthy(t, &minted)
+	c, client, _ := world(t, url, "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	for range 2 {
+		if _, err := c.pass(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other, _, _ := world(t, url, "hskey-api-111111111111-"+strings.Repeat("1", 64))
+	other.client = client
+	if _, err := other.pass(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s, err := client.CoreV1().Secrets(c.namespace).Get(t.Context(), "headcni-join", metav1.GetOptions{})
+	if err != nil || minted != 2 || len(s.Annotations[joinMinter]) != 16 {
+		t.Errorf("%d keys made, want one for each API key; made with %q, %v", minted, s.Annotations[joinMinter], err)
+	}
+}
+
+// Where no join key can be made any more, the metric goes on telling when the last one expires: the alert needs it.
+func TestJoinKeyMetricOutlivesHeadscale(t *testing.T) {
+	minted := 0
+	c, _, _ := world(t, healthy(t, &minted), "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	if _, err := c.pass(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want := gauge(t, c, "headcni_join_key_expiry_timestamp_seconds")
+	c.cfg.Headscale.URL, c.api = refusing(t), nil
+	if _, err := c.pass(t.Context()); err == nil {
+		t.Fatal("no error")
+	}
+	if got := gauge(t, c, "headcni_join_key_expiry_timestamp_seconds"); got != want || want == 0 {
+		t.Errorf("the metric says %v, want %v", got, want)
+	}
+	if up := gauge(t, c, "headcni_controller_headscale_up"); up != 0 {
+		t.Error("Headscale is up")
 	}
 }

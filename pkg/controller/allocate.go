@@ -16,23 +16,31 @@ const (
 )
 
 // allocate gives pod CIDRs to Nodes that have none, one of each family of network.clusterCIDRs. It gives nothing where any
-// Node has got its own from somebody else: two allocators would give one range twice.
+// Node has got its own from somebody else: two allocators would give one range twice. The error says which Nodes get none.
 func (o observation) allocate() (map[string][]netip.Prefix, error) {
 	if len(o.ranges) == 0 {
 		return nil, nil
 	}
 	taken := newTakenSet()
 	var needy []node
+	var other []string
 	for _, n := range o.nodes {
 		switch {
 		case n.cidrErr != nil, len(n.cidrs) > 0 && !n.allocated:
-			return nil, nil
+			other = append(other, n.name)
 		case len(n.cidrs) > 0:
 			taken.add(n.cidrs...)
 		case n.leaving:
 		case o.now.Sub(n.created) >= allocateAfter:
 			needy = append(needy, n)
 		}
+	}
+	if len(needy) == 0 {
+		return nil, nil
+	}
+	if len(other) > 0 {
+		return nil, fmt.Errorf("Nodes without a pod CIDR (%s) get none: %s has one that is not from headcni-controller, and whoever gave it "+
+			"(kube-controller-manager --allocate-node-cidrs) has to give all", some(nodeNames(needy)), some(other))
 	}
 	for _, t := range o.tailnet {
 		for _, r := range t.Approved {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"slices"
 	"sync"
@@ -31,7 +32,7 @@ import (
 const (
 	// fullCheck is how often Headscale is asked although nothing changed in Kubernetes.
 	fullCheck = 30 * time.Second
-	// soon is how often while something is under way.
+	// soon is how often while something is under way; where nothing comes of it, ever less often.
 	soon = 2 * time.Second
 	// settle is how long a burst of events is gathered before a pass.
 	settle = 200 * time.Millisecond
@@ -85,7 +86,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 		return nil, fmt.Errorf("%w; set kubernetes.kubeconfig", err)
 	}
 	// A thousand Nodes have their views written within seconds, not at the library's five a second.
-	rc.QPS, rc.Burst = 50, 100
+	rc.QPS, rc.Burst = 200, 400
 	client, err := kubernetes.NewForConfig(rc)
 	if err != nil {
 		return nil, err
@@ -209,6 +210,11 @@ func (c *Controller) watch(ctx context.Context) {
 // few keeps of a Node what the controller uses: a whole one is 10 kB.
 func few(n *corev1.Node) *corev1.Node {
 	out := &corev1.Node{Spec: corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs}}
+	for _, a := range n.Status.Addresses {
+		if ip, err := netip.ParseAddr(a.Address); err == nil && config.CGNAT.Contains(ip) {
+			out.Status.Addresses = append(out.Status.Addresses, a)
+		}
+	}
 	out.Name, out.UID, out.ResourceVersion, out.CreationTimestamp = n.Name, n.UID, n.ResourceVersion, n.CreationTimestamp
 	for _, key := range []string{kube.NodeKey, kube.Mode, kube.Headscale, kube.Allocated, kube.Uninstall} {
 		if v, ok := n.Annotations[key]; ok {
@@ -271,9 +277,11 @@ func (c *Controller) lead(ctx, held context.Context) {
 	c.log.Info("leads")
 	c.lean(true)
 	defer c.lean(false)
-	retry := retryMin
+	retry, again := retryMin, soon
 	for ctx.Err() == nil {
+		began := time.Now()
 		pending, err := c.pass(ctx)
+		took := time.Since(began)
 		wait := fullCheck + rand.N(fullCheck/5)
 		result := "right"
 		switch {
@@ -283,9 +291,9 @@ func (c *Controller) lead(ctx, held context.Context) {
 			wait, retry = retry, min(2*retry, retryMax)
 			result = "failed"
 		case pending:
-			wait, retry = soon, retryMin
+			wait, again, retry = again, min(again*3/2, fullCheck), retryMin
 		default:
-			retry = retryMin
+			again, retry = soon, retryMin
 		}
 		c.metrics.passes.WithLabelValues(result).Inc()
 		c.outcome(err)
@@ -294,10 +302,11 @@ func (c *Controller) lead(ctx, held context.Context) {
 			return
 		case <-time.After(wait):
 		case <-c.wake:
-			select { // let a burst pass
+			again = soon
+			select { // let a burst pass, and let nobody who changes his Node all the time keep us busy
 			case <-ctx.Done():
 				return
-			case <-time.After(settle):
+			case <-time.After(max(settle, took)):
 			}
 		}
 	}

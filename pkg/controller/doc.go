@@ -20,6 +20,7 @@
 //	apps                 deployments headcni-controller: get, patch
 //	""                   secrets     headcni-join: delete
 //	""                   configmaps  headcni-controller: get, delete
+//	""                   pods        headcni-test: delete
 //	coordination.k8s.io  leases      headcni-controller: delete
 //
 // The chart makes the Secret headcni-join and the ConfigMap headcni-controller, empty: who may create Secrets in kube-system

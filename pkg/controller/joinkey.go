@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"strings"
 	"time"
@@ -28,10 +29,12 @@ const (
 	joinExpires = "headcni.io/expires"
 	joinServer  = "headcni.io/server"
 	joinTags    = "headcni.io/tags"
+	// joinMinter tells API keys apart: a Headscale that was set up anew knows neither the old API key nor what it made.
+	joinMinter = "headcni.io/made-with"
 )
 
-// joinKey makes sure that the Secret holds a key that nodes can join with, and returns when it expires (the zero time: not
-// known). api is nil where the credential is itself a pre-auth key.
+// joinKey makes sure that the Secret holds a key that nodes can join with, and returns when the one there expires, also with
+// an error (the zero time: not known). api is nil where the credential is itself a pre-auth key.
 //
 // The key is made before the Secret is written: a leader that dies in between leaves a key that nobody knows, which
 // expires by itself, and the old one stays good meanwhile.
@@ -53,10 +56,12 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 	if next.Annotations == nil {
 		next.Annotations = map[string]string{}
 	}
-	expires, err := time.Parse(time.RFC3339, next.Annotations[joinExpires])
+	current, err := time.Parse(time.RFC3339, next.Annotations[joinExpires])
+	expires := current
 	key := string(next.Data[kube.JoinSecretKey])
 	tags := strings.Join(c.cfg.Tailscale.Tags, ",")
-	same := next.Annotations[joinServer] == c.cfg.Headscale.URL && next.Annotations[joinTags] == tags
+	minter := fmt.Sprintf("%.8x", sha256.Sum256([]byte(credential.Reveal())))
+	same := next.Annotations[joinServer] == c.cfg.Headscale.URL && next.Annotations[joinTags] == tags && next.Annotations[joinMinter] == minter
 	switch {
 	case api == nil:
 		if key == credential.Reveal() && same {
@@ -70,12 +75,12 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 		expires = c.now().Add(joinKeyLife).UTC().Truncate(time.Second)
 		made, err := api.CreatePreAuthKey(ctx, headscale.PreAuthKeyRequest{Tags: c.cfg.Tailscale.Tags, Expiration: expires, Reusable: true})
 		if err != nil {
-			return time.Time{}, fmt.Errorf("make a join key: %w", err)
+			return current, fmt.Errorf("make a join key: %w", err)
 		}
 		key = made.Key.Reveal()
 		next.Annotations[joinExpires] = expires.Format(time.RFC3339)
 	}
-	next.Annotations[joinServer], next.Annotations[joinTags] = c.cfg.Headscale.URL, tags
+	next.Annotations[joinServer], next.Annotations[joinTags], next.Annotations[joinMinter] = c.cfg.Headscale.URL, tags, minter
 	next.Data = map[string][]byte{kube.JoinSecretKey: []byte(key)}
 	if missing {
 		_, err = secrets.Create(ctx, next, metav1.CreateOptions{})
@@ -84,7 +89,7 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 		_, err = secrets.Update(ctx, next, metav1.UpdateOptions{})
 	}
 	if err != nil {
-		return time.Time{}, fmt.Errorf("write Secret %s/%s: %w", c.namespace, kube.JoinSecret, err)
+		return current, fmt.Errorf("write Secret %s/%s: %w", c.namespace, kube.JoinSecret, err)
 	}
 	c.log.Info("wrote the join key", "secret", kube.JoinSecret, "expires", expires)
 	return expires, nil

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -30,16 +31,21 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	}
 	// A Node that is being uninstalled is left alone, the others are not: uninstall itself stops all controllers first, and
 	// whoever has one node's kubelet can put that annotation on it.
+	up := 0.0
+	defer func() { c.metrics.headscale.Set(up) }()
 	api, cred, err := c.headscale(ctx)
-	c.metrics.headscale.Set(0)
 	if err != nil {
-		c.tell(ctx, nil, []finding{{checkKey, err.Error()}}, false)
+		if !errors.Is(err, headscale.ErrUnreachable) {
+			c.tell(ctx, nil, []finding{{checkKey, err.Error()}}, false)
+		}
 		return false, err
 	}
 	expires, keyErr := c.joinKey(ctx, api, cred.Key)
-	c.metrics.joinKey.Set(0)
-	if !expires.IsZero() {
+	switch {
+	case !expires.IsZero():
 		c.metrics.joinKey.Set(float64(expires.Unix()))
+	case keyErr == nil:
+		c.metrics.joinKey.Set(0)
 	}
 	if api == nil {
 		return false, errors.Join(keyErr, c.unseen(ctx, nodes))
@@ -52,7 +58,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	if err != nil {
 		return false, errors.Join(keyErr, err)
 	}
-	c.metrics.headscale.Set(1)
+	up = 1
 	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), services: c.cfg.Network.ServiceCIDRs.Prefixes(),
 		tags: c.cfg.Tailscale.Tags, nodes: nodes, tailnet: tailnet}
 	var found *corev1.ConfigMap
@@ -96,47 +102,50 @@ func (c *Controller) headscale(ctx context.Context) (*headscale.Client, config.C
 	if kind == headscale.KindPreAuth {
 		return nil, cred, nil
 	}
-	c.api, c.apiKey = api, cred.Key
+	c.api, c.apiKey, c.slowAt = api, cred.Key, time.Time{}
 	return api, cred, nil
 }
 
-// apply makes the differences, going on past errors. Routes are taken before they are given, so that a range that moves
-// is never approved for two.
+// apply makes the differences, going on past errors.
 func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observation, p plan) error {
-	var errs []error
-	slices.SortStableFunc(p.approvals, func(a, b approval) int { return len(a.own) - len(b.own) })
-	for _, a := range p.approvals {
-		changed, err := api.ApproveRoutes(ctx, a.id, a.own, a.stale)
-		if err == nil && changed {
-			c.log.Info("approved", "node", a.id, "routes", a.own, "taken back", a.stale)
-		}
-		if errors.Is(err, headscale.ErrNotFound) {
-			err = nil // gone since the list was made
-		}
-		errs = append(errs, err)
-	}
-	for _, id := range p.lasting {
-		errs = append(errs, api.DisableExpiry(ctx, id))
-	}
-	for _, id := range p.remove {
+	errs := []error{c.approve(ctx, api, p.approvals)}
+	errs = append(errs, joined(each(p.lasting, func(id headscale.ID) error { return unlessGone(api.DisableExpiry(ctx, id)) })))
+	errs = append(errs, joined(each(p.remove, func(id headscale.ID) error {
 		err := api.DeleteNode(ctx, id)
 		if err == nil {
 			c.log.Info("removed a node of the tailnet whose Node is gone", "node", id)
 		}
-		if errors.Is(err, headscale.ErrNotFound) {
-			err = nil
-		}
-		errs = append(errs, err)
-	}
-	for name, cidrs := range p.allocate {
-		errs = append(errs, c.give(ctx, name, cidrs))
-	}
-	for _, n := range o.nodes {
-		if v, ok := p.views[n.name]; ok {
-			errs = append(errs, c.show(ctx, n, v))
-		}
-	}
+		return unlessGone(err)
+	})))
+	errs = append(errs, c.giveAll(ctx, p.allocate))
+	changed := slices.DeleteFunc(slices.Clone(o.nodes), func(n node) bool { _, ok := p.views[n.name]; return !ok })
+	errs = append(errs, joined(each(changed, func(n node) error { return c.show(ctx, n, p.views[n.name]) })))
 	return errors.Join(errs...)
+}
+
+// approve takes routes before it gives any, so that a range that moves is never approved for two: one that could not be
+// taken from a node is given to none. A node has one approval in the list, and so one call at a time.
+func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []approval) error {
+	set := func(id headscale.ID, own, stale []netip.Prefix) error {
+		changed, err := api.ApproveRoutes(ctx, id, own, stale)
+		if err == nil && changed {
+			c.log.Info("approved", "node", id, "routes", own, "taken back", stale)
+		}
+		return unlessGone(err)
+	}
+	taking := slices.DeleteFunc(slices.Clone(list), func(a approval) bool { return len(a.stale) == 0 })
+	taken := each(taking, func(a approval) error { return set(a.id, nil, a.stale) })
+	var kept []netip.Prefix
+	for i, a := range taking {
+		if taken[i] != nil {
+			kept = append(kept, a.stale...)
+		}
+	}
+	giving := slices.DeleteFunc(slices.Clone(list), func(a approval) bool {
+		return len(a.own) == 0 || slices.ContainsFunc(a.own, func(p netip.Prefix) bool { return overlapping(p, kept) })
+	})
+	given := each(giving, func(a approval) error { return set(a.id, a.own, nil) })
+	return errors.Join(joined(taken), joined(given))
 }
 
 // show writes a view on a Node.
@@ -148,6 +157,10 @@ func (c *Controller) show(ctx context.Context, n node, v kube.View) error {
 		c.log.Info("node", "name", n.name, "state", v.State, "message", v.Message)
 	}
 	return nil
+}
+
+func (c *Controller) giveAll(ctx context.Context, given map[string][]netip.Prefix) error {
+	return joined(each(slices.Sorted(maps.Keys(given)), func(name string) error { return c.give(ctx, name, given[name]) }))
 }
 
 // give writes pod CIDRs on a Node that has none. The API server takes them once.
@@ -185,24 +198,18 @@ func (c *Controller) patch(ctx context.Context, node string, kind types.PatchTyp
 
 // unseen is a pass with a pre-auth key: nodes can join, and nothing can be seen or approved.
 func (c *Controller) unseen(ctx context.Context, nodes []node) error {
-	var errs []error
-	for _, n := range nodes {
-		v := kube.View{NodeKey: n.key, State: kube.StateUnseen}
-		if n.key != "" && !n.leaving && v.String() != n.viewText {
-			errs = append(errs, c.show(ctx, n, v))
-		}
-	}
+	view := func(n node) kube.View { return kube.View{NodeKey: n.key, State: kube.StateUnseen} }
+	changed := slices.DeleteFunc(slices.Clone(nodes), func(n node) bool { return n.key == "" || n.leaving || view(n).String() == n.viewText })
+	shown := each(changed, func(n node) error { return c.show(ctx, n, view(n)) })
 	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes}
 	findings := []finding{{checkAutoApprovers, preAuthAdvice(o.podRanges(), c.cfg.Tailscale.Tags)}}
 	given, full := o.allocate()
-	for name, cidrs := range given {
-		errs = append(errs, c.give(ctx, name, cidrs))
-	}
+	gave := c.giveAll(ctx, given)
 	if full != nil {
 		findings = append(findings, finding{checkRanges, full.Error()})
 	}
 	c.tell(ctx, nodes, findings, true)
-	return errors.Join(errs...)
+	return errors.Join(joined(shown), gave)
 }
 
 // preAuthAdvice says what a pre-auth key needs of the policy, and what it gives up.
@@ -236,7 +243,7 @@ func (c *Controller) slow(ctx context.Context, api *headscale.Client, o observat
 		c.log.Info("the policy cannot be looked at", "err", err)
 	}
 	if err == nil {
-		found, err = checkPolicy(text, o.podRanges(), c.cfg.Tailscale.Tags, headscale.StarCoversRoutes(health.Version))
+		found, err = checkPolicy(text, needs{o.podRanges(), o.tags, o.sharing(), headscale.StarCoversRoutes(health.Version)})
 		if err != nil {
 			c.log.Warn("look at the policy", "err", err)
 		}
@@ -250,10 +257,16 @@ func (c *Controller) slow(ctx context.Context, api *headscale.Client, o observat
 // apiKeyWarning is how long before our API key expires it is spoken of; Headscale's live 90 days.
 const apiKeyWarning = 14 * 24 * time.Hour
 
+// ownKey measures when our API key expires, and says what to do where that is soon.
 func (c *Controller) ownKey(ctx context.Context, api *headscale.Client) string {
 	key, err := api.OwnAPIKey(ctx)
-	if err != nil || key.Expiration.IsZero() || key.Expiration.Sub(c.now()) > apiKeyWarning {
+	c.metrics.apiKey.Set(0)
+	if err != nil || key.Expiration.Unix() <= 0 {
 		return "" // an older server does not tell
+	}
+	c.metrics.apiKey.Set(float64(key.Expiration.Unix()))
+	if key.Expiration.Sub(c.now()) > apiKeyWarning {
+		return ""
 	}
 	return fmt.Sprintf("the API key %s expires at %s: make another (headscale apikeys create) and put it into Secret %s; it is picked up without a restart",
 		key.Prefix, key.Expiration.UTC().Format(time.RFC3339), kube.AuthSecret)

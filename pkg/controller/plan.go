@@ -103,7 +103,7 @@ func (o observation) claims() (byNode map[string]headscale.Node, refused map[str
 			continue
 		}
 		holder := ""
-		if m, ok := o.memory.byID(t.ID); ok {
+		if m, ok := o.memory.of(t); ok {
 			holder = m.Node
 		}
 		for _, n := range nodes {
@@ -111,7 +111,7 @@ func (o observation) claims() (byNode map[string]headscale.Node, refused map[str
 			case len(nodes) == 1, n.name == holder:
 				byNode[n.name] = t
 			default:
-				refused[n.name] = fmt.Sprintf("Nodes %s have the same node key: one of them is not what it says it is", names(nodes))
+				refused[n.name] = fmt.Sprintf("Nodes %s have the same node key: one of them is not what it says it is, or is the other's former name (then `kubectl delete node` that)", strings.Join(nodeNames(nodes), " and "))
 			}
 		}
 	}
@@ -134,13 +134,22 @@ func (o observation) expiring(claims map[string]headscale.Node) string {
 		"tags. Expiring: " + strings.Join(out, ", ")
 }
 
-func names(nodes []node) string {
+// some names a few of many.
+func some(list []string) string {
+	if more := len(list) - fewErrors; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(list[:fewErrors], ", "), more)
+	}
+	return strings.Join(list, ", ")
+}
+
+// nodeNames are sorted.
+func nodeNames(nodes []node) []string {
 	var out []string
 	for _, n := range nodes {
 		out = append(out, n.name)
 	}
 	slices.Sort(out)
-	return strings.Join(out, " and ")
+	return out
 }
 
 // grant is what each claimed Node may have: its own pod CIDRs, or a reason why not.
@@ -153,13 +162,15 @@ type grant struct {
 // another by overlapping it.
 func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
 	order := slices.Clone(o.nodes)
-	had := func(n node) bool {
-		m, ok := o.memory.byID(claims[n.name].ID)
-		return ok && m.Node == n.name && len(n.cidrs) > 0 && len(without(n.cidrs, m.Routes)) == 0
+	rank := map[string]int{}
+	for _, n := range o.nodes {
+		if m, ok := o.memory.of(claims[n.name]); ok && m.Node == n.name && len(n.cidrs) > 0 && len(without(n.cidrs, m.Routes)) == 0 {
+			rank[n.name] = -1
+		}
 	}
 	slices.SortFunc(order, func(a, b node) int {
-		if x, y := had(a), had(b); x != y {
-			return map[bool]int{true: -1, false: 1}[x]
+		if c := cmp.Compare(rank[a.name], rank[b.name]); c != 0 {
+			return c
 		}
 		return cmp.Or(a.created.Compare(b.created), cmp.Compare(a.name, b.name))
 	})
@@ -276,7 +287,7 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		claimed[t.ID] = true
 		inUse = append(inUse, granted[n.name].cidrs...)
 		p.memory.Members = append(p.memory.Members, member{
-			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t), Routes: granted[n.name].cidrs,
+			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t), Routes: granted[n.name].cidrs, Created: t.Created,
 		})
 		// Not one that has expired: `headscale nodes expire` is how an administrator shuts a node out.
 		if n.mode == config.ModeDaemon && o.joined(t) && t.Expiry.After(o.now) && t.Expiry.Sub(o.now) < rescue {
@@ -284,7 +295,7 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		}
 	}
 	for _, m := range o.memory.Members {
-		i := slices.IndexFunc(o.tailnet, func(t headscale.Node) bool { return t.ID == m.ID })
+		i := slices.IndexFunc(o.tailnet, m.is)
 		if claimed[m.ID] || i < 0 {
 			continue
 		}

@@ -239,7 +239,7 @@ func TestAllocate(t *testing.T) {
 	}{
 		{"both families, the lowest that is free", []string{"10.244.0.0/16", "fd00:244::/48"}, []node{ours, bare}, nil, map[string]string{"bare": "[10.244.1.0/24 fd00:244:0:1::/64]"}, ""},
 		{"two at once", []string{"10.244.0.0/16"}, []node{bare, {name: "other", created: old}}, nil, map[string]string{"bare": "[10.244.0.0/24]", "other": "[10.244.1.0/24]"}, ""},
-		{"not beside another allocator", []string{"10.244.0.0/16"}, []node{theirs, bare}, nil, map[string]string{}, ""},
+		{"not beside another allocator", []string{"10.244.0.0/16"}, []node{theirs, bare}, nil, map[string]string{}, "Nodes without a pod CIDR (bare) get none: theirs has one"},
 		{"not before Kubernetes had its time", []string{"10.244.0.0/16"}, []node{{name: "new", created: now}}, nil, map[string]string{}, ""},
 		{"not without clusterCIDRs", nil, []node{bare}, nil, map[string]string{}, ""},
 		{"around what the tailnet routes", []string{"10.244.0.0/16"}, []node{bare}, []headscale.Node{ts(1, "x", nil, "10.244.0.0/23")}, map[string]string{"bare": "[10.244.2.0/24]"}, ""},

@@ -8,6 +8,9 @@ import (
 	"strings"
 
 	"github.com/tailscale/hujson"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 // What is checked of Headscale, as the metric's labels.
@@ -16,11 +19,12 @@ const (
 	checkACL           = "acl"            // pod ranges in acls
 	checkAutoApprovers = "auto-approvers" // that anybody with the tag may take a pod range
 	checkMaps          = "cache-network-maps"
+	checkCGNAT         = tailscale.AttrSharesCGNAT
 	checkRanges        = "ranges"    // pod CIDRs are left to give to Nodes
 	checkNodeKeys      = "node-keys" // of Nodes, that do not expire
 )
 
-var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkRanges, checkNodeKeys}
+var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkCGNAT, checkRanges, checkNodeKeys}
 
 // finding is something that somebody should change.
 type finding struct {
@@ -49,9 +53,18 @@ type policy struct {
 	} `json:"nodeAttrs"`
 }
 
-// checkPolicy compares Headscale's policy with what the cluster needs. starCovers tells whether * means every address, as
-// up to 0.28; since 0.29 it means tailnet addresses only.
-func checkPolicy(text string, ranges []netip.Prefix, tags []string, starCovers bool) ([]finding, error) {
+// needs are what the cluster needs of the policy.
+type needs struct {
+	ranges []netip.Prefix // of pods
+	tags   []string       // of nodes
+	// sharing are Nodes with addresses of another network in the tailnet's range.
+	sharing []string
+	// starCovers tells whether * means every address, as up to 0.28; since 0.29 it means tailnet addresses only.
+	starCovers bool
+}
+
+// checkPolicy compares Headscale's policy with what the cluster needs.
+func checkPolicy(text string, n needs) ([]finding, error) {
 	std, err := hujson.Standardize([]byte(text))
 	if err != nil {
 		return nil, fmt.Errorf("read Headscale's policy: %w", err)
@@ -61,12 +74,12 @@ func checkPolicy(text string, ranges []netip.Prefix, tags []string, starCovers b
 		return nil, fmt.Errorf("read Headscale's policy: %w", err)
 	}
 	var found []finding
-	if f := p.rules(ranges, tags, starCovers); f != "" {
+	if f := p.rules(n.ranges, n.tags, n.starCovers); f != "" {
 		found = append(found, finding{checkACL, f})
 	}
 	for route, who := range p.AutoApprovers.Routes {
 		r, err := netip.ParsePrefix(route)
-		if err == nil && overlapping(r, ranges) {
+		if err == nil && overlapping(r, n.ranges) {
 			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s take any part of %s, so that one "+
 				"node that was broken into can take other nodes' pods; headcni-controller approves routes by itself: remove the line "+
 				"\"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, quoted(who))})
@@ -74,9 +87,13 @@ func checkPolicy(text string, ranges []netip.Prefix, tags []string, starCovers b
 	}
 	slices.SortFunc(found, func(a, b finding) int { return strings.Compare(a.text, b.text) })
 	// Older servers know no nodeAttrs and refuse a policy that has any.
-	if !starCovers && !p.hasAttr("cache-network-maps", tags) {
+	if !n.starCovers && !p.hasAttr(checkMaps, n.tags) {
 		found = append(found, finding{checkMaps, fmt.Sprintf("a node's tailscaled cannot restart while Headscale is down: add to the policy "+
-			"\"nodeAttrs\": [{\"target\": %s, \"attr\": [\"cache-network-maps\"]}]", quoted(tags))})
+			`"nodeAttrs": [{"target": %s, "attr": [%q]}]`, quoted(n.tags), checkMaps)})
+	}
+	if !n.starCovers && len(n.sharing) > 0 && !p.hasAttr(checkCGNAT, n.tags) {
+		found = append(found, finding{checkCGNAT, fmt.Sprintf("%s: a network of the host's own is in the tailnet's range %s too, and tailscaled's firewall "+
+			`drops what the host gets from there: add to the policy "nodeAttrs": [{"target": ["*"], "attr": [%q]}]`, some(n.sharing), config.CGNAT, checkCGNAT)})
 	}
 	return found, nil
 }

@@ -11,26 +11,30 @@ func TestCheckPolicy(t *testing.T) {
 		name, text string
 		starCovers bool
 		want       map[string]string // check -> a part of the text
+		sharing    []string
 	}{
-		{"none", `{}`, false, map[string]string{checkMaps: "nodeAttrs"}},
+		{"none", `{}`, false, map[string]string{checkMaps: "nodeAttrs"}, nil},
 		{"all there", `{// as in the README
 			"hosts": {"pods": "10.244.0.0/16"},
-			"acls": [{"action": "accept", "src": ["tag:headcni", "pods", "fd00:244::/32"], "dst": ["tag:headcni:*", "pods:*", "[fd00:244::/32]:*",]}], ` + maps + `}`, false, nil},
+			"acls": [{"action": "accept", "src": ["tag:headcni", "pods", "fd00:244::/32"], "dst": ["tag:headcni:*", "pods:*", "[fd00:244::/32]:*",]}], ` + maps + `}`, false, nil, nil},
 		{"a star means tailnet addresses since 0.29", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}], ` + maps + `}`, false,
-			map[string]string{checkACL: `add to acls {"action": "accept", "src": ["tag:headcni", "10.244.0.0/16", "fd00:244::/48"], "dst": ["tag:headcni:*", "10.244.0.0/16:*", "fd00:244::/48:*"]}`}},
-		{"and everything before", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}], ` + maps + `}`, true, nil},
+			map[string]string{checkACL: `add to acls {"action": "accept", "src": ["tag:headcni", "10.244.0.0/16", "fd00:244::/48"], "dst": ["tag:headcni:*", "10.244.0.0/16:*", "fd00:244::/48:*"]}`}, nil},
+		{"and everything before", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}], ` + maps + `}`, true, nil, nil},
 		{"one family", `{"acls": [{"action": "accept", "src": ["10.0.0.0/8"], "dst": ["10.0.0.0/8:*"]}], ` + maps + `}`, false,
-			map[string]string{checkACL: "pods of fd00:244::/48 do not"}},
+			map[string]string{checkACL: "pods of fd00:244::/48 do not"}, nil},
 		{"some ports", `{"acls": [{"action": "accept", "src": ["10.244.0.0/16", "fd00:244::/48"], "dst": ["10.244.0.0/16:80", "fd00:244::/48:80"]}], ` + maps + `}`, false,
-			map[string]string{checkACL: "10.244.0.0/16"}},
-		{"grants", `{"grants": [{"src": ["10.244.0.0/16", "fd00:244::/48"], "dst": ["10.244.0.0/16", "fd00:244::/48"], "ip": ["*"]}], ` + maps + `}`, false, nil},
-		{"an empty list allows nothing", `{"acls": [], ` + maps + `}`, true, map[string]string{checkACL: "add to acls"}},
+			map[string]string{checkACL: "10.244.0.0/16"}, nil},
+		{"grants", `{"grants": [{"src": ["10.244.0.0/16", "fd00:244::/48"], "dst": ["10.244.0.0/16", "fd00:244::/48"], "ip": ["*"]}], ` + maps + `}`, false, nil, nil},
+		{"an empty list allows nothing", `{"acls": [], ` + maps + `}`, true, map[string]string{checkACL: "add to acls"}, nil},
 		{"auto-approvers", `{"autoApprovers": {"routes": {"10.0.0.0/8": ["tag:headcni"], "192.168.0.0/16": ["group:admin"]}}, ` + maps + `}`, false,
-			map[string]string{checkAutoApprovers: `remove the line "10.0.0.0/8": ["tag:headcni"]`}},
+			map[string]string{checkAutoApprovers: `remove the line "10.0.0.0/8": ["tag:headcni"]`}, nil},
+		{"another network in the tailnet's range", `{` + maps + `}`, false,
+			map[string]string{checkCGNAT: `a, b, c, d, e and 1 more: a network of the host's own is in the tailnet's range 100.64.0.0/10 too`}, []string{"a", "b", "c", "d", "e", "f"}},
+		{"which the policy knows", `{"nodeAttrs": [{"target": ["*"], "attr": ["cache-network-maps", "disable-linux-cgnat-drop-rule"]}]}`, false, nil, []string{"a"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			found, err := checkPolicy(tt.text, prefixes("10.244.0.0/16", "fd00:244::/48"), []string{"tag:headcni"}, tt.starCovers)
+			found, err := checkPolicy(tt.text, needs{ranges: prefixes("10.244.0.0/16", "fd00:244::/48"), tags: tags, sharing: tt.sharing, starCovers: tt.starCovers})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -44,7 +48,7 @@ func TestCheckPolicy(t *testing.T) {
 			}
 		})
 	}
-	if _, err := checkPolicy(`{"acls": 3}`, nil, nil, false); err == nil {
+	if _, err := checkPolicy(`{"acls": 3}`, needs{}); err == nil {
 		t.Error("a policy that is none passes")
 	}
 }

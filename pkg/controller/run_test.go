@@ -95,7 +95,7 @@ func TestUninstall(t *testing.T) {
 		if r.Method == http.MethodDelete {
 			deleted.Add(1)
 		}
-		_, _ = w.Write([]byte("{}"))
+		_, _ = w.Write([]byte(`{"nodes":[{"id":"1"},{"id":"2"},{"id":"3"}]}`))
 	}))
 	defer s.Close()
 	cfg := config.Default()
@@ -152,5 +152,27 @@ func TestUninstall(t *testing.T) {
 	}
 	if err := c.Uninstall(t.Context()); err != nil {
 		t.Errorf("again: %v", err)
+	}
+}
+
+// TestUninstallWithoutHeadscale: it is dead for good. Everything else goes, and what stays there is named.
+func TestUninstallWithoutHeadscale(t *testing.T) {
+	t.Setenv("POD_NAMESPACE", "kube-system")
+	cfg := config.Default()
+	cfg.Headscale.URL = refusing(t)
+	log := &strings.Builder{}
+	c := newController(cfg, slog.New(slog.NewTextHandler(log, nil)), func(name string) string {
+		return map[string]string{"HEADSCALE_API_KEY": "hskey-api-111111111111-x"}[name]
+	}, fake.NewClientset(&corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{Name: kube.Memory, Namespace: "kube-system"}, Data: map[string]string{memoryKey: `{"members":[{"id":"17","node":"a","daemon":true}]}`},
+	}, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: testPod, Namespace: "kube-system"}}), "test")
+	if err := c.Uninstall(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(log.String(), "headscale nodes delete") || !strings.Contains(log.String(), "ids=[17]") {
+		t.Errorf("the node that stays is not named:\n%s", log)
+	}
+	if _, err := c.client.CoreV1().Pods("kube-system").Get(t.Context(), testPod, metav1.GetOptions{}); err == nil {
+		t.Error("the pod of `helm test` stays")
 	}
 }

@@ -8,6 +8,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 )
@@ -19,7 +20,9 @@ type node struct {
 	key, mode string
 	cidrs     []netip.Prefix
 	cidrErr   error
-	created   time.Time
+	// shared are its addresses in the tailnet's IPv4 range, be they the tailnet's or another network's.
+	shared  []netip.Addr
+	created time.Time
 	// allocated: the CIDRs are from us, not from Kubernetes.
 	allocated bool
 	leaving   bool // is being uninstalled
@@ -34,6 +37,11 @@ func nodeOf(n *corev1.Node) node {
 		viewText: n.Annotations[kube.Headscale],
 	}
 	out.cidrs, out.cidrErr = kube.PodCIDRs(n)
+	for _, a := range n.Status.Addresses {
+		if ip, err := netip.ParseAddr(a.Address); err == nil && config.CGNAT.Contains(ip) {
+			out.shared = append(out.shared, ip)
+		}
+	}
 	out.view, _, _ = kube.ViewOf(n) // a damaged one is written anew
 	return out
 }
@@ -65,8 +73,30 @@ type member struct {
 	Daemon bool `json:"daemon,omitempty"`
 	// Routes are what we approved for it.
 	Routes []netip.Prefix `json:"routes,omitempty"`
+	// Created is when it joined. Headscale gives numbers anew: with another database, and with SQLite that of the last node
+	// that was deleted. Zero in what older versions wrote.
+	Created time.Time `json:"created,omitzero"`
 	// Gone is since when no Node claims it, zero while one does.
 	Gone time.Time `json:"gone,omitzero"`
+}
+
+// sharing names the Nodes that have an address in the tailnet's range which is not the tailnet's.
+func (o observation) sharing() []string {
+	known := map[string]bool{}
+	of := map[netip.Addr]bool{}
+	for _, t := range o.tailnet {
+		known[t.NodeKey] = true
+		for _, ip := range t.IPs {
+			of[ip] = true
+		}
+	}
+	var out []string
+	for _, n := range o.nodes {
+		if known[n.key] && slices.ContainsFunc(n.shared, func(ip netip.Addr) bool { return !of[ip] }) {
+			out = append(out, n.name)
+		}
+	}
+	return out
 }
 
 // joined reports whether a node of the tailnet has joined for us: by a key, with our tags. A Node's annotations are what
@@ -79,8 +109,14 @@ func (o observation) joined(t headscale.Node) bool {
 // methodAuthKey is Headscale's word for a node that joined with a pre-auth key.
 const methodAuthKey = "REGISTER_METHOD_AUTH_KEY"
 
-func (m memory) byID(id headscale.ID) (member, bool) {
-	i := slices.IndexFunc(m.Members, func(e member) bool { return e.ID == id })
+// is reports whether t is the one that is remembered, and not another with its number.
+func (m member) is(t headscale.Node) bool {
+	return m.ID == t.ID && (m.Created.IsZero() || m.Created.Equal(t.Created))
+}
+
+// of is what is remembered of a node of the tailnet.
+func (m memory) of(t headscale.Node) (member, bool) {
+	i := slices.IndexFunc(m.Members, func(e member) bool { return e.is(t) })
 	if i < 0 {
 		return member{}, false
 	}

@@ -21,6 +21,8 @@ const (
 	// leaderLeaves is how long the controllers have to stop.
 	leaderLeaves = time.Minute
 	poll         = time.Second
+	// testPod is what `helm test` leaves, so that its log can be read.
+	testPod = "headcni-test"
 )
 
 // Uninstall has every node's daemon take HeadCNI off its node, and then removes what the controllers made: nodes in
@@ -38,6 +40,7 @@ func (c *Controller) Uninstall(ctx context.Context) error {
 	}{
 		{"Secret", kube.JoinSecret, c.client.CoreV1().Secrets(c.namespace).Delete},
 		{"ConfigMap", kube.Memory, c.client.CoreV1().ConfigMaps(c.namespace).Delete},
+		{"Pod", testPod, c.client.CoreV1().Pods(c.namespace).Delete},
 		{"Lease", kube.Lease, c.client.CoordinationV1().Leases(c.namespace).Delete},
 	} {
 		if err := made.remove(ctx, made.name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
@@ -114,28 +117,48 @@ func (c *Controller) askNodes(ctx context.Context) error {
 	}
 }
 
-// forgetNodes removes from Headscale the nodes that joined for us, and takes our routes back from the others.
+// forgetNodes removes from Headscale the nodes that joined for us, and takes our routes back from the others. What stays is
+// named in the log: a Headscale that is dead for good must not keep everything else from going.
 func (c *Controller) forgetNodes(ctx context.Context) error {
-	api, _, err := c.headscale(ctx)
-	if err != nil || api == nil {
-		return err
-	}
 	m, _, err := c.loadMemory(ctx)
-	if err != nil {
+	if err != nil || len(m.Members) == 0 {
 		return err
 	}
-	var errs []error
-	for _, e := range m.Members {
-		if e.Daemon {
-			err = api.DeleteNode(ctx, e.ID)
-		} else {
-			_, err = api.ApproveRoutes(ctx, e.ID, nil, e.Routes)
+	api, _, err := c.headscale(ctx)
+	if err == nil && api == nil {
+		err = errors.New("a pre-auth key can remove nothing")
+	}
+	var tailnet []headscale.Node
+	if err == nil {
+		tailnet, err = api.Nodes(ctx)
+	}
+	if err != nil {
+		var ids []string
+		for _, e := range m.Members {
+			ids = append(ids, e.ID.String())
 		}
-		if err != nil && !errors.Is(err, headscale.ErrNotFound) {
-			errs = append(errs, err)
+		c.log.Warn("nodes stay in Headscale: run `headscale nodes delete -i ID` for those that are not to be used further", "ids", ids, "err", err)
+		return nil
+	}
+	for _, err := range each(tailnet, func(t headscale.Node) error { return c.forget(ctx, api, m, t) }) {
+		if err != nil {
+			c.log.Warn("a node stays in Headscale as it is", "err", err)
 		}
 	}
-	return errors.Join(errs...)
+	return nil
+}
+
+func (c *Controller) forget(ctx context.Context, api *headscale.Client, m memory, t headscale.Node) (err error) {
+	e, ok := m.of(t)
+	switch {
+	case !ok:
+		return nil
+	case e.Daemon:
+		err = api.DeleteNode(ctx, t.ID)
+	default:
+		_, err = api.ApproveRoutes(ctx, t.ID, nil, e.Routes)
+	}
+	return unlessGone(err)
 }
 
 // cleanNodes removes our annotations.

@@ -79,6 +79,7 @@ func New(o Options) (*Client, error) {
 func transport(caFile string) (http.RoundTripper, error) {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.DialContext = (&net.Dialer{Timeout: 3 * time.Second}).DialContext
+	t.MaxIdleConnsPerHost = 8 // as many calls as the controller has under way: else each would greet the server anew
 	if caFile == "" {
 		return t, nil
 	}

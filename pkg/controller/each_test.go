@@ -1,0 +1,227 @@
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/headscale"
+)
+
+// crowd is a Headscale with many nodes. It takes its time, and watches how it is called.
+type crowd struct {
+	mu       sync.Mutex
+	routes   map[string][]string // approved, by ID
+	refuses  map[string]bool     // IDs whose routes cannot be set
+	under    map[string]int      // calls under way by ID
+	now, max int
+	twice    bool
+	order    []string // of what was set
+	calls    int
+}
+
+func (s *crowd) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	id, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/api/v1/node/"), "/")
+	s.mu.Lock()
+	s.calls++
+	s.now++
+	s.under[id]++
+	s.max = max(s.max, s.now)
+	s.twice = s.twice || s.under[id] > 1
+	s.mu.Unlock()
+	time.Sleep(2 * time.Millisecond)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.now--
+	s.under[id]--
+	if r.Method == http.MethodPost {
+		var in struct{ Routes []string }
+		if err := json.NewDecoder(r.Body).Decode(&in); err != nil || s.refuses[id] {
+			w.WriteHeader(http.StatusBadRequest)
+			_, _ = w.Write([]byte(`{"code":3,"message":"it will not"}`))
+			return
+		}
+		s.routes[id] = in.Routes
+		s.order = append(s.order, fmt.Sprint(id, in.Routes))
+	}
+	_ = json.NewEncoder(w).Encode(map[string]any{"node": map[string]any{"id": id, "approvedRoutes": s.routes[id]}})
+}
+
+func newCrowd(t *testing.T) (*crowd, *Controller, *headscale.Client) {
+	t.Helper()
+	s := &crowd{routes: map[string][]string{}, refuses: map[string]bool{}, under: map[string]int{}}
+	server := httptest.NewServer(s)
+	t.Cleanup(server.Close)
+	api, err := headscale.New(headscale.Options{URL: server.URL, Key: secret.New("hskey-api-x")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, newController(config.Default(), slog.New(slog.DiscardHandler), func(string) string { return "" }, fake.NewClientset(), "test"), api
+}
+
+// TestColdStart: a thousand nodes at once. Several calls are under way, but never two for one node.
+func TestColdStart(t *testing.T) {
+	const nodes = 1000
+	s, c, api := newCrowd(t)
+	o := observation{now: now, ranges: prefixes("10.240.0.0/12"), tags: tags}
+	for i := range nodes {
+		cidr := fmt.Sprintf("10.24%d.%d.0/24", i/256, i%256)
+		o.nodes = append(o.nodes, kn(fmt.Sprint("n", i), fmt.Sprint(i), cidr))
+		o.tailnet = append(o.tailnet, ts(headscale.ID(i+1), fmt.Sprint(i), []string{cidr}))
+	}
+	began := time.Now()
+	p := makePlan(o)
+	planned := time.Since(began)
+	if err := c.approve(t.Context(), api, p.approvals); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("planned in %v; %d calls of 2 ms in %v", planned, s.calls, time.Since(began)-planned)
+	for i, n := range o.nodes {
+		if got := s.routes[fmt.Sprint(i+1)]; len(got) != 1 || got[0] != n.cidrs[0].String() {
+			t.Fatalf("node %d has %v approved", i+1, got)
+		}
+	}
+	if s.max < 2 || s.max > parallel || s.twice {
+		t.Errorf("%d calls at once, two for one node: %v", s.max, s.twice)
+	}
+}
+
+// TestRangeMoves: a range is taken from one before another gets it, whatever else the first is given; where it cannot be
+// taken, nobody gets it, and everybody else gets theirs.
+func TestRangeMoves(t *testing.T) {
+	list := []approval{
+		{id: 1, own: prefixes("10.244.1.0/24")},
+		{id: 2, own: prefixes("10.244.2.0/24"), stale: prefixes("10.244.1.0/24")},
+		{id: 3, own: prefixes("10.244.3.0/24")},
+	}
+	s, c, api := newCrowd(t)
+	s.routes["2"] = []string{"10.244.1.0/24"}
+	if err := c.approve(t.Context(), api, list); err != nil {
+		t.Fatal(err)
+	}
+	if s.order[0] != "2[]" || len(s.order) != 4 || fmt.Sprint(s.routes) != "map[1:[10.244.1.0/24] 2:[10.244.2.0/24] 3:[10.244.3.0/24]]" {
+		t.Errorf("set in this order: %v; in the end %v", s.order, s.routes)
+	}
+
+	s, c, api = newCrowd(t)
+	s.routes["2"] = []string{"10.244.1.0/24"}
+	s.refuses["2"] = true
+	if err := c.approve(t.Context(), api, list); err == nil || !strings.Contains(err.Error(), "it will not") {
+		t.Errorf("the error is lost: %v", err)
+	}
+	if fmt.Sprint(s.routes) != "map[2:[10.244.1.0/24] 3:[10.244.3.0/24]]" {
+		t.Errorf("approved: %v", s.routes)
+	}
+}
+
+// TestNobodyAnswers: a thousand calls to a server that is away are not all made, and say so once.
+func TestNobodyAnswers(t *testing.T) {
+	var tried sync.Map
+	list := make([]int, 1000)
+	for i := range list {
+		list[i] = i
+	}
+	errs := each(list, func(i int) error {
+		tried.Store(i, true)
+		return fmt.Errorf("%w at http://hs: no answer", headscale.ErrUnreachable)
+	})
+	n := 0
+	tried.Range(func(any, any) bool { n++; return true })
+	if n > parallel {
+		t.Errorf("%d calls were made", n)
+	}
+	if err := joined(errs); !errors.Is(err, headscale.ErrUnreachable) || strings.Contains(err.Error(), errNotTried.Error()) {
+		t.Errorf("the error: %v", err)
+	}
+	errs = each(list, func(i int) error { return fmt.Errorf("node %d: no", i) })
+	if text := joined(errs).Error(); strings.Count(text, "\n") != fewErrors || !strings.HasSuffix(text, "and 995 more like these") {
+		t.Errorf("many errors: %s", text)
+	}
+}
+
+// TestNumbersAreGivenAnew: a node of the tailnet that has the number of one of ours, which is gone, is not ours.
+func TestNumbersAreGivenAnew(t *testing.T) {
+	laptop := headscale.Node{ID: 7, NodeKey: "nodekey:l", Created: now.Add(-time.Minute), Approved: prefixes("10.244.1.0/24")}
+	was := member{ID: 7, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24"), Gone: now.Add(-2 * grace), Created: now.Add(-time.Hour)}
+	o := observation{now: now, ranges: prefixes("10.244.0.0/16"), tags: tags, tailnet: []headscale.Node{laptop}, memory: memory{Members: []member{was}}}
+	if p := makePlan(o); len(p.remove)+len(p.approvals)+len(p.memory.Members) > 0 {
+		t.Errorf("somebody's machine: %+v", p)
+	}
+	o.tailnet[0].Created = was.Created
+	if p := makePlan(o); len(p.remove) != 1 {
+		t.Errorf("our own stays: %+v", p)
+	}
+}
+
+// TestSharing: only addresses that are not the tailnet's own count.
+func TestSharing(t *testing.T) {
+	on := func(name string, ips ...string) node {
+		n := kn(name, name)
+		for _, ip := range ips {
+			n.shared = append(n.shared, netip.MustParseAddr(ip))
+		}
+		return n
+	}
+	a, b := ts(1, "a", nil), ts(2, "b", nil)
+	a.IPs, b.IPs = []netip.Addr{netip.MustParseAddr("100.64.0.1")}, []netip.Addr{netip.MustParseAddr("100.64.0.2")}
+	o := observation{nodes: []node{on("a", "100.64.0.1"), on("b", "100.64.0.2", "100.100.0.7"), on("c", "100.64.9.9")}, tailnet: []headscale.Node{a, b}}
+	if got := fmt.Sprint(o.sharing()); got != "[b]" {
+		t.Errorf("%s: want b only; c's tailnet address is not known", got)
+	}
+}
+
+// TestOwnKey: the API key's end is measured, and told in time.
+func TestOwnKey(t *testing.T) {
+	expires := "2026-12-24T12:00:00Z"
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`{"apiKeys":[{"id":"1","prefix":"hskey-api-x","expiration":"` + expires + `"}]}`))
+	}))
+	defer s.Close()
+	_, c, _ := newCrowd(t)
+	c.now = func() time.Time { return now }
+	api, err := headscale.New(headscale.Options{URL: s.URL, Key: secret.New("hskey-api-x-y")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		expires string
+		metric  float64
+		told    bool
+	}{
+		{"2026-12-24T12:00:00Z", 1798113600, false}, {"2026-12-01T12:00:00Z", 1796126400, true}, {"1970-01-01T00:00:00Z", 0, false}, {"0001-01-01T00:00:00Z", 0, false},
+	} {
+		expires = test.expires
+		if told := c.ownKey(context.Background(), api); (told != "") != test.told || gauge(t, c, "headcni_headscale_api_key_expiry_timestamp_seconds") != test.metric {
+			t.Errorf("%s: told %q, metric %v", expires, told, gauge(t, c, "headcni_headscale_api_key_expiry_timestamp_seconds"))
+		}
+	}
+}
+
+// gauge reads one from the registry.
+func gauge(t *testing.T, c *Controller, name string) float64 {
+	t.Helper()
+	families, err := c.metrics.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == name {
+			return f.GetMetric()[0].GetGauge().GetValue()
+		}
+	}
+	t.Fatalf("no metric %s", name)
+	return 0
+}
