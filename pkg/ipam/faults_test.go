@@ -73,7 +73,7 @@ func (f *faultFS) trip(change, room bool) (fail bool) {
 }
 
 func (f *faultFS) Open(dir int, name string, flags int, mode uint32) (int, error) {
-	create := flags&unix.O_CREAT != 0
+	create := flags&(unix.O_CREAT|unix.O_TRUNC) != 0
 	if name == "lock" {
 		create = false // made once; to fail here is to fail before anything began
 	}
@@ -184,8 +184,8 @@ func openWith(t testing.TB, c Config, fs store.FS) *Pool {
 	return p
 }
 
-// script is what a run does: owners with + allocate, with - release.
-var script = []string{"+a", "+b", "-a", "+c", "+a", "-b", "-c", "+d", "+e", "-e"}
+// script is what a run does: owners with + allocate, with - release, and with ! are garbage to collect.
+var script = []string{"+a", "+b", "-a", "+c", "+a", "-b", "!c", "+d", "+e", "-e", "!a"}
 
 // state is what a run must have left.
 type state struct {
@@ -211,7 +211,7 @@ func run(t *testing.T, p *Pool, fs *faultFS) state {
 				s.unsure[id] = true // nothing could be undone
 			}
 		} else {
-			had, err := p.Release(ctx, id, "eth0")
+			had, err := take(p, step)
 			if err != nil && !fs.fired {
 				t.Fatalf("%s: %v", step, err)
 			}
@@ -231,6 +231,25 @@ func run(t *testing.T, p *Pool, fs *faultFS) state {
 	return s
 }
 
+func take(p *Pool, step string) (had bool, err error) {
+	ctx, id := context.Background(), step[1:]
+	if step[0] == '-' {
+		return p.Release(ctx, id, "eth0")
+	}
+	released, err := p.GC(ctx, func(l Lease) bool { return l.ContainerID != id })
+	return len(released) > 0, err
+}
+
+// seed leaves a store of an earlier boot, which the first allocation removes.
+func seed(t *testing.T, c Config) {
+	t.Helper()
+	old, err := open(c, store.Options{BootID: "99999999-2222-3333-4444-555555555555"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	allocate(t, old, "of another boot")
+}
+
 // Every system call that changes the store (and every one that reads it) is made to fail in every way. Afterwards the
 // leases that were given are there, no other is, and each address can be had exactly once.
 func TestEveryStepFails(t *testing.T) {
@@ -245,6 +264,9 @@ func TestEveryStepFails(t *testing.T) {
 				for ; ; n++ {
 					fs := &faultFS{fault: f, n: n}
 					dir := filepath.Join(testDir(t), "d")
+					if strategy == Random {
+						seed(t, smallConfig(dir, strategy))
+					}
 					s := run(t, openWith(t, smallConfig(dir, strategy), fs), fs)
 					verify(t, fmt.Sprintf("call %d", n), smallConfig(dir, strategy), s)
 					if left := fs.open.Load(); left != 0 {
@@ -404,6 +426,46 @@ func TestRebuildFailsAtEveryStep(t *testing.T) {
 					t.Fatalf("call %d: second rebuild: %v", n, err)
 				}
 				verify(t, fmt.Sprintf("call %d", n), c, state{held: map[string]Lease{"live": live}, unsure: map[string]bool{"new": true}})
+				if t.Failed() || !fs.fired {
+					break
+				}
+			}
+		})
+	}
+}
+
+// A repair that is cut off anywhere takes nothing from anybody, and the next one completes it.
+func TestRepairFailsAtEveryStep(t *testing.T) {
+	ctx := context.Background()
+	for _, f := range faults {
+		t.Run(f.name, func(t *testing.T) {
+			for n := 1; ; n++ {
+				c := smallConfig(filepath.Join(testDir(t), "d"), DensePack)
+				good := openWith(t, c, nil)
+				held := map[string]Lease{}
+				for _, id := range []string{"a", "b", "c"} {
+					held[id] = allocate(t, good, id)
+				}
+				dir := filepath.Join(good.Dir(), testBoot)
+				spoil(t, filepath.Join(dir, "leases/a:eth0"), "truncate")
+				spoil(t, filepath.Join(dir, "index/10.0.0.0-12"), "junk")
+				spoil(t, filepath.Join(dir, "leases/left:eth0"), "truncate")
+				if err := errors.Join(os.Remove(filepath.Join(dir, "leases/b:eth0")), os.Remove(filepath.Join(dir, "addresses/fd00::4"))); err != nil {
+					t.Fatal(err)
+				}
+				fs := &faultFS{fault: f, n: n}
+				_, _ = openWith(t, c, fs).Check(ctx, true) // how it ends is not the question
+				if _, err := good.Check(ctx, true); err != nil {
+					t.Fatalf("call %d: second repair: %v", n, err)
+				}
+				for id, l := range held {
+					got, err := good.Lookup(ctx, id, "eth0")
+					if err != nil || len(got.Addrs) != 2 || got.Addrs[0].Addr.Addr() != l.Addrs[0].Addr.Addr() || got.Addrs[1].Addr.Addr() != l.Addrs[1].Addr.Addr() {
+						t.Fatalf("call %d: %s held %s and has %s: %v", n, id, addrsOf(l), addrsOf(got), err)
+					}
+					held[id] = got // a rewritten record knows neither gateway nor prefix length
+				}
+				verify(t, fmt.Sprintf("call %d", n), c, state{held: held})
 				if t.Failed() || !fs.fired {
 					break
 				}

@@ -330,23 +330,31 @@ func (p *Pool) Rebuild(ctx context.Context, live []Lease) (aside string, err err
 // statusWait bounds the wait for the lock: runtimes ask every few seconds.
 const statusWait = 2 * time.Second
 
-// Status says why an ADD could not be served: the store is corrupt, locked, read-only or on a full disk. A pool without
-// a free address is no fault here: the node is fine, and saying otherwise would make it NotReady.
+// Status says why an ADD could not be served: the store is corrupt, locked, read-only or on a full disk. It makes nothing. A
+// pool without a free address is no fault here: the node is fine, and saying otherwise would make it NotReady.
 func (p *Pool) Status(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, statusWait)
 	defer cancel()
-	if err := p.store.Update(ctx, func(*store.Tx) error { return nil }); err != nil {
+	if err := p.store.Ready(ctx); err != nil {
 		return err
 	}
+	dir := p.Dir()
 	var fs unix.Statfs_t
-	if err := unix.Statfs(p.Dir(), &fs); err != nil {
-		return fmt.Errorf("look at the disk of %s: %w", p.Dir(), err)
+	err := unix.Statfs(dir, &fs)
+	for ; errors.Is(err, unix.ENOENT) && dir != filepath.Dir(dir); err = unix.Statfs(dir, &fs) {
+		dir = filepath.Dir(dir) // the first ADD makes what is missing
+	}
+	if err != nil {
+		return fmt.Errorf("look at the disk of %s: %w", dir, err)
 	}
 	switch {
 	case fs.Flags&unix.ST_RDONLY != 0:
-		return fmt.Errorf("%s is on a read-only disk: %w", p.Dir(), unix.EROFS)
+		return fmt.Errorf("%s is on a read-only disk: %w", dir, unix.EROFS)
 	case fs.Bfree == 0 || fs.Files > 0 && fs.Ffree == 0:
-		return fmt.Errorf("the disk of %s is full: %w", p.Dir(), unix.ENOSPC)
+		return fmt.Errorf("the disk of %s is full: %w", dir, unix.ENOSPC)
+	}
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return fmt.Errorf("write to %s: %w", dir, err)
 	}
 	return nil
 }

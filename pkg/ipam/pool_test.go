@@ -305,22 +305,70 @@ func TestNetworks(t *testing.T) {
 	}
 }
 
+// tree lists all that is in a folder, with what the files hold.
+func tree(t *testing.T, dir string) (out []string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			out = append(out, path)
+			return err
+		}
+		data, err := os.ReadFile(path)
+		out = append(out, fmt.Sprintf("%s %q", path, data))
+		return err
+	})
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// Whoever only looks, or takes away what is not there, makes and changes nothing: not where there is no folder, nor one of
+// another program, nor in the leases of another boot, which a wrong boot ID must not cost.
 func TestReadingLeavesNoTrace(t *testing.T) {
 	ctx := context.Background()
-	dir := filepath.Join(testDir(t), "d")
-	p := openWith(t, smallConfig(dir, Sequential), nil)
-	_, err1 := p.List(ctx)
-	_, err2 := p.Release(ctx, "a", "eth0")
-	_, err3 := p.GC(ctx, func(Lease) bool { return false })
-	_, err4 := p.Check(ctx, true)
-	if err := errors.Join(err1, err2, err3, err4); err != nil {
-		t.Error(err)
-	}
-	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("%s: %v", dir, err)
-	}
-	if err := p.Status(ctx); err != nil {
-		t.Error(err)
+	const otherBoot = "99999999-2222-3333-4444-555555555555"
+	for name, prepare := range map[string]func(dir string) error{
+		"nothing": func(string) error { return nil },
+		"host-local's": func(dir string) error {
+			net := filepath.Join(dir, "net")
+			return errors.Join(os.MkdirAll(net, 0o700), os.WriteFile(filepath.Join(net, "10.0.0.2"), []byte("a\r\neth0"), 0o600))
+		},
+		"another boot's": func(dir string) error {
+			p, err := open(smallConfig(dir, Sequential), store.Options{BootID: otherBoot})
+			if err != nil {
+				return err
+			}
+			_, err = p.Allocate(ctx, Owner{ContainerID: "a", IfName: "eth0"}, nil)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(testDir(t), "d")
+			if err := prepare(dir); err != nil {
+				t.Fatal(err)
+			}
+			before := tree(t, dir)
+			p := openWith(t, smallConfig(dir, Sequential), nil)
+			list, err1 := p.List(ctx)
+			had, err2 := p.Release(ctx, "a", "eth0")
+			_, err3 := p.GC(ctx, func(Lease) bool { return false })
+			_, err4 := p.Check(ctx, true)
+			_, err5 := p.Usage(ctx)
+			if err := errors.Join(err1, err2, err3, err4, err5, p.Status(ctx)); err != nil || had || len(list) > 0 {
+				t.Errorf("%v, had a lease: %v, list %v", err, had, list)
+			}
+			if _, err := p.Lookup(ctx, "a", "eth0"); !errors.Is(err, ErrNotFound) {
+				t.Error(err)
+			}
+			if diff := cmp.Diff(before, tree(t, dir)); diff != "" {
+				t.Error(diff)
+			}
+			allocate(t, p, "b")
+			if left, err := filepath.Glob(filepath.Join(dir, "net", otherBoot)); err != nil || len(left) > 0 {
+				t.Errorf("an allocation leaves %v, %v", left, err)
+			}
+		})
 	}
 }
 
@@ -413,9 +461,6 @@ func insideFullDisk(t *testing.T) {
 				t.Fatalf("%d pages: %v, want ENOSPC", size, err)
 			}
 		}
-		if full != nil && p.Status(ctx) == nil && len(held) == 0 {
-			t.Logf("%d pages: status does not see it", size)
-		}
 		for _, l := range held {
 			if had, err := p.Release(ctx, l.ContainerID, "eth0"); !had || err != nil {
 				t.Fatalf("%d pages: release %s: %v, %v", size, l.ContainerID, had, err)
@@ -440,6 +485,7 @@ func insideFullDisk(t *testing.T) {
 			t.Error(err)
 		}
 	}()
+	readOnly(t, dir)
 	p := openWith(t, smallConfig(dir, Sequential), nil)
 	_, err := p.Allocate(ctx, Owner{ContainerID: "a", IfName: "eth0"}, nil)
 	if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), dir) {
@@ -450,6 +496,32 @@ func insideFullDisk(t *testing.T) {
 	}
 	if had, err := p.Release(ctx, "a", "eth0"); had || err != nil {
 		t.Errorf("release on a read-only disk: %v, %v", had, err)
+	}
+}
+
+// readOnly looks at leases on a disk that became read-only.
+func readOnly(t *testing.T, dir string) {
+	ctx := context.Background()
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT, ""); err != nil {
+		t.Fatal(err)
+	}
+	p := openWith(t, smallConfig(filepath.Join(dir, "leases"), Sequential), nil)
+	want := allocate(t, p, "a")
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	got, err := p.Lookup(ctx, "a", "eth0")
+	if err != nil || addrsOf(got) != addrsOf(want) {
+		t.Errorf("lookup on a read-only disk: %v, %v", got, err)
+	}
+	if problems, err := p.Check(ctx, false); err != nil || len(problems) > 0 {
+		t.Errorf("check on a read-only disk: %v, %v", problems, err)
+	}
+	if _, err := p.Release(ctx, "a", "eth0"); !errors.Is(err, unix.EROFS) {
+		t.Errorf("release on a read-only disk: %v", err)
+	}
+	if got, err := p.Lookup(ctx, "a", "eth0"); err != nil || addrsOf(got) != addrsOf(want) {
+		t.Errorf("after it: %v, %v", got, err)
 	}
 }
 

@@ -103,7 +103,7 @@ func (s *suicide) step() {
 }
 
 func (s *suicide) Open(dir int, name string, flags int, mode uint32) (int, error) {
-	if flags&unix.O_CREAT != 0 {
+	if flags&(unix.O_CREAT|unix.O_TRUNC) != 0 {
 		s.step()
 	}
 	return s.System.Open(dir, name, flags, mode)
@@ -122,6 +122,11 @@ func (s *suicide) Link(dir int, from, to string) error {
 func (s *suicide) Unlink(dir int, name string) error {
 	s.step()
 	return s.System.Unlink(dir, name)
+}
+
+func (s *suicide) Rmdir(dir int, name string) error {
+	s.step()
+	return s.System.Rmdir(dir, name)
 }
 
 func (s *suicide) Mkdir(dir int, name string, mode uint32) error {

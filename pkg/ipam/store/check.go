@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // Problem is one thing that Check found. Problems of kind "leftover" are what killed processes leave and are harmless.
@@ -198,7 +200,8 @@ func (c *check) missing(e Entry) (free, others []netip.Addr, err error) {
 	return free, others, nil
 }
 
-// rewrite makes a record anew from its file name and its links; nil where the name does not tell the owner.
+// rewrite makes a record anew from its file name and its links; nil where the name does not tell the owner. It is written
+// in place, so that the links, and with them the addresses, are its owner's at every moment.
 func (c *check) rewrite(e Entry, held []netip.Addr) func() error {
 	if _, ok := ownerOf(e.name); !ok {
 		return nil
@@ -208,10 +211,17 @@ func (c *check) rewrite(e Entry, held []netip.Addr) func() error {
 		l.Addrs = append(l.Addrs, LeasedAddr{Addr: netip.PrefixFrom(a, a.BitLen())})
 	}
 	return func() error {
-		if err := c.Delete(e); err != nil {
+		data, err := encode(l)
+		if err != nil {
 			return err
 		}
-		return c.Put(l)
+		path := leaseDir + "/" + e.name
+		fd, err := c.s.fs.Open(c.boot, path, unix.O_WRONLY|unix.O_TRUNC, 0)
+		if err != nil {
+			return wrap("open", path, err)
+		}
+		defer c.s.fs.Close(fd)
+		return wrap("write", path, writeAll(c.s.fs, fd, data, 0))
 	}
 }
 

@@ -75,6 +75,9 @@ func (tx *Tx) openWindow(base netip.Addr) (*window, error) {
 	w := &window{base: base, name: indexName(base)}
 	var err error
 	w.fd, err = tx.s.fs.Open(tx.boot, w.name, unix.O_RDWR, 0)
+	if errors.Is(err, unix.EROFS) {
+		w.fd, err = tx.s.fs.Open(tx.boot, w.name, unix.O_RDONLY, 0) // to look is allowed
+	}
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
 	}

@@ -164,12 +164,54 @@ func (s *Store) begin(ctx context.Context, create bool) (*Tx, error) {
 	if err != nil {
 		return nil, err
 	}
+	if !create && s.absent(tx.net, lockName) && s.absent(tx.net, s.bootID) {
+		tx.close()
+		return nil, ErrNotFound // not even a lock is left where there was nothing
+	}
 	if tx.locked, err = s.lock(ctx, tx.net); err != nil {
 		tx.locked = -1
 		tx.close()
 		return nil, err
 	}
 	return tx, nil
+}
+
+func (s *Store) absent(dir int, name string) bool {
+	_, err := s.fs.Stat(dir, name)
+	return errors.Is(err, unix.ENOENT)
+}
+
+// Ready says why Update would fail, as far as can be told without making or changing anything.
+func (s *Store) Ready(ctx context.Context) error {
+	err := s.Edit(ctx, func(*Tx) error { return nil })
+	if errors.Is(err, ErrNotFound) {
+		err = s.readyToMake()
+	}
+	return err
+}
+
+// readyToMake is Ready where this boot has no store.
+func (s *Store) readyToMake() error {
+	net, err := s.openNet(false)
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer s.fs.Close(net)
+	names, err := s.fs.Names(net, ".")
+	if err != nil {
+		return wrap("list", s.dir, err)
+	}
+	if i := slices.IndexFunc(names, s.isAside); i >= 0 {
+		return s.notRebuilt(names[i])
+	}
+	return nil
+}
+
+func (s *Store) notRebuilt(aside string) error {
+	return s.corrupt("it was set aside as " + aside + " and not rebuilt")
 }
 
 // close gives the lock back last.
@@ -238,9 +280,9 @@ func (s *Store) create(net int) (int, error) {
 		return -1, wrap("list", s.dir, err)
 	}
 	for _, n := range names {
-		boot, _, aside := strings.Cut(n, asideMark)
-		if aside && boot == s.bootID {
-			return -1, s.corrupt("it was set aside as " + n + " and not rebuilt")
+		boot, _, _ := strings.Cut(n, asideMark)
+		if s.isAside(n) {
+			return -1, s.notRebuilt(n)
 		}
 		if isBoot(boot) && boot != s.bootID {
 			if err := removeAll(s.fs, net, n); err != nil {

@@ -289,6 +289,9 @@ func TestCorruptIsSaidAndRebuilt(t *testing.T) {
 				if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), s.dir) {
 					t.Fatalf("%v, want ErrCorrupt with the path", err)
 				}
+				if ready := s.Ready(context.Background()); !errors.Is(ready, ErrCorrupt) {
+					t.Fatalf("ready: %v", ready)
+				}
 			}
 			live := testLease("live", "10.0.0.2/24", "fd00::2/64")
 			aside, err := s.Rebuild(context.Background(), "test", []Lease{live})
