@@ -56,12 +56,12 @@ func interleave(b *testing.B, rounds int, ways ...way) samples {
 // report is a Markdown table. It is printed when the benchmark ends.
 type report struct {
 	b    *testing.B
+	head string
 	text strings.Builder
 }
 
 func newReport(b *testing.B, title, heading string) *report {
-	r := &report{b: b}
-	fmt.Fprintf(&r.text, "\n%s\n\n%s\n|%s\n", title, heading, strings.Repeat("---|", strings.Count(heading, "|")-1))
+	r := &report{b: b, head: fmt.Sprintf("\n%s\n\n%s\n|%s\n", title, heading, strings.Repeat("---|", strings.Count(heading, "|")-1))}
 	b.Cleanup(r.print)
 	return r
 }
@@ -72,13 +72,17 @@ func newComparison(b *testing.B, title string) *report {
 }
 
 func (r *report) print() {
-	fmt.Print(r.text.String())
+	if r.text.Len() == 0 {
+		return // nothing that was asked for
+	}
+	text := r.head + r.text.String()
+	fmt.Print(text)
 	if *tableFile == "" || r.b.Failed() {
 		return
 	}
 	f, err := os.OpenFile(*tableFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err == nil {
-		_, err = f.WriteString(r.text.String())
+		_, err = f.WriteString(text)
 	}
 	if err == nil {
 		err = f.Close()

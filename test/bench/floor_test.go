@@ -2,12 +2,18 @@ package bench
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -27,7 +33,7 @@ func (r *requests) add(typ uint16, flags uint16, parts ...nl.NetlinkRequestData)
 }
 
 // write asks for an answer to the last message and puts all into a file.
-func (r *requests) write(b *testing.B, name string) string {
+func (r *requests) write(b testing.TB, name string) string {
 	b.Helper()
 	at := 0
 	for next := 0; next < len(r.b); {
@@ -105,7 +111,7 @@ func (r *requests) route(index uint32, dst netip.Prefix, gateway netip.Addr) {
 // host and the pod, and to remove all again.
 type bare struct{ host, pod, remove string }
 
-func newBare(b *testing.B) bare {
+func newBare(b testing.TB) bare {
 	b.Helper()
 	addr, gateway := netip.MustParseAddr("10.9.0.2"), networking.PodGateway4
 	var host, pod, remove requests
@@ -120,6 +126,63 @@ func newBare(b *testing.B) bare {
 	pod.route(barePod, netip.MustParsePrefix("0.0.0.0/0"), gateway)
 	remove.add(unix.RTM_DELLINK, 0, linkMessage(bareHost, 0))
 	return bare{host.write(b, "host"), pod.write(b, "pod"), remove.write(b, "remove")}
+}
+
+// TestBareLeavesWhatADDLeaves holds that the floor is that of the same work.
+func TestBareLeavesWhatADDLeaves(t *testing.T) {
+	p := newPrograms(t).build(t, "bare")
+	s, kernel := newSandboxes(t, 1)[0], newBare(t)
+	ipam := fmt.Sprintf(`"ipam":{"type":"headcni-ipam","subnet":"10.9.0.0/16","dataDir":%q}`, t.TempDir())
+	c := contender{"headcni", "bench-bare", []link{{"headcni", `"mtu":1280,` + ipam}}}
+	if err := p.command(c, "ADD", s); err != nil {
+		t.Fatal(err)
+	}
+	want := look(t, networking.PodLinkName(s.id, "eth0"), s)
+	if err := p.command(c, "DEL", s); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := p.run("bare", nil, nil, kernel.host, s.netns, kernel.pod); err != nil {
+		t.Fatal(err)
+	}
+	diff := ""
+	for range 50 { // the kernel brings a link without our look at its carrier into use within milliseconds
+		if diff = cmp.Diff(want, look(t, "bare", s)); diff == "" {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if diff != "" {
+		t.Errorf("the program bare leaves another pod than the plugin (-plugin +bare):\n%s", diff)
+	}
+	if _, _, err := p.run("bare", nil, nil, kernel.remove); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("ip", "link", "show", "bare").CombinedOutput(); err == nil {
+		t.Errorf("the program bare does not remove the link:\n%s", out)
+	}
+}
+
+// differs is what no two attachments have in common: numbers and names of links, MACs and what is made of them.
+var differs = regexp.MustCompile(`(?m)^\d+: |@\S+|[0-9a-f]{2}(:[0-9a-f]{2}){5}|fe80::\S+`)
+
+// look tells what `ip` says of both ends of a pod's link.
+func look(t *testing.T, host string, s *sandbox) string {
+	t.Helper()
+	var text strings.Builder
+	same := strings.NewReplacer(host, "HOST", " tentative", "") // duplicate address detection may be over
+	for _, args := range [][]string{{"addr"}, {"route"}, {"neigh"}, {"-6", "route"}} {
+		for _, cmd := range []*exec.Cmd{
+			exec.Command("ip", append(args, "show", "dev", host)...),
+			exec.Command("nsenter", append(append([]string{"--net=" + s.netns, "ip"}, args...), "show", "dev", "eth0")...),
+		} {
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
+			}
+			fmt.Fprintf(&text, "%v\n%s", args, differs.ReplaceAllString(same.Replace(string(out)), "*"))
+		}
+	}
+	return text.String()
 }
 
 // timed is the way that runs a program.

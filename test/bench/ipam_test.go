@@ -151,7 +151,7 @@ func BenchmarkIPAMCrowd(b *testing.B) {
 	for _, load := range []struct {
 		atOnce, percent, rounds int
 		goal                    string
-	}{{100, 0, 20, ""}, {10, 90, 5, "at most 0.01: 100 times the rate"}} {
+	}{{100, 0, 20, ""}, {4, 90, 6, "at most 0.01: 100 times the rate"}} {
 		b.Run(fmt.Sprintf("at-once=%d/fill=%d", load.atOnce, load.percent), func(b *testing.B) {
 			ours.to(b, load.percent)
 			theirs.to(b, load.percent)

@@ -66,7 +66,7 @@ func (p programs) find(name string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("no %s in %s", name, p.path)
+	return exec.LookPath(name)
 }
 
 // run runs a program and returns what it printed and how long the process took.
