@@ -48,6 +48,20 @@ app.kubernetes.io/component: {{ .part }}
 {{- toYaml $config }}
 {{- end }}
 
+{{/* Two on one node have no room: both listen on the host's network. Without a cluster to ask (helm template) nothing is
+     found, and two is right nearly everywhere. */}}
+{{- define "headcni.replicas" -}}
+{{- if kindIs "invalid" .Values.controller.replicas }}
+{{- $linux := 0 }}
+{{- range (lookup "v1" "Node" "" "").items }}
+{{- if eq (index (.metadata.labels | default dict) "kubernetes.io/os") "linux" }}{{ $linux = add1 $linux }}{{ end }}
+{{- end }}
+{{- if eq (int $linux) 1 }}1{{ else }}2{{ end }}
+{{- else }}
+{{- .Values.controller.replicas }}
+{{- end }}
+{{- end }}
+
 {{- define "headcni.dedicated" -}}
 {{- if ne .Values.config.tailscale.mode "host" }}true{{ end }}
 {{- end }}

@@ -61,6 +61,10 @@ var cases = []struct {
 		"--set", "monitoring.podMonitor.enabled=true", "--set", "monitoring.prometheusRule.enabled=true",
 		"--set", "monitoring.dashboard.enabled=true", "--set", "monitoring.podMonitor.labels.release=prometheus",
 	})},
+	{"service-monitor", slices.Concat(modern, url, key, []string{
+		"--api-versions", "monitoring.coreos.com/v1/ServiceMonitor", "--set", "monitoring.serviceMonitor.enabled=true",
+		"--set", "monitoring.serviceMonitor.labels.release=prometheus",
+	})},
 	{"everything-else", slices.Concat(modern, url, key, []string{
 		"--set", "caBundle=PEM", "--set", "kubernetes.serviceHost=10.0.0.1", "--set", "kubernetes.servicePort=6443",
 		"--set", "image.digest=sha256:00", "--set", "image.pullSecrets[0].name=pull", "--set", "controller.replicas=1",
@@ -110,6 +114,8 @@ type manifest struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata"`
 	text              string
+	// item: it is part of a List, which is there too.
+	item bool
 }
 
 func (o manifest) id() string { return o.Kind + "/" + o.Namespace + "/" + o.Name }
@@ -125,11 +131,35 @@ func parse(t *testing.T, out string) []manifest {
 		if o.Kind != "" {
 			objects = append(objects, o)
 		}
+		if o.Kind == "List" {
+			objects = append(objects, items(t, o)...)
+		}
 	}
 	if len(objects) < 15 {
 		t.Fatalf("%d objects only", len(objects))
 	}
 	return objects
+}
+
+func items(t *testing.T, list manifest) []manifest {
+	t.Helper()
+	var in struct{ Items []map[string]any }
+	if err := yaml.Unmarshal([]byte(list.text), &in); err != nil || len(in.Items) == 0 {
+		t.Fatalf("%s: %v, %d items", list.id(), err, len(in.Items))
+	}
+	var out []manifest
+	for _, item := range in.Items {
+		b, err := yaml.Marshal(item)
+		o := manifest{text: string(b), item: true}
+		if err == nil {
+			err = yaml.Unmarshal(b, &o)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, o)
+	}
+	return out
 }
 
 // into decodes strictly: a field that Kubernetes does not have is an error.
@@ -202,7 +232,7 @@ func TestGolden(t *testing.T) {
 			here := map[string]bool{}
 			for _, o := range mustRender(t, tc.args...) {
 				here[o.id()] = true
-				if i == 0 || first[o.id()] != o.text {
+				if !o.item && (i == 0 || first[o.id()] != o.text) {
 					out.WriteString("---\n" + strings.TrimRight(o.text, "\n") + "\n")
 				}
 			}
@@ -233,6 +263,7 @@ func TestRefused(t *testing.T) {
 		"no URL":            {key, "config.headscale.url is required"},
 		"key twice":         {slices.Concat(url, key, []string{"--set", "apiKey=x"}), "give the key once"},
 		"key and Secret":    {slices.Concat(url, key, []string{"--set", "existingSecret=x"}), "not both"},
+		"monitored twice":   {slices.Concat(url, key, []string{"--set", "monitoring.podMonitor.enabled=true,monitoring.serviceMonitor.enabled=true"}), "enable one"},
 		"unknown config":    {slices.Concat(url, []string{"--set", "config.network.podCIDR=x"}), "podCIDR"},
 		"unknown value":     {slices.Concat(url, []string{"--set", "replicas=3"}), "replicas"},
 		"wrong type":        {slices.Concat(url, []string{"--set", "config.network.mtu=big"}), "mtu"},
@@ -311,7 +342,7 @@ func checkConfig(t *testing.T, objects []manifest) {
 func checkVersions(t *testing.T, isOld bool, objects []manifest) {
 	t.Helper()
 	of1_20 := []string{
-		"v1 ServiceAccount", "v1 Secret", "v1 ConfigMap", "v1 Pod", "apps/v1 DaemonSet", "apps/v1 Deployment", "batch/v1 Job",
+		"v1 List", "v1 ServiceAccount", "v1 Secret", "v1 ConfigMap", "v1 Pod", "apps/v1 DaemonSet", "apps/v1 Deployment", "batch/v1 Job",
 		"policy/v1beta1 PodDisruptionBudget", "rbac.authorization.k8s.io/v1 Role", "rbac.authorization.k8s.io/v1 RoleBinding",
 		"rbac.authorization.k8s.io/v1 ClusterRole", "rbac.authorization.k8s.io/v1 ClusterRoleBinding",
 	}
@@ -375,7 +406,7 @@ func TestNames(t *testing.T) {
 	var have []string
 	for _, o := range mustRender(t, cases[0].args...) {
 		have = append(have, o.Kind+"/"+o.Name)
-		if o.Namespace == "" && !strings.HasPrefix(o.Kind, "Cluster") && !strings.HasPrefix(o.Kind, "ValidatingAdmission") {
+		if o.Namespace == "" && o.Kind != "List" && !strings.HasPrefix(o.Kind, "Cluster") && !strings.HasPrefix(o.Kind, "ValidatingAdmission") {
 			t.Errorf("%s has no namespace", o.id())
 		}
 	}

@@ -36,7 +36,7 @@ var free = []string{
 var manifold = map[string]schema{
 	"daemon.maxUnavailable":  {"type": []string{"integer", "string"}},
 	"kubernetes.servicePort": {"type": []string{"integer", "string"}},
-	"controller.replicas":    {"type": "integer", "minimum": 0},
+	"controller.replicas":    {"type": []string{"integer", "null"}, "minimum": 0},
 	"image.pullPolicy":       {"enum": []string{"Always", "IfNotPresent", "Never"}},
 }
 
