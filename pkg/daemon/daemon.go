@@ -60,9 +60,12 @@ type Daemon struct {
 	version string
 	began   time.Time
 
-	// Of the loop alone: what was last written to our Node, and when a failed uninstall is tried again.
+	// Of the loop alone: what was last written to our Node, since when the API server denies that, since when our conflist
+	// stands, and when a failed uninstall is tried again.
 	wrote      string
 	wroteAt    time.Time
+	denied     denial
+	conflistAt time.Time
 	leaveAgain time.Time
 
 	// For status, from the last pass.

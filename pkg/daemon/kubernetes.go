@@ -35,7 +35,28 @@ const (
 	nodePage = 100
 	// serviceInterval is how often the cluster's service ranges are asked for. They are added to, if ever, by hand.
 	serviceInterval = 10 * time.Minute
+	// denialPatience is how long the API server may deny us what it has granted: one that has just started does so until it
+	// has read its RBAC rules.
+	denialPatience = 30 * time.Second
 )
+
+// denial is since when the API server has denied us something, the zero Time where it has not.
+type denial time.Time
+
+// judge makes a denial one to wait for while it is young.
+func (d *denial) judge(err error, now time.Time) error {
+	switch {
+	case err == nil:
+		*d = denial{}
+	case !apierrors.IsForbidden(err) && !apierrors.IsUnauthorized(err):
+	case time.Time(*d).IsZero():
+		*d = denial(now)
+		fallthrough
+	case now.Sub(time.Time(*d)) < denialPatience:
+		return waiting("an API server that has just started may deny what it will grant: " + err.Error())
+	}
+	return err
+}
 
 // cluster is what this node sees of Kubernetes: its own Node, and of all others their pod CIDRs. It watches Nodes and
 // nothing else.
@@ -47,9 +68,12 @@ type cluster struct {
 	log       *slog.Logger
 	changed   func() // told when something changes that concerns us
 
+	keyDenied denial // of the daemon's loop alone, as joinKey
+
 	mu       sync.Mutex
 	synced   bool
 	err      error // why the API server cannot be asked, nil while it can
+	denied   denial
 	own      *corev1.Node
 	cidrs    map[string][]netip.Prefix // by name of each Node, ours included
 	services []netip.Prefix
@@ -200,9 +224,9 @@ func (k *cluster) few(n *corev1.Node) *corev1.Node {
 		}
 	}
 	for _, c := range n.Status.Conditions {
-		if c.Type == corev1.NodeNetworkUnavailable {
+		if c.Type == corev1.NodeNetworkUnavailable || pluginNotReady(c) {
 			c.LastHeartbeatTime = metav1.Time{} // no news
-			out.Status.Conditions = []corev1.NodeCondition{c}
+			out.Status.Conditions = append(out.Status.Conditions, c)
 		}
 	}
 	return out
@@ -316,7 +340,7 @@ func (k *cluster) view() *clusterView {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	v := &clusterView{synced: k.synced, err: k.err, node: k.own, services: k.services, cidrs: map[string][]netip.Prefix{}}
+	v := &clusterView{synced: k.synced, err: k.denied.judge(k.err, time.Now()), node: k.own, services: k.services, cidrs: map[string][]netip.Prefix{}}
 	var all []netip.Prefix
 	for name, cidrs := range k.cidrs {
 		v.cidrs[name] = cidrs
@@ -367,7 +391,7 @@ func (k *cluster) joinKey(ctx context.Context) (secret.Secret, error) {
 		return secret.Secret{}, fmt.Errorf("headcni-controller has not made a key to join with yet (Secret %s/%s): see `kubectl -n %[1]s logs "+
 			"deploy/headcni-controller`", k.namespace, kube.JoinSecret)
 	}
-	if err != nil {
+	if err = k.keyDenied.judge(err, time.Now()); err != nil {
 		return secret.Secret{}, fmt.Errorf("read the key to join with (Secret %s/%s): %w", k.namespace, kube.JoinSecret, err)
 	}
 	return secret.New(strings.TrimSpace(string(s.Data[kube.JoinSecretKey]))), nil

@@ -186,9 +186,14 @@ func (d *Daemon) syncNode(ctx context.Context, o observation, up bool) ([]string
 	case !v.synced:
 		return nil, waiting("asks the API server")
 	}
-	if err := d.events.send(ctx, k); err != nil {
-		return nil, err
-	}
+	done, err := d.writeNode(ctx, o, up)
+	// Last, and whatever became of the rest: an event must not hold back what the controller waits for.
+	return done, d.denied.judge(errors.Join(err, d.events.send(ctx, k)), time.Now())
+}
+
+// writeNode writes to our Node what is missing there.
+func (d *Daemon) writeNode(ctx context.Context, o observation, up bool) ([]string, error) {
+	v, k := o.cluster, d.cluster
 	if v.node == nil {
 		return nil, v.noCIDR(k.node, cidrPatience)
 	}

@@ -99,3 +99,18 @@ func TestBoardUnseen(t *testing.T) {
 		t.Error("ready with a fault")
 	}
 }
+
+// Only what was told to be wrong is told to be right again: a start is no news.
+func TestBoardTells(t *testing.T) {
+	b := newBoard(slog.New(slog.DiscardHandler), monitoring.NewMetrics("test"), []string{"a"})
+	var told []string
+	b.told = func(_ string, ok bool, text string) { told = append(told, text) }
+	for _, err := range []error{
+		waiting("starts"), nil, unseen{errors.New("unseen")}, nil, errors.New("wrong"), errors.New("wrong"), waiting("soon"), nil, nil, waiting("x"), nil,
+	} {
+		b.run(t.Context(), []part{{name: "a", run: func(context.Context) ([]string, error) { return nil, err }}})
+	}
+	if diff := cmp.Diff([]string{"wrong", "right again"}, told); diff != "" {
+		t.Error(diff)
+	}
+}

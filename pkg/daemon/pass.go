@@ -37,6 +37,8 @@ const (
 	partForeign = "foreign"
 	// partKubernetes is the API server: pods do not wait for it either.
 	partKubernetes = "kubernetes"
+	// partRuntime is whether the container runtime uses our conflist. Only kubelet can tell.
+	partRuntime = "runtime"
 	// partPolicy says that what network.networkPolicy asks for is not done.
 	partPolicy = "policy"
 )
@@ -51,7 +53,7 @@ func partsOf(c config.Config, kubernetes bool) []string {
 		parts = append(parts, partPolicy)
 	}
 	if kubernetes {
-		parts = append(parts, partKubernetes)
+		parts = append(parts, partRuntime, partKubernetes)
 	}
 	return parts
 }
@@ -76,16 +78,20 @@ func (d *Daemon) pass(ctx context.Context) bool {
 	if o.tailnet != nil {
 		d.metrics.Peers(o.tailnet.PathCounts())
 	}
-	defer func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.last, d.confirmed = o, d.member.confirmed.routes
-	}()
+	right := d.board.run(ctx, d.parts(o, p, err))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.last, d.confirmed = o, d.member.confirmed.routes
+	return right
+}
+
+// parts are what makes the node as p says, in order. refused is why nothing of it may be applied, nil where it may.
+func (d *Daemon) parts(o observation, p plan, refused error) []part {
 	up := false
 	parts := []part{
 		{name: partConfig, run: func(context.Context) ([]string, error) {
-			if err != nil {
-				return nil, err
+			if refused != nil {
+				return nil, refused
 			}
 			return nil, d.remember(func(s *state) { s.Mode, s.TunName, s.TunMTU = o.settled() })
 		}},
@@ -107,8 +113,8 @@ func (d *Daemon) pass(ctx context.Context) bool {
 		{name: partApproval, needs: []string{partPrefs}, run: func(ctx context.Context) ([]string, error) {
 			return d.member.approve(ctx, o, p.prefs)
 		}},
-		{name: partConflist, needs: []string{partPrefs}, run: func(context.Context) ([]string, error) {
-			done, err := d.syncConflist(p)
+		{name: partConflist, needs: []string{partPrefs}, run: func(context.Context) (done []string, err error) {
+			done, err = d.syncConflist(p)
 			up = err == nil
 			return done, err
 		}},
@@ -123,11 +129,13 @@ func (d *Daemon) pass(ctx context.Context) bool {
 		parts = append(parts, part{name: partPolicy, optional: true, run: func(context.Context) ([]string, error) { return nil, errNoPolicy }})
 	}
 	if o.cluster != nil {
-		parts = append(parts, part{name: partKubernetes, optional: true, run: func(ctx context.Context) ([]string, error) {
+		parts = append(parts, part{name: partRuntime, needs: []string{partConflist}, run: func(context.Context) ([]string, error) {
+			return nil, runtimeUse(o.cluster.node, d.conflistAt, time.Now(), d.cfg.CNI, "/")
+		}}, part{name: partKubernetes, optional: true, run: func(ctx context.Context) ([]string, error) {
 			return d.syncNode(ctx, o, up)
 		}})
 	}
-	return d.board.run(ctx, parts)
+	return parts
 }
 
 // foreignDrops says which firewalls of others drop what pods send and get, and what to do about it.
@@ -213,7 +221,15 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 	return changes, d.remember(func(s *state) { s.Advertised = p.prefs.AdvertiseRoutes })
 }
 
-func (d *Daemon) syncConflist(p plan) ([]string, error) {
+func (d *Daemon) syncConflist(p plan) (done []string, err error) {
+	defer func() {
+		switch {
+		case err != nil:
+			d.conflistAt = time.Time{}
+		case d.conflistAt.IsZero():
+			d.conflistAt = time.Now()
+		}
+	}()
 	if _, err := os.Stat(filepath.Join(d.cfg.CNI.BinDir, "headcni")); err != nil {
 		return nil, fmt.Errorf("the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
 	}
@@ -223,7 +239,7 @@ func (d *Daemon) syncConflist(p plan) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	done, err := standFirst(d.cfg.CNI.ConfDir, d.cfg.CNI.Exclusive, func(names []string) error {
+	done, err = standFirst(d.cfg.CNI.ConfDir, d.cfg.CNI.Exclusive, func(names []string) error {
 		return d.remember(func(s *state) { s.Hidden = slices.Compact(slices.Sorted(slices.Values(append(s.Hidden, names...)))) })
 	})
 	if changed {

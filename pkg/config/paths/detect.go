@@ -11,7 +11,9 @@ type Distribution struct {
 	Name string
 	// RuntimeConfig is the configuration that its containerd runs with. What it says counts.
 	RuntimeConfig string
-	// BinDir and ConfDir are where it has them where they are not the usual ones.
+	// Socket is its containerd's.
+	Socket string
+	// BinDir and ConfDir are where it has them unless told otherwise.
 	BinDir, ConfDir string
 }
 
@@ -21,11 +23,16 @@ type Distribution struct {
 // containerd looks where everybody's does. Before the releases of November 2024 its plugins were in data/current/bin.
 // RKE2 always has the usual ones. MicroK8s never has.
 var Distributions = []Distribution{
-	{"K3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml", "/var/lib/rancher/k3s/data/cni", "/var/lib/rancher/k3s/agent/etc/cni/net.d"},
-	{"RKE2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml", CNIBinDir, CNIConfDir},
-	{"MicroK8s", microk8sData + "/args/containerd.toml", microk8sData + "/opt/cni/bin", microk8sData + "/args/cni-network"},
-	{"containerd", "/etc/containerd/config.toml", CNIBinDir, CNIConfDir},
+	{"K3s with its own flannel", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml", k3sSocket,
+		"/var/lib/rancher/k3s/data/cni", "/var/lib/rancher/k3s/agent/etc/cni/net.d"},
+	{"RKE2 or K3s without flannel", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml", k3sSocket, CNIBinDir, CNIConfDir},
+	{"MicroK8s", microk8sData + "/args/containerd.toml", "/var/snap/microk8s/common/run/containerd.sock",
+		microk8sData + "/opt/cni/bin", microk8sData + "/args/cni-network"},
+	{"containerd", "/etc/containerd/config.toml", "/run/containerd/containerd.sock", CNIBinDir, CNIConfDir},
 }
+
+// k3sSocket is RKE2's too.
+const k3sSocket = "/run/k3s/containerd/containerd.sock"
 
 // microk8sData is $SNAP_DATA in MicroK8s' own files.
 const microk8sData = "/var/snap/microk8s/current"

@@ -1,0 +1,65 @@
+package daemon
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+)
+
+// runtimePatience is how long after our conflist the runtime and kubelet may still say that there is no network: they look
+// every 5 and 10 s.
+const runtimePatience = time.Minute
+
+// pluginNotReady reports whether kubelet says that the network plugin is what keeps the Node from being ready. Its words
+// are those of the CRI (RuntimeCondition NetworkReady, reason NetworkPluginNotReady), then the runtime's own: containerd's
+// "cni plugin not initialized", CRI-O's "No CNI configuration file in ...".
+func pluginNotReady(c corev1.NodeCondition) bool {
+	return c.Type == corev1.NodeReady && c.Status == corev1.ConditionFalse &&
+		(strings.Contains(c.Message, "NetworkPluginNotReady") || strings.Contains(c.Message, "cni plugin not initialized"))
+}
+
+// runtimeUse judges whether the container runtime uses the conflist that stands since written, the zero Time where it does
+// not stand. With the wrong folders everything of ours is right and no pod starts.
+func runtimeUse(n *corev1.Node, written, now time.Time, cni config.CNI, root string) error {
+	if n == nil || written.IsZero() {
+		return nil
+	}
+	i := slices.IndexFunc(n.Status.Conditions, pluginNotReady)
+	if i < 0 {
+		return nil
+	}
+	waited := now.Sub(written)
+	if waited < runtimePatience {
+		return unseen{waiting("kubelet has not seen the node's network yet")}
+	}
+	return warning{fmt.Errorf("kubelet says that there is no network plugin although %s stands for %s (%q): the container runtime "+
+		"seems to look in other folders than cni.confDir %s and cni.binDir %s; set both to its own: %s",
+		filepath.Join(cni.ConfDir, paths.ConflistName), waited.Round(time.Second), n.Status.Conditions[i].Message, cni.ConfDir, cni.BinDir,
+		strings.Join(usualFolders(root), "; "))}
+}
+
+// usualFolders tells the values of cni.confDir and cni.binDir for what seems to run here: by its files, which a pod does
+// not see, or by the socket of its containerd, which a pod on the host's network does. Where neither tells, for all.
+func usualFolders(root string) []string {
+	sockets, _ := os.ReadFile(filepath.Join(root, "proc/net/unix")) // without it the files must do
+	var here, all []string
+	for _, d := range paths.Distributions {
+		text := fmt.Sprintf("%s: %s and %s", d.Name, d.ConfDir, d.BinDir)
+		all = append(all, text)
+		if _, err := os.Stat(filepath.Join(root, d.RuntimeConfig)); err == nil || strings.Contains(string(sockets), " "+d.Socket+"\n") {
+			here = append(here, text)
+		}
+	}
+	if here != nil {
+		return here
+	}
+	return all
+}

@@ -1,0 +1,216 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/kubernetes/fake"
+	kubetesting "k8s.io/client-go/testing"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/monitoring"
+)
+
+// notReady is what kubelet writes with containerd, and with CRI-O.
+var notReady = []string{
+	"container runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady message:Network plugin returns error: cni plugin not initialized",
+	"container runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady message:Network plugin returns error: " +
+		"No CNI configuration file in /etc/kubernetes/cni/net.d/. Has your network provider started?",
+}
+
+func setReady(t *testing.T, client *fake.Clientset, status corev1.ConditionStatus, message string) {
+	t.Helper()
+	n := node("a", "10.244.1.0/24")
+	n.Status.Conditions = []corev1.NodeCondition{
+		{Type: corev1.NodeNetworkUnavailable, Status: corev1.ConditionFalse},
+		{Type: corev1.NodeReady, Status: status, Message: message, LastHeartbeatTime: metav1.Now()},
+	}
+	if _, err := client.CoreV1().Nodes().Update(t.Context(), n, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A conflist that the runtime does not read: said as a part, to the API server as an event, and taken back when kubelet is
+// content.
+func TestRuntimeThatLooksElsewhere(t *testing.T) {
+	k, client, _ := startCluster(t, node("a", "10.244.1.0/24"))
+	waitUntil(t, func() bool { return k.view().synced })
+	d := &Daemon{cfg: config.Default(), cluster: k}
+	d.board = newBoard(slog.New(slog.DiscardHandler), monitoring.NewMetrics("test"), []string{partRuntime, partKubernetes})
+	d.board.told = d.tell
+	look := func() (ready bool, text string) {
+		t.Helper()
+		var parts []part
+		for _, p := range d.parts(observation{cluster: k.view()}, plan{}, nil) {
+			if p.name == partRuntime || p.name == partKubernetes {
+				p.needs = nil
+				parts = append(parts, p)
+			}
+		}
+		d.board.run(t.Context(), parts)
+		ready, _ = d.board.Ready()
+		return ready, partErrors(d)[partRuntime]
+	}
+	inNode := func(text string) func() bool {
+		return func() bool {
+			n := k.view().node
+			i := slices.IndexFunc(n.Status.Conditions, pluginNotReady)
+			return text == "" && i < 0 || i >= 0 && n.Status.Conditions[i].Message == text
+		}
+	}
+	for _, text := range notReady {
+		setReady(t, client, corev1.ConditionFalse, text)
+		waitUntil(t, inNode(text))
+		d.conflistAt = time.Time{} // the conflist waits for something else, which has a part of its own
+		if ready, got := look(); !ready || got != "" {
+			t.Errorf("without a conflist: %v, %q", ready, got)
+		}
+		d.conflistAt = time.Now()
+		if ready, got := look(); !ready || !strings.Contains(got, "has not seen") {
+			t.Errorf("at once: %v, %q", ready, got)
+		}
+		d.conflistAt = time.Now().Add(-runtimePatience)
+		ready, got := look()
+		for _, want := range []string{"/etc/cni/net.d/10-headcni.conflist", text, "cni.confDir /etc/cni/net.d and cni.binDir /opt/cni/bin"} {
+			if ready || !strings.Contains(got, want) {
+				t.Errorf("ready %v, %q; want %q in it", ready, got, want)
+			}
+		}
+		setReady(t, client, corev1.ConditionTrue, "kubelet is posting ready status")
+		waitUntil(t, inNode(""))
+		if ready, got := look(); !ready || got != "" {
+			t.Errorf("in the end: %v, %q", ready, got)
+		}
+	}
+	setReady(t, client, corev1.ConditionFalse, "PLEG is not healthy")
+	waitUntil(t, inNode(""))
+	if ready, got := look(); !ready || got != "" {
+		t.Errorf("NotReady for another reason: %v, %q", ready, got)
+	}
+	list, err := client.EventsV1().Events("default").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range list.Items {
+		got = append(got, e.Reason)
+		if e.Action != partRuntime {
+			t.Errorf("an event about %s: %s", e.Action, e.Note)
+		}
+	}
+	slices.Sort(got)
+	if want := []string{kube.ReasonNotRight, kube.ReasonNotRight, kube.ReasonRight, kube.ReasonRight}; !slices.Equal(got, want) {
+		t.Errorf("events %v; want %v", got, want)
+	}
+}
+
+func TestUsualFolders(t *testing.T) {
+	put := func(root, name, text string) {
+		t.Helper()
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := strings.Join(usualFolders(t.TempDir()), "; ")
+	for _, want := range []string{
+		"K3s with its own flannel: /var/lib/rancher/k3s/agent/etc/cni/net.d and /var/lib/rancher/k3s/data/cni", "RKE2",
+		"MicroK8s: /var/snap/microk8s/current/args/cni-network and /var/snap/microk8s/current/opt/cni/bin",
+	} {
+		if !strings.Contains(all, want) {
+			t.Errorf("%q; want %q in it", all, want)
+		}
+	}
+	const head = "Num       RefCount Protocol Flags    Type St Inode Path\n" +
+		"0000000000000000: 00000002 00000000 00010000 0001 01 20433 "
+	pod := t.TempDir() // a pod on the host's network
+	put(pod, "proc/net/unix", head+"/var/snap/microk8s/common/run/containerd.sock\n")
+	if got := usualFolders(pod); len(got) != 1 || !strings.HasPrefix(got[0], "MicroK8s: ") {
+		t.Errorf("by the socket: %q", got)
+	}
+	put(pod, "proc/net/unix", head+"/run/k3s/containerd/containerd.sock.ttrpc\n")
+	if got := usualFolders(pod); len(got) != 4 {
+		t.Errorf("by a longer name: %q", got)
+	}
+	host := t.TempDir()
+	put(host, "var/lib/rancher/rke2/agent/etc/containerd/config.toml", "")
+	if got := usualFolders(host); len(got) != 1 || !strings.HasPrefix(got[0], "RKE2") {
+		t.Errorf("by the file: %q", got)
+	}
+}
+
+// A watch that is denied just after the API server has started is no news; one that stays denied is.
+func TestDenialsPassOrAreTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset(node("a", "10.244.1.0/24"))
+		nodes := schema.GroupResource{Resource: "nodes"}
+		deny := true
+		client.PrependReactor("list", "nodes", func(kubetesting.Action) (bool, runtime.Object, error) {
+			return deny, nil, apierrors.NewForbidden(nodes, "", errors.New("RBAC: clusterrole not found"))
+		})
+		k := watched(client, "a", slog.New(slog.DiscardHandler))
+		k.changed = func() {}
+		ask := func() error {
+			_, err := client.CoreV1().Nodes().List(t.Context(), metav1.ListOptions{})
+			k.answered(err)
+			d := &Daemon{cluster: k}
+			_, err = d.syncNode(t.Context(), observation{cluster: k.view()}, false)
+			return err
+		}
+		var w waiting
+		for range 2 {
+			if err := ask(); !errors.As(err, &w) {
+				t.Errorf("at once: %v", err)
+			}
+			time.Sleep(denialPatience / 2)
+		}
+		if err := ask(); err == nil || errors.As(err, &w) || !strings.Contains(err.Error(), "ClusterRole") {
+			t.Errorf("after %s: %v", denialPatience, err)
+		}
+		deny = false
+		if err := ask(); !errors.As(err, &w) { // not synced yet
+			t.Errorf("granted: %v", err)
+		}
+		deny = true
+		if err := ask(); !errors.As(err, &w) {
+			t.Errorf("denied again: %v", err)
+		}
+	})
+}
+
+// What an event meets with must not keep the annotations from the Node that the controller waits for.
+func TestDeniedEventsHoldNothingBack(t *testing.T) {
+	client := fake.NewClientset(node("a", "10.244.1.0/24"))
+	client.PrependReactor("create", "events", func(kubetesting.Action) (bool, runtime.Object, error) {
+		return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", errors.New("not granted"))
+	})
+	k := watched(client, "a", slog.New(slog.DiscardHandler))
+	k.synced, k.own = true, node("a", "10.244.1.0/24")
+	d := &Daemon{cluster: k}
+	d.tell(partFirewall, false, "wrong")
+	done, err := d.syncNode(t.Context(), observation{cluster: k.view()}, true)
+	var w waiting
+	if len(done) != 1 || !errors.As(err, &w) {
+		t.Errorf("did %v, %v", done, err)
+	}
+	n, err := client.CoreV1().Nodes().Get(t.Context(), "a", metav1.GetOptions{})
+	if err != nil || len(n.Status.Conditions) != 1 {
+		t.Errorf("%+v, %v", n.Status.Conditions, err)
+	}
+}
