@@ -13,6 +13,9 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 )
 
+// demoKind tells demos from other worlds that are kept, such as those of `make e2e-up`.
+const demoKind = "demo"
+
 // exitCode is an error that has been told already.
 type exitCode int
 
@@ -60,13 +63,12 @@ func demoDownCmd() *cobra.Command {
 		Short: "End what `demo --keep` left running",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			worlds, err := lab.Kept()
+			worlds, err := lab.Kept(demoKind)
 			if err != nil {
 				return err
 			}
 			if len(worlds) == 0 {
 				fmt.Fprintln(cmd.OutOrStdout(), "nothing to end: no demo of yours is running"+othersHint())
-				return nil
 			}
 			ctx, cancel := context.WithTimeoutCause(cmd.Context(), 10*time.Second, errors.New("it did not end within 10 s"))
 			defer cancel()
@@ -76,7 +78,7 @@ func demoDownCmd() *cobra.Command {
 				}
 				fmt.Fprintf(cmd.OutOrStdout(), "ended the demo of %s\n", w.Made.Format(time.TimeOnly))
 			}
-			return nil
+			return lab.Sweep()
 		},
 	}
 }
@@ -114,7 +116,7 @@ func othersHint() string {
 }
 
 func newestWorld() (lab.World, error) {
-	worlds, err := lab.Kept()
+	worlds, err := lab.Kept(demoKind)
 	if err != nil {
 		return lab.World{}, err
 	}
@@ -138,7 +140,7 @@ func runDemo(ctx context.Context, s *screen, keep bool) error {
 	}
 	s.clear()
 	if err == nil && keep {
-		if err = d.lab.Keep(d.pods); err == nil {
+		if err = d.lab.Keep(demoKind, d.pods); err == nil {
 			d.lookAround()
 			return d.verdict(time.Since(began))
 		}

@@ -181,7 +181,6 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	removeStaleCgroups()
 	c.Dir, c.Control = c.lab.Dir, c.lab.Control
 	for _, n := range c.lab.Nodes {
 		c.Nodes = append(c.Nodes, &Node{Node: n, cluster: c})
@@ -252,13 +251,7 @@ func (c *Cluster) SendClear(n *Node, src, dst netip.Addr) error {
 func (c *Cluster) Logs() []string { return c.lab.Logs() }
 
 // Stop ends the cluster: every process of it, every namespace, its cgroups and its folder.
-func (c *Cluster) Stop() error {
-	err := c.lab.Close()
-	for _, n := range c.Nodes {
-		err = errors.Join(err, removeCgroups(n.cgroup()))
-	}
-	return err
-}
+func (c *Cluster) Stop() error { return c.lab.Close() }
 
 // each calls do for all nodes at once and joins the errors.
 func each(nodes []*Node, do func(*Node) error) error {

@@ -10,6 +10,9 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 )
 
+// kind tells clusters from other worlds that are kept.
+const kind = "cluster"
+
 // Keep lets the cluster go on without us, until Down. The Cluster must not be used any more. Scripts in Dir run kubectl,
 // helm, and programs on a machine.
 func (c *Cluster) Keep() error {
@@ -31,36 +34,14 @@ func (c *Cluster) Keep() error {
 	if err := os.WriteFile(filepath.Join(c.Dir, "enter"), []byte(enter), 0o700); err != nil {
 		return err
 	}
-	return c.lab.Keep(nil)
+	return c.lab.Keep(kind, nil)
 }
 
-// Kept lists the folders of the clusters that were kept, the newest last.
-func Kept() ([]string, error) {
-	worlds, err := kept()
-	var dirs []string
-	for _, w := range worlds {
-		dirs = append(dirs, w.Dir)
-	}
-	return dirs, err
-}
-
-func kept() ([]lab.World, error) {
-	worlds, err := lab.Kept()
-	var clusters []lab.World
-	for _, w := range worlds {
-		if _, err := os.Stat(filepath.Join(w.Dir, "admin.kubeconfig")); err == nil {
-			clusters = append(clusters, w)
-		}
-	}
-	return clusters, err
-}
-
-// Down ends the clusters that were kept and returns how many there were.
+// Down ends the clusters that were kept, and what is left of those that were killed. It returns how many were kept.
 func Down(ctx context.Context) (int, error) {
-	worlds, err := kept()
+	worlds, err := lab.Kept(kind)
 	for _, w := range worlds {
 		err = errors.Join(err, w.Down(ctx))
 	}
-	removeStaleCgroups()
-	return len(worlds), err
+	return len(worlds), errors.Join(err, lab.Sweep())
 }

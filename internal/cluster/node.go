@@ -53,7 +53,7 @@ func (n *Node) disk() string { return filepath.Join(n.Dir, "disk") }
 
 // prepare makes the machine a host for containers and writes its configuration.
 func (n *Node) prepare(ctx context.Context) error {
-	if _, err := n.Run(ctx, "bash", "-c", nodeScript, "node", n.disk(), n.cgroup()); err != nil {
+	if _, err := n.Run(ctx, "bash", "-c", nodeScript, "node", n.disk(), n.Cgroup()); err != nil {
 		return fmt.Errorf("prepare mounts and cgroups: %w", err)
 	}
 	if _, err := os.Stat(n.Path(kubernetesDir + "/kubelet.json")); err == nil {
@@ -142,7 +142,7 @@ func (n *Node) kubeletConfig() object {
 		"authorization":            object{"mode": "Webhook"},
 		"containerRuntimeEndpoint": "unix://" + containerdSocket,
 		"clusterDNS":               []string{DNSAddress}, "clusterDomain": "cluster.local",
-		"cgroupDriver": "cgroupfs", "cgroupRoot": "/" + n.cgroup(), "failCgroupV1": false,
+		"cgroupDriver": "cgroupfs", "cgroupRoot": "/" + n.Cgroup(), "failCgroupV1": false,
 		"oomScoreAdj": 0, "failSwapOn": false,
 		"serializeImagePulls": false,
 		// The disk is the caller's, and however full it is, images stay.
@@ -325,7 +325,7 @@ func (n *Node) Kill() error {
 	if err := n.Crash(); err != nil {
 		return err
 	}
-	return removeCgroups(n.cgroup())
+	return n.RemoveCgroup()
 }
 
 // Boot starts a node that was killed: containerd with the images that it had, kubelet, kube-proxy, its own tailscaled where

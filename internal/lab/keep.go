@@ -23,6 +23,8 @@ const stateFile = "world.json"
 type World struct {
 	Dir  string
 	Made time.Time
+	// Kind says what the world is for, so that each program lists and ends its own only.
+	Kind string
 	// Path is the PATH on its machines.
 	Path     string
 	Machines []Inhabitant
@@ -37,10 +39,10 @@ type Inhabitant struct {
 	Started uint64
 }
 
-// Keep lets the world go on without us, until Down. pods are those to be found again by Find. The Lab must not be used
+// Keep lets the world go on without us, until Down. pods are those to be found again by Enter. The Lab must not be used
 // any more.
-func (l *Lab) Keep(pods []*Pod) error {
-	w := World{Dir: l.Dir, Made: time.Now(), Path: l.opt.path()}
+func (l *Lab) Keep(kind string, pods []*Pod) error {
+	w := World{Dir: l.Dir, Made: time.Now(), Kind: kind, Path: l.opt.path()}
 	for _, m := range l.machines() {
 		in, err := inhabitant(m.Name, m.holder.Process.Pid)
 		if err != nil {
@@ -92,8 +94,8 @@ func startTime(pid int) (uint64, error) {
 	return strconv.ParseUint(fields[19], 10, 64)
 }
 
-// Kept lists the worlds of this user that were kept, the newest last.
-func Kept() ([]World, error) {
+// Kept lists the worlds of this user and of one kind that were kept, the newest last.
+func Kept(kind string) ([]World, error) {
 	var worlds []World
 	for _, dir := range worldDirs(BaseDir()) {
 		b, err := os.ReadFile(filepath.Join(dir, stateFile))
@@ -106,6 +108,9 @@ func Kept() ([]World, error) {
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read a kept world: %w", err)
+		}
+		if w.Kind != kind {
+			continue
 		}
 		i := len(worlds)
 		for i > 0 && worlds[i-1].Made.After(w.Made) {
@@ -132,7 +137,7 @@ func (w World) Down(ctx context.Context) error {
 			return err
 		}
 		defer lock.Close()
-		return os.RemoveAll(w.Dir)
+		return removeWorld(w.Dir)
 	})
 }
 

@@ -32,6 +32,8 @@ type Options struct {
 	UnderlayMTU int
 	// Batch is how long Headscale gathers changes, 0 = 10 ms (its own default is 500 ms).
 	Batch time.Duration
+	// ServerURL is what Headscale is to call itself, where a proxy of the caller's stands before it; empty: its URL.
+	ServerURL string
 	// Relay has the relay (DERP server) run on the control host as a process of its own, instead of within Headscale.
 	Relay bool
 	// Configure may change what is to be a node's daemon.yaml.
@@ -233,7 +235,7 @@ func (l *Lab) Close() error {
 		wg.Go(m.stop)
 	}
 	wg.Wait()
-	err := os.RemoveAll(l.Dir)
+	err := removeWorld(l.Dir)
 	l.lock.Close()
 	return err
 }

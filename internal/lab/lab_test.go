@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -40,7 +41,7 @@ func victim() {
 		fmt.Println(m.holder.Process.Pid)
 	}
 	if os.Getenv(victimEnv) == "keep" {
-		if err := l.Keep(nil); err != nil {
+		if err := l.Keep("test", nil); err != nil {
 			fmt.Println(err)
 		}
 		os.Exit(0)
@@ -233,6 +234,49 @@ func TestKilledLabVanishes(t *testing.T) {
 	}
 }
 
+// What a killed lab leaves of cgroups goes with its folder, and only that.
+func TestSweepRemovesCgroups(t *testing.T) {
+	nstest.Require(t)
+	t.Setenv(DirEnv, t.TempDir())
+	root := "/sys/fs/cgroup"
+	if _, err := os.Stat(root + "/pids"); err == nil { // v1
+		root += "/pids"
+	}
+	var left []string
+	for i := range 2 {
+		dir, lock, err := newWorldDir()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := Machine{Name: "node-1", Dir: filepath.Join(dir, "node-1")}
+		left = append(left, filepath.Join(root, m.Cgroup()))
+		if err := os.Mkdir(left[i], 0o755); err != nil {
+			nstest.Skip(t, fmt.Sprintf("cannot make cgroups: %v", err))
+		}
+		if err := os.Mkdir(filepath.Join(left[i], "pod"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := m.RemoveCgroup(); err != nil {
+				t.Error(err)
+			}
+			lock.Close()
+		})
+		if i == 0 {
+			lock.Close() // as if its processes had ended; the other's lives
+		}
+	}
+	if err := Sweep(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(left[0]); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the cgroup of the dead lab: %v", err)
+	}
+	if _, err := os.Stat(left[1]); err != nil {
+		t.Errorf("the cgroup of the living lab: %v", err)
+	}
+}
+
 func TestKeptLabStaysUntilDown(t *testing.T) {
 	nstest.Require(t)
 	t.Setenv(DirEnv, t.TempDir())
@@ -241,7 +285,10 @@ func TestKeptLabStaysUntilDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	bare(t) // sweeps
-	worlds, err := Kept()
+	if others, err := Kept("another"); err != nil || len(others) > 0 {
+		t.Errorf("of another kind: %+v, %v", others, err)
+	}
+	worlds, err := Kept("test")
 	if err != nil || len(worlds) != 1 || worlds[0].Dir != dir {
 		t.Fatalf("kept: %+v, %v; want the one in %s", worlds, err, dir)
 	}
@@ -277,7 +324,7 @@ func TestKeptLabStaysUntilDown(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if worlds, err := Kept(); err != nil || len(worlds) > 0 {
+	if worlds, err := Kept("test"); err != nil || len(worlds) > 0 {
 		t.Errorf("after down: %+v, %v", worlds, err)
 	}
 }

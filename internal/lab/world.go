@@ -55,7 +55,21 @@ func newWorldDir() (dir string, lock *os.File, err error) {
 	return dir, lock, err
 }
 
-// sweep removes the folders of labs whose processes are all gone.
+// Sweep removes what labs left behind that were killed. New does it too.
+func Sweep() error {
+	base := BaseDir()
+	lock, err := lockFile(filepath.Join(base, "lock"), unix.LOCK_EX)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // there never was one
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return sweep(base)
+}
+
+// sweep removes the labs whose processes are all gone.
 func sweep(base string) error {
 	var errs []error
 	for _, dir := range worldDirs(base) {
@@ -67,10 +81,19 @@ func sweep(base string) error {
 			errs = append(errs, err)
 			continue
 		}
-		errs = append(errs, os.RemoveAll(dir))
+		errs = append(errs, removeWorld(dir))
 		lock.Close()
 	}
 	return errors.Join(errs...)
+}
+
+// removeWorld removes what is left of a world whose processes have ended. The folder goes last: it is what a later sweep
+// finds the rest by.
+func removeWorld(dir string) error {
+	if err := removeCgroups(cgroupPrefix(dir) + "*"); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
 }
 
 func worldDirs(base string) []string {
