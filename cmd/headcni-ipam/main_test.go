@@ -14,6 +14,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/headcni/headcni/internal/nstest"
 )
 
 const asPlugin = "HEADCNI_IPAM_TEST_PLUGIN"
@@ -24,7 +26,10 @@ func TestMain(m *testing.M) {
 		main()
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	if path := os.Getenv(asHolder); path != "" {
+		hold(path)
+	}
+	nstest.Main(m)
 }
 
 // call runs the plugin as a process. The error is what it printed.
@@ -35,12 +40,19 @@ type call struct {
 
 func (c call) run(t testing.TB) (string, *types.Error) {
 	t.Helper()
+	return c.runBy(t)
+}
+
+// runBy has the plugin run by another program, which gets its path as last argument.
+func (c call) runBy(t testing.TB, program ...string) (string, *types.Error) {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self)
-	cmd.Env = []string{asPlugin + "=1", "CNI_COMMAND=" + c.command, "CNI_CONTAINERID=" + c.id, "CNI_NETNS=/var/run/netns/none", "CNI_IFNAME=eth0",
+	argv := append(program, self)
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), asPlugin + "=1", "CNI_COMMAND=" + c.command, "CNI_CONTAINERID=" + c.id, "CNI_NETNS=/var/run/netns/none", "CNI_IFNAME=eth0",
 		"CNI_PATH=/opt/cni/bin", "CNI_ARGS=" + c.args,
 		"GORACE=atexit_sleep_ms=0"} // or a process with the race detector sleeps for a second before it exits
 	cmd.Stdin = strings.NewReader(c.conf)
@@ -191,7 +203,17 @@ func TestErrorsAndUndo(t *testing.T) {
 	wantCode(t, call{"STATUS", "", "", conf("1.1.0", dir, `"strategy": "x"`, "")}, types.ErrInvalidNetworkConfig, "strategy")
 	wantCode(t, call{"ADD", "a", "", `{"cniVersion": "1.1.0", "name": "net", "type": "bridge"}`}, types.ErrInvalidNetworkConfig, "no ipam")
 	wantCode(t, call{"ADD", "a", "", conf("1.1.0", dir, dual+`, "resolvConf": "/nonexistent/resolv.conf"`, "")}, types.ErrInvalidNetworkConfig, "ipam.resolvConf: open /nonexistent/resolv.conf")
+	wantCode(t, call{"ADD", "a", "", conf("1.1.0", dir, dual+`, "resolvConf": "/proc"`, "")}, types.ErrIOFailure, "is a directory")
+	wantCode(t, call{"ADD", "a", "", conf("1.1.0", dir, dual+`, "strategie": "x"`, "")}, types.ErrUnsupportedField, `ipam.strategie: unknown key (value "x")`)
+	wantCode(t, call{"ADD", "a", "", conf("1.1.0", dir, `"subnet": "10.0.0.0/24", "routes": [{"dst": "0.0.0.0/0", "mtu": -5}]`, "")}, types.ErrInvalidNetworkConfig, "ipam.routes[0].mtu: -5")
+	wantCode(t, call{"ADD", strings.Repeat("a", 5000), "", good}, types.ErrInvalidEnvironmentVariables, "shorter container ID")
+	wantCode(t, call{"ADD", "a", "K8S_POD_NAME=" + strings.Repeat("a", 5000), good}, types.ErrInvalidEnvironmentVariables, "pod name")
 	wantCode(t, call{"CHECK", "a", "", good}, codeNoLease, "no lease") // what ADD gave was taken back
+	long := strings.Repeat("a", 2000)
+	mustRun(t, call{"ADD", long, "", good})
+	mustRun(t, call{"CHECK", long, "", good})
+	mustRun(t, call{"DEL", long, "", good})
+	wantCode(t, call{"CHECK", long, "", good}, codeNoLease, "no lease")
 
 	mustRun(t, call{"ADD", "a", "", good})
 	mustRun(t, call{"DEL", "a", "", conf("1.1.0", dir, `"strategy": "no longer known"`, "")}) // DEL needs no ranges
