@@ -2,6 +2,7 @@ package ipam
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -101,6 +102,52 @@ func fillTo(b *testing.B, p *Pool, have, want, size int) int {
 		b.Fatal(err)
 	}
 	return want
+}
+
+// BenchmarkDisk measures what leases take on disk, folders and index included, where the test's temporary files are: by the
+// kilobytes that the file system says, by the inodes, and by the text of a record. (host-local has a file for each address.)
+func BenchmarkDisk(b *testing.B) {
+	const leases = 1000
+	for name, c := range map[string]Config{
+		"single": {Sets: [][]Range{{{Subnet: pfx("10.0.0.0/16")}}}},
+		"dual":   {Sets: [][]Range{{{Subnet: pfx("10.0.0.0/16")}}, {{Subnet: pfx("fd00::/64")}}}},
+	} {
+		b.Run("stack="+name, func(b *testing.B) {
+			c.Network, c.DataDir = "net", b.TempDir()
+			p := openWith(b, c, nil)
+			var text int64
+			for b.Loop() {
+				for i := range leases {
+					o := Owner{ContainerID: fmt.Sprintf("%064x", i), IfName: "eth0", PodNamespace: "default", PodName: fmt.Sprintf("web-7d4b9c6f5d-%05d", i)}
+					if _, err := p.Allocate(context.Background(), o, nil); err != nil {
+						b.Fatal(err)
+					}
+				}
+				blocks := map[uint64]int64{} // by inode
+				err := filepath.WalkDir(p.Dir(), func(path string, d os.DirEntry, err error) error {
+					var st syscall.Stat_t
+					if err == nil {
+						err = syscall.Lstat(path, &st)
+					}
+					blocks[st.Ino] = st.Blocks * 512
+					if filepath.Base(filepath.Dir(path)) == "leases" {
+						text += st.Size
+					}
+					return err
+				})
+				sum := int64(0)
+				for _, n := range blocks {
+					sum += n
+				}
+				if err = errors.Join(err, os.RemoveAll(p.Dir())); err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(sum)/leases, "disk-B/lease")
+				b.ReportMetric(float64(len(blocks))/leases, "inodes/lease")
+			}
+			b.ReportMetric(float64(text)/float64(b.N)/leases, "text-B/lease")
+		})
+	}
 }
 
 // BenchmarkContended has all of GOMAXPROCS goroutines allocate and release in one pool at once.
