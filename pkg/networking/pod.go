@@ -273,6 +273,7 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 	if err := awaitCarrier(host, links.HostName); err != nil {
 		return PodLinks{}, err
 	}
+	awaitAddrs(ns.conn, pod.Addrs)
 	return links, stillThere(pod.Netns, ns.fd)
 }
 
@@ -419,6 +420,8 @@ func (p *Pods) addRoutesBehind(inside *podConn, pod Pod, index, metric int) erro
 const (
 	carrierTries = 100
 	carrierWait  = time.Millisecond
+	// addrTries is more: the queue of a node with many busy processes has been seen to take 100 ms.
+	addrTries = 1000
 )
 
 // awaitCarrier waits until the host's end sends. It was set up before its peer, without carrier, and a link gets its queue only
@@ -433,6 +436,16 @@ func awaitCarrier(host *podConn, name string) error {
 		time.Sleep(carrierWait)
 	}
 	return nil // it is up as far as we can bring it; a late work queue is no reason to fail a pod
+}
+
+// awaitAddrs waits until the pod takes packets for its IPv6 addresses. The kernel makes them its own in a work queue, also those
+// without duplicate detection (net/ipv6/addrconf.c, addrconf_dad_work), and answers for none before.
+func awaitAddrs(inside *podConn, addrs []netip.Addr) {
+	for _, a := range addrs {
+		for try := 0; a.Is6() && !inside.isLocal(a) && try < addrTries; try++ {
+			time.Sleep(carrierWait)
+		}
+	}
 }
 
 // explainIPv6 puts the kernel's EACCES for an address on a link without IPv6 into words.

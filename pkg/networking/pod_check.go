@@ -121,13 +121,15 @@ func (c *podCheck) hostSide() {
 	}
 }
 
+// byOther: the kernel forgets a link's neighbours when somebody sets its hardware address.
+const byOther = "if another plugin set the pod's hardware address, give the capability mac to headcni instead"
+
 func (c *podCheck) neigh(side string, have map[netip.Addr]net.HardwareAddr, a netip.Addr, mac net.HardwareAddr) {
 	got, ok := have[a]
 	if !ok {
-		c.fault("%s neighbour %s is missing", side, a)
+		c.fault("%s neighbour %s is missing; %s", side, a, byOther)
 	} else if got.String() != mac.String() {
-		c.fault("%s neighbour %s has hardware address %s, not %s; if another plugin changed it, let headcni set it "+
-			"(capability mac)", side, a, got, mac)
+		c.fault("%s neighbour %s has hardware address %s, not %s; %s", side, a, got, mac, byOther)
 	}
 }
 
@@ -271,6 +273,12 @@ func (c *podConn) routeTo(a netip.Addr) (oif int, err error) {
 		oif = int(binary.NativeEndian.Uint32(v))
 	}
 	return oif, nil
+}
+
+// isLocal reports whether a is an address of the namespace's own.
+func (c *podConn) isLocal(a netip.Addr) bool {
+	replies, err := c.do(getPodRoute(a))
+	return err == nil && len(replies[0]) >= unix.SizeofRtMsg && (*unix.RtMsg)(unsafe.Pointer(&replies[0][0])).Type == unix.RTN_LOCAL
 }
 
 // getPodRoute: ip route get ADDR
