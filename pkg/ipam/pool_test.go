@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -89,6 +90,51 @@ func TestAllocateLookupRelease(t *testing.T) {
 	}
 	if next := allocate(t, p, "c"); addrsOf(next) != "10.0.0.4/29 fd00::4/125" {
 		t.Errorf("sequential gave %s, want the next after the last", addrsOf(next))
+	}
+}
+
+// On disk every strategy gives what it gives in memory, address by address, while leases come and go, to the last one.
+func TestPoolDoesWhatItsStrategySays(t *testing.T) {
+	ctx := context.Background()
+	for name, shape := range shapes {
+		for _, strategy := range strategies {
+			set := rangesOf(t, shape)
+			p := openWith(t, Config{Network: "net", DataDir: testDir(t), Strategy: strategy, Sets: [][]Range{set}}, nil)
+			p.draw = rand.New(rand.NewPCG(11, 12)).Uint64
+			draw, r, m := rand.New(rand.NewPCG(11, 12)).Uint64, rand.New(rand.NewPCG(13, 14)), newMemory()
+			var last netip.Addr
+			var held []Lease
+			for i := range 250 {
+				if len(held) > 0 && r.IntN(3) == 0 {
+					at := r.IntN(len(held))
+					if had, err := p.Release(ctx, held[at].ContainerID, "eth0"); !had || err != nil {
+						t.Fatal(had, err)
+					}
+					m.set(t, held[at].Addrs[0].Addr.Addr(), false)
+					held = slices.Delete(held, at, at+1)
+					continue
+				}
+				want, err := pick(strategy, newSpace(set), last, m, draw)
+				if err != nil {
+					t.Fatal(err)
+				}
+				l, err := p.Allocate(ctx, Owner{ContainerID: fmt.Sprint(i), IfName: "eth0"}, nil)
+				if want.rng == nil {
+					if !errors.Is(err, ErrExhausted) {
+						t.Fatalf("%s %s: %v, want ErrExhausted", name, strategy, err)
+					}
+					continue
+				}
+				if err != nil || l.Addrs[0] != (LeasedAddr{Addr: netip.PrefixFrom(want.addr, want.rng.Subnet.Bits()), Gateway: want.rng.Gateway}) {
+					t.Fatalf("%s %s: %v, want %s; %v", name, strategy, l.Addrs, want.addr, err)
+				}
+				m.set(t, want.addr, true) // fails where the address is taken
+				last, held = want.addr, append(held, l)
+			}
+			if got := checked(t, p); len(got) > 0 {
+				t.Errorf("%s %s: %+v", name, strategy, got)
+			}
+		}
 	}
 }
 

@@ -216,6 +216,38 @@ func TestSequentialIsRoundRobin(t *testing.T) {
 	}
 }
 
+// Of N addresses of which H are held, no strategy can promise more than N-H allocations from one giving of an address to the
+// next: where the H stay held, the others take turns. Sequential keeps that promise; what the others do is measured beside it.
+func TestSequentialMaximisesTimeBeforeReuse(t *testing.T) {
+	set := rangesOf(t, `[{"subnet": "10.0.0.0/24"}, {"subnet": "10.0.5.0/25"}]`)
+	size := len(usable(set))
+	shortest := map[Strategy]int{}
+	for _, strategy := range strategies {
+		given, n, held, most := map[netip.Addr]int{}, 0, 0, 0
+		shortest[strategy] = math.MaxInt
+		churn(t, set, strategy, 20000, size/2, func(m *memory, _ netip.Addr, c choice) {
+			held = 0
+			for _, taken := range m.linked {
+				if taken {
+					held++
+				}
+			}
+			n, most = n+1, max(most, held)
+			if before, ok := given[c.addr]; ok {
+				shortest[strategy] = min(shortest[strategy], n-before)
+			}
+			given[c.addr] = n
+		})
+		if best := size - most; strategy == Sequential && shortest[strategy] < best {
+			t.Errorf("an address came again after %d allocations, want %d", shortest[strategy], best)
+		}
+	}
+	t.Logf("allocations from one giving of an address to the next, at least, of %d addresses half of which are held: %v", size, shortest)
+	if shortest[Random]*4 > shortest[Sequential] || shortest[DensePack]*4 > shortest[Sequential] {
+		t.Errorf("sequential is not far ahead: %v", shortest)
+	}
+}
+
 func TestSequentialAfterAChangeOfRanges(t *testing.T) {
 	set := rangesOf(t, `[{"subnet": "10.0.0.0/24", "rangeStart": "10.0.0.10", "rangeEnd": "10.0.0.50", "exclude": ["10.0.0.20/30"]},
 		{"subnet": "10.0.5.0/24"}]`)
