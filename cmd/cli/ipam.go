@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -30,6 +31,8 @@ func ipamCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ipam",
 		Short: "Look at the addresses that this node has given to pods",
+		Long: "Look at the addresses that this node has given to pods. It reads the files that the plugins write, as root, and\n" +
+			"needs neither headcni-daemon nor Kubernetes.",
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if f.output != "table" && f.output != "json" {
 				return fmt.Errorf("--output %s: want table or json", f.output)
@@ -51,9 +54,12 @@ type networkLease struct {
 
 // each calls fn for the pool of every network and joins the errors.
 func (f *ipamFlags) each(fn func(network string, p *ipam.Pool) error) error {
+	if _, err := os.Stat(f.dataDir); errors.Is(err, os.ErrNotExist) && f.dataDir != paths.IPAMDir {
+		return fmt.Errorf("--data-dir %s: there is no such folder", f.dataDir)
+	}
 	networks, err := ipam.Networks(f.dataDir)
 	if err != nil {
-		return fmt.Errorf("list the networks: %w; run as root", err)
+		return advised(err)
 	}
 	var errs []error
 	for _, n := range networks {
@@ -62,10 +68,27 @@ func (f *ipamFlags) each(fn func(network string, p *ipam.Pool) error) error {
 			err = fn(n, p)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("network %s: %w", n, err))
+			errs = append(errs, fmt.Errorf("network %s: %w", n, advised(err)))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// advised says what to do about an error.
+func advised(err error) error {
+	for _, known := range []struct {
+		is     error
+		advice string
+	}{
+		{os.ErrPermission, "run as root"},
+		{ipam.ErrCorrupt, "headcni rebuilds it from the pods that run when it starts the next one; under another plugin, stop its containers and remove the folder"},
+		{ipam.ErrLocked, "end that process if it hangs"},
+	} {
+		if errors.Is(err, known.is) {
+			return fmt.Errorf("%w; %s", err, known.advice)
+		}
+	}
+	return err
 }
 
 func ipamListCmd(f *ipamFlags) *cobra.Command {
@@ -130,8 +153,10 @@ func ipamCheckCmd(f *ipamFlags) *cobra.Command {
 	var repair bool
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "Look for what is wrong on disk; exit 1 where something is left",
-		Args:  cobra.NoArgs,
+		Short: "Look for what is wrong on disk",
+		Long: "Look for what is wrong on disk. Leftovers of killed processes are harmless: they go with their pod, or with garbage collection.\n\n" +
+			"Exit code 0: all is well, or put right; 1: something is left; 2: could not look.",
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			type networkProblem struct {
 				Network string `json:"network"`
@@ -162,7 +187,10 @@ func ipamCheckCmd(f *ipamFlags) *cobra.Command {
 			}
 			switch {
 			case err != nil:
-				return err
+				cmd.PrintErrln("headcnictl:", err)
+				return exitCode(2)
+			case left > 0 && repair:
+				return fmt.Errorf("%d problems are left: see what is said of each", left)
 			case left > 0:
 				return fmt.Errorf("%d problems: run `headcnictl ipam check --repair`", left)
 			case f.output != "json" && len(found) == 0:
@@ -186,14 +214,15 @@ func ipamGCCmd(f *ipamFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			now := time.Now()
 			gone := []networkLease{}
 			err = f.each(func(n string, p *ipam.Pool) error {
 				freed, err := p.GC(cmd.Context(), func(l ipam.Lease) bool {
-					live := l.Writer != ipam.InProcess || links[networking.PodLinkName(l.ContainerID, l.IfName)] || time.Since(l.Time) < gcGrace
-					if !live && dryRun {
+					stale := leaked(l, links, now)
+					if stale && dryRun {
 						gone = append(gone, networkLease{n, l})
 					}
-					return live || dryRun
+					return !stale || dryRun
 				})
 				for _, l := range freed {
 					gone = append(gone, networkLease{n, l})
@@ -205,6 +234,11 @@ func ipamGCCmd(f *ipamFlags) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only list them")
 	return cmd
+}
+
+// leaked tells a lease without a pod: it is the headcni plugin's, whose pods all have a link, and has none.
+func leaked(l ipam.Lease, links map[string]bool, now time.Time) bool {
+	return l.Writer == ipam.InProcess && !links[networking.PodLinkName(l.ContainerID, l.IfName)] && now.Sub(l.Time) >= gcGrace
 }
 
 // linkNames are the host's; a lease without its link has no pod.
