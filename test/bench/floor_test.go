@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/networking"
 )
 
@@ -211,25 +212,40 @@ func BenchmarkFloor(b *testing.B) {
 	p := newPrograms(b).build(b, "empty", "bare")
 	all := newSandboxes(b, 1)
 	kernel, version := newBare(b), []string{"CNI_COMMAND=VERSION"}
+	socket := filepath.Join(paths.RunDir, "listening", "daemon.sock")
+	listen(b, socket)
+	openGate(b, "10.1.0.0/16")
+	also := func(name, members string) contender {
+		return contender{name, headcni.network, []link{{"headcni", headcni.chain[0].members + members}}}
+	}
+	gate := also("headcni with a gate", `,"gate":{"podCIDRs":["10.1.0.0/16"]}`)
+	heard := also("headcni with a daemon", fmt.Sprintf(`,"daemon_socket":%q`, socket))
+	lease := ipamContender("headcni-ipam", "headcni-ipam", poolDir(b, "floor"), "")
 	got := interleave(b, 150,
 		p.timed("start empty Go program", "empty", nil),
 		p.timed("start headcni VERSION", "headcni", version),
 		p.timed("start headcni-ipam VERSION", "headcni-ipam", version),
 		p.timed("start ptp VERSION", "ptp", version),
 		p.timed("start host-local VERSION", "host-local", version),
-		p.lives(headcni, all, "ADD", "DEL"),
+		p.lives(headcni, all, "ADD", "DEL"), p.lives(gate, all, "ADD", "DEL"), p.lives(heard, all, "ADD", "DEL"),
+		p.lives(lease, all, "ADD", "DEL"),
 		inOrder(
 			p.timed("ADD process + kernel's work", "bare", nil, kernel.host, all[0].netns, kernel.pod),
 			p.timed("DEL process + kernel's delete", "bare", nil, kernel.remove),
 		),
 	)
 	got["ADD empty Go program"] = got["start empty Go program"]
+	got["ADD headcni-ipam VERSION"] = got["start headcni-ipam VERSION"]
 	r := newComparison(b, "Above the floor (rows of \"more\" are differences, not ratios):")
 	for _, w := range []row{
 		{"start", "ms", "headcni VERSION", "empty Go program", ratio, ""},
 		{"start", "ms", "headcni-ipam VERSION", "empty Go program", ratio, ""},
 		{"start", "ms", "headcni VERSION", "ptp VERSION", ratio, ""},
 		{"start", "ms", "headcni-ipam VERSION", "host-local VERSION", ratio, ""},
+		{"start", "more, ms", "headcni VERSION", "empty Go program", excess, ""},
+		{"ADD", "more, ms", "headcni-ipam", "headcni-ipam VERSION", excess, ""},
+		{"ADD", "more, ms", gate.name, headcni.name, excess, ""},
+		{"ADD", "more, ms", heard.name, headcni.name, excess, ""},
 		{"ADD", "more, ms", "process + kernel's work", "empty Go program", excess, ""},
 		{"ADD", "more, ms", headcni.name, "process + kernel's work", excess, "at most +0.5"},
 		{"DEL", "ms", headcni.name, "process + kernel's delete", ratio, "at most 1.15"},

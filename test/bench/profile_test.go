@@ -69,7 +69,8 @@ func split(trace string) (us []float64, calls []float64, err error) {
 }
 
 // BenchmarkProfile tells where the time of one ADD goes, by a trace of its system calls. What tracing takes is taken off evenly by
-// the number of calls seen: untraced runs, interleaved, tell how much it is.
+// the number of calls seen: untraced runs, interleaved, tell how much it is. No call is like another, so a phase may be off by
+// a tenth of a millisecond; BenchmarkFloor has differences without tracing.
 func BenchmarkProfile(b *testing.B) {
 	p := newPrograms(b)
 	socket := filepath.Join(paths.RunDir, "listening", "daemon.sock")
