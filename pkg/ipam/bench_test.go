@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -68,7 +69,7 @@ func benchLease(b *testing.B, p *Pool) {
 
 // fillTo takes addresses scattered over the pool, by links to a few records, without the pool's help: a million leases
 // are made in seconds. It goes on from the have-th to the want-th.
-func fillTo(b *testing.B, p *Pool, have, want, size int) int {
+func fillTo(b testing.TB, p *Pool, have, want, size int) int {
 	b.Helper()
 	ctx := context.Background()
 	if _, err := p.Allocate(ctx, Owner{ContainerID: "x", IfName: "eth0"}, nil); err != nil {
@@ -102,6 +103,87 @@ func fillTo(b *testing.B, p *Pool, have, want, size int) int {
 		b.Fatal(err)
 	}
 	return want
+}
+
+// countingFS counts what is asked of the file system.
+type countingFS struct {
+	store.System
+	calls, bytes int
+}
+
+func (f *countingFS) Open(dir int, name string, flags int, mode uint32) (int, error) {
+	f.calls++
+	return f.System.Open(dir, name, flags, mode)
+}
+
+func (f *countingFS) Close(fd int) {
+	f.calls++
+	f.System.Close(fd)
+}
+
+func (f *countingFS) Read(fd int, b []byte, off int64) (int, error) {
+	n, err := f.System.Read(fd, b, off)
+	f.calls, f.bytes = f.calls+1, f.bytes+n
+	return n, err
+}
+
+func (f *countingFS) Write(fd int, b []byte, off int64) (int, error) {
+	f.calls, f.bytes = f.calls+1, f.bytes+len(b)
+	return f.System.Write(fd, b, off)
+}
+
+func (f *countingFS) Names(dir int, name string) ([]string, error) {
+	names, err := f.System.Names(dir, name)
+	f.calls += 3 + len(names)
+	return names, err
+}
+
+func (f *countingFS) Stat(dir int, name string) (store.Stat, error) {
+	f.calls++
+	return f.System.Stat(dir, name)
+}
+
+func (f *countingFS) Link(dir int, from, to string) error {
+	f.calls++
+	return f.System.Link(dir, from, to)
+}
+
+func (f *countingFS) Unlink(dir int, name string) error {
+	f.calls++
+	return f.System.Unlink(dir, name)
+}
+
+// The number of system calls for an address, there and back, and of the bytes that they move, is the same in all pools,
+// however full. This is what BenchmarkLease shows in time, without the noise.
+func TestCostIsFlat(t *testing.T) {
+	ctx := context.Background()
+	for _, strategy := range strategies {
+		var all []string
+		for _, pool := range []struct {
+			prefix string
+			fillOf int
+		}{{"10.0.0.0/24", 1 << 8}, {"10.0.0.0/19", 1 << 13}, {"10.0.0.0/12", 1 << 13}, {"fd00::/64", 1 << 13}} {
+			fs, filled := &countingFS{}, 0
+			p := openWith(t, Config{Network: "net", DataDir: testDir(t), Strategy: strategy, Sets: [][]Range{{{Subnet: pfx(pool.prefix)}}}}, fs)
+			for _, percent := range []int{0, 50, 90, 99} {
+				filled = fillTo(t, p, filled, pool.fillOf*percent/100, pool.fillOf)
+				allocate(t, p, "warm") // makes the index
+				fs.calls, fs.bytes = 0, 0
+				allocate(t, p, "b")
+				if had, err := p.Release(ctx, "b", "eth0"); !had || err != nil {
+					t.Fatal(had, err)
+				}
+				all = append(all, fmt.Sprintf("%s at %d %%: %d calls, %d bytes", pool.prefix, percent, fs.calls, fs.bytes))
+				if fs.calls > 70 || fs.bytes > 8<<10 {
+					t.Errorf("%s: %s", strategy, all[len(all)-1])
+				}
+				if had, err := p.Release(ctx, "warm", "eth0"); !had || err != nil {
+					t.Fatal(had, err)
+				}
+			}
+		}
+		t.Logf("%s:\n%s", strategy, strings.Join(all, "\n"))
+	}
 }
 
 // BenchmarkDisk measures what leases take on disk, folders and index included, where the test's temporary files are: by the
