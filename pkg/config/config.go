@@ -125,6 +125,9 @@ type Kubernetes struct {
 	NodeName string `json:"nodeName"`
 	// Kubeconfig is a file that says where the API server is; empty means the pod's service account.
 	Kubeconfig string `json:"kubeconfig"`
+	// NodeGrace is how long the controller leaves a node in Headscale whose Node object is gone, such as 10m: one that was
+	// deleted by mistake, or that a kubelet registers anew, keeps its place.
+	NodeGrace string `json:"nodeGrace"`
 }
 
 // Monitoring is the HTTP server for /healthz, /readyz and /metrics.
@@ -172,7 +175,7 @@ func Default() Config {
 		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
-		Kubernetes: Kubernetes{Enable: Auto},
+		Kubernetes: Kubernetes{Enable: Auto, NodeGrace: "10m"},
 		Monitoring: Monitoring{Listen: "127.0.0.1:9669"},
 		Logging:    Logging{Level: "info", Format: "text"},
 	}

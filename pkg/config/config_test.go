@@ -65,6 +65,7 @@ func TestLoadFaults(t *testing.T) {
 		{"several", "tailscale: {mode: both, port: 70000, interfaceName: hc0}\nlogging: {level: loud}", nil,
 			[]string{"tailscale.mode", "tailscale.port", "tailscale.interfaceName", "logging.level"}},
 		{"gc", "ipam: {gcInterval: often}", nil, []string{"ipam.gcInterval", "1m"}},
+		{"grace", "kubernetes: {nodeGrace: 0}", nil, []string{"kubernetes.nodeGrace", "10m"}},
 		{"mtu", "network: {mtu: 100}", nil, []string{"network.mtu", "65520"}},
 		{"mtu v6", "network: {mtu: 1000, podCIDRs: ['fd00:244:1::/64']}", nil, []string{"1280"}},
 		{"headscale inside", "headscale: {url: 'http://10.244.3.4:8080'}\nnetwork: {clusterCIDRs: [10.244.0.0/16]}", nil, []string{"Headscale's own address 10.244.3.4"}},

@@ -38,6 +38,9 @@ func (c Config) Validate() error {
 	if d, err := time.ParseDuration(c.IPAM.GCInterval); err != nil || d < 0 || d > 0 && d < time.Second {
 		v.add("ipam.gcInterval", c.IPAM.GCInterval, "want a duration of at least a second, such as 1m, or 0 for never")
 	}
+	if d, err := time.ParseDuration(c.Kubernetes.NodeGrace); err != nil || d < time.Second {
+		v.add("kubernetes.nodeGrace", c.Kubernetes.NodeGrace, "want a duration of at least a second, such as 10m")
+	}
 	if l := c.Monitoring.Listen; l != "" {
 		if _, port, err := net.SplitHostPort(l); err != nil || !isPort(port) {
 			v.add("monitoring.listen", l, "want ADDRESS:PORT, such as 127.0.0.1:9669, or nothing")

@@ -25,7 +25,7 @@ func TestForeignMachineIsNotRemoved(t *testing.T) {
 	laptop := headscale.Node{ID: 7, Name: "laptop", NodeKey: "nodekey:laptop", User: "alice", Method: "REGISTER_METHOD_OIDC"}
 	own := headscale.Node{ID: 1, Name: "b", NodeKey: "nodekey:b", Online: true, Tags: tags, Method: "REGISTER_METHOD_AUTH_KEY"}
 	b := node{name: "b", key: "nodekey:laptop", mode: config.ModeDaemon, cidrs: prefixes("10.244.2.0/24"), created: now}
-	o := observation{now: now, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{b}, tailnet: []headscale.Node{laptop, own}}
+	o := observation{now: now, grace: grace, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{b}, tailnet: []headscale.Node{laptop, own}}
 	p := makePlan(o)
 	b.key = "nodekey:b"
 	o.nodes, o.memory = []node{b}, p.memory

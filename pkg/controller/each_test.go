@@ -156,7 +156,7 @@ func TestNobodyAnswers(t *testing.T) {
 func TestNumbersAreGivenAnew(t *testing.T) {
 	laptop := headscale.Node{ID: 7, NodeKey: "nodekey:l", Created: now.Add(-time.Minute), Approved: prefixes("10.244.1.0/24")}
 	was := member{ID: 7, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24"), Gone: now.Add(-2 * grace), Created: now.Add(-time.Hour)}
-	o := observation{now: now, ranges: prefixes("10.244.0.0/16"), tags: tags, tailnet: []headscale.Node{laptop}, memory: memory{Members: []member{was}}}
+	o := observation{now: now, grace: grace, ranges: prefixes("10.244.0.0/16"), tags: tags, tailnet: []headscale.Node{laptop}, memory: memory{Members: []member{was}}}
 	if p := makePlan(o); len(p.remove)+len(p.approvals)+len(p.memory.Members) > 0 {
 		t.Errorf("somebody's machine: %+v", p)
 	}

@@ -61,6 +61,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	up = 1
 	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), services: c.cfg.Network.ServiceCIDRs.Prefixes(),
 		tags: c.cfg.Tailscale.Tags, nodes: nodes, tailnet: tailnet}
+	o.grace, _ = time.ParseDuration(c.cfg.Kubernetes.NodeGrace) // validated
 	var found *corev1.ConfigMap
 	if o.memory, found, err = c.loadMemory(ctx); err != nil {
 		return false, errors.Join(keyErr, err)

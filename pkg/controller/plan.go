@@ -14,9 +14,6 @@ import (
 )
 
 const (
-	// grace is how long a node of the tailnet stays after its Node is gone: a Node that was deleted by mistake, or re-added
-	// by a kubelet that starts anew, keeps its place.
-	grace = 10 * time.Minute
 	// rescue is how long before a node key expires it is made to last.
 	rescue = 24 * time.Hour
 	// expiryWarning is how long before a node key expires it is spoken of.
@@ -299,17 +296,17 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		if claimed[m.ID] || i < 0 {
 			continue
 		}
-		p.forsake(o.now, m, o.tailnet[i], inUse)
+		p.forsake(o, m, o.tailnet[i], inUse)
 	}
 	sortMembers(p.memory.Members)
 }
 
 // forsake deals with a node of the tailnet whose Node is gone, or has joined anew under another key.
-func (p *plan) forsake(now time.Time, m member, t headscale.Node, inUse []netip.Prefix) {
+func (p *plan) forsake(o observation, m member, t headscale.Node, inUse []netip.Prefix) {
 	if m.Gone.IsZero() {
-		m.Gone = now
+		m.Gone = o.now
 	}
-	over := now.Sub(m.Gone) >= grace
+	over := o.now.Sub(m.Gone) >= o.grace
 	if over && m.Daemon && !t.Online {
 		p.remove = append(p.remove, m.ID)
 		p.memory.Members = append(p.memory.Members, m) // until it is really gone

@@ -12,6 +12,8 @@ import (
 	"github.com/headcni/headcni/pkg/kube"
 )
 
+const grace = 10 * time.Minute
+
 var now = time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 
 func prefixes(s ...string) []netip.Prefix {
@@ -160,7 +162,7 @@ func TestPlan(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			p := makePlan(observation{
-				now: now, ranges: prefixes(test.ranges...), tags: tags, nodes: test.nodes, tailnet: test.tailnet, memory: memory{Members: test.memory},
+				now: now, grace: grace, ranges: prefixes(test.ranges...), tags: tags, nodes: test.nodes, tailnet: test.tailnet, memory: memory{Members: test.memory},
 			})
 			for name, want := range test.views {
 				state, part, _ := strings.Cut(want, " ")
@@ -195,7 +197,7 @@ func text(list []netip.Prefix) string {
 
 // TestMemory: a place in the tailnet is remembered from the first claim on, and until it is really gone.
 func TestMemory(t *testing.T) {
-	o := observation{now: now, tags: tags, nodes: []node{kn("one", "a", "10.244.1.0/24")}, tailnet: []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"})}}
+	o := observation{now: now, grace: grace, tags: tags, nodes: []node{kn("one", "a", "10.244.1.0/24")}, tailnet: []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"})}}
 	o.memory = makePlan(o).memory
 	claimed := memory{Members: []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24")}}}
 	prefixEqual := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })

@@ -49,6 +49,8 @@ func nodeOf(n *corev1.Node) node {
 // observation is what a plan is made from.
 type observation struct {
 	now time.Time
+	// grace is kubernetes.nodeGrace.
+	grace time.Duration
 	// ranges are network.clusterCIDRs; none means that the Nodes' pod CIDRs are all there is.
 	ranges []netip.Prefix
 	// services are network.serviceCIDRs.

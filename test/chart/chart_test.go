@@ -267,6 +267,7 @@ func TestRefused(t *testing.T) {
 		"unknown config":    {slices.Concat(url, []string{"--set", "config.network.podCIDR=x"}), "podCIDR"},
 		"unknown value":     {slices.Concat(url, []string{"--set", "replicas=3"}), "replicas"},
 		"wrong type":        {slices.Concat(url, []string{"--set", "config.network.mtu=big"}), "mtu"},
+		"a number as label": {slices.Concat(url, []string{"--set", "podLabels.x=1"}), "/podLabels/x"},
 		"no such mode":      {slices.Concat(url, []string{"--set", "config.tailscale.mode=both"}), "mode"},
 		"Kubernetes is old": {slices.Concat(url, []string{"--kube-version", "1.19.16"}), "kubeVersion"},
 	} {

@@ -29,11 +29,13 @@ var allowed = map[string][]any{
 
 // free are the parts of values.yaml outside config that are Kubernetes' own types, or the user's own keys.
 var free = []string{
-	"podLabels", "podAnnotations", "security.*", "*.nodeSelector", "*.affinity", "*.resources", "monitoring.*.labels",
+	"security.*", "*.nodeSelector", "*.affinity", "*.resources", "monitoring.*.labels",
 }
 
 // manifold are values that may be of several types.
 var manifold = map[string]schema{
+	"podLabels":              {"type": "object", "additionalProperties": schema{"type": "string"}},
+	"podAnnotations":         {"type": "object", "additionalProperties": schema{"type": "string"}},
 	"daemon.maxUnavailable":  {"type": []string{"integer", "string"}},
 	"kubernetes.servicePort": {"type": []string{"integer", "string"}},
 	"controller.replicas":    {"type": []string{"integer", "null"}, "minimum": 0},
