@@ -21,7 +21,6 @@ fi
 chart=$(cd "${self%/*}" && pwd)/chart
 release=headcni
 secret=headcni-auth
-field=data.api-key # of the Secret
 
 usage() {
 	cat <<'HELP'
@@ -33,6 +32,7 @@ Installs or upgrades HeadCNI, waits until every node's pod range is routed and p
   -k, --key KEY          its API key (recommended) or a pre-auth key; - reads it from standard input.
                          Without -k: HEADSCALE_API_KEY, HEADCNI_AUTH_KEY, or the file that HEADSCALE_API_KEY_FILE or
                          HEADCNI_AUTH_KEY_FILE names, in this order; else the key that the cluster has already
+      --ca FILE          the certificate (PEM) that signed Headscale's, where it is not a public authority's
   -n, --namespace NAME   where HeadCNI's objects are (default kube-system)
   -f, --values FILE      values for the chart; repeatable
       --set KEY=VALUE    one value for the chart; repeatable
@@ -50,30 +50,21 @@ A key after -k is in the shell's history and, for a moment, in the list of proce
 HELP
 }
 
-# say prints a line of progress: on standard output, or beside it where that is for the manifests.
-say() { clear_line && printf '%s\n' "$*" >&3; }
+# Progress goes to standard output, or beside it where that is for the manifests.
+say() { printf '%s\n' "$*" >&3; }
 ok() { say "ok    $*"; }
+# What is wrong, and what to do about it.
 warn() { say "warn  $1" && { [[ -z ${2:-} ]] || say "      $2"; }; }
-# fail prints what is wrong, and what to do about it.
 fail() { say "FAIL  $1" && { [[ -z ${2:-} ]] || say "      $2"; }; }
+# fault is a fail that lets the other checks go on.
+failed=''
+fault() { failed=1 && fail "$@"; }
 usage_error() {
 	printf 'deploy-with-helm.sh: %s\n' "$*" >&2
 	exit 2
 }
 
-# waiting shows for what: a line that moves on a terminal, elsewhere one whenever it changes.
-last_wait=''
-waiting() {
-	if [[ -t 3 ]]; then
-		printf '\r\033[Kwait  %s (%d s left)' "$1" $((deadline - SECONDS)) >&3
-	elif [[ $1 != "$last_wait" ]]; then
-		printf 'wait  %s\n' "$1" >&3
-	fi
-	last_wait=$1
-}
-clear_line() { [[ -z $last_wait || ! -t 3 ]] || printf '\r\033[K' >&3; }
-
-url='' key='' key_from='' namespace=kube-system image='' kubeconfig='' context='' timeout=5m dry_run='' skip_url=''
+url='' key='' key_from='' ca='' namespace=kube-system image='' kubeconfig='' context='' timeout=5m dry_run='' skip_url=''
 values=() sets=() rest=()
 
 # parse reads the command line. rest collects all of it but the key.
@@ -83,10 +74,7 @@ parse() {
 		option=$1
 		shift
 		case $option in
-		-h | --help)
-			usage
-			exit 0
-			;;
+		-h | --help) usage && exit 0 ;;
 		--dry-run) dry_run=1 rest+=("$option") && continue ;;
 		--skip-url-check) skip_url=1 rest+=("$option") && continue ;;
 		--*=*)
@@ -100,6 +88,7 @@ parse() {
 		case $option in
 		-k | --key) key=$value key_from=-k && continue ;;
 		-u | --url) url=${value%/} ;;
+		--ca) ca=$value ;;
 		-n | --namespace) namespace=$value ;;
 		-f | --values) values+=("$value") ;;
 		--set) sets+=("$value") ;;
@@ -112,9 +101,6 @@ parse() {
 		rest+=("$option" "$value")
 	done
 }
-
-# unexport keeps the variables from the programs that are started.
-unexport() { export -n HEADSCALE_API_KEY HEADCNI_AUTH_KEY HEADSCALE_API_KEY_FILE HEADCNI_AUTH_KEY_FILE; }
 
 # hide_key starts this script anew with the key on standard input: else it would be in the list of processes as long as
 # the script runs. What fails before shows no key either.
@@ -159,12 +145,6 @@ kind_of_key() {
 	esac
 }
 
-# seconds turns 5m, 90s or 1h30m into a number.
-seconds() {
-	[[ $1 =~ ^(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?$ && -n $1 ]] || return 1
-	echo $((10#${BASH_REMATCH[2]:-0} * 3600 + 10#${BASH_REMATCH[4]:-0} * 60 + 10#${BASH_REMATCH[6]:-0}))
-}
-
 # sets_value tells whether the user's values have a key of this name, anywhere.
 sets_value() {
 	local item line
@@ -182,9 +162,10 @@ sets_value() {
 
 check_arguments() {
 	local file
-	for file in ${values[@]+"${values[@]}"}; do
-		[[ -r $file && ! -d $file ]] || usage_error "-f $file cannot be read"
+	for file in ${values[@]+"${values[@]}"} ${ca:+"$ca"}; do
+		[[ -r $file && ! -d $file ]] || usage_error "$file cannot be read"
 	done
+	[[ -z $ca || $(<"$ca") == *'BEGIN CERTIFICATE'* ]] || usage_error "--ca $ca holds no certificate in PEM (-----BEGIN CERTIFICATE-----)"
 	for file in ${sets[@]+"${sets[@]}"}; do
 		[[ $file == *=* ]] || usage_error "--set takes KEY=VALUE"
 	done
@@ -197,33 +178,14 @@ check_arguments() {
 	localhost | 127.* | '[::1]') usage_error "-u $url is the node itself on every node: give a name or address that all nodes reach" ;;
 	esac
 	[[ $namespace =~ ^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || usage_error "-n $namespace is not a namespace's name"
-	time_limit=$(seconds "$timeout") || time_limit=0
-	((time_limit > 0)) || usage_error "--timeout $timeout is not a time such as 90s or 5m"
+	[[ $timeout =~ ^(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?$ ]] || usage_error "--timeout $timeout is not a time such as 90s or 5m"
+	time_limit=$((10#${BASH_REMATCH[2]:-0} * 3600 + 10#${BASH_REMATCH[4]:-0} * 60 + 10#${BASH_REMATCH[6]:-0}))
+	((time_limit > 0)) || usage_error "--timeout must be longer than nothing"
 	[[ -z $image || $image == *@sha256:* || ${image##*/} == *?:?* ]] || usage_error "--image $image has no tag: give NAME:TAG"
-}
-
-# Programs started in the background, so that a signal is answered at once, and files are gone with the script.
-scratch='' child='' tested=''
-cleanup() {
-	trap '' INT TERM
-	if [[ -n $child ]]; then
-		kill "$child" 2>/dev/null || true # helm notes in the release that it was interrupted
-		wait "$child" 2>/dev/null || true
+	if sets_value existingSecret; then
+		foreign_secret=1
+		[[ -z $key ]] || usage_error "a key and existingSecret were given: leave one of them out"
 	fi
-	[[ -z $tested ]] || remove_test
-	clear_line
-	[[ -z $scratch ]] || rm -rf "$scratch"
-}
-
-# logged runs a command, its output in a file, and returns what it does. The name of the file comes first.
-logged() {
-	local file=$scratch/$1 status=0
-	shift
-	"$@" >"$file" 2>&1 3>&- &
-	child=$!
-	wait "$child" || status=$?
-	child=''
-	return "$status"
 }
 
 kube() { kubectl ${kube_flags[@]+"${kube_flags[@]}"} --request-timeout=20s "$@" 3>&-; }
@@ -231,13 +193,14 @@ in_namespace() { kube --namespace "$namespace" "$@"; }
 
 # prepare says how kubectl and helm are to be called.
 prepare() {
+	local item
 	kube_flags=() helm_flags=(--namespace "$namespace")
 	[[ -z $kubeconfig ]] || kube_flags+=(--kubeconfig "$kubeconfig") helm_flags+=(--kubeconfig "$kubeconfig")
 	[[ -z $context ]] || kube_flags+=(--context "$context") helm_flags+=(--kube-context "$context")
 	chart_flags=(--set-string "config.headscale.url=$url")
 	# Without this the chart would take over a Secret of an earlier install that was given the key by Helm, and its copy.
 	[[ -n $foreign_secret ]] || chart_flags+=(--set-string "existingSecret=$secret")
-	local item
+	[[ -z $ca ]] || chart_flags+=(--set-file "caBundle=$ca")
 	for item in ${values[@]+"${values[@]}"}; do
 		chart_flags+=(--values "$item")
 	done
@@ -252,36 +215,21 @@ prepare() {
 }
 
 check_tools() {
-	local version
-	if ! type -P helm >/dev/null; then
-		fail "helm is missing" "install Helm 3 or later: https://helm.sh/docs/intro/install/"
-		failed=1
+	local version=missing
+	! type -P helm >/dev/null || version=$(helm version --short 2>/dev/null) || version='of an unknown version'
+	if [[ $version =~ ^v?([0-9]+)\. ]] && ((BASH_REMATCH[1] >= 3)); then
+		ok "helm $version"
 	else
-		version=$(helm version --short 2>/dev/null) || version=unknown
-		if [[ $version =~ ^v?([0-9]+)\. ]] && ((BASH_REMATCH[1] >= 3)); then
-			ok "helm $version"
-		else
-			fail "helm is $version" "install Helm 3 or later: https://helm.sh/docs/intro/install/"
-			failed=1
-		fi
+		fault "helm is $version" "install Helm 3 or later: https://helm.sh/docs/intro/install/"
 	fi
-	if [[ -n $dry_run ]]; then
-		:
-	elif type -P kubectl >/dev/null; then
-		ok "kubectl is here"
-	else
-		fail "kubectl is missing" "install it: https://kubernetes.io/docs/tasks/tools/ (K3s: ln -s /usr/local/bin/k3s /usr/local/bin/kubectl)"
-		failed=1
-	fi
-	if [[ ! -r $chart/Chart.yaml ]]; then
-		fail "there is no chart in $chart" "run the script from HeadCNI's source, which has chart/ beside it"
-		failed=1
-	fi
+	[[ -n $dry_run ]] || type -P kubectl >/dev/null ||
+		fault "kubectl is missing" "install it: https://kubernetes.io/docs/tasks/tools/ (K3s: ln -s /usr/local/bin/k3s /usr/local/bin/kubectl)"
+	[[ -r $chart/Chart.yaml ]] || fault "there is no chart in $chart" "run the script from HeadCNI's source, which has chart/ beside it"
 	[[ -z $failed ]] || exit 1
 }
 
-# check_url asks URL for the key that every control server shows to its clients. Headscale shows it to none that it takes for
-# too old; no client has version 1000 yet.
+# check_url asks URL for the key that every control server shows to its clients. Headscale shows it to none that it takes
+# for too old; no client has version 1000 yet.
 check_url() {
 	local answer status=0
 	[[ -z $skip_url ]] || return 0
@@ -289,19 +237,16 @@ check_url() {
 		warn "curl is missing, so $url was not tried"
 		return
 	fi
-	answer=$(curl --silent --show-error --max-time 15 "$url/key?v=1000" 2>&1 3>&-) || status=$?
-	if ((status == 0)) && [[ $answer == *publicKey* ]]; then
-		ok "$url answers"
-		check_key
-	elif ((status == 0)); then
-		fail "$url answers, but is no Headscale" "-u takes the server_url of Headscale's configuration, without a path"
-		failed=1
-	elif ((status == 60)); then
-		warn "$url has a certificate that this machine does not trust" "if the nodes do not either, give its authority: -f with caBundle"
-	else
-		fail "$url does not answer: ${answer##*) }" "check -u; or --skip-url-check where only the nodes reach it"
-		failed=1
-	fi
+	curl=(curl --silent --max-time 15 ${ca:+--cacert "$ca"})
+	answer=$("${curl[@]}" --show-error "$url/key?v=1000" 2>&1 3>&-) || status=$?
+	[[ $status == 0 ]] || answer=${answer%%$'\n'*} answer=${answer##*) } # of several lines curl's first says it
+	case $status:$answer in
+	0:*publicKey*) ok "$url answers" && check_key ;;
+	0:*) fault "$url answers, but is no Headscale" "-u takes the server_url of Headscale's configuration, without a path" ;;
+	60:*) fault "$url has a certificate that is not trusted: $answer" \
+		"give its authority's by --ca FILE; or --skip-url-check where the image and the nodes trust it all the same" ;;
+	*) fault "$url does not answer: $answer" "check -u; or --skip-url-check where only the nodes reach it" ;;
+	esac
 }
 
 # check_key asks Headscale whether the key is one for its API. curl reads the key from a pipe.
@@ -309,55 +254,71 @@ check_key() {
 	local code
 	[[ -n $key && $kind != preauth ]] || return 0
 	code=$(printf 'header = "Authorization: Bearer %s"\n' "$key" |
-		curl --silent --max-time 15 --config - --output /dev/null --write-out '%{http_code}' "$url/api/v1/apikey" 3>&-) || true
+		"${curl[@]}" --config - --output /dev/null --write-out '%{http_code}' "$url/api/v1/apikey" 3>&-) || true
 	case $code:$kind in
 	200:*) kind=api && ok "Headscale takes the API key" ;;
-	401:api | 403:api)
-		fail "Headscale refuses the API key" "make another one: headscale apikeys create"
-		failed=1
-		;;
+	401:api | 403:api) fault "Headscale refuses the API key" "make another one: headscale apikeys create" ;;
 	401: | 403:) kind=preauth ;;
 	*) warn "Headscale's API answers with status $code" ;;
 	esac
 }
 
-# may tells whether the user may do something.
-may() { kube auth can-i --quiet "$@" >/dev/null 2>&1; }
-
 check_cluster() {
-	local out right
-	if ! out=$(kube get --raw /version 2>&1); then
-		fail "the cluster does not answer: ${out##*$'\n'}" "check --kubeconfig, --context or KUBECONFIG; on K3s: export KUBECONFIG=/etc/rancher/k3s/k3s.yaml"
+	local version right name owner
+	name=${context:-$(kube config current-context 2>/dev/null)} || true
+	if ! version=$(kube get --raw /version 2>&1); then
+		fail "the cluster${name:+ of context $name} does not answer: ${version##*$'\n'}" \
+			"check --kubeconfig, --context or KUBECONFIG; on K3s: export KUBECONFIG=/etc/rancher/k3s/k3s.yaml"
 		exit 1
 	fi
-	[[ $out =~ \"gitVersion\":[[:space:]]*\"([^\"]*)\" ]] && out=${BASH_REMATCH[1]}
-	ok "the cluster answers: Kubernetes $out"
+	[[ $version =~ \"gitVersion\":[[:space:]]*\"([^\"]*)\" ]] && version=${BASH_REMATCH[1]}
+	ok "the cluster${name:+ of context $name} answers: Kubernetes $version"
 	for right in "create daemonsets.apps -n $namespace" "create secrets -n $namespace" "create clusterrolebindings.rbac.authorization.k8s.io" \
 		"escalate clusterroles.rbac.authorization.k8s.io" "list nodes"; do
 		# shellcheck disable=SC2086 # words of a command
-		if ! may $right; then
-			fail "you may not $right" "use a kubeconfig with the rights of cluster-admin"
-			failed=1
-		fi
+		kube auth can-i --quiet $right >/dev/null 2>&1 || fault "you may not $right" "use a kubeconfig with the rights of cluster-admin"
 	done
+	owner=$(kube get clusterrole headcni --ignore-not-found -o 'jsonpath={.metadata.annotations.meta\.helm\.sh/release-name} -n {.metadata.annotations.meta\.helm\.sh/release-namespace}' 2>/dev/null) || true
+	case $owner in
+	'' | ' -n ') ;;
+	*" -n $namespace") release=${owner%% *} ;;
+	*) fault "HeadCNI is in this cluster already: helm status $owner" "upgrade it: -n ${owner##* }; or take it off first: helm uninstall $owner" ;;
+	esac
 	if ! kube get namespace "$namespace" >/dev/null 2>&1; then
 		ok "the namespace $namespace will be made"
 		new_namespace=1
-	elif [[ -z $key && -z $foreign_secret && -z $(in_namespace get secret "$secret" --ignore-not-found -o "jsonpath={.$field}" 2>/dev/null) ]]; then
-		failed=1
-		fail "no key was given, and the cluster has none" "give one: -k -, or HEADSCALE_API_KEY_FILE"
 	fi
+	[[ -n $key$foreign_secret || -n $(in_namespace get secret "$secret" --ignore-not-found -o 'jsonpath={.data.api-key}' 2>/dev/null) ]] ||
+		fault "no key was given, and the cluster has none" "give one: -k -, or HEADSCALE_API_KEY_FILE"
 }
 
-# check_nodes warns of other pod networks and of nodes without pod CIDRs. It fills nodes.
-check_nodes() {
-	local name ready cidrs view flannel other='' none=''
+# read_nodes lists the nodes of ours, with Ready, pod CIDRs, the controller's view and a trace of flannel of each.
+declare -A node_ready node_cidrs node_view node_flannel
+selector=kubernetes.io/os=linux
+read_nodes() {
+	local all name ready cidrs view flannel
+	all=$(kube get nodes --selector "$selector" -o "jsonpath={range .items[*]}{.metadata.name}|{.status.conditions[?(@.type=='Ready')].status}|{.spec.podCIDRs[*]}|{.metadata.annotations.headcni\.io/headscale}|{.metadata.annotations.flannel\.alpha\.coreos\.com/backend-type}{'\n'}{end}") || return 1
+	nodes=()
 	while IFS='|' read -r name ready cidrs view flannel; do
-		[[ -z $name ]] && continue
-		nodes=$((nodes + 1))
-		[[ -n $cidrs ]] || none+=" $name"
-		[[ -z $flannel ]] || other+=" flannel on $name,"
-	done < <(list_nodes)
+		[[ -n $name ]] || continue
+		nodes+=("$name")
+		node_ready[$name]=$ready node_cidrs[$name]=$cidrs node_view[$name]=$view node_flannel[$name]=$flannel
+	done <<<"$all"
+}
+
+# check_nodes warns of other pod networks and of nodes without pod CIDRs.
+check_nodes() {
+	local name other='' none=''
+	read_nodes
+	if ((${#nodes[@]} == 0)); then
+		fail "the cluster has no Linux nodes" "let one join"
+		exit 1
+	fi
+	ok "${#nodes[@]} node(s)"
+	for name in "${nodes[@]}"; do
+		[[ -n ${node_cidrs[$name]} ]] || none+=" $name"
+		[[ -z ${node_flannel[$name]} ]] || other+=" flannel on $name,"
+	done
 	while read -r name; do
 		case ${name#*/} in
 		*flannel* | calico-node | canal | rke2-canal | cilium | weave-net | kindnet | antrea-agent | kube-router | aws-node | \
@@ -368,22 +329,10 @@ check_nodes() {
 	if [[ -n $none ]] && ! sets_value clusterCIDRs; then
 		warn "without pod CIDRs:$none" "start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr, or give the pool: --set 'config.network.clusterCIDRs={10.244.0.0/16}'"
 	fi
-	((nodes > 0)) || fail "the cluster has no Linux nodes" "let one join"
-	((nodes > 0)) || exit 1
-	ok "$nodes node(s)"
-	# The chart's two controllers have no room on one node.
-	if ((nodes == 1)) && ! sets_value replicas; then
-		chart_flags+=(--set controller.replicas=1)
-	fi
 	# Its snap has folders of its own, and a pod cannot find that out.
 	if [[ -n $(kube get nodes --selector microk8s.io/cluster=true -o name) ]] && ! sets_value 'binDir|confDir'; then
 		chart_flags+=(--set config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin --set config.cni.confDir=/var/snap/microk8s/current/args/cni-network)
 	fi
-}
-
-# list_nodes prints name, Ready, pod CIDRs, the controller's view and a trace of flannel of each node of ours.
-list_nodes() {
-	kube get nodes --selector "${selector:-kubernetes.io/os=linux}" -o "jsonpath={range .items[*]}{.metadata.name}|{.status.conditions[?(@.type=='Ready')].status}|{.spec.podCIDRs[*]}|{.metadata.annotations.headcni\.io/headscale}|{.metadata.annotations.flannel\.alpha\.coreos\.com/backend-type}{'\n'}{end}"
 }
 
 # secret_manifest prints the Secret with a key in base64. printf is the shell's own; a here-document would be a file in
@@ -396,7 +345,7 @@ secret_manifest() {
 # put_secret brings the key into the cluster. Applied by the server, because else kubectl leaves a second copy in an
 # annotation. rekeyed says that it replaced another key.
 put_secret() {
-	local before
+	local before version=(get secret "$secret" --ignore-not-found -o 'jsonpath={.metadata.resourceVersion}')
 	if [[ -n $new_namespace ]]; then
 		# Its pods use the host's network.
 		kube apply --filename - >/dev/null <<YAML
@@ -412,62 +361,97 @@ YAML
 		ok "the key in the cluster stays"
 		return
 	fi
-	before=$(in_namespace get secret "$secret" --ignore-not-found -o 'jsonpath={.metadata.resourceVersion}')
+	before=$(in_namespace "${version[@]}")
 	secret_manifest "$(printf '%s' "$key" | base64 | tr -d '\n')" |
 		in_namespace apply --server-side --force-conflicts --field-manager headcni-deploy --filename - >/dev/null
-	[[ -z $before || $before == "$(in_namespace get secret "$secret" -o 'jsonpath={.metadata.resourceVersion}')" ]] || rekeyed=1
+	[[ -z $before || $before == "$(in_namespace "${version[@]}")" ]] || rekeyed=1
 	ok "the key from $key_from is in the Secret $namespace/$secret"
 }
 
+# Programs that take long are started in the background, so that a signal is answered at once, and files are gone with the
+# script.
+scratch='' child='' tested='' installing=''
+cleanup() {
+	trap '' INT TERM HUP
+	if [[ -n $child ]]; then
+		kill "$child" 2>/dev/null || true # helm notes in the release that it was interrupted
+		wait "$child" 2>/dev/null || true
+	fi
+	[[ -z $tested ]] || remove_test
+	[[ -z $scratch ]] || rm -rf "$scratch"
+}
+interrupted() {
+	say "Interrupted${installing:+; HeadCNI may be installed in part}. Run this again to go on${installing:+, or take it off: $removal}" || true # the terminal may be gone
+	exit "$1"
+}
+
+# logged runs a command, its output in a file, and returns what it does. The name of the file comes first.
+logged() {
+	local file=$scratch/$1 status=0
+	shift
+	"$@" >"$file" 2>&1 3>&- &
+	child=$!
+	wait "$child" || status=$?
+	child=''
+	return "$status"
+}
+
 install_chart() {
-	waiting "helm upgrade --install $release"
+	local line
+	say "wait  helm upgrade --install $release"
+	removal="helm uninstall $release -n $namespace" installing=1
 	if ! logged helm helm upgrade --install "$release" "$chart" "${helm_flags[@]}" "${chart_flags[@]}" --timeout "${time_limit}s"; then
 		fail "helm upgrade --install $release:"
-		cat "$scratch/helm" >&3
+		while IFS= read -r line; do
+			say "      ${line:0:1000}" # it may hold whole objects
+		done <"$scratch/helm"
 		if grep -q 'another operation' "$scratch/helm"; then
-			say "      An earlier run was cut off. Take it back: helm rollback $release -n $namespace, or for the first install: helm uninstall $release -n $namespace"
+			say "      An earlier run was cut off. Take it back: helm rollback $release -n $namespace, or for the first install: $removal"
 		fi
 		exit 1
 	fi
-	if [[ -n $rekeyed ]]; then
-		in_namespace rollout restart deployment/headcni-controller >/dev/null
-	fi
-	retry_images
+	[[ -z $rekeyed ]] || in_namespace rollout restart deployment/headcni-controller >/dev/null
+	# Pods of an earlier run look for their image at once: kubelet would for up to five minutes not.
+	# shellcheck disable=SC2046 # names of pods
+	[[ -z $(imageless) ]] || in_namespace delete pod --wait=false $(imageless) >/dev/null 2>&1 || true
 	ok "the chart is installed"
 	# shellcheck disable=SC2016 # variables of the template
 	selector=$(in_namespace get daemonset headcni -o 'go-template={{range $k, $v := .spec.template.spec.nodeSelector}}{{$k}}={{$v}},{{end}}')
 	selector=${selector%,}
 }
 
-# workloads sets missing to those that are not ready.
+# The functions that wait_for calls print what is missing, one a line.
+
 workloads() {
-	local type name generation seen want ready updated all
-	missing=''
-	all=$(in_namespace get daemonset/headcni daemonset/headcni-tailscaled deployment/headcni-controller --ignore-not-found -o 'jsonpath={range .items[*]}{.kind}|{.metadata.name}|{.metadata.generation}|{.status.observedGeneration}|{.status.desiredNumberScheduled}{.spec.replicas}|{.status.numberReady}{.status.readyReplicas}|{.status.updatedNumberScheduled}{.status.updatedReplicas}{"\n"}{end}') ||
-		{ missing='the API server' && return; }
-	[[ $all == *DaemonSet* && $all == *Deployment* ]] || missing='not made yet'
-	while IFS='|' read -r type name generation seen want ready updated; do
+	local all kind name generation seen want ready updated
+	all=$(in_namespace get daemonset/headcni daemonset/headcni-tailscaled deployment/headcni-controller --ignore-not-found -o 'jsonpath={range .items[*]}{.kind}|{.metadata.name}|{.metadata.generation}|{.status.observedGeneration}|{.status.desiredNumberScheduled}{.spec.replicas}|{.status.numberReady}{.status.readyReplicas}|{.status.updatedNumberScheduled}{.status.updatedReplicas}{"\n"}{end}') || return 1
+	[[ $all == *DaemonSet* && $all == *Deployment* ]] || echo 'not made yet'
+	while IFS='|' read -r kind name generation seen want ready updated; do
 		# tailscaled's pods are replaced when their node's administrator says so.
 		[[ $name != headcni-tailscaled ]] || updated=$want
 		if [[ $generation != "$seen" || -z $want || ${ready:-0} -lt $want || ${updated:-0} -lt $want ]]; then
-			missing+="${missing:+, }$type $name (${ready:-0} of ${want:-?} ready)"
+			echo "$kind $name (${ready:-0} of ${want:-?} ready)"
 		fi
 	done <<<"$all"
 }
 
-# routes sets missing to the nodes whose pod ranges are not routed.
-routes() {
-	local name ready cidrs view flannel all
-	missing=''
-	all=$(list_nodes) || { missing='the API server' && return; }
-	while IFS='|' read -r name ready cidrs view flannel; do
-		[[ -z $name ]] || routed "$view" || missing+="${missing:+, }$name"
-	done <<<"$all"
+# unrouted: with a pre-auth key the controller can see nothing. Then the pods have to tell.
+unrouted() {
+	local name state
+	read_nodes || return 1
+	for name in "${nodes[@]}"; do
+		state=$(field_of state "${node_view[$name]}")
+		[[ $state == routed || ($kind != api && $state == unseen) ]] || echo "$name"
+	done
 }
 
-# routed tells whether the controller's view is what is wanted. With a pre-auth key it can see nothing: then the pods
-# have to tell.
-routed() { [[ $(field_of state "$1") == routed || ($kind != api && $(field_of state "$1") == unseen) ]]; }
+unready() {
+	local name
+	read_nodes || return 1
+	for name in "${nodes[@]}"; do
+		[[ ${node_ready[$name]} == True ]] || echo "$name"
+	done
+}
 
 # field_of prints a text field of the JSON in an annotation.
 field_of() {
@@ -475,16 +459,6 @@ field_of() {
 	[[ $2 =~ $pattern ]] || return 0
 	local text=${BASH_REMATCH[1]//\\\"/\"}
 	printf '%s' "${text//\\n/ }"
-}
-
-# ready sets missing to the nodes that are not Ready.
-ready() {
-	local name ready cidrs view flannel all
-	missing=''
-	all=$(list_nodes) || { missing='the API server' && return; }
-	while IFS='|' read -r name ready cidrs view flannel; do
-		[[ -z $name || $ready == True ]] || missing+="${missing:+, }$name"
-	done <<<"$all"
 }
 
 # imageless prints the pods whose image their node cannot get.
@@ -495,42 +469,33 @@ imageless() {
 	done < <(in_namespace get pods -l app.kubernetes.io/name=headcni -o 'jsonpath={range .items[*]}{.metadata.name}|{.status.initContainerStatuses[*].state.waiting.reason} {.status.containerStatuses[*].state.waiting.reason}{"\n"}{end}' 2>/dev/null)
 }
 
-# retry_images has pods of an earlier run look for their image at once: kubelet would for up to five minutes not.
-retry_images() {
-	local pods
-	pods=$(imageless)
-	# shellcheck disable=SC2086 # names of pods
-	[[ -z $pods ]] || in_namespace delete pod --wait=false $pods >/dev/null 2>&1 || true
-}
-
-# no_image tells whether nodes have been without the image for a while; waiting longer does not help then.
-imageless_since=''
-no_image() {
-	[[ -n $(imageless) ]] || { imageless_since='' && return 1; }
-	: "${imageless_since:=$SECONDS}"
-	((SECONDS - imageless_since >= 10))
-}
-
-# wait_for runs a function that sets missing until that is empty, and says $2 then; $3 with what is missing else.
+# wait_for runs a function until it finds nothing missing, and says $2 then; $3 with what is missing else.
 wait_for() {
+	local missing before='' imageless_since=''
 	while :; do
-		"$1"
+		missing=$("$1") || missing='the API server'
 		[[ -n $missing ]] || break
+		missing="$3: ${missing//$'\n'/, }"
 		if ((SECONDS >= deadline)); then
-			fail "$3: $missing"
+			fail "$missing"
 			return 1
 		fi
-		if [[ $1 == workloads ]] && no_image; then
-			fail "nodes cannot get the image"
-			return 1
+		if [[ $1 == workloads && -n $(imageless) ]]; then
+			: "${imageless_since:=$SECONDS}" # waiting longer does not help
+			if ((SECONDS - imageless_since >= 10)); then
+				fail "nodes cannot get the image"
+				no_image=1
+				return 1
+			fi
 		fi
-		waiting "$3: $missing"
+		[[ $missing == "$before" ]] || say "wait  $missing"
+		before=$missing
 		sleep 2
 	done
 	ok "$2"
 }
 
-# remove_test takes away what `helm test` left: it removes its pods itself only after success.
+# remove_test takes away what `helm test` left: its pod, and after a failure all of it.
 remove_test() {
 	tested=''
 	in_namespace delete --ignore-not-found --wait=false pod/headcni-test daemonset/headcni-test serviceaccount/headcni-test \
@@ -541,57 +506,57 @@ remove_test() {
 try_pods() {
 	local left=$((deadline - SECONDS)) line
 	((left > 30)) || left=30
-	waiting "pods on all nodes answer"
+	say "wait  pods on all nodes answer"
 	tested=1
 	if logged test helm test "$release" "${helm_flags[@]}" --timeout "${left}s"; then
 		remove_test
-		ok "a pod on every node answers from another node's pod"
+		ok "a pod on every node answers another pod"
 		return
 	fi
 	fail "not every pod answers:"
 	while IFS= read -r line; do
 		say "      $line"
 	done < <(in_namespace logs pod/headcni-test --tail=20 2>/dev/null || tail -n 3 "$scratch/test")
-	in_namespace get pods -l headcni.io/test=answer -o 'jsonpath={range .items[?(@.status.phase!="Running")]}{.spec.nodeName}{"\n"}{end}' 2>/dev/null |
-		while read -r line; do say "      on $line the pod has not started"; done
+	while read -r line; do
+		say "      on $line the pod has not started"
+	done < <(in_namespace get pods -l headcni.io/test=answer -o 'jsonpath={range .items[?(@.status.phase!="Running")]}{.spec.nodeName}{"\n"}{end}' 2>/dev/null)
 	return 1
+}
+
+# pods_of prints the names of a component's pods.
+pods_of() {
+	in_namespace get pods -l "app.kubernetes.io/name=headcni,app.kubernetes.io/component=$1" "${@:2}" -o 'jsonpath={.items[*].metadata.name}' 2>/dev/null || true
 }
 
 # report says of each node what is not as it should be.
 report() {
-	local name ready cidrs view flannel pod line
-	while IFS='|' read -r name ready cidrs view flannel; do
-		[[ -n $name ]] || continue
-		pod=$(in_namespace get pods -l app.kubernetes.io/name=headcni,app.kubernetes.io/component=daemon --field-selector "spec.nodeName=$name" -o 'jsonpath={.items[*].metadata.name}' 2>/dev/null) || true
-		pod=${pod%% *}
+	local name pod line view
+	read_nodes || true
+	for name in "${nodes[@]}"; do
+		view=${node_view[$name]}
 		say ""
-		say "node $name: Ready is ${ready:-unknown}; pod CIDRs: ${cidrs:-none}; Headscale: $(field_of state "$view")${view:+. }$(field_of message "$view")"
+		say "node $name: Ready is ${node_ready[$name]:-unknown}; pod CIDRs: ${node_cidrs[$name]:-none}; Headscale: $(field_of state "$view")${view:+. }$(field_of message "$view")"
 		[[ -n $view ]] || say "  nothing yet from the controller about it"
+		pod=$(pods_of daemon --field-selector "spec.nodeName=$name")
+		pod=${pod%% *}
 		if [[ -z $pod ]]; then
 			say "  no pod of DaemonSet headcni"
 		else
-			line=$(in_namespace get pod "$pod" -o 'jsonpath={range .status.initContainerStatuses[*]}{.name} {.state.waiting.reason} {.state.waiting.message}{"\n"}{end}{range .status.containerStatuses[*]}{.name} {.state.waiting.reason} {.state.waiting.message}{"\n"}{end}' 2>/dev/null) || true
 			while read -r line; do
 				[[ $line != *' '* ]] || say "  $pod: $line"
-			done <<<"$line"
+			done < <(in_namespace get pod "$pod" -o 'jsonpath={range .status.initContainerStatuses[*]}{.name} {.state.waiting.reason} {.state.waiting.message}{"\n"}{end}{range .status.containerStatuses[*]}{.name} {.state.waiting.reason} {.state.waiting.message}{"\n"}{end}' 2>/dev/null)
 			line=$(in_namespace logs "$pod" -c headcni-daemon --tail=1 2>/dev/null) || true
 			[[ -z $line ]] || say "  last log line: $line"
 		fi
 		print_events "involvedObject.kind=Node,involvedObject.name=$name"
-	done < <(list_nodes)
+	done
 	say ""
 	say "controller:"
-	for pod in $(in_namespace get pods -l app.kubernetes.io/name=headcni,app.kubernetes.io/component=controller -o 'jsonpath={.items[*].metadata.name}' 2>/dev/null); do
+	for pod in $(pods_of controller); do
 		line=$(in_namespace logs "$pod" --tail=1 2>/dev/null) || true
 		say "  $pod: ${line:-no log}"
 	done
 	print_events involvedObject.kind!=Node
-	if [[ -n $(imageless) ]]; then
-		say ""
-		say "No image is published: make one and import it on every node:"
-		say "  make image; ctr -n k8s.io images import bin/headcni-image-amd64.tar   (K3s: k3s ctr images import ...)"
-		say "or push it to a registry and give it with --image"
-	fi
 }
 
 # print_events prints our warnings about something, but those that a later event takes back: what is before the colon says
@@ -611,39 +576,37 @@ print_events() {
 
 # quoted prints words as a list in JSON, each with $1 behind it.
 quoted() {
-	local suffix=$1 out='' word
-	shift
-	for word in "$@"; do
-		out+="${out:+, }\"$word$suffix\""
+	local out='' word
+	for word in "${@:2}"; do
+		out+="${out:+, }\"$word$1\""
 	done
-	printf '%s' "$out"
+	printf '[%s]' "$out"
 }
 
 # policy prints what Headscale's policy must say. Where the cluster's pool is known it stands for the nodes' ranges, so
 # that another node needs no change.
 policy() {
-	local config tags=() ranges=() name ready cidrs rest range approvers='' owners=''
-	config=$(in_namespace get configmap headcni-config -o 'jsonpath={.data.daemon\.yaml}' 2>/dev/null) || true
-	rest=$config
-	while [[ $rest =~ tag:[a-z0-9-]+ ]]; do
+	local text tags=() ranges=() name approvers='' owners=''
+	text=$(in_namespace get configmap headcni-config -o 'jsonpath={.data.daemon\.yaml}' 2>/dev/null) || true
+	while [[ $text =~ tag:[a-z0-9-]+ ]]; do
 		tags+=("${BASH_REMATCH[0]}")
-		rest=${rest#*"${BASH_REMATCH[0]}"}
+		text=${text#*"${BASH_REMATCH[0]}"}
 	done
 	((${#tags[@]})) || tags=(tag:headcni)
-	rest=$(kube --namespace kube-system get configmap kubeadm-config -o 'jsonpath={.data.ClusterConfiguration}' 2>/dev/null) || true
-	if [[ $rest =~ podSubnet:[[:space:]]*\"?([0-9A-Fa-f.:/,]+) ]]; then
+	text=$(kube --namespace kube-system get configmap kubeadm-config -o 'jsonpath={.data.ClusterConfiguration}' 2>/dev/null) || true
+	if [[ $text =~ podSubnet:[[:space:]]*\"?([0-9A-Fa-f.:/,]+) ]]; then
 		IFS=, read -r -a ranges <<<"${BASH_REMATCH[1]}"
 	else
-		while IFS='|' read -r name ready cidrs rest; do
+		for name in "${nodes[@]}"; do
 			# shellcheck disable=SC2206 # prefixes, one or two
-			ranges+=($cidrs)
-		done < <(list_nodes)
+			ranges+=(${node_cidrs[$name]})
+		done
 	fi
 	for name in "${tags[@]}"; do
 		owners+="${owners:+, }\"$name\": []"
 	done
-	for range in ${ranges[@]+"${ranges[@]}"}; do
-		approvers+="${approvers:+, }\"$range\": [$(quoted '' "${tags[@]}")]"
+	for name in ${ranges[@]+"${ranges[@]}"}; do
+		approvers+="${approvers:+, }\"$name\": $(quoted '' "${tags[@]}")"
 	done
 	say ""
 	say "Headscale's policy must say this. Add what it lacks (headscale policy get and set, or the file policy.path):"
@@ -652,11 +615,11 @@ policy() {
 	say "  \"tagOwners\": { $owners },"
 	say "  \"acls\": [{"
 	say "    \"action\": \"accept\","
-	say "    \"src\": [$(quoted '' "${tags[@]}" ${ranges[@]+"${ranges[@]}"})],"
-	say "    \"dst\": [$(quoted ':*' "${tags[@]}" ${ranges[@]+"${ranges[@]}"})],"
+	say "    \"src\": $(quoted '' "${tags[@]}" ${ranges[@]+"${ranges[@]}"}),"
+	say "    \"dst\": $(quoted ':*' "${tags[@]}" ${ranges[@]+"${ranges[@]}"}),"
 	say "  }],"
 	[[ $kind == api ]] || say "  \"autoApprovers\": { \"routes\": { $approvers } },"
-	say "  \"nodeAttrs\": [{ \"target\": [$(quoted '' "${tags[@]}")], \"attr\": [\"cache-network-maps\"] }],"
+	say "  \"nodeAttrs\": [{ \"target\": $(quoted '' "${tags[@]}"), \"attr\": [\"cache-network-maps\"] }],"
 	say "}"
 	say ""
 	say "The ranges are the nodes' pod CIDRs; the range they are cut from (--cluster-cidr) covers new nodes too."
@@ -665,18 +628,23 @@ policy() {
 # give_up ends a deployment that is not whole.
 give_up() {
 	report
-	[[ -n $(imageless) ]] || policy
+	if [[ -z $no_image ]]; then
+		policy
+	else
+		say ""
+		say "No image is published: make one and import it on every node:"
+		say "  make image; ctr -n k8s.io images import bin/headcni-image-amd64.tar   (K3s: k3s ctr images import ...)"
+		say "or push it to a registry and give it with --image"
+	fi
 	say ""
-	say "Not done. HeadCNI stays installed; run this again when it is put right, or take it off: helm uninstall $release -n $namespace"
+	say "Not done. HeadCNI stays installed; run this again when it is put right, or take it off: $removal"
 	exit 1
 }
 
-# dry prints the manifests, and looks at the cluster where it answers: what the chart makes depends on its version.
+# dry prints the manifests, and looks at the cluster where it answers: what the chart makes depends on it.
 dry() {
 	local look=()
-	if [[ -n $key || -z $foreign_secret ]]; then
-		secret_manifest '"***"'
-	fi
+	[[ -n $foreign_secret && -z $key ]] || secret_manifest '"***"'
 	if type -P kubectl >/dev/null && kube get --raw /version >/dev/null 2>&1; then
 		look=(--validate)
 	fi
@@ -684,24 +652,20 @@ dry() {
 }
 
 main() {
-	failed='' foreign_secret='' new_namespace='' rekeyed='' nodes=0 selector='' missing='' kind=''
+	foreign_secret='' new_namespace='' rekeyed='' kind='' no_image='' nodes=()
 	parse "$@"
-	unexport
+	export -n HEADSCALE_API_KEY HEADCNI_AUTH_KEY HEADSCALE_API_KEY_FILE HEADCNI_AUTH_KEY_FILE # no program gets them
 	hide_key
 	exec 3>&1
 	[[ -z $dry_run ]] || exec 3>&2
 	read_key
-	check_arguments
 	kind=$(kind_of_key)
-	if sets_value existingSecret; then
-		foreign_secret=1
-		[[ -z $key ]] || usage_error "a key and existingSecret were given: leave one of them out"
-	fi
+	check_arguments
 	deadline=$((SECONDS + time_limit))
 	trap cleanup EXIT
-	trap 'exit 130' INT
-	trap 'exit 143' TERM
-	trap 'exit 129' HUP
+	trap 'interrupted 130' INT
+	trap 'interrupted 143' TERM
+	trap 'interrupted 129' HUP
 	scratch=$(umask 077 && mktemp -d)
 	prepare
 	check_tools
@@ -716,11 +680,11 @@ main() {
 	put_secret
 	install_chart
 	wait_for workloads "the daemon and the controller are ready" "not ready" || give_up
-	wait_for routes "every node's pod range is routed" "not routed yet" || give_up
-	wait_for ready "every node is Ready" "nodes not Ready" || give_up
+	wait_for unrouted "every node's pod range is routed" "not routed yet" || give_up
+	wait_for unready "every node is Ready" "nodes not Ready" || give_up
 	try_pods || give_up
 	[[ $kind != preauth ]] || warn "with a pre-auth key any tagged node may announce any pod range that the policy approves" "an API key lets the controller approve exactly each node's own"
-	say "done  HeadCNI runs in namespace $namespace. Its end: helm uninstall $release -n $namespace; kubectl -n $namespace delete secret $secret"
+	say "done  HeadCNI runs in namespace $namespace. Its end: $removal; kubectl -n $namespace delete secret $secret"
 }
 
 main "$@"

@@ -183,7 +183,7 @@ func TestHelp(t *testing.T) {
 	for _, option := range []string{"-h", "--help"} {
 		r := run{args: []string{option}}
 		r.do(t)
-		r.want(t, 0, "-u, --url", "-k, --key", "-n, --namespace", "-f, --values", "--set", "--image", "--kubeconfig", "--context",
+		r.want(t, 0, "-u, --url", "-k, --key", "-n, --namespace", "--ca FILE", "-f, --values", "--set", "--image", "--kubeconfig", "--context",
 			"--timeout", "--dry-run", "HEADSCALE_API_KEY_FILE")
 	}
 }
@@ -213,6 +213,8 @@ func TestUsage(t *testing.T) {
 		"a key behind another":  {with("--set", "a=b,apiKey=x"), nil, "", "must not hold the key"},
 		"a key in a file":       {with("-f", file("v1", "config:\n  headscale:\n    authKey: x\n")), nil, "", "must not hold the key"},
 		"a key in JSON":         {with("-f", file("v2", `{"apiKey": "x"}`)), nil, "", "must not hold the key"},
+		"no such authority":     {with("--ca", filepath.Join(dir, "none")), nil, "", "cannot be read"},
+		"no authority":          {with("--ca", file("ca", "hello")), nil, "", "holds no certificate"},
 		"no such file":          {with("-f", filepath.Join(dir, "none")), nil, "", "cannot be read"},
 		"a time":                {with("--timeout", "5"), nil, "", "--timeout 5 is not a time"},
 		"an image without tag":  {with("--image", "r:5000/a"), nil, "", "has no tag"},
@@ -258,10 +260,12 @@ func TestChecks(t *testing.T) {
 		"helm is old":        {scenario{HelmVersion: "v2.17.0"}, []string{"helm is v2.17.0", "Helm 3"}},
 		"kubectl is missing": {scenario{Missing: []string{"kubectl"}}, []string{"kubectl is missing"}},
 		"both are missing":   {scenario{Missing: []string{"helm", "kubectl"}}, []string{"helm is missing", "kubectl is missing"}},
-		"no cluster":         {scenario{Unreachable: true}, []string{"10.0.0.1:6443 was refused", "KUBECONFIG=/etc/rancher/k3s/k3s.yaml"}},
+		"no cluster":         {scenario{Unreachable: true}, []string{"the cluster of context staging does not answer", "10.0.0.1:6443 was refused", "KUBECONFIG=/etc/rancher/k3s/k3s.yaml"}},
 		"no right":           {scenario{Forbidden: "create clusterrolebindings"}, []string{"you may not create clusterrolebindings", "cluster-admin"}},
 		"no nodes":           {scenario{}, []string{"no Linux nodes"}},
 		"no such host":       {scenario{CurlExit: 6, Nodes: twoNodes(routed)}, []string{url + " does not answer: Could not resolve", "--skip-url-check"}},
+		"self-signed":        {scenario{CurlExit: 60, Nodes: twoNodes(routed)}, []string{"a certificate that is not trusted", "--ca FILE"}},
+		"elsewhere already":  {scenario{Owner: "mine -n net", Nodes: twoNodes(routed)}, []string{"helm status mine -n net", "upgrade it: -n net", "helm uninstall mine -n net"}},
 		"another server":     {scenario{NotThere: true, Nodes: twoNodes(routed)}, []string{"is no Headscale", "server_url"}},
 		"a key that expired": {scenario{APIStatus: "401", Nodes: twoNodes(routed)}, []string{"refuses the API key", "headscale apikeys create"}},
 	} {
@@ -363,7 +367,7 @@ func TestOptionsReachHelmAndKubectl(t *testing.T) {
 		}
 	}
 	if r.find("helm upgrade", "--namespace net", "--kubeconfig /k --kube-context c", "--set config.network.mtu=1300", "--set config.ipam.strategy=random",
-		"image.repository=r:5000/a/b ", "image.tag=c ", "--timeout 90s", "controller.replicas=1", "config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin") == nil {
+		"image.repository=r:5000/a/b ", "image.tag=c ", "--timeout 90s", "config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin") == nil {
 		t.Error("helm upgrade is called otherwise")
 	}
 	if c := r.find("apply --filename -"); c == nil || !strings.Contains(c.Stdin, "enforce: privileged") {
@@ -371,6 +375,32 @@ func TestOptionsReachHelmAndKubectl(t *testing.T) {
 	}
 	if r.find("--namespace net rollout restart deployment/headcni-controller") == nil {
 		t.Error("the controller does not learn of the new key")
+	}
+}
+
+// Headscale with a certificate of its own: curl, the controller and the nodes are told.
+func TestAuthority(t *testing.T) {
+	t.Parallel()
+	ca := filepath.Join(t.TempDir(), "ca.crt")
+	if err := os.WriteFile(ca, []byte("-----BEGIN CERTIFICATE-----\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := run{args: []string{"-u", url, "-k", apiKey, "--ca", ca}, scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200"}}
+	r.do(t)
+	r.want(t, 0)
+	if r.find("helm upgrade", "--set-file caBundle="+ca) == nil || r.find("curl", "--cacert "+ca, "/key") == nil || r.find("curl", "--cacert "+ca, "/api/v1/apikey") == nil {
+		t.Error("the authority does not reach helm and curl")
+	}
+}
+
+// What was installed by hand under another name is upgraded under that name.
+func TestReleaseOfAnotherName(t *testing.T) {
+	t.Parallel()
+	r := run{args: []string{"-u", url, "-k", apiKey}, scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200", Owner: "mine -n kube-system"}}
+	r.do(t)
+	r.want(t, 0, "helm uninstall mine -n kube-system")
+	if r.find("helm upgrade --install mine ") == nil || r.find("helm test mine ") == nil {
+		t.Error("helm is called for another release")
 	}
 }
 
@@ -473,7 +503,7 @@ func TestInterrupted(t *testing.T) {
 			}
 			_ = cmd.Wait() // the exit code tells
 			r.finish(t, cmd, out.Bytes())
-			r.want(t, tc.code)
+			r.want(t, tc.code, "Interrupted; HeadCNI may be installed in part. Run this again to go on, or take it off: helm uninstall headcni -n kube-system")
 			if !slices.ContainsFunc(r.calls, func(c call) bool { return c.Interrupted }) {
 				t.Error("helm goes on")
 			}

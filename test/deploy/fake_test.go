@@ -29,6 +29,7 @@ type scenario struct {
 	Forbidden   string // what one may not do
 	NoNamespace bool
 	HasSecret   bool
+	Owner       string   // release and namespace of the HeadCNI that is there
 	DaemonSets  []string // of others, namespace/name
 	Nodes       []fakeNode
 	MicroK8s    bool
@@ -178,6 +179,12 @@ func (s scenario) kubectl(dir string, c call) int {
 			return 1
 		}
 		fmt.Print(`{"major": "1", "gitVersion": "v1.37.2"}`)
+	case has("config current-context"):
+		fmt.Println("staging")
+	case has("get clusterrole headcni"):
+		if s.Owner != "" {
+			fmt.Print(s.Owner)
+		}
 	case has("auth can-i"):
 		if s.Forbidden != "" && has(s.Forbidden) {
 			return 1
