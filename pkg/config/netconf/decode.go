@@ -187,8 +187,8 @@ func (d *decoder) protocol(key string, v json.RawMessage) {
 		var m map[string]bool
 		d.to(key, v, &m, "an object of true and false")
 	case "args":
-		// args may hold anything (CONVENTIONS.md); only well-formed args.cni.ips and mac mean something here. The plugin
-		// tuning takes the same mac: were it not ours too, it would change the pod's after our neighbour entry was made.
+		// args may hold anything (CONVENTIONS.md); only well-formed args.cni.ips, and mac as the plugin tuning has it, mean
+		// something here.
 		var a struct {
 			CNI struct {
 				IPs []string `json:"ips"`

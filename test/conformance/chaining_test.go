@@ -1,0 +1,293 @@
+package conformance
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"github.com/headcni/headcni/internal/nstest"
+)
+
+// serve answers on port 80 of the pod with a line.
+func serve(t *testing.T, pod *nstest.NS) {
+	t.Helper()
+	var l net.Listener
+	pod.Do(t, func() (err error) {
+		l, err = net.Listen("tcp", ":80") // a socket stays where its thread was
+		return err
+	})
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "hello\n") // the other end tells
+			c.Close()
+		}
+	}()
+}
+
+func fetch(t *testing.T, from *nstest.NS, to string) (line string, err error) {
+	t.Helper()
+	from.Do(t, func() error {
+		var c net.Conn
+		if c, err = net.DialTimeout("tcp", to, 3*time.Second); err != nil {
+			return nil
+		}
+		defer c.Close()
+		if err = c.SetDeadline(time.Now().Add(3 * time.Second)); err != nil {
+			return nil
+		}
+		var b []byte
+		b, err = io.ReadAll(c)
+		line = string(b)
+		return nil
+	})
+	return line, err
+}
+
+// client is a machine beside the node.
+func (n *node) client() *nstest.NS {
+	n.t.Helper()
+	c := nstest.New(n.t)
+	n.host.Run(n.t, "ip", "link", "add", "up0", "type", "veth", "peer", "name", "eth0", "netns", c.Name)
+	for _, side := range []struct {
+		ns   *nstest.NS
+		link string
+		addr string
+	}{{n.host, "up0", "198.51.100.1"}, {c, "eth0", "198.51.100.2"}} {
+		side.ns.Run(n.t, "ip", "addr", "add", side.addr+"/24", "dev", side.link)
+		side.ns.Run(n.t, "ip", "link", "set", side.link, "up")
+	}
+	c.Run(n.t, "ip", "route", "add", "default", "via", "198.51.100.1")
+	return c
+}
+
+// chain runs a whole life in a conflist: ADD, CHECK, whatever use does, CHECK, DEL, DEL.
+func (n *node) chain(l *libcni.NetworkConfigList, asked map[string]any, use func(pod *nstest.NS, got result)) {
+	n.t.Helper()
+	pod := nstest.New(n.t)
+	r := rt("c1", pod, asked)
+	got := n.add(l, r)
+	if err := n.check(l, r); err != nil {
+		n.t.Errorf("CHECK right after ADD: %v", err)
+	}
+	ping(n.t, n.host, got.addrs()...)
+	if use != nil {
+		use(pod, got)
+	}
+	n.del(l, r)
+	n.del(l, r)
+	n.empty()
+}
+
+// TestPortmap as first thing a runtime adds to any network.
+func TestPortmap(t *testing.T) {
+	needs(t, "iptables", "nft")
+	for _, backend := range []string{"iptables", "nftables"} {
+		t.Run(backend, func(t *testing.T) {
+			n := newNode(t)
+			n.reference("portmap")
+			client := n.client()
+			l := n.list("", n.headcni(""), fmt.Sprintf(`{"type":"portmap","backend":%q,"capabilities":{"portMappings":true}}`, backend))
+			asked := map[string]any{"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
+			n.chain(l, asked, func(pod *nstest.NS, _ result) {
+				serve(t, pod)
+				if line, err := fetch(t, client, "198.51.100.1:8080"); err != nil || line != "hello\n" {
+					t.Errorf("got %q, %v", line, err)
+				}
+			})
+			if _, err := fetch(t, client, "198.51.100.1:8080"); err == nil {
+				t.Error("the port is mapped after DEL")
+			}
+		})
+	}
+}
+
+func TestFirewall(t *testing.T) {
+	needs(t, "iptables")
+	n := newNode(t)
+	n.reference("firewall")
+	client := n.client()
+	n.host.Run(t, "iptables", "-P", "FORWARD", "DROP")
+	n.chain(n.list("", n.headcni(""), `{"type":"firewall","backend":"iptables"}`), nil, func(pod *nstest.NS, got result) {
+		serve(t, pod)
+		client.Run(t, "ip", "route", "replace", "default", "via", "198.51.100.1")
+		pod.Run(t, "ping", "-n", "-c", "1", "-W", "2", "198.51.100.2") // the plugin lets the pod out, and answers in
+		_ = got
+	})
+}
+
+// TestTuning: what it changes legally is no deviation; a MAC that headcni is not told of is, and CHECK says what to do.
+func TestTuning(t *testing.T) {
+	n := newNode(t)
+	n.reference("tuning")
+	tuning := func(keys string) string {
+		return n.with(fmt.Sprintf(`{"type":"tuning","dataDir":%q}`, t.TempDir()), keys)
+	}
+	const mac = "02:00:00:00:00:77"
+	t.Run("sysctl and MTU", func(t *testing.T) {
+		l := n.list("", n.headcni(""), tuning(`{"sysctl":{"net.ipv4.conf.IFNAME.arp_notify":"1"},"mtu":1300,"txQLen":500,"allmulti":true}`))
+		n.chain(l, nil, func(pod *nstest.NS, got result) {
+			if seen(t, pod, "eth0").Mtu != 1300 || got.Interfaces[1].Mtu != 1400 {
+				t.Errorf("MTU %d, %d in the result: tuning reports what it does now", seen(t, pod, "eth0").Mtu, got.Interfaces[1].Mtu)
+			}
+		})
+	})
+	t.Run("capability mac", func(t *testing.T) {
+		l := n.list("", n.headcni(`{"capabilities":{"mac":true}}`), tuning(""))
+		n.chain(l, map[string]any{"mac": mac}, func(pod *nstest.NS, got result) {
+			if seen(t, pod, "eth0").Mac != mac || got.Interfaces[1].Mac != mac {
+				t.Errorf("got %+v", got)
+			}
+		})
+	})
+	// The kernel forgets all of a link's neighbours, permanent ones too, when its address is set, be it to what it was.
+	for name, l := range map[string]*libcni.NetworkConfigList{
+		"of tuning alone": n.list("", n.headcni(""), tuning(`{"capabilities":{"mac":true}}`)),
+		"of both":         n.list("", n.headcni(`{"capabilities":{"mac":true}}`), tuning(`{"capabilities":{"mac":true}}`)),
+	} {
+		t.Run("capability mac "+name, func(t *testing.T) {
+			r := rt("c1", nstest.New(t), map[string]any{"mac": mac})
+			if got := n.add(l, r); got.Interfaces[1].Mac != mac {
+				t.Errorf("got %+v", got)
+			}
+			err := n.check(l, r)
+			for _, want := range []string{"pod neighbour 169.254.1.1 is missing", "pod neighbour fe80::1 is missing", "give the capability mac to headcni"} {
+				if err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("CHECK: %v, want %q in it", err, want)
+				}
+			}
+			n.del(l, r)
+			n.empty()
+		})
+	}
+}
+
+// TestBandwidth: where the kernel lacks ifb or tbf, ADD fails in its words and leaves nothing.
+func TestBandwidth(t *testing.T) {
+	needs(t, "tc")
+	n := newNode(t)
+	n.reference("bandwidth")
+	l := n.list("", n.headcni(""), `{"type":"bandwidth","capabilities":{"bandwidth":true}}`)
+	asked := map[string]any{"bandwidth": map[string]any{
+		"ingressRate": 8_000_000, "ingressBurst": 8_000_000, "egressRate": 8_000_000, "egressBurst": 8_000_000,
+	}}
+	if missing := n.lacksShaping(); missing != "" {
+		t.Logf("the kernel: %s", missing)
+		r := rt("c1", nstest.New(t), asked)
+		if _, err := n.cni().AddNetworkList(t.Context(), l, r); err == nil {
+			t.Error("ADD succeeds without the kernel's help")
+		} else if n.made(); !strings.Contains(err.Error(), "qdisc") && !strings.Contains(err.Error(), "ifb") {
+			t.Errorf("not the kernel's refusal: %v", err)
+		}
+		_ = n.cni().DelNetworkList(t.Context(), l, r) // bandwidth's DEL may want the qdisc that is not there
+		n.must(attach("DEL", "c1", nil, n.conf("")))
+		n.empty()
+		return
+	}
+	n.chain(l, asked, func(pod *nstest.NS, got result) {
+		if len(got.Interfaces) != 3 {
+			t.Errorf("no ifb in %+v", got.Interfaces)
+		}
+		if qdisc := n.host.Run(t, "tc", "qdisc", "show", "dev", got.Interfaces[0].Name); !strings.Contains(qdisc, "tbf") {
+			t.Errorf("qdisc: %s", qdisc)
+		}
+		serve(t, pod)
+		if line, err := fetch(t, n.host, net.JoinHostPort(got.addrs()[0].String(), "80")); err != nil || line != "hello\n" {
+			t.Errorf("got %q, %v", line, err)
+		}
+	})
+}
+
+// lacksShaping tells what of the plugin bandwidth's needs the kernel has not.
+func (n *node) lacksShaping() string {
+	n.t.Helper()
+	ns := nstest.New(n.t)
+	for _, args := range []string{"ip link add ifb0 type ifb", "tc qdisc add dev ifb0 root tbf rate 1mbit burst 32kbit latency 10ms"} {
+		f := strings.Fields(args)
+		if out, err := ns.Command(f[0], f[1:]...).CombinedOutput(); err != nil {
+			return fmt.Sprintf("%s: %s", args, out)
+		}
+	}
+	return ""
+}
+
+// TestWholeChain: everything at once, in every version, with the capabilities that CRI-O, containerd and podman give.
+func TestWholeChain(t *testing.T) {
+	needs(t, "iptables", "tc")
+	for _, version := range versions[1:] { // 0.3.1 has no CHECK
+		t.Run(version, func(t *testing.T) {
+			n := newNode(t)
+			n.reference("portmap", "tuning", "firewall", "bandwidth")
+			client := n.client()
+			plugins := []string{
+				n.headcni(`{"capabilities":{"ips":true,"mac":true,"dns":true}}`),
+				fmt.Sprintf(`{"type":"tuning","dataDir":%q,"sysctl":{"net.core.somaxconn":"500"}}`, t.TempDir()),
+				`{"type":"firewall","backend":"iptables"}`, `{"type":"portmap","backend":"iptables","capabilities":{"portMappings":true},"snat":true}`,
+			}
+			if n.lacksShaping() == "" {
+				plugins = append(plugins, `{"type":"bandwidth","capabilities":{"bandwidth":true}}`)
+			}
+			l := n.list(fmt.Sprintf(`{"cniVersion":%q}`, version), plugins...)
+			asked := map[string]any{
+				"ips": []string{"10.244.1.99", "fd00:244:1::99"}, "mac": "02:00:00:00:00:99",
+				"dns":          map[string]any{"servers": []string{"192.0.2.53"}},
+				"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}},
+				"bandwidth":    map[string]any{"ingressRate": 8_000_000, "ingressBurst": 8_000_000},
+				"aliases":      map[string]any{"net": []string{"web"}}, // podman's, for no plugin here
+			}
+			n.chain(l, asked, func(pod *nstest.NS, got result) {
+				if got.CNIVersion != version || got.addrs()[0] != netip.MustParseAddr("10.244.1.99") || seen(t, pod, "eth0").Mac != "02:00:00:00:00:99" {
+					t.Errorf("got %+v", got)
+				}
+				serve(t, pod)
+				if line, err := fetch(t, client, "198.51.100.1:8080"); err != nil || line != "hello\n" {
+					t.Errorf("got %q, %v", line, err)
+				}
+			})
+		})
+	}
+}
+
+// TestUnderOthers: headcni-ipam serves bridge and ptp as host-local does.
+func TestUnderOthers(t *testing.T) {
+	needs(t, "iptables")
+	for _, plugin := range []string{"bridge", "ptp"} {
+		for _, version := range versions {
+			t.Run(plugin+" "+version, func(t *testing.T) {
+				n, pod := newNode(t), nstest.New(t)
+				n.reference(plugin)
+				ipam := strings.TrimSuffix(n.pool("10.244.1.0/24"), "}") + `,"routes":[{"dst":"0.0.0.0/0"}]}`
+				l := n.list(fmt.Sprintf(`{"cniVersion":%q}`, version), fmt.Sprintf(`{"type":%q,"isGateway":true,"ipam":%s}`, plugin, ipam))
+				r := rt("c1", pod, nil)
+				got := n.add(l, r)
+				ping(t, n.host, got.addrs()...)
+				if err := n.check(l, r); err != nil && version != "0.3.1" {
+					t.Errorf("CHECK: %v", err)
+				}
+				if owners := n.leases(); len(owners) != 1 || owners[0].PodName != "pod-c1" {
+					t.Errorf("leases: %+v", owners)
+				}
+				if version == "1.1.0" {
+					if err := n.cni().GetStatusNetworkList(t.Context(), l); err != nil {
+						t.Errorf("STATUS: %v", err)
+					}
+				}
+				n.del(l, r)
+				n.del(l, r)
+				if l := n.leases(); len(l) > 0 {
+					t.Errorf("leases left: %+v", l)
+				}
+			})
+		}
+	}
+}
