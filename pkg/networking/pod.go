@@ -54,6 +54,7 @@ type Pods struct {
 	Log *slog.Logger // nil: nothing is logged
 
 	vacant *podNetns // what Vacant has opened, for the Attach that follows
+	host   *podConn  // what InUse has opened, likewise
 
 	// inject, where a test sets it, fails the step that is about to run.
 	inject func(step string) error
@@ -246,7 +247,7 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 		return PodLinks{}, err
 	}
 	defer ns.close()
-	host, err := openPodConn(unix.NETLINK_ROUTE)
+	host, err := p.hostConn()
 	if err != nil {
 		return PodLinks{}, err
 	}

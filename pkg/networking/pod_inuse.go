@@ -12,11 +12,11 @@ import (
 //
 //	ip route get fibmatch ADDR
 func (p *Pods) InUse(a netip.Addr) bool {
-	c, err := openPodConn(unix.NETLINK_ROUTE)
+	c, err := p.hostConn()
 	if err != nil {
 		return false
 	}
-	defer c.close()
+	p.host = c // for the next question, or the Attach that follows
 	r := podRequest{what: "look up route to " + a.String(), typ: unix.RTM_GETROUTE}
 	r.fixed(podFamily(a), byte(a.BitLen()), 0, 0, 0, 0, 0, 0)
 	r.u32(unix.RTM_F_FIB_MATCH) // the route itself, not what becomes of a packet
@@ -27,4 +27,13 @@ func (p *Pods) InUse(a netip.Addr) bool {
 	}
 	m := (*unix.RtMsg)(unsafe.Pointer(&replies[0][0]))
 	return int(m.Dst_len) == a.BitLen() && (m.Type == unix.RTN_UNICAST || m.Type == unix.RTN_LOCAL)
+}
+
+// hostConn opens a socket on the node, or takes over the one that InUse has opened: that costs twice what a question does.
+func (p *Pods) hostConn() (*podConn, error) {
+	if c := p.host; c != nil {
+		p.host = nil
+		return c, nil
+	}
+	return openPodConn(unix.NETLINK_ROUTE)
 }
