@@ -62,14 +62,20 @@ image: need-go ## The container image bin/headcni-image-ARCH.tar, without a cont
 
 # test/deploy's stand-ins for kubectl and helm are the test binary itself: with the race detector it takes a second to start.
 .PHONY: test
-test: need-go ## All tests but e2e's, with the race detector, none skipped; needs root
+test: need-go ## All tests but e2e's and test-manual's, with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call WITH_PACKAGES,test) $(MAKE) build; $(WITH_TOOLS) \
-		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy); \
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		cd test/tools/oci; go vet ./...; go test ./...
+
+.PHONY: test-manual
+test-manual: build ## README's "Install by hand", command by command, on two machines with systemd; needs root, takes 2 minutes
+	@if ((EUID != 0)); then echo "make test-manual: needs root: run 'sudo make test-manual'" >&2; exit 1; fi
+	@$(call WITH_PACKAGES,manual) $(WITH_TOOLS) HEADCNI_MACHINE=$$(test/manual/rootfs); export HEADCNI_MACHINE HEADCNI_TEST_REQUIRE=1; \
+		go test -v -count 1 -timeout 20m ./test/manual/
 
 MATRIX := 0.26 0.27 0.28
 
@@ -140,7 +146,7 @@ lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against R
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
 	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
-	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/images test/tools/as-user internal/cluster/node.sh scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix)
+	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/images test/tools/as-user internal/cluster/node.sh scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix test/manual/rootfs)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 .PHONY: vet

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -21,19 +22,29 @@ func installCmd(f *flags) *cobra.Command {
 			if remove {
 				return daemon.RemovePlugins(cmd.Context())
 			}
+			source, err := daemon.PluginSource()
+			if err != nil {
+				return err
+			}
 			if to == "" {
 				c, err := f.load()
 				if err != nil {
 					return err
 				}
 				to = c.CNI.BinDir
+				if from == "" && to == source {
+					fmt.Fprintln(cmd.OutOrStdout(), to+": the plugins are where the container runtime looks")
+					return nil
+				}
+				// On a host; in a pod the folder is the host's, or nobody would see the plugins.
+				if source != paths.ImageCNIDir {
+					if err := os.MkdirAll(to, 0o755); err != nil {
+						return err
+					}
+				}
 			}
 			if from == "" {
-				found, err := daemon.PluginSource()
-				if err != nil {
-					return err
-				}
-				from = found
+				from = source
 			}
 			lines, err := daemon.Install(cmd.Context(), from, to)
 			for _, line := range lines {

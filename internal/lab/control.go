@@ -41,10 +41,10 @@ type Control struct {
 type object = map[string]any
 
 // headscaleConfig is as close to Headscale's defaults as an offline tailnet allows.
-func headscaleConfig(url string, batch time.Duration) object {
+func headscaleConfig(serverURL string, batch time.Duration) object {
 	addrs := underlayAddrs(1)
 	return object{
-		"server_url":          url,
+		"server_url":          serverURL,
 		"listen_addr":         fmt.Sprintf("[::]:%d", headscalePort),
 		"metrics_listen_addr": "127.0.0.1:9090",
 		"grpc_listen_addr":    "127.0.0.1:50443",
@@ -95,7 +95,11 @@ func (c *Control) setUp(ctx context.Context, opt Options) error {
 	if opt.Policy != nil {
 		opt.Policy(policy)
 	}
-	config := headscaleConfig(c.URL, opt.Batch)
+	serverURL := c.URL
+	if opt.ServerURL != "" {
+		serverURL = opt.ServerURL
+	}
+	config := headscaleConfig(serverURL, opt.Batch)
 	if opt.Relay {
 		withRelay(config)
 	}

@@ -1,0 +1,6 @@
+// Package manual holds the README to its word: "Install by hand" is carried out, command by command as it is printed, on
+// two machines that have a systemd of their own as their first process, Debian's containerd and nothing of ours. Their
+// hardware is the lab's: its network namespaces, its underlay and its Headscale.
+//
+// A machine is a systemd-nspawn container without systemd-machined on the host. Its disk outlives its boots.
+package manual
