@@ -110,7 +110,11 @@ func uninstallCmd(f *flags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return daemon.Uninstall(cmd.Context(), c)
+			log, err := logging.New(os.Stderr, c.Logging.Level, c.Logging.Format)
+			if err != nil {
+				return err
+			}
+			return daemon.Uninstall(cmd.Context(), c, log)
 		},
 	}
 }

@@ -165,23 +165,27 @@ func isOurs(b []byte) bool {
 	return false
 }
 
-// removeConflist takes ours away and puts the original back, with its mode.
+// removeConflist takes ours away and puts the original back, with its mode. What somebody has put there since is theirs.
 func removeConflist(dir string, mode os.FileMode) error {
 	path := filepath.Join(dir, paths.ConflistName)
 	have, err := os.ReadFile(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
-	case !isOurs(have):
-		return nil // somebody has replaced it since
+	}
+	if err == nil && !isOurs(have) {
+		return removeFile(originalConflist()) // also where we were killed after it was put back
 	}
 	orig, err := os.ReadFile(originalConflist())
 	if errors.Is(err, fs.ErrNotExist) {
 		return removeFile(path)
 	}
 	if err != nil {
+		return err
+	}
+	if mode == 0 {
+		mode = 0o600 // the state that knew it was moved away; there may be a key in it
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
 	if err := replaceFile(path, orig, mode); err != nil {

@@ -20,6 +20,13 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, installLoop())
 		os.Exit(1)
 	}
+	if dir := os.Getenv(uninstallEnv); dir != "" {
+		if err := uninstallOnce(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	flag.Parse()
 	nstest.Main(m)
 }

@@ -34,6 +34,8 @@ const (
 	settle = 100 * time.Millisecond
 	// spoolInterval is how often the spool of hints is looked at although nobody told of one.
 	spoolInterval = 10 * time.Second
+	// poolsTimeout bounds the counting of leases for a scrape.
+	poolsTimeout = 5 * time.Second
 	// retryMin and retryMax bound the wait after a pass in which something was not right.
 	retryMin = time.Second
 	retryMax = 30 * time.Second
@@ -135,6 +137,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
+	for _, path := range []string{statePath(), originalConflist(), filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName)} {
+		if err := sweepReplaced(path); err != nil {
+			d.log.Warn("remove what an earlier daemon did not finish writing", "err", err)
+		}
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
@@ -144,6 +151,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if err := d.metrics.Keep(totalsPath(), hint.Spool(paths.DaemonSocket), spoolErr); err != nil {
 		return err
 	}
+	d.metrics.Pools(d.pools)
 	if d.cfg.Monitoring.Listen != "" {
 		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
 		if err != nil {
@@ -226,6 +234,17 @@ func wake(ch chan<- struct{}) {
 	case ch <- struct{}{}:
 	default:
 	}
+}
+
+// pools are for a scrape.
+func (d *Daemon) pools() []monitoring.Pool {
+	ctx, cancel := context.WithTimeout(context.Background(), poolsTimeout)
+	defer cancel()
+	found, err := poolsInUse(ctx, d.cfg.CNI.ConfDir)
+	if err != nil {
+		d.log.Warn("count the pools' addresses", "err", err)
+	}
+	return found
 }
 
 // totalsPath is where the metrics of the plugin are kept until the next boot.

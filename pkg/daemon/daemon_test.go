@@ -22,6 +22,8 @@ import (
 // The daemon works in the namespaces of its process: these tests have those of the test binary for themselves, one
 // after the other.
 
+var quiet = slog.New(slog.DiscardHandler)
+
 func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
@@ -38,7 +40,7 @@ func hostState(t *testing.T) string {
 	for _, cmd := range []string{
 		"ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all", "nft list ruleset",
 		"sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding net.ipv4.conf.all.forwarding net.ipv4.conf.default.forwarding",
-		"find /etc/cni /var/lib/headcni -type f -exec stat -c '%n %a' {} + -exec cat {} +",
+		"find /etc/cni $(ls -d /var/lib/headcni 2>/dev/null) -type f -exec stat -c '%n %a' {} + -exec cat {} +",
 	} {
 		b.WriteString("# " + cmd + "\n" + run(t, "sh", "-c", cmd))
 	}
@@ -116,7 +118,7 @@ func TestNodeIsSafeBeforeTailscaledAnswers(t *testing.T) {
 	}
 
 	for range 2 { // twice is fine
-		if err := Uninstall(t.Context(), c); err != nil {
+		if err := Uninstall(t.Context(), c, quiet); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -162,7 +164,7 @@ func TestRunOnceAndStop(t *testing.T) {
 	if err := newDaemon(t, c).Run(t.Context()); err == nil || !strings.Contains(err.Error(), "another headcni-daemon runs") {
 		t.Errorf("second daemon: %v", err)
 	}
-	if err := Uninstall(t.Context(), c); err == nil || !strings.Contains(err.Error(), "stop it first") {
+	if err := Uninstall(t.Context(), c, quiet); err == nil || !strings.Contains(err.Error(), "stop it first") {
 		t.Errorf("uninstall under a running daemon: %v", err)
 	}
 	// The daemon watches: what is deleted by hand comes back without a full check.
@@ -179,7 +181,7 @@ func TestRunOnceAndStop(t *testing.T) {
 	if diff := cmp.Diff(programmed, hostState(t)); diff != "" {
 		t.Errorf("the network did not outlive the daemon:\n%s", diff)
 	}
-	if err := Uninstall(t.Context(), c); err != nil {
+	if err := Uninstall(t.Context(), c, quiet); err != nil {
 		t.Error(err)
 	}
 }

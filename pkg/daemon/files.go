@@ -51,3 +51,13 @@ func removeFile(path string) error {
 	}
 	return nil
 }
+
+// sweepReplaced removes what replaceFile left beside path when it was killed. Nobody may be writing there.
+func sweepReplaced(path string) error {
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*"))
+	errs := []error{err}
+	for _, l := range left {
+		errs = append(errs, removeFile(l))
+	}
+	return errors.Join(errs...)
+}

@@ -224,8 +224,8 @@ func lockFolder(ctx context.Context, dir string) (unlock func(), err error) {
 
 // sweepTemps removes what killed installations into a folder left. The caller holds the folder's lock.
 func sweepTemps(dir string) error {
-	var errs []error
-	patterns := []string{filepath.Join(paths.StateDir, "."+filepath.Base(installedPath())+".*")} // of replaceFile
+	errs := []error{sweepReplaced(installedPath())}
+	var patterns []string
 	for _, name := range slices.Concat(borrowedPlugins, ownPlugins) {
 		patterns = append(patterns, filepath.Join(dir, "."+name+tempMark+"*"))
 	}

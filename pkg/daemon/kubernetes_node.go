@@ -248,7 +248,7 @@ func (d *Daemon) leave(ctx context.Context) (done, right bool) {
 
 func (d *Daemon) takeAway(ctx context.Context, v *clusterView) error {
 	if !d.gone {
-		if err := errors.Join(takeOff(ctx, d.cfg, d.saved), removeRunDir()); err != nil {
+		if err := takeOff(ctx, d.cfg, d.saved, d.log); err != nil {
 			return err
 		}
 		d.log.Info("everything of ours is off this node; idle from here on")

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"log/slog"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -16,9 +19,19 @@ import (
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
-// Uninstall takes everything of ours off this node and puts back what was there. Pods must be gone first: theirs is the
-// network that it takes. It goes on past errors, so that running it again finishes what it could not do.
-func Uninstall(ctx context.Context, c config.Config) error {
+// Uninstall takes everything of ours off this node and puts back what was there. It goes on past errors, so that running
+// it again finishes what it could not do, and it may be killed anywhere.
+//
+// Nothing waits for pods. Those that still run lose their network, since it is what goes; their addresses, which are links
+// and routes of their own, go with them. Keeping plugins and leases for their DELs would leave both on nearly every node
+// for good, and help nobody: containerd and CRI-O need a configuration to do a DEL by, and ours is gone. They wait for the
+// next CNI's, or for a reboot. The leases are of no use to a HeadCNI that comes back: it passes over addresses that are
+// live without a lease.
+//
+// The dedicated tailscaled leaves the tailnet, where it still runs and the control server answers; its keys are removed in
+// any case, because nobody could tell later whose they were. A host's own tailscaled stays logged in, with its prefs as
+// they were found. What people wrote, the configuration and the key in /etc/headcni, is theirs.
+func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
 	if err := os.MkdirAll(paths.RunDir, 0o755); err != nil {
 		return err
 	}
@@ -31,14 +44,11 @@ func Uninstall(ctx context.Context, c config.Config) error {
 	if err != nil {
 		return err
 	}
-	if err := takeOff(ctx, c, s); err != nil {
-		return err
-	}
-	return removeRunDir()
+	return takeOff(ctx, c, s, log)
 }
 
-// takeOff is Uninstall without the folder that the process itself uses.
-func takeOff(ctx context.Context, c config.Config, s state) error {
+// takeOff is Uninstall in a process that has the lock.
+func takeOff(ctx context.Context, c config.Config, s state, log *slog.Logger) error {
 	// The conflist goes first, so that no pod starts on a node that is being taken down; the guard goes last.
 	err := errors.Join(
 		removeConflist(c.CNI.ConfDir, s.ConflistMode),
@@ -46,20 +56,67 @@ func takeOff(ctx context.Context, c config.Config, s state) error {
 		restorePrefs(ctx, c, s),
 		removeNetwork(ctx, s),
 	)
+	if err == nil {
+		// The plugins' own list goes with them; the state, which says what there was to put back, when all is done.
+		err = errors.Join(leaveTailnet(ctx, c, s, log), RemovePlugins(ctx), os.RemoveAll(paths.IPAMDir), removeLeftovers(c.CNI.ConfDir))
+	}
+	if err == nil {
+		err = errors.Join(removeFile(statePath()), removeRunFiles())
+	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
 	}
-	return errors.Join(RemovePlugins(ctx), removeFile(statePath()), os.RemoveAll(paths.IPAMDir))
+	return errors.Join(removeFolder(paths.StateDir), removeFolder(paths.RunDir))
 }
 
-// removeRunDir removes our sockets and the lock that we hold. A dedicated tailscaled that still runs keeps the folder.
-func removeRunDir() error {
-	err := errors.Join(removeFile(paths.DaemonSocket), removeFile(paths.APISocket), removeFile(lockPath()), removeFile(totalsPath()),
-		os.RemoveAll(hint.Spool(paths.DaemonSocket)))
-	// In a container the folder is a mount, in a root that is read-only.
-	gone := os.Remove(paths.RunDir)
-	if gone != nil && !errors.Is(gone, unix.ENOTEMPTY) && !errors.Is(gone, unix.EBUSY) && !errors.Is(gone, unix.EROFS) {
-		err = errors.Join(err, gone)
+// leaveTailnet logs the dedicated tailscaled out and removes its state. Without its folder it runs on until it is stopped,
+// but keeps nothing; one that is started again makes a new one.
+func leaveTailnet(ctx context.Context, c config.Config, s state, log *slog.Logger) error {
+	if _, err := os.Stat(paths.TailscaleStateDir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	socket := paths.DaemonTailscaleSocket // under auto and host, tailscale.socket may be the host's
+	if c.Tailscale.Mode == config.ModeDaemon {
+		socket = socketOf(c, config.ModeDaemon)
+	}
+	if err := tailscale.New(socket).Logout(ctx); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		log.Warn("the dedicated tailscaled could not leave the tailnet; its keys are removed all the same: see that its node goes too, "+
+			"as headcni-controller does (headscale nodes delete)", "err", err)
+	}
+	return os.RemoveAll(paths.TailscaleStateDir)
+}
+
+// removeLeftovers removes files of ours that were being written when we were killed.
+func removeLeftovers(confDir string) error {
+	var errs []error
+	for _, path := range []string{statePath(), originalConflist(), installedPath(), filepath.Join(confDir, paths.ConflistName)} {
+		errs = append(errs, sweepReplaced(path))
+	}
+	return errors.Join(errs...)
+}
+
+// removeRunFiles removes our sockets, what the plugin did, and the lock that we hold. The socket of a dedicated tailscaled
+// that still runs goes with it.
+func removeRunFiles() error {
+	err := errors.Join(removeFile(paths.DaemonSocket), removeFile(paths.APISocket), removeFile(totalsPath()), removeFile(totalsPath()+".new"),
+		os.RemoveAll(hint.Spool(paths.DaemonSocket)), removeFile(lockPath()))
+	if !answers(paths.DaemonTailscaleSocket) {
+		err = errors.Join(err, removeFile(paths.DaemonTailscaleSocket))
+	}
+	return err
+}
+
+// removeFolder removes a folder in which there is nothing of anybody else. In a container it is a mount, in a root that is
+// read-only.
+func removeFolder(path string) error {
+	err := os.Remove(path)
+	for _, fine := range []error{fs.ErrNotExist, unix.ENOTEMPTY, unix.EBUSY, unix.EROFS} {
+		if errors.Is(err, fine) {
+			return nil
+		}
 	}
 	return err
 }

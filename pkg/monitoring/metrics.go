@@ -12,6 +12,7 @@ type Metrics struct {
 	registry *prometheus.Registry
 
 	plugin *book
+	pools  *pools
 
 	passes      prometheus.Histogram
 	part        *prometheus.GaugeVec
@@ -33,6 +34,7 @@ func NewRegistry(version string, own ...prometheus.Collector) *prometheus.Regist
 // NewMetrics registers everything at zero, so that a rate over a fresh daemon is right from the first scrape.
 func NewMetrics(version string) *Metrics {
 	m := &Metrics{
+		pools:  &pools{look: func() []Pool { return nil }},
 		plugin: &book{t: newTotals(), log: func(error) {}},
 		passes: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "headcni_reconcile_duration_seconds", Help: "Duration of one observe-plan-apply pass over the node.",
@@ -55,7 +57,7 @@ func NewMetrics(version string) *Metrics {
 	policy := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "headcni_network_policy_enforced", Help: "1 where this node enforces NetworkPolicies, 0 where it does not.",
 	})
-	m.registry = NewRegistry(version, m.plugin, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
+	m.registry = NewRegistry(version, m.plugin, m.pools, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
 	return m
 }
 
@@ -65,6 +67,9 @@ func (m *Metrics) Keep(path, spool string, log func(error)) error {
 	m.plugin.log = log
 	return m.plugin.open(path, spool)
 }
+
+// Pools has look asked for the use of pools with each scrape. It is called before anybody scrapes.
+func (m *Metrics) Pools(look func() []Pool) { m.pools.look = look }
 
 // Fold counts what is in the spool. A scrape does so too.
 func (m *Metrics) Fold() {

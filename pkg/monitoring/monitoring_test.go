@@ -63,6 +63,7 @@ func TestServe(t *testing.T) {
 		}
 	}
 	m.Part("rules", true, 3)
+	m.Pools(func() []Pool { return []Pool{{"headcni", "ipv4", 3, 253}, {"other", "ipv6", 1, 0}} })
 
 	ctx, cancel := context.WithCancel(t.Context())
 	addr := freeAddr(t)
@@ -81,6 +82,8 @@ func TestServe(t *testing.T) {
 		"headcni_ip_allocations_total 2\n", "headcni_ip_releases_total 1\n", `headcni_network_errors_total{stage="gate"} 1`,
 		`headcni_network_errors_total{stage="ipam"} 0`, "headcni_pod_network_setup_duration_seconds_count 1\n",
 		`headcni_part_ok{part="rules"} 1`, `headcni_corrections_total{part="rules"} 3`, `headcni_build_info{version="v1"} 1`,
+		`headcni_ip_pool_addresses_in_use{family="ipv4",network="headcni"} 3`, `headcni_ip_pool_addresses{family="ipv4",network="headcni"} 253`,
+		`headcni_ip_pool_addresses_in_use{family="ipv6",network="other"} 1`,
 	} {
 		if !strings.Contains(body, want) {
 			t.Errorf("metrics lack %q", want)

@@ -136,6 +136,15 @@ func (c *Client) start(ctx context.Context, o LoginOptions) error {
 	return c.call(ctx, "POST", "login-interactive", nil, nil)
 }
 
+// Logout leaves the tailnet: the control server lets the node key expire, and tailscaled forgets it. One that is not logged
+// in does not notice. Where the control server does not answer, tailscaled stays logged out and keeps its keys.
+func (c *Client) Logout(ctx context.Context) error {
+	if err := c.call(ctx, "POST", "logout", nil, nil); err != nil {
+		return fmt.Errorf("log out of the tailnet: %w", err)
+	}
+	return nil
+}
+
 type loginStep int
 
 const (

@@ -137,7 +137,14 @@ func TestRejoinAfterLogout(t *testing.T) {
 		if err := c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key}); err != nil {
 			t.Fatalf("login %d: %v\n%s", i, err, d.Log())
 		}
-		d.CLI("logout")
+		for range 2 { // the second finds nothing to do
+			if err := c.Logout(ctx); err != nil {
+				t.Fatalf("logout %d: %v", i, err)
+			}
+		}
+		if st, err := c.Status(ctx); err != nil || st.HaveNodeKey || st.State != NeedsLogin {
+			t.Errorf("after logout %d: %+v, %v", i, st, err)
+		}
 	}
 }
 

@@ -1,0 +1,100 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/monitoring"
+)
+
+// poolsInUse counts leases per network and family, going on past errors. How many there can be is known of the network of
+// our conflist only: the ranges of others that use headcni-ipam are in their configurations.
+func poolsInUse(ctx context.Context, confDir string) ([]monitoring.Pool, error) {
+	own, err := conflistIPAM(filepath.Join(confDir, paths.ConflistName))
+	errs := []error{err}
+	networks, err := ipam.Networks(own.DataDir)
+	errs = append(errs, err)
+	if own.Network != "" && !slices.Contains(networks, own.Network) {
+		networks = append(networks, own.Network) // no pod yet
+	}
+	var out []monitoring.Pool
+	for _, n := range networks {
+		c := ipam.Config{Network: n, DataDir: own.DataDir}
+		if n == own.Network {
+			c = own
+		}
+		found, err := poolInUse(ctx, c)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("count the leases of network %s: %w", n, err))
+		}
+		out = append(out, found...)
+	}
+	return out, errors.Join(errs...)
+}
+
+func poolInUse(ctx context.Context, c ipam.Config) ([]monitoring.Pool, error) {
+	pool, err := ipam.Open(c)
+	if err != nil {
+		return nil, err
+	}
+	leases, err := pool.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	used, size := map[string]float64{}, map[string]float64{}
+	for _, l := range leases {
+		for _, a := range l.Addrs {
+			used[familyOf(a.Addr)]++
+		}
+	}
+	sets, err := pool.Usage(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range sets {
+		size[familyOf(s.Subnets[0])] += float64(s.Size)
+	}
+	var out []monitoring.Pool
+	for _, f := range []string{"ipv4", "ipv6"} {
+		if used[f] > 0 || size[f] > 0 {
+			out = append(out, monitoring.Pool{Network: c.Network, Family: f, InUse: used[f], Size: size[f]})
+		}
+	}
+	return out, nil
+}
+
+func familyOf(p netip.Prefix) string {
+	if p.Addr().Is4() {
+		return "ipv4"
+	}
+	return "ipv6"
+}
+
+// conflistIPAM is the address management of our network as its conflist says, the zero Config where there is none or
+// another plugin does it.
+func conflistIPAM(path string) (ipam.Config, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return ipam.Config{}, nil
+	}
+	if err != nil {
+		return ipam.Config{}, fmt.Errorf("read the conflist: %w", err)
+	}
+	var list struct{ Name string }
+	var plugin struct{ IPAM json.RawMessage }
+	var kind struct{ Type string }
+	if json.Unmarshal(b, &list) != nil || json.Unmarshal(headcniPlugin(b), &plugin) != nil || json.Unmarshal(plugin.IPAM, &kind) != nil ||
+		kind.Type != netconf.IPAMType {
+		return ipam.Config{}, nil
+	}
+	return ipam.ParseConfig(list.Name, plugin.IPAM)
+}

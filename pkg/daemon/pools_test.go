@@ -1,0 +1,73 @@
+package daemon
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/monitoring"
+)
+
+func TestPoolsInUse(t *testing.T) {
+	freshState(t)
+	confDir := t.TempDir()
+	look := func(want ...monitoring.Pool) {
+		t.Helper()
+		got, err := poolsInUse(t.Context(), confDir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+	}
+	look() // no conflist
+	c := config.Default()
+	c.Network.PodCIDRs = config.CIDRs{"10.244.1.0/24", "fd00:244:1::/64"}
+	list, err := planConflist(c, nil, 1280, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(confDir, paths.ConflistName)
+	if err := os.WriteFile(path, list, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const size6 = 1<<64 - 2 // the network's own address and the gateway's are nobody's
+	look(monitoring.Pool{Network: networkName, Family: "ipv4", Size: 253}, monitoring.Pool{Network: networkName, Family: "ipv6", Size: size6})
+
+	own, err := conflistIPAM(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := ipam.Config{Network: "other", Sets: [][]ipam.Range{{{Subnet: netip.MustParsePrefix("192.0.2.0/24")}}}}
+	for _, a := range []struct {
+		c  ipam.Config
+		id string
+	}{{own, "a"}, {own, "b"}, {other, "a"}} {
+		p, err := ipam.Open(a.c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.Allocate(t.Context(), ipam.Owner{ContainerID: a.id, IfName: "eth0"}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	look(monitoring.Pool{Network: networkName, Family: "ipv4", InUse: 2, Size: 253}, monitoring.Pool{Network: networkName, Family: "ipv6", InUse: 2, Size: size6},
+		monitoring.Pool{Network: "other", Family: "ipv4", InUse: 1})
+
+	c.IPAM.Type = "host-local" // has leases of its own; those of ours that are left still count
+	if list, err = planConflist(c, nil, 1280, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, list, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	look(monitoring.Pool{Network: networkName, Family: "ipv4", InUse: 2}, monitoring.Pool{Network: networkName, Family: "ipv6", InUse: 2},
+		monitoring.Pool{Network: "other", Family: "ipv4", InUse: 1})
+}

@@ -1,0 +1,259 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/hint"
+)
+
+// uninstallEnv turns the test binary into a process that uninstalls, with the conflist in this folder.
+const uninstallEnv = "HEADCNI_TEST_UNINSTALL"
+
+func uninstallOnce(confDir string) error {
+	c := config.Default()
+	c.Tailscale.Mode, c.CNI.ConfDir = config.ModeDaemon, confDir
+	fmt.Println("started")
+	return Uninstall(context.Background(), c, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+}
+
+const ownersConflist = `{"name":"mine","cniVersion":"1.0.0","plugins":[{"type":"bridge"}]}`
+
+// inhabit makes the node one on which HeadCNI has lived in daemon mode, and was killed a few times.
+func inhabit(t *testing.T, c config.Config, binDir string) {
+	t.Helper()
+	files := map[string]string{
+		filepath.Join(c.CNI.ConfDir, paths.ConflistName):             ownersConflist,
+		filepath.Join(c.CNI.ConfDir, "."+paths.ConflistName+".17"):   "half",
+		filepath.Join(paths.StateDir, ".daemon.json.17"):             "half",
+		filepath.Join(paths.StateDir, ".conflist.orig.17"):           "half",
+		filepath.Join(paths.TailscaleStateDir, "tailscaled.state"):   `{"_machinekey":"x"}`,
+		filepath.Join(paths.TailscaleStateDir, "profile-data/1/x"):   "x",
+		filepath.Join(paths.IPAMDir, networkName, "boot/10.244.1.2"): "x",
+		filepath.Join(hint.Spool(paths.DaemonSocket), "1-1"):         "{}",
+		totalsPath():                "{}",
+		totalsPath() + ".new":       "{",
+		paths.DaemonTailscaleSocket: "",
+		paths.DaemonSocket:          "",
+		paths.APISocket:             "",
+	}
+	for path, text := range files {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	install(t, plugins(t, "1", 0), binDir)
+	d := newDaemon(t, c)
+	d.pass(t.Context())
+	if got := partErrors(d); got[partRoutes] != "" || got[partFirewall] != "" {
+		t.Fatal(got)
+	}
+	ours := `{"plugins":[{"type":"headcni","gate":{}}]}`
+	if _, err := writeConflist(c.CNI.ConfDir, []byte(ours), func(m os.FileMode) error {
+		return d.remember(func(s *state) { s.ConflistMode = m })
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantNothing fails where anything of ours is left, or the owner's conflist is not as it was.
+func wantNothing(t *testing.T, before string, c config.Config, binDir string) {
+	t.Helper()
+	wantFiles(t, binDir)
+	wantFiles(t, c.CNI.ConfDir, paths.ConflistName)
+	for _, dir := range []string{paths.StateDir, paths.RunDir} {
+		if entries, err := os.ReadDir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) || len(entries) != 0 {
+			t.Errorf("%s: %v, %v", dir, entries, err)
+		}
+	}
+	path := filepath.Join(c.CNI.ConfDir, paths.ConflistName)
+	if b, err := os.ReadFile(path); err != nil || string(b) != ownersConflist {
+		t.Errorf("the owner's conflist is %q, %v", b, err)
+	}
+	if info, err := os.Stat(path); err == nil && info.Mode() != 0o640 {
+		t.Errorf("the owner's conflist has mode %v", info.Mode())
+	}
+	if diff := cmp.Diff(before, hostState(t)); diff != "" {
+		t.Errorf("after uninstall (-want +got):\n%s", diff)
+	}
+}
+
+func inhabitable(t *testing.T) (c config.Config, binDir, before string) {
+	t.Helper()
+	c = testConfig(t)
+	freshState(t)
+	c.CNI.ConfDir = t.TempDir()
+	return c, t.TempDir(), hostState(t)
+}
+
+// fakeTailscaled answers the LocalAPI at socket with status and notes what it is asked.
+func fakeTailscaled(t *testing.T, socket string, status int) (asked func() []string) {
+	t.Helper()
+	if err := removeFile(socket); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls := make(chan string, 16)
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		calls <- r.Method + " " + r.URL.Path
+		w.WriteHeader(status)
+	})}
+	ended := make(chan struct{})
+	go func() { _ = srv.Serve(l); close(ended) }()
+	t.Cleanup(func() { srv.Close(); <-ended })
+	return func() (list []string) {
+		srv.Close() // as when its pod goes
+		for len(calls) > 0 {
+			list = append(list, <-calls)
+		}
+		return list
+	}
+}
+
+// The dedicated tailscaled leaves the tailnet, or cannot; what it had on disk goes in either case, and all else of ours.
+func TestUninstallLeavesNothing(t *testing.T) {
+	for _, status := range []int{http.StatusNoContent, http.StatusInternalServerError} {
+		c, binDir, before := inhabitable(t)
+		inhabit(t, c, binDir)
+		asked := fakeTailscaled(t, paths.DaemonTailscaleSocket, status)
+		var log bytes.Buffer
+		if err := Uninstall(t.Context(), c, slog.New(slog.NewTextHandler(&log, nil))); err != nil {
+			t.Fatal(err)
+		}
+		if got := asked(); !slices.Equal(got, []string{"POST /localapi/v0/logout"}) {
+			t.Errorf("asked tailscaled %q", got)
+		}
+		if said := strings.Contains(log.String(), "headscale nodes delete"); said != (status >= 300) {
+			t.Errorf("logged %q", log.String())
+		}
+		wantNothing(t, before, c, binDir)
+	}
+}
+
+// A host's own tailscaled is not ours to log out, whatever tailscale.socket says.
+func TestUninstallLogsNoHostOut(t *testing.T) {
+	c, binDir, _ := inhabitable(t)
+	inhabit(t, c, binDir)
+	socket := filepath.Join(t.TempDir(), "host.sock")
+	host := fakeTailscaled(t, socket, http.StatusNoContent)
+	for _, mode := range []string{config.ModeAuto, config.ModeHost} {
+		c.Tailscale.Mode, c.Tailscale.Socket = mode, socket
+		if err := Uninstall(t.Context(), c, quiet); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := host(); len(got) != 0 {
+		t.Errorf("asked the host's tailscaled %q", got)
+	}
+}
+
+// What somebody has put in our place since stays; without a place, one is made for the original.
+func TestUninstallAndTheConflistOfOthers(t *testing.T) {
+	freshState(t)
+	dir := filepath.Join(t.TempDir(), "net.d")
+	path := filepath.Join(dir, paths.ConflistName)
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(originalConflist(), ownersConflist)
+	if err := removeConflist(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != ownersConflist {
+		t.Errorf("where ours was deleted: %q, %v", b, err)
+	}
+	write(originalConflist(), ownersConflist)
+	write(path, `{"type":"newer"}`)
+	if err := removeConflist(dir, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != `{"type":"newer"}` {
+		t.Errorf("where ours was replaced: %q, %v", b, err)
+	}
+	wantFiles(t, paths.StateDir)
+}
+
+// Killed at any moment, an uninstall is finished by the next one.
+func TestUninstallKilled(t *testing.T) {
+	c, binDir, before := inhabitable(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func() *exec.Cmd {
+		t.Helper()
+		cmd := exec.Command(self)
+		cmd.Env = append(os.Environ(), uninstallEnv+"="+c.CNI.ConfDir)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Stderr = t.Output()
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.Read(make([]byte, 1)); err != nil {
+			t.Fatalf("it did not start: %v, %v", err, cmd.Wait())
+		}
+		return cmd
+	}
+	inhabit(t, c, binDir)
+	cmd := start()
+	began := time.Now()
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(began)
+	wantNothing(t, before, c, binDir)
+	half := 0
+	for range 10 {
+		inhabit(t, c, binDir)
+		cmd := start()
+		time.Sleep(rand.N(took))
+		_ = cmd.Process.Kill() // it may have ended
+		if cmd.Wait() != nil {
+			half++
+		}
+		if err := Uninstall(t.Context(), c, quiet); err != nil {
+			t.Fatal(err)
+		}
+		wantNothing(t, before, c, binDir)
+		if t.Failed() {
+			return
+		}
+	}
+	if half == 0 {
+		t.Error("every uninstall had ended before it was killed")
+	}
+	t.Logf("%d of 10 were killed half-way", half)
+}
