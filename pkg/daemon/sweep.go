@@ -23,7 +23,7 @@ type sweeper struct {
 	dataDir string // "" = the default
 	now     func() time.Time
 	links   func() (map[string]bool, error)
-	missing map[string]time.Time // link name -> since when it has not been seen
+	missing map[string]time.Time // link name and time of the lease -> since when the link has not been seen
 }
 
 func newSweeper() *sweeper {
@@ -63,6 +63,7 @@ func (s *sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
 		if l.Writer != ipam.InProcess || links[name] {
 			return true
 		}
+		name += " " + l.Time.String() // an ADD that is tried again has a new lease, with a grace of its own
 		seen[name] = true
 		since, known := s.missing[name]
 		if !known {

@@ -54,6 +54,23 @@ func TestSweep(t *testing.T) {
 	sweep()
 	now = now.Add(2 * time.Second)
 	sweep("late")
+	// ADD of an attachment is tried again right before its first lease would go.
+	again := func() {
+		t.Helper()
+		if _, err := pool(ipam.InProcess).Release(t.Context(), "again", "eth0"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pool(ipam.InProcess).Allocate(t.Context(), ipam.Owner{ContainerID: "again", IfName: "eth0"}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again()
+	sweep()
+	now = now.Add(sweepGrace + time.Second)
+	again()
+	sweep()
+	now = now.Add(sweepGrace + time.Second)
+	sweep("again")
 	leases, err := pool(ipam.InProcess).List(t.Context())
 	if err != nil || len(leases) != 2 {
 		t.Errorf("left: %v, %v", leases, err)
