@@ -20,8 +20,8 @@ import (
 	"github.com/headcni/headcni/internal/nstest"
 )
 
-// programs builds headcni-ipam as it ships, once, and returns CNI_PATH: its folder and that of the CNI project's own plugins.
-var programs = sync.OnceValues(func() (string, error) {
+// binary builds headcni-ipam as it ships, once, and returns its folder.
+var binary = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "headcni-test")
 	if err != nil {
 		return "", err
@@ -30,6 +30,15 @@ var programs = sync.OnceValues(func() (string, error) {
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+// programs returns CNI_PATH: the folders of headcni-ipam and of the CNI project's own plugins.
+var programs = sync.OnceValues(func() (string, error) {
+	dir, err := binary()
+	if err != nil {
+		return "", err
 	}
 	tools := os.Getenv("HEADCNI_TOOLS")
 	if tools == "" {
