@@ -138,6 +138,7 @@ func FuzzParseConfig(f *testing.F) {
 		f.Add([]byte(`{"ranges": [` + shape + `]}`))
 	}
 	f.Fuzz(func(t *testing.T, json []byte) {
+		_, _ = WithRanges(json, json)
 		c, err := ParseConfig("net", json)
 		if err != nil {
 			return
@@ -149,6 +150,23 @@ func FuzzParseConfig(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The ranges that the runtime asks for come first; what is not a list of sets is a fault, and never a panic.
+func TestWithRanges(t *testing.T) {
+	for _, c := range []struct{ object, asked, want string }{
+		{`{"subnet":"10.0.0.0/24"}`, ``, `{"subnet":"10.0.0.0/24"}`},
+		{`{"strategy":"random"}`, `[[{"subnet":"10.7.0.0/24"}]]`, `{"ranges":[[{"subnet":"10.7.0.0/24"}]],"strategy":"random"}`},
+		{`{"ranges":[[{"subnet":"10.0.0.0/24"}]]}`, `[[{"subnet":"10.7.0.0/24"}]]`, `{"ranges":[[{"subnet":"10.7.0.0/24"}],[{"subnet":"10.0.0.0/24"}]]}`},
+		{``, `[[{"subnet":"10.7.0.0/24"}]]`, `{"ranges":[[{"subnet":"10.7.0.0/24"}]]}`},
+		{`{"ranges":null}`, `[]`, `{"ranges":[]}`},
+		{`null`, `[]`, ``}, {`[]`, `[]`, ``}, {`{}`, `{}`, ``}, {`{"ranges":{}}`, `[]`, ``}, {`{}`, `"x"`, ``},
+	} {
+		got, err := WithRanges([]byte(c.object), []byte(c.asked))
+		if string(got) != c.want || c.want == "" && !errors.Is(err, ErrConfig) {
+			t.Errorf("%s with %s: %s, %v; want %s", c.object, c.asked, got, err, c.want)
+		}
+	}
 }
 
 func TestRequestedIPs(t *testing.T) {
