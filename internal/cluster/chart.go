@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 const (
@@ -25,11 +26,6 @@ type Chart struct {
 	Key string
 	// Values are further ones; they win.
 	Values map[string]any
-}
-
-// Load gives the chart's image to all nodes, as if they had pulled it.
-func (c *Cluster) Load(ctx context.Context, chart Chart) error {
-	return c.ImportImage(ctx, chart.Image)
 }
 
 // Install installs HeadCNI, or upgrades it, with Helm. It does not wait.
@@ -93,11 +89,10 @@ func imageName(path string) (repository, tag string, err error) {
 			return "", "", fmt.Errorf("the image in %s has no name", path)
 		}
 		name := images[0].RepoTags[0]
-		for i := len(name) - 1; i > 0; i-- {
-			if name[i] == ':' {
-				return name[:i], name[i+1:], nil
-			}
+		colon := strings.LastIndex(name, ":")
+		if colon < 0 {
+			return "", "", fmt.Errorf("the image in %s is called %q: want NAME:TAG", path, name)
 		}
-		return "", "", fmt.Errorf("the image in %s is called %q: want NAME:TAG", path, name)
+		return name[:colon], name[colon+1:], nil
 	}
 }

@@ -56,8 +56,9 @@ type Options struct {
 	HostTailscaled []string
 	// NoPodCIDRs has the controller manager give nodes no pod CIDRs.
 	NoPodCIDRs bool
-	// Bin, Tools and Images are the folders of our programs, of the real parts (separated by colons) and of the test
-	// images; empty means $HEADCNI_BIN, $HEADCNI_TOOLS and $HEADCNI_IMAGES.
+	// Bin, Tools and Images are the folders of our programs, of the real parts (separated by colons; an older Kubernetes or
+	// containerd goes before what else has programs of that name) and of the test images; empty means $HEADCNI_BIN,
+	// $HEADCNI_TOOLS and $HEADCNI_IMAGES.
 	Bin, Tools, Images string
 	// Policy may change what is to be Headscale's policy.
 	Policy func(p map[string]any)
@@ -126,6 +127,7 @@ type Cluster struct {
 	opt   Options
 	lab   *lab.Lab
 	pki   *pki
+	pause string // the name of the image
 	began time.Time
 }
 
@@ -169,11 +171,6 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 	for i := range c.opt.Workers {
 		names = append(names, fmt.Sprintf("worker-%d", i+1))
 	}
-	for _, name := range c.opt.HostTailscaled {
-		if !slices.Contains(names, name) {
-			return fmt.Errorf("no node named %q: there are %s", name, strings.Join(names, ", "))
-		}
-	}
 	c.lab, err = lab.New(ctx, lab.Options{
 		Nodes: len(names), Names: names, Spare: len(names), Modes: []string{"host"},
 		Bin: c.opt.Bin, Tools: c.opt.Tools, Relay: true, Policy: c.opt.Policy,
@@ -190,11 +187,13 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 
 // prepare gives every machine the files that it needs before anything runs.
 func (c *Cluster) prepare(ctx context.Context) (err error) {
-	agnhost, err := os.ReadFile(filepath.Join(c.opt.Images, "agnhost.name"))
-	if err != nil {
-		return err
+	for file, name := range map[string]*string{"agnhost.name": &c.Agnhost, "pause.name": &c.pause} {
+		b, err := os.ReadFile(filepath.Join(c.opt.Images, file))
+		if err != nil {
+			return err
+		}
+		*name = strings.TrimSpace(string(b))
 	}
-	c.Agnhost = strings.TrimSpace(string(agnhost))
 	cp := c.Nodes[0]
 	if c.pki, err = newPKI(cp.Underlay, cp.URL()); err != nil {
 		return err
@@ -202,19 +201,26 @@ func (c *Cluster) prepare(ctx context.Context) (err error) {
 	if err := c.makeClients(); err != nil {
 		return err
 	}
+	for _, name := range c.opt.HostTailscaled {
+		if _, err := c.Node(name); err != nil {
+			return err
+		}
+	}
 	return each(c.Nodes, func(n *Node) error { return n.prepare(ctx) })
 }
 
 func (c *Cluster) step(what string) { c.opt.Step(what, time.Since(c.began)) }
 
-// Node finds a node by name, or panics: the names are the caller's own.
-func (c *Cluster) Node(name string) *Node {
+// Node finds a node by name.
+func (c *Cluster) Node(name string) (*Node, error) {
+	var names []string
 	for _, n := range c.Nodes {
 		if n.Name == name {
-			return n
+			return n, nil
 		}
+		names = append(names, n.Name)
 	}
-	panic("cluster: no node named " + name)
+	return nil, fmt.Errorf("no node named %q: there are %s", name, strings.Join(names, ", "))
 }
 
 // Workers are the nodes without the control plane's.

@@ -63,7 +63,7 @@ func (n *Node) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	files := map[string][]byte{"ca.crt": n.cluster.pki.caPEM, "kubelet.json": kubelet, "containerd.toml": []byte(containerdTOML(n.pauseImage()))}
+	files := map[string][]byte{"ca.crt": n.cluster.pki.caPEM, "kubelet.json": kubelet, "containerd.toml": []byte(containerdTOML(n.cluster.pause))}
 	if files["kubelet.kubeconfig"], err = n.cluster.pki.kubeconfig("system:node:"+n.Name, "system:nodes"); err != nil {
 		return err
 	}
@@ -97,39 +97,30 @@ func (n *Node) writeBaseSpec(ctx context.Context) error {
 	return os.WriteFile(n.Path(baseSpec), b, 0o600)
 }
 
-func (n *Node) pauseImage() string {
-	b, err := os.ReadFile(filepath.Join(n.cluster.opt.Images, "pause.name"))
-	if err != nil {
-		return "" // containerd's own default; nodes get no pods then, and say so
-	}
-	return strings.TrimSpace(string(b))
-}
-
+// containerdTOML is containerd's configuration, in the version that all releases from 1.3 on read.
 func containerdTOML(pause string) string {
-	return `version = 3
+	return `version = 2
 root = "/var/lib/containerd"
 state = "/run/containerd"
 
 [grpc]
 address = "` + containerdSocket + `"
 
-[plugins."io.containerd.cri.v1.images".pinned_images]
-sandbox = "` + pause + `"
-
-[plugins."io.containerd.cri.v1.runtime"]
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "` + pause + `"
 disable_apparmor = true
 # We may not raise priorities here.
 restrict_oom_score_adj = true
 
-[plugins."io.containerd.cri.v1.runtime".cni]
-bin_dirs = ["/opt/cni/bin"]
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/opt/cni/bin"
 conf_dir = "/etc/cni/net.d"
 
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 base_runtime_spec = "` + baseSpec + `"
 
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 SystemdCgroup = false
 `
 }
@@ -197,7 +188,7 @@ func (n *Node) StartContainerd(ctx context.Context) (err error) {
 
 // ImportImage gives containerd an image from a tar file.
 func (n *Node) ImportImage(ctx context.Context, tar string) error {
-	_, err := n.Run(ctx, "ctr", "--namespace=k8s.io", "images", "import", "--local", tar)
+	_, err := n.Run(ctx, "ctr", "--namespace=k8s.io", "images", "import", tar)
 	return err
 }
 

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -325,10 +324,7 @@ func testNodeLoss(t *testing.T, w *world) {
 
 // testUninstall takes HeadCNI away while a node is dead. The living ones are as they were before, and so is Headscale.
 func testUninstall(t *testing.T, w *world) {
-	out, err := w.Helm(within(t, 4*time.Minute), "uninstall", cluster.Release, "--namespace="+namespace, "--timeout=3m")
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	w.uninstall(t)
 	for _, n := range w.Nodes[:2] {
 		for _, dir := range []string{"/etc/cni/net.d", "/opt/cni/bin"} {
 			entries, err := os.ReadDir(n.Path(dir))
@@ -349,24 +345,14 @@ func testUninstall(t *testing.T, w *world) {
 			}
 		}
 	}
-	nodes, err := w.Control.Run(within(t, time.Minute), "headscale", "nodes", "list", "--output", "json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var list []struct {
-		Name string `json:"name"`
-	}
-	if err := json.Unmarshal([]byte(nodes), &list); err != nil {
-		t.Fatal(err)
-	}
-	for _, node := range list {
-		t.Errorf("%s is still in Headscale", node.Name)
+	for name := range w.tailnet(t) {
+		t.Errorf("%s is still in Headscale", name)
 	}
 	if out := w.kubectl(t, "get", "nodes", "-o", "yaml"); strings.Contains(out, "headcni.io/") {
 		t.Error("Nodes have annotations of ours")
 	}
 	// Not pods: those of the dead node stay until it is back or its Node goes.
-	out = w.kubectl(t, "get", "daemonsets,deployments,jobs,services,configmaps,secrets,leases,serviceaccounts,roles,rolebindings", "-n", namespace, "-o", "name")
+	out := w.kubectl(t, "get", "daemonsets,deployments,jobs,services,configmaps,secrets,leases,serviceaccounts,roles,rolebindings", "-n", namespace, "-o", "name")
 	for line := range strings.Lines(out) {
 		if strings.Contains(line, "headcni") {
 			t.Errorf("left in %s: %s", namespace, line)

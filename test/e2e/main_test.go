@@ -5,10 +5,12 @@ package e2e
 import (
 	"context"
 	_ "embed" // testdata
+	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +33,7 @@ var (
 	conformance   = flag.String("conformance", "", "run upstream's tests with this focus too, such as '\\[sig-network\\].*\\[Conformance\\]'")
 	proxyMode     = flag.String("proxy-mode", cluster.ModeNFTables, "kube-proxy's mode, nftables or iptables")
 	noClusterCIDR = flag.Bool("no-cluster-cidr", false, "run kube-proxy without --cluster-cidr")
+	versions      = flag.String("versions", "", "fail unless this matches what every node says that it runs, such as 'kubelet v1.37.2, containerd://2.4.2'")
 	artifacts     = flag.String("logs", "", "copy all logs into this folder at the end")
 )
 
@@ -72,10 +75,27 @@ func start(t *testing.T, opt cluster.Options) *world {
 			t.Error(err)
 		}
 	})
-	if err := c.Load(ctx, w.chart); err != nil {
+	if err := c.ImportImage(ctx, image); err != nil {
 		t.Fatal(err)
 	}
+	w.checkVersions(t)
 	return w
+}
+
+// checkVersions says what the cluster is made of, which must be what was asked for.
+func (w *world) checkVersions(t *testing.T) {
+	t.Helper()
+	for _, n := range w.Nodes {
+		o, err := n.Object(within(t, time.Minute))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := fmt.Sprintf("kubelet %s, %s", o.Status.NodeInfo.KubeletVersion, o.Status.NodeInfo.ContainerRuntimeVersion)
+		t.Logf("%s: %s", n.Name, got)
+		if ok, err := regexp.MatchString(*versions, got); err != nil || !ok {
+			t.Fatalf("want %q (%v)", *versions, err)
+		}
+	}
 }
 
 // explain shows what the cluster says of itself.
@@ -155,6 +175,35 @@ func (w *world) install(t *testing.T, values map[string]any) {
 	if err := w.Install(within(t, time.Minute), w.chart); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// uninstall takes HeadCNI away.
+func (w *world) uninstall(t *testing.T) {
+	t.Helper()
+	if out, err := w.Helm(within(t, 4*time.Minute), "uninstall", cluster.Release, "--namespace="+namespace, "--timeout=3m"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// tailnet maps the names of the nodes in Headscale to their numbers, which begin at 1.
+func (w *world) tailnet(t *testing.T) map[string]int {
+	t.Helper()
+	out, err := w.Control.Run(within(t, time.Minute), "headscale", "nodes", "list", "--output", "json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []struct {
+		ID   int    `json:"id"`
+		Name string `json:"given_name"`
+	}
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	ids := map[string]int{}
+	for _, n := range list {
+		ids[n.Name] = n.ID
+	}
+	return ids
 }
 
 // findPods looks the echo pods up, all of which must be ready, one on each node.

@@ -43,8 +43,8 @@ func TestStolenNode(t *testing.T) {
 		if len(pods.Items) != 1 || !isReady(&pods.Items[0]) {
 			return fmt.Errorf("%d controllers", len(pods.Items))
 		}
-		holder = w.Node(pods.Items[0].Spec.NodeName)
-		return nil
+		holder, err = w.Node(pods.Items[0].Spec.NodeName)
+		return err
 	})
 	others := slices.DeleteFunc(slices.Clone(w.Workers()), func(n *cluster.Node) bool { return n == holder })
 	s := &stolen{world: w, node: others[0], other: w.Nodes[0], holder: holder}

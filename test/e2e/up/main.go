@@ -63,7 +63,7 @@ func finish(ctx context.Context, c *cluster.Cluster, chart cluster.Chart, bare b
 		ctx, cancel := context.WithTimeoutCause(ctx, 3*time.Minute, errors.New("the nodes were not ready within 3 minutes"))
 		defer cancel()
 		began := time.Now()
-		if err := c.Load(ctx, chart); err != nil {
+		if err := c.ImportImage(ctx, chart.Image); err != nil {
 			return err
 		}
 		if err := c.Install(ctx, chart); err != nil {
