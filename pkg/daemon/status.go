@@ -137,10 +137,28 @@ func (d *Daemon) serveAPI(ctx context.Context) error {
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
+	// From here on `headcni-daemon status` finds somebody: it may come right after `systemctl start`.
+	if err := tellSystemd(d.member.getenv("NOTIFY_SOCKET"), "READY=1"); err != nil {
+		d.log.Warn("tell systemd that the daemon is up", "err", err)
+	}
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
+}
+
+// tellSystemd sends a state to the service manager's socket, as sd_notify(3) says; none is no error.
+func tellSystemd(socket, state string) error {
+	if socket == "" {
+		return nil
+	}
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.Write([]byte(state))
+	return err
 }
 
 // AskStatus asks the running daemon.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -22,13 +23,13 @@ func TestMain(m *testing.M) { nstest.Main(m) }
 // other with the lines for doing it by hand and the dedicated tailscaled.
 func TestByHand(t *testing.T) {
 	nstest.Require(t)
-	w := newWorld(t)
+	w := newWorld(t, diskImage(t))
 	ok := t.Run("install", w.install)
 	for _, part := range []struct {
 		name string
 		test func(*testing.T)
 	}{
-		{"pods", w.attach}, {"look around", w.lookAround}, {"restart", w.restart}, {"reboot", w.reboot}, {"power cut", w.cut},
+		{"pods", w.attach}, {"look around", w.lookAround}, {"restart", w.restart}, {"firewall", w.firewall}, {"reboot", w.reboot}, {"power cut", w.cut},
 		{"journal", w.journal}, {"kill", w.kill}, {"uninstall", w.uninstall},
 	} {
 		ok = ok && t.Run(part.name, part.test)
@@ -48,11 +49,12 @@ type world struct {
 	before map[*machine][]string
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, image string) *world {
 	t.Helper()
+	bin := labtest.Programs(t)
 	w := &world{manual: section(t, "Install by hand"), secrets: map[string]string{}, before: map[*machine][]string{}}
 	w.Lab = labtest.New(t, lab.Options{
-		Bin: labtest.Programs(t), Nodes: 2, Spare: 2, Modes: []string{config.ModeHost, config.ModeDaemon}, ServerURL: serverURL,
+		Bin: bin, Nodes: 2, Spare: 2, Modes: []string{config.ModeHost, config.ModeDaemon}, ServerURL: serverURL,
 		Policy: func(p map[string]any) { w.policy(t, p) },
 	})
 	cert := w.serveTLS(t)
@@ -63,7 +65,7 @@ func newWorld(t *testing.T) *world {
 	}
 	words := strings.Fields(out)
 	w.secrets["pre-auth key"] = words[len(words)-1]
-	base := newBase(t, cert)
+	base := newBase(t, image, filepath.Join(bin, "headcnictl"), cert)
 	w.host, w.daemon = newMachine(t, w.Nodes[0], base), newMachine(t, w.Nodes[1], base)
 	withTailscale(t, w.host, "/usr/bin", "/usr/sbin")
 	withTailscale(t, w.daemon, "/usr/local/bin", "/usr/local/bin")
@@ -332,6 +334,23 @@ func (w *world) restart(t *testing.T) {
 		}
 		w.ready(t)
 	})
+}
+
+// firewall has the user's own firewall start anew, which with Debian's unit takes everybody's tables away.
+func (w *world) firewall(t *testing.T) {
+	w.host.t, w.daemon.t = t, t
+	capture := w.capture(t)
+	w.undisturbed(t, w.pods(t), func() {
+		for _, m := range w.both() {
+			m.root("systemctl restart nftables")
+			labtest.Eventually(t, "wait for the tables on "+m.Name, func() error {
+				_, err := m.try(t.Context(), "root", "nft list table ip headcni && nft list table ip6 headcni")
+				return err
+			})
+		}
+		w.ready(t)
+	})
+	w.nothingClear(t, capture)
 }
 
 // kill ends what carries the node without a word, and systemd puts it up again.

@@ -137,11 +137,11 @@ func (w *world) forward(c net.Conn, to string) {
 	_, _ = io.Copy(c, up)
 }
 
-// newBase makes what the disks of all machines begin with: Debian, a user, the pods' image, the certificate to trust.
-func newBase(t *testing.T, cert []byte) string {
+// diskImage is the tar file of a bare machine. It skips the test where there is none, or nothing to boot it with.
+func diskImage(t *testing.T) string {
 	t.Helper()
-	tar := os.Getenv(diskEnv)
-	if tar == "" {
+	image := os.Getenv(diskEnv)
+	if image == "" {
 		nstest.Skip(t, fmt.Sprintf("no disk for a machine: run make test-manual, or set %s=$(test/manual/rootfs)", diskEnv))
 	}
 	for _, program := range []string{"systemd-nspawn", "nsenter"} {
@@ -149,17 +149,23 @@ func newBase(t *testing.T, cert []byte) string {
 			nstest.Skip(t, fmt.Sprintf("%v: run make test-manual", err))
 		}
 	}
+	return image
+}
+
+// newBase makes what the disks of all machines begin with: Debian, a user, a program for the pods, the certificate to trust.
+func newBase(t *testing.T, image, program string, cert []byte) string {
+	t.Helper()
 	base := t.TempDir()
-	command(t, "tar", "-C", base, "-xf", tar)
+	command(t, "tar", "-C", base, "-xf", image)
 	put(t, base, "/usr/local/share/ca-certificates/lab.crt", string(cert), 0o644)
 	put(t, base, "/etc/sudoers.d/admin", admin+" ALL=(ALL) NOPASSWD: ALL\n", 0o440)
 	put(t, base, "/usr/local/bin/kubelet", kubelet, 0o755)
 	put(t, base, "/etc/systemd/system/kubelet.service", kubeletUnit, 0o644)
 	put(t, base, "/etc/systemd/system/writable-cgroups.service", writableUnit, 0o644)
 	put(t, base, "/srv/pod/etc/resolv.conf", "", 0o644)
-	copyTo(t, base, filepath.Join(os.Getenv(lab.BinEnv), "headcnictl"), "/srv/pod/headcnictl")
+	copyTo(t, base, program, "/srv/pod/headcnictl")
 	// adm may read the journal, as Debian's installer makes the first user.
-	command(t, "chroot", base, "sh", "-ec", "useradd -m -s /bin/bash -G sudo,adm "+admin+"; update-ca-certificates >/dev/null 2>&1; systemctl enable --quiet writable-cgroups")
+	command(t, "chroot", base, "sh", "-ec", "useradd -m -s /bin/bash -G sudo,adm "+admin+"; update-ca-certificates >/dev/null 2>&1; systemctl enable --quiet writable-cgroups nftables")
 	return base
 }
 
