@@ -46,6 +46,7 @@ type node struct {
 	cache   string   // libcni's
 	wrap    []string // a command that ends by running its last argument
 	env     []string // variables of every plugin, besides CNI's
+	during  func(plugin *os.Process, ended <-chan struct{})
 
 	mu    sync.Mutex
 	calls []call // what libcni has run
@@ -119,7 +120,14 @@ func (n *node) exec(ctx context.Context, program string, stdin io.Reader, enviro
 	var err error
 	n.host.Do(n.t, func() error { err = cmd.Start(); return nil }) // a child is born where its thread is
 	if err == nil {
+		ended := make(chan struct{})
+		var wg sync.WaitGroup
+		if n.during != nil {
+			wg.Go(func() { n.during(cmd.Process, ended) })
+		}
 		err = cmd.Wait()
+		close(ended)
+		wg.Wait()
 	}
 	if killed.Err() != nil && cmd.ProcessState == nil {
 		return "", "", -1

@@ -23,9 +23,7 @@ func TestNetnsDisappears(t *testing.T) {
 	n := newNode(t)
 	conf := n.conf("")
 	rounds, failed := 60, 0
-	began := time.Now()
-	n.must(attach("ADD", "warm", nstest.New(t), conf))
-	span := time.Since(began)
+	span := n.timed(attach("ADD", "warm", nstest.New(t), conf))
 	n.must(attach("DEL", "warm", nil, conf))
 	for i := range rounds {
 		path := fmt.Sprintf("/run/netns/gone%d", i)
@@ -58,6 +56,46 @@ func TestNetnsDisappears(t *testing.T) {
 	t.Logf("%d of %d failed", failed, rounds)
 	if failed == 0 || failed == rounds {
 		t.Errorf("the test ends namespaces too late or too early: %d of %d failed", failed, rounds)
+	}
+}
+
+// timed is how long a call takes.
+func (n *node) timed(c call) time.Duration {
+	n.t.Helper()
+	began := time.Now()
+	n.must(c)
+	return time.Since(began)
+}
+
+// TestSignals: a system call that a signal interrupts is made again.
+func TestSignals(t *testing.T) {
+	n, pod := newNode(t), nstest.New(t)
+	sent := 0
+	n.during = func(plugin *os.Process, ended <-chan struct{}) {
+		for {
+			select {
+			case <-ended:
+				return
+			default:
+			}
+			for _, s := range []unix.Signal{unix.SIGURG, unix.SIGWINCH, unix.SIGCHLD, unix.SIGCONT} {
+				if plugin.Signal(s) == nil { // which it may not live to see
+					sent++
+				}
+			}
+		}
+	}
+	conf := n.conf("")
+	for range 10 {
+		out := n.must(attach("ADD", "c1", pod, conf))
+		n.must(attach("CHECK", "c1", pod, n.previous(conf, out)))
+		n.must(attach("GC", "c1", pod, n.with(conf, `{"cni.dev/valid-attachments":[{"containerID":"c1","ifname":"eth0"}]}`)))
+		n.must(attach("DEL", "c1", pod, conf))
+	}
+	n.empty()
+	t.Logf("%d signals", sent)
+	if sent < 1000 {
+		t.Errorf("only %d signals", sent)
 	}
 }
 
@@ -155,10 +193,13 @@ func TestKilled(t *testing.T) {
 	conf := n.conf(`{"cni.dev/valid-attachments":[]}`)
 	rounds, killed := 25, 0
 	for _, verb := range []string{"CHECK", "GC", "STATUS"} { // ADD and DEL: cmd/headcni
+		out := n.must(attach("ADD", "c1", pod, conf))
+		span := n.timed(attach(verb, "c1", pod, n.previous(conf, out)))
+		n.must(attach("DEL", "c1", pod, conf))
 		for i := range rounds {
 			out := n.must(attach("ADD", "c1", pod, conf))
 			c := attach(verb, "c1", pod, n.previous(conf, out))
-			ctx, cancel := context.WithTimeout(t.Context(), rand.N(4*time.Millisecond))
+			ctx, cancel := context.WithTimeout(t.Context(), rand.N(span))
 			if n.start(ctx, c).exit < 0 {
 				killed++
 			}

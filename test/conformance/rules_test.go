@@ -123,6 +123,7 @@ var rules = []rule{
 
 	{"Robustness", "any input and environment: no panic, no hang, an error of the right form, nothing left", both, []string{"TestAnyInput", "FuzzConfig", "pkg/config/netconf.FuzzConfig", "pkg/ipam.FuzzParseConfig"}},
 	{"Robustness", "neither the input nor a secret in it comes out in errors or logs", both, []string{"TestNothingLeaksOut"}},
+	{"Robustness", "system calls that signals interrupt", plugin, []string{"TestSignals"}},
 	{"Robustness", "the namespace goes away in the middle of ADD", plugin, []string{"TestNetnsDisappears", "pkg/networking.TestPodNetnsDisappears"}},
 	{"Robustness", "300 ADDs, CHECKs and DELs at once beside 2,000 foreign links", plugin, []string{"TestManyAtOnce", "cmd/headcni.TestConcurrent"}},
 	{"Robustness", "ADD and DEL of one attachment race", plugin, []string{"TestRacingAddAndDel"}},
