@@ -421,8 +421,10 @@ func (p *Pods) addRoutesBehind(inside *podConn, pod Pod, index, metric int) erro
 const (
 	carrierTries = 100
 	carrierWait  = time.Millisecond
-	// addrTries is more: the queue of a node with many busy processes has been seen to take 100 ms.
-	addrTries = 1000
+	// addrWait bounds what mostly takes less than addrFirst. The queue of a node with many busy processes has been seen to take
+	// 100 ms.
+	addrWait  = time.Second
+	addrFirst = 50 * time.Microsecond
 )
 
 // awaitCarrier waits until the host's end sends. It was set up before its peer, without carrier, and a link gets its queue only
@@ -442,9 +444,10 @@ func awaitCarrier(host *podConn, name string) error {
 // awaitAddrs waits until the pod takes packets for its IPv6 addresses. The kernel makes them its own in a work queue, also those
 // without duplicate detection (net/ipv6/addrconf.c, addrconf_dad_work), and answers for none before.
 func awaitAddrs(inside *podConn, addrs []netip.Addr) {
+	end := time.Now().Add(addrWait)
 	for _, a := range addrs {
-		for try := 0; a.Is6() && !inside.isLocal(a) && try < addrTries; try++ {
-			time.Sleep(carrierWait)
+		for wait := addrFirst; a.Is6() && !inside.isLocal(a) && time.Now().Before(end); wait = min(2*wait, carrierWait) {
+			time.Sleep(wait)
 		}
 	}
 }
