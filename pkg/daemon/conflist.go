@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
@@ -132,7 +134,11 @@ func writeConflist(dir string, want []byte, remember func(os.FileMode) error) (c
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return false, fmt.Errorf("make the CNI configuration folder: %w; set cni.confDir to one that can be written", err)
 	}
-	return true, replaceFile(path, want, 0o644)
+	err = replaceFile(path, want, 0o644)
+	if errors.Is(err, unix.EROFS) {
+		err = fmt.Errorf("%w; set cni.confDir to one that can be written, and tell the runtime of it (conf_dir in containerd's configuration)", err)
+	}
+	return err == nil, err
 }
 
 func keepOriginal(path string, content []byte, remember func(os.FileMode) error) error {

@@ -16,8 +16,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/hint"
@@ -56,7 +54,9 @@ type Daemon struct {
 	tunnel  tunnel   // of the loop alone
 	events  events   // of the loop alone
 
-	saved   state
+	saved   state // what we go by
+	kept    state // what is on disk
+	keepErr error // why that is not the same, nil where it is
 	wake    chan struct{}
 	cutOff  chan string // told what cannot be reached, when the deadman has seen enough
 	version string
@@ -96,7 +96,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved, cluster: k,
+		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved, kept: saved, cluster: k,
 		board: newBoard(log, m, partsOf(c, k != nil)), wake: make(chan struct{}, 1), cutOff: make(chan string, 1),
 		version: version, began: time.Now(),
 	}
@@ -132,7 +132,7 @@ func prerequisites(c config.Config, kubernetes bool) error {
 
 // Run keeps the node right until ctx ends. Then it stops and leaves the network working.
 func (d *Daemon) Run(ctx context.Context) error {
-	unlock, err := lock(lockPath())
+	unlock, err := lock(ctx, lockPath())
 	if err != nil {
 		return err
 	}
@@ -149,7 +149,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	fatal := make(chan error, 8)
 	spoolErr := func(err error) { d.log.Warn("count what the plugin did", "err", err) }
 	if err := d.metrics.Keep(totalsPath(), hint.Spool(paths.DaemonSocket), spoolErr); err != nil {
-		return err
+		spoolErr(err) // pods matter more than their number
 	}
 	d.metrics.Pools(d.pools)
 	if d.cfg.Monitoring.Listen != "" {
@@ -318,24 +318,32 @@ func sleep(ctx context.Context, d time.Duration) {
 // lockPath is the file that the running daemon locks.
 func lockPath() string { return filepath.Join(paths.RunDir, "daemon.lock") }
 
+// lockWait is how long the lock of a daemon that was killed may stay: a child that it was about to start has it until that
+// is another program.
+const lockWait = time.Second
+
 // lock makes sure that one daemon runs in this mount namespace. The kernel drops the lock with the process.
-func lock(path string) (unlock func(), err error) {
+func lock(ctx context.Context, path string) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(ctx, f, lockWait); err != nil {
 		holder, _ := os.ReadFile(path) // only for the message
 		f.Close()
 		return nil, fmt.Errorf("another headcni-daemon runs already (pid %s): stop it first", strings.TrimSpace(string(holder)))
 	}
-	err = f.Truncate(0)
-	if err == nil {
-		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
-	}
+	have, err := f.Stat()
 	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock %s: %w", path, err)
+		return nil, err
+	}
+	if there, err := os.Stat(path); err != nil || !os.SameFile(have, there) {
+		f.Close()
+		return lock(ctx, path) // an uninstall had it, which has removed it
+	}
+	if f.Truncate(0) == nil {
+		_, _ = fmt.Fprintf(f, "%d\n", os.Getpid()) // only for the message: a full /run must not keep a daemon from starting
 	}
 	return func() { f.Close() }, nil
 }

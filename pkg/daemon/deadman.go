@@ -113,10 +113,8 @@ func errTakenBack(address string) error {
 }
 
 // takeBack removes our rules, routes and prefs, but not the guard: what the node lost it gets back, and still nothing
-// goes out in clear. It is remembered first, so that no restart tries the same again.
+// goes out in clear. It is noted first, so that no restart tries the same again.
 func (d *Daemon) takeBack(ctx context.Context, address string) error {
-	if err := d.remember(func(s *state) { s.TakenBack, s.TakenBackFor = d.fingerprint(), address }); err != nil {
-		return err
-	}
+	d.note(func(s *state) { s.TakenBack, s.TakenBackFor = d.fingerprint(), address })
 	return errors.Join(d.node.Remove(ctx), restorePrefs(ctx, d.cfg, d.saved))
 }

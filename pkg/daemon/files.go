@@ -1,11 +1,15 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // replaceFile puts data at path in one step: a reader sees the old file or the new one, also after kill -9, a full disk
@@ -18,7 +22,7 @@ func replaceFile(path string, data []byte, mode os.FileMode) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(f.Name()))
+			err = errors.Join(fmt.Errorf("write %s: %w", path, err), removeFile(f.Name()))
 		}
 	}()
 	if _, err = f.Write(data); err == nil {
@@ -42,6 +46,20 @@ func syncDir(dir string) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
+}
+
+// flock locks f, waiting for whoever has it.
+func flock(ctx context.Context, f *os.File, wait time.Duration) error {
+	for end := time.Now().Add(wait); ; {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(end) || ctx.Err() != nil {
+			return errors.Join(err, ctx.Err())
+		}
+		sleep(ctx, 50*time.Millisecond)
+	}
 }
 
 // removeFile removes path if it is there.

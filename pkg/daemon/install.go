@@ -209,17 +209,11 @@ func lockFolder(ctx context.Context, dir string) (unlock func(), err error) {
 	if err != nil {
 		return nil, explain(err, dir)
 	}
-	for end := time.Now().Add(installWait); ; {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(end) || ctx.Err() != nil {
-			f.Close()
-			return nil, fmt.Errorf("lock %s, which another installation seems to use: %w", dir, errors.Join(err, ctx.Err()))
-		}
-		sleep(ctx, 100*time.Millisecond)
+	if err := flock(ctx, f, installWait); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s, which another installation seems to use: %w", dir, err)
 	}
+	return func() { f.Close() }, nil
 }
 
 // sweepTemps removes what killed installations into a folder left. The caller holds the folder's lock.
@@ -239,8 +233,11 @@ func sweepTemps(dir string) error {
 	return errors.Join(errs...)
 }
 
-// explain says what to do about a folder for plugins that cannot be used.
+// explain says what to do about a folder for plugins that cannot be used, or about that of our own notes.
 func explain(err error, dir string) error {
+	if p := (*fs.PathError)(nil); errors.As(err, &p) && strings.HasPrefix(p.Path, paths.StateDir+"/") && !strings.HasPrefix(p.Path, dir+"/") {
+		return fmt.Errorf("%w; make room in %s, which must be writable: what we put on the host is noted there first", err, paths.StateDir)
+	}
 	switch {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		return fmt.Errorf("%w: make room on the file system of %s; what was there before is still there", err, dir)

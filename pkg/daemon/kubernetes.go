@@ -210,10 +210,10 @@ func (k *cluster) answered(err error) {
 // few is what is kept of a Node: of others a name and CIDRs.
 func (k *cluster) few(n *corev1.Node) *corev1.Node {
 	out := &corev1.Node{
-		ObjectMeta: metav1.ObjectMeta{Name: n.Name, ResourceVersion: n.ResourceVersion, Annotations: map[string]string{}},
+		ObjectMeta: metav1.ObjectMeta{Name: n.Name, ResourceVersion: n.ResourceVersion},
 		Spec:       corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs},
 	}
-	if out.Annotations = nil; n.Name != k.node {
+	if n.Name != k.node {
 		return out
 	}
 	out.UID = n.UID

@@ -91,7 +91,7 @@ func texts(prefixes []netip.Prefix) config.CIDRs {
 	return out
 }
 
-// noCIDR says why there is no pod CIDR to work with. since is when we began to wait.
+// noCIDR says why there is no pod CIDR to work with. While somebody may still give one it is a thing to wait for.
 func (v *clusterView) noCIDR(node string, waited time.Duration) error {
 	var err error
 	switch {

@@ -91,9 +91,7 @@ func (d *Daemon) observeCluster(o *observation) error {
 		}
 		l = l.stay(addrs)
 	}
-	if err := d.remember(func(s *state) { s.Kubernetes = l }); err != nil {
-		return err
-	}
+	d.note(func(s *state) { s.Kubernetes = l })
 	if len(l.PodCIDRs) == 0 {
 		return o.cluster.noCIDR(d.cluster.node, time.Since(d.began))
 	}

@@ -39,6 +39,8 @@ const (
 	partKubernetes = "kubernetes"
 	// partRuntime is whether the container runtime uses our conflist. Only kubelet can tell.
 	partRuntime = "runtime"
+	// partState is what must be on disk for our next start.
+	partState = "state"
 	// partPolicy says that what network.networkPolicy asks for is not done.
 	partPolicy = "policy"
 )
@@ -47,7 +49,7 @@ const (
 func partsOf(c config.Config, kubernetes bool) []string {
 	parts := []string{
 		partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partTunnel, partApproval, partConflist, partHeadscale,
-		partForeign,
+		partForeign, partState,
 	}
 	if c.Network.NetworkPolicy {
 		parts = append(parts, partPolicy)
@@ -93,7 +95,8 @@ func (d *Daemon) parts(o observation, p plan, refused error) []part {
 			if refused != nil {
 				return nil, refused
 			}
-			return nil, d.remember(func(s *state) { s.Mode, s.TunName, s.TunMTU = o.settled() })
+			d.note(func(s *state) { s.Mode, s.TunName, s.TunMTU = o.settled() })
+			return nil, nil
 		}},
 		{name: partFirewall, needs: []string{partConfig}, run: func(ctx context.Context) ([]string, error) {
 			return d.tables.Sync(ctx, p.firewall)
@@ -124,6 +127,7 @@ func (d *Daemon) parts(o observation, p plan, refused error) []part {
 		{name: partForeign, optional: true, run: func(context.Context) ([]string, error) {
 			return nil, errors.Join(foreignDrops(o.tun), sharedCGNAT(o))
 		}},
+		{name: partState, optional: true, run: func(context.Context) ([]string, error) { return nil, d.keepErr }},
 	}
 	if d.cfg.Network.NetworkPolicy {
 		parts = append(parts, part{name: partPolicy, optional: true, run: func(context.Context) ([]string, error) { return nil, errNoPolicy }})
@@ -175,17 +179,38 @@ func (o observation) settled() (mode, tun string, mtu int) {
 	return o.mode, o.tun, o.tunMTU
 }
 
-// remember changes the saved state and writes it before what it describes is done.
+// remember changes the saved state and writes it before what it describes is done: without, uninstall could not put the
+// host back.
 func (d *Daemon) remember(change func(*state)) error {
+	next := d.changed(change)
+	if err := d.keep(next); err != nil {
+		return err
+	}
+	d.saved = next
+	return nil
+}
+
+// note changes the saved state and goes by it also where it cannot be written now, as on a full disk: it is of use after
+// our next start only. Each pass tries again.
+func (d *Daemon) note(change func(*state)) {
+	d.saved = d.changed(change)
+	d.keepErr = d.keep(d.saved)
+}
+
+func (d *Daemon) changed(change func(*state)) state {
 	next := d.saved.clone()
 	change(&next)
 	if next.Mode == "" {
 		next.Mode = d.saved.Mode
 	}
-	if err := next.save(d.saved); err != nil {
-		return fmt.Errorf("keep the daemon's state: %w", err)
+	return next
+}
+
+func (d *Daemon) keep(s state) error {
+	if err := s.save(d.kept); err != nil {
+		return fmt.Errorf("keep the daemon's state: %w; what runs goes on; make room on the file system of %s, or make it writable", err, paths.StateDir)
 	}
-	d.saved = next
+	d.kept, d.keepErr = s, nil
 	return nil
 }
 

@@ -35,7 +35,7 @@ func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
 	if err := os.MkdirAll(paths.RunDir, 0o755); err != nil {
 		return err
 	}
-	unlock, err := lock(lockPath())
+	unlock, err := lock(ctx, lockPath())
 	if err != nil {
 		return err
 	}
