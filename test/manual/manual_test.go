@@ -326,9 +326,11 @@ func (m *machine) property(unit, name string) string {
 	return strings.TrimSpace(m.root(fmt.Sprintf("systemctl show --value -p %s %s", name, unit)))
 }
 
+// restart restarts the daemons, on one machine after an upgrade.
 func (w *world) restart(t *testing.T) {
 	w.host.t, w.daemon.t = t, t
 	w.undisturbed(t, w.pods(t), func() {
+		w.follow(w.host, "make install")
 		for _, m := range w.both() {
 			m.root("systemctl restart headcni-daemon")
 		}
@@ -503,9 +505,8 @@ func (w *world) journal(t *testing.T) {
 	}
 }
 
-// left is what uninstall says it leaves: what the user wrote, the dedicated tailscaled's identity, and folders that
-// belong to everybody.
-var left = regexp.MustCompile(`^file (/etc/headcni(/(daemon\.yaml|api-key|env))?|/var/lib/headcni(/tailscale(/.*)?)?|/opt/cni(/bin)?|/usr/lib/cni|/etc/cni(/net\.d)?|/usr/local/lib/systemd(/system)?) `)
+// left is what uninstall leaves: what the user wrote, and folders that belong to everybody.
+var left = regexp.MustCompile(`^file (/etc/headcni(/(daemon\.yaml|api-key|env))?|/opt/cni(/bin)?|/usr/lib/cni|/etc/cni(/net\.d)?|/usr/local/lib/systemd(/system)?) `)
 
 func (w *world) uninstall(t *testing.T) {
 	w.host.t, w.daemon.t = t, t
