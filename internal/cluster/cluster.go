@@ -151,7 +151,14 @@ func Start(ctx context.Context, opt Options) (_ *Cluster, err error) {
 	}
 	c.step("machines, Headscale")
 	errs := make(chan error, 1)
-	go func() { errs <- each(c.Nodes, func(n *Node) error { return n.startRuntime(ctx) }) }()
+	go func() {
+		errs <- each(c.Nodes, func(n *Node) error {
+			if err := n.startRuntime(ctx); err != nil {
+				return err
+			}
+			return n.importImages(ctx)
+		})
+	}()
 	controlErr := c.startControlPlane(ctx)
 	c.step("control plane")
 	if err := errors.Join(controlErr, <-errs); err != nil {

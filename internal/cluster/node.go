@@ -38,7 +38,8 @@ type Node struct {
 	// Containerd, Kubelet and Proxy are the node's programs; see the Start methods.
 	Containerd, Kubelet, Proxy *lab.Process
 
-	cluster *Cluster
+	cluster  *Cluster
+	loggedIn bool // the host's tailscaled: it stays so over a reboot
 }
 
 type object = map[string]any
@@ -148,16 +149,19 @@ func (n *Node) kubeletConfig() object {
 	return c
 }
 
-// startRuntime starts containerd and gives it the test images; and the host's tailscaled where the node has one.
+// startRuntime starts containerd, and the host's tailscaled where the node has one.
 func (n *Node) startRuntime(ctx context.Context) error {
 	if err := n.StartContainerd(ctx); err != nil {
 		return err
 	}
 	if slices.Contains(n.cluster.opt.HostTailscaled, n.Name) {
-		if err := n.startHostTailscaled(ctx); err != nil {
-			return err
-		}
+		return n.startHostTailscaled(ctx)
 	}
+	return nil
+}
+
+// importImages gives containerd the test images.
+func (n *Node) importImages(ctx context.Context) error {
 	tars, err := filepath.Glob(filepath.Join(n.cluster.opt.Images, "*.tar"))
 	if err != nil {
 		return err
@@ -251,15 +255,16 @@ func (n *Node) Ready(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	message := "kubelet has not said yet"
 	for _, c := range o.Status.Conditions {
 		if c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue {
 			return nil
 		}
 		if c.Type == corev1.NodeReady {
-			err = fmt.Errorf("%s is not ready: %s", n.Name, c.Message)
+			message = c.Message
 		}
 	}
-	return err
+	return fmt.Errorf("%s is not ready: %s", n.Name, message)
 }
 
 // WaitReady waits until every node is ready.
@@ -277,7 +282,7 @@ func (n *Node) startHostTailscaled(ctx context.Context) error {
 	if err := n.WaitSocket(ctx); err != nil {
 		return err
 	}
-	if n.loggedIn() {
+	if n.loggedIn {
 		return nil
 	}
 	key, err := n.cluster.AuthKey(ctx)
@@ -289,13 +294,8 @@ func (n *Node) startHostTailscaled(ctx context.Context) error {
 		return err
 	}
 	_, err = n.Run(ctx, "tailscale", "up", "--login-server="+n.cluster.Control.URL, "--auth-key=file:/run/auth-key", "--timeout=30s", "--hostname="+n.Name)
+	n.loggedIn = err == nil
 	return errors.Join(err, os.Remove(file))
-}
-
-// loggedIn tells whether the host's tailscaled keeps a login over a reboot.
-func (n *Node) loggedIn() bool {
-	b, err := os.ReadFile(n.Path("/var/lib/tailscale/tailscaled.state"))
-	return err == nil && strings.Contains(string(b), "_current-profile") && len(b) > 1000
 }
 
 // AuthKey makes a pre-auth key with HeadCNI's tag, with Headscale's own client.
@@ -333,13 +333,8 @@ func (n *Node) Boot(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := n.StartContainerd(ctx); err != nil {
+	if err := n.startRuntime(ctx); err != nil {
 		return err
-	}
-	if slices.Contains(n.cluster.opt.HostTailscaled, n.Name) {
-		if err := n.startHostTailscaled(ctx); err != nil {
-			return err
-		}
 	}
 	return n.startKubelet(ctx)
 }
