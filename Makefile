@@ -88,8 +88,9 @@ test-matrix: need-go ## What depends on Headscale against older real ones too (M
 		scripts/test-matrix headscale $(addprefix headscale-,$(MATRIX))
 
 # Programs, images and our own image for a Kubernetes cluster on this machine.
+KUBERNETES = containerd kubernetes kubernetes-e2e
 WITH_CLUSTER = $(call WITH_PACKAGES,e2e) \
-	HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale cni-plugins helm containerd coredns kubernetes kubernetes-e2e); \
+	HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale cni-plugins helm coredns $(KUBERNETES)); \
 	HEADCNI_IMAGES=$$(test/tools/images); export HEADCNI_TOOLS HEADCNI_IMAGES HEADCNI_BIN="$(CURDIR)/bin"; \
 	$(MAKE) image IMAGE=headcni.local/headcni:e2e; export HEADCNI_IMAGE="$(CURDIR)/bin/headcni-image-$(ARCH).tar"; \
 	export HEADCNI_TEST_REQUIRE=1;
@@ -101,8 +102,16 @@ e2e: build ## The chart on a real Kubernetes, with upstream's network conformanc
 
 CONFORMANCE ?= \[sig-network\].*\[Conformance\]
 
+.PHONY: e2e-old
+e2e-old: KUBERNETES = kubernetes-1.34
+e2e-old: build ## The chart on an older Kubernetes (1.34) with Debian's containerd (1.6); needs root
+	@if ((EUID != 0)); then echo "make e2e-old: needs root: run 'sudo make e2e-old'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) containerd=$$(test/tools/packages unpack containerd); \
+		export HEADCNI_TOOLS="$$HEADCNI_TOOLS/kubernetes-1.34:$$containerd/usr/bin:$$HEADCNI_TOOLS"; \
+		go test -v -count 1 -timeout 40m -run 'TestSmoke$$' ./test/e2e/ -args -versions 'kubelet v1\.34\..*containerd://1\.' $(E2EFLAGS)
+
 .PHONY: e2e-faults
-e2e-faults: build ## On a real Kubernetes: restarts, reboot, node loss, uninstall, a stolen node, metrics, other set-ups; 15 minutes
+e2e-faults: build ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
 	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
 	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$' ./test/e2e/ -args $(E2EFLAGS)
 
