@@ -2,6 +2,7 @@ package controller
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"log/slog"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -17,6 +19,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube"
 )
 
 // A stolen node writes the key of somebody's laptop on its own Node (public keys of peers are known to all), then its own
@@ -251,5 +254,91 @@ func TestJoinKeyMetricOutlivesHeadscale(t *testing.T) {
 	}
 	if up := gauge(t, c, "headcni_controller_headscale_up"); up != 0 {
 		t.Error("Headscale is up")
+	}
+}
+
+// With kubelet's credentials a stolen node may write what it likes on its own Node. None of that gets into events, logs or
+// metrics, and none of it makes a pass fail.
+func TestNothingOfANodesOwnIsRepeated(t *testing.T) {
+	const bad = "evil-words"
+	on := func(name string, annotations map[string]string) *corev1.Node {
+		n := kubeNode(name, "10.244.1.0/24")
+		n.Annotations = annotations
+		return n
+	}
+	view := `{"nodeKey":"nodekey:x","state":"` + bad + `","message":"` + bad + `"}`
+	refused := `{"nodeKey":"nodekey:x","state":"refused","message":"` + bad + `"}`
+	for _, key := range []string{"hskey-api-000000000000-" + strings.Repeat("0", 64), "hskey-auth-x"} {
+		minted := 0
+		c, client, log := world(t, healthy(t, &minted), key,
+			on("a", map[string]string{kube.NodeKey: "nodekey:x", kube.Headscale: view}), on("b", map[string]string{kube.NodeKey: "nodekey:x", kube.Headscale: refused}),
+			on("c", map[string]string{kube.Headscale: refused}), on("d", map[string]string{kube.NodeKey: "nodekey:d", kube.Uninstall: "true", kube.Headscale: view}),
+			on("e", map[string]string{kube.NodeKey: strings.Repeat("k", 200<<10)}))
+		if _, err := c.pass(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		families, err := c.metrics.registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			if strings.Contains(f.String(), bad) {
+				t.Errorf("in a metric: %s", f)
+			}
+		}
+		events, err := client.EventsV1().Events("").List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range events.Items {
+			if strings.Contains(e.Note, bad) {
+				t.Errorf("in an event: %s", e.Note)
+			}
+		}
+		if strings.Contains(log.String(), bad) || strings.Contains(log.String(), "kkkk") {
+			t.Errorf("in the log: %.2000s", log)
+		}
+		if n, err := client.CoreV1().Nodes().Get(t.Context(), "e", metav1.GetOptions{}); err != nil || n.Annotations[kube.Headscale] != "" {
+			t.Errorf("the long key is written back: %v", err)
+		}
+	}
+}
+
+// What stays under way for good, such as a route that another cluster's node has, is looked at less and less often.
+func TestPendingForLongIsLookedAtLess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		// Its Nodes were never read: every pass is pending.
+		c := newController(config.Default(), slog.New(slog.DiscardHandler), func(string) string { return "" }, fake.NewClientset(), "test")
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		c.lead(ctx, ctx)
+		if n := counter(t, c, "headcni_controller_passes_total"); n < 20 || n > 40 {
+			t.Errorf("%v passes in ten minutes", n)
+		}
+	})
+}
+
+// Answers that are none change nothing.
+func TestGarbage(t *testing.T) {
+	for _, body := range []string{"<html>hello</html>", "[]", `{"nodes":3}`, `{"nodes":[{"id":"x"}]}`, `{"nodes":[{"id":"1","nodeKey":"nodekey:a","approvedRoutes":["all"]}]}`} {
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/api/v1/preauthkey" {
+				body := `{"preAuthKey":{"id":"1","key":"hskey-auth-x"}}`
+				_, _ = w.Write([]byte(body))
+				return
+			}
+			_, _ = w.Write([]byte(body))
+		}))
+		n := kubeNode("a", "10.244.1.0/24")
+		was := `{"nodeKey":"nodekey:a","state":"routed","routes":["10.244.1.0/24"]}`
+		n.Annotations = map[string]string{kube.NodeKey: "nodekey:a", kube.Headscale: was}
+		c, client, _ := world(t, s.URL, "hskey-api-000000000000-"+strings.Repeat("0", 64), n)
+		if _, err := c.pass(t.Context()); err == nil || !strings.Contains(err.Error(), "check headscale.url") {
+			t.Errorf("%s: %v", body, err)
+		}
+		if n, err := client.CoreV1().Nodes().Get(t.Context(), "a", metav1.GetOptions{}); err != nil || n.Annotations[kube.Headscale] != was {
+			t.Errorf("%s: the view is now %s, %v", body, n.Annotations[kube.Headscale], err)
+		}
+		s.Close()
 	}
 }

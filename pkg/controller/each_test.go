@@ -225,3 +225,20 @@ func gauge(t *testing.T, c *Controller, name string) float64 {
 	t.Fatalf("no metric %s", name)
 	return 0
 }
+
+// counter adds up one of the registry.
+func counter(t *testing.T, c *Controller, name string) (sum float64) {
+	t.Helper()
+	families, err := c.metrics.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			if f.GetName() == name {
+				sum += m.GetCounter().GetValue()
+			}
+		}
+	}
+	return sum
+}

@@ -79,7 +79,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	if p.full != nil {
 		findings = append(slices.Clone(findings), finding{checkRanges, p.full.Error()})
 	}
-	c.tell(ctx, nodes, findings, true)
+	c.tell(ctx, withViews(nodes, p.views), findings, true)
 	return p.pending, errors.Join(keyErr, err)
 }
 
@@ -118,10 +118,7 @@ func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observa
 		}
 		return unlessGone(err)
 	})))
-	errs = append(errs, c.giveAll(ctx, p.allocate))
-	changed := slices.DeleteFunc(slices.Clone(o.nodes), func(n node) bool { _, ok := p.views[n.name]; return !ok })
-	errs = append(errs, joined(each(changed, func(n node) error { return c.show(ctx, n, p.views[n.name]) })))
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.giveAll(ctx, p.allocate), c.showAll(ctx, o.nodes, p.views))...)
 }
 
 // approve takes routes before it gives any, so that a range that moves is never approved for two: one that could not be
@@ -147,6 +144,11 @@ func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []
 	})
 	given := each(giving, func(a approval) error { return set(a.id, a.own, nil) })
 	return errors.Join(joined(taken), joined(given))
+}
+
+func (c *Controller) showAll(ctx context.Context, nodes []node, views map[string]kube.View) error {
+	changed := slices.DeleteFunc(slices.Clone(nodes), func(n node) bool { _, ok := views[n.name]; return !ok })
+	return joined(each(changed, func(n node) error { return c.show(ctx, n, views[n.name]) }))
 }
 
 // show writes a view on a Node.
@@ -199,18 +201,22 @@ func (c *Controller) patch(ctx context.Context, node string, kind types.PatchTyp
 
 // unseen is a pass with a pre-auth key: nodes can join, and nothing can be seen or approved.
 func (c *Controller) unseen(ctx context.Context, nodes []node) error {
-	view := func(n node) kube.View { return kube.View{NodeKey: n.key, State: kube.StateUnseen} }
-	changed := slices.DeleteFunc(slices.Clone(nodes), func(n node) bool { return n.key == "" || n.leaving || view(n).String() == n.viewText })
-	shown := each(changed, func(n node) error { return c.show(ctx, n, view(n)) })
+	views := map[string]kube.View{}
+	for _, n := range nodes {
+		v := kube.View{NodeKey: n.key, State: kube.StateUnseen}
+		if n.key != "" && !n.leaving && v.String() != n.viewText {
+			views[n.name] = v
+		}
+	}
 	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes}
 	findings := []finding{{checkAutoApprovers, preAuthAdvice(o.podRanges(), c.cfg.Tailscale.Tags)}}
 	given, full := o.allocate()
-	gave := c.giveAll(ctx, given)
+	err := errors.Join(c.showAll(ctx, nodes, views), c.giveAll(ctx, given))
 	if full != nil {
 		findings = append(findings, finding{checkRanges, full.Error()})
 	}
-	c.tell(ctx, nodes, findings, true)
-	return errors.Join(joined(shown), gave)
+	c.tell(ctx, withViews(nodes, views), findings, true)
+	return err
 }
 
 // preAuthAdvice says what a pre-auth key needs of the policy, and what it gives up.

@@ -135,6 +135,25 @@ func TestPlan(t *testing.T) {
 			approvals: []string{"2 +[10.244.1.0/24] -[]", "1 +[] -[10.244.1.0/24]"},
 		},
 		{
+			name: "a Node that was renamed, before the old one is deleted", nodes: []node{was, kn("new", "a", "10.244.9.0/24")},
+			tailnet: []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"}, "10.244.1.0/24")},
+			memory:  []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24")}},
+			views:   map[string]string{"new": "refused kubectl delete node"},
+		},
+		{
+			name: "and after that", nodes: []node{kn("new", "a", "10.244.9.0/24")}, ranges: []string{"10.244.0.0/16"},
+			tailnet:   []headscale.Node{ts(1, "a", []string{"10.244.1.0/24", "10.244.9.0/24"}, "10.244.1.0/24")},
+			memory:    []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24")}},
+			views:     map[string]string{"new": "pending"},
+			approvals: []string{"1 +[10.244.9.0/24] -[10.244.1.0/24]"},
+		},
+		{
+			name: "two clusters, one range: what another's node serves is not taken, and said", nodes: []node{kn("one", "a", "10.244.1.0/24")},
+			tailnet:   []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"}), ts(2, "other", []string{"10.244.1.0/24"}, "10.244.1.0/24")},
+			views:     map[string]string{"one": "pending about to be approved"},
+			approvals: []string{"1 +[10.244.1.0/24] -[]"},
+		},
+		{
 			name: "a Node is gone for a while", tailnet: []headscale.Node{offline},
 			memory: []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24"), Gone: now.Add(-time.Minute)}},
 		},

@@ -30,11 +30,18 @@ type node struct {
 	viewText  string // as it stands on the Node, "" = none
 }
 
+// maxKey is longer than any node key. We write the key back, and a Node takes 256 kB of annotations: whoever has a node must
+// not make our writes fail.
+const maxKey = 128
+
 func nodeOf(n *corev1.Node) node {
 	out := node{
 		name: n.Name, key: n.Annotations[kube.NodeKey], mode: n.Annotations[kube.Mode], created: n.CreationTimestamp.Time,
 		allocated: n.Annotations[kube.Allocated] == "true", leaving: n.Annotations[kube.Uninstall] == "true",
 		viewText: n.Annotations[kube.Headscale],
+	}
+	if len(out.key) > maxKey {
+		out.key = ""
 	}
 	out.cidrs, out.cidrErr = kube.PodCIDRs(n)
 	for _, a := range n.Status.Addresses {
@@ -43,6 +50,20 @@ func nodeOf(n *corev1.Node) node {
 		}
 	}
 	out.view, _, _ = kube.ViewOf(n) // a damaged one is written anew
+	return out
+}
+
+// withViews are nodes with the views that we give them. What stands on a Node, whoever has the node can write too: it must
+// get into no event and no metric.
+func withViews(nodes []node, changed map[string]kube.View) []node {
+	out := slices.Clone(nodes)
+	for i, n := range out {
+		if v, ok := changed[n.name]; ok {
+			out[i].view = v
+		} else if n.key == "" || n.leaving {
+			out[i].view = kube.View{} // not looked at
+		}
+	}
 	return out
 }
 
