@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/hint"
 )
 
 // fillDisk mounts a tmpfs on dir and writes until nothing fits any more. The result makes room.
@@ -70,6 +71,9 @@ func TestFullRunDisk(t *testing.T) {
 	c := testConfig(t)
 	freshState(t)
 	makeRoom := fillDisk(t, paths.RunDir)
+	if err := os.Symlink("nowhere/hints", hint.Spool(paths.DaemonSocket)); err != nil { // nor can its folder be made
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	d := newDaemon(t, c)
 	ended := make(chan error, 1)
