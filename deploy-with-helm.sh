@@ -605,24 +605,28 @@ policy() {
 	for name in "${tags[@]}"; do
 		owners+="${owners:+, }\"$name\": []"
 	done
-	for name in ${ranges[@]+"${ranges[@]}"}; do
-		approvers+="${approvers:+, }\"$name\": $(quoted '' "${tags[@]}")"
-	done
-	say ""
-	say "Headscale's policy must say this. Add what it lacks (headscale policy get and set, or the file policy.path):"
-	say ""
-	say "{"
-	say "  \"tagOwners\": { $owners },"
-	say "  \"acls\": [{"
-	say "    \"action\": \"accept\","
-	say "    \"src\": $(quoted '' "${tags[@]}" ${ranges[@]+"${ranges[@]}"}),"
-	say "    \"dst\": $(quoted ':*' "${tags[@]}" ${ranges[@]+"${ranges[@]}"}),"
-	say "  }],"
-	[[ $kind == api ]] || say "  \"autoApprovers\": { \"routes\": { $approvers } },"
-	say "  \"nodeAttrs\": [{ \"target\": $(quoted '' "${tags[@]}"), \"attr\": [\"cache-network-maps\"] }],"
-	say "}"
-	say ""
-	say "The ranges are the nodes' pod CIDRs; the range they are cut from (--cluster-cidr) covers new nodes too."
+	if [[ $kind != api ]]; then
+		for name in ${ranges[@]+"${ranges[@]}"}; do
+			approvers+="${approvers:+, }\"$name\": $(quoted '' "${tags[@]}")"
+		done
+		approvers=$'\n'"  \"autoApprovers\": { \"routes\": { $approvers } },"
+	fi
+	cat >&3 <<POLICY
+
+Headscale's policy must say this. Add what it lacks (headscale policy get and set, or the file policy.path):
+
+{
+  "tagOwners": { $owners },
+  "acls": [{
+    "action": "accept",
+    "src": $(quoted '' "${tags[@]}" ${ranges[@]+"${ranges[@]}"}),
+    "dst": $(quoted ':*' "${tags[@]}" ${ranges[@]+"${ranges[@]}"}),
+  }],$approvers
+  "nodeAttrs": [{ "target": $(quoted '' "${tags[@]}"), "attr": ["cache-network-maps"] }],
+}
+
+The ranges are the nodes' pod CIDRs; the range they are cut from (--cluster-cidr) covers new nodes too.
+POLICY
 }
 
 # give_up ends a deployment that is not whole.
@@ -631,10 +635,12 @@ give_up() {
 	if [[ -z $no_image ]]; then
 		policy
 	else
-		say ""
-		say "No image is published: make one and import it on every node:"
-		say "  make image; ctr -n k8s.io images import bin/headcni-image-amd64.tar   (K3s: k3s ctr images import ...)"
-		say "or push it to a registry and give it with --image"
+		cat >&3 <<'IMAGE'
+
+No image is published: make one and import it on every node:
+  make image; ctr -n k8s.io images import bin/headcni-image-amd64.tar   (K3s: k3s ctr images import ...)
+or push it to a registry and give it with --image
+IMAGE
 	fi
 	say ""
 	say "Not done. HeadCNI stays installed; run this again when it is put right, or take it off: $removal"

@@ -4,6 +4,7 @@ package chart
 import (
 	"bytes"
 	"flag"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,6 +82,16 @@ func helm(t *testing.T) string {
 	bin := filepath.Join(os.Getenv("HEADCNI_TOOLS"), "helm")
 	if _, err := os.Stat(bin); os.Getenv("HEADCNI_TOOLS") == "" || err != nil {
 		nstest.Skip(t, "needs helm: run `make test`, or set HEADCNI_TOOLS to what test/tools/ensure prints")
+	}
+	// Files that only helm reads are not among what `go test` looks at before it repeats an old result.
+	err := filepath.WalkDir(chartDir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			_, err = os.ReadFile(path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 	return bin
 }
