@@ -304,6 +304,9 @@ func TestCollisions(t *testing.T) {
 			conf := n.with(n.conf(`{"ipam":`+n.pool("10.244.1.0/24")+`}`), tt.keys)
 			if tt.code != 0 {
 				n.fails(attach("ADD", "c1", pod, conf), tt.code, tt.words...)
+				if l := n.leases(); len(l) > 0 {
+					t.Errorf("ADD failed and keeps %v", l)
+				}
 			} else if out := n.must(attach("ADD", "c1", pod, conf)); parse(t, out).addrs()[0].String() != "10.244.1.3" {
 				t.Errorf("got %s", out)
 			}
