@@ -162,7 +162,7 @@ func TestCostIsFlat(t *testing.T) {
 		for _, pool := range []struct {
 			prefix string
 			fillOf int
-		}{{"10.0.0.0/24", 1 << 8}, {"10.0.0.0/19", 1 << 13}, {"10.0.0.0/12", 1 << 13}, {"fd00::/64", 1 << 13}} {
+		}{{"10.0.0.0/24", 1 << 8}, {"10.0.0.0/20", 1 << 12}, {"10.0.0.0/12", 1 << 12}, {"fd00::/64", 1 << 12}} {
 			fs, filled := &countingFS{}, 0
 			p := openWith(t, Config{Network: "net", DataDir: testDir(t), Strategy: strategy, Sets: [][]Range{{{Subnet: pfx(pool.prefix)}}}}, fs)
 			for _, percent := range []int{0, 50, 90, 99} {

@@ -282,7 +282,7 @@ func crashRounds(t *testing.T) int {
 		if testing.Short() {
 			return 20
 		}
-		return 150
+		return 60
 	}
 	n, err := strconv.Atoi(text)
 	if err != nil {

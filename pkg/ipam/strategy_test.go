@@ -225,7 +225,7 @@ func TestSequentialMaximisesTimeBeforeReuse(t *testing.T) {
 	for _, strategy := range strategies {
 		given, n, held, most := map[netip.Addr]int{}, 0, 0, 0
 		shortest[strategy] = math.MaxInt
-		churn(t, set, strategy, 20000, size/2, func(m *memory, _ netip.Addr, c choice) {
+		churn(t, set, strategy, 8000, size/2, func(m *memory, _ netip.Addr, c choice) {
 			held = 0
 			for _, taken := range m.linked {
 				if taken {
