@@ -16,6 +16,13 @@
 //
 // The layout on disk is described in package store.
 //
+// # Addresses that others gave
+//
+// The leases of another program, such as host-local, and of other networks are not read. Under the headcni plugin that does
+// no harm: it asks the kernel about each address (Config.InUse) and passes over those that live pods have, so a network may
+// be renamed, or change from host-local, while pods run. Under bridge, macvlan and others nobody can be asked: change the
+// IPAM plugin while the node has no pods, give the new ranges other addresses, or exclude the old ones.
+//
 // # Strategies
 //
 // Sequential gives the next free address after the last one given, round robin, so that an address rests for as long as

@@ -25,6 +25,7 @@
 //     completes an unfinished change by asking whether the link exists. Each part of the index is checked against its
 //     own summary when it is read; an index that is wrong, missing or unwritable is made anew from the links.
 //   - A step that fails undoes the steps before it.
+//   - Whoever only looks makes nothing and changes nothing, and needs no writable disk.
 //
 // No sandbox survives a reboot, so leases belong to a boot (random(4), boot_id), a new boot starts empty, and nothing is
 // ever synced to disk: power loss ends the boot. The clock is not relied upon.
