@@ -36,7 +36,8 @@ func args(cniArgs string) func(yield func(key, value string) bool) {
 
 // RequestedIPs gathers the addresses that a runtime or user asks for, from the three places that the CNI conventions
 // name: IP in CNI_ARGS (several with commas), args.cni.ips and runtimeConfig.ips of the network configuration, which is
-// given by its keys. Prefix lengths are allowed and ignored: the range gives the length.
+// given by its keys. Prefix lengths are allowed and ignored: the range gives the length. As the conventions want it, CNI_ARGS
+// is ignored where the configuration asks for any.
 func RequestedIPs(cniArgs string, netConf map[string]json.RawMessage) ([]netip.Addr, error) {
 	var conventional struct {
 		CNI struct {
@@ -64,19 +65,20 @@ func RequestedIPs(cniArgs string, netConf map[string]json.RawMessage) ([]netip.A
 		}
 		return nil
 	}
-	for key, value := range args(cniArgs) {
-		if key == "IP" && value != "" {
-			if err := add("CNI_ARGS IP", strings.Split(value, ",")); err != nil {
-				return nil, fmt.Errorf("%w: %w", ErrArgs, err)
-			}
-		}
-	}
 	for _, c := range []struct {
 		from string
 		ips  []string
 	}{{"args.cni.ips", conventional.CNI.IPs}, {"runtimeConfig.ips", runtime.IPs}} {
 		if err := add(c.from, c.ips); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+		}
+	}
+	elsewhere := len(out) > 0
+	for key, value := range args(cniArgs) {
+		if key == "IP" && value != "" && !elsewhere {
+			if err := add("CNI_ARGS IP", strings.Split(value, ",")); err != nil {
+				return nil, fmt.Errorf("%w: %w", ErrArgs, err)
+			}
 		}
 	}
 	return out, nil

@@ -286,6 +286,23 @@ func TestArgs(t *testing.T) {
 	}
 }
 
+// TestArgsOfIPAM: what args and runtimeConfig ask for goes before CNI_ARGS here too.
+func TestArgsOfIPAM(t *testing.T) {
+	n, pod := newNode(t), nstest.New(t)
+	for keys, want := range map[string]string{
+		`{}`: "10.244.1.9", `{"args":{"cni":{"ips":["10.244.1.8"]}}}`: "10.244.1.8", `{"runtimeConfig":{"ips":["10.244.1.7/24"]}}`: "10.244.1.7",
+	} {
+		c := attach("ADD", "c1", pod, n.with(n.conf(`{"ipam":`+n.pool("10.244.1.0/24")+`}`), keys))
+		c.program, c.args = "headcni-ipam", "FOO=BAR;IP=10.244.1.9"
+		if got := parse(t, n.must(c)).addrs()[0].String(); got != want {
+			t.Errorf("%s: got %s, want %s", keys, got, want)
+		}
+		c.verb = "DEL"
+		n.must(c)
+		n.empty()
+	}
+}
+
 // TestNames: container IDs and interface names that are allowed work; others are refused with the variable's name.
 func TestNames(t *testing.T) {
 	n, pod := newNode(t), nstest.New(t)

@@ -114,7 +114,7 @@ var rules = []rule{
 	{"5 Error", "standard error is for logs: silent at the level warn, HEADCNI_LOG_LEVEL before log_level, a file with rotation", plugin, []string{"TestLogs", "pkg/plugin.TestLog"}},
 
 	{"Conventions", "capabilities ips, mac and dns; args.cni.ips and args.cni.mac before CNI_ARGS IP and MAC", plugin, []string{"TestCapabilities", "TestArgs", "TestDNS"}},
-	{"Conventions", "capabilities ips and ipRanges; args.cni.ips; CNI_ARGS IP", ipams, []string{"cmd/headcni-ipam.TestRequestedAddresses", "pkg/ipam.TestRequestedIPs"}},
+	{"Conventions", "capabilities ips and ipRanges; args.cni.ips; all of them before CNI_ARGS IP", ipams, []string{"TestArgsOfIPAM", "cmd/headcni-ipam.TestRequestedAddresses", "pkg/ipam.TestRequestedIPs"}},
 	{"Conventions", "portmap behind headcni, by iptables and nftables", plugin, []string{"TestPortmap"}},
 	{"Conventions", "tuning behind headcni: sysctls, MTU; a MAC is for headcni to set, and CHECK says so where tuning did", plugin, []string{"TestTuning"}},
 	{"Conventions", "firewall behind headcni, on a host that drops what it forwards", plugin, []string{"TestFirewall"}},
