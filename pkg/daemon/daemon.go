@@ -63,18 +63,18 @@ type Daemon struct {
 	began   time.Time
 
 	// Of the loop alone: what was last written to our Node, since when the API server denies that, since when our conflist
-	// stands, and when a failed uninstall is tried again.
+	// stands, when a failed uninstall is tried again, and whether it is done: then nothing is to be done any more.
 	wrote      string
 	wroteAt    time.Time
 	denied     denial
 	conflistAt time.Time
 	leaveAgain time.Time
+	gone       bool
 
 	// For status, from the last pass.
 	mu        sync.Mutex
 	last      observation
 	confirmed []netip.Prefix // routes that Headscale says it routes to us
-	gone      bool           // uninstalled: nothing is to be done any more
 }
 
 // New checks what the daemon cannot do without and opens its handles. It changes nothing on the host.
@@ -170,15 +170,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
 		wg.Go(func() { newSweeper().run(ctx, every, d.log, d.metrics) })
 	}
-	if len(d.cfg.Network.ClusterCIDRs) == 0 && d.cluster == nil {
-		d.log.Warn("network.clusterCIDRs is empty: pods of other nodes are strangers; set it to the range that all nodes' pods have")
-	}
-	if u := d.cfg.Headscale.URL; u != "" && !tailscale.ReconnectsReliably(u) {
-		d.log.Warn("tailscaled comes back to an http:// URL only where its host is a private address: give Headscale a certificate and an https:// URL", "url", u)
-	}
-	if cred, err := d.cfg.Headscale.Credential(d.member.getenv); err == nil && cred.Plain {
-		d.log.Warn("the Headscale key stands in a configuration file: move it to a file of mode 0600 and name that in HEADSCALE_API_KEY_FILE or headscale.apiKeyFile")
-	}
+	d.warn()
 	if d.cluster != nil {
 		d.log.Info("started", "node", d.cluster.node, "mode", d.cfg.Tailscale.Mode)
 	} else {
@@ -188,6 +180,19 @@ func (d *Daemon) Run(ctx context.Context) error {
 	cancel() // before the deferred Wait
 	d.log.Info("stopped; the network stays in force")
 	return err
+}
+
+// warn tells of settings that work and may not be meant.
+func (d *Daemon) warn() {
+	if len(d.cfg.Network.ClusterCIDRs) == 0 && d.cluster == nil {
+		d.log.Warn("network.clusterCIDRs is empty: pods of other nodes are strangers; set it to the range that all nodes' pods have")
+	}
+	if u := d.cfg.Headscale.URL; u != "" && !tailscale.ReconnectsReliably(u) {
+		d.log.Warn("tailscaled comes back to an http:// URL only where its host is a private address: give Headscale a certificate and an https:// URL", "url", u)
+	}
+	if cred, err := d.cfg.Headscale.Credential(d.member.getenv); err == nil && cred.Plain {
+		d.log.Warn("the Headscale key stands in a configuration file: move it to a file of mode 0600 and name that in HEADSCALE_API_KEY_FILE or headscale.apiKeyFile")
+	}
 }
 
 // loop runs a pass at the start, on every wake, and at the latest after fullCheck.

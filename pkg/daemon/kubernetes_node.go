@@ -252,9 +252,7 @@ func (d *Daemon) takeAway(ctx context.Context, v *clusterView) error {
 			return err
 		}
 		d.log.Info("everything of ours is off this node; idle from here on")
-		d.mu.Lock()
 		d.gone = true
-		d.mu.Unlock()
 	}
 	if v.err != nil || v.node == nil || v.node.Annotations[kube.Uninstall] != "true" || v.node.Annotations[kube.Uninstalled] != "" {
 		return nil
