@@ -37,6 +37,8 @@ type plan struct {
 	// pending: something is under way, look again soon.
 	pending bool
 	memory  memory
+	// serving says which node of the tailnet gets a route's traffic now.
+	serving map[netip.Prefix]headscale.Node
 }
 
 // approval makes own approved routes and takes stale ones back.
@@ -47,7 +49,12 @@ type approval struct {
 
 // makePlan does no I/O.
 func makePlan(o observation) plan {
-	p := plan{views: map[string]kube.View{}}
+	p := plan{views: map[string]kube.View{}, serving: map[netip.Prefix]headscale.Node{}}
+	for _, t := range o.tailnet {
+		for _, r := range t.Primary {
+			p.serving[r] = t
+		}
+	}
 	claims, refused := o.claims()
 	granted := o.grant(claims)
 	ranges := o.ranges
@@ -238,23 +245,26 @@ func (p *plan) view(n node, ranges []netip.Prefix, claims map[string]headscale.N
 		v.State, v.Routes = n.view.State, n.view.Routes
 	default:
 		v.State = kube.StatePending
-		v.Message = why(t, missing)
+		v.Message = p.why(t, missing)
 		p.pending = p.pending || t.Online
 	}
 	return v
 }
 
 // why says what keeps granted routes from being in use.
-func why(t headscale.Node, missing []netip.Prefix) string {
-	switch {
+func (p *plan) why(t headscale.Node, missing []netip.Prefix) string {
+	switch other, taken := p.serving[missing[0]]; {
 	case !t.Online:
 		return fmt.Sprintf("node %s is not connected to Headscale", t.Name)
 	case len(without(missing, t.Available)) > 0:
 		return fmt.Sprintf("node %s does not advertise %v yet", t.Name, without(missing, t.Available))
 	case len(without(missing, t.Approved)) > 0:
 		return fmt.Sprintf("%v are about to be approved", missing)
+	case taken:
+		return fmt.Sprintf("%v is approved, but node %s (%s) advertises it too and gets its traffic: if that is another cluster's, one of the two needs "+
+			"other pod CIDRs", missing[0], other.Name, other.ID)
 	}
-	return fmt.Sprintf("%v are approved; where this stays, another node advertises them too (headscale nodes list-routes)", missing)
+	return fmt.Sprintf("%v are approved", missing)
 }
 
 // approve plans what is to change among the approved routes of a node of the tailnet: within the pod ranges exactly own,

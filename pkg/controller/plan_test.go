@@ -46,6 +46,9 @@ func TestPlan(t *testing.T) {
 	host.mode = "host"
 	offline := ts(1, "a", []string{"10.244.1.0/24"}, "10.244.1.0/24")
 	offline.Online, offline.Primary = false, nil
+	second := ts(1, "a", []string{"10.244.1.0/24"}, "10.244.1.0/24")
+	second.Primary = nil
+	named := func(n headscale.Node, name string) headscale.Node { n.Name = name; return n }
 	was := kn("one", "a", "10.244.1.0/24")
 	was.view = kube.View{NodeKey: "nodekey:a", State: kube.StateRouted, Routes: prefixes("10.244.1.0/24")}
 	was.viewText = was.view.String()
@@ -152,6 +155,11 @@ func TestPlan(t *testing.T) {
 			tailnet:   []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"}), ts(2, "other", []string{"10.244.1.0/24"}, "10.244.1.0/24")},
 			views:     map[string]string{"one": "pending about to be approved"},
 			approvals: []string{"1 +[10.244.1.0/24] -[]"},
+		},
+		{
+			name: "and then by name", nodes: []node{kn("one", "a", "10.244.1.0/24")},
+			tailnet: []headscale.Node{second, named(ts(2, "other", []string{"10.244.1.0/24"}, "10.244.1.0/24"), "far")},
+			views:   map[string]string{"one": "pending but node far (2) advertises it too"},
 		},
 		{
 			name: "a Node is gone for a while", tailnet: []headscale.Node{offline},
