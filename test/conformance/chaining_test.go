@@ -257,37 +257,3 @@ func TestWholeChain(t *testing.T) {
 		})
 	}
 }
-
-// TestUnderOthers: headcni-ipam serves bridge and ptp as host-local does.
-func TestUnderOthers(t *testing.T) {
-	needs(t, "iptables")
-	for _, plugin := range []string{"bridge", "ptp"} {
-		for _, version := range versions {
-			t.Run(plugin+" "+version, func(t *testing.T) {
-				n, pod := newNode(t), nstest.New(t)
-				n.reference(plugin)
-				ipam := strings.TrimSuffix(n.pool("10.244.1.0/24"), "}") + `,"routes":[{"dst":"0.0.0.0/0"}]}`
-				l := n.list(fmt.Sprintf(`{"cniVersion":%q}`, version), fmt.Sprintf(`{"type":%q,"isGateway":true,"ipam":%s}`, plugin, ipam))
-				r := rt("c1", pod, nil)
-				got := n.add(l, r)
-				ping(t, n.host, got.addrs()...)
-				if err := n.check(l, r); err != nil && version != "0.3.1" {
-					t.Errorf("CHECK: %v", err)
-				}
-				if owners := n.leases(); len(owners) != 1 || owners[0].PodName != "pod-c1" {
-					t.Errorf("leases: %+v", owners)
-				}
-				if version == "1.1.0" {
-					if err := n.cni().GetStatusNetworkList(t.Context(), l); err != nil {
-						t.Errorf("STATUS: %v", err)
-					}
-				}
-				n.del(l, r)
-				n.del(l, r)
-				if l := n.leases(); len(l) > 0 {
-					t.Errorf("leases left: %+v", l)
-				}
-			})
-		}
-	}
-}

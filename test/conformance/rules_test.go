@@ -23,7 +23,7 @@ type rule struct {
 // rules are in the order of SPEC.md 1.1.0, then what conventions and older versions add, then what no specification says.
 var rules = []rule{
 	{"1 Configuration", "cniVersion 0.3.1, 0.4.0, 1.0.0 and 1.1.0 are taken, and the answer is in the version asked in", plugin, []string{"TestResult", "TestVersionSelection", "internal/cnimain.TestErrors"}},
-	{"1 Configuration", "cniVersion 0.3.0 to 1.1.0 are taken, and the answer is in the version asked in", ipams, []string{"TestUnderOthers", "cmd/headcni-ipam.TestVerbsInEveryVersion"}},
+	{"1 Configuration", "cniVersion 0.3.0 to 1.1.0 are taken, and the answer is in the version asked in", ipams, []string{"cmd/headcni-ipam.TestVerbsInEveryVersion", "cmd/headcni-ipam.TestSameAsHostLocal"}},
 	{"1 Configuration", "cniVersions: the runtime takes the highest that both know; the shipped file says so", plugin, []string{"TestVersionSelection", "TestShippedConflist"}},
 	{"1 Configuration", "name begins with a letter or digit and holds nothing that a path must not", both, []string{"internal/cnimain.TestErrors"}},
 	{"1 Configuration", "disableCheck and disableGC: the command is not sent, and the keys are known", plugin, []string{"TestCheckDeviations", "TestGC", "pkg/config/netconf.TestAccepted"}},
@@ -68,7 +68,7 @@ var rules = []rule{
 	{"2 CHECK", "the addresses of prevResult are those that are leased", ipams, []string{"cmd/headcni-ipam.TestVerbsInEveryVersion"}},
 	{"2 CHECK", "where disableCheck is set or there is no CHECK (0.3.1), none is sent", plugin, []string{"TestCheckDeviations", "internal/cnimain.TestErrors"}},
 	{"2 STATUS", "success if ADD would work; 50 if not; 51 if running pods may be cut off too", plugin, []string{"TestStatus", "cmd/headcni.TestGateAndStatus", "pkg/plugin.TestStatus"}},
-	{"2 STATUS", "a store that cannot be used is 50", ipams, []string{"cmd/headcni-ipam.TestErrorsAndUndo", "pkg/ipam.TestStatusOfALockedStore"}},
+	{"2 STATUS", "a store that cannot be used is 50", ipams, []string{"cmd/headcni-ipam.TestDisk", "cmd/headcni-ipam.TestLockIsHeld", "cmd/headcni-ipam.TestErrorsAndUndo", "pkg/ipam.TestStatusOfALockedStore"}},
 	{"2 STATUS", "exhausted addresses should be an error: not here, for the Node's pods would be evicted (docs/adr/0011-full-pool.md)", both, []string{"TestStatus"}},
 	{"2 STATUS", "other commands work whatever STATUS said", plugin, []string{"TestStatus"}},
 	{"2 STATUS", "the IPAM plugin is asked, and its error is an error", plugin, []string{"TestStatus", "TestDelegation"}},
@@ -79,7 +79,7 @@ var rules = []rule{
 	{"2 GC", "it is forwarded to the IPAM plugin", plugin, []string{"TestDelegation", "TestGCGoesOn"}},
 	{"2 GC", "nothing is printed", both, []string{"TestGC", "cmd/headcni-ipam.TestGC"}},
 
-	{"3 Execution", "many attachments at once", both, []string{"TestManyAtOnce", "cmd/headcni-ipam.TestAddsAtOnce", "pkg/ipam.TestManyProcesses"}},
+	{"3 Execution", "many attachments at once", both, []string{"TestManyAtOnce", "cmd/headcni-ipam.TestManyUnderBridge", "pkg/ipam.TestManyProcesses"}},
 	{"3 Execution", "DEL after an ADD that failed", plugin, []string{"TestFailedAddIsDeleted"}},
 	{"3 Execution", "as first of a list, and as any plugin of it with those before it left alone", plugin, []string{"TestWholeChain", "TestPrevResult"}},
 	{"3 Execution", "runtimeConfig holds what capabilities declare and the runtime has; it is taken, or is an error", plugin, []string{"TestCapabilities", "TestWholeChain"}},
@@ -90,7 +90,7 @@ var rules = []rule{
 	{"4 Delegation", "CHECK, DEL, GC and STATUS run it too, and its error is ours", plugin, []string{"TestDelegation"}},
 	{"4 Delegation", "where it fails at ADD, it is run again with DEL", plugin, []string{"pkg/plugin.TestDelegate"}},
 	{"4 Delegation", "the answer is a result without interfaces", ipams, []string{"cmd/headcni-ipam.TestVerbsInEveryVersion"}},
-	{"4 Delegation", "it serves bridge and ptp as it serves headcni", ipams, []string{"TestUnderOthers"}},
+	{"4 Delegation", "it serves bridge, ptp and macvlan as host-local does", ipams, []string{"cmd/headcni-ipam.TestUnderOtherPlugins", "cmd/headcni-ipam.TestSameAsHostLocal"}},
 
 	{"5 ADD Success", "interfaces: all that were made, the host's too, with name, mac, mtu (1.1.0) and sandbox, as the kernel has them", plugin, []string{"TestResult"}},
 	{"5 ADD Success", "ips: address with its length, gateway, index of the interface; with the version of IP before 1.0.0", plugin, []string{"TestResult", "pkg/plugin.TestResultVersions"}},
@@ -128,7 +128,7 @@ var rules = []rule{
 	{"Robustness", "300 ADDs, CHECKs and DELs at once beside 2,000 foreign links", plugin, []string{"TestManyAtOnce", "cmd/headcni.TestConcurrent"}},
 	{"Robustness", "ADD and DEL of one attachment race", plugin, []string{"TestRacingAddAndDel"}},
 	{"Robustness", "kill -9 at any moment of any command", plugin, []string{"TestKilled", "cmd/headcni.TestKilledAdd", "cmd/headcni.TestKilledDel"}},
-	{"Robustness", "kill -9 at any moment of any command", ipams, []string{"pkg/ipam.TestKill9", "pkg/ipam.TestEveryStepFails"}},
+	{"Robustness", "kill -9 at any moment of any command", ipams, []string{"cmd/headcni-ipam.TestKilled", "pkg/ipam.TestKill9", "pkg/ipam.TestEveryStepFails"}},
 	{"Robustness", "IPv6 switched off, on the node or in the pod, by all or by default; /proc/sys that is read-only", plugin, []string{"TestSysctls", "pkg/networking.TestPodIPv6Disabled"}},
 	{"Robustness", "the link's name or the address is taken already", plugin, []string{"TestCollisions", "pkg/networking.TestPodNameCollision", "pkg/networking.TestPodAddressElsewhere"}},
 	{"Robustness", "an IPAM plugin that is just being replaced", plugin, []string{"TestBusyProgram"}},
