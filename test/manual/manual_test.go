@@ -433,12 +433,20 @@ func (w *world) reboot(t *testing.T) {
 	}
 }
 
-// ordered says that what must be up first was started first in this boot.
+// ordered says that what must be up first was started first in this boot, and not by luck.
 func (w *world) ordered(m *machine) {
 	m.t.Helper()
 	tailscaled := "tailscaled"
 	if m == w.daemon {
 		tailscaled = "headcni-tailscaled"
+	}
+	for _, order := range [][2]string{
+		{"nftables.service", "network-pre.target"}, {"network-pre.target", tailscaled + ".service"},
+		{tailscaled + ".service", "headcni-daemon.service"}, {"headcni-daemon.service", "kubelet.service"},
+	} {
+		if after := strings.Fields(m.property(order[1], "After")); !slices.Contains(after, order[0]) {
+			m.t.Errorf("systemd on %s starts %s after %v, which lacks %s", m.Name, order[1], after, order[0])
+		}
 	}
 	var last uint64
 	for _, at := range []struct{ unit, when string }{
