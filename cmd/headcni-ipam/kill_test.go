@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/ipam"
 )
 
@@ -40,6 +41,7 @@ type killer struct {
 
 func newKiller(t *testing.T) *killer {
 	t.Helper()
+	nstest.Require(t)
 	folder, err := binary()
 	if err != nil {
 		t.Fatal(err)

@@ -22,7 +22,7 @@ import (
 
 // binary builds headcni-ipam as it ships, once, and returns its folder.
 var binary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "headcni-test")
+	dir, err := os.MkdirTemp("/run", "headcni-test") // of nstest: it goes with the tests
 	if err != nil {
 		return "", err
 	}

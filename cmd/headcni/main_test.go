@@ -26,7 +26,7 @@ func TestMain(m *testing.M) { nstest.Main(m) }
 
 // binary builds the program as it ships, once.
 var binary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "headcni-test")
+	dir, err := os.MkdirTemp("/run", "headcni-test") // of nstest: it goes with the tests
 	if err != nil {
 		return "", err
 	}
@@ -644,6 +644,7 @@ func TestLean(t *testing.T) {
 			}
 		}
 	}
+	nstest.Require(t)
 	bin, err := binary()
 	if err != nil {
 		t.Fatal(err)
