@@ -25,6 +25,7 @@ func TestFaults(t *testing.T) {
 	w.install(t, nil)
 	eventually(t, "nodes", 2*time.Minute, w.WaitReady)
 	eventually(t, "pods", 2*time.Minute, w.findPods)
+	w.firstPing(t) // pods may be ready before their node's routes have reached the other nodes
 	for _, test := range []struct {
 		name string
 		run  func(*testing.T, *world)
