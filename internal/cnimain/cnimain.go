@@ -3,7 +3,7 @@
 // (section 5).
 //
 // The CNI project's own dispatcher (package skel) is not used: it takes CNI_PATH, which is optional, for required, fails a
-// command after its result was printed, leaves the version out of errors, and costs a fifth of a plugin's start.
+// command after its result was printed, leaves the version out of errors, and makes a plugin slower to start.
 package cnimain
 
 import (

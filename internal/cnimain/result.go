@@ -15,7 +15,7 @@ import (
 // before 1.0.0 an address has the version of IP beside it, before 1.1.0 there are less fields. Prefix lengths, indices and
 // empty fields are as in the CNI library's own form.
 //
-// The library's own PrintTo leaves fields of 1.1.0 in older results, and took a twentieth of an ADD.
+// The library's own PrintTo leaves fields of 1.1.0 in older results, and encodes, decodes and encodes again.
 func PrintResult(out io.Writer, version string, r *types100.Result) error {
 	w := &resultWriter{
 		ipVersions: slices.Contains([]string{"0.3.0", "0.3.1", "0.4.0"}, version),

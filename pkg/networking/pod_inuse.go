@@ -8,7 +8,7 @@ import (
 )
 
 // InUse reports whether a single address is known to the node's routes: to a pod of whatever network, or to the node itself.
-// It asks the kernel once, some 15 us. Where the kernel gives no answer it is false: Attach finds out for itself.
+// It asks the kernel once. Where the kernel gives no answer it is false: Attach finds out for itself.
 //
 //	ip route get fibmatch ADDR
 func (p *Pods) InUse(a netip.Addr) bool {
