@@ -21,6 +21,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // inputWait is how long to wait for a configuration that is wanted for its version only: somebody may run a plugin by hand,
@@ -133,7 +135,7 @@ func checkEnvironment(required []string) *types.Error {
 		switch {
 		case value == "":
 			missing = append(missing, name)
-		case name == "CNI_CONTAINERID" && !validName(value):
+		case name == "CNI_CONTAINERID" && !names.Valid(value):
 			fault = "want a letter or digit and then letters, digits, underscore, dot and dash"
 		case name == "CNI_IFNAME":
 			fault = checkIfName(value)
@@ -146,18 +148,6 @@ func checkEnvironment(required []string) *types.Error {
 		return types.NewError(types.ErrInvalidEnvironmentVariables, "missing "+strings.Join(missing, ", "), "")
 	}
 	return nil
-}
-
-// validName holds for what the specification calls alphanumeric with special characters: container IDs and network names.
-func validName(s string) bool {
-	for i := range len(s) {
-		c := s[i]
-		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		if !alnum && (i == 0 || c != '_' && c != '.' && c != '-') {
-			return false
-		}
-	}
-	return s != ""
 }
 
 // checkIfName says what is wrong with an interface's name: what the kernel refuses (net/core/dev.c, dev_valid_name).
@@ -189,7 +179,7 @@ func checkConfig(config map[string]json.RawMessage, supported []string, verb, si
 		return types.NewError(types.ErrIncompatibleCNIVersion, "config version does not allow "+verb,
 			fmt.Sprintf("the configuration has %s, %s came with %s", has, verb, since))
 	}
-	if !validName(name) {
+	if !names.Valid(name) {
 		return types.NewError(types.ErrInvalidNetworkConfig, "invalid or missing network name",
 			"want a letter or digit and then letters, digits, underscore, dot and dash")
 	}

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -394,17 +395,8 @@ func lastOf(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// validNetwork says whether a name is one that the CNI specification allows (section 1); it is a folder's name here.
-func validNetwork(name string) bool {
-	for i := range len(name) {
-		c := name[i]
-		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		if !alnum && (i == 0 || c != '_' && c != '.' && c != '-') {
-			return false
-		}
-	}
-	return name != "" && len(name) <= 255
-}
+// validNetwork says whether a name is one that the CNI specification allows (section 1) and can be a folder's name.
+func validNetwork(name string) bool { return len(name) <= 255 && names.Valid(name) }
 
 // Validate returns an ErrConfig with all faults joined. Defaults need not be filled in.
 func (c Config) Validate() error {

@@ -10,3 +10,15 @@ const (
 	// RuleComment marks the few rules of ours that stand in someone else's chain.
 	RuleComment = "headcni"
 )
+
+// Valid holds for what the specification calls alphanumeric with special characters: container IDs and network names.
+func Valid(s string) bool {
+	for i := range len(s) {
+		c := s[i]
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !alnum && (i == 0 || c != '_' && c != '.' && c != '-') {
+			return false
+		}
+	}
+	return s != ""
+}
