@@ -137,7 +137,14 @@ func (w *world) listen(p packet, tries int) netip.Addr {
 	w.t.Helper()
 	var in *net.UDPConn
 	p.to.Do(w.t, func() (err error) {
-		in, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.dst, testPort)))
+		// The socket of the packet before is closed, but a program that a test beside this one starts has it until its exec.
+		for range 100 {
+			in, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.dst, testPort)))
+			if !errors.Is(err, unix.EADDRINUSE) {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
 		return err
 	})
 	defer in.Close()
