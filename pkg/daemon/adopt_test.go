@@ -50,7 +50,7 @@ func TestAdopt(t *testing.T) {
 			if diff := cmp.Diff(want, got, cmp.AllowUnexported(secret.Secret{})); diff != "" {
 				t.Error(diff)
 			}
-			conflist, err := planConflist(got, ipam, 1280, false)
+			conflist, err := planConflist(got, ipam, 1280)
 			if err != nil || !strings.Contains(string(conflist), `"rangeStart": "10.244.0.10"`) || strings.Contains(string(conflist), "from-conflist") {
 				t.Errorf("the ranges are lost, or a key is not: %v\n%s", err, conflist)
 			}

@@ -31,7 +31,10 @@ type conflist struct {
 }
 
 type pluginConf struct {
-	Type        string        `json:"type"`
+	Type string `json:"type"`
+	// Capabilities: the plugin runs portmap for pods that ask for a port of the node.
+	Capabilities map[string]bool `json:"capabilities"`
+
 	PodCIDR     string        `json:"pod_cidr,omitempty"`
 	ServiceCIDR string        `json:"service_cidr,omitempty"`
 	MTU         int           `json:"mtu"`
@@ -62,16 +65,13 @@ type gateConf struct {
 	PodCIDRs []netip.Prefix `json:"podCIDRs"`
 }
 
-type portmapConf struct {
-	Type         string          `json:"type"`
-	Capabilities map[string]bool `json:"capabilities"`
-}
-
 // planConflist renders the conflist of this node. ipam is the object of a conflist written by hand, nil = make one. It
 // is pure.
-func planConflist(c config.Config, ipam json.RawMessage, mtu int, portmap bool) ([]byte, error) {
+func planConflist(c config.Config, ipam json.RawMessage, mtu int) ([]byte, error) {
 	pods := c.Network.PodCIDRs.Prefixes()
-	p := pluginConf{Type: "headcni", MTU: mtu, IPAM: ipam, Gate: gateConf{PodCIDRs: pods}}
+	p := pluginConf{
+		Type: "headcni", Capabilities: map[string]bool{"portMappings": true}, MTU: mtu, IPAM: ipam, Gate: gateConf{PodCIDRs: pods},
+	}
 	if ipam == nil {
 		p.IPAM = planIPAM(c, pods)
 	}
@@ -90,9 +90,6 @@ func planConflist(c config.Config, ipam json.RawMessage, mtu int, portmap bool) 
 	}
 	list := conflist{
 		CNIVersion: "0.4.0", CNIVersions: []string{"0.4.0", "1.0.0", "1.1.0"}, Name: networkName, Plugins: []any{p},
-	}
-	if portmap {
-		list.Plugins = append(list.Plugins, portmapConf{Type: "portmap", Capabilities: map[string]bool{"portMappings": true}})
 	}
 	b, err := json.MarshalIndent(list, "", "  ")
 	return append(b, '\n'), err

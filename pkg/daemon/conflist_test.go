@@ -59,14 +59,9 @@ func TestPlanConflist(t *testing.T) {
 	hostLocal.IPAM.Type = "host-local"
 	other := c
 	other.IPAM.Type = "whereabouts"
-	for name, tt := range map[string]struct {
-		c       config.Config
-		portmap bool
-	}{
-		"dual.conflist": {c, true}, "host-local.conflist": {hostLocal, false}, "other.conflist": {other, false},
-	} {
+	for name, c := range map[string]config.Config{"dual.conflist": c, "host-local.conflist": hostLocal, "other.conflist": other} {
 		t.Run(name, func(t *testing.T) {
-			got, err := planConflist(tt.c, nil, 1280, tt.portmap)
+			got, err := planConflist(c, nil, 1280)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -92,7 +87,7 @@ func TestConflistReplacesAndPutsBack(t *testing.T) {
 	remember := func(m os.FileMode) error { mode = m; return nil }
 	c := config.Default()
 	c.Network.PodCIDRs = config.CIDRs{"10.244.1.0/24"}
-	first, err := planConflist(c, nil, 1280, false)
+	first, err := planConflist(c, nil, 1280)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +108,7 @@ func TestConflistReplacesAndPutsBack(t *testing.T) {
 	if err := os.WriteFile(path, static, 0o640); err != nil {
 		t.Fatal(err)
 	}
-	second, err := planConflist(c, nil, 1400, false)
+	second, err := planConflist(c, nil, 1400)
 	if err != nil {
 		t.Fatal(err)
 	}

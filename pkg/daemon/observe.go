@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -64,8 +62,6 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.nodeAddr6, err = sourceAddr(unix.AF_INET6); err != nil {
 		return o, err
 	}
-	_, err = os.Stat(filepath.Join(d.cfg.CNI.BinDir, "portmap"))
-	o.portmap = err == nil
 	return o, d.observeCluster(&o)
 }
 

@@ -33,8 +33,6 @@ type observation struct {
 	prefs *tailscale.SavedPrefs
 	// ipam is the ipam object of a conflist written by hand, nil where there is none.
 	ipam json.RawMessage
-	// portmap tells whether the portmap plugin is installed.
-	portmap bool
 	// config is what is in force: the configuration, in Kubernetes with what that says of the network.
 	config config.Config
 	// cluster is nil without Kubernetes.
@@ -86,7 +84,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		mtu = defaultMTU
 	}
 	var err error
-	p.conflist, err = planConflist(c, o.ipam, mtu, o.portmap)
+	p.conflist, err = planConflist(c, o.ipam, mtu)
 	return p, err
 }
 

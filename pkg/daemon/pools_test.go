@@ -30,7 +30,7 @@ func TestPoolsInUse(t *testing.T) {
 	look() // no conflist
 	c := config.Default()
 	c.Network.PodCIDRs = config.CIDRs{"10.244.1.0/24", "fd00:244:1::/64"}
-	list, err := planConflist(c, nil, 1280, false)
+	list, err := planConflist(c, nil, 1280)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func TestPoolsInUse(t *testing.T) {
 		monitoring.Pool{Network: "other", Family: "ipv4", InUse: 1})
 
 	c.IPAM.Type = "host-local" // has leases of its own; those of ours that are left still count
-	if list, err = planConflist(c, nil, 1280, false); err != nil {
+	if list, err = planConflist(c, nil, 1280); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(path, list, 0o600); err != nil {

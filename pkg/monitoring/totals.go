@@ -36,7 +36,7 @@ type totals struct {
 
 func newTotals() totals {
 	t := totals{Errors: map[string]uint64{}, Setups: make([]uint64, len(setupBuckets)+1)}
-	for _, stage := range []string{"config", "gate", "ipam", "attach", "detach", "other"} {
+	for _, stage := range []string{"config", "gate", "ipam", "attach", "detach", "ports", "other"} {
 		t.Errors[stage] = 0 // so that a rate is right from the first scrape
 	}
 	return t

@@ -44,7 +44,7 @@ type GivenIP struct {
 func addressesFor(links Links, node Node) func(*Request) (Addresses, error) {
 	return func(r *Request) (Addresses, error) {
 		if t := r.Config.IPAM.Type; t != netconf.IPAMType {
-			return newDelegate(r, t)
+			return newDelegate(r, "ipam.type", t, r.Stdin)
 		}
 		return newPool(r, links, node)
 	}

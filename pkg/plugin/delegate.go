@@ -33,17 +33,19 @@ const (
 	turnWait, turnTry = 10 * time.Second, 5 * time.Millisecond
 )
 
-// errNoDelegate: ipam.type names a program that is not there.
-var errNoDelegate = errors.New("IPAM plugin not found")
+// errNoDelegate: the program is not there.
+var errNoDelegate = errors.New("plugin not found")
 
-// delegate is an IPAM plugin that is a program of its own (specification section 4). The CNI project's package invoke does
-// the same, but links OpenTelemetry and net/http, which would double the plugin's size and start time.
+// delegate is a plugin that is a program of its own (specification section 4): IPAM, or portmap. The CNI project's package
+// invoke does the same, but links OpenTelemetry and net/http, which would double the plugin's size and start time.
 type delegate struct {
 	name, path string
 	r          *Request
+	stdin      []byte
 }
 
-func newDelegate(r *Request, name string) (*delegate, error) {
+// newDelegate finds the plugin that a key of the configuration asks for. It is given stdin.
+func newDelegate(r *Request, key, name string, stdin []byte) (*delegate, error) {
 	for _, dir := range filepath.SplitList(r.Path) {
 		path := filepath.Join(dir, name)
 		info, err := os.Stat(path)
@@ -52,16 +54,15 @@ func newDelegate(r *Request, name string) (*delegate, error) {
 		}
 		if self, err := os.Stat("/proc/self/exe"); err == nil && os.SameFile(info, self) {
 			// It would run itself without end.
-			return nil, fmt.Errorf("%w: ipam.type: %q is this plugin itself; want %s, host-local or another IPAM plugin",
-				netconf.ErrInvalid, name, netconf.IPAMType)
+			return nil, fmt.Errorf("%w: %s: %q is this plugin itself; want %s, host-local or another IPAM plugin",
+				netconf.ErrInvalid, key, name, netconf.IPAMType)
 		}
-		return &delegate{name: name, path: path, r: r}, nil
+		return &delegate{name: name, path: path, r: r, stdin: stdin}, nil
 	}
-	return nil, fmt.Errorf("%w: %q is in none of the folders of CNI_PATH (%s); install it there or choose another ipam.type",
-		errNoDelegate, name, r.Path)
+	return nil, fmt.Errorf("%w: %q, for %s, is in none of the folders of CNI_PATH (%s); install it there", errNoDelegate, name, key, r.Path)
 }
 
-// run executes the plugin with what we were given, except for the command.
+// run executes the plugin in our environment, except for the command.
 func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, delegateWait)
 	defer cancel()
@@ -80,7 +81,7 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 		stdout.Reset()
 		cmd := exec.CommandContext(ctx, d.path)
 		cmd.Env = delegateEnv(os.Environ(), command)
-		cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = bytes.NewReader(d.r.Stdin), &stdout, &stderr, inherited
+		cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = bytes.NewReader(d.stdin), &stdout, &stderr, inherited
 		// A grandchild that keeps the pipes open must not hold us.
 		cmd.WaitDelay = time.Second
 		if err = cmd.Run(); !errors.Is(err, syscall.ETXTBSY) || try == busyTries {
@@ -97,17 +98,18 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	}
 	var answer types.Error
 	if json.Unmarshal(stdout.Bytes(), &answer) == nil && answer.Msg != "" {
-		if answer.Code == 0 {
-			answer.Code = CodeAddress // 0 is no error code (specification, section 5)
+		msg := fmt.Sprintf("plugin %s: %s", d.name, answer.Msg)
+		if answer.Code == 0 { // no error code (specification, section 5), so it gets one of ours
+			return nil, errors.New(strings.TrimSuffix(msg+"; "+answer.Details, "; "))
 		}
-		return nil, types.NewError(answer.Code, fmt.Sprintf("IPAM plugin %s: %s", d.name, answer.Msg), answer.Details)
+		return nil, types.NewError(answer.Code, msg, answer.Details)
 	}
-	return nil, fmt.Errorf("run IPAM plugin %s: %w", d.path, err)
+	return nil, fmt.Errorf("run plugin %s: %w", d.path, err)
 }
 
-// turn waits for an IPAM plugin that is still at work for the attachment, although the ADD that ran it was killed: what it
-// took after the DEL that follows would stay taken for good. To kill it along with its caller would be no better: one that
-// has made the file of a lease, but not yet written it, leaves a file that is nobody's.
+// turn waits for a plugin that is still at work for the attachment, although the ADD that ran it was killed: what it took
+// after the DEL that follows, an address or a port, would stay taken for good. To kill it along with its caller would be no
+// better: an IPAM plugin that has made the file of a lease, but not yet written it, leaves a file that is nobody's.
 //
 // The kernel keeps a name in the abstract namespace (unix(7)) for as long as a process has the socket, and the plugin
 // inherits it. Others in the node's network namespace could take the name too, so the wait has an end.
@@ -118,7 +120,7 @@ func (d *delegate) turn(ctx context.Context) (*os.File, error) {
 	}
 	h := fnv.New128a()
 	h.Write([]byte(d.r.ContainerID + "\x00" + d.r.IfName))
-	name := &unix.SockaddrUnix{Name: fmt.Sprintf("@headcni/ipam/%x", h.Sum(nil))}
+	name := &unix.SockaddrUnix{Name: fmt.Sprintf("@headcni/turn/%x", h.Sum(nil))}
 	for end := time.Now().Add(turnWait); ; time.Sleep(turnTry) {
 		err := unix.Bind(fd, name)
 		if err != unix.EADDRINUSE || ctx.Err() != nil {

@@ -21,6 +21,7 @@ const (
 	stageIPAM          stage = "ipam"
 	stageAttach        stage = "attach"
 	stageDetach        stage = "detach"
+	stagePorts         stage = "ports"
 	stageResult        stage = "result"
 	stageCheck         stage = "check"
 	stageStatus        stage = "status"
@@ -35,6 +36,7 @@ const (
 	CodeCheck           uint = 103 // the kernel differs from prevResult
 	CodeInterfaceExists uint = 104 // the pod has an interface of that name
 	CodeNoIPv6          uint = 105 // an IPv6 address was given where IPv6 is disabled
+	CodePorts           uint = 106 // ports of the node could not be given to the pod, or taken from it
 )
 
 // cniError is the one place where an error gets its code. An error that has one, such as an IPAM plugin's own, keeps it.
@@ -54,7 +56,7 @@ func cniError(s stage, err error) *types.Error {
 		return newError(types.ErrInvalidNetworkConfig, netconf.ErrInvalid.Error(), err)
 	case errors.Is(err, ipam.ErrConfig):
 		return newError(types.ErrInvalidNetworkConfig, ipam.ErrConfig.Error(), err)
-	case errors.Is(err, errNoDelegate):
+	case errors.Is(err, errNoDelegate) && s != stagePorts: // ipam.type is looked at first of all
 		return newError(CodeAddress, errNoDelegate.Error(), err)
 	case errors.Is(err, ipam.ErrLocked):
 		return newError(types.ErrTryAgainLater, "address store is busy; try again later", err)
@@ -78,6 +80,8 @@ func cniError(s stage, err error) *types.Error {
 		return newError(CodeDetach, "could not detach the pod", err)
 	case stageCheck:
 		return newError(CodeCheck, "the pod's network is not as it was set up", err)
+	case stagePorts:
+		return newError(CodePorts, "could not map ports of the node to the pod", err)
 	case stageResult:
 		return newError(types.ErrIOFailure, "could not write the result", err)
 	}

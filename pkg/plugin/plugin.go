@@ -182,8 +182,12 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 	if err != nil {
 		return err
 	}
+	result := buildResult(r, previous, pod, links, given)
+	if err := r.ports(ctx, "ADD", result); err != nil {
+		return err
+	}
 	r.stage = stageResult
-	return cnimain.PrintResult(p.Stdout, r.Config.CNIVersion, buildResult(r, previous, pod, links, given))
+	return cnimain.PrintResult(p.Stdout, r.Config.CNIVersion, result)
 }
 
 // Del detaches a pod (specification section 2, DEL): without netns, without prevResult, any number of times. A fault of
@@ -204,11 +208,19 @@ func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 	return p.finish(r, p.detachAndRelease(ctx, r, addresses))
 }
 
-// detachAndRelease is DEL, and the undoing of ADD. The link goes first: an address is never free while a pod still has it.
+// detachAndRelease is DEL, and the undoing of ADD. An address is never free while a pod still has it, or while a port of the
+// node still leads to it.
 func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, addresses Addresses) error {
+	mapped := r.ports(ctx, "DEL", nil)
+	if errors.Is(mapped, errNoDelegate) {
+		r.Log.Warn("cannot take the pod's ports of the node back, if it had any", "err", mapped)
+		mapped = nil
+	}
+	mapped = coded(stagePorts, mapped)
 	r.stage = stageDetach
 	removed, err := p.Links.Detach(r.ContainerID, r.IfName)
-	if err != nil {
+	if err != nil || mapped != nil {
+		err = errors.Join(coded(stageDetach, err), mapped)
 		return fmt.Errorf("detach %s of container %s (its address stays taken): %w", r.IfName, r.ContainerID, err)
 	}
 	r.stage = stageIPAM
@@ -245,7 +257,12 @@ func (p *Plugin) check(ctx context.Context, r *Request) error {
 		return err
 	}
 	leased := coded(stageIPAM, addresses.Check(ctx, state.Addrs))
-	return errors.Join(coded(stageCheck, p.Links.Check(state)), leased)
+	previous, err := r.previous()
+	if err != nil {
+		return err
+	}
+	mapped := coded(stagePorts, r.ports(ctx, "CHECK", previous))
+	return errors.Join(coded(stageCheck, p.Links.Check(state)), leased, mapped)
 }
 
 // GC removes links and leases of attachments that are not in cni.dev/valid-attachments (specification section 2, GC). It

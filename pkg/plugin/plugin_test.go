@@ -613,7 +613,7 @@ func TestLog(t *testing.T) {
 	}
 }
 
-// script writes an IPAM plugin that notes what it was given and answers with output.
+// script writes a plugin that notes what it was given and answers with output.
 func script(t *testing.T, name, body string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -662,7 +662,7 @@ func TestDelegate(t *testing.T) {
 	})
 	t.Run("ADD fails", func(t *testing.T) {
 		dir, b, err := run(t, `[ $CNI_COMMAND = DEL ] || { echo '{"code":123,"msg":"none left","details":"really"}'; exit 1; }`, add, "")
-		if text := fails(t, err, 123); !strings.Contains(text, "IPAM plugin my-ipam: none left") || !strings.Contains(text, "really") {
+		if text := fails(t, err, 123); !strings.Contains(text, "plugin my-ipam: none left") || !strings.Contains(text, "really") {
 			t.Errorf("got %q", text)
 		}
 		if got := calls(t, dir); got != "ADD c1,DEL c1" { // specification, section 4
@@ -764,5 +764,127 @@ func TestDelegate(t *testing.T) {
 		b.kernel.links[networking.PodLinkName("c1", "eth0")] = networking.Pod{}
 		fails(t, b.Del(bg, a), CodeAddress)
 		b.empty(t) // the link went all the same
+	})
+}
+
+// Ports are mapped by portmap, and only for a pod that asks for some.
+func TestPorts(t *testing.T) {
+	const asked = `{"portmap":{"snat":false},"runtimeConfig":{"portMappings":[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]}}`
+	t.Setenv("CNI_CONTAINERID", "c1")
+	world := func(t *testing.T, body string) (dir string, b *bench) { return script(t, "portmap", body), newBench(t) }
+	calls := func(dir string) string {
+		text, _ := os.ReadFile(filepath.Join(dir, "calls")) // none: not called
+		return strings.Join(strings.Fields(strings.ReplaceAll(string(text), "c1", "")), ",")
+	}
+	attachment := func(b *bench, t *testing.T, path, keys string) cnimain.Call {
+		a := b.args(t, "c1", keys)
+		a.Path = path
+		return a
+	}
+	t.Run("not asked for", func(t *testing.T) {
+		dir, b := world(t, "exit 1")
+		for _, keys := range []string{"", `{"runtimeConfig":{"portMappings":[]}}`, `{"runtimeConfig":{"portMappings":null}}`} {
+			a := attachment(b, t, dir, keys)
+			if err := errors.Join(b.Add(bg, a), b.Del(bg, a)); err != nil {
+				t.Error(err)
+			}
+		}
+		if got := calls(dir); got != "" {
+			t.Errorf("calls: %s", got)
+		}
+	})
+	t.Run("asked for", func(t *testing.T) {
+		dir, b := world(t, "cp $d/stdin $d/$CNI_COMMAND")
+		if err := b.Add(bg, attachment(b, t, dir, asked)); err != nil {
+			t.Fatal(err)
+		}
+		result := strings.TrimSpace(b.out.String())
+		keys := strings.TrimSuffix(asked, "}") + `,"prevResult":` + result + "}"
+		a := attachment(b, t, dir, keys)
+		if err := errors.Join(b.Check(bg, a), b.Del(bg, a), b.Del(bg, a)); err != nil {
+			t.Fatal(err)
+		}
+		if got := calls(dir); got != "ADD,CHECK,DEL,DEL" {
+			t.Errorf("calls: %s", got)
+		}
+		for _, command := range []string{"ADD", "CHECK"} {
+			var got struct {
+				CNIVersion, Name, Type string
+				SNAT                   *bool
+				PrevResult             map[string]any
+				RuntimeConfig          struct{ PortMappings []map[string]any }
+			}
+			text, err := os.ReadFile(filepath.Join(dir, command))
+			if err == nil {
+				err = json.Unmarshal(text, &got)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.CNIVersion != "1.0.0" || got.Name != "n" || got.Type != "portmap" || got.SNAT == nil || *got.SNAT {
+				t.Errorf("%s: %s", command, text)
+			}
+			if fmt.Sprint(got.RuntimeConfig.PortMappings) != "[map[containerPort:80 hostPort:8080 protocol:tcp]]" {
+				t.Errorf("%s: mappings: %v", command, got.RuntimeConfig.PortMappings)
+			}
+			if ips, _ := got.PrevResult["ips"].([]any); len(ips) == 0 || got.PrevResult["cniVersion"] != "1.0.0" {
+				t.Errorf("%s: prevResult: %v", command, got.PrevResult)
+			}
+		}
+	})
+	t.Run("ADD fails", func(t *testing.T) {
+		dir, b := world(t, `[ $CNI_COMMAND = DEL ] || { echo '{"code":0,"msg":"port is taken"}'; exit 1; }`)
+		if text := fails(t, b.Add(bg, attachment(b, t, dir, asked)), CodePorts); !strings.Contains(text, "plugin portmap: port is taken") {
+			t.Errorf("got %q", text)
+		}
+		if got := calls(dir); got != "ADD,DEL" {
+			t.Errorf("calls: %s", got)
+		}
+		if stage := b.hints[0].Stage; stage != "ports" {
+			t.Errorf("the daemon hears of %q", stage)
+		}
+		b.empty(t)
+	})
+	t.Run("ADD without portmap", func(t *testing.T) {
+		_, b := world(t, "")
+		text := fails(t, b.Add(bg, attachment(b, t, "/nowhere", asked)), CodePorts)
+		if !strings.Contains(text, `"portmap"`) || !strings.Contains(text, "/nowhere") {
+			t.Errorf("got %q", text)
+		}
+		b.empty(t)
+	})
+	t.Run("DEL without portmap", func(t *testing.T) {
+		dir, b := world(t, "")
+		if err := b.Add(bg, attachment(b, t, dir, asked)); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Del(bg, attachment(b, t, "/nowhere", asked)); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(b.log.String(), "portmap") {
+			t.Errorf("nothing is said of it: %s", b.log)
+		}
+		b.empty(t)
+	})
+	t.Run("DEL fails", func(t *testing.T) {
+		dir, b := world(t, `[ $CNI_COMMAND != DEL ] || [ -e $d/well ] || { echo '{"code":999,"msg":"no xtables lock"}'; exit 1; }`)
+		a := attachment(b, t, dir, asked)
+		if err := b.Add(bg, a); err != nil {
+			t.Fatal(err)
+		}
+		// The pod is gone, but its address is kept from others while a port of the node still leads to it.
+		if text := fails(t, b.Del(bg, a), 999); !strings.Contains(text, "no xtables lock") || !strings.Contains(text, "stays taken") {
+			t.Errorf("got %q", text)
+		}
+		if len(b.kernel.links) != 0 {
+			t.Error("the link is still there")
+		}
+		if err := os.WriteFile(filepath.Join(dir, "well"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Del(bg, a); err != nil {
+			t.Fatal(err)
+		}
+		b.empty(t)
 	})
 }

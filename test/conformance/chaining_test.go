@@ -89,26 +89,35 @@ func (n *node) chain(l *libcni.NetworkConfigList, asked map[string]any, use func
 	n.empty()
 }
 
-// TestPortmap as first thing a runtime adds to any network.
+// TestPortmap: run by headcni for the pods that ask for a port, and as first thing a runtime adds to any network.
 func TestPortmap(t *testing.T) {
 	needs(t, "iptables", "nft")
+	const capable = `"capabilities":{"portMappings":true}`
 	for _, backend := range []string{"iptables", "nftables"} {
-		t.Run(backend, func(t *testing.T) {
-			n := newNode(t)
-			n.reference("portmap")
-			client := n.client()
-			l := n.list("", n.headcni(""), fmt.Sprintf(`{"type":"portmap","backend":%q,"capabilities":{"portMappings":true}}`, backend))
-			asked := map[string]any{"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
-			n.chain(l, asked, func(pod *nstest.NS, _ result) {
-				serve(t, pod)
-				if line, err := fetch(t, client, "198.51.100.1:8080"); err != nil || line != "hello\n" {
-					t.Errorf("got %q, %v", line, err)
+		option := fmt.Sprintf(`"backend":%q`, backend)
+		for name, plugins := range map[string]func(*node) []string{
+			"run by headcni": func(n *node) []string { return []string{n.headcni(`{` + capable + `,"portmap":{` + option + `}}`)} },
+			"behind headcni": func(n *node) []string {
+				return []string{n.headcni(""), `{"type":"portmap",` + option + `,` + capable + `}`}
+			},
+		} {
+			t.Run(backend+" "+name, func(t *testing.T) {
+				n := newNode(t)
+				n.reference("portmap")
+				client := n.client()
+				l := n.list("", plugins(n)...)
+				asked := map[string]any{"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
+				n.chain(l, asked, func(pod *nstest.NS, _ result) {
+					serve(t, pod)
+					if line, err := fetch(t, client, "198.51.100.1:8080"); err != nil || line != "hello\n" {
+						t.Errorf("got %q, %v", line, err)
+					}
+				})
+				if _, err := fetch(t, client, "198.51.100.1:8080"); err == nil {
+					t.Error("the port is mapped after DEL")
 				}
 			})
-			if _, err := fetch(t, client, "198.51.100.1:8080"); err == nil {
-				t.Error("the port is mapped after DEL")
-			}
-		})
+		}
 	}
 }
 

@@ -126,6 +126,8 @@ func (d *decoder) top(key string, v json.RawMessage) bool {
 		if d.to(key, v, &s, "a string") && c.LogLevel.UnmarshalText([]byte(s)) != nil {
 			d.fault(key, "%q: want debug, info, warn or error", s)
 		}
+	case "portmap":
+		d.to(key, v, &c.PortMap, "an object of the plugin portmap's own keys")
 	case "log_file":
 		d.absolute(key, v, &c.LogFile)
 	case "daemon_socket":
@@ -216,7 +218,8 @@ func (d *decoder) runtime(v json.RawMessage) {
 			Searches []string `json:"searches"`
 			Options  []string `json:"options"`
 		} `json:"dns"`
-		IPRanges json.RawMessage `json:"ipRanges"`
+		IPRanges json.RawMessage   `json:"ipRanges"`
+		Ports    []json.RawMessage `json:"portMappings"`
 	}
 	if !d.to("runtimeConfig", v, &r, "an object as CNI's conventions describe it") {
 		return
@@ -229,6 +232,9 @@ func (d *decoder) runtime(v json.RawMessage) {
 	d.c.Runtime.DNS = DNS{Nameservers: r.DNS.Servers, Search: r.DNS.Searches, Options: r.DNS.Options}
 	if len(r.IPRanges) > 0 && string(r.IPRanges) != "null" {
 		d.c.Runtime.IPRanges = r.IPRanges
+	}
+	if len(r.Ports) > 0 {
+		d.c.Runtime.Ports, _ = json.Marshal(r.Ports) // raw values always can be
 	}
 }
 

@@ -41,6 +41,9 @@ type Config struct {
 	MTU         int   // of the pod's link in bytes; 0: as the tunnel's
 	EnableIPv6  *bool // nil: whatever addresses IPAM gives
 
+	// PortMap is options of the plugin portmap, nil: its defaults.
+	PortMap map[string]json.RawMessage
+
 	DNS      DNS // the well-known key dns
 	MagicDNS MagicDNS
 
@@ -99,6 +102,7 @@ type Runtime struct {
 	MAC      net.HardwareAddr // nil: any
 	DNS      DNS              // the capability dns; it has no domain
 	IPRanges json.RawMessage  // the capability ipRanges; nil: none
+	Ports    json.RawMessage  // the capability portMappings; nil: none
 }
 
 // Attachment is one interface of one container.
