@@ -112,19 +112,27 @@ func BenchmarkPlugin(b *testing.B) {
 }
 
 // shipped is the conflist that the daemon writes (pkg/daemon/conflist.go), with a socket of our choice. It is for IPv4 alone: the
-// reference plugin waits for the kernel's duplicate address detection of IPv6, a second that would outweigh all else.
-func shipped(name, network, subnet, socket string) contender {
+// reference plugin waits for the kernel's duplicate address detection of IPv6, a second that would outweigh all else. ports is
+// the configuration of mapPorts or keepPorts.
+func shipped(name, network, subnet, socket, ports string) contender {
 	return contender{name, network, []link{
 		{"headcni", fmt.Sprintf(`"pod_cidr":%q,"service_cidr":"10.96.0.0/16","mtu":1280,"enable_ipv6":false,`+
 			`"ipam":{"type":"headcni-ipam","ranges":[[{"subnet":%[1]q}]],"strategy":"sequential"},`+
 			`"magic_dns":{"enable":true,"base_domain":"cluster.local","nameservers":["10.96.0.10"]},`+
-			`"gate":{"podCIDRs":[%[1]q]},"daemon_socket":%[2]q`, subnet, socket)},
-		portmap,
+			`"gate":{"podCIDRs":[%[1]q]},"daemon_socket":%[2]q,`+ports, subnet, socket)},
 	}}
 }
 
-// portmap has nothing to do: no pod asks for a port of the host, like nearly all.
-var portmap = link{"portmap", `"capabilities":{"portMappings":true}`}
+// ptpPortmap is the likeness of shipped that is made of reference plugins.
+func ptpPortmap(name, network, subnet, ports string) contender {
+	return contender{name, network, []link{{"ptp", `"mtu":1280,` + hostLocal(subnet)}, {"portmap", ports}}}
+}
+
+const (
+	// keepPorts: a pod that asks for no port of the host, like nearly all.
+	keepPorts = `"capabilities":{"portMappings":true}`
+	mapPorts  = keepPorts + `,"runtimeConfig":{"portMappings":[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]}`
+)
 
 // openGate makes what the plugin's gate looks for: the daemon's node network.
 func openGate(b *testing.B, subnets ...string) {
@@ -185,29 +193,41 @@ func listen(b *testing.B, socket string) {
 // BenchmarkConflist compares the shipped conflist with its likeness of reference plugins.
 func BenchmarkConflist(b *testing.B) {
 	p := newPrograms(b)
-	socket := filepath.Join(paths.RunDir, "listening", "daemon.sock")
+	socket, absent := filepath.Join(paths.RunDir, "listening", "daemon.sock"), filepath.Join(paths.RunDir, "absent.sock")
 	listen(b, socket)
-	openGate(b, "10.4.0.0/16", "10.5.0.0/16")
-	quiet := shipped("headcni + portmap, no daemon", "bench-quiet", "10.4.0.0/16", filepath.Join(paths.RunDir, "absent.sock"))
-	heard := shipped("headcni + portmap", "bench-heard", "10.5.0.0/16", socket)
-	reference := contender{"ptp + portmap", "bench-ptp-portmap", []link{{"ptp", `"mtu":1280,` + hostLocal("10.6.0.0/16")}, portmap}}
+	openGate(b, "10.4.0.0/16", "10.5.0.0/16", "10.7.0.0/16")
 	r := newComparison(b, "The shipped conflist:")
+	plain := []contender{
+		ptpPortmap("ptp + portmap", "bench-ptp-portmap", "10.6.0.0/16", keepPorts),
+		shipped("headcni", "bench-heard", "10.5.0.0/16", socket, keepPorts),
+		shipped("headcni, no daemon", "bench-quiet", "10.4.0.0/16", absent, keepPorts),
+	}
+	mapped := []contender{
+		ptpPortmap("ptp + portmap, a port", "bench-ptp-port", "10.8.0.0/16", mapPorts),
+		shipped("headcni, a port", "bench-port", "10.7.0.0/16", socket, mapPorts),
+	}
 	for _, load := range []struct {
 		atOnce, rounds int
+		contenders     []contender
 		goal           string
-	}{{1, 40, "at most 0.30"}, {30, 10, ""}} {
-		b.Run(fmt.Sprintf("at-once=%d", load.atOnce), func(b *testing.B) {
+	}{{1, 40, plain, "at most 0.30"}, {30, 10, plain, ""}, {1, 20, mapped, ""}} {
+		reference, ours := load.contenders[0], load.contenders[1:]
+		b.Run(fmt.Sprintf("%s/at-once=%d", reference.name, load.atOnce), func(b *testing.B) {
 			all := newSandboxes(b, load.atOnce)
 			verbs := []string{"ADD", "CHECK", "DEL"}
-			got := interleave(b, load.rounds, p.lives(heard, all, verbs...), p.lives(quiet, all, verbs...), p.lives(reference, all, verbs...))
+			var ways []way
+			for _, c := range load.contenders {
+				ways = append(ways, p.lives(c, all, verbs...))
+			}
+			got := interleave(b, load.rounds, ways...)
 			for _, command := range verbs {
-				w := row{command, fmt.Sprintf("%d at once, ms", load.atOnce), heard.name, reference.name, ratio, ""}
-				if command == "ADD" {
-					w.goal = load.goal
+				for i, c := range ours {
+					w := row{command, fmt.Sprintf("%d at once, ms", load.atOnce), c.name, reference.name, ratio, ""}
+					if i == 0 && command == "ADD" {
+						w.goal = load.goal
+					}
+					r.compare(got, w)
 				}
-				r.compare(got, w)
-				w.ours, w.goal = quiet.name, ""
-				r.compare(got, w)
 			}
 		})
 	}
