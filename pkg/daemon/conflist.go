@@ -32,8 +32,9 @@ type conflist struct {
 
 type pluginConf struct {
 	Type string `json:"type"`
-	// Capabilities: the plugin runs portmap for pods that ask for a port of the node.
+	// The plugin runs portmap for pods that ask for a port of the node.
 	Capabilities map[string]bool `json:"capabilities"`
+	PortMap      struct{}        `json:"portmap"`
 
 	PodCIDR     string        `json:"pod_cidr,omitempty"`
 	ServiceCIDR string        `json:"service_cidr,omitempty"`

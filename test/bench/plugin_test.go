@@ -119,7 +119,7 @@ func shipped(name, network, subnet, socket, ports string) contender {
 		{"headcni", fmt.Sprintf(`"pod_cidr":%q,"service_cidr":"10.96.0.0/16","mtu":1280,"enable_ipv6":false,`+
 			`"ipam":{"type":"headcni-ipam","ranges":[[{"subnet":%[1]q}]],"strategy":"sequential"},`+
 			`"magic_dns":{"enable":true,"base_domain":"cluster.local","nameservers":["10.96.0.10"]},`+
-			`"gate":{"podCIDRs":[%[1]q]},"daemon_socket":%[2]q,`+ports, subnet, socket)},
+			`"gate":{"podCIDRs":[%[1]q]},"daemon_socket":%[2]q,"portmap":{},`+ports, subnet, socket)},
 	}}
 }
 

@@ -41,7 +41,7 @@ type Config struct {
 	MTU         int   // of the pod's link in bytes; 0: as the tunnel's
 	EnableIPv6  *bool // nil: whatever addresses IPAM gives
 
-	// PortMap is options of the plugin portmap, nil: its defaults.
+	// PortMap is options of the plugin portmap, which headcni runs for pods that ask for ports of the node; nil: it does not.
 	PortMap map[string]json.RawMessage
 
 	DNS      DNS // the well-known key dns
