@@ -2,6 +2,9 @@ package bench
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"net/netip"
 	"testing"
 	"time"
@@ -11,7 +14,8 @@ import (
 )
 
 // BenchmarkThroughput compares one TCP stream between pods on two nodes with one between the nodes over tailscale, and
-// with one over the bare underlay.
+// with one over the bare underlay; and one between pods of one node with all that the daemon puts there with one between pods
+// that ptp made on a host with nothing else.
 func BenchmarkThroughput(b *testing.B) {
 	nstest.Require(b)
 	if err := (lab.Options{}).Check(); err != nil {
@@ -25,8 +29,8 @@ func BenchmarkThroughput(b *testing.B) {
 	}
 	defer l.Close()
 	var pods []*lab.Pod
-	for _, n := range l.Nodes[:2] {
-		p, err := n.AddPod(ctx, "load-"+n.Name, lab.PodOptions{})
+	for i, n := range []*lab.Node{l.Nodes[0], l.Nodes[1], l.Nodes[1]} {
+		p, err := n.AddPod(ctx, fmt.Sprintf("load-%d", i), lab.PodOptions{})
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -36,6 +40,7 @@ func BenchmarkThroughput(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	bare, bareAddr := barePods(b)
 	paths := []struct {
 		name     string
 		from, to lab.Place
@@ -44,6 +49,8 @@ func BenchmarkThroughput(b *testing.B) {
 		{"pod-pod", pods[0], pods[1], pods[1].Addr(false)},
 		{"node-node over tailscale", l.Nodes[0], l.Nodes[1], tailnet[0]},
 		{"node-node, underlay", l.Nodes[0], l.Nodes[1], l.Nodes[1].Underlay[0]},
+		{"pod-pod on a node", pods[2], pods[1], pods[1].Addr(false)},
+		{"pod-pod on a host, ptp", bare[0], bare[1], bareAddr},
 	}
 	var ways []way
 	for _, p := range paths {
@@ -57,4 +64,36 @@ func BenchmarkThroughput(b *testing.B) {
 	r := newComparison(b, "Throughput:")
 	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[0].name, paths[1].name, ratio, "at least 0.97"})
 	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[0].name, paths[2].name, ratio, ""})
+	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[3].name, paths[4].name, ratio, "at least 0.98"})
+}
+
+// barePods makes two pods by ptp, with our MTU, and returns the address of the second.
+func barePods(b *testing.B) (pods [2]*lab.Net, to netip.Addr) {
+	p := newPrograms(b)
+	for i, s := range newSandboxes(b, len(pods)) {
+		if err := p.command(ptp, "ADD", s); err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() {
+			if err := p.command(ptp, "DEL", s); err != nil {
+				b.Error(err)
+			}
+		})
+		var result struct {
+			IPs []struct{ Address netip.Prefix }
+		}
+		err := json.Unmarshal(s.result, &result)
+		if err == nil && len(result.IPs) == 0 {
+			err = errors.New("ptp gives no address")
+		}
+		if err == nil {
+			pods[i], err = lab.NetAt(s.netns)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(pods[i].Close)
+		to = result.IPs[0].Address.Addr()
+	}
+	return pods, to
 }
