@@ -170,11 +170,10 @@ func lanFirst(c config.Config, o observation, s state) bool {
 // union sorts the prefixes and drops those inside others.
 func union(lists ...[]netip.Prefix) []netip.Prefix {
 	all := slices.Concat(lists...)
-	slices.SortFunc(all, netip.Prefix.Compare)
+	slices.SortFunc(all, netip.Prefix.Compare) // the wider of two that begin alike comes first
 	var out []netip.Prefix
 	for _, p := range all {
-		inside := slices.ContainsFunc(all, func(q netip.Prefix) bool { return q != p && q.Bits() < p.Bits() && q.Contains(p.Addr()) })
-		if !inside && !slices.Contains(out, p) {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
 			out = append(out, p)
 		}
 	}
