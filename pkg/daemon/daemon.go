@@ -63,11 +63,13 @@ type Daemon struct {
 	began   time.Time
 
 	// Of the loop alone: what was last written to our Node, since when the API server denies that, since when our conflist
-	// stands, when a failed uninstall is tried again, and whether it is done: then nothing is to be done any more.
+	// stands, the configuration that was taken back and left nothing, when a failed uninstall is tried again, and whether it is
+	// done: then nothing is to be done any more.
 	wrote      string
 	wroteAt    time.Time
 	denied     denial
 	conflistAt time.Time
+	tookBack   string
 	leaveAgain time.Time
 	gone       bool
 
@@ -273,7 +275,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes} {
 		wg.Go(func() { d.watchKernel(ctx, changes) })
 	}
-	addresses := []string{controlAddress(d.cfg)}
+	addresses := []string{hostPort(d.cfg.Headscale.URL)}
 	if d.cluster != nil {
 		addresses = append(addresses, d.cluster.address)
 		wg.Go(func() { d.cluster.run(ctx, d.poke) })

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"strings"
 	"syscall"
 	"time"
 
@@ -49,12 +50,13 @@ func (m *deadman) look(ctx context.Context) bool {
 	return m.now().Sub(m.since) >= deadmanPatience
 }
 
-// run looks until ctx ends and calls cutOff once when it is time.
+// run looks until ctx ends and calls cutOff when it is time, and again where that has not helped: what could not be taken
+// back is tried again.
 func (m *deadman) run(ctx context.Context, cutOff func()) {
 	for ctx.Err() == nil {
 		if m.look(ctx) {
 			cutOff()
-			return
+			m.since = time.Time{}
 		}
 		sleep(ctx, deadmanInterval)
 	}
@@ -76,10 +78,14 @@ func dialMarked(ctx context.Context, address string, mark int) error {
 	return c.Close()
 }
 
-// controlAddress is Headscale's host:port, "" where no URL is known.
-func controlAddress(c config.Config) string {
-	u, err := url.Parse(c.Headscale.URL)
-	if err != nil || u.Host == "" {
+// hostPort is where a server listens: host:port of its URL, or of what may stand in its place in a kubeconfig; "" where there
+// is none.
+func hostPort(server string) string {
+	if !strings.Contains(server, "://") {
+		server = "https://" + server
+	}
+	u, err := url.Parse(server)
+	if err != nil || u.Hostname() == "" {
 		return ""
 	}
 	port := u.Port()
@@ -113,8 +119,17 @@ func errTakenBack(address string) error {
 }
 
 // takeBack removes our rules, routes and prefs, but not the guard: what the node lost it gets back, and still nothing
-// goes out in clear. It is noted first, so that no restart tries the same again.
+// goes out in clear. It is noted first, so that no restart tries the same again. Once it is done, what cuts the node off is
+// not ours any more.
 func (d *Daemon) takeBack(ctx context.Context, address string) error {
-	d.note(func(s *state) { s.TakenBack, s.TakenBackFor = d.fingerprint(), address })
-	return errors.Join(d.node.Remove(ctx), restorePrefs(ctx, d.cfg, d.saved))
+	what := d.fingerprint()
+	if what == d.tookBack {
+		return nil
+	}
+	d.note(func(s *state) { s.TakenBack, s.TakenBackFor = what, address })
+	err := errors.Join(d.node.Remove(ctx), restorePrefs(ctx, d.cfg, d.saved))
+	if err == nil {
+		d.tookBack = what
+	}
+	return err
 }

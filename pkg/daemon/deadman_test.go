@@ -4,11 +4,16 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 func TestDeadman(t *testing.T) {
@@ -45,6 +50,59 @@ func TestDeadman(t *testing.T) {
 	}
 }
 
+// Whoever is still cut off is reported again.
+func TestDeadmanReportsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &deadman{now: time.Now, reach: func(_ context.Context, mark int) error {
+			if mark == bypassMark {
+				return nil
+			}
+			return errors.New("unreachable")
+		}}
+		ctx, cancel := context.WithTimeout(t.Context(), 3*deadmanPatience)
+		defer cancel()
+		reports := 0
+		m.run(ctx, func() { reports++ })
+		if reports != 2 {
+			t.Errorf("%d reports in %s", reports, 3*deadmanPatience)
+		}
+	})
+}
+
+// What could not be taken back is tried again; afterwards the host is left alone.
+func TestTakeBackUntilDone(t *testing.T) {
+	c := testConfig(t)
+	freshState(t)
+	d := newDaemon(t, c)
+	d.pass(t.Context())
+	d.saved.Mode, d.saved.Prefs = config.ModeDaemon, &tailscale.SavedPrefs{}
+	if err := d.takeBack(t.Context(), "192.0.2.1:443"); !errors.Is(err, tailscale.ErrUnreachable) {
+		t.Errorf("without tailscaled: %v", err)
+	}
+	asked := fakeTailscaled(t, paths.DaemonTailscaleSocket, http.StatusOK)
+	for range 2 {
+		if err := d.takeBack(t.Context(), "192.0.2.1:443"); err != nil {
+			t.Error(err)
+		}
+		run(t, "sysctl", "-w", "net.ipv4.ip_forward=1") // by somebody else
+	}
+	if got := asked(); len(got) != 1 {
+		t.Errorf("asked tailscaled %q", got)
+	}
+	if got := run(t, "sysctl", "net.ipv4.ip_forward"); !strings.Contains(got, "= 1") {
+		t.Errorf("after all is done: %s", got)
+	}
+	if rules := run(t, "ip", "rule"); strings.Contains(rules, "519") {
+		t.Errorf("rules of ours are left:\n%s", rules)
+	}
+	if d.pass(t.Context()); !strings.Contains(partErrors(d)[partConfig], "taken back") {
+		t.Errorf("config: %q", partErrors(d)[partConfig])
+	}
+	if err := Uninstall(t.Context(), c, quiet); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestDialPastRules(t *testing.T) {
 	nstest.Require(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -78,14 +136,12 @@ func TestDialPastRules(t *testing.T) {
 	}
 }
 
-func TestControlAddress(t *testing.T) {
+func TestHostPort(t *testing.T) {
 	for in, want := range map[string]string{
 		"https://hs.example.com": "hs.example.com:443", "http://192.0.2.1": "192.0.2.1:80",
-		"http://[2001:db8::1]:8080/x": "[2001:db8::1]:8080", "": "",
+		"http://[2001:db8::1]:8080/x": "[2001:db8::1]:8080", "": "", "10.96.0.1:6443": "10.96.0.1:6443", "api.example.com": "api.example.com:443",
 	} {
-		var c config.Config
-		c.Headscale.URL = in
-		if got := controlAddress(c); got != want {
+		if got := hostPort(in); got != want {
 			t.Errorf("%s: got %s, want %s", in, got, want)
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"net/url"
 	"os"
@@ -121,28 +120,12 @@ func newCluster(c config.Config, log *slog.Logger, getenv func(string) string, v
 		return nil, err
 	}
 	k := watched(client, node, log)
-	k.address = apiAddress(rc.Host)
+	k.address = hostPort(rc.Host)
 	return k, nil
 }
 
 func watched(client kubernetes.Interface, node string, log *slog.Logger) *cluster {
 	return &cluster{client: client, node: node, namespace: kube.Namespace(), log: log, cidrs: map[string][]netip.Prefix{}}
-}
-
-// apiAddress is host:port of a URL, or of what may stand in its place in a kubeconfig.
-func apiAddress(host string) string {
-	if !strings.Contains(host, "://") {
-		host = "https://" + host
-	}
-	u, err := url.Parse(host)
-	if err != nil || u.Hostname() == "" {
-		return ""
-	}
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
-	}
-	return net.JoinHostPort(u.Hostname(), port)
 }
 
 // run watches until ctx ends. changed is told of everything that concerns us.
@@ -366,18 +349,16 @@ func (v *clusterView) holder(p netip.Prefix, own string) string {
 // aggregate covers exactly what the prefixes cover in as few as possible: each one is a rule that packets are compared
 // with, and a cluster has a thousand nodes.
 func aggregate(prefixes []netip.Prefix) []netip.Prefix {
-	out := union(prefixes)
-	for i := 1; i < len(out); {
-		a, b := out[i-1], out[i]
-		if a.Bits() == b.Bits() && a.Bits() > 1 {
-			if parent := netip.PrefixFrom(a.Addr(), a.Bits()-1).Masked(); parent.Contains(b.Addr()) && parent.Addr() == a.Addr() {
-				out[i-1] = parent
-				out = slices.Delete(out, i, i+1)
-				i = max(i-1, 1) // the parent may have a sibling before it
-				continue
+	var out []netip.Prefix
+	for _, p := range union(prefixes) {
+		for n := len(out); n > 0; n-- { // the parent of two may have a sibling before it
+			parent := netip.PrefixFrom(p.Addr(), p.Bits()-1).Masked()
+			if before := out[n-1]; before.Bits() != p.Bits() || p.Bits() < 2 || parent.Addr() != before.Addr() {
+				break
 			}
+			p, out = parent, out[:n-1]
 		}
-		i++
+		out = append(out, p)
 	}
 	return out
 }

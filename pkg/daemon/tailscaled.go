@@ -190,13 +190,11 @@ func answers(socket string) bool {
 
 // findTailscaled looks at HEADCNI_TAILSCALED, beside our own program, then in PATH.
 func findTailscaled(environ []string) (string, error) {
-	for _, e := range environ {
-		if path, ok := strings.CutPrefix(e, "HEADCNI_TAILSCALED="); ok && path != "" {
-			if _, err := os.Stat(path); err != nil {
-				return "", fmt.Errorf("HEADCNI_TAILSCALED: %w", err)
-			}
-			return path, nil
+	if path := getenvOf(environ)("HEADCNI_TAILSCALED"); path != "" {
+		if _, err := os.Stat(path); err != nil {
+			return "", fmt.Errorf("HEADCNI_TAILSCALED: %w", err)
 		}
+		return path, nil
 	}
 	if self, err := os.Executable(); err == nil {
 		beside := filepath.Join(filepath.Dir(self), "tailscaled")

@@ -53,7 +53,7 @@ func takeOff(ctx context.Context, c config.Config, s state, log *slog.Logger) er
 	err := errors.Join(
 		removeConflist(c.CNI.ConfDir, s.ConflistMode),
 		putBack(c.CNI.ConfDir, s.Hidden),
-		restorePrefs(ctx, c, s),
+		unlessStopped(restorePrefs(ctx, c, s), s.Mode),
 		removeNetwork(ctx, s),
 	)
 	if err == nil {
@@ -127,8 +127,13 @@ func restorePrefs(ctx context.Context, c config.Config, s state) error {
 		return nil
 	}
 	_, err := tailscale.New(socketOf(c, s.Mode)).RestorePrefs(ctx, *s.Prefs, s.Advertised)
-	if errors.Is(err, tailscale.ErrUnreachable) && s.Mode == config.ModeDaemon {
-		return nil // ours, and stopped already
+	return err
+}
+
+// unlessStopped forgives that the dedicated tailscaled does not answer: it is ours, and stopped already.
+func unlessStopped(err error, mode string) error {
+	if errors.Is(err, tailscale.ErrUnreachable) && mode == config.ModeDaemon {
+		return nil
 	}
 	return err
 }

@@ -107,7 +107,7 @@ func inhabitable(t *testing.T) (c config.Config, binDir, before string) {
 	return c, t.TempDir(), hostState(t)
 }
 
-// fakeTailscaled answers the LocalAPI at socket with status and notes what it is asked.
+// fakeTailscaled answers the LocalAPI at socket with status, 200 with an empty object, and notes what it is asked.
 func fakeTailscaled(t *testing.T, socket string, status int) (asked func() []string) {
 	t.Helper()
 	if err := removeFile(socket); err != nil {
@@ -121,6 +121,9 @@ func fakeTailscaled(t *testing.T, socket string, status int) (asked func() []str
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		calls <- r.Method + " " + r.URL.Path
 		w.WriteHeader(status)
+		if status == http.StatusOK {
+			_, _ = w.Write([]byte("{}"))
+		}
 	})}
 	ended := make(chan struct{})
 	go func() { _ = srv.Serve(l); close(ended) }()
