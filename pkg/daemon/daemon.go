@@ -170,7 +170,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		wg.Go(func() { fatal <- freshMount(ctx, filepath.Dir(paths.HostTailscaleSocket)) })
 	}
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
-		wg.Go(func() { newSweeper().run(ctx, every, d.log, d.metrics) })
+		wg.Go(func() { newSweeper(d.cfg.CNI.ConfDir).run(ctx, every, d.log, d.metrics) })
 	}
 	d.warn()
 	if d.cluster != nil {

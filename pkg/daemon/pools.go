@@ -19,7 +19,7 @@ import (
 // poolsInUse counts leases per network and family, going on past errors. How many there can be is known of the network of
 // our conflist only: the ranges of others that use headcni-ipam are in their configurations.
 func poolsInUse(ctx context.Context, confDir string) ([]monitoring.Pool, error) {
-	own, err := conflistIPAM(filepath.Join(confDir, paths.ConflistName))
+	own, err := conflistIPAM(confDir)
 	errs := []error{err}
 	networks, err := ipam.Networks(own.DataDir)
 	errs = append(errs, err)
@@ -79,10 +79,10 @@ func familyOf(p netip.Prefix) string {
 	return "ipv6"
 }
 
-// conflistIPAM is the address management of our network as its conflist says, the zero Config where there is none or
-// another plugin does it.
-func conflistIPAM(path string) (ipam.Config, error) {
-	b, err := os.ReadFile(path)
+// conflistIPAM is the address management of our network as the conflist in confDir says, the zero Config where there is none
+// or another plugin does it.
+func conflistIPAM(confDir string) (ipam.Config, error) {
+	b, err := os.ReadFile(filepath.Join(confDir, paths.ConflistName))
 	if errors.Is(err, os.ErrNotExist) {
 		return ipam.Config{}, nil
 	}

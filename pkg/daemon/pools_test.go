@@ -41,7 +41,7 @@ func TestPoolsInUse(t *testing.T) {
 	const size6 = 1<<64 - 2 // the network's own address and the gateway's are nobody's
 	look(monitoring.Pool{Network: networkName, Family: "ipv4", Size: 253}, monitoring.Pool{Network: networkName, Family: "ipv6", Size: size6})
 
-	own, err := conflistIPAM(path)
+	own, err := conflistIPAM(confDir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,14 +20,14 @@ const sweepGrace = 5 * time.Minute
 // sweeper frees the leases of pods that went without a DEL, for instance because containerd never calls GC. A veth dies
 // with its network namespace, so a lease without its link has no pod.
 type sweeper struct {
-	dataDir string // "" = the default
+	confDir string // of the conflist, which says where the leases are
 	now     func() time.Time
 	links   func() (map[string]bool, error)
 	missing map[string]time.Time // link name and time of the lease -> since when the link has not been seen
 }
 
-func newSweeper() *sweeper {
-	return &sweeper{now: time.Now, links: linkNames, missing: map[string]time.Time{}}
+func newSweeper(confDir string) *sweeper {
+	return &sweeper{confDir: confDir, now: time.Now, links: linkNames, missing: map[string]time.Time{}}
 }
 
 // run sweeps every interval until ctx ends.
@@ -48,7 +48,9 @@ func (s *sweeper) run(ctx context.Context, interval time.Duration, log *slog.Log
 // sweep frees what has been without a link for longer than sweepGrace. Only leases that the headcni plugin itself wrote
 // have such a link.
 func (s *sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
-	networks, err := ipam.Networks(s.dataDir)
+	own, err := conflistIPAM(s.confDir)
+	errs := []error{err}
+	networks, err := ipam.Networks(own.DataDir)
 	if err != nil {
 		return nil, fmt.Errorf("list the networks: %w", err)
 	}
@@ -73,9 +75,8 @@ func (s *sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
 		return now.Sub(since) < sweepGrace
 	}
 	var freed []ipam.Lease
-	var errs []error
 	for _, n := range networks {
-		pool, err := ipam.Open(ipam.Config{Network: n, DataDir: s.dataDir})
+		pool, err := ipam.Open(ipam.Config{Network: n, DataDir: own.DataDir})
 		if err == nil {
 			var f []ipam.Lease
 			f, err = pool.GC(ctx, keep)

@@ -1,10 +1,14 @@
 package daemon
 
 import (
+	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking"
 )
@@ -27,8 +31,13 @@ func TestSweep(t *testing.T) {
 	}
 	now := time.Now()
 	links := map[string]bool{networking.PodLinkName("live", "eth0"): true}
-	s := newSweeper()
-	s.dataDir, s.now, s.links = dir, func() time.Time { return now }, func() (map[string]bool, error) { return links, nil }
+	confDir := t.TempDir()
+	conf := fmt.Sprintf(`{"name":"net","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, dir)
+	if err := os.WriteFile(filepath.Join(confDir, paths.ConflistName), []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := newSweeper(confDir)
+	s.now, s.links = func() time.Time { return now }, func() (map[string]bool, error) { return links, nil }
 	sweep := func(want ...string) {
 		t.Helper()
 		freed, err := s.sweep(t.Context())

@@ -58,7 +58,7 @@ func takeOff(ctx context.Context, c config.Config, s state, log *slog.Logger) er
 	)
 	if err == nil {
 		// The plugins' own list goes with them; the state, which says what there was to put back, when all is done.
-		err = errors.Join(leaveTailnet(ctx, c, s, log), RemovePlugins(ctx), os.RemoveAll(paths.IPAMDir), removeLeftovers(c.CNI.ConfDir))
+		err = errors.Join(leaveTailnet(ctx, c, s, log), RemovePlugins(ctx), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
 		err = errors.Join(removeFile(statePath()), removeRunFiles())
@@ -87,6 +87,16 @@ func leaveTailnet(ctx context.Context, c config.Config, s state, log *slog.Logge
 			"as headcni-controller does (headscale nodes delete)", "err", err)
 	}
 	return os.RemoveAll(paths.TailscaleStateDir)
+}
+
+// removeLeases removes our leases, also where the owner's conflist, which is back in its place, has them in a folder of its
+// choice.
+func removeLeases(confDir string) error {
+	err := os.RemoveAll(paths.IPAMDir)
+	if owners, bad := conflistIPAM(confDir); bad == nil && owners.DataDir != "" { // a bad one gave no leases
+		err = errors.Join(err, os.RemoveAll(filepath.Join(owners.DataDir, networkName)))
+	}
+	return err
 }
 
 // removeLeftovers removes files of ours that were being written when we were killed.

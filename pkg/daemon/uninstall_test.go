@@ -206,6 +206,32 @@ func TestUninstallAndTheConflistOfOthers(t *testing.T) {
 	wantFiles(t, paths.StateDir)
 }
 
+// Leases are where the owner's conflist has them, and so is what is not ours.
+func TestUninstallRemovesLeasesElsewhere(t *testing.T) {
+	freshState(t)
+	confDir, dataDir := t.TempDir(), t.TempDir()
+	for path, text := range map[string]string{
+		filepath.Join(confDir, paths.ConflistName):                 fmt.Sprintf(`{"name":"mine","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, dataDir),
+		filepath.Join(dataDir, networkName, "boot", "10.244.1.2"):  "x",
+		filepath.Join(dataDir, "other", "boot", "192.0.2.1"):       "x",
+		filepath.Join(paths.IPAMDir, networkName, "boot/10.1.1.1"): "x",
+	} {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := removeLeases(confDir); err != nil {
+		t.Fatal(err)
+	}
+	wantFiles(t, dataDir, "other")
+	if _, err := os.Stat(paths.IPAMDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s: %v", paths.IPAMDir, err)
+	}
+}
+
 // A child that a killed daemon was about to start has its lock for a moment; an uninstall that had it removes its file.
 func TestLockOfTheDead(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
