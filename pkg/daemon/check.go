@@ -97,7 +97,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 		return err
 	}
 	if h.Skew > maxSkew || h.Skew < -maxSkew {
-		return warning{fmt.Errorf("Headscale's clock is %s from this node's: keys may seem expired; let an NTP client set both", h.Skew)}
+		return warning{fmt.Errorf("Headscale's clock is about %s from this node's: keys may seem expired; let an NTP client set both", h.Skew.Round(time.Minute))}
 	}
 	key, err := api.OwnAPIKey(ctx)
 	if errors.Is(err, headscale.ErrNotFound) {

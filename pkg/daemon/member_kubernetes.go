@@ -95,9 +95,9 @@ func (m *member) checkByView(ctx context.Context, o observation) ([]string, erro
 	if time.Since(m.unknown) < unknownPatience {
 		return nil, waiting("Headscale does not know this node; joins anew if it stays so")
 	}
-	if ago := time.Since(m.rejoined); ago < rejoinInterval {
-		return nil, fmt.Errorf("Headscale does not know this node although it joined %s ago: does headcni-controller ask the Headscale at "+
-			"headscale.url?", ago.Round(time.Second))
+	if time.Since(m.rejoined) < rejoinInterval {
+		return nil, fmt.Errorf("Headscale does not know this node although it joined at %s: does headcni-controller ask the Headscale at "+
+			"headscale.url?", m.rejoined.UTC().Format(time.RFC3339))
 	}
 	m.rejoined = time.Now()
 	if err := m.login(ctx, true); err != nil {

@@ -178,12 +178,13 @@ func hostPrefixes(tun string) ([]netip.Prefix, error) {
 			continue // gone between the two requests, as pod links do
 		}
 		for _, p := range prefixes {
-			if a := p.Addr(); !a.IsLinkLocalUnicast() && !slices.Contains(out, p.Masked()) {
+			if !p.Addr().IsLinkLocalUnicast() {
 				out = append(out, p.Masked())
 			}
 		}
 	}
-	return out, nil
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return slices.Compact(out), nil // kube-proxy's ipvs link has an address for each Service
 }
 
 // prefixesOf are the interface's addresses with their prefix lengths.

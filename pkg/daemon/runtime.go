@@ -36,13 +36,12 @@ func runtimeUse(n *corev1.Node, written, now time.Time, cni config.CNI, root str
 	if i < 0 {
 		return nil
 	}
-	waited := now.Sub(written)
-	if waited < runtimePatience {
+	if now.Sub(written) < runtimePatience {
 		return unseen{waiting("kubelet has not seen the node's network yet")}
 	}
-	return warning{fmt.Errorf("kubelet says that there is no network plugin although %s stands for %s (%q): the container runtime "+
+	return warning{fmt.Errorf("kubelet says that there is no network plugin although %s stands since %s (%q): the container runtime "+
 		"seems to look in other folders than cni.confDir %s and cni.binDir %s; set both to its own: %s",
-		filepath.Join(cni.ConfDir, paths.ConflistName), waited.Round(time.Second), n.Status.Conditions[i].Message, cni.ConfDir, cni.BinDir,
+		filepath.Join(cni.ConfDir, paths.ConflistName), written.UTC().Format(time.RFC3339), n.Status.Conditions[i].Message, cni.ConfDir, cni.BinDir,
 		strings.Join(usualFolders(root), "; "))}
 }
 

@@ -155,6 +155,22 @@ func TestUsualFolders(t *testing.T) {
 	}
 }
 
+// What lasts is said in the same words: else each pass would log it and write an event.
+func TestRuntimeUseRepeatsItself(t *testing.T) {
+	n := node("a")
+	n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionFalse, Message: notReady[0]}}
+	written := time.Now()
+	var said []string
+	for _, waited := range []time.Duration{2 * runtimePatience, 3*runtimePatience + time.Second} {
+		if err := runtimeUse(n, written, written.Add(waited), config.Default().CNI, "/"); err != nil {
+			said = append(said, err.Error())
+		}
+	}
+	if len(said) != 2 || said[0] != said[1] {
+		t.Errorf("%q", said)
+	}
+}
+
 // A watch that is denied just after the API server has started is no news; one that stays denied is.
 func TestDenialsPassOrAreTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
