@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -273,26 +272,10 @@ func TestInstallKilled(t *testing.T) {
 	began := time.Now()
 	install(t, two, to)
 	took := time.Since(began) // with the race detector many times as long
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	kills, leftovers := 0, 0
 	// Most come between two files; some must come in the middle of one, or the test shows nothing.
 	for ; kills < 40 || leftovers == 0 && kills < 400; kills++ {
-		cmd := exec.Command(self)
-		cmd.Env = append(os.Environ(), installLoopEnv+"="+one+":"+two+":"+to)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd.Stderr = t.Output()
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := out.Read(make([]byte, 1)); err != nil {
-			t.Fatalf("the loop did not start: %v, %v", err, cmd.Wait())
-		}
+		cmd := startSelf(t, installLoopEnv+"="+one+":"+two+":"+to)
 		time.Sleep(rand.N(2 * took))
 		if err := cmd.Process.Kill(); err != nil {
 			t.Fatal(err)

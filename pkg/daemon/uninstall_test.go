@@ -257,29 +257,9 @@ func TestLockOfTheDead(t *testing.T) {
 // Killed at any moment, an uninstall is finished by the next one.
 func TestUninstallKilled(t *testing.T) {
 	c, binDir, before := inhabitable(t)
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	start := func() *exec.Cmd {
-		t.Helper()
-		cmd := exec.Command(self)
-		cmd.Env = append(os.Environ(), uninstallEnv+"="+c.CNI.ConfDir)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd.Stderr = t.Output()
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := out.Read(make([]byte, 1)); err != nil {
-			t.Fatalf("it did not start: %v, %v", err, cmd.Wait())
-		}
-		return cmd
-	}
+	env := uninstallEnv + "=" + c.CNI.ConfDir
 	inhabit(t, c, binDir)
-	cmd := start()
+	cmd := startSelf(t, env)
 	began := time.Now()
 	if err := cmd.Wait(); err != nil {
 		t.Fatal(err)
@@ -289,7 +269,7 @@ func TestUninstallKilled(t *testing.T) {
 	half := 0
 	for range 10 {
 		inhabit(t, c, binDir)
-		cmd := start()
+		cmd := startSelf(t, env)
 		time.Sleep(rand.N(took))
 		_ = cmd.Process.Kill() // it may have ended
 		if cmd.Wait() != nil {
