@@ -4,6 +4,9 @@
 set -eu
 mount --make-rprivate /
 mount -t proc proc /proc
+# The kernel copies IPv4's settings from the host: one with Docker forwards, a distribution's may filter reverse paths.
+echo 0 > /proc/sys/net/ipv4/ip_forward
+for i in all default lo; do echo 0 > /proc/sys/net/ipv4/conf/$i/rp_filter; done
 # A fresh sysfs shows this network namespace's devices. Some hosts forbid it to an ordinary user; nothing depends on it.
 mount -t sysfs sysfs /sys 2>/dev/null || :
 

@@ -139,11 +139,25 @@ func setUp() error {
 	if err := os.MkdirAll("/run/netns", 0o755); err != nil {
 		return err
 	}
+	if err := resetIPv4(); err != nil {
+		return err
+	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
 	}
 	return netlink.LinkSetUp(lo)
+}
+
+// resetIPv4 gives the namespace of the thread the kernel's defaults. The kernel copies IPv4's settings from the host
+// (ip-sysctl.rst, devconf_inherit_init_net), and one with Docker forwards, or a distribution's filters reverse paths.
+func resetIPv4() error {
+	for _, key := range []string{"ip_forward", "conf/all/rp_filter", "conf/default/rp_filter", "conf/lo/rp_filter"} {
+		if err := os.WriteFile("/proc/sys/net/ipv4/"+key, []byte("0"), 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // NS is a network namespace with its loopback up.
@@ -199,6 +213,10 @@ func Create(path string) error {
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			errs <- err
+			return
+		}
+		if err := resetIPv4(); err != nil {
 			errs <- err
 			return
 		}
