@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -41,6 +42,16 @@ func (f *flags) load() (config.Config, error) {
 	return config.Load(f.file, !f.given(), os.Environ(), f.sets)
 }
 
+// loadAndLog is load, with the log that the configuration asks for.
+func (f *flags) loadAndLog() (config.Config, *slog.Logger, error) {
+	c, err := f.load()
+	if err != nil {
+		return c, nil, err
+	}
+	log, err := logging.New(os.Stderr, c.Logging.Level, c.Logging.Format)
+	return c, log, err
+}
+
 func root() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:           "headcni-daemon",
@@ -64,11 +75,7 @@ func runCmd(f *flags) *cobra.Command {
 		Short: "Set the node's network up and keep it so; SIGTERM ends it and leaves the network in force",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.load()
-			if err != nil {
-				return err
-			}
-			log, err := logging.New(os.Stderr, c.Logging.Level, c.Logging.Format)
+			c, log, err := f.loadAndLog()
 			if err != nil {
 				return err
 			}
@@ -87,11 +94,7 @@ func tailscaledCmd(f *flags) *cobra.Command {
 		Short: "Become the dedicated tailscaled of daemon mode",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.load()
-			if err != nil {
-				return err
-			}
-			log, err := logging.New(os.Stderr, c.Logging.Level, c.Logging.Format)
+			c, log, err := f.loadAndLog()
 			if err != nil {
 				return err
 			}
@@ -106,11 +109,7 @@ func uninstallCmd(f *flags) *cobra.Command {
 		Short: "Take everything of ours off this node and put back what was there",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.load()
-			if err != nil {
-				return err
-			}
-			log, err := logging.New(os.Stderr, c.Logging.Level, c.Logging.Format)
+			c, log, err := f.loadAndLog()
 			if err != nil {
 				return err
 			}
