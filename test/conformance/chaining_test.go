@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -220,6 +221,7 @@ func TestBandwidth(t *testing.T) {
 // lacksShaping tells what of the plugin bandwidth's needs the kernel has not.
 func (n *node) lacksShaping() string {
 	n.t.Helper()
+	_ = exec.Command("modprobe", "-q", "ifb", "numifbs=0").Run() // loaded by the kernel, it would leave the host two links
 	ns := nstest.New(n.t)
 	for _, args := range []string{"ip link add ifb0 type ifb", "tc qdisc add dev ifb0 root tbf rate 1mbit burst 32kbit latency 10ms"} {
 		f := strings.Fields(args)
