@@ -5,6 +5,9 @@ package labtest
 import (
 	"context"
 	"fmt"
+	"io"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -128,4 +131,84 @@ func Eventually(t *testing.T, what string, try func() error) {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
+}
+
+// Start configures a node that was left alone and starts tailscaled and the daemon. It does not wait for readiness.
+func Start(t *testing.T, n *lab.Node, change func(*lab.Node, map[string]any)) {
+	t.Helper()
+	if err := n.ConfigureDaemon(change); err != nil {
+		t.Fatal(err)
+	}
+	StartTailscaled(t, n)
+	if err := n.StartDaemon(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// StartTailscaled starts a node's tailscaled and waits until it answers.
+func StartTailscaled(t *testing.T, n *lab.Node) {
+	t.Helper()
+	if err := n.StartTailscaled(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.WaitSocket(Within(t)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Ready waits until a node's daemon says that all is right.
+func Ready(t *testing.T, n *lab.Node) {
+	t.Helper()
+	if err := n.WaitReady(Within(t)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Listen opens a TCP socket that is closed when the test ends. Port 0 is any.
+func Listen(t *testing.T, at lab.Place, addr netip.AddrPort) (l net.Listener) {
+	t.Helper()
+	err := at.Do(func() (err error) {
+		l, err = net.Listen("tcp", addr.String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// Service tells whoever connects which address it comes from, until the test ends. Port 0 is any.
+func Service(t *testing.T, at lab.Place, addr netip.AddrPort) netip.AddrPort {
+	t.Helper()
+	l := Listen(t, at, addr)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return // closed
+			}
+			fmt.Fprintln(c, netip.MustParseAddrPort(c.RemoteAddr().String()).Addr().Unmap())
+			c.Close()
+		}
+	}()
+	return netip.MustParseAddrPort(l.Addr().String())
+}
+
+// Ask returns what a Service says, before ctx's deadline.
+func Ask(ctx context.Context, from lab.Place, to netip.AddrPort) (netip.Addr, error) {
+	c, err := from.Dial(ctx, "tcp", to.String())
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	defer c.Close()
+	deadline, _ := ctx.Deadline()
+	if err := c.SetDeadline(deadline); err != nil {
+		return netip.Addr{}, err
+	}
+	b, err := io.ReadAll(c)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	return netip.ParseAddr(strings.TrimSpace(string(b)))
 }

@@ -47,7 +47,7 @@ func testNeverInClear(t *testing.T, bin string) {
 		}
 	}
 	defer c.stop()
-	startTailscaled(t, c.lure)
+	labtest.StartTailscaled(t, c.lure)
 	up(t, c.Lab, c.lure)
 	for _, f := range []struct {
 		name string
@@ -217,7 +217,7 @@ func (c *wire) mend(t *testing.T) {
 	t.Helper()
 	for _, n := range c.nodes() {
 		if !n.Tailscaled.Alive() {
-			startTailscaled(t, n)
+			labtest.StartTailscaled(t, n)
 		}
 		if !n.Daemon.Alive() {
 			if err := n.StartDaemon(); err != nil {
@@ -226,7 +226,7 @@ func (c *wire) mend(t *testing.T) {
 		}
 	}
 	for _, n := range c.nodes() {
-		ready(t, n)
+		labtest.Ready(t, n)
 	}
 	c.flows(t)
 	c.works(t)

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -66,28 +64,6 @@ func sh(t *testing.T, m *lab.Machine, format string, args ...any) string {
 	return out
 }
 
-// start configures a node that was left alone and starts tailscaled and the daemon. It does not wait for readiness.
-func start(t *testing.T, n *lab.Node, change func(*lab.Node, map[string]any)) {
-	t.Helper()
-	if err := n.ConfigureDaemon(change); err != nil {
-		t.Fatal(err)
-	}
-	startTailscaled(t, n)
-	if err := n.StartDaemon(); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func startTailscaled(t *testing.T, n *lab.Node) {
-	t.Helper()
-	if err := n.StartTailscaled(); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.WaitSocket(labtest.Within(t)); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func startDaemon(t *testing.T, nodes ...*lab.Node) {
 	t.Helper()
 	for _, n := range nodes {
@@ -96,7 +72,7 @@ func startDaemon(t *testing.T, nodes ...*lab.Node) {
 		}
 	}
 	for _, n := range nodes {
-		ready(t, n)
+		labtest.Ready(t, n)
 	}
 }
 
@@ -106,13 +82,6 @@ func kill(t *testing.T, processes ...*lab.Process) {
 		if err := p.Kill(); err != nil {
 			t.Fatal(err)
 		}
-	}
-}
-
-func ready(t *testing.T, n *lab.Node) {
-	t.Helper()
-	if err := n.WaitReady(labtest.Within(t)); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -254,49 +223,11 @@ func ip(v6 bool) string {
 	return "ip -4"
 }
 
-// service tells whoever connects which address it comes from, until the test ends. Port 0 is any.
-func service(t *testing.T, at lab.Place, addr netip.AddrPort) netip.AddrPort {
-	t.Helper()
-	var l net.Listener
-	err := at.Do(func() (err error) {
-		l, err = net.Listen("tcp", addr.String())
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return // closed
-			}
-			fmt.Fprintln(c, netip.MustParseAddrPort(c.RemoteAddr().String()).Addr().Unmap())
-			c.Close()
-		}
-	}()
-	return netip.MustParseAddrPort(l.Addr().String())
-}
-
-// ask returns what a service says.
+// ask returns what a service says, within a while.
 func ask(ctx context.Context, from lab.Place, to netip.AddrPort) (netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, answer)
 	defer cancel()
-	deadline, _ := ctx.Deadline()
-	c, err := from.Dial(ctx, "tcp", to.String())
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	defer c.Close()
-	if err := c.SetDeadline(deadline); err != nil {
-		return netip.Addr{}, err
-	}
-	b, err := io.ReadAll(c)
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	return netip.ParseAddr(strings.TrimSpace(string(b)))
+	return labtest.Ask(ctx, from, to)
 }
 
 // echo is a pod's server that tells where a connection comes from.

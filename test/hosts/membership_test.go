@@ -116,14 +116,14 @@ type household struct {
 func newHousehold(t *testing.T, l *lab.Lab) *household {
 	h := &household{Lab: l, host: l.Nodes[users], laptop: l.Nodes[laptop]}
 	for i := range 2 {
-		h.lan[i] = service(t, l.Control, netip.AddrPortFrom(usersLAN[i], 0))
-		h.outside[i] = service(t, l.Control, netip.AddrPortFrom(outside[i], 0))
+		h.lan[i] = labtest.Service(t, l.Control, netip.AddrPortFrom(usersLAN[i], 0))
+		h.outside[i] = labtest.Service(t, l.Control, netip.AddrPortFrom(outside[i], 0))
 	}
 	sh(t, h.host.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
-	startTailscaled(t, h.host)
+	labtest.StartTailscaled(t, h.host)
 	up(t, l, h.host, "--hostname=users-own", "--advertise-routes="+lanRoutes, "--advertise-exit-node", "--ssh")
 	approve(t, l, h.host, append(strings.Split(lanRoutes, ","), "0.0.0.0/0", "::/0")...)
-	startTailscaled(t, h.laptop)
+	labtest.StartTailscaled(t, h.laptop)
 	up(t, l, h.laptop, "--accept-routes")
 	return h
 }
@@ -254,8 +254,8 @@ func (h *household) testUserChanges(t *testing.T, before map[string]any) map[str
 // A node that was deleted in Headscale goes on saying Running. The daemon notices within a minute and joins anew.
 func testForgotten(t *testing.T, l *lab.Lab) {
 	n := l.Nodes[forgotten]
-	start(t, n, nil)
-	ready(t, n)
+	labtest.Start(t, n, nil)
+	labtest.Ready(t, n)
 	old, err := registered(t, l, n)
 	if err != nil {
 		t.Fatal(err)
@@ -281,7 +281,7 @@ func testForgotten(t *testing.T, l *lab.Lab) {
 	again("approved", func(node headscale.Node) bool { return has(node.Approved) })
 	restartForRoutes(t, l)
 	again("routed", func(node headscale.Node) bool { return has(node.Primary) })
-	ready(t, n)
+	labtest.Ready(t, n)
 }
 
 // restartForRoutes restarts Headscale 0.27 and 0.28: to them a deleted node serves its routes until they end.
@@ -310,9 +310,9 @@ func testDeadman(t *testing.T, l *lab.Lab) {
 			section(c, "network")["lanFirst"] = lanFirst
 		}
 	}
-	start(t, n, configure("false"))
-	ready(t, n)
-	startTailscaled(t, peer)
+	labtest.Start(t, n, configure("false"))
+	labtest.Ready(t, n)
+	labtest.StartTailscaled(t, peer)
 	up(t, l, peer)
 	advertise(t, l, peer, "192.168.99.0/24")
 	accepted(t, n, "192.168.99.0/24")

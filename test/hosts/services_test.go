@@ -80,13 +80,13 @@ func testConnectWaits(t *testing.T, w *world) {
 				t.Errorf("ended while tailscaled was away: %v", err)
 			case <-time.After(moment):
 			}
-			startTailscaled(t, n)
+			labtest.StartTailscaled(t, n)
 			for range 2 {
 				if err := <-results; err != nil {
 					t.Error(err)
 				}
 			}
-			ready(t, n)
+			labtest.Ready(t, n)
 		})
 	}
 	t.Run("because of our rules", func(t *testing.T) {
@@ -98,7 +98,7 @@ func testConnectWaits(t *testing.T, w *world) {
 				t.Errorf("%s: without them: %v after %v", family(v6), err, time.Since(began))
 			}
 		}
-		startTailscaled(t, w.a)
+		labtest.StartTailscaled(t, w.a)
 		startDaemon(t, w.a)
 	})
 	w.works(t)

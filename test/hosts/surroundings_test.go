@@ -34,7 +34,7 @@ func newWorld(t *testing.T, opt lab.Options) *world {
 	w.a1, w.a2 = addPod(t, w.a, "a1"), addPod(t, w.a, "a2")
 	w.b1, w.b2 = addPod(t, w.b, "b1"), addPod(t, w.b, "b2")
 	for _, v6 := range []bool{false, true} {
-		w.outside = append(w.outside, service(t, l.Control, netip.AddrPortFrom(controlAddr(l, v6), 0)))
+		w.outside = append(w.outside, labtest.Service(t, l.Control, netip.AddrPortFrom(controlAddr(l, v6), 0)))
 	}
 	return w
 }
@@ -263,10 +263,10 @@ func partOf(t *testing.T, n *lab.Node, name string) (text string, ready bool) {
 func testForeignRoutes(t *testing.T, w *world, peer *lab.Node) {
 	sh(t, w.Control.Machine, "ip address add 192.168.99.1/32 dev lo; ip address add fd99::1/128 dev lo nodad")
 	behind := []netip.AddrPort{
-		service(t, w.Control, netip.MustParseAddrPort("192.168.99.1:0")), service(t, w.Control, netip.MustParseAddrPort("[fd99::1]:0")),
+		labtest.Service(t, w.Control, netip.MustParseAddrPort("192.168.99.1:0")), labtest.Service(t, w.Control, netip.MustParseAddrPort("[fd99::1]:0")),
 	}
 	routes := []string{"192.168.77.0/24", "fd77:77:77::/64", serviceCIDR4, serviceCIDR6, "192.168.99.0/24", "fd99::/64"}
-	startTailscaled(t, peer)
+	labtest.StartTailscaled(t, peer)
 	up(t, w.Lab, peer)
 	advertise(t, w.Lab, peer, routes...)
 	for _, n := range w.nodes() {
@@ -278,7 +278,7 @@ func testForeignRoutes(t *testing.T, w *world, peer *lab.Node) {
 	for _, n := range w.nodes() {
 		for i, addr := range n.Underlay {
 			wants(t, n.Name+" to what is behind its default route", n, behind[i], addr)
-			at := service(t, n, netip.AddrPortFrom(addr, 0))
+			at := labtest.Service(t, n, netip.AddrPortFrom(addr, 0))
 			wants(t, "LAN host to "+n.Name, w.Control, at, controlAddr(w.Lab, i == 1))
 		}
 		if _, err := n.Run(labtest.Within(t), "headcni-daemon", "health"); err != nil {
@@ -301,8 +301,8 @@ func testForeignRoutes(t *testing.T, w *world, peer *lab.Node) {
 // A host without IPv6, in a cluster that has it.
 func testNoIPv6(t *testing.T, w *world, n *lab.Node) {
 	sh(t, n.Machine, "for i in all default lo eth0; do echo 1 > /proc/sys/net/ipv6/conf/$i/disable_ipv6; done")
-	start(t, n, func(n *lab.Node, c map[string]any) { section(c, "network")["podCIDRs"] = n.PodCIDRs[:1] })
-	ready(t, n)
+	labtest.Start(t, n, func(n *lab.Node, c map[string]any) { section(c, "network")["podCIDRs"] = n.PodCIDRs[:1] })
+	labtest.Ready(t, n)
 	p, q := addPod(t, n, "p"), addPod(t, n, "q")
 	if len(p.Addrs) != 1 || !p.Addrs[0].Is4() {
 		t.Errorf("the pod has %v", p.Addrs)

@@ -98,7 +98,7 @@ func linkLocal(t *testing.T, n *lab.Node) (addr netip.Addr) {
 func testRouterAdvertisements(t *testing.T, w *world, n *lab.Node) {
 	far := netip.MustParseAddr("fd98::1")
 	sh(t, w.Control.Machine, "ip address add %s/128 dev lo nodad", far)
-	target := service(t, w.Control, netip.AddrPortFrom(far, 0))
+	target := labtest.Service(t, w.Control, netip.AddrPortFrom(far, 0))
 	sh(t, n.Machine, "ip -6 route delete default")
 	router := startRouter(t, w, n)
 	byRA := func() error {
@@ -121,8 +121,8 @@ func testRouterAdvertisements(t *testing.T, w *world, n *lab.Node) {
 		t.Fatalf("the host is not as hosts are: %q", before)
 	}
 
-	start(t, n, nil)
-	ready(t, n)
+	labtest.Start(t, n, nil)
+	labtest.Ready(t, n)
 	if now := sysctls(); now != "2 1 1\n" {
 		t.Errorf("accept_ra and forwarding: %q", now)
 	}
@@ -199,8 +199,8 @@ func testOwnResolver(t *testing.T, w *world, n *lab.Node) {
 		})
 	}
 	resolv(n)
-	start(t, n, nil) // joins
-	ready(t, n)
+	labtest.Start(t, n, nil) // joins
+	labtest.Ready(t, n)
 	p := addPod(t, n, "p")
 	flows := func() {
 		for _, v6 := range []bool{false, true} {
@@ -219,7 +219,7 @@ func testOwnResolver(t *testing.T, w *world, n *lab.Node) {
 	for _, m := range []*lab.Node{n, w.b} {
 		kill(t, m.Daemon, m.Tailscaled)
 		resolv(m) // whatever tailscaled had made of it
-		startTailscaled(t, m)
+		labtest.StartTailscaled(t, m)
 		startDaemon(t, m)
 	}
 	flows()
@@ -236,7 +236,7 @@ func testOwnCGNAT(t *testing.T, w *world) {
 		sh(t, n.Machine, "ip address add %s/24 dev eth0", own[i])
 		defer sh(t, n.Machine, "ip address delete %s/24 dev eth0", own[i])
 	}
-	at := service(t, w.Control, netip.AddrPortFrom(netip.MustParseAddr(neighbour), 0))
+	at := labtest.Service(t, w.Control, netip.AddrPortFrom(netip.MustParseAddr(neighbour), 0))
 	said := func(n *lab.Node, want bool) func() error {
 		return func() error {
 			text, ready := partOf(t, n, "foreign")
@@ -265,7 +265,7 @@ func testOwnCGNAT(t *testing.T, w *world) {
 	for i, n := range w.nodes() {
 		wants(t, "host to its neighbour", n, at, own[i])
 		wants(t, "pod to its host's neighbour", pods[i], at, own[i])
-		here := service(t, n, netip.AddrPortFrom(own[i], 0))
+		here := labtest.Service(t, n, netip.AddrPortFrom(own[i], 0))
 		wants(t, "neighbour to host", w.Control, here, netip.MustParseAddr(neighbour))
 		labtest.Eventually(t, "wait until the daemon is content", said(n, false))
 	}

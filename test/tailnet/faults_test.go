@@ -127,7 +127,7 @@ func testHeadscaleDead(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 		t.Fatal(err)
 	}
 	stranger := l.Nodes[2]
-	start(t, stranger, nil)
+	labtest.Start(t, stranger, nil)
 	for _, p := range []*lab.Pod{a, b} {
 		newPodTalks(t, p.Node, a, b)
 		// A daemon that is started now knows nothing of Headscale.
@@ -147,7 +147,7 @@ func testHeadscaleDead(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 		t.Fatal(err)
 	}
 	for _, n := range l.Nodes {
-		ready(t, n)
+		labtest.Ready(t, n)
 	}
 	f.noneLost(t)
 	if err := stranger.WaitRoutes(labtest.Within(t)); err != nil {
@@ -181,9 +181,9 @@ func testTailscaledDead(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 					}
 				}
 				newPodStarts(t, p.Node)
-				startTailscaled(t, p.Node)
+				labtest.StartTailscaled(t, p.Node)
 				f.waitBack(t, time.Now())
-				ready(t, p.Node)
+				labtest.Ready(t, p.Node)
 				newPodTalks(t, p.Node, a, b)
 				if c := inClear(); c.Clear > 0 || c.Total == 0 {
 					t.Errorf("%d of %d packets in clear: %v", c.Clear, c.Total, c.Examples)
@@ -239,7 +239,7 @@ func testLeakIsSeen(t *testing.T, l *lab.Lab, a, b *lab.Pod) {
 	if c := inClear(); c.Clear == 0 {
 		t.Errorf("none of %d packets is in clear", c.Total)
 	}
-	startTailscaled(t, a.Node)
+	labtest.StartTailscaled(t, a.Node)
 	startDaemon(t, a.Node)
 	f.waitBack(t, time.Now())
 }
@@ -357,7 +357,7 @@ func testFlush(t *testing.T, l *lab.Lab, n *lab.Node, a, b *lab.Pod) {
 	}
 	labtest.Eventually(t, "wait for the tables", back)
 	f.waitBack(t, time.Now())
-	ready(t, n)
+	labtest.Ready(t, n)
 	if c := inClear(); c.Clear > 0 {
 		t.Errorf("%d of %d packets in clear: %v", c.Clear, c.Total, c.Examples)
 	}

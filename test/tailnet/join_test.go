@@ -30,7 +30,7 @@ func testPreAuthKey(t *testing.T, l *lab.Lab) {
 		t.Fatal(err)
 	}
 	setKey(t, n, key)
-	startTailscaled(t, n)
+	labtest.StartTailscaled(t, n)
 	startDaemon(t, n)
 	a, b := addPod(t, n, "key-1", lab.PodOptions{}), addPod(t, peer, "key-2", lab.PodOptions{})
 	for _, v6 := range []bool{false, true} {
@@ -84,7 +84,7 @@ func testBadInput(t *testing.T, l *lab.Lab) {
 		{"no tailscaled", func() {}, "tailnet", "systemctl start tailscaled"},
 		{"wrong API key", func() {
 			setKey(t, n, "hskey-api-abcdefghijkl-"+strings.Repeat("x", 64))
-			startTailscaled(t, n)
+			labtest.StartTailscaled(t, n)
 		}, "tailnet", "headscale apikeys create"},
 		{"expired API key", func() { setKey(t, n, lastWord(t, expired)) }, "tailnet", "headscale apikeys create"},
 		{"wrong pre-auth key", func() { setKey(t, n, "hskey-auth-abcdefghijkl-"+strings.Repeat("x", 64)) }, "tailnet", "headscale preauthkeys create"},
@@ -112,7 +112,7 @@ func testBadInput(t *testing.T, l *lab.Lab) {
 	}
 	t.Run("repaired", func(t *testing.T) {
 		setKey(t, n, l.Control.APIKey)
-		ready(t, n)
+		labtest.Ready(t, n)
 		addPod(t, n, "repaired", lab.PodOptions{})
 	})
 }
@@ -263,7 +263,7 @@ func headscaleNodes(t *testing.T, l *lab.Lab) []headscale.Node {
 // A node with another one's pod range.
 func testDuplicate(t *testing.T, l *lab.Lab) {
 	n, owner := l.Nodes[duplicate], l.Nodes[nodeA]
-	start(t, n, func(_ *lab.Node, c map[string]any) { section(c, "network")["podCIDRs"] = owner.PodCIDRs })
+	labtest.Start(t, n, func(_ *lab.Node, c map[string]any) { section(c, "network")["podCIDRs"] = owner.PodCIDRs })
 	complains(t, n, "prefs", owner.Name+" advertises")
 	noConflist(t, n)
 	for _, node := range headscaleNodes(t, l) {

@@ -85,41 +85,12 @@ func autoApprove(policy map[string]any) {
 	policy["autoApprovers"] = map[string]any{"routes": routes}
 }
 
-// start configures a node that was left alone and starts tailscaled and the daemon. It does not wait for readiness.
-func start(t *testing.T, n *lab.Node, change func(*lab.Node, map[string]any)) {
-	t.Helper()
-	if err := n.ConfigureDaemon(change); err != nil {
-		t.Fatal(err)
-	}
-	startTailscaled(t, n)
-	if err := n.StartDaemon(); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func startTailscaled(t *testing.T, n *lab.Node) {
-	t.Helper()
-	if err := n.StartTailscaled(); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.WaitSocket(labtest.Within(t)); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func startDaemon(t *testing.T, n *lab.Node) {
 	t.Helper()
 	if err := n.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}
-	ready(t, n)
-}
-
-func ready(t *testing.T, n *lab.Node) {
-	t.Helper()
-	if err := n.WaitReady(labtest.Within(t)); err != nil {
-		t.Fatal(err)
-	}
+	labtest.Ready(t, n)
 }
 
 // addPod makes a pod that is removed with the test, unless the test does it.

@@ -26,8 +26,8 @@ const crowd = 100
 
 func testCrowd(t *testing.T, l *lab.Lab) {
 	n := l.Nodes[crowded]
-	start(t, n, nil)
-	ready(t, n)
+	labtest.Start(t, n, nil)
+	labtest.Ready(t, n)
 	before := routes(t, n)
 	pods := make([]*lab.Pod, crowd)
 	atOnce(t, func(ctx context.Context, i int) (err error) {
@@ -138,8 +138,8 @@ func leases(t *testing.T, n *lab.Node) (all []ipam.Lease) {
 // The reference address manager in place of ours, by a line in daemon.yaml.
 func testHostLocal(t *testing.T, l *lab.Lab) {
 	n, peer := l.Nodes[hostLocal], l.Nodes[nodeA]
-	start(t, n, func(_ *lab.Node, c map[string]any) { section(c, "ipam")["type"] = "host-local" })
-	ready(t, n)
+	labtest.Start(t, n, func(_ *lab.Node, c map[string]any) { section(c, "ipam")["type"] = "host-local" })
+	labtest.Ready(t, n)
 	a, b := addPod(t, n, "hl-1", lab.PodOptions{}), addPod(t, n, "hl-2", lab.PodOptions{})
 	far := addPod(t, peer, "hl-far", lab.PodOptions{})
 	for _, to := range []*lab.Pod{b, far} {
@@ -211,7 +211,7 @@ func testFlat(t *testing.T, l *lab.Lab) {
 	wantUDP(t, "a full packet", a, b.Addr(false), 1280-headers[false], a.Addr(false))
 	wantTCP(t, "pod to pod", b, echo(a, false), b.Addr(false))
 	wantTCP(t, "node to pod", n, echo(a, false), n.Underlay[0])
-	wantTCP(t, "pod to node", a, service(t, n, n.Underlay[0]), a.Addr(false))
+	wantTCP(t, "pod to node", a, labtest.Service(t, n, netip.AddrPortFrom(n.Underlay[0], 0)), a.Addr(false))
 	for _, p := range []*lab.Pod{a, b} {
 		if err := p.Check(labtest.Within(t)); err != nil {
 			t.Errorf("CHECK: %v", err)

@@ -8,10 +8,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -78,7 +76,7 @@ func testNodeAndPod(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 					default:
 						want = p.Node.Underlay[i]
 					}
-					wantTCP(t, fmt.Sprintf("%s to %s of %s", p.Name, addr, n.Name), p, service(t, n, addr), want)
+					wantTCP(t, fmt.Sprintf("%s to %s of %s", p.Name, addr, n.Name), p, labtest.Service(t, n, netip.AddrPortFrom(addr, 0)), want)
 				}
 			}
 		}
@@ -93,7 +91,7 @@ func testOutside(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 		b := addr.AsSlice()
 		b[len(b)-1] = 1
 		control, _ := netip.AddrFromSlice(b)
-		to := service(t, l.Control, control)
+		to := labtest.Service(t, l.Control, netip.AddrPortFrom(control, 0))
 		for _, p := range pods {
 			wantTCP(t, fmt.Sprintf("%s to %s", p.Name, control), p, to, p.Node.Underlay[i])
 		}
@@ -103,14 +101,14 @@ func testOutside(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 // A user's device in the tailnet, without anything of ours.
 func testLaptop(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	n := l.Nodes[laptop]
-	startTailscaled(t, n)
+	labtest.StartTailscaled(t, n)
 	up := []string{"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l), "--accept-routes", "--accept-dns=false"}
 	if _, err := n.Run(labtest.Within(t), "tailscale", up...); err != nil {
 		t.Fatal(err)
 	}
 	tailnet := tailnetAddrs(t, n)
 	for i, v6 := range []bool{false, true} {
-		to := service(t, n, tailnet[i])
+		to := labtest.Service(t, n, netip.AddrPortFrom(tailnet[i], 0))
 		for _, p := range pods {
 			if err := n.WaitRoute(labtest.Within(t), p.Addr(v6)); err != nil {
 				t.Fatal(err)
@@ -134,7 +132,7 @@ func echo(p *lab.Pod, v6 bool) netip.AddrPort { return netip.AddrPortFrom(p.Addr
 // wantTCP connects to a server that tells whom it sees.
 func wantTCP(t *testing.T, what string, from lab.Place, to netip.AddrPort, want netip.Addr) {
 	t.Helper()
-	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) { return ask(ctx, from, to) })
+	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) { return labtest.Ask(ctx, from, to) })
 }
 
 // wantUDP sends one packet that must not be fragmented, to a pod that sends it back.
@@ -176,55 +174,6 @@ func tailnetAddrs(t *testing.T, n *lab.Node) []netip.Addr {
 		t.Fatalf("tailnet addresses of %s: %v, %v", n.Name, addrs, err)
 	}
 	return addrs
-}
-
-// service tells whoever connects which address it comes from, until the test ends.
-func service(t *testing.T, at lab.Place, addr netip.Addr) netip.AddrPort {
-	t.Helper()
-	l := listen(t, at, addr)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return // closed
-			}
-			fmt.Fprintln(c, netip.MustParseAddrPort(c.RemoteAddr().String()).Addr().Unmap())
-			c.Close()
-		}
-	}()
-	return netip.MustParseAddrPort(l.Addr().String())
-}
-
-// listen opens a TCP socket that is closed when the test ends.
-func listen(t *testing.T, at lab.Place, addr netip.Addr) (l net.Listener) {
-	t.Helper()
-	err := at.Do(func() (err error) {
-		l, err = net.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	return l
-}
-
-// ask returns what a service says.
-func ask(ctx context.Context, from lab.Place, to netip.AddrPort) (netip.Addr, error) {
-	c, err := from.Dial(ctx, "tcp", to.String())
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	defer c.Close()
-	deadline, _ := ctx.Deadline()
-	if err := c.SetDeadline(deadline); err != nil {
-		return netip.Addr{}, err
-	}
-	b, err := io.ReadAll(c)
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	return netip.ParseAddr(strings.TrimSpace(string(b)))
 }
 
 // headers of IP and UDP, in bytes.
@@ -290,7 +239,7 @@ func transfer(t *testing.T, from, to lab.Place, addr netip.Addr) {
 	t.Helper()
 	data := make([]byte, 8<<20)
 	rand.NewChaCha8([32]byte{1}).Read(data)
-	l := listen(t, to, addr)
+	l := labtest.Listen(t, to, netip.AddrPortFrom(addr, 0))
 	type outcome struct {
 		sum [sha256.Size]byte
 		n   int

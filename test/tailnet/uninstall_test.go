@@ -28,7 +28,7 @@ func testUninstallHost(t *testing.T, l *lab.Lab) {
 	if err := n.ConfigureDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
-	startTailscaled(t, n)
+	labtest.StartTailscaled(t, n)
 	up := []string{
 		"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l, "--tags", lab.Tag), "--accept-dns=false",
 		"--advertise-routes=" + usersRoute,
@@ -52,7 +52,7 @@ func testUninstallDaemon(t *testing.T, l *lab.Lab) {
 		t.Fatal(err)
 	}
 	before := hostState(t, n)
-	startTailscaled(t, n)
+	labtest.StartTailscaled(t, n)
 	liveAndLeave(t, l, n)
 	if err := n.Tailscaled.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
