@@ -54,7 +54,7 @@ const (
 // Tailscale says which tailscaled carries the pods' traffic.
 type Tailscale struct {
 	Mode string `json:"mode"`
-	// Socket is the LocalAPI socket; empty means the usual one of the mode.
+	// Socket is the LocalAPI socket, under auto the host's; empty means the usual one of the mode.
 	Socket string `json:"socket"`
 	// InterfaceName is the tun of the dedicated tailscaled. In host mode the tun is found.
 	InterfaceName string   `json:"interfaceName"`

@@ -59,7 +59,7 @@ func adopt(c config.Config, kubernetes bool) (config.Config, json.RawMessage, er
 	if c.Headscale.AuthKey.Empty() {
 		c.Headscale.AuthKey = s.AuthKey
 	}
-	if s.TailscaleSocket != paths.HostTailscaleSocket { // the usual one is no choice
+	if s.TailscaleSocket != paths.HostTailscaleSocket && c.Tailscale.Mode != config.ModeDaemon { // the usual one is no choice
 		fill(&c.Tailscale.Socket, s.TailscaleSocket)
 	}
 	var own []string

@@ -79,7 +79,7 @@ func (m *member) use(socket string) {
 // status asks tailscaled.
 func (m *member) status(ctx context.Context, mode string) (*tailscale.Status, error) {
 	if mode == "" {
-		return nil, errNoTailscaled
+		return nil, noTailscaled(m.cfg)
 	}
 	s, err := m.client.Status(ctx)
 	if errors.Is(err, tailscale.ErrUnreachable) && mode == config.ModeDaemon {

@@ -27,7 +27,7 @@ const hostTun = "tailscale0"
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, config: d.cfg}
 	if o.mode == config.ModeAuto {
-		o.mode = settleMode(d.saved.Mode)
+		o.mode = settleMode(d.cfg, d.saved.Mode)
 	}
 	if o.mode == config.ModeDaemon || o.tun == "" {
 		o.tun = d.cfg.Tailscale.InterfaceName
@@ -112,22 +112,27 @@ func sourceAddr(family int) (netip.Addr, error) {
 }
 
 // settleMode decides auto: what it settled on before, else whichever tailscaled answers.
-func settleMode(saved string) string {
+func settleMode(c config.Config, saved string) string {
 	switch {
 	case saved != "":
 		return saved
-	case answers(paths.HostTailscaleSocket):
+	case answers(socketOf(c, config.ModeHost)):
 		return config.ModeHost
-	case answers(paths.DaemonTailscaleSocket):
+	case answers(socketOf(c, config.ModeDaemon)):
 		return config.ModeDaemon
 	}
 	return ""
 }
 
-// socketOf is where the tailscaled of a mode listens; "" while auto has not settled.
+// socketOf is where the tailscaled of a mode listens; "" while auto has not settled. tailscale.socket is that of the mode that
+// is asked for, and the host's under auto.
 func socketOf(c config.Config, mode string) string {
+	asked := c.Tailscale.Mode
+	if asked == config.ModeAuto {
+		asked = config.ModeHost
+	}
 	switch {
-	case c.Tailscale.Socket != "":
+	case c.Tailscale.Socket != "" && mode == asked:
 		return c.Tailscale.Socket
 	case mode == config.ModeHost:
 		return paths.HostTailscaleSocket
@@ -207,6 +212,8 @@ func prefixesOf(i *net.Interface) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// errNoTailscaled is what auto says while it has found neither.
-var errNoTailscaled = errors.New("no tailscaled answers at " + paths.HostTailscaleSocket + " or " + paths.DaemonTailscaleSocket +
-	": install Tailscale and run `tailscale up --login-server URL`, or start `headcni-daemon tailscaled`")
+// noTailscaled is what auto says while it has found neither.
+func noTailscaled(c config.Config) error {
+	return fmt.Errorf("no tailscaled answers at %s or %s: install Tailscale and run `tailscale up --login-server URL`, or start "+
+		"`headcni-daemon tailscaled`", socketOf(c, config.ModeHost), socketOf(c, config.ModeDaemon))
+}

@@ -33,7 +33,7 @@ func Tailscaled(ctx context.Context, c config.Config, environ []string, log *slo
 			return err
 		}
 	}
-	if err := refuseBesideHost(); err != nil {
+	if err := refuseBesideHost(socketOf(c, config.ModeHost)); err != nil {
 		return err
 	}
 	bin, err := findTailscaled(environ)
@@ -43,10 +43,7 @@ func Tailscaled(ctx context.Context, c config.Config, environ []string, log *slo
 	if err := checkTun("/dev/net/tun"); err != nil {
 		return err
 	}
-	socket := c.Tailscale.Socket
-	if socket == "" {
-		socket = paths.DaemonTailscaleSocket
-	}
+	socket := socketOf(c, config.ModeDaemon)
 	for dir, mode := range map[string]os.FileMode{paths.TailscaleStateDir: 0o700, filepath.Dir(socket): 0o755} {
 		if err := os.MkdirAll(dir, mode); err != nil {
 			return fmt.Errorf("start tailscaled: %w", err)
@@ -167,12 +164,12 @@ func tailscaledEnv(environ []string) []string {
 }
 
 // refuseBesideHost fails where the host's own tailscaled runs: both would fight over table 52 and rules 5210-5270.
-func refuseBesideHost() error {
-	if !answers(paths.HostTailscaleSocket) {
+func refuseBesideHost(socket string) error {
+	if !answers(socket) {
 		return nil
 	}
 	return fmt.Errorf("start tailscaled: the host's own tailscaled answers at %s and two in one network namespace break each other's routes; "+
-		"use it with tailscale.mode: host, or stop it first (systemctl disable --now tailscaled)", paths.HostTailscaleSocket)
+		"use it with tailscale.mode: host, or stop it first (systemctl disable --now tailscaled)", socket)
 }
 
 // answers reports whether something listens on a Unix socket.

@@ -75,11 +75,7 @@ func leaveTailnet(ctx context.Context, c config.Config, s state, log *slog.Logge
 	if _, err := os.Stat(paths.TailscaleStateDir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	socket := paths.DaemonTailscaleSocket // under auto and host, tailscale.socket may be the host's
-	if c.Tailscale.Mode == config.ModeDaemon {
-		socket = socketOf(c, config.ModeDaemon)
-	}
-	if err := tailscale.New(socket).Logout(ctx); err != nil {
+	if err := tailscale.New(socketOf(c, config.ModeDaemon)).Logout(ctx); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}

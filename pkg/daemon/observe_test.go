@@ -1,0 +1,49 @@
+package daemon
+
+import (
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+)
+
+// tailscale.socket is that of the mode that is asked for, and the host's under auto.
+func TestSocketOf(t *testing.T) {
+	const own = "/run/mine.sock"
+	for _, tt := range []struct{ asked, socket, mode, want string }{
+		{config.ModeAuto, "", config.ModeHost, paths.HostTailscaleSocket},
+		{config.ModeAuto, "", config.ModeDaemon, paths.DaemonTailscaleSocket},
+		{config.ModeAuto, own, config.ModeHost, own},
+		{config.ModeAuto, own, config.ModeDaemon, paths.DaemonTailscaleSocket},
+		{config.ModeAuto, own, "", ""},
+		{config.ModeHost, own, config.ModeHost, own},
+		{config.ModeHost, own, config.ModeDaemon, paths.DaemonTailscaleSocket},
+		{config.ModeDaemon, own, config.ModeDaemon, own},
+		{config.ModeDaemon, own, config.ModeHost, paths.HostTailscaleSocket},
+	} {
+		c := config.Default()
+		c.Tailscale.Mode, c.Tailscale.Socket = tt.asked, tt.socket
+		if got := socketOf(c, tt.mode); got != tt.want {
+			t.Errorf("%+v: got %s", tt, got)
+		}
+	}
+}
+
+// A host's tailscaled with a socket of its own is found under auto, and while it does not answer its socket is named.
+func TestAutoFindsTheHostsSocket(t *testing.T) {
+	c := config.Default()
+	c.Tailscale.Socket = filepath.Join(t.TempDir(), "tailscaled.sock")
+	if got := settleMode(c, ""); got != "" {
+		t.Errorf("nobody answers, and the mode is %q", got)
+	}
+	if err := noTailscaled(c); !strings.Contains(err.Error(), c.Tailscale.Socket) {
+		t.Error(err)
+	}
+	fakeTailscaled(t, c.Tailscale.Socket, http.StatusOK)
+	if got := settleMode(c, ""); got != config.ModeHost {
+		t.Errorf("the host's answers, and the mode is %q", got)
+	}
+}
