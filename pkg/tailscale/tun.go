@@ -77,8 +77,10 @@ func (s Status) TunnelRoutes() []netip.Prefix {
 		return nil
 	}
 	var out []netip.Prefix
+	seen := map[netip.Prefix]bool{}
 	add := func(p netip.Prefix) {
-		if !slices.Contains(out, p) {
+		if !seen[p] {
+			seen[p] = true
 			out = append(out, p)
 		}
 	}
