@@ -14,7 +14,6 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -125,7 +124,7 @@ func (d *Daemon) parts(o observation, p plan, refused error) []part {
 			return d.member.check(ctx, o)
 		}},
 		{name: partForeign, optional: true, run: func(context.Context) ([]string, error) {
-			return nil, errors.Join(foreignDrops(o.tun), sharedCGNAT(o))
+			return nil, errors.Join(d.foreignDrops(o.tun), sharedCGNAT(o))
 		}},
 		{name: partState, optional: true, run: func(context.Context) ([]string, error) { return nil, d.keepErr }},
 	}
@@ -143,8 +142,8 @@ func (d *Daemon) parts(o observation, p plan, refused error) []part {
 }
 
 // foreignDrops says which firewalls of others drop what pods send and get, and what to do about it.
-func foreignDrops(tun string) error {
-	drops, err := nft.ForeignDrops()
+func (d *Daemon) foreignDrops(tun string) error {
+	drops, err := d.tables.ForeignDrops()
 	if err != nil || len(drops) == 0 {
 		return err
 	}

@@ -16,7 +16,24 @@ const hookForward = 2
 // firewalld's: a drop is final in nftables, so no accept of ours can help, and pods stay cut off until the owner lets
 // them pass. A table with a rule about pods' links is taken for one whose owner has. The FORWARD chain of iptables is not
 // among it, since Sync puts accepts there. A drop deeper than a base chain's policy or last rule is not found.
-func ForeignDrops() ([]string, error) {
+//
+// While nobody changes any table it asks the kernel for no more than that: kube-proxy has a chain for each Service.
+func (t *Tables) ForeignDrops() ([]string, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	gen, err := generation()
+	if err != nil {
+		return nil, explain(err)
+	}
+	if t.dropsOK && t.dropsGen == gen {
+		return t.drops, nil
+	}
+	t.drops, err = foreignDrops()
+	t.dropsGen, t.dropsOK = gen, err == nil
+	return t.drops, err
+}
+
+func foreignDrops() ([]string, error) {
 	var out []string
 	for _, f := range []struct {
 		name   string

@@ -39,6 +39,11 @@ type Tables struct {
 	acceptGen uint32
 	acceptTun string
 	acceptOK  bool
+
+	// What was last found to drop, and at which generation.
+	drops    []string
+	dropsGen uint32
+	dropsOK  bool
 }
 
 // New returns a Tables that has touched nothing yet.
