@@ -91,7 +91,7 @@ func TestEveryConfigurationGuards(t *testing.T) {
 			i := slices.IndexFunc(table.chains, func(c chain) bool { return c.name == chainGuard })
 			rules := table.chains[i].rules
 			last := rules[len(rules)-1]
-			if !strings.HasPrefix(last, string(table.family)+" daddr @cluster ") || !strings.HasSuffix(last, " drop") {
+			if want := `oifname != "hc*" oifname != "lo" ` + string(table.family) + " daddr @cluster drop"; !strings.HasSuffix(last, want) {
 				t.Errorf("%s: the guard ends with %q", name, last)
 			}
 			if cfg.TunName == "" && strings.Contains(fmt.Sprint(table), `""`) {
