@@ -243,17 +243,16 @@ func (c *Controller) slow(ctx context.Context, api *headscale.Client, o observat
 	}
 	var found []finding
 	text, err := api.Policy(ctx)
-	switch {
-	case errors.Is(err, headscale.ErrNotFound):
+	if errors.Is(err, headscale.ErrNotFound) {
 		text, err = "{}", nil // without a policy everything is allowed
-	case err != nil:
-		c.log.Info("the policy cannot be looked at", "err", err)
 	}
 	if err == nil {
 		found, err = checkPolicy(text, needs{o.podRanges(), o.tags, o.sharing(), headscale.StarCoversRoutes(health.Version)})
-		if err != nil {
-			c.log.Warn("look at the policy", "err", err)
-		}
+	}
+	if err != nil {
+		c.log.Warn("look at the policy", "err", err)
+		// What was found before stands: that it cannot be seen makes nothing right again.
+		found = slices.DeleteFunc(slices.Clone(c.findings), func(f finding) bool { return f.check == checkKey })
 	}
 	if f := c.ownKey(ctx, api); f != "" {
 		found = append(found, finding{checkKey, f})

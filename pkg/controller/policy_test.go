@@ -1,8 +1,12 @@
 package controller
 
 import (
+	"net/http"
+	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestCheckPolicy(t *testing.T) {
@@ -50,5 +54,40 @@ func TestCheckPolicy(t *testing.T) {
 	}
 	if _, err := checkPolicy(`{"acls": 3}`, needs{}); err == nil {
 		t.Error("a policy that is none passes")
+	}
+}
+
+// While the policy cannot be read, what was found in it stands.
+func TestFindingsOutliveAFault(t *testing.T) {
+	status := http.StatusOK
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/api/v1/policy" {
+			w.WriteHeader(status)
+			_, _ = w.Write([]byte(`{"policy":"{\"acls\":[]}","message":"the database is locked","code":2}`))
+			return
+		}
+		_, _ = w.Write([]byte(`{}`))
+	}))
+	defer s.Close()
+	c, _, _ := world(t, s.URL, "hskey-api-x")
+	api, _, err := c.headscale(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := observation{ranges: prefixes("10.244.0.0/16"), tags: tags}
+	var before []finding
+	for _, status = range []int{http.StatusOK, http.StatusInternalServerError} {
+		c.slowAt = time.Time{}
+		c.slow(t.Context(), api, o)
+		if len(c.findings) == 0 || before != nil && !slices.Equal(c.findings, before) {
+			t.Errorf("status %d: %v, before that %v", status, c.findings, before)
+		}
+		before = c.findings
+	}
+	status = http.StatusNotFound // no policy: everything is allowed
+	c.slowAt = time.Time{}
+	c.slow(t.Context(), api, o)
+	if slices.ContainsFunc(c.findings, func(f finding) bool { return f.check == checkACL }) {
+		t.Errorf("without a policy: %v", c.findings)
 	}
 }
