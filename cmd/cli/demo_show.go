@@ -119,7 +119,7 @@ func (d *demo) matrix(ctx context.Context) error {
 
 // question asks over TCP once and over UDP three times, and returns the shortest UDP round trip.
 func question(ctx context.Context, from, to *lab.Pod, v6 bool) (best time.Duration, err error) {
-	seen, err := lab.Ask(ctx, from, to.Addr(v6))
+	seen, err := lab.Ask(ctx, from, netip.AddrPortFrom(to.Addr(v6), lab.EchoPort))
 	if err != nil {
 		return 0, fmt.Errorf("TCP: %w", err)
 	}

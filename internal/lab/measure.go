@@ -23,18 +23,19 @@ type Place interface {
 }
 
 // answerIn bounds the wait for one answer.
-const answerIn = 2 * time.Second
+const answerIn = 3 * time.Second
 
-// Ask opens a TCP connection to a pod's echo server and returns the source address that it saw.
-func Ask(ctx context.Context, from Place, to netip.Addr) (netip.Addr, error) {
+// Ask opens a TCP connection to a server that tells whom it sees, such as a pod's echo server, and returns that address.
+func Ask(ctx context.Context, from Place, to netip.AddrPort) (netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerIn)
 	defer cancel()
-	c, err := from.Dial(ctx, "tcp", netip.AddrPortFrom(to, EchoPort).String())
+	c, err := from.Dial(ctx, "tcp", to.String())
 	if err != nil {
 		return netip.Addr{}, err
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(answerIn)); err != nil {
+	deadline, _ := ctx.Deadline()
+	if err := c.SetDeadline(deadline); err != nil {
 		return netip.Addr{}, err
 	}
 	b, err := io.ReadAll(c)

@@ -5,7 +5,6 @@ package labtest
 import (
 	"context"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -178,7 +177,7 @@ func Listen(t *testing.T, at lab.Place, addr netip.AddrPort) (l net.Listener) {
 	return l
 }
 
-// Service tells whoever connects which address it comes from, until the test ends. Port 0 is any.
+// Service tells whoever connects which address it comes from (lab.Ask), until the test ends. Port 0 is any.
 func Service(t *testing.T, at lab.Place, addr netip.AddrPort) netip.AddrPort {
 	t.Helper()
 	l := Listen(t, at, addr)
@@ -193,22 +192,4 @@ func Service(t *testing.T, at lab.Place, addr netip.AddrPort) netip.AddrPort {
 		}
 	}()
 	return netip.MustParseAddrPort(l.Addr().String())
-}
-
-// Ask returns what a Service says, before ctx's deadline.
-func Ask(ctx context.Context, from lab.Place, to netip.AddrPort) (netip.Addr, error) {
-	c, err := from.Dial(ctx, "tcp", to.String())
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	defer c.Close()
-	deadline, _ := ctx.Deadline()
-	if err := c.SetDeadline(deadline); err != nil {
-		return netip.Addr{}, err
-	}
-	b, err := io.ReadAll(c)
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	return netip.ParseAddr(strings.TrimSpace(string(b)))
 }

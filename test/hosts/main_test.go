@@ -223,13 +223,6 @@ func ip(v6 bool) string {
 	return "ip -4"
 }
 
-// ask returns what a service says, within a while.
-func ask(ctx context.Context, from lab.Place, to netip.AddrPort) (netip.Addr, error) {
-	ctx, cancel := context.WithTimeout(ctx, answer)
-	defer cancel()
-	return labtest.Ask(ctx, from, to)
-}
-
 // echo is a pod's server that tells where a connection comes from.
 func echo(p *lab.Pod, v6 bool) netip.AddrPort { return netip.AddrPortFrom(p.Addr(v6), lab.EchoPort) }
 
@@ -239,7 +232,7 @@ func wants(t *testing.T, what string, from lab.Place, to netip.AddrPort, want ne
 	t.Helper()
 	deadline := time.Now().Add(labtest.Soon)
 	for {
-		seen, err := ask(t.Context(), from, to)
+		seen, err := lab.Ask(t.Context(), from, to)
 		switch {
 		case err == nil && seen == want:
 			return
@@ -259,7 +252,7 @@ func refused(t *testing.T, what string, from lab.Place, to netip.AddrPort) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), moment)
 	defer cancel()
-	if seen, err := ask(ctx, from, to); err == nil {
+	if seen, err := lab.Ask(ctx, from, to); err == nil {
 		t.Errorf("%s: answered, to %v", what, seen)
 	}
 }

@@ -154,7 +154,7 @@ func (h *household) usesExitNode(t *testing.T, device, exit *lab.Node) {
 		})
 		for i := range 2 {
 			labtest.Eventually(t, fmt.Sprintf("%s to the world, with the exit node %q", device.Name, c.node), func() error {
-				seen, err := ask(t.Context(), device, h.outside[i])
+				seen, err := lab.Ask(t.Context(), device, h.outside[i])
 				if err == nil && seen != c.seen.Underlay[i] {
 					err = fmt.Errorf("came from %s", seen)
 				}

@@ -174,7 +174,7 @@ func hangsOnAdvertisements(t *testing.T, n *lab.Node, router *advertiser, monito
 	// The proof that it hung on advertisements all the time.
 	router.quiet.Store(true)
 	labtest.Eventually(t, "wait until the last advertisement has run out", func() error {
-		if _, err := ask(t.Context(), n, target); err == nil {
+		if _, err := lab.Ask(t.Context(), n, target); err == nil {
 			return errors.New("the outside is still reached")
 		}
 		return nil

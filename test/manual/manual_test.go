@@ -228,7 +228,7 @@ func reach(t *testing.T, pods []*pod) {
 				}
 				what := fmt.Sprintf("from %s to %s at %s", from.name, to.name, addr)
 				labtest.Eventually(t, what, func() error {
-					seen, err := lab.Ask(t.Context(), from, addr)
+					seen, err := lab.Ask(t.Context(), from, netip.AddrPortFrom(addr, lab.EchoPort))
 					if err == nil && seen != from.addrs[i] {
 						t.Errorf("%s: came from %s, want %s", what, seen, from.addrs[i])
 					}

@@ -132,7 +132,7 @@ func echo(p *lab.Pod, v6 bool) netip.AddrPort { return netip.AddrPortFrom(p.Addr
 // wantTCP connects to a server that tells whom it sees.
 func wantTCP(t *testing.T, what string, from lab.Place, to netip.AddrPort, want netip.Addr) {
 	t.Helper()
-	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) { return labtest.Ask(ctx, from, to) })
+	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) { return lab.Ask(ctx, from, to) })
 }
 
 // wantUDP sends one packet that must not be fragmented, to a pod that sends it back.
