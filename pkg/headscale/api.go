@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -230,12 +229,6 @@ func mergeRoutes(have, own, stale []netip.Prefix) ([]netip.Prefix, bool) {
 		}
 	}
 	return out, !slices.Equal(out, have)
-}
-
-// RenameNode sets a node's name in MagicDNS. ErrNotFound.
-func (c *Client) RenameNode(ctx context.Context, id ID, name string) error {
-	err := c.do(ctx, call{method: "POST", path: nodePath(id) + "/rename/" + url.PathEscape(name)})
-	return wrap(err, "rename node %s to %s", id, name)
 }
 
 // DeleteNode removes a node. ErrNotFound where it is gone.

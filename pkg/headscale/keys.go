@@ -15,13 +15,9 @@ const defaultUser = "headcni"
 
 // PreAuthKey is a key that nodes join with.
 type PreAuthKey struct {
-	ID ID
-	// Key is cut to its prefix in lists since 0.28.
-	Key                       secret.Secret
-	User                      User
-	Reusable, Ephemeral, Used bool
-	Expiration, CreatedAt     time.Time
-	ACLTags                   []string
+	ID   ID
+	Key  secret.Secret
+	User User
 }
 
 // User owns nodes and keys.
@@ -32,38 +28,32 @@ type User struct {
 
 // PreAuthKeyRequest says what key to make.
 type PreAuthKeyRequest struct {
-	// User is the owner's name. "" makes a key without owner, which 0.28 and later give where there are tags; on older
-	// servers it stands for the user headcni. A user that is missing is made.
-	User                string
-	Reusable, Ephemeral bool
+	Reusable bool
 	// Expiration must be in the future.
 	Expiration time.Time
 	// Tags such as tag:headcni: a tagged node's key never expires.
 	Tags []string
 }
 
-// CreatePreAuthKey makes a key.
+// CreatePreAuthKey makes a key: without owner, which 0.28 and later give where there are tags, else for the user headcni, who
+// is made where he is missing.
 func (c *Client) CreatePreAuthKey(ctx context.Context, r PreAuthKeyRequest) (PreAuthKey, error) {
-	name := r.User
-	if name == "" {
-		k, err := c.createPreAuthKey(ctx, r, 0)
-		var e *Error
-		if err == nil || !errors.As(err, &e) || errors.Is(err, ErrUnauthorized) {
-			return k, wrap(err, "make a pre-auth key")
-		}
-		name = defaultUser
+	k, err := c.createPreAuthKey(ctx, r, 0)
+	var e *Error
+	if err == nil || !errors.As(err, &e) || errors.Is(err, ErrUnauthorized) {
+		return k, wrap(err, "make a pre-auth key")
 	}
-	u, err := c.ensureUser(ctx, name)
+	u, err := c.ensureUser(ctx, defaultUser)
 	if err != nil {
 		return PreAuthKey{}, fmt.Errorf("make a pre-auth key: %w", err)
 	}
-	k, err := c.createPreAuthKey(ctx, r, u.ID)
-	return k, wrap(err, "make a pre-auth key for user %s", name)
+	k, err = c.createPreAuthKey(ctx, r, u.ID)
+	return k, wrap(err, "make a pre-auth key for user %s", defaultUser)
 }
 
 func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user ID) (PreAuthKey, error) {
 	body := map[string]any{
-		"reusable": r.Reusable, "ephemeral": r.Ephemeral, "expiration": r.Expiration.UTC().Format(time.RFC3339), "aclTags": r.Tags,
+		"reusable": r.Reusable, "expiration": r.Expiration.UTC().Format(time.RFC3339), "aclTags": r.Tags,
 	}
 	if user != 0 {
 		body["user"] = user
@@ -106,41 +96,4 @@ func (c *Client) user(ctx context.Context, name string) (User, error) {
 		}
 	}
 	return User{}, fmt.Errorf("find user %s: %w", name, ErrNotFound)
-}
-
-// PreAuthKeys lists the keys of all users.
-func (c *Client) PreAuthKeys(ctx context.Context) ([]PreAuthKey, error) {
-	keys, err := c.preAuthKeys(ctx, "")
-	var e *Error
-	if err == nil || !errors.As(err, &e) || errors.Is(err, ErrUnauthorized) {
-		return keys, wrap(err, "list the pre-auth keys")
-	}
-	// Up to 0.27 they are listed by user only.
-	var list struct{ Users []User }
-	if err := c.do(ctx, call{method: "GET", path: "/api/v1/user", out: &list}); err != nil {
-		return nil, fmt.Errorf("list the pre-auth keys: %w", err)
-	}
-	keys = nil
-	for _, u := range list.Users {
-		k, err := c.preAuthKeys(ctx, "?user="+u.ID.String())
-		if err != nil {
-			return nil, fmt.Errorf("list the pre-auth keys of user %s: %w", u.Name, err)
-		}
-		keys = append(keys, k...)
-	}
-	return keys, nil
-}
-
-func (c *Client) preAuthKeys(ctx context.Context, query string) ([]PreAuthKey, error) {
-	var out struct{ PreAuthKeys []PreAuthKey }
-	err := c.do(ctx, call{method: "GET", path: "/api/v1/preauthkey" + query, out: &out})
-	return out.PreAuthKeys, err
-}
-
-// ExpirePreAuthKey makes a key useless for further joins. k comes from CreatePreAuthKey or PreAuthKeys.
-func (c *Client) ExpirePreAuthKey(ctx context.Context, k PreAuthKey) error {
-	// 0.28 and later go by id, older ones by user and key. Each ignores the other's fields.
-	body := map[string]any{"id": k.ID, "user": k.User.ID, "key": k.Key.Reveal()}
-	err := c.do(ctx, call{method: "POST", path: "/api/v1/preauthkey/expire", body: body})
-	return wrap(err, "expire pre-auth key %s", k.ID)
 }

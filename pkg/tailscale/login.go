@@ -43,8 +43,6 @@ type LoginOptions struct {
 	AuthKey secret.Secret
 	// Hostname is the wanted name in the tailnet; "" leaves tailscaled's own choice.
 	Hostname string
-	// Tags to ask for. Not needed with a key that carries tags, which Headscale's does.
-	Tags []string
 	// Move takes over a tailscaled that is logged in to another ControlURL: Headscale has moved. It needs a key. Only for
 	// a tailscaled that is ours; without Move that is ErrOtherControl.
 	Move bool
@@ -180,9 +178,6 @@ func loginPrefs(have Prefs, o LoginOptions) *edit {
 	}
 	if o.Hostname != "" && have.Hostname != o.Hostname {
 		e.set("Hostname", o.Hostname)
-	}
-	if len(o.Tags) > 0 && strings.Join(have.AdvertiseTags, " ") != strings.Join(o.Tags, " ") {
-		e.set("AdvertiseTags", o.Tags)
 	}
 	if !have.WantRunning {
 		e.set("WantRunning", true)

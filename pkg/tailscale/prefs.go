@@ -17,7 +17,6 @@ type Prefs struct {
 	WantRunning     bool
 	LoggedOut       bool
 	Hostname        string
-	AdvertiseTags   []string
 	AdvertiseRoutes []netip.Prefix
 	NoSNAT          bool
 	// NoStatefulFiltering is an opt.Bool: true, false or null, which means unset.

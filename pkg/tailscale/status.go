@@ -33,8 +33,6 @@ type Status struct {
 	HaveNodeKey bool
 	// TUN is false for tailscaled --tun=userspace-networking, which can carry no pods.
 	TUN bool
-	// AuthURL is where a person would log in interactively, "" when none is asked for.
-	AuthURL string
 	// MagicDNSSuffix is the tailnet's domain, such as ts.example.com.
 	MagicDNSSuffix string
 	// Health holds what tailscaled complains of.
@@ -53,10 +51,8 @@ type Peer struct {
 	// NodeKey is nodekey:<hex>, as Headscale's REST API has it.
 	NodeKey string
 	// Name is the first label of the MagicDNS name, else the host name.
-	Name    string
-	DNSName string
-	OS      string
-	IPs     []netip.Addr
+	Name string
+	IPs  []netip.Addr
 	// Routes are those for which the node is primary now, without its own addresses.
 	Routes []netip.Prefix
 	// Allowed are all prefixes that WireGuard takes from the node; control sends only what is approved and primary.
@@ -75,10 +71,7 @@ type Peer struct {
 	// Expired tells that the key has.
 	Expired bool
 	// ExitNode tells that this node uses the peer as its exit node.
-	ExitNode      bool
-	LastHandshake time.Time
-	// RxBytes and TxBytes count since tailscaled started.
-	RxBytes, TxBytes int64
+	ExitNode bool
 }
 
 // Path is how packets reach the peer: offline, idle, direct or relayed.
@@ -118,7 +111,6 @@ type wireStatus struct {
 	TUN            bool
 	BackendState   string
 	HaveNodeKey    bool
-	AuthURL        string
 	Health         []string
 	MagicDNSSuffix string
 	Self           *wirePeer
@@ -127,16 +119,14 @@ type wireStatus struct {
 
 // wirePeer is ipnstate.PeerStatus as far as it is used.
 type wirePeer struct {
-	ID, PublicKey, HostName, DNSName, OS string
-	TailscaleIPs                         []netip.Addr
-	AllowedIPs, PrimaryRoutes            []netip.Prefix
-	Tags                                 []string
-	CurAddr, Relay                       string
-	RxBytes, TxBytes                     int64
-	LastHandshake                        time.Time
-	Online, ExitNode, Active, Expired    bool
-	KeyExpiry                            *time.Time
-	CapMap                               map[string]present
+	ID, PublicKey, HostName, DNSName  string
+	TailscaleIPs                      []netip.Addr
+	AllowedIPs, PrimaryRoutes         []netip.Prefix
+	Tags                              []string
+	CurAddr, Relay                    string
+	Online, ExitNode, Active, Expired bool
+	KeyExpiry                         *time.Time
+	CapMap                            map[string]present
 }
 
 func (w *wirePeer) peer() Peer {
@@ -144,12 +134,10 @@ func (w *wirePeer) peer() Peer {
 		return Peer{}
 	}
 	p := Peer{
-		ID: w.ID, NodeKey: w.PublicKey, DNSName: strings.TrimSuffix(w.DNSName, "."), OS: w.OS, IPs: w.TailscaleIPs,
-		Routes: w.PrimaryRoutes, Allowed: w.AllowedIPs, Tags: w.Tags, Online: w.Online, Active: w.Active, CurAddr: w.CurAddr,
-		Relay: w.Relay, Expired: w.Expired, ExitNode: w.ExitNode, LastHandshake: w.LastHandshake, RxBytes: w.RxBytes,
-		TxBytes: w.TxBytes,
+		ID: w.ID, NodeKey: w.PublicKey, IPs: w.TailscaleIPs, Routes: w.PrimaryRoutes, Allowed: w.AllowedIPs, Tags: w.Tags,
+		Online: w.Online, Active: w.Active, CurAddr: w.CurAddr, Relay: w.Relay, Expired: w.Expired, ExitNode: w.ExitNode,
 	}
-	p.Name, _, _ = strings.Cut(p.DNSName, ".")
+	p.Name, _, _ = strings.Cut(w.DNSName, ".")
 	if p.Name == "" {
 		p.Name = w.HostName
 	}
@@ -173,7 +161,7 @@ func (c *Client) status(ctx context.Context, path string) (Status, error) {
 		return Status{}, fmt.Errorf("ask for the tailnet's status: %w", err)
 	}
 	s := Status{
-		Version: w.Version, State: w.BackendState, HaveNodeKey: w.HaveNodeKey, TUN: w.TUN, AuthURL: w.AuthURL,
+		Version: w.Version, State: w.BackendState, HaveNodeKey: w.HaveNodeKey, TUN: w.TUN,
 		MagicDNSSuffix: w.MagicDNSSuffix, Health: w.Health, Self: w.Self.peer(),
 	}
 	if w.Self != nil {

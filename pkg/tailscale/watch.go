@@ -37,14 +37,13 @@ const reconnectDelay = 50 * time.Millisecond
 
 // notify is ipn.Notify as far as it is used.
 type notify struct {
-	ErrMessage    *string
-	LoginFinished *struct{}
-	State         *int
-	BrowseToURL   *string
-	Prefs         present
-	SelfChange    present
-	PeersChanged  present
-	PeersRemoved  present
+	ErrMessage   *string
+	State        *int
+	BrowseToURL  *string
+	Prefs        present
+	SelfChange   present
+	PeersChanged present
+	PeersRemoved present
 	// NetMap comes from tailscaled before 1.100 with every change.
 	NetMap    present
 	Health    *wireHealth
@@ -155,8 +154,6 @@ type Event struct {
 	// Peers tells that peers came, went or changed, or this node itself did; not that their endpoints or their
 	// online state did.
 	Peers bool
-	// Err is what tailscaled complains of, such as a refused key.
-	Err string
 }
 
 // Watch calls each for every change in tailscaled until ctx ends, reconnecting by itself. It returns ctx's error. each
@@ -171,9 +168,6 @@ func (c *Client) Watch(ctx context.Context, each func(Event)) error {
 		}
 		if n.State != nil && *n.State >= 0 && *n.State < len(stateNames) {
 			e.State = stateNames[*n.State]
-		}
-		if n.ErrMessage != nil {
-			e.Err = *n.ErrMessage
 		}
 		if e != (Event{}) {
 			each(e)
