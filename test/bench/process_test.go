@@ -39,7 +39,30 @@ func newPrograms(b testing.TB) programs {
 	if ours == "" || tools == "" {
 		nstest.Skip(b, "no programs to measure: run `sudo make bench`")
 	}
-	return programs{path: ours + ":" + tools}
+	p := programs{path: ours + ":" + tools}
+	return p.install(b, "headcni", "headcni-ipam", "ptp", "bridge", "host-local", "portmap")
+}
+
+// install writes programs in one go, as headcni-daemon installs plugins: then the page cache has them in large folios, where
+// the file system knows those. What the linker wrote lies there in single pages, and takes up to 0.3 ms longer to start.
+func (p programs) install(b testing.TB, names ...string) programs {
+	b.Helper()
+	dir := b.TempDir()
+	for _, name := range names {
+		path, err := p.find(name)
+		if err != nil {
+			b.Fatal(err)
+		}
+		program, err := os.ReadFile(path)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), program, 0o755); err != nil {
+			b.Fatal(err)
+		}
+	}
+	p.path = dir + ":" + p.path
+	return p
 }
 
 // build compiles the small programs beside this test as the Makefile compiles ours, and puts them with the others.
@@ -56,7 +79,7 @@ func (p programs) build(b testing.TB, names ...string) programs {
 		b.Fatalf("build %v: %v\n%s", names, err, out)
 	}
 	p.path = dir + ":" + p.path
-	return p
+	return p.install(b, names...)
 }
 
 func (p programs) find(name string) (string, error) {
