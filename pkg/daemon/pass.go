@@ -235,7 +235,7 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	changes, _, err := d.member.client.EnsurePrefs(ctx, p.prefs)
+	changes, err := d.member.client.EnsurePrefs(ctx, p.prefs)
 	if len(changes) > 0 {
 		d.member.advertisedAt = time.Now()
 	}

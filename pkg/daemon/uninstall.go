@@ -132,8 +132,7 @@ func restorePrefs(ctx context.Context, c config.Config, s state) error {
 	if s.Prefs == nil {
 		return nil
 	}
-	_, err := tailscale.New(socketOf(c, s.Mode)).RestorePrefs(ctx, *s.Prefs, s.Advertised)
-	return err
+	return tailscale.New(socketOf(c, s.Mode)).RestorePrefs(ctx, *s.Prefs, s.Advertised)
 }
 
 // unlessStopped forgives that the dedicated tailscaled does not answer: it is ours, and stopped already.

@@ -78,32 +78,32 @@ func (c *Client) Prefs(ctx context.Context) (Prefs, error) {
 }
 
 // EnsurePrefs reads the prefs, merges ours in and writes only what differs. It says what it changed, such as
-// "RouteAll=true", and returns the prefs as they were. It works before the login too. Two writers at once can undo each
-// other's routes, as with every client of tailscaled; the next pass sees it.
-func (c *Client) EnsurePrefs(ctx context.Context, spec PrefsSpec) (changed []string, before Prefs, err error) {
-	before, err = c.Prefs(ctx)
-	if err != nil {
-		return nil, before, err
-	}
-	e := planPrefs(before, spec)
-	if err := c.edit(ctx, e); err != nil {
-		return nil, before, fmt.Errorf("set tailscaled's prefs %s: %w", strings.Join(e.changes, ", "), err)
-	}
-	return e.changes, before, nil
-}
-
-// RestorePrefs puts saved back and takes own out of AdvertiseRoutes, but for those that the user advertised too. What
-// the user has changed since then in a pref that we set is not ours to know: the saved value wins.
-func (c *Client) RestorePrefs(ctx context.Context, saved SavedPrefs, own []netip.Prefix) (changed []string, err error) {
+// "RouteAll=true". It works before the login too. Two writers at once can undo each other's routes, as with every client of
+// tailscaled; the next pass sees it.
+func (c *Client) EnsurePrefs(ctx context.Context, spec PrefsSpec) (changed []string, err error) {
 	have, err := c.Prefs(ctx)
 	if err != nil {
 		return nil, err
 	}
-	e := planRestore(have, saved, own)
+	e := planPrefs(have, spec)
 	if err := c.edit(ctx, e); err != nil {
-		return nil, fmt.Errorf("put tailscaled's prefs back: %s: %w", strings.Join(e.changes, ", "), err)
+		return nil, fmt.Errorf("set tailscaled's prefs %s: %w", strings.Join(e.changes, ", "), err)
 	}
 	return e.changes, nil
+}
+
+// RestorePrefs puts saved back and takes own out of AdvertiseRoutes, but for those that the user advertised too. What
+// the user has changed since then in a pref that we set is not ours to know: the saved value wins.
+func (c *Client) RestorePrefs(ctx context.Context, saved SavedPrefs, own []netip.Prefix) error {
+	have, err := c.Prefs(ctx)
+	if err != nil {
+		return err
+	}
+	e := planRestore(have, saved, own)
+	if err := c.edit(ctx, e); err != nil {
+		return fmt.Errorf("put tailscaled's prefs back: %s: %w", strings.Join(e.changes, ", "), err)
+	}
+	return nil
 }
 
 // edit writes a plan; one without changes is not sent.

@@ -118,7 +118,7 @@ func newRearmNode(ctx context.Context, t *testing.T, w *realparts.World, key sec
 	c := New(n.Socket)
 	cidr := fmt.Sprintf("10.244.%d.0/24", i)
 	no := false
-	if _, _, err := c.EnsurePrefs(ctx, PrefsSpec{AdvertiseRoutes: prefixes(cidr), CorpDNS: &no}); err != nil {
+	if _, err := c.EnsurePrefs(ctx, PrefsSpec{AdvertiseRoutes: prefixes(cidr), CorpDNS: &no}); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key, Hostname: fmt.Sprintf("n%d", i)}); err != nil {
