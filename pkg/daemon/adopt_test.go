@@ -67,6 +67,23 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
+// A conflist's tailscale_socket is the host's tailscaled's: of use unless a dedicated one is asked for.
+func TestAdoptsTheHostsSocket(t *testing.T) {
+	c := config.Default()
+	c.CNI.ConfDir = t.TempDir()
+	const own = "/run/mine/tailscaled.sock"
+	text := strings.ReplaceAll(flatExample, paths.HostTailscaleSocket, own)
+	if err := os.WriteFile(filepath.Join(c.CNI.ConfDir, paths.ConflistName), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for mode, want := range map[string]string{config.ModeAuto: own, config.ModeHost: own, config.ModeDaemon: ""} {
+		c.Tailscale.Mode = mode
+		if got, _, err := adopt(c, false); err != nil || got.Tailscale.Socket != want {
+			t.Errorf("%s: %q, %v", mode, got.Tailscale.Socket, err)
+		}
+	}
+}
+
 func TestAdoptFaults(t *testing.T) {
 	c := config.Default()
 	c.CNI.ConfDir = t.TempDir()
