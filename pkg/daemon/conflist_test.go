@@ -8,8 +8,8 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
-	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -29,25 +29,6 @@ func TestMain(m *testing.M) {
 	}
 	flag.Parse()
 	nstest.Main(m)
-}
-
-var update = flag.Bool("update", false, "write the golden files anew")
-
-func golden(t *testing.T, name string, got []byte) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, got, 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), string(got)); diff != "" {
-		t.Error(diff)
-	}
 }
 
 func TestPlanConflist(t *testing.T) {
@@ -71,7 +52,7 @@ func TestPlanConflist(t *testing.T) {
 			if _, err := libcni.ConfListFromBytes(got); err != nil {
 				t.Errorf("libcni refuses it: %v", err)
 			}
-			golden(t, name, got)
+			golden.Check(t, "testdata/"+name, string(got))
 		})
 	}
 }

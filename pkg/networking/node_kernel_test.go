@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/nstest"
 	"golang.org/x/sys/unix"
 )
@@ -60,7 +61,7 @@ func sysctls(t *testing.T, ns *nstest.NS) string {
 func TestKernelHoldsTheGoldenNode(t *testing.T) {
 	ns := nstest.New(t)
 	syncNode(t, ns, NewNode(SavedHost{}, nil), typicalNode())
-	golden(t, "node.golden", ns.Run(t, "sh", "-c", "for f in -4 -6; do ip $f rule; ip $f route show; done"))
+	golden.Check(t, "testdata/node.golden", ns.Run(t, "sh", "-c", "for f in -4 -6; do ip $f rule; ip $f route show; done"))
 	if out := ns.Run(t, "cat", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"); out != "1\n1\n" {
 		t.Errorf("forwarding: %q", out)
 	}

@@ -12,6 +12,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/golden"
 )
 
 // right is the state of a node that has all that cfg asks for.
@@ -35,8 +37,8 @@ func planText(have nodeState, cfg NodeConfig) string {
 
 func TestPlanGolden(t *testing.T) {
 	fresh := nodeState{families: nodeFamilies, links: []nodeLink{{name: "eth0", acceptRA: "1", raDefault: true}}}
-	golden(t, "plan-fresh.golden", planText(fresh, typicalNode()))
-	golden(t, "plan-change.golden", planText(right(typicalNode()), NodeConfig{
+	golden.Check(t, "testdata/plan-fresh.golden", planText(fresh, typicalNode()))
+	golden.Check(t, "testdata/plan-change.golden", planText(right(typicalNode()), NodeConfig{
 		Own: nodePrefixes("10.244.7.0/24"), Cluster: nodePrefixes("10.244.0.0/16"), TunName: "headcni01"}))
 }
 

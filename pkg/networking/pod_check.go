@@ -208,27 +208,29 @@ func (c *podCheck) podRoutes() {
 	}
 }
 
-// missing returns the routes that are in no table. One may be in another table than ours was: a plugin after us (sbr) can have
-// moved it.
+// missing returns the routes that are in no table. What is found stands for one of them only.
 func (h podRouteTables) missing(want []PodRoute) (list []PodRoute) {
-	for _, elsewhere := range []bool{false, true} {
-		list = nil
-		for _, r := range want {
-			tables, table := h[podRouteKey{r.Dst, r.Gateway}], unix.RT_TABLE_MAIN
-			if r.Table != nil {
-				table = *r.Table
-			}
-			for t := range tables {
-				if elsewhere {
-					table = t
-				}
-			}
-			if !tables[table] {
-				list = append(list, r)
-			}
-			delete(tables, table) // it stands for one route only
+	var elsewhere []PodRoute // in another table than ours was, perhaps: a plugin after us (sbr) can have moved them
+	for _, r := range want {
+		table := unix.RT_TABLE_MAIN
+		if r.Table != nil {
+			table = *r.Table
 		}
-		want = list
+		tables := h[podRouteKey{r.Dst, r.Gateway}]
+		if !tables[table] {
+			elsewhere = append(elsewhere, r)
+		}
+		delete(tables, table)
+	}
+	for _, r := range elsewhere {
+		tables := h[podRouteKey{r.Dst, r.Gateway}]
+		if len(tables) == 0 {
+			list = append(list, r)
+		}
+		for table := range tables {
+			delete(tables, table)
+			break
+		}
 	}
 	return list
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/nstest"
 )
 
@@ -31,7 +32,7 @@ func ruleset(t *testing.T, ns *nstest.NS) string {
 func TestKernelHoldsTheGoldenRules(t *testing.T) {
 	ns := nstest.New(t)
 	mustSync(t, ns, New(), typical())
-	golden(t, "ruleset.golden", ruleset(t, ns))
+	golden.Check(t, "testdata/ruleset.golden", ruleset(t, ns))
 }
 
 func TestSteadyStateWritesNothing(t *testing.T) {

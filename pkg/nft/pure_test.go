@@ -15,6 +15,8 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
+
+	"github.com/headcni/headcni/internal/golden"
 )
 
 // variants are the configurations whose rules differ in kind.
@@ -42,7 +44,7 @@ func transaction(cfg Config) string {
 
 func TestTransactionGolden(t *testing.T) {
 	for name, cfg := range variants() {
-		golden(t, name+".nft", transaction(cfg))
+		golden.Check(t, "testdata/"+name+".nft", transaction(cfg))
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"net"
 	"net/netip"
@@ -19,13 +18,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/cnimain"
+	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
 
 // fakeKernel holds links in memory. fail names the calls that fail.
 type fakeKernel struct {
@@ -389,32 +387,19 @@ func TestResultVersions(t *testing.T) {
 			if err := b.Add(bg, b.args(t, "c1", keys)); err != nil {
 				t.Fatal(err)
 			}
-			golden(t, "result-"+version+".json", b.out.Bytes())
+			goldenResult(t, "result-"+version+".json", b.out.Bytes())
 		})
 	}
 }
 
-// golden compares a result, set out for people, with a file.
-func golden(t *testing.T, name string, result []byte) {
+// goldenResult compares a result, set out for people, with a file.
+func goldenResult(t *testing.T, name string, result []byte) {
 	t.Helper()
 	var indented bytes.Buffer
 	if err := json.Indent(&indented, bytes.TrimSpace(result), "", "  "); err != nil {
 		t.Fatal(err)
 	}
-	got := indented.Bytes()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := errors.Join(os.MkdirAll("testdata", 0o755), os.WriteFile(path, append(got, '\n'), 0o644)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(strings.TrimSpace(string(want)), strings.TrimSpace(string(got))); diff != "" {
-		t.Error(diff)
-	}
+	golden.Check(t, "testdata/"+name, indented.String()+"\n")
 }
 
 func TestChained(t *testing.T) {
@@ -424,7 +409,7 @@ func TestChained(t *testing.T) {
 	if err := b.Add(bg, b.args(t, "c1", keys)); err != nil {
 		t.Fatal(err)
 	}
-	golden(t, "chained.json", b.out.Bytes())
+	goldenResult(t, "chained.json", b.out.Bytes())
 }
 
 func TestRequested(t *testing.T) {

@@ -3,7 +3,6 @@ package chart
 
 import (
 	"bytes"
-	"flag"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -14,13 +13,13 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	appsv1 "k8s.io/api/apps/v1"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
+	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -32,8 +31,6 @@ const (
 	chartDir = root + "/chart"
 	theKey   = "hskey-api-never-to-be-seen"
 )
-
-var update = flag.Bool("update", false, "write the golden files and values.schema.json anew")
 
 // admission is what makes the chart render its admission policy.
 const admission = "admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy"
@@ -200,25 +197,6 @@ func template(t *testing.T, o manifest) (corev1.PodTemplateSpec, bool) {
 	return corev1.PodTemplateSpec{}, false
 }
 
-func golden(t *testing.T, path, got string) {
-	t.Helper()
-	if *update {
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got; go test ./test/chart -update writes it anew):\n%s", path, diff)
-	}
-}
-
 func readValues(t *testing.T) map[string]any {
 	t.Helper()
 	b, err := os.ReadFile(chartDir + "/values.yaml")
@@ -254,7 +232,7 @@ func TestGolden(t *testing.T) {
 				}
 			}
 			slices.Sort(gone)
-			golden(t, filepath.Join("testdata", tc.name+".yaml"), strings.Join(gone, "")+out.String())
+			golden.Check(t, filepath.Join("testdata", tc.name+".yaml"), strings.Join(gone, "")+out.String())
 		})
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/yaml"
 
+	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
@@ -115,7 +116,7 @@ func TestSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	golden(t, chartDir+"/values.schema.json", string(b)+"\n")
+	golden.Check(t, chartDir+"/values.schema.json", string(b)+"\n")
 }
 
 // TestSchemaAgreesWithValidate: what the schema lets through of the keys with few values is what the daemon takes.

@@ -1,21 +1,17 @@
 package conformance
 
 import (
-	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
+	"github.com/headcni/headcni/internal/golden"
 )
-
-var update = flag.Bool("update", false, "write the document anew")
 
 const document = "../../docs/cni-conformance.md"
 
@@ -54,19 +50,7 @@ func TestTable(t *testing.T) {
 		}
 	}
 	t.Logf("%d rules: %d for headcni, %d for headcni-ipam, %d for both", len(rules), count[plugin], count[ipams], count[both])
-	want := render()
-	if *update {
-		if err := os.WriteFile(document, []byte(want), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	have, err := os.ReadFile(document)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(have), want); diff != "" {
-		t.Errorf("%s is stale; run go test ./test/conformance -run Table -update: %s", document, diff)
-	}
+	golden.Check(t, document, render())
 }
 
 // testsOf are the names of tests and fuzz tests in a folder.
