@@ -11,12 +11,13 @@ import (
 	"github.com/headcni/headcni/internal/cnimain"
 )
 
-// portmapVersion is the newest version of results that every portmap takes which is in use.
+// portmapVersion is the newest version of results that every portmap in use takes.
 const portmapVersion = "1.0.0"
 
 // ports gives a pod ports of the node (capability portMappings, CONVENTIONS.md of CNI) by the CNI project's plugin portmap,
-// where the configuration says so. It is run only for pods that ask for a port: as a plugin of its own in the list it would be run for every pod, and takes
-// longer than all that is done here. What it is told is what the runtime would tell it in the list.
+// where the configuration says so. It is run only for pods that ask for a port: as a plugin of its own in the list it would be
+// run for every pod, and takes longer than all that is done here. What it is told is what the runtime would tell it in the
+// list. DEL and CHECK undo and check what ADD did.
 func (r *Request) ports(ctx context.Context, command string, result *types100.Result) error {
 	if r.Config.PortMap == nil || r.Config.Runtime.Ports == nil {
 		return nil
