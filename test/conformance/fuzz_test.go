@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -121,6 +122,12 @@ func (n *node) oddities() []string {
 // nothing left behind where ADD fails, or after DEL.
 func TestAnyInput(t *testing.T) {
 	n, pod := newNode(t), nstest.New(t)
+	// A path that a mutation has changed must not be made on the machine.
+	n.confine = true
+	var err error
+	if n.dataDir, err = os.MkdirTemp("/run", "any-input"); err != nil {
+		t.Fatal(err)
+	}
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/ipam"
 )
@@ -47,6 +49,7 @@ type node struct {
 	wrap    []string // a command that ends by running its last argument
 	env     []string // variables of every plugin, besides CNI's
 	during  func(plugin *os.Process, ended <-chan struct{})
+	confine bool // plugins write to the private /run only
 
 	mu    sync.Mutex
 	calls []call // what libcni has run
@@ -118,7 +121,15 @@ func (n *node) exec(ctx context.Context, program string, stdin io.Reader, enviro
 	var o, e bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &o, &e
 	var err error
-	n.host.Do(n.t, func() error { err = cmd.Start(); return nil }) // a child is born where its thread is
+	n.host.Do(n.t, func() error { // a child is born where its thread is
+		if n.confine {
+			if err := readOnlyRoot(); err != nil {
+				return err
+			}
+		}
+		err = cmd.Start()
+		return nil
+	})
 	if err == nil {
 		ended := make(chan struct{})
 		var wg sync.WaitGroup
@@ -141,6 +152,23 @@ func (n *node) exec(ctx context.Context, program string, stdin io.Reader, enviro
 		n.t.Errorf("%s hangs: %v", program, environ)
 	}
 	return o.String(), e.String(), cmd.ProcessState.ExitCode()
+}
+
+// readOnlyRoot gives the thread a view of the file system in which / is read-only, and what is mounted on it is as it was.
+func readOnlyRoot() error {
+	var root unix.Statfs_t
+	err := unix.Statfs("/", &root)
+	if err == nil {
+		err = unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS)
+	}
+	if err == nil {
+		keep := uintptr(root.Flags) & (unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC) // an ordinary user may not take them off
+		err = unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|keep, "")
+	}
+	if err != nil {
+		return fmt.Errorf("make / read-only: %w", err)
+	}
+	return nil
 }
 
 // start runs a plugin without libcni.

@@ -15,7 +15,8 @@ func testConformance(t *testing.T, w *world) {
 	if err != nil {
 		t.Fatalf("e2e.test: %v; build it with test/tools/ensure kubernetes-e2e", err)
 	}
-	out, err := w.Control.Run(within(t, 20*time.Minute), "ginkgo", "--procs=6", "--no-color", "--timeout=19m", "--focus="+*conformance,
+	// e2e.test leaves files in its temporary folder.
+	out, err := w.Control.Run(within(t, 20*time.Minute), "env", "TMPDIR="+t.TempDir(), "ginkgo", "--procs=6", "--no-color", "--timeout=19m", "--focus="+*conformance,
 		strings.TrimSpace(path), "--", "--kubeconfig="+w.Kubeconfig(), "--provider=skeleton")
 	lines := strings.Split(strings.TrimSpace(out), "\n")
 	for _, line := range lines {
