@@ -23,7 +23,7 @@ type Place interface {
 }
 
 // answerIn bounds the wait for one answer.
-const answerIn = 3 * time.Second
+const answerIn = 2 * time.Second
 
 // Ask opens a TCP connection to a server that tells whom it sees, such as a pod's echo server, and returns that address.
 func Ask(ctx context.Context, from Place, to netip.AddrPort) (netip.Addr, error) {

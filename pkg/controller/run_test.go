@@ -113,7 +113,7 @@ func TestUninstall(t *testing.T) {
 		return map[string]string{"HEADSCALE_API_KEY": "hskey-api-111111111111-x"}[name]
 	}, fake.NewClientset(nodes...), "test")
 	start := time.Now()
-	c.now = func() time.Time { return start.Add(30 * time.Since(start)) } // two minutes are four seconds
+	c.now = func() time.Time { return start.Add(60 * time.Since(start)) } // two minutes are two seconds
 	go func() {
 		for t.Context().Err() == nil {
 			n, err := c.client.CoreV1().Nodes().Get(context.Background(), "alive", metav1.GetOptions{})

@@ -38,7 +38,7 @@ func TestFullStateDisk(t *testing.T) {
 	c := testConfig(t)
 	makeRoom := fillDisk(t, paths.StateDir)
 	d := newDaemon(t, c)
-	d.cluster, _ = startCluster(t, node("a", "10.244.1.0/24"), node("b", "10.244.2.0/24"))
+	d.cluster, _, _ = startCluster(t, node("a", "10.244.1.0/24"), node("b", "10.244.2.0/24"))
 	d.cfg.Network.PodCIDRs, d.cfg.Network.ClusterCIDRs = nil, nil
 	waitUntil(t, func() bool { return d.cluster.view().synced })
 	t.Cleanup(func() { _ = removeNetwork(context.Background(), d.saved) })

@@ -46,7 +46,7 @@ func setReady(t *testing.T, client *fake.Clientset, status corev1.ConditionStatu
 // A conflist that the runtime does not read: said as a part, to the API server as an event, and taken back when kubelet is
 // content.
 func TestRuntimeThatLooksElsewhere(t *testing.T) {
-	k, client := startCluster(t, node("a", "10.244.1.0/24"))
+	k, client, _ := startCluster(t, node("a", "10.244.1.0/24"))
 	waitUntil(t, func() bool { return k.view().synced })
 	d := &Daemon{cfg: config.Default(), cluster: k}
 	d.board = newBoard(slog.New(slog.DiscardHandler), monitoring.NewMetrics("test"), []string{partRuntime, partKubernetes})

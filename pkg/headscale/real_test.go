@@ -76,6 +76,7 @@ func TestRealServer(t *testing.T) {
 		t.Errorf("node: %+v", n)
 	}
 	t.Run("approve", func(t *testing.T) { testApprove(t, ctx, c, n.ID) })
+	t.Run("keys", func(t *testing.T) { testListedKey(t, ctx, c, made) })
 	own, err := c.OwnAPIKey(ctx)
 	if left := time.Until(own.Expiration); err != nil || left < 23*time.Hour || left > 25*time.Hour {
 		t.Errorf("own API key: %+v, %v", own, err)
@@ -203,4 +204,33 @@ func testApprove(t *testing.T, ctx context.Context, c *Client, id ID) {
 	step("foreign ones stay", own, nil, false, "0.0.0.0/0", "10.244.1.0/24", "192.168.7.0/24", "::/0", "fd00:244:1::/64")
 	step("moved", prefixes("10.244.9.0/24"), own, true, "0.0.0.0/0", "10.244.9.0/24", "192.168.7.0/24", "::/0")
 	step("gone", nil, prefixes("10.244.9.0/24"), true, foreign...)
+}
+
+// testListedKey: the server has the pre-auth key as it was asked for.
+func testListedKey(t *testing.T, ctx context.Context, c *Client, made PreAuthKey) {
+	path := "/api/v1/preauthkey"
+	if made.User.ID != 0 {
+		path += "?user=" + made.User.ID.String() // up to 0.27 keys are listed by user only
+	}
+	var list struct {
+		PreAuthKeys []struct {
+			ID                  ID
+			Reusable, Ephemeral bool
+			ACLTags             []string
+			Expiration          time.Time
+		}
+	}
+	if err := c.do(ctx, call{method: "GET", path: path, out: &list}); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range list.PreAuthKeys {
+		if k.ID != made.ID {
+			continue
+		}
+		if !k.Reusable || k.Ephemeral || !slices.Equal(k.ACLTags, []string{"tag:headcni"}) || time.Until(k.Expiration) < 50*time.Minute {
+			t.Errorf("listed: %+v", k)
+		}
+		return
+	}
+	t.Errorf("key %s is not listed", made.ID)
 }

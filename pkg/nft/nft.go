@@ -169,7 +169,9 @@ func (t *Tables) Remove(ctx context.Context) error {
 		err := t.open()
 		if err == nil {
 			tx := t.nft.NewTransaction()
-			tx.Delete(&knftables.Table{Family: f, Name: names.NFTTable})
+			table := &knftables.Table{Family: f, Name: names.NFTTable}
+			tx.Add(table) // it may have gone: the nft of one who was killed at this place goes on
+			tx.Delete(table)
 			err = t.run(ctx, tx)
 		}
 		if err != nil {

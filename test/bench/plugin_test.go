@@ -113,7 +113,7 @@ func BenchmarkPlugin(b *testing.B) {
 
 // shipped is the conflist that the daemon writes (pkg/daemon/conflist.go), with a socket of our choice. It is for IPv4 alone: the
 // reference plugin waits for the kernel's duplicate address detection of IPv6, a second that would outweigh all else. ports is
-// the configuration of mapPorts or keepPorts.
+// the configuration of onePort or noPort.
 func shipped(name, network, subnet, socket, ports string) contender {
 	return contender{name, network, []link{
 		{"headcni", fmt.Sprintf(`"pod_cidr":%q,"service_cidr":"10.96.0.0/16","mtu":1280,"enable_ipv6":false,`+
@@ -129,9 +129,9 @@ func ptpPortmap(name, network, subnet, ports string) contender {
 }
 
 const (
-	// keepPorts: a pod that asks for no port of the host, like nearly all.
-	keepPorts = `"capabilities":{"portMappings":true}`
-	mapPorts  = keepPorts + `,"runtimeConfig":{"portMappings":[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]}`
+	// noPort: a pod that asks for no port of the host, like nearly all.
+	noPort  = `"capabilities":{"portMappings":true}`
+	onePort = noPort + `,"runtimeConfig":{"portMappings":[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]}`
 )
 
 // openGate makes what the plugin's gate looks for: the daemon's node network.
@@ -198,13 +198,13 @@ func BenchmarkConflist(b *testing.B) {
 	openGate(b, "10.4.0.0/16", "10.5.0.0/16", "10.7.0.0/16")
 	r := newComparison(b, "The shipped conflist:")
 	plain := []contender{
-		ptpPortmap("ptp + portmap", "bench-ptp-portmap", "10.6.0.0/16", keepPorts),
-		shipped("headcni", "bench-heard", "10.5.0.0/16", socket, keepPorts),
-		shipped("headcni, no daemon", "bench-quiet", "10.4.0.0/16", absent, keepPorts),
+		ptpPortmap("ptp + portmap", "bench-ptp-portmap", "10.6.0.0/16", noPort),
+		shipped("headcni", "bench-heard", "10.5.0.0/16", socket, noPort),
+		shipped("headcni, no daemon", "bench-quiet", "10.4.0.0/16", absent, noPort),
 	}
 	mapped := []contender{
-		ptpPortmap("ptp + portmap, a port", "bench-ptp-port", "10.8.0.0/16", mapPorts),
-		shipped("headcni, a port", "bench-port", "10.7.0.0/16", socket, mapPorts),
+		ptpPortmap("ptp + portmap, a port", "bench-ptp-port", "10.8.0.0/16", onePort),
+		shipped("headcni, a port", "bench-port", "10.7.0.0/16", socket, onePort),
 	}
 	for _, load := range []struct {
 		atOnce, rounds int

@@ -44,7 +44,7 @@ func newPrograms(b testing.TB) programs {
 }
 
 // install writes programs in one go, as headcni-daemon installs plugins: then the page cache has them in large folios, where
-// the file system knows those. What the linker wrote lies there in single pages, and takes up to 0.3 ms longer to start.
+// the file system knows those. What the linker wrote lies there in single pages, and takes longer to start.
 func (p programs) install(b testing.TB, names ...string) programs {
 	b.Helper()
 	dir := b.TempDir()

@@ -76,7 +76,7 @@ func BenchmarkProfile(b *testing.B) {
 	socket := filepath.Join(paths.RunDir, "listening", "daemon.sock")
 	listen(b, socket)
 	openGate(b, "10.4.0.0/16")
-	c := shipped("headcni", "bench-profile", "10.4.0.0/16", socket, keepPorts)
+	c := shipped("headcni", "bench-profile", "10.4.0.0/16", socket, noPort)
 	s, file := newSandboxes(b, 1)[0], filepath.Join(b.TempDir(), "trace")
 	end := func() error { return p.command(c, "DEL", s) }
 	got := interleave(b, 60, func(got samples) error {
