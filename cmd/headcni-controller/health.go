@@ -12,7 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // healthTimeout bounds the question to the controller on the same host.
@@ -52,8 +52,8 @@ func health(ctx context.Context, out io.Writer, listen string) error {
 	}
 	defer resp.Body.Close()
 	var answer struct {
-		Ready bool                    `json:"ready"`
-		Parts []monitoring.PartStatus `json:"parts"`
+		Ready bool               `json:"ready"`
+		Parts []reconcile.Status `json:"parts"`
 	}
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
 		return fmt.Errorf("ask the controller: %w", err)

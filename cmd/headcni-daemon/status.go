@@ -4,17 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net/netip"
-	"slices"
-	"strings"
-	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/headcni/headcni/pkg/daemon"
-	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
 func statusCmd() *cobra.Command {
@@ -27,7 +21,7 @@ func statusCmd() *cobra.Command {
 			if output != "text" && output != "json" {
 				return fmt.Errorf("--output %s: want text or json", output)
 			}
-			s, err := daemon.AskStatus(cmd.Context())
+			s, err := nodestatus.Ask(cmd.Context(), paths.APISocket)
 			if err != nil {
 				return err
 			}
@@ -36,7 +30,7 @@ func statusCmd() *cobra.Command {
 				e.SetIndent("", "  ")
 				return e.Encode(s)
 			}
-			return printStatus(cmd.OutOrStdout(), s)
+			return s.Print(cmd.OutOrStdout())
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
@@ -49,93 +43,15 @@ func healthCmd() *cobra.Command {
 		Short: "Exit 0 where the running daemon says that every part of the node is right; else say what is not",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := daemon.AskStatus(cmd.Context())
+			s, err := nodestatus.Ask(cmd.Context(), paths.APISocket)
 			if err != nil {
 				return err
 			}
-			printParts(cmd.OutOrStdout(), s)
+			s.PrintParts(cmd.OutOrStdout())
 			if !s.Ready {
 				return errors.New("not ready")
 			}
 			return nil
 		},
 	}
-}
-
-// printStatus is for people.
-func printStatus(out io.Writer, s daemon.Status) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	ready := "ready"
-	if !s.Ready {
-		ready = "NOT READY"
-	}
-	fmt.Fprintf(w, "node\t%s, %s mode, %s (MTU %d), headcni %s\n", ready, orUnknown(s.Mode), orUnknown(s.Tun), s.TunMTU, s.Version)
-	if t := s.Tailnet; t == nil {
-		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
-	} else {
-		fmt.Fprintf(w, "tailnet\t%s as %s %s at %s, tailscaled %s, key %s\n", t.State, orUnknown(t.Name), join(t.IPs), orUnknown(t.ControlURL), t.Version, expiry(t.KeyExpiry))
-		for _, h := range t.Health {
-			fmt.Fprintf(w, "\t! %s\n", h)
-		}
-	}
-	for _, c := range s.CIDRs {
-		if s.Tailnet == nil {
-			fmt.Fprintf(w, "pods\t%s\n", c.CIDR)
-			continue
-		}
-		fmt.Fprintf(w, "pods\t%s %s, %s\n", c.CIDR, yes(c.Advertised, "advertised"), yes(c.Approved, "approved"))
-	}
-	if t := s.Tailnet; t != nil && len(t.Peers) > 0 {
-		fmt.Fprintln(w, "\npeer\tpath\taddress\tpods")
-		for _, p := range t.Peers {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.Name, strings.TrimSpace(p.Path+" "+p.Endpoint), join(p.IPs), join(p.PodCIDRs))
-		}
-	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	if !s.Ready || slices.ContainsFunc(s.Parts, func(p monitoring.PartStatus) bool { return !p.OK }) {
-		fmt.Fprintln(out)
-		printParts(out, s)
-	}
-	return nil
-}
-
-func printParts(out io.Writer, s daemon.Status) {
-	for _, p := range s.Parts {
-		text := "ok"
-		if !p.OK {
-			text = p.Error
-		}
-		fmt.Fprintf(out, "%-10s %s\n", p.Name, text)
-	}
-}
-
-func join[T netip.Addr | netip.Prefix](v []T) string {
-	var out []string
-	for _, x := range v {
-		out = append(out, fmt.Sprint(x))
-	}
-	return strings.Join(out, " ")
-}
-
-func yes(b bool, what string) string {
-	if b {
-		return what
-	}
-	return "NOT " + what
-}
-
-func orUnknown(s string) string {
-	if s == "" {
-		return "unknown"
-	}
-	return s
-}
-
-func expiry(t *time.Time) string {
-	if t == nil {
-		return "never expires"
-	}
-	return "expires " + t.Format(time.RFC3339)
 }

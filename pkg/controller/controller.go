@@ -27,6 +27,7 @@ import (
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
@@ -338,15 +339,15 @@ func (c *Controller) outcome(err error) {
 
 // Ready implements monitoring.Readiness. A controller is ready when it sees the Nodes: that Headscale is down makes
 // another one no better.
-func (c *Controller) Ready() (bool, []monitoring.PartStatus) {
+func (c *Controller) Ready() (bool, []reconcile.Status) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	parts := []monitoring.PartStatus{{Name: "kubernetes", OK: c.synced}}
+	parts := []reconcile.Status{{Name: "kubernetes", OK: c.synced}}
 	if !c.synced {
 		parts[0].Error = "has not read the Nodes yet"
 	}
 	if c.leads {
-		last := monitoring.PartStatus{Name: "leader", OK: c.last == nil}
+		last := reconcile.Status{Name: "leader", OK: c.last == nil}
 		if c.last != nil {
 			last.Error = c.last.Error()
 		}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -227,7 +228,7 @@ func ConvertConflist(path string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return true, replaceFile(path, list, info.Mode().Perm())
+	return true, atomicfile.Write(path, list, info.Mode().Perm())
 }
 
 var errList = errors.New("a list already")

@@ -9,6 +9,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -41,16 +42,12 @@ func (m *member) check(ctx context.Context, o observation) ([]string, error) {
 	if err == nil {
 		err = keysAndClock(ctx, api)
 	}
-	var w warning
-	if err == nil || errors.As(err, &w) {
+	// What stands for long is not asked for with each pass: Headscale would tell nothing new, and it costs it the hash of a key.
+	if err == nil || errors.As(err, new(reconcile.Warning)) {
 		m.checkedAt, m.warned = time.Now(), err
 	}
 	return changes, err
 }
-
-// warning is an error that stands for long: asking Headscale with each pass would tell nothing new, and costs it the hash
-// of a key each time.
-type warning struct{ error }
 
 // known makes sure that Headscale knows the node and lets it stay.
 func (m *member) known(ctx context.Context, api *headscale.Client, o observation) ([]string, error) {
@@ -63,7 +60,7 @@ func (m *member) known(ctx context.Context, api *headscale.Client, o observation
 			return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
 		}
 		m.confirmed = confirmation{}
-		return []string{"joined anew: Headscale did not know this node any more"}, waiting("has just joined anew")
+		return []string{"joined anew: Headscale did not know this node any more"}, reconcile.Waiting("has just joined anew")
 	case err != nil:
 		return nil, err
 	}
@@ -86,7 +83,7 @@ func keyExpiry(expiry, now time.Time) error {
 	if expiry.IsZero() || expiry.Sub(now) > nodeKeyWarning {
 		return nil
 	}
-	return warning{fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
+	return reconcile.Warning{Err: fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
 		"expire --disable -i ID`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))}
 }
 
@@ -97,7 +94,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 		return err
 	}
 	if h.Skew > maxSkew || h.Skew < -maxSkew {
-		return warning{fmt.Errorf("Headscale's clock is about %s from this node's: keys may seem expired; let an NTP client set both", h.Skew.Round(time.Minute))}
+		return reconcile.Warning{Err: fmt.Errorf("Headscale's clock is about %s from this node's: keys may seem expired; let an NTP client set both", h.Skew.Round(time.Minute))}
 	}
 	key, err := api.OwnAPIKey(ctx)
 	if errors.Is(err, headscale.ErrNotFound) {
@@ -107,7 +104,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 		return err
 	}
 	if !key.Expiration.IsZero() && time.Until(key.Expiration) < apiKeyWarning {
-		return warning{fmt.Errorf("the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
+		return reconcile.Warning{Err: fmt.Errorf("the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
 			"picked up without a restart", key.Prefix, key.Expiration.UTC().Format(time.RFC3339))}
 	}
 	return nil

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
@@ -132,7 +133,7 @@ func writeConflist(dir string, want []byte, remember func(os.FileMode) error) (c
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return false, fmt.Errorf("make the CNI configuration folder: %w; set cni.confDir to one that can be written", err)
 	}
-	err = replaceFile(path, want, 0o644)
+	err = atomicfile.Write(path, want, 0o644)
 	if errors.Is(err, unix.EROFS) {
 		err = fmt.Errorf("%w; set cni.confDir to one that can be written, and tell the runtime of it (conf_dir in containerd's configuration)", err)
 	}
@@ -147,7 +148,7 @@ func keepOriginal(path string, content []byte, remember func(os.FileMode) error)
 	if err := remember(info.Mode().Perm()); err != nil {
 		return err
 	}
-	return replaceFile(originalConflist(), content, 0o600) // it may hold a key
+	return atomicfile.Write(originalConflist(), content, 0o600) // it may hold a key
 }
 
 // isOurs tells a conflist that the daemon wrote: only those have a gate.
@@ -177,11 +178,11 @@ func removeConflist(dir string, mode os.FileMode) error {
 		return err
 	}
 	if err == nil && !isOurs(have) {
-		return removeFile(originalConflist()) // also where we were killed after it was put back
+		return atomicfile.Remove(originalConflist()) // also where we were killed after it was put back
 	}
 	orig, err := os.ReadFile(originalConflist())
 	if errors.Is(err, fs.ErrNotExist) {
-		return removeFile(path)
+		return atomicfile.Remove(path)
 	}
 	if err != nil {
 		return err
@@ -192,8 +193,8 @@ func removeConflist(dir string, mode os.FileMode) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if err := replaceFile(path, orig, mode); err != nil {
+	if err := atomicfile.Write(path, orig, mode); err != nil {
 		return err
 	}
-	return removeFile(originalConflist())
+	return atomicfile.Remove(originalConflist())
 }

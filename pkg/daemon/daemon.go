@@ -16,12 +16,15 @@ import (
 	"sync"
 	"time"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking"
 	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/nodestatus"
+	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -44,8 +47,10 @@ type Daemon struct {
 	cfg     config.Config
 	ipam    json.RawMessage // see adopt
 	log     *slog.Logger
+	getenv  func(string) string
 	metrics *monitoring.Metrics
-	board   *board
+	board   *reconcile.Board[*pass]
+	loop    *reconcile.Loop
 
 	node    *networking.Node
 	tables  *nft.Tables
@@ -54,11 +59,10 @@ type Daemon struct {
 	tunnel  tunnel   // of the loop alone
 	events  events   // of the loop alone
 
-	saved   state // what we go by
-	kept    state // what is on disk
-	keepErr error // why that is not the same, nil where it is
-	wake    chan struct{}
-	cutOff  chan string // told what cannot be reached, when the deadman has seen enough
+	saved   state       // what we go by
+	kept    state       // what is on disk
+	keepErr error       // why that is not the same, nil where it is
+	cutOff  chan string // from the deadman: what our routes keep this node from
 	version string
 	began   time.Time
 
@@ -98,18 +102,26 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved, kept: saved, cluster: k,
-		board: newBoard(log, m, partsOf(c, k != nil)), wake: make(chan struct{}, 1), cutOff: make(chan string, 1),
-		version: version, began: time.Now(),
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved, kept: saved, cluster: k,
+		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
 	if k != nil {
 		d.member.inKubernetes(k)
-		d.board.told = d.tell
 	}
+	d.board = d.newBoard(d.parts())
+	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return settle }
 	d.node = networking.NewNode(saved.Host, func(h networking.SavedHost) error {
 		return d.remember(func(s *state) { s.Host = h })
 	})
 	return d, nil
+}
+
+func (d *Daemon) newBoard(parts []reconcile.Part[*pass]) *reconcile.Board[*pass] {
+	opt := reconcile.Options{Log: d.log, Record: d.metrics.Part, FullCheck: fullCheck, RetryMin: retryMin, RetryMax: retryMax}
+	if d.cluster != nil {
+		opt.Report = d.tell
+	}
+	return reconcile.NewBoard(opt, parts)
 }
 
 // prerequisites names everything that is missing at once, each with its remedy.
@@ -139,16 +151,23 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	for _, path := range []string{statePath(), originalConflist(), filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName)} {
-		if err := sweepReplaced(path); err != nil {
+	for _, path := range []string{statePath(), originalConflist(), totalsPath(), filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName)} {
+		if err := atomicfile.Sweep(path); err != nil {
 			d.log.Warn("remove what an earlier daemon did not finish writing", "err", err)
 		}
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	fatal := make(chan error, 8)
+	// vital starts what the daemon does not run without.
+	vital := func(run func() error) {
+		wg.Go(func() {
+			if err := run(); err != nil {
+				cancel(err)
+			}
+		})
+	}
 	spoolErr := func(err error) { d.log.Warn("count what the plugin did", "err", err) }
 	if err := d.metrics.Keep(totalsPath(), hint.Spool(paths.DaemonSocket), spoolErr); err != nil {
 		spoolErr(err) // pods matter more than their number
@@ -159,15 +178,29 @@ func (d *Daemon) Run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		wg.Go(func() { fatal <- wait() })
+		vital(wait)
 	}
-	wg.Go(func() { fatal <- d.serveAPI(ctx) })
+	vital(func() error {
+		return nodestatus.Serve(ctx, paths.APISocket, d.status, func() {
+			// From here on `headcni-daemon status` finds somebody: it may come right after `systemctl start`.
+			if err := tellSystemd(d.getenv("NOTIFY_SOCKET"), "READY=1"); err != nil {
+				d.log.Warn("tell systemd that the daemon is up", "err", err)
+			}
+		})
+	})
 	hinted := make(chan struct{}, 1)
-	wg.Go(func() { fatal <- hint.Serve(ctx, paths.DaemonSocket, func(hint.Hint) { wake(hinted) }) })
+	vital(func() error {
+		return hint.Serve(ctx, paths.DaemonSocket, func(hint.Hint) {
+			select {
+			case hinted <- struct{}{}:
+			default: // one is waiting already
+			}
+		})
+	})
 	wg.Go(func() { d.count(ctx, hinted) })
 	d.watch(ctx, &wg)
 	if d.cluster != nil {
-		wg.Go(func() { fatal <- freshMount(ctx, filepath.Dir(paths.HostTailscaleSocket)) })
+		vital(func() error { return freshMount(ctx, filepath.Dir(paths.HostTailscaleSocket)) })
 	}
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
 		wg.Go(func() { newSweeper(d.cfg.CNI.ConfDir).run(ctx, every, d.log, d.metrics) })
@@ -178,9 +211,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	} else {
 		d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
 	}
-	err = d.loop(ctx, fatal)
-	cancel() // before the deferred Wait
+	d.loop.Run(ctx)
+	err = context.Cause(ctx)
+	cancel(nil) // before the deferred Wait
 	d.log.Info("stopped; the network stays in force")
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
 	return err
 }
 
@@ -192,55 +229,24 @@ func (d *Daemon) warn() {
 	if u := d.cfg.Headscale.URL; u != "" && !tailscale.ReconnectsReliably(u) {
 		d.log.Warn("tailscaled comes back to an http:// URL only where its host is a private address: give Headscale a certificate and an https:// URL", "url", u)
 	}
-	if cred, err := d.cfg.Headscale.Credential(d.member.getenv); err == nil && cred.Plain {
+	if cred, err := d.cfg.Headscale.Credential(d.getenv); err == nil && cred.Plain {
 		d.log.Warn("the Headscale key stands in a configuration file: move it to a file of mode 0600 and name that in HEADSCALE_API_KEY_FILE or headscale.apiKeyFile")
 	}
 }
 
-// loop runs a pass at the start, on every wake, and at the latest after fullCheck.
-func (d *Daemon) loop(ctx context.Context, fatal <-chan error) error {
-	retry := retryMin
-	for {
-		began := time.Now()
-		right := d.pass(ctx)
-		d.metrics.Pass(time.Since(began).Seconds())
-		wait := fullCheck
-		if right {
-			retry = retryMin
-		} else {
-			wait = retry
-			retry = min(2*retry, retryMax)
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case err := <-fatal:
-			if err != nil {
-				return err
-			}
-		case <-time.After(wait):
-		case address := <-d.cutOff:
-			if err := d.takeBack(ctx, address); err != nil {
-				d.log.Error("take our routes back", "err", err)
-			}
-		case <-d.wake:
-			select { // let a burst pass
-			case <-ctx.Done():
-				return nil
-			case <-time.After(settle):
-			}
-		}
-	}
-}
-
-// poke asks for a pass. It never blocks: one that is asked for already will see everything.
-func (d *Daemon) poke() { wake(d.wake) }
-
-func wake(ch chan<- struct{}) {
+// look makes a pass, after taking our routes back where they cut this node off.
+func (d *Daemon) look(ctx context.Context, _ bool) time.Duration {
 	select {
-	case ch <- struct{}{}:
+	case address := <-d.cutOff:
+		if err := d.takeBack(ctx, address); err != nil {
+			d.log.Error("take our routes back", "err", err)
+		}
 	default:
 	}
+	began := time.Now()
+	next := d.pass(ctx)
+	d.metrics.Pass(time.Since(began).Seconds())
+	return next
 }
 
 // pools are for a scrape.
@@ -265,7 +271,7 @@ func (d *Daemon) count(ctx context.Context, hinted <-chan struct{}) {
 		case <-ctx.Done():
 		case <-time.After(spoolInterval):
 		case <-hinted:
-			sleep(ctx, settle)
+			reconcile.Sleep(ctx, settle)
 		}
 	}
 }
@@ -278,14 +284,14 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	addresses := []string{hostPort(d.cfg.Headscale.URL)}
 	if d.cluster != nil {
 		addresses = append(addresses, d.cluster.address)
-		wg.Go(func() { d.cluster.run(ctx, d.poke) })
+		wg.Go(func() { d.cluster.run(ctx, d.loop.Wake) })
 	}
 	for _, address := range addresses {
 		if address != "" {
 			wg.Go(func() { newDeadman(address).run(ctx, func() { d.reportCutOff(address) }) })
 		}
 	}
-	wg.Go(func() { d.member.watch(ctx, d.poke) })
+	wg.Go(func() { d.member.watch(ctx, d.loop.Wake) })
 	wg.Go(func() { d.member.rearm(ctx, d.metrics.RearmPing) })
 }
 
@@ -295,6 +301,7 @@ func (d *Daemon) reportCutOff(address string) {
 	case d.cutOff <- address:
 	default:
 	}
+	d.loop.Wake()
 }
 
 // watchKernel subscribes again whenever a subscription ends, and then looks at everything: events were missed.
@@ -303,22 +310,14 @@ func (d *Daemon) watchKernel(ctx context.Context, changes func(context.Context) 
 		ch, err := changes(ctx)
 		if err != nil {
 			d.log.Error("watch the kernel", "err", err)
-			sleep(ctx, retryMax)
+			reconcile.Sleep(ctx, retryMax)
 			continue
 		}
-		d.poke()
+		d.loop.Wake()
 		for range ch {
-			d.poke()
+			d.loop.Wake()
 		}
-		sleep(ctx, settle)
-	}
-}
-
-// sleep waits for d or until ctx ends.
-func sleep(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
+		reconcile.Sleep(ctx, settle)
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
@@ -58,7 +59,7 @@ func (m *deadman) run(ctx context.Context, cutOff func()) {
 			cutOff()
 			m.since = time.Time{}
 		}
-		sleep(ctx, deadmanInterval)
+		reconcile.Sleep(ctx, deadmanInterval)
 	}
 }
 

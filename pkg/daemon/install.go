@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -26,12 +27,8 @@ var (
 	ownPlugins      = []string{"headcni-ipam", "headcni"}
 )
 
-const (
-	// tempMark is in the names of files that are being written: .headcni.install-123.
-	tempMark = ".install-"
-	// installWait is how long another installation into the same folder may take.
-	installWait = 30 * time.Second
-)
+// installWait is how long another installation into the same folder may take.
+const installWait = 30 * time.Second
 
 // installed is what we put where: path -> checksums that the file may have by our doing. There are two while it is being
 // replaced, for whoever comes after a kill in between.
@@ -63,7 +60,7 @@ func (in installed) save() error {
 	if err != nil {
 		return err
 	}
-	return replaceFile(installedPath(), append(b, '\n'), 0o600)
+	return atomicfile.Write(installedPath(), append(b, '\n'), 0o600)
 }
 
 // Install puts the plugins of folder from into folder to, each whole or not at all, and returns a line for each that it
@@ -143,7 +140,8 @@ func (in installed) plugin(from, to string, own bool) (string, error) {
 			return "", err
 		}
 	}
-	if err := putPlugin(to, content); err != nil {
+	// It is not synced: what a power cut takes is put back at the next start of the pod or unit.
+	if err := atomicfile.WriteUnsynced(to, content, pluginMode); err != nil {
 		return "", err
 	}
 	return to + ": installed", in.settle(to, want)
@@ -159,27 +157,6 @@ func (in installed) settle(path, sum string) error {
 }
 
 const pluginMode = fs.FileMode(0o755)
-
-// putPlugin replaces a file in one step: a runtime starts the old plugin or the new one. It is not synced: what a power
-// cut takes is put back at the next start of the pod or unit.
-func putPlugin(path string, content []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+tempMark)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	if _, err = f.Write(content); err == nil {
-		err = f.Chmod(pluginMode)
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
-}
 
 func checksum(b []byte) string {
 	sum := sha256.Sum256(b)
@@ -218,17 +195,9 @@ func lockFolder(ctx context.Context, dir string) (unlock func(), err error) {
 
 // sweepTemps removes what killed installations into a folder left. The caller holds the folder's lock.
 func sweepTemps(dir string) error {
-	errs := []error{sweepReplaced(installedPath())}
-	var patterns []string
+	errs := []error{atomicfile.Sweep(installedPath())}
 	for _, name := range slices.Concat(borrowedPlugins, ownPlugins) {
-		patterns = append(patterns, filepath.Join(dir, "."+name+tempMark+"*"))
-	}
-	for _, pattern := range patterns {
-		left, err := filepath.Glob(pattern)
-		errs = append(errs, err)
-		for _, path := range left {
-			errs = append(errs, removeFile(path))
-		}
+		errs = append(errs, atomicfile.Sweep(filepath.Join(dir, name)))
 	}
 	return errors.Join(errs...)
 }
@@ -280,7 +249,7 @@ func RemovePlugins(ctx context.Context) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	return removeFile(installedPath())
+	return atomicfile.Remove(installedPath())
 }
 
 func removePlugin(ctx context.Context, path string, sums []string) error {
@@ -301,7 +270,7 @@ func removePlugin(ctx context.Context, path string, sums []string) error {
 		return err
 	}
 	if slices.Contains(ownPlugins, filepath.Base(path)) || slices.Contains(sums, sum) {
-		return removeFile(path)
+		return atomicfile.Remove(path)
 	}
 	return nil
 }

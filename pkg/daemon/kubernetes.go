@@ -22,9 +22,11 @@ import (
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
@@ -52,7 +54,7 @@ func (d *denial) judge(err error, now time.Time) error {
 		*d = denial(now)
 		fallthrough
 	case now.Sub(time.Time(*d)) < denialPatience:
-		return waiting("an API server that has just started may deny what it will grant: " + err.Error())
+		return reconcile.Waiting("an API server that has just started may deny what it will grant: " + err.Error())
 	}
 	return err
 }
@@ -329,7 +331,7 @@ func (k *cluster) view() *clusterView {
 		v.cidrs[name] = cidrs
 		all = append(all, cidrs...)
 	}
-	v.pods = aggregate(all)
+	v.pods = netset.Aggregate(all)
 	return v
 }
 
@@ -344,23 +346,6 @@ func (v *clusterView) holder(p netip.Prefix, own string) string {
 		}
 	}
 	return ""
-}
-
-// aggregate covers exactly what the prefixes cover in as few as possible: each one is a rule that packets are compared
-// with, and a cluster has a thousand nodes.
-func aggregate(prefixes []netip.Prefix) []netip.Prefix {
-	var out []netip.Prefix
-	for _, p := range union(prefixes) {
-		for n := len(out); n > 0; n-- { // the parent of two may have a sibling before it
-			parent := netip.PrefixFrom(p.Addr(), p.Bits()-1).Masked()
-			if before := out[n-1]; before.Bits() != p.Bits() || p.Bits() < 2 || parent.Addr() != before.Addr() {
-				break
-			}
-			p, out = parent, out[:n-1]
-		}
-		out = append(out, p)
-	}
-	return out
 }
 
 // joinKey reads the key that the controller has made for nodes to join with.

@@ -15,8 +15,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
@@ -42,7 +44,7 @@ type learned struct {
 // learn takes over what the view says. It does no I/O.
 func (l learned) learn(v *clusterView, node string) (learned, error) {
 	if l.Node != node {
-		l = learned{Node: node, Leaving: union(l.PodCIDRs, l.Leaving)}
+		l = learned{Node: node, Leaving: netset.Union(l.PodCIDRs, l.Leaving)}
 	}
 	if v.services != nil {
 		l.ServiceCIDRs = v.services
@@ -58,7 +60,7 @@ func (l learned) learn(v *clusterView, node string) (learned, error) {
 	if err != nil || len(now) == 0 {
 		return l, err
 	}
-	l.Leaving = without(union(l.Leaving, without(l.PodCIDRs, now)), now)
+	l.Leaving = netset.Without(netset.Union(l.Leaving, netset.Without(l.PodCIDRs, now)), now)
 	l.PodCIDRs = now
 	return l, nil
 }
@@ -73,7 +75,7 @@ func (l learned) stay(live []netip.Addr) learned {
 func inForce(c config.Config, l learned) (config.Config, error) {
 	n := &c.Network
 	n.PodCIDRs = texts(l.PodCIDRs)
-	n.ClusterCIDRs = append(slices.Clone(n.ClusterCIDRs), texts(union(l.ClusterCIDRs, l.Leaving))...)
+	n.ClusterCIDRs = append(slices.Clone(n.ClusterCIDRs), texts(netset.Union(l.ClusterCIDRs, l.Leaving))...)
 	if len(n.ServiceCIDRs) == 0 {
 		n.ServiceCIDRs = texts(l.ServiceCIDRs)
 	}
@@ -98,7 +100,7 @@ func (v *clusterView) noCIDR(node string, waited time.Duration) error {
 	case v.err != nil:
 		return fmt.Errorf("no pod CIDR is known yet and the API server cannot be asked: %w", v.err)
 	case !v.synced:
-		return waiting("asks the API server for this node's pod CIDR")
+		return reconcile.Waiting("asks the API server for this node's pod CIDR")
 	case v.node == nil:
 		err = fmt.Errorf("Kubernetes has no Node %s: kubelet makes it; set kubernetes.nodeName or NODE_NAME if it is called otherwise", node)
 	default:
@@ -106,7 +108,7 @@ func (v *clusterView) noCIDR(node string, waited time.Duration) error {
 			"--cluster-cidr, headcni-controller where network.clusterCIDRs is set", node)
 	}
 	if waited < cidrPatience {
-		return waiting(err.Error())
+		return reconcile.Waiting(err.Error())
 	}
 	return err
 }
@@ -184,7 +186,7 @@ func (d *Daemon) syncNode(ctx context.Context, o observation, up bool) ([]string
 	case v.err != nil:
 		return nil, fmt.Errorf("the API server does not answer; what runs goes on and new pods start: %w", v.err)
 	case !v.synced:
-		return nil, waiting("asks the API server")
+		return nil, reconcile.Waiting("asks the API server")
 	}
 	done, err := d.writeNode(ctx, o, up)
 	// Last, and whatever became of the rest: an event must not hold back what the controller waits for.
@@ -202,7 +204,7 @@ func (d *Daemon) writeNode(ctx context.Context, o observation, up bool) ([]strin
 		return nil, nil
 	}
 	if again := fmt.Sprint(w); again == d.wrote && time.Since(d.wroteAt) < writeInterval {
-		return nil, waiting("what was just written to the Node is on its way back, or somebody undoes it")
+		return nil, reconcile.Waiting("what was just written to the Node is on its way back, or somebody undoes it")
 	} else {
 		d.wrote, d.wroteAt = again, time.Now()
 	}
@@ -228,22 +230,22 @@ func (d *Daemon) writeNode(ctx context.Context, o observation, up bool) ([]strin
 	return done, errors.Join(errs...)
 }
 
-// leave takes everything off the node where its Node object asks for it, says so there, and reports whether there is
-// nothing else to do. Once done it stays so until the process ends: the annotation goes before we are stopped.
-func (d *Daemon) leave(ctx context.Context) (done, right bool) {
+// leave takes everything off the node where its Node object asks for it, and says so there. It reports whether there is nothing
+// else to do, and when to look again. Once done it stays so until the process ends: the annotation goes before we are stopped.
+func (d *Daemon) leave(ctx context.Context) (leaving bool, next time.Duration) {
 	v := d.cluster.view()
 	if v == nil || !d.gone && (v.node == nil || v.node.Annotations[kube.Uninstall] != "true") {
-		return d.gone, true
+		return d.gone, fullCheck
 	}
-	if time.Now().Before(d.leaveAgain) {
-		return true, false // what a failed try changed in the kernel wakes us at once
+	if wait := time.Until(d.leaveAgain); wait > 0 {
+		return true, wait // what a failed try changed in the kernel wakes us at once
 	}
-	err := d.takeAway(ctx, v)
-	if err != nil {
+	if err := d.takeAway(ctx, v); err != nil {
 		d.log.Error("uninstall from this node", "err", err)
 		d.leaveAgain = time.Now().Add(writeInterval)
+		return true, writeInterval
 	}
-	return true, err == nil
+	return true, fullCheck
 }
 
 func (d *Daemon) takeAway(ctx context.Context, v *clusterView) error {

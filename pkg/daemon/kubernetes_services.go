@@ -8,6 +8,9 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // watchServices keeps the cluster's service ranges: at the start as soon as the API server answers, then now and then.
@@ -31,7 +34,7 @@ func (k *cluster) watchServices(ctx context.Context) {
 			k.log.Debug("ask for the service ranges", "err", err)
 			wait = min(2*wait, serviceInterval)
 		}
-		sleep(ctx, wait)
+		reconcile.Sleep(ctx, wait)
 	}
 }
 
@@ -54,7 +57,7 @@ func (k *cluster) askServices(ctx context.Context) ([]netip.Prefix, error) {
 			out = append(out, p.Masked())
 		}
 	}
-	return union(out), nil
+	return netset.Union(out), nil
 }
 
 func (k *cluster) askKubeadm(ctx context.Context) ([]string, error) {

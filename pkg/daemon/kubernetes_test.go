@@ -21,6 +21,7 @@ import (
 	"k8s.io/client-go/kubernetes/fake"
 	kubetesting "k8s.io/client-go/testing"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -41,7 +42,7 @@ func TestAggregate(t *testing.T) {
 		{[]string{"fd00:0:0:1::/64", "fd00::/64", "10.0.0.0/24"}, []string{"10.0.0.0/24", "fd00::/63"}},
 	}
 	for _, tt := range tests {
-		if diff := cmp.Diff(prefixes(tt.want...), aggregate(prefixes(tt.in...)), comparePrefixes); diff != "" {
+		if diff := cmp.Diff(prefixes(tt.want...), netset.Aggregate(prefixes(tt.in...)), comparePrefixes); diff != "" {
 			t.Errorf("%v: %s", tt.in, diff)
 		}
 	}
@@ -230,8 +231,7 @@ func TestDaemonInKubernetes(t *testing.T) {
 		c.Network.PodCIDRs = config.CIDRs{"192.0.2.0/24"} // New wants one or a real cluster; ours stands in
 		d := newDaemon(t, c)
 		d.cfg.Network.PodCIDRs, d.cluster, d.saved = nil, k, saved
-		d.board = newBoard(d.log, d.metrics, partsOf(c, true))
-		d.board.told = d.tell
+		d.board = d.newBoard(d.parts())
 		return d
 	}
 	waitUntil(t, func() bool { return k.view().synced })
@@ -295,7 +295,7 @@ func TestDaemonInKubernetes(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitUntil(t, func() bool { return k.view().node.Annotations[kube.Uninstall] == "true" })
-	if !d.pass(t.Context()) {
+	if d.pass(t.Context()) != fullCheck {
 		t.Error("not uninstalled")
 	}
 	n, err := client.CoreV1().Nodes().Get(t.Context(), "a", metav1.GetOptions{})

@@ -9,9 +9,11 @@ import (
 	"sync"
 	"time"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -128,13 +130,13 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 		if err := m.loginWith(ctx, move); err != nil {
 			return nil, err
 		}
-		return []string{"moved to " + move.ControlURL}, waiting("has just moved")
+		return []string{"moved to " + move.ControlURL}, reconcile.Waiting("has just moved")
 	case running(o.tailnet):
 		return nil, nil
 	case o.tailnet.State == tailscale.Stopped && o.mode == config.ModeHost:
 		return nil, errStopped
 	case o.tailnet.State == tailscale.Starting || o.tailnet.State == tailscale.NoState:
-		return nil, waiting("tailscaled is starting")
+		return nil, reconcile.Waiting("tailscaled is starting")
 	case m.cfg.Headscale.URL == "":
 		return nil, errors.New("tailscaled is not logged in and headscale.url is empty: set it and a key, or run `tailscale up --login-server URL`")
 	}
@@ -145,7 +147,7 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 		return nil, err
 	}
 	// The next pass sees the peers, one of which may have our CIDR.
-	return []string{"joined " + m.cfg.Headscale.URL}, waiting("has just joined")
+	return []string{"joined " + m.cfg.Headscale.URL}, reconcile.Waiting("has just joined")
 }
 
 // login joins with the credential, or with a key made by it. again joins anew where Headscale has forgotten the node.
@@ -209,9 +211,9 @@ func (m *member) headscale(ctx context.Context) (*headscale.Client, config.Crede
 // the policy lacks. While tailscaled says that they are routed, Headscale is not asked.
 func (m *member) approve(ctx context.Context, o observation, spec tailscale.PrefsSpec) (changed []string, err error) {
 	self := o.tailnet.Self
-	missing := without(spec.AdvertiseRoutes, self.Routes)
+	missing := netset.Without(spec.AdvertiseRoutes, self.Routes)
 	// Headscale tells the peers of an approval at once, the node itself with its next change.
-	confirmed := m.confirmed.key == self.NodeKey && len(without(missing, m.confirmed.routes)) == 0
+	confirmed := m.confirmed.key == self.NodeKey && len(netset.Without(missing, m.confirmed.routes)) == 0
 	if len(spec.DropRoutes) == 0 && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < fullCheck) {
 		return nil, nil
 	}
@@ -256,11 +258,11 @@ func (m *member) approveBy(ctx context.Context, api *headscale.Client, key strin
 		}
 	}
 	m.confirmed = confirmation{key: key, routes: node.Primary, at: time.Now()}
-	switch missing := without(spec.AdvertiseRoutes, node.Primary); {
+	switch missing := netset.Without(spec.AdvertiseRoutes, node.Primary); {
 	case len(missing) == 0:
 		return changed, nil
 	case time.Since(m.approvedAt) < approvalSettles:
-		return changed, waiting("the routes are approved and on their way")
+		return changed, reconcile.Waiting("the routes are approved and on their way")
 	default:
 		return changed, fmt.Errorf("%v: approved in Headscale but not routed to this node; another node may advertise them too "+
 			"(headscale nodes list-routes), or had them when it was deleted: restart Headscale 0.27 or 0.28 then", missing)
@@ -278,9 +280,9 @@ func notApproved(missing []netip.Prefix, why error) error {
 // take hours.
 func (m *member) cannotTell(missing []netip.Prefix, why error) error {
 	if time.Since(m.advertisedAt) < approvalSettles {
-		return unseen{waiting("the routes are advertised")}
+		return reconcile.Unseen{Err: reconcile.Waiting("the routes are advertised")}
 	}
-	return unseen{fmt.Errorf("%v: Headscale has not told whether they are approved, and %w; see `headscale nodes list-routes`. To have it "+
+	return reconcile.Unseen{Err: fmt.Errorf("%v: Headscale has not told whether they are approved, and %w; see `headscale nodes list-routes`. To have it "+
 		"done, give the daemon an API key or add autoApprovers to the policy: \"autoApprovers\": {\"routes\": {\"%s\": [\"tag:headcni\"]}}",
 		missing, why, missing[0])}
 }
@@ -328,7 +330,7 @@ func (m *member) follow(ctx context.Context, fn func(context.Context, *tailscale
 		cancel()
 		if err != nil && !errors.Is(err, context.Canceled) {
 			m.log.Warn("follow tailscaled", "err", err)
-			sleep(ctx, retryMin)
+			reconcile.Sleep(ctx, retryMin)
 		}
 	}
 }

@@ -7,9 +7,11 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
@@ -56,19 +58,19 @@ func (m *member) approvedBy(c *clusterView, key string, missing []netip.Prefix) 
 	case v == nil && (c.err != nil || !c.synced):
 		return m.cannotTell(missing, errors.New("the API server cannot be asked what headcni-controller says"))
 	case v == nil && time.Since(m.advertisedAt) < viewPatience:
-		return waiting("headcni-controller has not looked at this node yet")
+		return reconcile.Waiting("headcni-controller has not looked at this node yet")
 	case v == nil:
 		return fmt.Errorf("%v: headcni-controller has said nothing of this node: see `kubectl -n %s logs deploy/headcni-controller`", missing, kube.Namespace())
 	case v.State == kube.StateUnseen:
 		return m.cannotTell(missing, errors.New("headcni-controller has a pre-auth key, which can neither see nor approve them"))
-	case v.State == kube.StateRouted && len(without(missing, v.Routes)) == 0:
+	case v.State == kube.StateRouted && len(netset.Without(missing, v.Routes)) == 0:
 		return nil
 	case v.State == kube.StateRefused:
 		return fmt.Errorf("%v: headcni-controller does not approve them: %s", missing, v.Message)
 	case v.Message != "":
-		return waiting("headcni-controller says: " + v.Message)
+		return reconcile.Waiting("headcni-controller says: " + v.Message)
 	}
-	return waiting("headcni-controller is about to approve " + fmt.Sprint(missing))
+	return reconcile.Waiting("headcni-controller is about to approve " + fmt.Sprint(missing))
 }
 
 // checkByView is check where the controller asks Headscale for us.
@@ -93,7 +95,7 @@ func (m *member) checkByView(ctx context.Context, o observation) ([]string, erro
 		m.unknown = time.Now()
 	}
 	if time.Since(m.unknown) < unknownPatience {
-		return nil, waiting("Headscale does not know this node; joins anew if it stays so")
+		return nil, reconcile.Waiting("Headscale does not know this node; joins anew if it stays so")
 	}
 	if time.Since(m.rejoined) < rejoinInterval {
 		return nil, fmt.Errorf("Headscale does not know this node although it joined at %s: does headcni-controller ask the Headscale at "+
@@ -104,5 +106,5 @@ func (m *member) checkByView(ctx context.Context, o observation) ([]string, erro
 		return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
 	}
 	m.unknown, m.confirmed = time.Time{}, confirmation{}
-	return []string{"joined anew: Headscale did not know this node any more"}, waiting("has just joined anew")
+	return []string{"joined anew: Headscale did not know this node any more"}, reconcile.Waiting("has just joined anew")
 }

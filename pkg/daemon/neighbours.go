@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -78,7 +79,7 @@ func standFirst(dir string, exclusive bool, remember func(names []string) error)
 		}
 		done = append(done, "hid "+path)
 	}
-	return done, syncDir(dir)
+	return done, atomicfile.SyncDir(dir)
 }
 
 // putBack shows the hidden configurations again, but for those that have come back by themselves.
@@ -93,7 +94,7 @@ func putBack(dir string, hidden []string) error {
 				errs = append(errs, err)
 			}
 		case err == nil:
-			errs = append(errs, removeFile(path+disabledSuffix))
+			errs = append(errs, atomicfile.Remove(path+disabledSuffix))
 		default:
 			errs = append(errs, err)
 		}

@@ -25,7 +25,7 @@ const hostTun = "tailscale0"
 // observe looks at the host and at tailscaled. That tailscaled does not answer is an observation, kept in tailnetErr,
 // and no error: the node is programmed from what was known before.
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
-	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, config: d.cfg}
+	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, config: d.cfg, cluster: d.cluster.view()}
 	if o.mode == config.ModeAuto {
 		o.mode = settleMode(d.cfg, d.saved.Mode)
 	}
@@ -67,7 +67,6 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 
 // observeCluster takes the pod CIDRs and the rest of the network from Kubernetes, and keeps what it said.
 func (d *Daemon) observeCluster(o *observation) error {
-	o.cluster = d.cluster.view()
 	if o.cluster == nil {
 		return nil
 	}

@@ -4,16 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -44,98 +44,93 @@ const (
 	partPolicy = "policy"
 )
 
-// partsOf are the parts that a node has.
-func partsOf(c config.Config, kubernetes bool) []string {
-	parts := []string{
-		partConfig, partFirewall, partRoutes, partTailnet, partPrefs, partTunnel, partApproval, partConflist, partHeadscale,
-		partForeign, partState,
-	}
-	if c.Network.NetworkPolicy {
-		parts = append(parts, partPolicy)
-	}
-	if kubernetes {
-		parts = append(parts, partRuntime, partKubernetes)
-	}
-	return parts
-}
-
 // errNoPolicy: what somebody relies on for safety must not be missing silently.
-var errNoPolicy = warning{errors.New("network.networkPolicy is true, but this version enforces no NetworkPolicy: every pod can be reached by " +
+var errNoPolicy = reconcile.Warning{Err: errors.New("network.networkPolicy is true, but this version enforces no NetworkPolicy: every pod can be reached by " +
 	"every other; keep apart what must be apart in other ways, or set it to false to say that you know")}
 
-// pass observes, plans and applies once. It reports whether everything is right.
-func (d *Daemon) pass(ctx context.Context) bool {
-	if done, right := d.leave(ctx); done {
-		return right
-	}
-	o, err := d.observe(ctx)
-	var p plan
-	if err == nil && d.saved.TakenBack == d.fingerprint() {
-		err = errTakenBack(d.saved.TakenBackFor)
-	}
-	if err == nil {
-		p, err = makePlan(o.config, o, d.saved)
-	}
-	if o.tailnet != nil {
-		d.metrics.Peers(o.tailnet.PathCounts())
-	}
-	right := d.board.run(ctx, d.parts(o, p, err))
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.last, d.confirmed = o, d.member.confirmed.routes
-	return right
+// pass is what one pass observed and planned.
+type pass struct {
+	seen observation
+	plan plan
+	// refused is why nothing of the plan may be applied, nil where it may.
+	refused error
+	// programmed is true once the conflist stands: pods can start.
+	programmed bool
 }
 
-// parts are what makes the node as p says, in order. refused is why nothing of it may be applied, nil where it may.
-func (d *Daemon) parts(o observation, p plan, refused error) []part {
-	up := false
-	parts := []part{
-		{name: partConfig, run: func(context.Context) ([]string, error) {
-			if refused != nil {
-				return nil, refused
+// pass observes, plans and applies once. It returns when the next one is due.
+func (d *Daemon) pass(ctx context.Context) time.Duration {
+	if leaving, next := d.leave(ctx); leaving {
+		return next
+	}
+	var s pass
+	s.seen, s.refused = d.observe(ctx)
+	if s.refused == nil && d.saved.TakenBack == d.fingerprint() {
+		s.refused = errTakenBack(d.saved.TakenBackFor)
+	}
+	if s.refused == nil {
+		s.plan, s.refused = makePlan(s.seen.config, s.seen, d.saved)
+	}
+	if s.seen.tailnet != nil {
+		d.metrics.Peers(s.seen.tailnet.PathCounts())
+	}
+	next := d.board.Run(ctx, &s)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.last, d.confirmed = s.seen, d.member.confirmed.routes
+	return next
+}
+
+// parts are those of this node, in order: what /readyz and status show, and what a pass goes through.
+func (d *Daemon) parts() []reconcile.Part[*pass] {
+	parts := []reconcile.Part[*pass]{
+		{Name: partConfig, Run: func(_ context.Context, s *pass) ([]string, error) {
+			if s.refused == nil {
+				d.note(func(saved *state) { saved.Mode, saved.TunName, saved.TunMTU = s.seen.settled() })
 			}
-			d.note(func(s *state) { s.Mode, s.TunName, s.TunMTU = o.settled() })
-			return nil, nil
+			return nil, s.refused
 		}},
-		{name: partFirewall, needs: []string{partConfig}, run: func(ctx context.Context) ([]string, error) {
-			return d.tables.Sync(ctx, p.firewall)
+		{Name: partFirewall, Needs: []string{partConfig}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return d.tables.Sync(ctx, s.plan.firewall)
 		}},
-		{name: partRoutes, needs: []string{partFirewall}, run: func(ctx context.Context) ([]string, error) {
-			return d.node.Sync(ctx, p.node)
+		{Name: partRoutes, Needs: []string{partFirewall}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return d.node.Sync(ctx, s.plan.node)
 		}},
-		{name: partTailnet, needs: []string{partRoutes}, run: func(ctx context.Context) ([]string, error) {
-			return d.member.join(ctx, o)
+		{Name: partTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return d.member.join(ctx, s.seen)
 		}},
-		{name: partPrefs, needs: []string{partTailnet}, run: func(ctx context.Context) ([]string, error) {
-			return d.syncPrefs(ctx, p)
+		{Name: partPrefs, Needs: []string{partTailnet}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return d.syncPrefs(ctx, s.plan)
 		}},
-		{name: partTunnel, needs: []string{partPrefs}, optional: true, run: func(context.Context) ([]string, error) {
-			return d.tunnel.sync(d.node, o)
+		{Name: partTunnel, Needs: []string{partPrefs}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+			return d.tunnel.sync(d.node, s.seen)
 		}},
-		{name: partApproval, needs: []string{partPrefs}, run: func(ctx context.Context) ([]string, error) {
-			return d.member.approve(ctx, o, p.prefs)
+		{Name: partApproval, Needs: []string{partPrefs}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return d.member.approve(ctx, s.seen, s.plan.prefs)
 		}},
-		{name: partConflist, needs: []string{partPrefs}, run: func(context.Context) (done []string, err error) {
-			done, err = d.syncConflist(p)
-			up = err == nil
+		{Name: partConflist, Needs: []string{partPrefs}, Run: func(_ context.Context, s *pass) (done []string, err error) {
+			done, err = d.syncConflist(s.plan)
+			s.programmed = err == nil
 			return done, err
 		}},
-		{name: partHeadscale, needs: []string{partTailnet}, optional: true, run: func(ctx context.Context) ([]string, error) {
-			return d.member.check(ctx, o)
+		{Name: partHeadscale, Needs: []string{partTailnet}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return d.member.check(ctx, s.seen)
 		}},
-		{name: partForeign, optional: true, run: func(context.Context) ([]string, error) {
-			return nil, errors.Join(d.foreignDrops(o.tun), sharedCGNAT(o))
+		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen))
 		}},
-		{name: partState, optional: true, run: func(context.Context) ([]string, error) { return nil, d.keepErr }},
+		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}
 	if d.cfg.Network.NetworkPolicy {
-		parts = append(parts, part{name: partPolicy, optional: true, run: func(context.Context) ([]string, error) { return nil, errNoPolicy }})
+		parts = append(parts, reconcile.Part[*pass]{Name: partPolicy, Optional: true, Run: func(context.Context, *pass) ([]string, error) {
+			return nil, errNoPolicy
+		}})
 	}
-	if o.cluster != nil {
-		parts = append(parts, part{name: partRuntime, needs: []string{partConflist}, run: func(context.Context) ([]string, error) {
-			return nil, runtimeUse(o.cluster.node, d.conflistAt, time.Now(), d.cfg.CNI, "/")
-		}}, part{name: partKubernetes, optional: true, run: func(ctx context.Context) ([]string, error) {
-			return d.syncNode(ctx, o, up)
+	if d.cluster != nil {
+		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
+			return nil, runtimeUse(s.seen.cluster.node, d.conflistAt, time.Now(), d.cfg.CNI, "/")
+		}}, reconcile.Part[*pass]{Name: partKubernetes, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return d.syncNode(ctx, s.seen, s.programmed)
 		}})
 	}
 	return parts
@@ -152,19 +147,16 @@ func (d *Daemon) foreignDrops(tun string) error {
 		"firewall-cmd --reload`", strings.Join(drops, ", "), names.PodLinkPrefix, tun)
 }
 
-// cgnat is where IPv4 tailnet addresses are from, and networks of providers too.
-var cgnat = netip.MustParsePrefix("100.64.0.0/10")
-
 // sharedCGNAT says that tailscaled keeps this host from a network of its own, which no rule of ours can change.
 func sharedCGNAT(o observation) error {
 	if o.tailnet == nil || o.tailnet.SharesCGNAT {
 		return nil
 	}
 	for _, p := range o.hostPrefixes {
-		if p.Overlaps(cgnat) {
-			return warning{fmt.Errorf("an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
+		if p.Overlaps(netset.TailnetIPv4) {
+			return reconcile.Warning{Err: fmt.Errorf("an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
 				`from there (pods are not concerned); add "nodeAttrs": [{"target": ["*"], "attr": ["%s"]}] to Headscale's policy, and keep `+
-				"prefixes.v4 in Headscale's configuration clear of that network", p, cgnat, tailscale.AttrSharesCGNAT)}
+				"prefixes.v4 in Headscale's configuration clear of that network", p, netset.TailnetIPv4, tailscale.AttrSharesCGNAT)}
 		}
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/networking"
 	"github.com/headcni/headcni/pkg/nft"
@@ -58,7 +59,7 @@ type plan struct {
 func makePlan(c config.Config, o observation, s state) (plan, error) {
 	own := c.Network.PodCIDRs.Prefixes()
 	// What a peer merely advertises never widens the set.
-	cluster := union(own, c.Network.ClusterCIDRs.Prefixes(), c.Network.RemoteCIDRs.Prefixes())
+	cluster := netset.Union(own, c.Network.ClusterCIDRs.Prefixes(), c.Network.RemoteCIDRs.Prefixes())
 	if err := refuse(c, cluster, o); err != nil {
 		return plan{}, err
 	}
@@ -69,7 +70,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.mode == config.ModeHost,
 		},
-		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: without(s.Advertised, own)},
+		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},
 		duplicate: errors.Join(append(o.held, duplicate(own, o))...),
 	}
 	if o.mode == config.ModeDaemon {
@@ -165,22 +166,4 @@ func lanFirst(c config.Config, o observation, s state) bool {
 		exitNode = o.prefs.ExitNode // which the user may choose at any time
 	}
 	return !found.RouteAll && !exitNode
-}
-
-// union sorts the prefixes and drops those inside others.
-func union(lists ...[]netip.Prefix) []netip.Prefix {
-	all := slices.Concat(lists...)
-	slices.SortFunc(all, netip.Prefix.Compare) // the wider of two that begin alike comes first
-	var out []netip.Prefix
-	for _, p := range all {
-		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
-			out = append(out, p)
-		}
-	}
-	return out
-}
-
-// without returns the elements of a that are not in b.
-func without(a, b []netip.Prefix) []netip.Prefix {
-	return slices.DeleteFunc(slices.Clone(a), func(p netip.Prefix) bool { return slices.Contains(b, p) })
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/networking"
 	"github.com/headcni/headcni/pkg/nft"
@@ -143,7 +144,7 @@ func TestRefuse(t *testing.T) {
 }
 
 func TestUnion(t *testing.T) {
-	got := union(prefixes("10.244.1.0/24", "fd00::/64"), prefixes("10.244.0.0/16", "10.244.1.0/24"), prefixes("10.3.0.0/16", "fd00::/64"))
+	got := netset.Union(prefixes("10.244.1.0/24", "fd00::/64"), prefixes("10.244.0.0/16", "10.244.1.0/24"), prefixes("10.3.0.0/16", "fd00::/64"))
 	if diff := cmp.Diff(prefixes("10.3.0.0/16", "10.244.0.0/16", "fd00::/64"), got, comparePrefixes); diff != "" {
 		t.Error(diff)
 	}

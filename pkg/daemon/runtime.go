@@ -12,6 +12,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // runtimePatience is how long after our conflist the runtime and kubelet may still say that there is no network: they look
@@ -37,9 +38,9 @@ func runtimeUse(n *corev1.Node, written, now time.Time, cni config.CNI, root str
 		return nil
 	}
 	if now.Sub(written) < runtimePatience {
-		return unseen{waiting("kubelet has not seen the node's network yet")}
+		return reconcile.Unseen{Err: reconcile.Waiting("kubelet has not seen the node's network yet")}
 	}
-	return warning{fmt.Errorf("kubelet says that there is no network plugin although %s stands since %s (%q): the container runtime "+
+	return reconcile.Warning{Err: fmt.Errorf("kubelet says that there is no network plugin although %s stands since %s (%q): the container runtime "+
 		"seems to look in other folders than cni.confDir %s and cni.binDir %s; set both to its own: %s",
 		filepath.Join(cni.ConfDir, paths.ConflistName), written.UTC().Format(time.RFC3339), n.Status.Conditions[i].Message, cni.ConfDir, cni.BinDir,
 		strings.Join(usualFolders(root), "; "))}

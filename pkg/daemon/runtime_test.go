@@ -22,6 +22,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // notReady is what kubelet writes with containerd, and with CRI-O.
@@ -48,19 +49,18 @@ func setReady(t *testing.T, client *fake.Clientset, status corev1.ConditionStatu
 func TestRuntimeThatLooksElsewhere(t *testing.T) {
 	k, client, _ := startCluster(t, node("a", "10.244.1.0/24"))
 	waitUntil(t, func() bool { return k.view().synced })
-	d := &Daemon{cfg: config.Default(), cluster: k}
-	d.board = newBoard(slog.New(slog.DiscardHandler), monitoring.NewMetrics("test"), []string{partRuntime, partKubernetes})
-	d.board.told = d.tell
+	d := &Daemon{cfg: config.Default(), log: quiet, cluster: k, metrics: monitoring.NewMetrics("test")}
+	var parts []reconcile.Part[*pass]
+	for _, p := range d.parts() {
+		if p.Name == partRuntime || p.Name == partKubernetes {
+			p.Needs = nil
+			parts = append(parts, p)
+		}
+	}
+	d.board = d.newBoard(parts)
 	look := func() (ready bool, text string) {
 		t.Helper()
-		var parts []part
-		for _, p := range d.parts(observation{cluster: k.view()}, plan{}, nil) {
-			if p.name == partRuntime || p.name == partKubernetes {
-				p.needs = nil
-				parts = append(parts, p)
-			}
-		}
-		d.board.run(t.Context(), parts)
+		d.board.Run(t.Context(), &pass{seen: observation{cluster: k.view()}})
 		ready, _ = d.board.Ready()
 		return ready, partErrors(d)[partRuntime]
 	}
@@ -189,7 +189,7 @@ func TestDenialsPassOrAreTold(t *testing.T) {
 			_, err = d.syncNode(t.Context(), observation{cluster: k.view()}, false)
 			return err
 		}
-		var w waiting
+		var w reconcile.Waiting
 		for range 2 {
 			if err := ask(); !errors.As(err, &w) {
 				t.Errorf("at once: %v", err)
@@ -221,7 +221,7 @@ func TestDeniedEventsHoldNothingBack(t *testing.T) {
 	d := &Daemon{cluster: k}
 	d.tell(partFirewall, false, "wrong")
 	done, err := d.syncNode(t.Context(), observation{cluster: k.view()}, true)
-	var w waiting
+	var w reconcile.Waiting
 	if len(done) != 1 || !errors.As(err, &w) {
 		t.Errorf("did %v, %v", done, err)
 	}

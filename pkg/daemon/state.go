@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/networking"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -70,7 +71,7 @@ func (s state) save(have state) error {
 	if err == nil && string(old) == string(b) {
 		return nil
 	}
-	return replaceFile(statePath(), append(b, '\n'), 0o600)
+	return atomicfile.Write(statePath(), append(b, '\n'), 0o600)
 }
 
 // clone makes a copy that shares nothing.

@@ -11,6 +11,7 @@ import (
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // sweepGrace is how long a lease must have been without a link before it is free: an ADD has the lease before the link,
@@ -41,7 +42,7 @@ func (s *sweeper) run(ctx context.Context, interval time.Duration, log *slog.Log
 		if err != nil && ctx.Err() == nil {
 			log.Warn("sweep leases", "err", err)
 		}
-		sleep(ctx, interval)
+		reconcile.Sleep(ctx, interval)
 	}
 }
 

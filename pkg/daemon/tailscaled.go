@@ -17,6 +17,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // Tailscaled prepares the dedicated tailscaled of daemon mode and becomes it: on success it does not return. Its state
@@ -97,7 +98,7 @@ func wantDedicated(ctx context.Context, c config.Config, log *slog.Logger) (bool
 			log.Info("this node uses its host's own tailscaled, or may be about to; idle")
 			said = true
 		}
-		sleep(ctx, hostLook)
+		reconcile.Sleep(ctx, hostLook)
 	}
 	return false, nil
 }
@@ -118,7 +119,7 @@ func freshMount(ctx context.Context, dir string) error {
 		if err := mountGone(dir); err != nil {
 			return err
 		}
-		sleep(ctx, hostLook)
+		reconcile.Sleep(ctx, hostLook)
 	}
 	return nil
 }

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // tunnelSettles is how long tailscaled may take to make a route that it speaks of.
@@ -59,4 +61,4 @@ func (t *tunnel) sync(table tunnelTable, o observation) ([]string, error) {
 	return done, nil
 }
 
-const errTunnel = waiting("tailscaled's table lacks routes to its peers")
+const errTunnel = reconcile.Waiting("tailscaled's table lacks routes to its peers")

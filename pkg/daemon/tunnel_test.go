@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -20,7 +21,7 @@ func (f *fakeTable) Untunnelled(string, []netip.Prefix) ([]netip.Prefix, error) 
 }
 
 func (f *fakeTable) Tunnel(tun string, prefixes []netip.Prefix) ([]string, error) {
-	f.missing = without(f.missing, prefixes)
+	f.missing = netset.Without(f.missing, prefixes)
 	return []string{fmt.Sprint(tun, prefixes)}, nil
 }
 

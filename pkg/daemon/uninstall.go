@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/hint"
@@ -61,7 +62,7 @@ func takeOff(ctx context.Context, c config.Config, s state, log *slog.Logger) er
 		err = errors.Join(leaveTailnet(ctx, c, s, log), RemovePlugins(ctx), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
-		err = errors.Join(removeFile(statePath()), removeRunFiles())
+		err = errors.Join(atomicfile.Remove(statePath()), removeRunFiles())
 	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
@@ -99,7 +100,7 @@ func removeLeases(confDir string) error {
 func removeLeftovers(confDir string) error {
 	var errs []error
 	for _, path := range []string{statePath(), originalConflist(), installedPath(), filepath.Join(confDir, paths.ConflistName)} {
-		errs = append(errs, sweepReplaced(path))
+		errs = append(errs, atomicfile.Sweep(path))
 	}
 	return errors.Join(errs...)
 }
@@ -107,10 +108,10 @@ func removeLeftovers(confDir string) error {
 // removeRunFiles removes our sockets, what the plugin did, and the lock that we hold. The socket of a dedicated tailscaled
 // that still runs goes with it.
 func removeRunFiles() error {
-	err := errors.Join(removeFile(paths.DaemonSocket), removeFile(paths.APISocket), removeFile(totalsPath()), removeFile(totalsPath()+".new"),
-		os.RemoveAll(hint.Spool(paths.DaemonSocket)), removeFile(lockPath()))
+	err := errors.Join(atomicfile.Remove(paths.DaemonSocket), atomicfile.Remove(paths.APISocket), atomicfile.Remove(totalsPath()), atomicfile.Sweep(totalsPath()),
+		os.RemoveAll(hint.Spool(paths.DaemonSocket)), atomicfile.Remove(lockPath()))
 	if !answers(paths.DaemonTailscaleSocket) {
-		err = errors.Join(err, removeFile(paths.DaemonTailscaleSocket))
+		err = errors.Join(err, atomicfile.Remove(paths.DaemonTailscaleSocket))
 	}
 	return err
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/hint"
@@ -48,11 +49,11 @@ func inhabit(t *testing.T, c config.Config, binDir string) {
 		filepath.Join(paths.TailscaleStateDir, "profile-data/1/x"):   "x",
 		filepath.Join(paths.IPAMDir, networkName, "boot/10.244.1.2"): "x",
 		filepath.Join(hint.Spool(paths.DaemonSocket), "1-1"):         "{}",
-		totalsPath():                "{}",
-		totalsPath() + ".new":       "{",
-		paths.DaemonTailscaleSocket: "",
-		paths.DaemonSocket:          "",
-		paths.APISocket:             "",
+		totalsPath(): "{}",
+		filepath.Join(paths.RunDir, ".metrics.json.1"): "{",
+		paths.DaemonTailscaleSocket:                    "",
+		paths.DaemonSocket:                             "",
+		paths.APISocket:                                "",
 	}
 	for path, text := range files {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -109,7 +110,7 @@ func inhabitable(t *testing.T) (c config.Config, binDir, before string) {
 // fakeTailscaled answers the LocalAPI at socket with status, 200 with an empty object, and notes what it is asked.
 func fakeTailscaled(t *testing.T, socket string, status int) (asked func() []string) {
 	t.Helper()
-	if err := removeFile(socket); err != nil {
+	if err := atomicfile.Remove(socket); err != nil {
 		t.Fatal(err)
 	}
 	l, err := net.Listen("unix", socket)

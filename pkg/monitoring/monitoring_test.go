@@ -14,12 +14,13 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 type fakeNode struct{ ok bool }
 
-func (f fakeNode) Ready() (bool, []PartStatus) {
-	return f.ok, []PartStatus{{Name: "rules", OK: f.ok}}
+func (f fakeNode) Ready() (bool, []reconcile.Status) {
+	return f.ok, []reconcile.Status{{Name: "rules", OK: f.ok}}
 }
 
 func get(t *testing.T, url string) (int, string) {

@@ -11,18 +11,13 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-)
 
-// PartStatus is one part of the node as /readyz shows it.
-type PartStatus struct {
-	Name  string `json:"name"`
-	OK    bool   `json:"ok"`
-	Error string `json:"error,omitempty"` // with the remedy
-}
+	"github.com/headcni/headcni/pkg/reconcile"
+)
 
 // Readiness answers whether pods can be started here, with the parts behind the answer.
 type Readiness interface {
-	Ready() (bool, []PartStatus)
+	Ready() (bool, []reconcile.Status)
 }
 
 // Serve answers /healthz (the process lives), /readyz (200 or 503 and the parts as JSON) and /metrics on listen until
@@ -41,8 +36,8 @@ func Serve(ctx context.Context, listen string, g prometheus.Gatherer, r Readines
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
 		_ = json.NewEncoder(w).Encode(struct {
-			Ready bool         `json:"ready"`
-			Parts []PartStatus `json:"parts"`
+			Ready bool               `json:"ready"`
+			Parts []reconcile.Status `json:"parts"`
 		}{ok, parts}) // the client has gone
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{}))

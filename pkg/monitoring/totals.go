@@ -12,6 +12,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/hint"
 )
 
@@ -140,10 +141,7 @@ func (b *book) keep(next totals) error {
 		if err != nil {
 			return err
 		}
-		if err := os.WriteFile(b.path+".new", text, 0o600); err != nil {
-			return fmt.Errorf("keep the metrics: %w", err)
-		}
-		if err := os.Rename(b.path+".new", b.path); err != nil {
+		if err := atomicfile.WriteUnsynced(b.path, text, 0o600); err != nil {
 			return fmt.Errorf("keep the metrics: %w", err)
 		}
 	}

@@ -16,34 +16,46 @@ const module = "github.com/headcni/headcni/"
 
 // level orders the packages; one imports only from below, or from within its own folder.
 var level = map[string]int{
-	"internal/cnimain": 1,
-	"internal/jsonw":   0,
-	"internal/procfs":  0,
-	"internal/version": 0,
-	"pkg/config":       0,
+	"internal/atomicfile": 0,
+	"internal/jsonw":      0,
+	"internal/netset":     0,
+	"internal/procfs":     0,
+	"internal/version":    0,
 
-	"pkg/logging": 1,
+	"pkg/config": 1,
+
+	"internal/cnimain": 2,
+	"pkg/logging":      2,
+	"pkg/reconcile":    2,
 	// What the plugin tells the daemon: a type that more than one package speaks.
-	"pkg/hint": 1,
+	"pkg/hint": 2,
 
-	"pkg/dns":        2,
-	"pkg/headscale":  2,
-	"pkg/ipam":       2,
-	"pkg/kube":       2,
-	"pkg/monitoring": 2,
-	"pkg/networking": 2,
-	"pkg/nft":        2,
-	"pkg/policy":     2,
-	"pkg/tailscale":  2,
+	"pkg/dns":        3,
+	"pkg/headscale":  3,
+	"pkg/ipam":       3,
+	"pkg/kube":       3,
+	"pkg/monitoring": 3,
+	"pkg/networking": 3,
+	"pkg/nft":        3,
+	"pkg/nodestatus": 3,
+	"pkg/policy":     3,
+	"pkg/tailscale":  3,
 
-	"pkg/controller": 3,
-	"pkg/daemon":     3,
-	"pkg/plugin":     3,
+	// Rooms that several concerns meet in.
+	"pkg/conflist":   4,
+	"pkg/install":    4,
+	"pkg/leases":     4,
+	"pkg/membership": 4,
+	"pkg/tailscaled": 4,
+
+	"pkg/controller": 5,
+	"pkg/daemon":     5,
+	"pkg/plugin":     5,
 
 	// The lab starts our programs as processes and needs their configuration and clients only.
-	"internal/lab": 3,
+	"internal/lab": 5,
 
-	"cmd": 4,
+	"cmd": 6,
 }
 
 // testOnly packages import testing. Nothing that ships may.

@@ -9,7 +9,7 @@ import (
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
-	daemonpkg "github.com/headcni/headcni/pkg/daemon"
+	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
 // The service CIDRs of the labs' cluster.
@@ -246,7 +246,7 @@ func testForeignFirewall(t *testing.T, w *world) {
 // partOf is what is wrong with a part of a node, and whether the node is ready all the same.
 func partOf(t *testing.T, n *lab.Node, name string) (text string, ready bool) {
 	t.Helper()
-	var s daemonpkg.Status
+	var s nodestatus.Status
 	if err := json.Unmarshal([]byte(sh(t, n.Machine, "headcni-daemon status -o json")), &s); err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,71 @@
+// Package atomicfile replaces files whole: a reader sees the old content or the new one, also after kill -9 or a full disk.
+package atomicfile
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Write puts data at path in one step, with these permissions, and syncs file and folder: it outlives a power cut once Write
+// has returned. A symbolic link at path is replaced, not followed.
+func Write(path string, data []byte, perm fs.FileMode) error { return write(path, data, perm, true) }
+
+// WriteUnsynced is Write without syncs, for a tmpfs and for what is made again after a power cut.
+func WriteUnsynced(path string, data []byte, perm fs.FileMode) error {
+	return write(path, data, perm, false)
+}
+
+func write(path string, data []byte, perm fs.FileMode, durable bool) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("write %s: %w", path, err), Remove(f.Name()))
+		}
+	}()
+	if _, err = f.Write(data); err == nil {
+		err = f.Chmod(perm)
+	}
+	if err == nil && durable {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err = os.Rename(f.Name(), path); err != nil || !durable {
+		return err
+	}
+	return SyncDir(filepath.Dir(path))
+}
+
+// Remove removes path if it is there.
+func Remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// Sweep removes what a Write to path left beside it when it was killed. Nobody may be writing there.
+func Sweep(path string) error {
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*"))
+	errs := []error{err}
+	for _, l := range left {
+		errs = append(errs, Remove(l))
+	}
+	return errors.Join(errs...)
+}
+
+// SyncDir makes changes of a folder's entries outlive a power cut.
+func SyncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

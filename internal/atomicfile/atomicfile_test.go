@@ -1,0 +1,70 @@
+package atomicfile
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestWriteReplaces(t *testing.T) {
+	dir := t.TempDir()
+	path, elsewhere := filepath.Join(dir, "state"), filepath.Join(dir, "elsewhere")
+	if err := os.WriteFile(elsewhere, []byte("theirs"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(elsewhere, path); err != nil {
+		t.Fatal(err)
+	}
+	for _, write := range []func(string, []byte, fs.FileMode) error{Write, WriteUnsynced} {
+		if err := write(path, []byte("new"), 0o640); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(path)
+		info, statErr := os.Lstat(path)
+		if err != nil || statErr != nil || string(b) != "new" || info.Mode() != 0o640 {
+			t.Errorf("%q %v, %v %v", b, info, err, statErr)
+		}
+	}
+	if b, err := os.ReadFile(elsewhere); err != nil || string(b) != "theirs" {
+		t.Errorf("wrote through the link: %q, %v", b, err)
+	}
+	if found, err := os.ReadDir(dir); err != nil || len(found) != 2 {
+		t.Errorf("left behind: %v, %v", found, err)
+	}
+}
+
+func TestWriteThatFailsLeavesNothing(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "state")
+	if err := os.Mkdir(path, 0o755); err != nil { // a file cannot replace it
+		t.Fatal(err)
+	}
+	if err := Write(path, nil, 0o600); err == nil || !strings.HasPrefix(err.Error(), "write "+path) {
+		t.Errorf("over a folder: %v", err)
+	}
+	if found, err := os.ReadDir(dir); err != nil || len(found) != 1 {
+		t.Errorf("left behind: %v, %v", found, err)
+	}
+	if err := Write(filepath.Join(dir, "none", "state"), nil, 0o600); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without a folder: %v", err)
+	}
+}
+
+func TestSweep(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"state", ".state.123", ".state.456", ".other.123"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := Sweep(filepath.Join(dir, "state")); err != nil {
+		t.Fatal(err)
+	}
+	found, err := os.ReadDir(dir)
+	if err != nil || len(found) != 2 || found[0].Name() != ".other.123" || found[1].Name() != "state" {
+		t.Errorf("%v, %v", found, err)
+	}
+}

@@ -1,0 +1,71 @@
+// Package netset is the algebra of sets of IP prefixes, and the two ranges that every tailnet has.
+package netset
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"go4.org/netipx"
+)
+
+var (
+	// TailnetIPv4 is where IPv4 tailnet addresses are from: the shared address space of RFC 6598, in which providers have
+	// networks too.
+	TailnetIPv4 = netip.MustParsePrefix("100.64.0.0/10")
+	// TailnetIPv6 is Tailscale's unique local range (tailscale.com/kb/1033).
+	TailnetIPv6 = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+)
+
+// Union returns the prefixes of all lists, masked and in order of address, without those inside another. It does not join
+// neighbours: every prefix of the result is one of the lists.
+func Union(lists ...[]netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, p := range slices.Concat(lists...) {
+		if p.IsValid() {
+			all = append(all, p.Masked())
+		}
+	}
+	slices.SortFunc(all, func(a, b netip.Prefix) int { // the wider of two that begin alike comes first
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	var out []netip.Prefix
+	for _, p := range all {
+		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// Aggregate covers exactly what the prefixes cover in as few prefixes as possible, in order of address. Each prefix costs a
+// rule that packets are compared with, and a cluster has a thousand nodes.
+func Aggregate(prefixes []netip.Prefix) []netip.Prefix {
+	var b netipx.IPSetBuilder
+	for _, p := range prefixes {
+		b.AddPrefix(p)
+	}
+	set, err := b.IPSet()
+	if err != nil { // an invalid prefix, which Union leaves out
+		return Union(prefixes)
+	}
+	return append([]netip.Prefix(nil), set.Prefixes()...) // nil where there is none
+}
+
+// Without returns the elements of list that are not elements of drop, in list's order.
+func Without(list, drop []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(list), func(p netip.Prefix) bool { return slices.Contains(drop, p) })
+}
+
+// Covers reports whether one prefix of set contains all of p.
+func Covers(set []netip.Prefix, p netip.Prefix) bool {
+	return slices.ContainsFunc(set, func(s netip.Prefix) bool { return s.Bits() <= p.Bits() && s.Contains(p.Addr()) })
+}
+
+// Overlapping returns the first prefix of set that shares an address with p.
+func Overlapping(set []netip.Prefix, p netip.Prefix) (netip.Prefix, bool) {
+	if i := slices.IndexFunc(set, p.Overlaps); i >= 0 {
+		return set[i], true
+	}
+	return netip.Prefix{}, false
+}

@@ -1,0 +1,78 @@
+package netset
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+)
+
+func prefixes(text string) (out []netip.Prefix) {
+	for _, s := range strings.Fields(text) {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+func text(list []netip.Prefix) string { return strings.Trim(fmt.Sprint(list), "[]") }
+
+func TestUnion(t *testing.T) {
+	for _, c := range []struct{ a, b, want string }{
+		{"", "", ""},
+		{"10.1.0.0/16 10.0.0.0/16", "10.0.0.0/8", "10.0.0.0/8"},
+		{"10.0.0.0/8", "10.0.0.0/16 10.255.0.0/16", "10.0.0.0/8"},
+		{"10.0.0.0/17", "10.0.128.0/17", "10.0.0.0/17 10.0.128.0/17"}, // neighbours stay two
+		{"fd00::/64 10.0.0.0/24", "10.0.0.5/24 fd00::/32", "10.0.0.0/24 fd00::/32"},
+	} {
+		if got := text(Union(prefixes(c.a), prefixes(c.b))); got != c.want {
+			t.Errorf("%s and %s: %s, want %s", c.a, c.b, got, c.want)
+		}
+	}
+	if got := Union([]netip.Prefix{{}}); len(got) != 0 {
+		t.Errorf("the zero prefix: %v", got)
+	}
+}
+
+func TestAggregate(t *testing.T) {
+	for _, c := range []struct{ in, want string }{
+		{"", ""},
+		{"10.244.1.0/24", "10.244.1.0/24"},
+		{"10.244.1.0/24 10.244.0.0/24 10.244.3.0/24 10.244.2.0/24", "10.244.0.0/22"},
+		{"10.244.1.0/24 10.244.2.0/24", "10.244.1.0/24 10.244.2.0/24"}, // neighbours without a common parent
+		{"10.244.0.0/16 10.244.7.0/24", "10.244.0.0/16"},
+		{"fd00::/65 fd00:0:0:0:8000::/65 10.0.0.0/24", "10.0.0.0/24 fd00::/64"},
+	} {
+		if got := text(Aggregate(prefixes(c.in))); got != c.want {
+			t.Errorf("%s: %s, want %s", c.in, got, c.want)
+		}
+	}
+	if got := text(Aggregate(append(prefixes("10.0.0.0/24"), netip.Prefix{}))); got != "10.0.0.0/24" {
+		t.Errorf("beside the zero prefix: %s", got)
+	}
+}
+
+func TestWithout(t *testing.T) {
+	if got := text(Without(prefixes("10.2.0.0/16 10.1.0.0/16 10.1.1.0/24"), prefixes("10.1.0.0/16 10.9.0.0/16"))); got != "10.2.0.0/16 10.1.1.0/24" {
+		t.Error(got)
+	}
+}
+
+func TestCovers(t *testing.T) {
+	set := prefixes("10.244.0.0/16 fd00::/32")
+	for p, want := range map[string]bool{
+		"10.244.0.0/16": true, "10.244.9.0/24": true, "10.0.0.0/8": false, "10.245.0.0/24": false, "fd00:0:1::/48": true, "fd01::/48": false,
+	} {
+		if got := Covers(set, netip.MustParsePrefix(p)); got != want {
+			t.Errorf("%s: %v", p, got)
+		}
+	}
+}
+
+func TestOverlapping(t *testing.T) {
+	set := prefixes("10.244.0.0/16 fd00::/32")
+	for p, want := range map[string]string{"10.0.0.0/8": "10.244.0.0/16", "fd00:0:1::/48": "fd00::/32", "10.1.0.0/16": ""} {
+		if got, ok := Overlapping(set, netip.MustParsePrefix(p)); ok != (want != "") || ok && got.String() != want {
+			t.Errorf("%s: %v, %v", p, got, ok)
+		}
+	}
+}

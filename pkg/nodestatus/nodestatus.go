@@ -1,0 +1,59 @@
+// Package nodestatus is what a node says of itself: the daemon answers with it on a Unix socket, and programs on the node ask.
+package nodestatus
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/headcni/headcni/pkg/reconcile"
+)
+
+// Status is what a running daemon knows of its node.
+type Status struct {
+	Version string `json:"version"`
+	Ready   bool   `json:"ready"`
+	// Mode is host or daemon, "" while auto has found no tailscaled.
+	Mode string `json:"mode"`
+	// Tun is the tailnet's interface, TunMTU its MTU in bytes, 0 while it has not been seen.
+	Tun    string `json:"tun"`
+	TunMTU int    `json:"tunMTU"`
+	// Parts are those of the node, each with its error and remedy where it has one.
+	Parts    []reconcile.Status `json:"parts"`
+	PodCIDRs []PodCIDR          `json:"podCIDRs"`
+	// Tailnet is nil while tailscaled does not answer.
+	Tailnet *Tailnet `json:"tailnet,omitempty"`
+}
+
+// PodCIDR tells how far the tailnet knows one of the node's pod CIDRs.
+type PodCIDR struct {
+	CIDR       netip.Prefix `json:"cidr"`
+	Advertised bool         `json:"advertised"`
+	// Approved means that Headscale routes it to this node.
+	Approved bool `json:"approved"`
+}
+
+// Tailnet is the node's place in the tailnet.
+type Tailnet struct {
+	Version    string       `json:"tailscaled"`
+	State      string       `json:"state"`
+	ControlURL string       `json:"controlURL"`
+	Name       string       `json:"name"`
+	IPs        []netip.Addr `json:"ips"`
+	// KeyExpiry is when the node key expires, nil = never.
+	KeyExpiry *time.Time `json:"keyExpiry,omitempty"`
+	// Health holds what tailscaled itself complains of.
+	Health []string `json:"health,omitempty"`
+	Peers  []Peer   `json:"peers"`
+}
+
+// Peer is another node of the tailnet.
+type Peer struct {
+	Name string       `json:"name"`
+	IPs  []netip.Addr `json:"ips"`
+	// Path is direct, relayed, idle or offline; Endpoint the address or the relay behind it.
+	Path     string `json:"path"`
+	Endpoint string `json:"endpoint,omitempty"`
+	// Routes are what the tailnet routes to the peer, PodCIDRs those of them that are pods to this node.
+	Routes   []netip.Prefix `json:"routes,omitempty"`
+	PodCIDRs []netip.Prefix `json:"podCIDRs,omitempty"`
+}

@@ -1,0 +1,92 @@
+package nodestatus
+
+import (
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/headcni/headcni/pkg/reconcile"
+)
+
+// Print writes the status for people, with the parts where one of them has an error.
+func (s Status) Print(out io.Writer) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	ready := "ready"
+	if !s.Ready {
+		ready = "NOT READY"
+	}
+	fmt.Fprintf(w, "node\t%s, %s mode, %s (MTU %d), headcni %s\n", ready, orUnknown(s.Mode), orUnknown(s.Tun), s.TunMTU, s.Version)
+	if t := s.Tailnet; t == nil {
+		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
+	} else {
+		fmt.Fprintf(w, "tailnet\t%s as %s %s at %s, tailscaled %s, key %s\n", t.State, orUnknown(t.Name), join(t.IPs), orUnknown(t.ControlURL), t.Version, expiry(t.KeyExpiry))
+		for _, h := range t.Health {
+			fmt.Fprintf(w, "\t! %s\n", h)
+		}
+	}
+	for _, c := range s.PodCIDRs {
+		if s.Tailnet == nil {
+			fmt.Fprintf(w, "pods\t%s\n", c.CIDR)
+			continue
+		}
+		fmt.Fprintf(w, "pods\t%s %s, %s\n", c.CIDR, yes(c.Advertised, "advertised"), yes(c.Approved, "approved"))
+	}
+	if t := s.Tailnet; t != nil && len(t.Peers) > 0 {
+		fmt.Fprintln(w, "\npeer\tpath\taddress\tpods")
+		for _, p := range t.Peers {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", p.Name, strings.TrimSpace(p.Path+" "+p.Endpoint), join(p.IPs), join(p.PodCIDRs))
+		}
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	if !s.Ready || slices.ContainsFunc(s.Parts, func(p reconcile.Status) bool { return !p.OK }) {
+		fmt.Fprintln(out)
+		s.PrintParts(out)
+	}
+	return nil
+}
+
+// PrintParts writes a line for each part.
+func (s Status) PrintParts(out io.Writer) {
+	for _, p := range s.Parts {
+		text := "ok"
+		if !p.OK {
+			text = p.Error
+		}
+		fmt.Fprintf(out, "%-10s %s\n", p.Name, text)
+	}
+}
+
+func join[T netip.Addr | netip.Prefix](v []T) string {
+	var out []string
+	for _, x := range v {
+		out = append(out, fmt.Sprint(x))
+	}
+	return strings.Join(out, " ")
+}
+
+func yes(b bool, what string) string {
+	if b {
+		return what
+	}
+	return "NOT " + what
+}
+
+func orUnknown(s string) string {
+	if s == "" {
+		return "unknown"
+	}
+	return s
+}
+
+func expiry(t *time.Time) string {
+	if t == nil {
+		return "never expires"
+	}
+	return "expires " + t.Format(time.RFC3339)
+}

@@ -1,0 +1,186 @@
+// Package reconcile keeps a whole as it should be, part by part: what each part needs, what it waits for, when it is tried
+// again, and what /readyz says of it.
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Part is one thing that has to be as it should be. S is what one pass observed and planned, which all its parts share.
+type Part[S any] struct {
+	Name string
+	// Needs are parts before this one. It is not tried while one of them has an error.
+	Needs []string
+	// Optional parts are shown, but readiness does not depend on them.
+	Optional bool
+	// Run makes the part as it should be and says what it changed, also when it failed half-way.
+	Run func(ctx context.Context, s S) (changes []string, err error)
+}
+
+// Waiting is an error that passes without anybody's help.
+type Waiting string
+
+func (w Waiting) Error() string { return string(w) }
+
+// Unseen is an error of a part of which nobody here can see whether anything is wrong with it. It is shown, and the part
+// counts as ready.
+type Unseen struct{ Err error }
+
+func (u Unseen) Error() string { return u.Err.Error() }
+
+// Unwrap returns what is not seen.
+func (u Unseen) Unwrap() error { return u.Err }
+
+// Warning is an error that stands for long, such as a key that expires next week: to try again soon would change nothing.
+type Warning struct{ Err error }
+
+func (w Warning) Error() string { return w.Err.Error() }
+
+// Unwrap returns what is warned of.
+func (w Warning) Unwrap() error { return w.Err }
+
+// Status is one part as /readyz shows it.
+type Status struct {
+	Name  string `json:"name"`
+	OK    bool   `json:"ok"`
+	Error string `json:"error,omitempty"` // with the remedy
+}
+
+// Options of a Board. Every field may be left out.
+type Options struct {
+	Log *slog.Logger
+	// Record is called with the outcome of each part and the number of its changes, for metrics.
+	Record func(part string, ok bool, changes int)
+	// Report is called with what is news for people who do not read logs: a fault, and the end of one that was reported.
+	Report func(part string, ok bool, text string)
+	// FullCheck is how long after a pass the next one is due where every part is as it should be.
+	FullCheck time.Duration
+	// RetryMin and RetryMax bound the wait before a part with an error is tried again.
+	RetryMin, RetryMax time.Duration
+}
+
+// Board runs parts in order and holds the last outcome of each. Make it with NewBoard.
+type Board[S any] struct {
+	opt   Options
+	parts []Part[S]
+	retry map[string]*retry // of Run alone
+
+	mu   sync.Mutex
+	last map[string]outcome
+}
+
+// outcome is how a part stands.
+type outcome struct {
+	text     string // of its error, "" = none
+	optional bool
+	reported bool
+}
+
+// NewBoard panics where a part needs one that does not come before it.
+func NewBoard[S any](opt Options, parts []Part[S]) *Board[S] {
+	b := &Board[S]{opt: opt, parts: parts, retry: map[string]*retry{}, last: map[string]outcome{}}
+	if b.opt.Log == nil {
+		b.opt.Log = slog.New(slog.DiscardHandler)
+	}
+	for _, p := range parts {
+		for _, n := range p.Needs {
+			if _, ok := b.last[n]; !ok {
+				panic(fmt.Sprintf("part %s needs %s, which does not come before it", p.Name, n))
+			}
+		}
+		b.last[p.Name] = outcome{text: "not tried yet", optional: p.Optional}
+		b.retry[p.Name] = &retry{}
+	}
+	return b
+}
+
+// Run tries all parts and returns how long it is until the next pass is due.
+func (b *Board[S]) Run(ctx context.Context, s S) time.Duration {
+	ok := map[string]bool{}
+	next := b.opt.FullCheck
+	for _, p := range b.parts {
+		if i := slices.IndexFunc(p.Needs, func(n string) bool { return !ok[n] }); i >= 0 {
+			b.record(p, nil, Waiting("waits for "+p.Needs[i])) // which is tried again when it is due
+			continue
+		}
+		changes, err := p.Run(ctx, s)
+		if ctx.Err() != nil {
+			return next // we are being stopped: an interrupted part is no news
+		}
+		ok[p.Name] = err == nil
+		if due, again := b.retry[p.Name].after(err, b.opt, time.Now()); again {
+			next = min(next, due)
+		}
+		b.record(p, changes, err)
+	}
+	return next
+}
+
+// record keeps the outcome, and logs and reports it where it is news.
+func (b *Board[S]) record(p Part[S], changes []string, err error) {
+	name := p.Name
+	o := outcome{optional: p.Optional}
+	var unseen Unseen
+	var waiting Waiting
+	isUnseen, isWaiting := errors.As(err, &unseen), errors.As(err, &waiting)
+	if err != nil {
+		o.text = strings.ReplaceAll(err.Error(), "\n", "; ") // joined errors; one part, one line
+		o.optional = o.optional || isUnseen
+	}
+	b.mu.Lock()
+	before := b.last[name]
+	o.reported = before.reported
+	fault := err != nil && !isWaiting && !isUnseen
+	report := o.text != before.text && (fault || err == nil && before.reported)
+	if report {
+		o.reported = fault
+	}
+	b.last[name] = o
+	b.mu.Unlock()
+	if b.opt.Record != nil {
+		b.opt.Record(name, err == nil, len(changes))
+	}
+	log := b.opt.Log
+	if len(changes) > 0 {
+		log.Info("corrected", "part", name, "changes", changes)
+	}
+	switch {
+	case o.text == before.text:
+	case err == nil:
+		log.Info("ready", "part", name)
+	case isWaiting:
+		log.Debug("waiting", "part", name, "err", o.text)
+	case isUnseen:
+		log.Warn("cannot be seen from here", "part", name, "err", o.text)
+	default:
+		log.Error("failed", "part", name, "err", o.text)
+	}
+	if report && b.opt.Report != nil {
+		text := o.text
+		if err == nil {
+			text = "works again"
+		}
+		b.opt.Report(name, err == nil, text)
+	}
+}
+
+// Ready reports whether every part that is not optional is as it should be, and how each stands.
+func (b *Board[S]) Ready() (bool, []Status) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	ready := true
+	var out []Status
+	for _, p := range b.parts {
+		o := b.last[p.Name]
+		out = append(out, Status{Name: p.Name, OK: o.text == "", Error: o.text})
+		ready = ready && (o.text == "" || o.optional)
+	}
+	return ready, out
+}

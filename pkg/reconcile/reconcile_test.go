@@ -1,0 +1,206 @@
+package reconcile
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// outcomes is what each part of a test says next.
+type outcomes map[string]error
+
+// part has no change to make.
+func part(name string, needs ...string) Part[outcomes] {
+	return Part[outcomes]{Name: name, Needs: needs, Run: func(_ context.Context, o outcomes) ([]string, error) { return nil, o[name] }}
+}
+
+func TestOrderNeedsAndNews(t *testing.T) {
+	var out bytes.Buffer
+	var ran []string
+	changed := []string{"x"}
+	parts := []Part[outcomes]{part("a"), part("b", "a"), part("c")}
+	for i, p := range parts {
+		parts[i].Run = func(_ context.Context, o outcomes) ([]string, error) {
+			ran = append(ran, p.Name)
+			return changed, o[p.Name]
+		}
+	}
+	recorded := map[string]int{}
+	b := NewBoard(Options{
+		Log: slog.New(slog.NewTextHandler(&out, nil)), Record: func(part string, _ bool, changes int) { recorded[part] += changes },
+	}, parts)
+	if ready, got := b.Ready(); ready || len(got) != 3 || got[0].Error != "not tried yet" {
+		t.Error("ready before anything was tried:", got)
+	}
+	fault := outcomes{"a": errors.New("no nft: install nftables")}
+	b.Run(t.Context(), fault)
+	if diff := cmp.Diff([]string{"a", "c"}, ran); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff(map[string]int{"a": 1, "b": 0, "c": 1}, recorded); diff != "" {
+		t.Error(diff)
+	}
+	ready, got := b.Ready()
+	want := []Status{{Name: "a", Error: "no nft: install nftables"}, {Name: "b", Error: "waits for a"}, {Name: "c", OK: true}}
+	if diff := cmp.Diff(want, got); ready || diff != "" {
+		t.Error(ready, diff)
+	}
+	changed = nil
+	b.Run(t.Context(), fault)
+	if n := strings.Count(out.String(), "install nftables"); n != 1 {
+		t.Errorf("the same fault was logged %d times", n)
+	}
+	b.Run(t.Context(), nil)
+	out.Reset()
+	b.Run(t.Context(), nil)
+	if out.Len() != 0 {
+		t.Errorf("steady state logs: %s", out.String())
+	}
+	if ready, _ := b.Ready(); !ready {
+		t.Error("not ready")
+	}
+}
+
+func TestNeedsComeBefore(t *testing.T) {
+	defer func() {
+		if recover() == nil {
+			t.Error("a part may need one that comes after it")
+		}
+	}()
+	NewBoard(Options{}, []Part[outcomes]{part("a", "b"), part("b")})
+}
+
+func TestStopped(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	stop := false
+	b := NewBoard(Options{}, []Part[outcomes]{{Name: "a", Run: func(ctx context.Context, _ outcomes) ([]string, error) {
+		if stop {
+			cancel()
+		}
+		return nil, ctx.Err()
+	}}})
+	b.Run(ctx, nil)
+	stop = true
+	b.Run(ctx, nil)
+	if ready, _ := b.Ready(); !ready {
+		t.Error("a stop was taken for a fault")
+	}
+}
+
+// What cannot be seen from here is shown, said once, and does not make the whole unready.
+func TestUnseen(t *testing.T) {
+	var out bytes.Buffer
+	b := NewBoard(Options{Log: slog.New(slog.NewTextHandler(&out, nil))}, []Part[outcomes]{part("a")})
+	b.Run(t.Context(), outcomes{"a": Unseen{Waiting("advertised")}})
+	if out.Len() != 0 {
+		t.Errorf("logs while it waits: %s", out.String())
+	}
+	for range 2 {
+		b.Run(t.Context(), outcomes{"a": Unseen{errors.New("nobody has told")}})
+	}
+	ready, got := b.Ready()
+	if diff := cmp.Diff([]Status{{Name: "a", Error: "nobody has told"}}, got); !ready || diff != "" {
+		t.Error(ready, diff)
+	}
+	if n := strings.Count(out.String(), "nobody has told"); n != 1 || !strings.Contains(out.String(), "level=WARN") {
+		t.Errorf("logged %d times: %s", n, out.String())
+	}
+	b.Run(t.Context(), outcomes{"a": errors.New("wrong")})
+	if ready, _ := b.Ready(); ready {
+		t.Error("ready with a fault")
+	}
+}
+
+func TestOptional(t *testing.T) {
+	p := part("a")
+	p.Optional = true
+	b := NewBoard(Options{}, []Part[outcomes]{p})
+	b.Run(t.Context(), outcomes{"a": errors.New("wrong")})
+	if ready, got := b.Ready(); !ready || got[0].OK {
+		t.Error(ready, got)
+	}
+}
+
+// The end of a fault is reported where the fault was: a start is no news.
+func TestReport(t *testing.T) {
+	var reported []string
+	b := NewBoard(Options{Report: func(_ string, _ bool, text string) { reported = append(reported, text) }}, []Part[outcomes]{part("a")})
+	for _, err := range []error{
+		Waiting("starts"), nil, Unseen{errors.New("unseen")}, nil, errors.New("wrong"), errors.New("wrong"), Waiting("soon"), nil, nil, Waiting("x"), nil,
+	} {
+		b.Run(t.Context(), outcomes{"a": err})
+	}
+	if diff := cmp.Diff([]string{"wrong", "works again"}, reported); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// Passes that events start do not put a retry off, and neither does another part's fault.
+func TestRetry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := NewBoard(Options{FullCheck: time.Minute, RetryMin: time.Second, RetryMax: 8 * time.Second}, []Part[outcomes]{part("a"), part("b", "a"), part("c")})
+		run := func(want time.Duration, o outcomes) {
+			t.Helper()
+			if got := b.Run(t.Context(), o); got != want {
+				t.Errorf("next pass in %v, want %v", got, want)
+			}
+		}
+		run(time.Minute, nil)
+		run(time.Minute, outcomes{"a": Warning{errors.New("expires")}})
+		dead := outcomes{"a": errors.New("dead")}
+		for _, wait := range []time.Duration{1, 2, 4, 8, 8} {
+			run(wait*time.Second, dead)
+			time.Sleep(wait * time.Second)
+		}
+		for range 10 { // events
+			run(8*time.Second, dead)
+			time.Sleep(100 * time.Millisecond)
+			run(7900*time.Millisecond, dead)
+			time.Sleep(7900 * time.Millisecond)
+		}
+		both := outcomes{"a": errors.New("dead"), "c": Waiting("soon")}
+		run(time.Second, both)
+		time.Sleep(time.Second)
+		run(2*time.Second, both)
+		run(time.Minute, nil)
+		run(time.Second, dead)
+	})
+}
+
+func TestLoop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		l := NewLoop()
+		var woke []bool
+		var at []time.Duration
+		began := time.Now()
+		l.Settle = func(took time.Duration) time.Duration { return max(time.Second, took) }
+		l.Pass = func(_ context.Context, woken bool) time.Duration {
+			woke, at = append(woke, woken), append(at, time.Since(began))
+			return time.Minute
+		}
+		ended := make(chan struct{})
+		go func() { l.Run(ctx); close(ended) }()
+		time.Sleep(70 * time.Second) // 0 s, 60 s
+		for range 5 {                // one burst: 71 s
+			l.Wake()
+			time.Sleep(100 * time.Millisecond)
+		}
+		time.Sleep(100 * time.Second) // 131 s
+		cancel()
+		<-ended
+		if diff := cmp.Diff([]time.Duration{0, 60 * time.Second, 71 * time.Second, 131 * time.Second}, at); diff != "" {
+			t.Error(diff)
+		}
+		if diff := cmp.Diff([]bool{false, false, true, false}, woke); diff != "" {
+			t.Error(diff)
+		}
+	})
+}

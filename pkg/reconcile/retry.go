@@ -1,0 +1,32 @@
+package reconcile
+
+import (
+	"errors"
+	"time"
+)
+
+// retry is when a part with an error is to be tried again. The wait doubles each time that it has run out, and only then: an
+// event that starts a pass before, or an error of another part, does not make it longer.
+type retry struct {
+	wait time.Duration // 0 = the part is as it should be
+	due  time.Time
+}
+
+// after takes the outcome of a try at now into account. It returns how long it is until the next try, and whether there has
+// to be one at all.
+func (r *retry) after(err error, opt Options, now time.Time) (time.Duration, bool) {
+	if err == nil || errors.As(err, new(Warning)) {
+		*r = retry{}
+		return 0, false
+	}
+	switch {
+	case r.wait == 0:
+		r.wait = opt.RetryMin
+	case now.Before(r.due):
+		return r.due.Sub(now), true
+	default:
+		r.wait = min(2*r.wait, opt.RetryMax)
+	}
+	r.due = now.Add(r.wait)
+	return r.wait, true
+}
