@@ -15,7 +15,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/ipam"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 // gcGrace is how old a lease without a link must be for gc: an ADD has the lease before the link.
@@ -238,7 +238,7 @@ func ipamGCCmd(f *ipamFlags) *cobra.Command {
 
 // leaked tells a lease without a pod: it is the headcni plugin's, whose pods all have a link, and has none.
 func leaked(l ipam.Lease, links map[string]bool, now time.Time) bool {
-	return l.Writer == ipam.InProcess && !links[networking.PodLinkName(l.ContainerID, l.IfName)] && now.Sub(l.Time) >= gcGrace
+	return l.Writer == ipam.InProcess && !links[podlink.PodLinkName(l.ContainerID, l.IfName)] && now.Sub(l.Time) >= gcGrace
 }
 
 // linkNames are the host's; a lease without its link has no pod.

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/pkg/ipam"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 func headcnictl(t *testing.T, args ...string) (string, error) {
@@ -119,7 +119,7 @@ func TestLeaked(t *testing.T) {
 	lease := func(id, writer string, age time.Duration) ipam.Lease {
 		return ipam.Lease{Owner: ipam.Owner{ContainerID: id, IfName: "eth0"}, Writer: writer, Time: now.Add(-age)}
 	}
-	links := map[string]bool{networking.PodLinkName("live", "eth0"): true}
+	links := map[string]bool{podlink.PodLinkName("live", "eth0"): true}
 	for _, c := range []struct {
 		lease ipam.Lease
 		want  bool

@@ -21,7 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/monitoring"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -52,7 +52,7 @@ type Daemon struct {
 	board   *reconcile.Board[*pass]
 	loop    *reconcile.Loop
 
-	node    *networking.Node
+	node    *noderoutes.Node
 	tables  *nft.Tables
 	member  *member
 	cluster *cluster // nil without Kubernetes
@@ -110,7 +110,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	d.board = d.newBoard(d.parts())
 	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return settle }
-	d.node = networking.NewNode(saved.Host, func(h networking.SavedHost) error {
+	d.node = noderoutes.NewNode(saved.Host, func(h noderoutes.SavedHost) error {
 		return d.remember(func(s *state) { s.Host = h })
 	})
 	return d, nil

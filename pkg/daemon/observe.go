@@ -15,7 +15,8 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/noderoutes"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -75,7 +76,7 @@ func (d *Daemon) observeCluster(o *observation) error {
 		return err
 	}
 	if len(l.Leaving) > 0 {
-		pods := networking.Pods{}
+		pods := podlink.Pods{}
 		live, err := pods.Live(networkName)
 		if err != nil {
 			return fmt.Errorf("look for pods of former pod CIDRs: %w", err)
@@ -103,8 +104,8 @@ func (d *Daemon) observeCluster(o *observation) error {
 
 // sourceAddr is the zero Addr where the node has no default route of the family.
 func sourceAddr(family int) (netip.Addr, error) {
-	a, err := networking.DefaultSource(family)
-	if errors.Is(err, networking.ErrNoSource) {
+	a, err := noderoutes.DefaultSource(family)
+	if errors.Is(err, noderoutes.ErrNoSource) {
 		return netip.Addr{}, nil
 	}
 	return a, err

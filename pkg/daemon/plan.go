@@ -9,7 +9,7 @@ import (
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -46,7 +46,7 @@ type observation struct {
 
 // plan is what the node should look like.
 type plan struct {
-	node     networking.NodeConfig
+	node     noderoutes.NodeConfig
 	firewall nft.Config
 	prefs    tailscale.PrefsSpec
 	conflist []byte
@@ -64,7 +64,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		return plan{}, err
 	}
 	p := plan{
-		node: networking.NodeConfig{Own: own, Leaving: o.leaving, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
+		node: noderoutes.NodeConfig{Own: own, Leaving: o.leaving, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
 			Own: slices.Concat(own, o.leaving), Cluster: cluster, KeepSource: c.Network.ServiceCIDRs.Prefixes(), TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,

@@ -10,7 +10,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/monitoring"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -62,7 +62,7 @@ func (s *sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
 	}
 	now, seen := s.now(), map[string]bool{}
 	keep := func(l ipam.Lease) bool {
-		name := networking.PodLinkName(l.ContainerID, l.IfName)
+		name := podlink.PodLinkName(l.ContainerID, l.IfName)
 		if l.Writer != ipam.InProcess || links[name] {
 			return true
 		}

@@ -10,7 +10,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/ipam"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 func TestSweep(t *testing.T) {
@@ -30,7 +30,7 @@ func TestSweep(t *testing.T) {
 		}
 	}
 	now := time.Now()
-	links := map[string]bool{networking.PodLinkName("live", "eth0"): true}
+	links := map[string]bool{podlink.PodLinkName("live", "eth0"): true}
 	confDir := t.TempDir()
 	conf := fmt.Sprintf(`{"name":"net","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, dir)
 	if err := os.WriteFile(filepath.Join(confDir, paths.ConflistName), []byte(conf), 0o600); err != nil {
@@ -54,9 +54,9 @@ func TestSweep(t *testing.T) {
 	}
 	sweep()
 	now = now.Add(sweepGrace - time.Second)
-	links[networking.PodLinkName("late", "eth0")] = true // a slow ADD
+	links[podlink.PodLinkName("late", "eth0")] = true // a slow ADD
 	sweep()
-	delete(links, networking.PodLinkName("late", "eth0"))
+	delete(links, podlink.PodLinkName("late", "eth0"))
 	now = now.Add(2 * time.Second)
 	sweep("gone")
 	now = now.Add(sweepGrace - time.Second) // late's time without a link began anew

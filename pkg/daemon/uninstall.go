@@ -15,7 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/hint"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -145,5 +145,5 @@ func unlessStopped(err error, mode string) error {
 }
 
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(networking.NewNode(s.Host, nil).Remove(ctx), nft.New().Remove(ctx))
+	return errors.Join(noderoutes.NewNode(s.Host, nil).Remove(ctx), nft.New().Remove(ctx))
 }

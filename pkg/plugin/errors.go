@@ -8,7 +8,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/ipam"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 // stage is what a command was about when it failed. It also labels the daemon's metrics.
@@ -62,14 +62,14 @@ func cniError(s stage, err error) *types.Error {
 		return newError(types.ErrTryAgainLater, "address store is busy; try again later", err)
 	case errors.Is(err, errEnvironment), errors.Is(err, ipam.ErrOwner):
 		return newError(types.ErrInvalidEnvironmentVariables, oneLine(err), err) // the message must name the variables
-	case errors.Is(err, networking.ErrPodNetns):
-		return newError(types.ErrInvalidNetNS, networking.ErrPodNetns.Error(), err)
-	case errors.Is(err, networking.ErrNotProgrammed):
-		return newError(types.ErrTryAgainLater, networking.ErrNotProgrammed.Error()+"; try again later", err)
-	case errors.Is(err, networking.ErrPodLinkExists):
-		return newError(CodeInterfaceExists, networking.ErrPodLinkExists.Error(), err)
-	case errors.Is(err, networking.ErrNoIPv6):
-		return newError(CodeNoIPv6, networking.ErrNoIPv6.Error(), err)
+	case errors.Is(err, podlink.ErrPodNetns):
+		return newError(types.ErrInvalidNetNS, podlink.ErrPodNetns.Error(), err)
+	case errors.Is(err, podlink.ErrNotProgrammed):
+		return newError(types.ErrTryAgainLater, podlink.ErrNotProgrammed.Error()+"; try again later", err)
+	case errors.Is(err, podlink.ErrPodLinkExists):
+		return newError(CodeInterfaceExists, podlink.ErrPodLinkExists.Error(), err)
+	case errors.Is(err, podlink.ErrNoIPv6):
+		return newError(CodeNoIPv6, podlink.ErrNoIPv6.Error(), err)
 	}
 	switch s {
 	case stageIPAM:

@@ -22,30 +22,30 @@ import (
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/ipam"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 // fakeKernel holds links in memory. fail names the calls that fail.
 type fakeKernel struct {
-	links map[string]networking.Pod // by link name
+	links map[string]podlink.Pod // by link name
 	fail  map[string]error
-	live  []networking.LivePod
+	live  []podlink.LivePod
 	inUse map[netip.Addr]bool
 }
 
 func (k *fakeKernel) Vacant(_, ifName string) error { return k.fail["vacant"] }
 
-func (k *fakeKernel) Attach(pod networking.Pod) (networking.PodLinks, error) {
-	name := networking.PodLinkName(pod.ContainerID, pod.IfName)
+func (k *fakeKernel) Attach(pod podlink.Pod) (podlink.PodLinks, error) {
+	name := podlink.PodLinkName(pod.ContainerID, pod.IfName)
 	k.links[name] = pod
 	if err := k.fail["attach"]; err != nil {
-		return networking.PodLinks{}, err // half-way: the link is there
+		return podlink.PodLinks{}, err // half-way: the link is there
 	}
 	mac := pod.MAC
 	if mac == nil {
 		mac = net.HardwareAddr{2, 0, 0, 0, 0, 2}
 	}
-	return networking.PodLinks{
+	return podlink.PodLinks{
 		HostName: name, HostMAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, PodMAC: mac, HostMTU: 1280, PodMTU: 1280,
 	}, nil
 }
@@ -54,19 +54,19 @@ func (k *fakeKernel) Detach(containerID, ifName string) (removed bool, err error
 	if err := k.fail["detach"]; err != nil {
 		return false, err
 	}
-	name := networking.PodLinkName(containerID, ifName)
+	name := podlink.PodLinkName(containerID, ifName)
 	_, removed = k.links[name]
 	delete(k.links, name)
 	return removed, nil
 }
 
-func (k *fakeKernel) Check(networking.PodState) error { return k.fail["check"] }
-func (k *fakeKernel) Gate([]netip.Prefix) error       { return k.fail["gate"] }
-func (k *fakeKernel) HasPods() bool                   { return len(k.links) > 0 }
+func (k *fakeKernel) Check(podlink.PodState) error { return k.fail["check"] }
+func (k *fakeKernel) Gate([]netip.Prefix) error    { return k.fail["gate"] }
+func (k *fakeKernel) HasPods() bool                { return len(k.links) > 0 }
 
 func (k *fakeKernel) InUse(a netip.Addr) bool { return k.inUse[a] }
 
-func (k *fakeKernel) Live(string) ([]networking.LivePod, error) { return k.live, nil }
+func (k *fakeKernel) Live(string) ([]podlink.LivePod, error) { return k.live, nil }
 
 func (k *fakeKernel) Sweep(_ string, keep func(string) bool) (left []string, err error) {
 	if err := k.fail["list"]; err != nil {
@@ -96,7 +96,7 @@ type bench struct {
 }
 
 func newBench(t *testing.T) *bench {
-	k := &fakeKernel{links: map[string]networking.Pod{}, fail: map[string]error{}}
+	k := &fakeKernel{links: map[string]podlink.Pod{}, fail: map[string]error{}}
 	b := &bench{kernel: k, dir: t.TempDir(), out: &bytes.Buffer{}, log: &bytes.Buffer{}}
 	b.Plugin = &Plugin{
 		Links: k, Node: k, Addresses: addressesFor(k, k), Stdout: b.out, Stderr: b.log, Start: time.Now(),
@@ -212,14 +212,14 @@ func TestAddFailsAtEachStep(t *testing.T) {
 		{"unknown ipam key", `{"ipam":{"type":"headcni-ipam","strategie":"x"}}`, nil, 2, "config", `strategie: unknown key (value "x")`},
 		{"ipam config", `{"ipam":{"type":"headcni-ipam","strategy":"x"}}`, nil, 7, "config", "strategy"},
 		{"both", `{"mut":1,"ipam":{"type":"headcni-ipam","strategy":"x"}}`, nil, 7, "config", "strategy"},
-		{"gate", "", func(b *bench) { b.kernel.fail["gate"] = networking.ErrNotProgrammed }, 11, "gate", "not programmed"},
-		{"netns", "", func(b *bench) { b.kernel.fail["vacant"] = networking.ErrPodNetns }, 8, "netns", "namespace"},
-		{"interface exists", "", func(b *bench) { b.kernel.fail["vacant"] = networking.ErrPodLinkExists }, CodeInterfaceExists, "netns", "exists"},
+		{"gate", "", func(b *bench) { b.kernel.fail["gate"] = podlink.ErrNotProgrammed }, 11, "gate", "not programmed"},
+		{"netns", "", func(b *bench) { b.kernel.fail["vacant"] = podlink.ErrPodNetns }, 8, "netns", "namespace"},
+		{"interface exists", "", func(b *bench) { b.kernel.fail["vacant"] = podlink.ErrPodLinkExists }, CodeInterfaceExists, "netns", "exists"},
 		{"address", `{"runtimeConfig":{"ips":["10.9.9.9"]}}`, nil, CodeAddress, "ipam", "10.9.9.9"},
 		{"no IPv6", `{"enable_ipv6":true,"ipam":{"type":"headcni-ipam","subnet":"10.244.1.0/24"}}`, nil, 7, "config", "enable_ipv6"},
 		{"attach", "", func(b *bench) { b.kernel.fail["attach"] = boom }, CodeAttach, "attach", "boom"},
-		{"IPv6 off", "", func(b *bench) { b.kernel.fail["attach"] = networking.ErrNoIPv6 }, CodeNoIPv6, "attach", "IPv6"},
-		{"netns gone", "", func(b *bench) { b.kernel.fail["attach"] = networking.ErrPodNetns }, 8, "attach", "namespace"},
+		{"IPv6 off", "", func(b *bench) { b.kernel.fail["attach"] = podlink.ErrNoIPv6 }, CodeNoIPv6, "attach", "IPv6"},
+		{"netns gone", "", func(b *bench) { b.kernel.fail["attach"] = podlink.ErrPodNetns }, 8, "attach", "namespace"},
 		{"result", "", func(b *bench) { b.Stdout = brokenPipe{} }, 5, "result", "broken pipe"},
 		{"prevResult", `{"prevResult":{"cniVersion":"9.9.9"}}`, nil, 7, "config", "prevResult"},
 	} {
@@ -311,7 +311,7 @@ func TestSecondAddTouchesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := b.leases(t)
-	b.kernel.fail["vacant"] = networking.ErrPodLinkExists
+	b.kernel.fail["vacant"] = podlink.ErrPodLinkExists
 	fails(t, b.Add(bg, b.args(t, "c1", "")), CodeInterfaceExists)
 	if diff := cmp.Diff(len(before), len(b.leases(t))); diff != "" || len(b.kernel.links) != 1 {
 		t.Errorf("the first attachment suffered: %s, links %v", diff, b.kernel.links)
@@ -351,7 +351,7 @@ func TestCorruptStoreIsRebuiltFromTheLinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := b.leases(t)[0].Addrs[0].Addr
-	b.kernel.live = []networking.LivePod{{ContainerID: "c1", IfName: "eth0", Label: "ns/web", Addrs: []netip.Addr{first.Addr()}}}
+	b.kernel.live = []podlink.LivePod{{ContainerID: "c1", IfName: "eth0", Label: "ns/web", Addrs: []netip.Addr{first.Addr()}}}
 	spoilStore(t, b.dir)
 	if err := b.Add(bg, b.args(t, "c2", wide)); err != nil {
 		t.Fatal(err)
@@ -421,7 +421,7 @@ func TestRequested(t *testing.T) {
 	if err := b.Add(bg, a); err != nil {
 		t.Fatal(err)
 	}
-	pod := b.kernel.links[networking.PodLinkName("c1", "eth0")]
+	pod := b.kernel.links[podlink.PodLinkName("c1", "eth0")]
 	if got := fmt.Sprint(pod.Addrs, pod.MAC); got != "[10.244.1.77 fd00:244:1::77] 02:00:00:00:00:77" {
 		t.Errorf("got %s", got)
 	}
@@ -430,7 +430,7 @@ func TestRequested(t *testing.T) {
 	if err := b.Add(bg, a); err != nil {
 		t.Fatal(err)
 	}
-	if got := b.kernel.links[networking.PodLinkName("c2", "eth0")].Addrs; len(got) != 1 || !netip.MustParsePrefix("10.244.1.128/25").Contains(got[0]) {
+	if got := b.kernel.links[podlink.PodLinkName("c2", "eth0")].Addrs; len(got) != 1 || !netip.MustParsePrefix("10.244.1.128/25").Contains(got[0]) {
 		t.Errorf("got %v", got)
 	}
 }
@@ -529,9 +529,9 @@ func TestStatus(t *testing.T) {
 	if err := b.Status(bg, b.args(t, "", "")); err != nil {
 		t.Error(err)
 	}
-	b.kernel.fail["gate"] = networking.ErrNotProgrammed
+	b.kernel.fail["gate"] = podlink.ErrNotProgrammed
 	fails(t, b.Status(bg, b.args(t, "", "")), types.ErrPluginNotAvailable)
-	b.kernel.links["hc"] = networking.Pod{}
+	b.kernel.links["hc"] = podlink.Pod{}
 	fails(t, b.Status(bg, b.args(t, "", "")), types.ErrLimitedConnectivity)
 	fails(t, b.Status(bg, b.args(t, "", `{"mut":1}`)), 2)
 	if len(b.hints) > 0 {
@@ -567,7 +567,7 @@ func TestCheck(t *testing.T) {
 		t.Fatal(err)
 	}
 	fails(t, b.Check(bg, b.args(t, "c1", previous)), CodeAddress) // no lease
-	b.kernel.fail["gate"] = networking.ErrNotProgrammed
+	b.kernel.fail["gate"] = podlink.ErrNotProgrammed
 	fails(t, b.Check(bg, b.args(t, "c1", previous)), types.ErrTryAgainLater)
 }
 
@@ -640,7 +640,7 @@ func TestDelegate(t *testing.T) {
 		if err != nil || !strings.Contains(string(stdin), `"own":"key"`) || !strings.Contains(string(stdin), `"gate"`) {
 			t.Errorf("it did not get the whole configuration: %s, %v", stdin, err)
 		}
-		pod := b.kernel.links[networking.PodLinkName("c1", "eth0")]
+		pod := b.kernel.links[podlink.PodLinkName("c1", "eth0")]
 		if fmt.Sprint(pod.Addrs, pod.Routes[0].Gateway) != "[10.9.0.5] 10.9.0.1" {
 			t.Errorf("pod: %+v", pod)
 		}
@@ -746,7 +746,7 @@ func TestDelegate(t *testing.T) {
 		if text := fails(t, b.Add(bg, a), CodeAddress); !strings.Contains(text, "/nowhere") {
 			t.Errorf("got %q", text)
 		}
-		b.kernel.links[networking.PodLinkName("c1", "eth0")] = networking.Pod{}
+		b.kernel.links[podlink.PodLinkName("c1", "eth0")] = podlink.Pod{}
 		fails(t, b.Del(bg, a), CodeAddress)
 		b.empty(t) // the link went all the same
 	})

@@ -14,7 +14,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/ipam"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 // pool is headcni-ipam without a process of its own.
@@ -112,7 +112,7 @@ func (p *pool) rebuild(ctx context.Context) error {
 }
 
 // liveLeases says which leases the pods that live must have had.
-func liveLeases(pods []networking.LivePod, cfg ipam.Config, now time.Time) []ipam.Lease {
+func liveLeases(pods []podlink.LivePod, cfg ipam.Config, now time.Time) []ipam.Lease {
 	var leases []ipam.Lease
 	for _, pod := range pods {
 		namespace, name, _ := strings.Cut(pod.Label, "/")

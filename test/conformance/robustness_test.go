@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/nstest"
-	"github.com/headcni/headcni/pkg/networking"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 // TestNetnsDisappears ends a sandbox at many moments of ADD: an error of the right code, or a success that DEL clears away.
@@ -286,7 +286,7 @@ func (n *node) life(pod *nstest.NS, conf string) string {
 // TestCollisions: what has our link's name or a pod's address already stays. Another address is given, unless this one is asked
 // for; then the error names it.
 func TestCollisions(t *testing.T) {
-	host := networking.PodLinkName("c1", "eth0")
+	host := podlink.PodLinkName("c1", "eth0")
 	for name, tt := range map[string]struct {
 		taken, look string // with ip
 		keys        string

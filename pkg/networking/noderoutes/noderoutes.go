@@ -1,4 +1,6 @@
-package networking
+// Package noderoutes gives the node what its pod network needs beside the firewall: ip rules, unreachable routes, sysctls, and
+// the routes of tailscaled that somebody else took away.
+package noderoutes
 
 import (
 	"context"
@@ -8,6 +10,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/sysctl"
 )
 
 // NodeConfig is what the node's rules and routes are made from.
@@ -110,7 +114,7 @@ func observeNode() (have nodeState, raws map[nodeRule]rawRule, err error) {
 			return have, nil, err
 		}
 		have.routes = append(have.routes, routes...)
-		if have.sysctls[f.forwarding], err = readSysctl(f.forwarding); err != nil {
+		if have.sysctls[f.forwarding], err = sysctl.Read(f.forwarding); err != nil {
 			return have, nil, fmt.Errorf("read sysctl: %w", err)
 		}
 		if f.af == unix.AF_INET6 {

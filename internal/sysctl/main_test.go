@@ -1,4 +1,4 @@
-package networking
+package sysctl
 
 import (
 	"testing"

@@ -1,4 +1,6 @@
-package networking
+// Package podlink attaches pods to the node by netlink: it makes, checks, lists and removes their links, and tells whether the
+// node is ready for them (Gate).
+package podlink
 
 import (
 	"errors"
@@ -16,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/procfs"
+	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
@@ -516,7 +519,7 @@ func (p *Pods) podSysctls(netns int, pod Pod) error {
 	})
 }
 
-func podSysctl(link, key string) string { return sysctlRoot + "/net/ipv6/conf/" + link + "/" + key }
+func podSysctl(link, key string) string { return sysctl.Root + "/" + sysctl.IPv6Link(link, key) }
 
 func writePodSysctl(link, key, value string) error {
 	if err := procfs.Write(podSysctl(link, key), value); err != nil {

@@ -1,4 +1,4 @@
-package networking
+package noderoutes
 
 import (
 	"cmp"
@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -250,10 +251,8 @@ func planRA(links []nodeLink, tun string) []nodeStep {
 			continue
 		}
 		if l.raDefault || l.hardware && !l.forwards {
-			out = append(out, nodeStep{sysctl: linkSysctl(l.name, "accept_ra"), value: acceptRAWithForwarding})
+			out = append(out, nodeStep{sysctl: sysctl.IPv6Link(l.name, "accept_ra"), value: sysctl.AcceptRAWithForwarding})
 		}
 	}
 	return out
 }
-
-func linkSysctl(link, name string) string { return "net/ipv6/conf/" + link + "/" + name }

@@ -1,4 +1,4 @@
-package networking
+package podlink
 
 import (
 	"errors"
@@ -10,26 +10,33 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/headcni/headcni/internal/sysctl"
 )
+
+// forwarding are the node's switches, by family.
+var forwarding = []struct {
+	family string // in words
+	ipv6   bool
+	key    string
+}{{"IPv4", false, sysctl.IPv4Forwarding}, {"IPv6", true, sysctl.IPv6Forwarding}}
 
 // enableForwarding lets the node pass packets of the addresses' families on from link to link, as ptp and bridge do it.
 // It is for nodes without a daemon; what is on already stays untouched.
 func enableForwarding(addrs []netip.Addr) error {
-	for _, f := range nodeFamilies {
-		if !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is4() == (f.af == unix.AF_INET) }) {
+	for _, f := range forwarding {
+		if !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is6() == f.ipv6 }) {
 			continue
 		}
-		if on, err := readSysctl(f.forwarding); err == nil && on == "1" {
+		if on, err := sysctl.Read(f.key); err == nil && on == "1" {
 			continue
 		}
-		if f.af == unix.AF_INET6 {
+		if f.ipv6 {
 			if err := keepAdvertised(); err != nil {
 				return err
 			}
 		}
-		if err := writeSysctl(f.forwarding, "1"); err != nil {
-			return fmt.Errorf("let the node forward %s: %w", f.name, err)
+		if err := sysctl.Write(f.key, "1"); err != nil {
+			return fmt.Errorf("let the node forward %s: %w", f.family, err)
 		}
 	}
 	return nil
@@ -46,11 +53,11 @@ func keepAdvertised() error {
 		return fmt.Errorf("look for default routes by router advertisement: %w", err)
 	}
 	for _, link := range advertisedOver(string(table)) {
-		key := linkSysctl(link, "accept_ra")
-		if ra, err := readSysctl(key); err != nil || ra != "1" {
+		key := sysctl.IPv6Link(link, "accept_ra")
+		if ra, err := sysctl.Read(key); err != nil || ra != "1" {
 			continue // the link is gone, or somebody has chosen
 		}
-		if err := writeSysctl(key, acceptRAWithForwarding); err != nil {
+		if err := sysctl.Write(key, sysctl.AcceptRAWithForwarding); err != nil {
 			return fmt.Errorf("keep the default route over %s: %w", link, err)
 		}
 	}

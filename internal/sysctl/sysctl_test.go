@@ -1,4 +1,4 @@
-package networking
+package sysctl
 
 import (
 	"errors"
@@ -52,21 +52,21 @@ func container(net string) error {
 }
 
 func checkSysctls(other string) error {
-	const key = "net/ipv4/ip_forward"
+	const key = IPv4Forwarding
 	for _, value := range []string{"1", "0"} {
-		if err := writeSysctlIn(sysctlRoot, other, key, value); err != nil {
+		if err := writeIn(Root, other, key, value); err != nil {
 			return err
 		}
-		if got, err := readSysctl(key); err != nil || got != value {
+		if got, err := Read(key); err != nil || got != value {
 			return fmt.Errorf("%s is %q, want %s; %v", key, got, value, err)
 		}
 	}
-	err := writeSysctlIn(sysctlRoot, "/nowhere", key, "1")
+	err := writeIn(Root, "/nowhere", key, "1")
 	if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), "mount the host's /proc/sys/net") {
 		return fmt.Errorf("without the mount: %v", err)
 	}
 	// A sysctl that is not there is no reason to look elsewhere.
-	if err := writeSysctlIn(sysctlRoot, other, "net/ipv4/none", "1"); errors.Is(err, unix.EROFS) || !errors.Is(err, os.ErrNotExist) {
+	if err := writeIn(Root, other, "net/ipv4/none", "1"); errors.Is(err, unix.EROFS) || !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("a sysctl that is not there: %v", err)
 	}
 	return nil

@@ -1,4 +1,4 @@
-package networking
+package noderoutes
 
 import (
 	"errors"
@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/headcni/headcni/internal/procfs"
+	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -56,7 +57,7 @@ func (n *Node) setSysctl(key, value string) error {
 			next.Sysctls, next.Set = map[string]string{}, map[string]string{}
 		}
 		for _, k := range append(followers(key), key) {
-			v, err := readSysctl(k)
+			v, err := sysctl.Read(k)
 			if err != nil {
 				if k == key {
 					return err
@@ -73,7 +74,7 @@ func (n *Node) setSysctl(key, value string) error {
 		}
 		n.saved = next
 	}
-	return writeSysctl(key, value)
+	return sysctl.Write(key, value)
 }
 
 // followers are the sysctls that the kernel changes along with a switch for forwarding: each link's own switch, the one
@@ -84,9 +85,9 @@ func followers(key string) []string {
 		if key != f.forwarding {
 			continue
 		}
-		found, _ := filepath.Glob(filepath.Join(sysctlRoot, f.conf, "*", "forwarding")) // the pattern is well-formed
+		found, _ := filepath.Glob(filepath.Join(sysctl.Root, f.conf, "*", "forwarding")) // the pattern is well-formed
 		for _, path := range found {
-			if k := strings.TrimPrefix(path, sysctlRoot+"/"); k != key {
+			if k := strings.TrimPrefix(path, sysctl.Root+"/"); k != key {
 				out = append(out, k)
 			}
 		}
@@ -103,7 +104,7 @@ func (n *Node) restore() error {
 	kept := map[string]bool{}
 	// Switches for forwarding first: writing them changes their followers.
 	for _, key := range slices.SortedFunc(maps.Keys(n.saved.Set), forwardingFirst) {
-		now, err := readSysctl(key)
+		now, err := sysctl.Read(key)
 		switch {
 		case errors.Is(err, os.ErrNotExist): // its link is gone
 		case err != nil:
@@ -113,7 +114,7 @@ func (n *Node) restore() error {
 				kept[k] = true
 			}
 		case now != n.saved.Sysctls[key]:
-			if err := writeSysctl(key, n.saved.Sysctls[key]); err != nil {
+			if err := sysctl.Write(key, n.saved.Sysctls[key]); err != nil {
 				errs = append(errs, fmt.Errorf("put sysctl back: %w", explainNode(err)))
 			}
 		}
@@ -122,9 +123,9 @@ func (n *Node) restore() error {
 		if _, done := n.saved.Set[key]; done || kept[key] {
 			continue
 		}
-		now, err := readSysctl(key)
+		now, err := sysctl.Read(key)
 		if err == nil && now != n.saved.Sysctls[key] {
-			err = writeSysctl(key, n.saved.Sysctls[key])
+			err = sysctl.Write(key, n.saved.Sysctls[key])
 		}
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("put sysctl back: %w", explainNode(err)))

@@ -1,4 +1,4 @@
-package networking
+package podlink
 
 import (
 	"encoding/binary"

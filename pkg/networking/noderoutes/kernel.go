@@ -1,4 +1,4 @@
-package networking
+package noderoutes
 
 import (
 	"encoding/binary"
@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/headcni/headcni/internal/procfs"
+	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -241,11 +241,11 @@ func listLinks() ([]nodeLink, error) {
 		if strings.HasPrefix(name, names.PodLinkPrefix) {
 			continue // hundreds, and none of them concerned
 		}
-		ra, err := readSysctl(linkSysctl(name, "accept_ra"))
+		ra, err := sysctl.Read(sysctl.IPv6Link(name, "accept_ra"))
 		if err != nil {
 			continue // the link is gone, or has no IPv6 (an MTU below 1280)
 		}
-		forwarding, err := readSysctl(linkSysctl(name, "forwarding"))
+		forwarding, err := sysctl.Read(sysctl.IPv6Link(name, "forwarding"))
 		if err != nil {
 			continue
 		}
@@ -276,37 +276,8 @@ func listDefaults(af int) ([]netlink.Route, error) {
 	return routes, nil
 }
 
-const sysctlRoot = "/proc/sys"
-
-// readSysctl reads a value by its path below /proc/sys. /proc/sys/net is the calling thread's network namespace.
-func readSysctl(key string) (string, error) {
-	return procfs.Read(filepath.Join(sysctlRoot, key))
-}
-
-// hostSysctlRoot is where a container has the host's /proc/sys/net mounted once more (below net). A runtime makes the
-// container's own /proc/sys read-only unless it is privileged, and lets nothing be mounted below /proc. Both show the
-// sysctls of the reader's network namespace, which is the host's (hostNetwork).
-const hostSysctlRoot = "/host/proc/sys"
-
-func writeSysctl(key, value string) error {
-	return writeSysctlIn(sysctlRoot, hostSysctlRoot, key, value)
-}
-
-// writeSysctlIn writes below root, and below other where root is read-only.
-func writeSysctlIn(root, other, key, value string) error {
-	err := procfs.Write(filepath.Join(root, key), value)
-	if !errors.Is(err, unix.EROFS) {
-		return err
-	}
-	err2 := procfs.Write(filepath.Join(other, key), value)
-	if err2 == nil {
-		return nil
-	}
-	return fmt.Errorf("%w, and %w: mount the host's /proc/sys/net there (the chart does), or set it on the host yourself", err, err2)
-}
-
 // hasFamily is false for IPv6 on a host that was started with ipv6.disable=1 or has none in its kernel.
 func hasFamily(f nodeFamily) bool {
-	_, err := os.Stat(filepath.Join(sysctlRoot, f.conf))
+	_, err := os.Stat(filepath.Join(sysctl.Root, f.conf))
 	return err == nil
 }

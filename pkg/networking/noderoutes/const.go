@@ -1,9 +1,11 @@
-package networking
+package noderoutes
 
 import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/sysctl"
 )
 
 // Every number of the node's rules and routes, with its reason.
@@ -46,9 +48,6 @@ const (
 
 	// noSuppress is the value of suppress_prefixlength that suppresses nothing.
 	noSuppress = -1
-
-	// acceptRAWithForwarding keeps accepting router advertisements while forwarding (kernel: ip-sysctl.rst, accept_ra).
-	acceptRAWithForwarding = "2"
 )
 
 // nodeFamily is what differs between the two families.
@@ -61,8 +60,8 @@ type nodeFamily struct {
 }
 
 var nodeFamilies = []nodeFamily{
-	{"IPv4", unix.AF_INET, netip.MustParsePrefix("100.64.0.0/10"), "net/ipv4/conf", "net/ipv4/ip_forward"},
-	{"IPv6", unix.AF_INET6, netip.MustParsePrefix("fd7a:115c:a1e0::/48"), "net/ipv6/conf", "net/ipv6/conf/all/forwarding"},
+	{"IPv4", unix.AF_INET, netip.MustParsePrefix("100.64.0.0/10"), "net/ipv4/conf", sysctl.IPv4Forwarding},
+	{"IPv6", unix.AF_INET6, netip.MustParsePrefix("fd7a:115c:a1e0::/48"), "net/ipv6/conf", sysctl.IPv6Forwarding},
 }
 
 func (f nodeFamily) has(p netip.Prefix) bool { return p.Addr().Is4() == (f.af == unix.AF_INET) }

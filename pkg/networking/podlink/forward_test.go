@@ -1,4 +1,4 @@
-package networking
+package podlink
 
 import (
 	"errors"
@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/internal/sysctl"
 )
 
 func TestAdvertisedOver(t *testing.T) {
@@ -31,8 +32,8 @@ func TestEnableForwarding(t *testing.T) {
 		{netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00:244:1::2")},
 	} {
 		ns.Do(t, func() error {
-			for _, f := range nodeFamilies {
-				if err := writeSysctl(f.forwarding, "0"); err != nil {
+			for _, f := range forwarding {
+				if err := sysctl.Write(f.key, "0"); err != nil {
 					return err
 				}
 			}
@@ -40,10 +41,10 @@ func TestEnableForwarding(t *testing.T) {
 				return err
 			}
 			var errs []error
-			for i, f := range nodeFamilies {
+			for i, f := range forwarding {
 				want := map[bool]string{true: "1", false: "0"}[i < len(addrs)]
-				if got, err := readSysctl(f.forwarding); err != nil || got != want {
-					errs = append(errs, fmt.Errorf("%s is %s with pods at %v: %w", f.forwarding, got, addrs, errors.Join(err, errors.New("want "+want))))
+				if got, err := sysctl.Read(f.key); err != nil || got != want {
+					errs = append(errs, fmt.Errorf("%s is %s with pods at %v: %w", f.key, got, addrs, errors.Join(err, errors.New("want "+want))))
 				}
 			}
 			return errors.Join(errs...)

@@ -1,0 +1,54 @@
+// Package sysctl reads and writes the kernel's settings below /proc/sys. A key is a path there, such as net/ipv4/ip_forward;
+// those below net are of the network namespace of the calling thread.
+package sysctl
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/procfs"
+)
+
+const (
+	// Root is where the kernel shows its settings.
+	Root = "/proc/sys"
+	// hostRoot is where a container has the host's /proc/sys/net mounted once more (below net). A runtime makes the
+	// container's own /proc/sys read-only unless it is privileged, and lets nothing be mounted below /proc. Both show the
+	// sysctls of the reader's network namespace, which is the host's (hostNetwork).
+	hostRoot = "/host/proc/sys"
+)
+
+// The switches by which the whole host forwards packets.
+const (
+	IPv4Forwarding = "net/ipv4/ip_forward"
+	IPv6Forwarding = "net/ipv6/conf/all/forwarding"
+)
+
+// AcceptRAWithForwarding is the value of accept_ra that keeps accepting router advertisements while forwarding (kernel:
+// ip-sysctl.rst, accept_ra).
+const AcceptRAWithForwarding = "2"
+
+// IPv6Link is the key of a link's own IPv6 setting.
+func IPv6Link(link, name string) string { return "net/ipv6/conf/" + link + "/" + name }
+
+// Read returns a setting's value. Errors are as those of os.ReadFile.
+func Read(key string) (string, error) { return procfs.Read(filepath.Join(Root, key)) }
+
+// Write sets a value, from a container too.
+func Write(key, value string) error { return writeIn(Root, hostRoot, key, value) }
+
+// writeIn writes below root, and below other where root is read-only.
+func writeIn(root, other, key, value string) error {
+	err := procfs.Write(filepath.Join(root, key), value)
+	if !errors.Is(err, unix.EROFS) {
+		return err
+	}
+	err2 := procfs.Write(filepath.Join(other, key), value)
+	if err2 == nil {
+		return nil
+	}
+	return fmt.Errorf("%w, and %w: mount the host's /proc/sys/net there (the chart does), or set it on the host yourself", err, err2)
+}
