@@ -2,7 +2,7 @@
 # The container image, from the same script as `make image`, which needs no engine:
 #
 #   docker buildx build --platform linux/amd64,linux/arm64 \
-#     --build-arg VERSION="$(git describe --tags --always --dirty)" --build-arg REVISION="$(git rev-parse HEAD)" \
+#     --build-arg VERSION="$(scripts/version)" --build-arg REVISION="$(git rev-parse HEAD)" \
 #     --tag REGISTRY/headcni:TAG --push .
 #
 # The one base image is pinned by its tag and not by a digest, which stays out of the result: it only compiles. What ends

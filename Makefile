@@ -7,7 +7,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+VERSION ?= $(shell scripts/version)
 BIN     ?= bin
 DESTDIR ?=
 PREFIX  ?= /usr/local
@@ -54,7 +54,7 @@ compile:
 		github.com/containernetworking/plugins/plugins/meta/portmap
 
 ARCH     ?= $(shell . test/tools/lib.sh && find_go && go env GOARCH)
-IMAGE    ?= ghcr.io/headcni/headcni:$(or $(shell sed -n 's/^appVersion: *"\{0,1\}\([^"]*\)"\{0,1\}$$/\1/p' chart/Chart.yaml 2>/dev/null),$(VERSION))
+IMAGE    ?= ghcr.io/headcni/headcni:$(shell scripts/version --release)
 
 .PHONY: image
 image: need-go ## The container image bin/headcni-image-ARCH.tar, without a container engine; ARCH=amd64|arm64 IMAGE=name:tag
@@ -155,7 +155,7 @@ lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against R
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
 	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
-	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/images test/tools/as-user internal/cluster/node.sh scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix test/manual/rootfs)
+	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/images test/tools/as-user internal/cluster/node.sh scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix scripts/version test/manual/rootfs)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 .PHONY: vet
