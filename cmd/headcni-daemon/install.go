@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/daemon"
+	"github.com/headcni/headcni/pkg/install"
 )
 
 // installCmd is what the init container runs, and `make install`.
@@ -20,9 +20,9 @@ func installCmd(f *flags) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if remove {
-				return daemon.RemovePlugins(cmd.Context())
+				return install.Remove(cmd.Context())
 			}
-			source, err := daemon.PluginSource()
+			source, err := install.Source()
 			if err != nil {
 				return err
 			}
@@ -46,7 +46,7 @@ func installCmd(f *flags) *cobra.Command {
 			if from == "" {
 				from = source
 			}
-			lines, err := daemon.Install(cmd.Context(), from, to)
+			lines, err := install.Plugins(cmd.Context(), from, to)
 			for _, line := range lines {
 				fmt.Fprintln(cmd.OutOrStdout(), line)
 			}

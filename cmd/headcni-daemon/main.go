@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -15,8 +14,10 @@ import (
 	"github.com/headcni/headcni/internal/version"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/daemon"
 	"github.com/headcni/headcni/pkg/logging"
+	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 func main() {
@@ -98,7 +99,7 @@ func tailscaledCmd(f *flags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return daemon.Tailscaled(cmd.Context(), c, os.Environ(), log)
+			return tailscaled.Become(cmd.Context(), c, os.Environ(), daemon.SavedMode, log)
 		},
 	}
 }
@@ -129,7 +130,7 @@ func configCmd(f *flags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := daemon.CheckConflist(filepath.Join(c.CNI.ConfDir, paths.ConflistName)); err != nil {
+			if err := conflist.Check(conflist.Path(c.CNI.ConfDir)); err != nil {
 				return err
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), "the configuration is valid")
@@ -140,7 +141,7 @@ func configCmd(f *flags) *cobra.Command {
 		Short: "Make a .conflist of a flat configuration, in place",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			did, err := daemon.ConvertConflist(args[0])
+			did, err := conflist.Convert(args[0])
 			if err != nil {
 				return err
 			}

@@ -130,6 +130,26 @@ type Kubernetes struct {
 	NodeGrace string `json:"nodeGrace"`
 }
 
+// InKubernetes reports whether the node is to be one of a cluster.
+func (c Config) InKubernetes(getenv func(string) string) bool {
+	if c.Kubernetes.Enable == Auto {
+		return c.Kubernetes.Kubeconfig != "" || getenv("KUBERNETES_SERVICE_HOST") != ""
+	}
+	return c.Kubernetes.Enable == "true"
+}
+
+// Node is the name of our Node object: what is configured, what the pod was told, else what kubelet makes of the host name.
+func (k Kubernetes) Node(getenv func(string) string) (string, error) {
+	if k.NodeName != "" {
+		return k.NodeName, nil
+	}
+	if n := getenv("NODE_NAME"); n != "" {
+		return n, nil
+	}
+	h, err := os.Hostname()
+	return strings.ToLower(h), err
+}
+
 // Monitoring is the HTTP server for /healthz, /readyz and /metrics.
 type Monitoring struct {
 	// Listen is an address and port; empty switches the server off.

@@ -17,15 +17,19 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/filelock"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
+	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 const (
@@ -45,7 +49,7 @@ const (
 // Daemon is the node daemon. Make it with New.
 type Daemon struct {
 	cfg     config.Config
-	ipam    json.RawMessage // see adopt
+	ipam    json.RawMessage // see conflist.Adopt
 	log     *slog.Logger
 	getenv  func(string) string
 	metrics *monitoring.Metrics
@@ -89,7 +93,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	if err != nil {
 		return nil, err
 	}
-	c, ipam, err := adopt(c, k != nil)
+	c, ipam, err := conflist.Adopt(c, k != nil)
 	if err != nil {
 		return nil, err
 	}
@@ -151,10 +155,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	for _, path := range []string{statePath(), originalConflist(), totalsPath(), filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName)} {
-		if err := atomicfile.Sweep(path); err != nil {
-			d.log.Warn("remove what an earlier daemon did not finish writing", "err", err)
-		}
+	if err := errors.Join(atomicfile.Sweep(statePath()), atomicfile.Sweep(totalsPath()), conflist.Sweep(d.cfg.CNI.ConfDir)); err != nil {
+		d.log.Warn("remove what an earlier daemon did not finish writing", "err", err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -200,10 +202,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 	wg.Go(func() { d.count(ctx, hinted) })
 	d.watch(ctx, &wg)
 	if d.cluster != nil {
-		vital(func() error { return freshMount(ctx, filepath.Dir(paths.HostTailscaleSocket)) })
+		vital(func() error { return tailscaled.WatchMount(ctx) })
 	}
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
-		wg.Go(func() { newSweeper(d.cfg.CNI.ConfDir).run(ctx, every, d.log, d.metrics) })
+		wg.Go(func() { leases.NewSweeper(d.cfg.CNI.ConfDir, d.log, d.metrics.Released).Run(ctx, every) })
 	}
 	d.warn()
 	if d.cluster != nil {
@@ -253,7 +255,7 @@ func (d *Daemon) look(ctx context.Context, _ bool) time.Duration {
 func (d *Daemon) pools() []monitoring.Pool {
 	ctx, cancel := context.WithTimeout(context.Background(), poolsTimeout)
 	defer cancel()
-	found, err := poolsInUse(ctx, d.cfg.CNI.ConfDir)
+	found, err := leases.InUse(ctx, d.cfg.CNI.ConfDir)
 	if err != nil {
 		d.log.Warn("count the pools' addresses", "err", err)
 	}
@@ -334,7 +336,7 @@ func lock(ctx context.Context, path string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := flock(ctx, f, lockWait); err != nil {
+	if err := filelock.Lock(ctx, f, lockWait); err != nil {
 		holder, _ := os.ReadFile(path) // only for the message
 		f.Close()
 		return nil, fmt.Errorf("another headcni-daemon runs already (pid %s): stop it first", strings.TrimSpace(string(holder)))

@@ -70,29 +70,6 @@ func newDaemon(t *testing.T, c config.Config) *Daemon {
 	return d
 }
 
-// startSelf runs the test binary as another program, which env names (see TestMain), and returns when that has begun.
-func startSelf(t *testing.T, env string) *exec.Cmd {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), env)
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd.Stderr = t.Output()
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := out.Read(make([]byte, 1)); err != nil {
-		t.Fatalf("it did not start: %v, %v", err, cmd.Wait())
-	}
-	return cmd
-}
-
 func partErrors(d *Daemon) map[string]string {
 	_, parts := d.board.Ready()
 	m := map[string]string{}

@@ -72,7 +72,7 @@ func TestDeadmanReportsAgain(t *testing.T) {
 // What could not be taken back is tried again; afterwards the host is left alone.
 func TestTakeBackUntilDone(t *testing.T) {
 	c := testConfig(t)
-	freshState(t)
+	nstest.FreshState(t)
 	d := newDaemon(t, c)
 	d.pass(t.Context())
 	d.saved.Mode, d.saved.Prefs = config.ModeDaemon, &tailscale.SavedPrefs{}

@@ -4,39 +4,21 @@ import (
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/hint"
 )
-
-// fillDisk mounts a tmpfs on dir and writes until nothing fits any more. The result makes room.
-func fillDisk(t *testing.T, dir string) (makeRoom func()) {
-	t.Helper()
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	mount(t, "tmpfs", dir, "tmpfs", 0, "size=16k")
-	ballast := filepath.Join(dir, "ballast")
-	if err := os.WriteFile(ballast, make([]byte, 64<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
-		t.Fatalf("filled it: %v", err)
-	}
-	return func() {
-		if err := os.Remove(ballast); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
 
 // What a full disk keeps from being written is of use after the next start only: the node follows the cluster all the
 // same, and the state says so until there is room again. What uninstall would need is not done without being written.
 func TestFullStateDisk(t *testing.T) {
 	c := testConfig(t)
-	makeRoom := fillDisk(t, paths.StateDir)
+	makeRoom := nstest.FillDisk(t, paths.StateDir)
 	d := newDaemon(t, c)
 	d.cluster, _, _ = startCluster(t, node("a", "10.244.1.0/24"), node("b", "10.244.2.0/24"))
 	d.cfg.Network.PodCIDRs, d.cfg.Network.ClusterCIDRs = nil, nil
@@ -69,8 +51,8 @@ func TestFullStateDisk(t *testing.T) {
 // A full /run costs the count of what the plugin did, not the daemon.
 func TestFullRunDisk(t *testing.T) {
 	c := testConfig(t)
-	freshState(t)
-	makeRoom := fillDisk(t, paths.RunDir)
+	nstest.FreshState(t)
+	makeRoom := nstest.FillDisk(t, paths.RunDir)
 	if err := os.Symlink("nowhere/hints", hint.Spool(paths.DaemonSocket)); err != nil { // nor can its folder be made
 		t.Fatal(err)
 	}
@@ -86,33 +68,5 @@ func TestFullRunDisk(t *testing.T) {
 	makeRoom()
 	if err := Uninstall(t.Context(), c, quiet); err != nil {
 		t.Error(err)
-	}
-}
-
-// Advice is about the disk that is full, and the mount that is read-only.
-func TestInstallNamesTheRightDisk(t *testing.T) {
-	freshState(t)
-	from, to := plugins(t, "1", 0), t.TempDir()
-	makeRoom := fillDisk(t, paths.StateDir)
-	for _, why := range []error{unix.ENOSPC, unix.EROFS} {
-		if _, err := Install(t.Context(), from, to); !errors.Is(err, why) || !strings.Contains(err.Error(), "make room in "+paths.StateDir) ||
-			strings.Contains(err.Error(), "cni.binDir") {
-			t.Errorf("want %v: %v", why, err)
-		}
-		if why == unix.ENOSPC {
-			makeRoom()
-			if err := unix.Mount("", paths.StateDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "size=16k"); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	wantFiles(t, to)
-
-	conf := t.TempDir()
-	mount(t, conf, conf, "", unix.MS_BIND, "")
-	mount(t, "", conf, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
-	if changed, err := writeConflist(conf, []byte("{}"), nil); changed || err == nil || !strings.Contains(err.Error(), "set cni.confDir") ||
-		strings.Contains(err.Error(), "\n") {
-		t.Errorf("read-only cni.confDir: %v, %v", changed, err)
 	}
 }

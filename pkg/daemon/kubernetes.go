@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -80,36 +79,16 @@ type cluster struct {
 	services []netip.Prefix
 }
 
-// inKubernetes reports whether the node is to be one of a cluster.
-func inKubernetes(c config.Config, getenv func(string) string) bool {
-	if c.Kubernetes.Enable == config.Auto {
-		return c.Kubernetes.Kubeconfig != "" || getenv("KUBERNETES_SERVICE_HOST") != ""
-	}
-	return c.Kubernetes.Enable == "true"
-}
-
-// nodeName is our Node's: what is configured, what the pod was told, else what kubelet makes of the host name.
-func nodeName(c config.Config, getenv func(string) string) (string, error) {
-	if c.Kubernetes.NodeName != "" {
-		return c.Kubernetes.NodeName, nil
-	}
-	if n := getenv("NODE_NAME"); n != "" {
-		return n, nil
-	}
-	h, err := os.Hostname()
-	return strings.ToLower(h), err
-}
-
 // newCluster makes the view. It does not connect.
 func newCluster(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*cluster, error) {
-	if !inKubernetes(c, getenv) {
+	if !c.InKubernetes(getenv) {
 		return nil, nil
 	}
 	if p := c.Network.PodCIDRs; len(p) > 0 {
 		return nil, fmt.Errorf("network.podCIDRs: %v: in Kubernetes the Node object says which they are (Node.spec.podCIDRs): remove the "+
 			"key, or set kubernetes.enable: false", []string(p))
 	}
-	node, err := nodeName(c, getenv)
+	node, err := c.Kubernetes.Node(getenv)
 	if err != nil {
 		return nil, err
 	}

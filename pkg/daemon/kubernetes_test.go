@@ -5,8 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -23,6 +21,7 @@ import (
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -272,7 +271,7 @@ func TestDaemonInKubernetes(t *testing.T) {
 	k, client, _ = startCluster(t, node("a"), node("b", "10.244.2.0/24"))
 	d = make1()
 	run(t, "ip", "link", "add", "hc0123456789", "type", "veth", "peer", "name", "peer0")
-	run(t, "ip", "link", "set", "hc0123456789", "up", "alias", networkName+" c1/eth0 default/web")
+	run(t, "ip", "link", "set", "hc0123456789", "up", "alias", conflist.NetworkName+" c1/eth0 default/web")
 	run(t, "ip", "route", "add", "10.244.3.9/32", "dev", "hc0123456789", "proto", "static")
 	give("10.244.8.0/24")
 	rules := run(t, "ip", "rule")
@@ -330,48 +329,5 @@ func TestEventsOnTheNode(t *testing.T) {
 		if e.Regarding.Name != "a" || e.Action != partFirewall || e.EventTime.IsZero() {
 			t.Errorf("%+v", e)
 		}
-	}
-}
-
-func TestStandFirst(t *testing.T) {
-	dir := t.TempDir()
-	put := func(name, text string) {
-		t.Helper()
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	put("00-multus.conf", `{"type":"multus"}`)
-	put("05-cilium.conflist.bak", `{}`)
-	put("10-headcni.conflist", `{}`)
-	put("20-later.conf", `{}`)
-	var hidden []string
-	remember := func(names []string) error { hidden = append(hidden, names...); return nil }
-	if done, err := standFirst(dir, false, remember); err != nil || done != nil {
-		t.Fatalf("alone: %v, %v", done, err)
-	}
-	put("10-flannel.conflist", `{"plugins":[{"type":"flannel"}]}`)
-	put("05-x.json", `broken`)
-	if _, err := standFirst(dir, false, remember); err == nil || !strings.Contains(err.Error(), "05-x.json, 10-flannel.conflist") ||
-		!strings.Contains(err.Error(), "cni.exclusive") || hidden != nil {
-		t.Errorf("before ours: %v", err)
-	}
-	if done, err := standFirst(dir, true, remember); err != nil || len(done) != 2 {
-		t.Errorf("exclusive: %v, %v", done, err)
-	}
-	if others, err := before(dir); err != nil || others != nil {
-		t.Errorf("left: %v, %v", others, err)
-	}
-	put("05-x.json", "again")
-	if err := putBack(dir, append(hidden, "never-was.conf")); err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]string{"05-x.json": "again", "10-flannel.conflist": `{"plugins":[{"type":"flannel"}]}`} {
-		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got) != want {
-			t.Errorf("%s: %q, %v", name, got, err)
-		}
-	}
-	if left, _ := filepath.Glob(filepath.Join(dir, "*"+disabledSuffix)); left != nil {
-		t.Errorf("left: %v", left)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
+	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 const (
@@ -81,7 +82,7 @@ func (m *member) use(socket string) {
 // status asks tailscaled.
 func (m *member) status(ctx context.Context, mode string) (*tailscale.Status, error) {
 	if mode == "" {
-		return nil, noTailscaled(m.cfg)
+		return nil, tailscaled.ErrNone(m.cfg.Tailscale)
 	}
 	s, err := m.client.Status(ctx)
 	if errors.Is(err, tailscale.ErrUnreachable) && mode == config.ModeDaemon {

@@ -14,10 +14,11 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
-	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/tailscale"
+	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 // hostTun is what a host's own tailscaled calls its interface unless told otherwise.
@@ -28,7 +29,7 @@ const hostTun = "tailscale0"
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, config: d.cfg, cluster: d.cluster.view()}
 	if o.mode == config.ModeAuto {
-		o.mode = settleMode(d.cfg, d.saved.Mode)
+		o.mode = tailscaled.Mode(d.cfg.Tailscale, d.saved.Mode)
 	}
 	if o.mode == config.ModeDaemon || o.tun == "" {
 		o.tun = d.cfg.Tailscale.InterfaceName
@@ -36,7 +37,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 			o.tun = hostTun
 		}
 	}
-	d.member.use(socketOf(d.cfg, o.mode))
+	d.member.use(tailscaled.Socket(d.cfg.Tailscale, o.mode))
 	o.tailnet, o.tailnetErr = d.member.status(ctx, o.mode)
 	if o.tailnet != nil {
 		prefs, err := d.member.client.Prefs(ctx)
@@ -77,7 +78,7 @@ func (d *Daemon) observeCluster(o *observation) error {
 	}
 	if len(l.Leaving) > 0 {
 		pods := podlink.Pods{}
-		live, err := pods.Live(networkName)
+		live, err := pods.Live(conflist.NetworkName)
 		if err != nil {
 			return fmt.Errorf("look for pods of former pod CIDRs: %w", err)
 		}
@@ -109,37 +110,6 @@ func sourceAddr(family int) (netip.Addr, error) {
 		return netip.Addr{}, nil
 	}
 	return a, err
-}
-
-// settleMode decides auto: what it settled on before, else whichever tailscaled answers.
-func settleMode(c config.Config, saved string) string {
-	switch {
-	case saved != "":
-		return saved
-	case answers(socketOf(c, config.ModeHost)):
-		return config.ModeHost
-	case answers(socketOf(c, config.ModeDaemon)):
-		return config.ModeDaemon
-	}
-	return ""
-}
-
-// socketOf is where the tailscaled of a mode listens; "" while auto has not settled. tailscale.socket is that of the mode that
-// is asked for, and the host's under auto.
-func socketOf(c config.Config, mode string) string {
-	asked := c.Tailscale.Mode
-	if asked == config.ModeAuto {
-		asked = config.ModeHost
-	}
-	switch {
-	case c.Tailscale.Socket != "" && mode == asked:
-		return c.Tailscale.Socket
-	case mode == config.ModeHost:
-		return paths.HostTailscaleSocket
-	case mode == config.ModeDaemon:
-		return paths.DaemonTailscaleSocket
-	}
-	return ""
 }
 
 // findTun looks at the interface that it was before, and at all of them only if that is not it: a node has hundreds.
@@ -210,10 +180,4 @@ func prefixesOf(i *net.Interface) ([]netip.Prefix, error) {
 		}
 	}
 	return out, nil
-}
-
-// noTailscaled is what auto says while it has found neither.
-func noTailscaled(c config.Config) error {
-	return fmt.Errorf("no tailscaled answers at %s or %s: install Tailscale and run `tailscale up --login-server URL`, or start "+
-		"`headcni-daemon tailscaled`", socketOf(c, config.ModeHost), socketOf(c, config.ModeDaemon))
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -249,17 +250,17 @@ func (d *Daemon) syncConflist(p plan) (done []string, err error) {
 	if _, err := os.Stat(filepath.Join(d.cfg.CNI.BinDir, "headcni")); err != nil {
 		return nil, fmt.Errorf("the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
 	}
-	changed, err := writeConflist(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
+	changed, err := conflist.Write(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
 		return d.remember(func(s *state) { s.ConflistMode = mode })
 	})
 	if err != nil {
 		return nil, err
 	}
-	done, err = standFirst(d.cfg.CNI.ConfDir, d.cfg.CNI.Exclusive, func(names []string) error {
+	done, err = conflist.StandFirst(d.cfg.CNI.ConfDir, d.cfg.CNI.Exclusive, func(names []string) error {
 		return d.remember(func(s *state) { s.Hidden = slices.Compact(slices.Sorted(slices.Values(append(s.Hidden, names...)))) })
 	})
 	if changed {
-		done = append(done, "write "+filepath.Join(d.cfg.CNI.ConfDir, paths.ConflistName))
+		done = append(done, "write "+conflist.Path(d.cfg.CNI.ConfDir))
 	}
 	return done, err
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,10 +10,14 @@ import (
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
+
+// defaultMTU is tailscaled's own where there is no tun yet, in bytes.
+const defaultMTU = 1280
 
 // observation is what a plan is made from: the host and the tailnet as they are now.
 type observation struct {
@@ -77,15 +82,11 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		// The dedicated tailscaled must not take the host's resolver over.
 		p.prefs.CorpDNS = new(bool)
 	}
-	mtu := c.Network.MTU
-	if mtu == 0 {
-		mtu = o.tunMTU
-	}
-	if mtu == 0 {
-		mtu = defaultMTU
-	}
 	var err error
-	p.conflist, err = planConflist(c, o.ipam, mtu)
+	p.conflist, err = conflist.Render(conflist.Input{
+		PodCIDRs: own, ServiceCIDRs: c.Network.ServiceCIDRs.Prefixes(), MTU: cmp.Or(c.Network.MTU, o.tunMTU, defaultMTU),
+		IPAM: c.IPAM, AdoptedIPAM: o.ipam, MagicDNS: c.DNS.MagicDNS,
+	})
 	return p, err
 }
 

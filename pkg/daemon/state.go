@@ -83,3 +83,9 @@ func (s state) clone() state {
 	}
 	return s
 }
+
+// SavedMode is the mode of tailscaled that the daemon on this node has settled on, "" where it has not.
+func SavedMode() (string, error) {
+	s, err := loadState()
+	return s.Mode, err
+}

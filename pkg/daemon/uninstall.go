@@ -14,10 +14,13 @@ import (
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/install"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
+	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 // Uninstall takes everything of ours off this node and puts back what was there. It goes on past errors, so that running
@@ -52,14 +55,14 @@ func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
 func takeOff(ctx context.Context, c config.Config, s state, log *slog.Logger) error {
 	// The conflist goes first, so that no pod starts on a node that is being taken down; the guard goes last.
 	err := errors.Join(
-		removeConflist(c.CNI.ConfDir, s.ConflistMode),
-		putBack(c.CNI.ConfDir, s.Hidden),
+		conflist.Restore(c.CNI.ConfDir, s.ConflistMode),
+		conflist.ShowHidden(c.CNI.ConfDir, s.Hidden),
 		unlessStopped(restorePrefs(ctx, c, s), s.Mode),
 		removeNetwork(ctx, s),
 	)
 	if err == nil {
 		// The plugins' own list goes with them; the state, which says what there was to put back, when all is done.
-		err = errors.Join(leaveTailnet(ctx, c, s, log), RemovePlugins(ctx), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
+		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
 		err = errors.Join(atomicfile.Remove(statePath()), removeRunFiles())
@@ -76,7 +79,7 @@ func leaveTailnet(ctx context.Context, c config.Config, s state, log *slog.Logge
 	if _, err := os.Stat(paths.TailscaleStateDir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := tailscale.New(socketOf(c, config.ModeDaemon)).Logout(ctx); err != nil {
+	if err := tailscale.New(tailscaled.Socket(c.Tailscale, config.ModeDaemon)).Logout(ctx); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -90,19 +93,15 @@ func leaveTailnet(ctx context.Context, c config.Config, s state, log *slog.Logge
 // choice.
 func removeLeases(confDir string) error {
 	err := os.RemoveAll(paths.IPAMDir)
-	if owners, bad := conflistIPAM(confDir); bad == nil && owners.DataDir != "" { // a bad one gave no leases
-		err = errors.Join(err, os.RemoveAll(filepath.Join(owners.DataDir, networkName)))
+	if owners, bad := conflist.IPAM(confDir); bad == nil && owners.DataDir != "" { // a bad one gave no leases
+		err = errors.Join(err, os.RemoveAll(filepath.Join(owners.DataDir, conflist.NetworkName)))
 	}
 	return err
 }
 
 // removeLeftovers removes files of ours that were being written when we were killed.
 func removeLeftovers(confDir string) error {
-	var errs []error
-	for _, path := range []string{statePath(), originalConflist(), installedPath(), filepath.Join(confDir, paths.ConflistName)} {
-		errs = append(errs, atomicfile.Sweep(path))
-	}
-	return errors.Join(errs...)
+	return errors.Join(atomicfile.Sweep(statePath()), conflist.Sweep(confDir), install.Sweep())
 }
 
 // removeRunFiles removes our sockets, what the plugin did, and the lock that we hold. The socket of a dedicated tailscaled
@@ -110,7 +109,7 @@ func removeLeftovers(confDir string) error {
 func removeRunFiles() error {
 	err := errors.Join(atomicfile.Remove(paths.DaemonSocket), atomicfile.Remove(paths.APISocket), atomicfile.Remove(totalsPath()), atomicfile.Sweep(totalsPath()),
 		os.RemoveAll(hint.Spool(paths.DaemonSocket)), atomicfile.Remove(lockPath()))
-	if !answers(paths.DaemonTailscaleSocket) {
+	if !tailscaled.Answers(paths.DaemonTailscaleSocket) {
 		err = errors.Join(err, atomicfile.Remove(paths.DaemonTailscaleSocket))
 	}
 	return err
@@ -133,7 +132,7 @@ func restorePrefs(ctx context.Context, c config.Config, s state) error {
 	if s.Prefs == nil {
 		return nil
 	}
-	return tailscale.New(socketOf(c, s.Mode)).RestorePrefs(ctx, *s.Prefs, s.Advertised)
+	return tailscale.New(tailscaled.Socket(c.Tailscale, s.Mode)).RestorePrefs(ctx, *s.Prefs, s.Advertised)
 }
 
 // unlessStopped forgives that the dedicated tailscaled does not answer: it is ours, and stopped already.

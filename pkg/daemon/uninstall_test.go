@@ -20,13 +20,27 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/install"
 )
 
 // uninstallEnv turns the test binary into a process that uninstalls, with the conflist in this folder.
 const uninstallEnv = "HEADCNI_TEST_UNINSTALL"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(uninstallEnv); dir != "" {
+		if err := uninstallOnce(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	nstest.Main(m)
+}
 
 func uninstallOnce(confDir string) error {
 	c := config.Default()
@@ -41,14 +55,14 @@ const ownersConflist = `{"name":"mine","cniVersion":"1.0.0","plugins":[{"type":"
 func inhabit(t *testing.T, c config.Config, binDir string) {
 	t.Helper()
 	files := map[string]string{
-		filepath.Join(c.CNI.ConfDir, paths.ConflistName):             ownersConflist,
-		filepath.Join(c.CNI.ConfDir, "."+paths.ConflistName+".17"):   "half",
-		filepath.Join(paths.StateDir, ".daemon.json.17"):             "half",
-		filepath.Join(paths.StateDir, ".conflist.orig.17"):           "half",
-		filepath.Join(paths.TailscaleStateDir, "tailscaled.state"):   `{"_machinekey":"x"}`,
-		filepath.Join(paths.TailscaleStateDir, "profile-data/1/x"):   "x",
-		filepath.Join(paths.IPAMDir, networkName, "boot/10.244.1.2"): "x",
-		filepath.Join(hint.Spool(paths.DaemonSocket), "1-1"):         "{}",
+		filepath.Join(c.CNI.ConfDir, paths.ConflistName):                      ownersConflist,
+		filepath.Join(c.CNI.ConfDir, "."+paths.ConflistName+".17"):            "half",
+		filepath.Join(paths.StateDir, ".daemon.json.17"):                      "half",
+		filepath.Join(paths.StateDir, ".conflist.orig.17"):                    "half",
+		filepath.Join(paths.TailscaleStateDir, "tailscaled.state"):            `{"_machinekey":"x"}`,
+		filepath.Join(paths.TailscaleStateDir, "profile-data/1/x"):            "x",
+		filepath.Join(paths.IPAMDir, conflist.NetworkName, "boot/10.244.1.2"): "x",
+		filepath.Join(hint.Spool(paths.DaemonSocket), "1-1"):                  "{}",
 		totalsPath(): "{}",
 		filepath.Join(paths.RunDir, ".metrics.json.1"): "{",
 		paths.DaemonTailscaleSocket:                    "",
@@ -63,14 +77,22 @@ func inhabit(t *testing.T, c config.Config, binDir string) {
 			t.Fatal(err)
 		}
 	}
-	install(t, plugins(t, "1", 0), binDir)
+	from := t.TempDir()
+	for _, name := range []string{"headcni", "headcni-ipam"} {
+		if err := os.WriteFile(filepath.Join(from, name), []byte(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := install.Plugins(t.Context(), from, binDir); err != nil {
+		t.Fatal(err)
+	}
 	d := newDaemon(t, c)
 	d.pass(t.Context())
 	if got := partErrors(d); got[partRoutes] != "" || got[partFirewall] != "" {
 		t.Fatal(got)
 	}
 	ours := `{"plugins":[{"type":"headcni","gate":{}}]}`
-	if _, err := writeConflist(c.CNI.ConfDir, []byte(ours), func(m os.FileMode) error {
+	if _, err := conflist.Write(c.CNI.ConfDir, []byte(ours), func(m os.FileMode) error {
 		return d.remember(func(s *state) { s.ConflistMode = m })
 	}); err != nil {
 		t.Fatal(err)
@@ -80,8 +102,8 @@ func inhabit(t *testing.T, c config.Config, binDir string) {
 // wantNothing fails where anything of ours is left, or the owner's conflist is not as it was.
 func wantNothing(t *testing.T, before string, c config.Config, binDir string) {
 	t.Helper()
-	wantFiles(t, binDir)
-	wantFiles(t, c.CNI.ConfDir, paths.ConflistName)
+	nstest.WantFiles(t, binDir)
+	nstest.WantFiles(t, c.CNI.ConfDir, paths.ConflistName)
 	for _, dir := range []string{paths.StateDir, paths.RunDir} {
 		if entries, err := os.ReadDir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) || len(entries) != 0 {
 			t.Errorf("%s: %v, %v", dir, entries, err)
@@ -102,7 +124,7 @@ func wantNothing(t *testing.T, before string, c config.Config, binDir string) {
 func inhabitable(t *testing.T) (c config.Config, binDir, before string) {
 	t.Helper()
 	c = testConfig(t)
-	freshState(t)
+	nstest.FreshState(t)
 	c.CNI.ConfDir = t.TempDir()
 	return c, t.TempDir(), hostState(t)
 }
@@ -174,47 +196,15 @@ func TestUninstallLogsNoHostOut(t *testing.T) {
 	}
 }
 
-// What somebody has put in our place since stays; without a place, one is made for the original.
-func TestUninstallAndTheConflistOfOthers(t *testing.T) {
-	freshState(t)
-	dir := filepath.Join(t.TempDir(), "net.d")
-	path := filepath.Join(dir, paths.ConflistName)
-	write := func(path, text string) {
-		t.Helper()
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write(originalConflist(), ownersConflist)
-	if err := removeConflist(dir, 0); err != nil {
-		t.Fatal(err)
-	}
-	if b, err := os.ReadFile(path); err != nil || string(b) != ownersConflist {
-		t.Errorf("where ours was deleted: %q, %v", b, err)
-	}
-	write(originalConflist(), ownersConflist)
-	write(path, `{"type":"newer"}`)
-	if err := removeConflist(dir, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if b, err := os.ReadFile(path); err != nil || string(b) != `{"type":"newer"}` {
-		t.Errorf("where ours was replaced: %q, %v", b, err)
-	}
-	wantFiles(t, paths.StateDir)
-}
-
 // Leases are where the owner's conflist has them, and so is what is not ours.
 func TestUninstallRemovesLeasesElsewhere(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	confDir, dataDir := t.TempDir(), t.TempDir()
 	for path, text := range map[string]string{
-		filepath.Join(confDir, paths.ConflistName):                 fmt.Sprintf(`{"name":"mine","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, dataDir),
-		filepath.Join(dataDir, networkName, "boot", "10.244.1.2"):  "x",
-		filepath.Join(dataDir, "other", "boot", "192.0.2.1"):       "x",
-		filepath.Join(paths.IPAMDir, networkName, "boot/10.1.1.1"): "x",
+		filepath.Join(confDir, paths.ConflistName):                          fmt.Sprintf(`{"name":"mine","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, dataDir),
+		filepath.Join(dataDir, conflist.NetworkName, "boot", "10.244.1.2"):  "x",
+		filepath.Join(dataDir, "other", "boot", "192.0.2.1"):                "x",
+		filepath.Join(paths.IPAMDir, conflist.NetworkName, "boot/10.1.1.1"): "x",
 	} {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			t.Fatal(err)
@@ -226,7 +216,7 @@ func TestUninstallRemovesLeasesElsewhere(t *testing.T) {
 	if err := removeLeases(confDir); err != nil {
 		t.Fatal(err)
 	}
-	wantFiles(t, dataDir, "other")
+	nstest.WantFiles(t, dataDir, "other")
 	if _, err := os.Stat(paths.IPAMDir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("%s: %v", paths.IPAMDir, err)
 	}
@@ -259,7 +249,7 @@ func TestUninstallKilled(t *testing.T) {
 	c, binDir, before := inhabitable(t)
 	env := uninstallEnv + "=" + c.CNI.ConfDir
 	inhabit(t, c, binDir)
-	cmd := startSelf(t, env)
+	cmd := nstest.StartSelf(t, env)
 	began := time.Now()
 	if err := cmd.Wait(); err != nil {
 		t.Fatal(err)
@@ -269,7 +259,7 @@ func TestUninstallKilled(t *testing.T) {
 	half := 0
 	for range 10 {
 		inhabit(t, c, binDir)
-		cmd := startSelf(t, env)
+		cmd := nstest.StartSelf(t, env)
 		time.Sleep(rand.N(took))
 		_ = cmd.Process.Kill() // it may have ended
 		if cmd.Wait() != nil {

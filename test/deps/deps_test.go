@@ -17,6 +17,7 @@ const module = "github.com/headcni/headcni/"
 // level orders the packages; one imports only from below, or from within its own folder.
 var level = map[string]int{
 	"internal/atomicfile": 0,
+	"internal/filelock":   0,
 	"internal/jsonw":      0,
 	"internal/netset":     0,
 	"internal/procfs":     0,
@@ -47,18 +48,19 @@ var level = map[string]int{
 	// Rooms that several concerns meet in.
 	"pkg/conflist":   4,
 	"pkg/install":    4,
-	"pkg/leases":     4,
 	"pkg/membership": 4,
 	"pkg/tailscaled": 4,
 
-	"pkg/controller": 5,
-	"pkg/daemon":     5,
-	"pkg/plugin":     5,
+	"pkg/leases": 5,
+
+	"pkg/controller": 6,
+	"pkg/daemon":     6,
+	"pkg/plugin":     6,
 
 	// The lab starts our programs as processes and needs their configuration and clients only.
-	"internal/lab": 5,
+	"internal/lab": 6,
 
-	"cmd": 6,
+	"cmd": 7,
 }
 
 // testOnly packages import testing. Nothing that ships may.

@@ -1,11 +1,12 @@
-package daemon
+// Package tailscaled starts the dedicated tailscaled of daemon mode: it decides whether a node is to have one, prepares its
+// folders, flags and environment, and becomes it.
+package tailscaled
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,21 +21,21 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// Tailscaled prepares the dedicated tailscaled of daemon mode and becomes it: on success it does not return. Its state
-// outlives the daemon; supervision is systemd's or Kubernetes'.
+// Become prepares the dedicated tailscaled of daemon mode and becomes it: on success it does not return. Its state outlives the
+// daemon; supervision is systemd's or Kubernetes'. savedMode is the mode that the daemon has settled on, "" for none.
 //
 // In Kubernetes every node runs it, those whose host has a tailscaled too: there it waits for its end, quietly.
-func Tailscaled(ctx context.Context, c config.Config, environ []string, log *slog.Logger) error {
+func Become(ctx context.Context, c config.Config, environ []string, savedMode func() (string, error), log *slog.Logger) error {
 	if os.Geteuid() != 0 {
 		return errors.New("start tailscaled: needs root for the tun device and the routes; run it with sudo or as a systemd unit")
 	}
-	if inKubernetes(c, getenvOf(environ)) && c.Tailscale.Mode != config.ModeDaemon {
-		wanted, err := wantDedicated(ctx, c, log)
+	if c.InKubernetes(getenvOf(environ)) && c.Tailscale.Mode != config.ModeDaemon {
+		wanted, err := wantDedicated(ctx, c, savedMode, log)
 		if err != nil || !wanted {
 			return err
 		}
 	}
-	if err := refuseBesideHost(socketOf(c, config.ModeHost)); err != nil {
+	if err := refuseBesideHost(Socket(c.Tailscale, config.ModeHost)); err != nil {
 		return err
 	}
 	bin, err := findTailscaled(environ)
@@ -44,7 +45,7 @@ func Tailscaled(ctx context.Context, c config.Config, environ []string, log *slo
 	if err := checkTun("/dev/net/tun"); err != nil {
 		return err
 	}
-	socket := socketOf(c, config.ModeDaemon)
+	socket := Socket(c.Tailscale, config.ModeDaemon)
 	for dir, mode := range map[string]os.FileMode{paths.TailscaleStateDir: 0o700, filepath.Dir(socket): 0o755} {
 		if err := os.MkdirAll(dir, mode); err != nil {
 			return fmt.Errorf("start tailscaled: %w", err)
@@ -72,10 +73,10 @@ const (
 // routes over for that minute would cut every flow twice. Where nothing is settled, a host tailscaled that answers decides;
 // so does a socket that nobody answers at, which is of this boot (/run is a tmpfs), so the host has a tailscaled; and a
 // node that has just booted is given time. The host's unit files and state would tell more, but we do not see them.
-func wantDedicated(ctx context.Context, c config.Config, log *slog.Logger) (bool, error) {
+func wantDedicated(ctx context.Context, c config.Config, savedMode func() (string, error), log *slog.Logger) (bool, error) {
 	said := false
 	for ctx.Err() == nil {
-		s, err := loadState()
+		mode, err := savedMode()
 		if err != nil {
 			return false, err
 		}
@@ -88,8 +89,8 @@ func wantDedicated(ctx context.Context, c config.Config, log *slog.Logger) (bool
 		}
 		_, noSocket := os.Lstat(paths.HostTailscaleSocket)
 		switch {
-		case c.Tailscale.Mode == config.ModeHost || s.Mode == config.ModeHost:
-		case s.Mode == config.ModeDaemon:
+		case c.Tailscale.Mode == config.ModeHost || mode == config.ModeHost:
+		case mode == config.ModeDaemon:
 			return true, nil
 		case noSocket != nil && up > bootGrace:
 			return true, nil
@@ -113,10 +114,11 @@ func mountGone(dir string) error {
 	return nil // a folder that is not there is no mount
 }
 
-// freshMount looks until ctx ends, or it is found to be gone.
-func freshMount(ctx context.Context, dir string) error {
+// WatchMount returns an error once the folder of the host's tailscaled, which is mounted into our container, is gone; nil when
+// ctx ends.
+func WatchMount(ctx context.Context) error {
 	for ctx.Err() == nil {
-		if err := mountGone(dir); err != nil {
+		if err := mountGone(filepath.Dir(paths.HostTailscaleSocket)); err != nil {
 			return err
 		}
 		reconcile.Sleep(ctx, hostLook)
@@ -166,24 +168,11 @@ func tailscaledEnv(environ []string) []string {
 
 // refuseBesideHost fails where the host's own tailscaled runs: both would fight over table 52 and rules 5210-5270.
 func refuseBesideHost(socket string) error {
-	if !answers(socket) {
+	if !Answers(socket) {
 		return nil
 	}
 	return fmt.Errorf("start tailscaled: the host's own tailscaled answers at %s and two in one network namespace break each other's routes; "+
 		"use it with tailscale.mode: host, or stop it first (systemctl disable --now tailscaled)", socket)
-}
-
-// answers reports whether something listens on a Unix socket.
-func answers(socket string) bool {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", socket)
-	if err != nil {
-		return false
-	}
-	c.Close()
-	return true
 }
 
 // findTailscaled looks at HEADCNI_TAILSCALED, beside our own program, then in PATH.

@@ -1,4 +1,4 @@
-package daemon
+package leases
 
 import (
 	"context"
@@ -8,8 +8,8 @@ import (
 	"net"
 	"time"
 
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/ipam"
-	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
@@ -18,29 +18,33 @@ import (
 // and a DEL that failed is tried again by the runtime.
 const sweepGrace = 5 * time.Minute
 
-// sweeper frees the leases of pods that went without a DEL, for instance because containerd never calls GC. A veth dies
-// with its network namespace, so a lease without its link has no pod.
-type sweeper struct {
-	confDir string // of the conflist, which says where the leases are
-	now     func() time.Time
-	links   func() (map[string]bool, error)
-	missing map[string]time.Time // link name and time of the lease -> since when the link has not been seen
+// Sweeper frees the leases of pods that went without a DEL, for instance because containerd never calls GC. A veth dies with
+// its network namespace, so a lease without its link has no pod. Make it with NewSweeper.
+type Sweeper struct {
+	confDir  string // of the conflist, which says where the leases are
+	log      *slog.Logger
+	released func(addresses int)
+	now      func() time.Time
+	links    func() (map[string]bool, error)
+	missing  map[string]time.Time // link name and time of the lease -> since when the link has not been seen
 }
 
-func newSweeper(confDir string) *sweeper {
-	return &sweeper{confDir: confDir, now: time.Now, links: linkNames, missing: map[string]time.Time{}}
+// NewSweeper returns a Sweeper for the networks of the conflist in confDir. It calls released with the number of addresses of
+// each lease that it frees.
+func NewSweeper(confDir string, log *slog.Logger, released func(addresses int)) *Sweeper {
+	return &Sweeper{confDir: confDir, log: log, released: released, now: time.Now, links: linkNames, missing: map[string]time.Time{}}
 }
 
-// run sweeps every interval until ctx ends.
-func (s *sweeper) run(ctx context.Context, interval time.Duration, log *slog.Logger, m *monitoring.Metrics) {
+// Run sweeps every interval until ctx ends.
+func (s *Sweeper) Run(ctx context.Context, interval time.Duration) {
 	for ctx.Err() == nil {
 		freed, err := s.sweep(ctx)
 		for _, l := range freed {
-			log.Info("freed the lease of a pod that is gone", "pod", l.PodNamespace+"/"+l.PodName, "container", l.ContainerID, "addrs", l.Addrs)
-			m.Released(len(l.Addrs))
+			s.log.Info("freed the lease of a pod that is gone", "pod", l.PodNamespace+"/"+l.PodName, "container", l.ContainerID, "addrs", l.Addrs)
+			s.released(len(l.Addrs))
 		}
 		if err != nil && ctx.Err() == nil {
-			log.Warn("sweep leases", "err", err)
+			s.log.Warn("sweep leases", "err", err)
 		}
 		reconcile.Sleep(ctx, interval)
 	}
@@ -48,8 +52,8 @@ func (s *sweeper) run(ctx context.Context, interval time.Duration, log *slog.Log
 
 // sweep frees what has been without a link for longer than sweepGrace. Only leases that the headcni plugin itself wrote
 // have such a link.
-func (s *sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
-	own, err := conflistIPAM(s.confDir)
+func (s *Sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
+	own, err := conflist.IPAM(s.confDir)
 	errs := []error{err}
 	networks, err := ipam.Networks(own.DataDir)
 	if err != nil {

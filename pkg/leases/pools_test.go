@@ -1,4 +1,4 @@
-package daemon
+package leases
 
 import (
 	"net/netip"
@@ -8,18 +8,20 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/monitoring"
 )
 
 func TestPoolsInUse(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	confDir := t.TempDir()
 	look := func(want ...monitoring.Pool) {
 		t.Helper()
-		got, err := poolsInUse(t.Context(), confDir)
+		got, err := InUse(t.Context(), confDir)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -30,7 +32,7 @@ func TestPoolsInUse(t *testing.T) {
 	look() // no conflist
 	c := config.Default()
 	c.Network.PodCIDRs = config.CIDRs{"10.244.1.0/24", "fd00:244:1::/64"}
-	list, err := planConflist(c, nil, 1280)
+	list, err := conflist.Render(conflist.Input{PodCIDRs: c.Network.PodCIDRs.Prefixes(), IPAM: c.IPAM, MTU: 1280})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,9 +41,9 @@ func TestPoolsInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	const size6 = 1<<64 - 2 // the network's own address and the gateway's are nobody's
-	look(monitoring.Pool{Network: networkName, Family: "ipv4", Size: 253}, monitoring.Pool{Network: networkName, Family: "ipv6", Size: size6})
+	look(monitoring.Pool{Network: conflist.NetworkName, Family: "ipv4", Size: 253}, monitoring.Pool{Network: conflist.NetworkName, Family: "ipv6", Size: size6})
 
-	own, err := conflistIPAM(confDir)
+	own, err := conflist.IPAM(confDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,16 +60,16 @@ func TestPoolsInUse(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	look(monitoring.Pool{Network: networkName, Family: "ipv4", InUse: 2, Size: 253}, monitoring.Pool{Network: networkName, Family: "ipv6", InUse: 2, Size: size6},
+	look(monitoring.Pool{Network: conflist.NetworkName, Family: "ipv4", InUse: 2, Size: 253}, monitoring.Pool{Network: conflist.NetworkName, Family: "ipv6", InUse: 2, Size: size6},
 		monitoring.Pool{Network: "other", Family: "ipv4", InUse: 1})
 
 	c.IPAM.Type = "host-local" // has leases of its own; those of ours that are left still count
-	if list, err = planConflist(c, nil, 1280); err != nil {
+	if list, err = conflist.Render(conflist.Input{PodCIDRs: c.Network.PodCIDRs.Prefixes(), IPAM: c.IPAM, MTU: 1280}); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(path, list, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	look(monitoring.Pool{Network: networkName, Family: "ipv4", InUse: 2}, monitoring.Pool{Network: networkName, Family: "ipv6", InUse: 2},
+	look(monitoring.Pool{Network: conflist.NetworkName, Family: "ipv4", InUse: 2}, monitoring.Pool{Network: conflist.NetworkName, Family: "ipv6", InUse: 2},
 		monitoring.Pool{Network: "other", Family: "ipv4", InUse: 1})
 }

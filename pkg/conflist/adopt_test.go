@@ -1,13 +1,11 @@
-package daemon
+package conflist
 
 import (
-	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/containernetworking/cni/libcni"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/pkg/config"
@@ -43,22 +41,22 @@ func TestAdopt(t *testing.T) {
 			want.DNS.MagicDNS = config.MagicDNS{
 				Enable: true, BaseDomain: "cluster.local", Nameservers: []string{"10.2.0.1"}, SearchDomains: []string{"c.example.com"},
 			}
-			got, ipam, err := adopt(c, false)
+			got, ipam, err := Adopt(c, false)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(want, got, cmp.AllowUnexported(secret.Secret{})); diff != "" {
 				t.Error(diff)
 			}
-			conflist, err := planConflist(got, ipam, 1280)
-			if err != nil || !strings.Contains(string(conflist), `"rangeStart": "10.244.0.10"`) || strings.Contains(string(conflist), "from-conflist") {
-				t.Errorf("the ranges are lost, or a key is not: %v\n%s", err, conflist)
+			rendered, err := Render(input(got, ipam, 1280))
+			if err != nil || !strings.Contains(string(rendered), `"rangeStart": "10.244.0.10"`) || strings.Contains(string(rendered), "from-conflist") {
+				t.Errorf("the ranges are lost, or a key is not: %v\n%s", err, rendered)
 			}
 
 			// What daemon.yaml says wins.
 			c.Headscale.URL, c.Headscale.AuthKey = "https://other", secret.New("own")
 			c.Network.PodCIDRs, c.Network.MTU = config.CIDRs{"10.9.0.0/24"}, 1300
-			got, ipam, err = adopt(c, false)
+			got, ipam, err = Adopt(c, false)
 			if err != nil || ipam != nil || got.Headscale.URL != "https://other" || got.Headscale.AuthKey.Reveal() != "own" ||
 				got.Network.PodCIDRs[0] != "10.9.0.0/24" || got.Network.MTU != 1300 || got.IPAM.Type != "headcni-ipam" {
 				t.Errorf("%+v, %s, %v", got, ipam, err)
@@ -78,7 +76,7 @@ func TestAdoptsTheHostsSocket(t *testing.T) {
 	}
 	for mode, want := range map[string]string{config.ModeAuto: own, config.ModeHost: own, config.ModeDaemon: ""} {
 		c.Tailscale.Mode = mode
-		if got, _, err := adopt(c, false); err != nil || got.Tailscale.Socket != want {
+		if got, _, err := Adopt(c, false); err != nil || got.Tailscale.Socket != want {
 			t.Errorf("%s: %q, %v", mode, got.Tailscale.Socket, err)
 		}
 	}
@@ -91,94 +89,16 @@ func TestAdoptFaults(t *testing.T) {
 	if err := os.WriteFile(path, []byte(strings.ReplaceAll(flatExample, "10.244.0.", "100.64.0.")), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := adopt(c, false); err == nil || !strings.Contains(err.Error(), "100.64.0.0/10") || !strings.Contains(err.Error(), "conflist") {
+	if _, _, err := Adopt(c, false); err == nil || !strings.Contains(err.Error(), "100.64.0.0/10") || !strings.Contains(err.Error(), "conflist") {
 		t.Errorf("got %v", err)
 	}
 	for _, text := range []string{"{", `{"plugins":[{"type":"bridge"}]}`, `[]`} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		got, _, err := adopt(c, false)
+		got, _, err := Adopt(c, false)
 		if diff := cmp.Diff(c, got, cmp.AllowUnexported(secret.Secret{})); err != nil || diff != "" {
 			t.Errorf("%s: %v %s", text, err, diff)
-		}
-	}
-}
-
-// TestCheckConflist: what the plugin would refuse is told before a pod asks for it.
-func TestCheckConflist(t *testing.T) {
-	path := filepath.Join(t.TempDir(), paths.ConflistName)
-	for plugin, want := range map[string]string{
-		`{"type":"headcni","ipam":{"subnet":"10.1.0.0/24"}}`:                     "",
-		`{"type":"headcni","ipam":{"type":"host-local","subnet":"10.1.0.0/24"}}`: "",
-		`{"type":"portmap","mut":1}`:                                             "",
-		`{"type":"headcni","mut":1,"ipam":{"subnet":"10.1.0.0/24"}}`:             "mut: unknown key",
-		`{"type":"headcni"}`: "no ranges",
-		`{"type":"headcni","ipam":{"subnet":"10.1.0.0/24","strategy":"best"}}`:       "ipam.strategy",
-		`{"type":"headcni","auth_key":["s3cret"],"ipam":{"subnet":"10.1.0.0/24"}}`:   "auth_key: a secret must be a string",
-		`{"type":"headcni","ipam":{"subnet":"10.1.0.0/24"}}],"name":"","disable":[7`: "name: missing",
-		`7`: "not a list of plugins",
-	} {
-		list := `{"cniVersion":"1.0.0","name":"n","plugins":[` + plugin + `]}`
-		if err := os.WriteFile(path, []byte(list), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		err := CheckConflist(path)
-		if (err == nil) != (want == "") || err != nil && (!strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "s3cret")) {
-			t.Errorf("%s: got %v, want %q", plugin, err, want)
-		}
-	}
-	shipped, err := os.ReadFile("../../" + paths.ConflistName)
-	if err == nil {
-		err = os.WriteFile(path, shipped, 0o600)
-	}
-	if err == nil {
-		err = CheckConflist(path)
-	}
-	if err != nil {
-		t.Errorf("the shipped one: %v", err)
-	}
-}
-
-func TestConvertConflist(t *testing.T) {
-	path := filepath.Join(t.TempDir(), paths.ConflistName)
-	if err := CheckConflist(path); err != nil {
-		t.Errorf("no file: %v", err)
-	}
-	if err := os.WriteFile(path, []byte(flatExample), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := CheckConflist(path); !errors.Is(err, ErrFlat) {
-		t.Errorf("flat: %v", err)
-	}
-	for _, want := range []bool{true, false} {
-		if did, err := ConvertConflist(path); err != nil || did != want {
-			t.Fatalf("convert: %v, %v", did, err)
-		}
-		if err := CheckConflist(path); err != nil {
-			t.Errorf("converted: %v", err)
-		}
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	list, err := libcni.ConfListFromBytes(b)
-	if err != nil || list.Name != "tailscale-cni" || list.CNIVersion != "1.0.0" || len(list.Plugins) != 1 || list.Plugins[0].Network.Type != "headcni" {
-		t.Errorf("%+v, %v", list, err)
-	}
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("mode %v, %v", info.Mode(), err)
-	}
-	for _, bad := range []string{"{", "{}", "[]"} {
-		if err := os.WriteFile(path, []byte(bad), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := CheckConflist(path); err == nil {
-			t.Errorf("%s accepted", bad)
-		}
-		if _, err := ConvertConflist(path); err == nil {
-			t.Errorf("%s converted", bad)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-package daemon
+package conflist
 
 import (
 	"encoding/json"
@@ -57,9 +57,9 @@ func isMultus(b []byte) bool {
 	return multus(c.Type) || slices.ContainsFunc(c.Plugins, func(p struct{ Type string }) bool { return multus(p.Type) })
 }
 
-// standFirst sees to it that the runtime uses our conflist: by hiding what comes before it where that was asked for, else
-// by saying what to do. remember stores the names that are hidden before they are.
-func standFirst(dir string, exclusive bool, remember func(names []string) error) ([]string, error) {
+// StandFirst sees to it that the runtime uses our conflist: by hiding what comes before it where that was asked for, else by
+// saying what to do. remember stores the names that are hidden before they are.
+func StandFirst(dir string, exclusive bool, remember func(names []string) error) ([]string, error) {
 	others, err := before(dir)
 	if err != nil || len(others) == 0 {
 		return nil, err
@@ -82,8 +82,8 @@ func standFirst(dir string, exclusive bool, remember func(names []string) error)
 	return done, atomicfile.SyncDir(dir)
 }
 
-// putBack shows the hidden configurations again, but for those that have come back by themselves.
-func putBack(dir string, hidden []string) error {
+// ShowHidden shows the hidden configurations again, but for those that have come back by themselves.
+func ShowHidden(dir string, hidden []string) error {
 	var errs []error
 	for _, name := range hidden {
 		path := filepath.Join(dir, name)

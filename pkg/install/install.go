@@ -1,4 +1,5 @@
-package daemon
+// Package install puts the CNI plugins into the folder where the container runtime looks for them, and takes them out again.
+package install
 
 import (
 	"context"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/filelock"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -34,6 +36,7 @@ const installWait = 30 * time.Second
 // replaced, for whoever comes after a kill in between.
 type installed map[string][]string
 
+// installedPath is where it is noted what is ours.
 func installedPath() string { return filepath.Join(paths.StateDir, "plugins.json") }
 
 func loadInstalled() (installed, error) {
@@ -63,9 +66,9 @@ func (in installed) save() error {
 	return atomicfile.Write(installedPath(), append(b, '\n'), 0o600)
 }
 
-// Install puts the plugins of folder from into folder to, each whole or not at all, and returns a line for each that it
+// Plugins puts the plugins of folder from into folder to, each whole or not at all, and returns a line for each that it
 // looked at. A host-local, loopback or portmap that somebody else put there stays.
-func Install(ctx context.Context, from, to string) ([]string, error) {
+func Plugins(ctx context.Context, from, to string) ([]string, error) {
 	unlock, err := lockFolder(ctx, to)
 	if err != nil {
 		return nil, fmt.Errorf("install plugins: %w", err)
@@ -186,7 +189,7 @@ func lockFolder(ctx context.Context, dir string) (unlock func(), err error) {
 	if err != nil {
 		return nil, explain(err, dir)
 	}
-	if err := flock(ctx, f, installWait); err != nil {
+	if err := filelock.Lock(ctx, f, installWait); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("lock %s, which another installation seems to use: %w", dir, err)
 	}
@@ -233,9 +236,9 @@ func knownFolders() string {
 	return strings.Join(known, "; ")
 }
 
-// RemovePlugins takes away what Install put anywhere, but not a host-local, loopback or portmap that somebody has replaced
+// Remove takes away what Plugins put anywhere, but not a host-local, loopback or portmap that somebody has replaced
 // since.
-func RemovePlugins(ctx context.Context) error {
+func Remove(ctx context.Context) error {
 	in, err := loadInstalled()
 	if err != nil {
 		return err
@@ -275,8 +278,8 @@ func removePlugin(ctx context.Context, path string, sums []string) error {
 	return nil
 }
 
-// PluginSource is where Install takes plugins from if nothing else is said: the image's, else the folder of our program.
-func PluginSource() (string, error) {
+// Source is where plugins are taken from if nothing else is said: the image's, else the folder of our program.
+func Source() (string, error) {
 	if _, err := os.Stat(paths.ImageCNIDir); err == nil {
 		return paths.ImageCNIDir, nil
 	}
@@ -286,3 +289,6 @@ func PluginSource() (string, error) {
 	}
 	return filepath.Dir(self), nil
 }
+
+// Sweep removes a note that was being written when an installation was killed.
+func Sweep() error { return atomicfile.Sweep(installedPath()) }

@@ -1,25 +1,22 @@
-package daemon
+// Package leases looks after the addresses that the pods of this node have: how many there are, and which have no pod any more.
+package leases
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 
-	"github.com/headcni/headcni/pkg/config/netconf"
-	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/monitoring"
 )
 
-// poolsInUse counts leases per network and family, going on past errors. How many there can be is known of the network of
+// InUse counts leases per network and family, going on past errors. How many there can be is known of the network of
 // our conflist only: the ranges of others that use headcni-ipam are in their configurations.
-func poolsInUse(ctx context.Context, confDir string) ([]monitoring.Pool, error) {
-	own, err := conflistIPAM(confDir)
+func InUse(ctx context.Context, confDir string) ([]monitoring.Pool, error) {
+	own, err := conflist.IPAM(confDir)
 	errs := []error{err}
 	networks, err := ipam.Networks(own.DataDir)
 	errs = append(errs, err)
@@ -77,24 +74,4 @@ func familyOf(p netip.Prefix) string {
 		return "ipv4"
 	}
 	return "ipv6"
-}
-
-// conflistIPAM is the address management of our network as the conflist in confDir says, the zero Config where there is none
-// or another plugin does it.
-func conflistIPAM(confDir string) (ipam.Config, error) {
-	b, err := os.ReadFile(filepath.Join(confDir, paths.ConflistName))
-	if errors.Is(err, os.ErrNotExist) {
-		return ipam.Config{}, nil
-	}
-	if err != nil {
-		return ipam.Config{}, fmt.Errorf("read the conflist: %w", err)
-	}
-	var list struct{ Name string }
-	var plugin struct{ IPAM json.RawMessage }
-	var kind struct{ Type string }
-	if json.Unmarshal(b, &list) != nil || json.Unmarshal(headcniPlugin(b), &plugin) != nil || json.Unmarshal(plugin.IPAM, &kind) != nil ||
-		kind.Type != netconf.IPAMType {
-		return ipam.Config{}, nil
-	}
-	return ipam.ParseConfig(list.Name, plugin.IPAM)
 }

@@ -1,9 +1,10 @@
-package daemon
+package install
 
 import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
@@ -32,19 +33,20 @@ func plugins(t *testing.T, release string, size int) string {
 	return dir
 }
 
+func TestMain(m *testing.M) {
+	if os.Getenv(installLoopEnv) != "" {
+		fmt.Fprintln(os.Stderr, installLoop())
+		os.Exit(1)
+	}
+	flag.Parse()
+	nstest.Main(m)
+}
+
 func writePlugin(t *testing.T, path, content string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(content), 0o755); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func mount(t *testing.T, source, target, kind string, flags uintptr, data string) {
-	t.Helper()
-	if err := unix.Mount(source, target, kind, flags, data); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount(target, unix.MNT_DETACH) }) // the namespace goes with the process
 }
 
 // wantSame fails unless the plugins at to are whole and those of from.
@@ -68,32 +70,9 @@ func wantSame(t *testing.T, from, to string, names ...string) {
 	}
 }
 
-func wantFiles(t *testing.T, dir string, want ...string) {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []string
-	for _, e := range entries {
-		got = append(got, e.Name())
-	}
-	slices.Sort(want)
-	if !slices.Equal(got, want) {
-		t.Errorf("files: %v; want %v", got, want)
-	}
-}
-
-// freshState gives a test a state folder of its own.
-func freshState(t *testing.T) {
-	t.Helper()
-	nstest.Require(t)
-	mount(t, "tmpfs", paths.StateDir, "tmpfs", 0, "mode=0755")
-}
-
 func install(t *testing.T, from, to string) string {
 	t.Helper()
-	lines, err := Install(t.Context(), from, to)
+	lines, err := Plugins(t.Context(), from, to)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +80,7 @@ func install(t *testing.T, from, to string) string {
 }
 
 func TestInstallUpgradeAndRemove(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	one, two, to := plugins(t, "1", 0), plugins(t, "2", 0), t.TempDir()
 	install(t, one, to)
 	wantSame(t, one, to, allPlugins...)
@@ -123,20 +102,20 @@ func TestInstallUpgradeAndRemove(t *testing.T) {
 	}
 	install(t, two, to)
 	wantSame(t, two, to, allPlugins...)
-	wantFiles(t, to, allPlugins...)
-	if err := RemovePlugins(t.Context()); err != nil {
+	nstest.WantFiles(t, to, allPlugins...)
+	if err := Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	wantFiles(t, to)
-	wantFiles(t, paths.StateDir)
-	if err := RemovePlugins(t.Context()); err != nil {
+	nstest.WantFiles(t, to)
+	nstest.WantFiles(t, paths.StateDir)
+	if err := Remove(t.Context()); err != nil {
 		t.Errorf("the second time: %v", err)
 	}
 }
 
 // What others put there is theirs: a newer portmap, K3s' link, the same bytes by a package manager.
 func TestInstallLeavesForeignPlugins(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	one, two, to := plugins(t, "1", 0), plugins(t, "2", 0), t.TempDir()
 	writePlugin(t, filepath.Join(to, "portmap"), "somebody's")
 	if err := os.Symlink("cni", filepath.Join(to, "host-local")); err != nil {
@@ -153,10 +132,10 @@ func TestInstallLeavesForeignPlugins(t *testing.T) {
 			t.Errorf("host-local links to %q, %v", l, err)
 		}
 	}
-	if err := RemovePlugins(t.Context()); err != nil {
+	if err := Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	wantFiles(t, to, "host-local", "portmap")
+	nstest.WantFiles(t, to, "host-local", "portmap")
 
 	same := t.TempDir()
 	writePlugin(t, filepath.Join(same, "portmap"), "portmap of 1")
@@ -166,18 +145,18 @@ func TestInstallLeavesForeignPlugins(t *testing.T) {
 	// One that was ours and that somebody has replaced since.
 	writePlugin(t, filepath.Join(same, "host-local"), "newer")
 	install(t, two, same)
-	if err := RemovePlugins(t.Context()); err != nil {
+	if err := Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	wantFiles(t, same, "host-local", "portmap")
+	nstest.WantFiles(t, same, "host-local", "portmap")
 }
 
 func TestInstallRefuses(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	from, to := plugins(t, "1", 0), t.TempDir()
 	readOnly := t.TempDir()
-	mount(t, readOnly, readOnly, "", unix.MS_BIND, "")
-	mount(t, "", readOnly, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+	nstest.Mount(t, readOnly, readOnly, "", unix.MS_BIND, "")
+	nstest.Mount(t, "", readOnly, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
 	file := filepath.Join(t.TempDir(), "file")
 	writePlugin(t, file, "")
 	for name, tc := range map[string]struct{ from, to, want string }{
@@ -188,34 +167,34 @@ func TestInstallRefuses(t *testing.T) {
 		"no source":         {to + "/missing", to, "give --from"},
 		"onto the original": {from, from, "is where the plugins go"},
 	} {
-		_, err := Install(t.Context(), tc.from, tc.to)
+		_, err := Plugins(t.Context(), tc.from, tc.to)
 		if err == nil || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v; want one line with %q", name, err, tc.want)
 		}
 	}
-	wantFiles(t, to)
+	nstest.WantFiles(t, to)
 	if err := os.Mkdir(filepath.Join(to, "headcni"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Install(t.Context(), from, to); err == nil || !strings.Contains(err.Error(), "is a folder: remove it") {
+	if _, err := Plugins(t.Context(), from, to); err == nil || !strings.Contains(err.Error(), "is a folder: remove it") {
 		t.Errorf("a folder in the place of the plugin: %v", err)
 	}
 }
 
 // A disk that fills up in the middle leaves the old plugins, whole, and nothing else. Room made, it goes on.
 func TestInstallOntoFullDisk(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	const size = 256 << 10
 	old, next, to := plugins(t, "1", size), plugins(t, "2", size), t.TempDir()
 	// Room for the five old ones and for a part of a sixth.
-	mount(t, "tmpfs", to, "tmpfs", 0, "size=1460k")
+	nstest.Mount(t, "tmpfs", to, "tmpfs", 0, "size=1460k")
 	install(t, old, to)
-	_, err := Install(t.Context(), next, to)
+	_, err := Plugins(t.Context(), next, to)
 	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "make room on the file system of "+to) {
 		t.Fatalf("onto a full disk: %v", err)
 	}
 	wantSame(t, old, to, allPlugins...)
-	wantFiles(t, to, allPlugins...)
+	nstest.WantFiles(t, to, allPlugins...)
 	if err := unix.Mount("", to, "", unix.MS_REMOUNT, "size=8m"); err != nil {
 		t.Fatal(err)
 	}
@@ -223,17 +202,17 @@ func TestInstallOntoFullDisk(t *testing.T) {
 	wantSame(t, next, to, allPlugins...)
 
 	// The other disk full: what cannot be noted as ours is not put there.
-	mount(t, "tmpfs", paths.StateDir, "tmpfs", 0, "size=4k")
+	nstest.Mount(t, "tmpfs", paths.StateDir, "tmpfs", 0, "size=4k")
 	writePlugin(t, filepath.Join(paths.StateDir, "x"), strings.Repeat("x", 4096))
 	fresh := t.TempDir()
-	if _, err := Install(t.Context(), next, fresh); !errors.Is(err, unix.ENOSPC) {
+	if _, err := Plugins(t.Context(), next, fresh); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("with a full state folder: %v", err)
 	}
-	wantFiles(t, fresh)
+	nstest.WantFiles(t, fresh)
 }
 
 func TestInstallWaitsForAnother(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	from, to := plugins(t, "1", 0), t.TempDir()
 	unlock, err := lockFolder(t.Context(), to)
 	if err != nil {
@@ -241,7 +220,7 @@ func TestInstallWaitsForAnother(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	if _, err := Install(ctx, from, to); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := Plugins(ctx, from, to); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("beside another installation: %v", err)
 	}
 	unlock()
@@ -257,7 +236,7 @@ func installLoop() error {
 	dirs := strings.Split(os.Getenv(installLoopEnv), ":")
 	fmt.Println("started")
 	for i := 0; ; i++ {
-		if _, err := Install(context.Background(), dirs[i%2], dirs[2]); err != nil {
+		if _, err := Plugins(context.Background(), dirs[i%2], dirs[2]); err != nil {
 			return err
 		}
 	}
@@ -265,7 +244,7 @@ func installLoop() error {
 
 // Killed at any moment, an installation leaves each plugin whole, old or new, and still knows that all are ours.
 func TestInstallKilled(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	const size = 1 << 20
 	one, two, to := plugins(t, "1", size), plugins(t, "2", size), t.TempDir()
 	install(t, one, to)
@@ -275,7 +254,7 @@ func TestInstallKilled(t *testing.T) {
 	kills, leftovers := 0, 0
 	// Most come between two files; some must come in the middle of one, or the test shows nothing.
 	for ; kills < 40 || leftovers == 0 && kills < 400; kills++ {
-		cmd := startSelf(t, installLoopEnv+"="+one+":"+two+":"+to)
+		cmd := nstest.StartSelf(t, installLoopEnv+"="+one+":"+two+":"+to)
 		time.Sleep(rand.N(2 * took))
 		if err := cmd.Process.Kill(); err != nil {
 			t.Fatal(err)
@@ -298,12 +277,12 @@ func TestInstallKilled(t *testing.T) {
 	t.Logf("%d files half written in %d kills", leftovers, kills)
 	install(t, two, to)
 	wantSame(t, two, to, allPlugins...)
-	wantFiles(t, to, allPlugins...)
-	wantFiles(t, paths.StateDir, filepath.Base(installedPath()))
-	if err := RemovePlugins(t.Context()); err != nil {
+	nstest.WantFiles(t, to, allPlugins...)
+	nstest.WantFiles(t, paths.StateDir, filepath.Base(installedPath()))
+	if err := Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	wantFiles(t, to)
+	nstest.WantFiles(t, to)
 }
 
 func wantOneOf(t *testing.T, path string, either ...string) {
@@ -321,11 +300,11 @@ func wantOneOf(t *testing.T, path string, either ...string) {
 }
 
 func TestInstalledStateCorrupt(t *testing.T) {
-	freshState(t)
+	nstest.FreshState(t)
 	if err := os.WriteFile(installedPath(), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, err := range []error{RemovePlugins(t.Context()), func() error { _, err := Install(t.Context(), plugins(t, "1", 0), t.TempDir()); return err }()} {
+	for _, err := range []error{Remove(t.Context()), func() error { _, err := Plugins(t.Context(), plugins(t, "1", 0), t.TempDir()); return err }()} {
 		if err == nil || !strings.Contains(err.Error(), "remove the file to start afresh") {
 			t.Errorf("a broken %s: %v", installedPath(), err)
 		}
@@ -333,4 +312,24 @@ func TestInstalledStateCorrupt(t *testing.T) {
 	if _, err := os.Stat(installedPath()); errors.Is(err, fs.ErrNotExist) {
 		t.Error("it was removed")
 	}
+}
+
+// Advice is about the disk that is full, and the mount that is read-only.
+func TestInstallNamesTheRightDisk(t *testing.T) {
+	nstest.FreshState(t)
+	from, to := plugins(t, "1", 0), t.TempDir()
+	makeRoom := nstest.FillDisk(t, paths.StateDir)
+	for _, why := range []error{unix.ENOSPC, unix.EROFS} {
+		if _, err := Plugins(t.Context(), from, to); !errors.Is(err, why) || !strings.Contains(err.Error(), "make room in "+paths.StateDir) ||
+			strings.Contains(err.Error(), "cni.binDir") {
+			t.Errorf("want %v: %v", why, err)
+		}
+		if why == unix.ENOSPC {
+			makeRoom()
+			if err := unix.Mount("", paths.StateDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "size=16k"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	nstest.WantFiles(t, to)
 }

@@ -1,7 +1,7 @@
-package daemon
+package tailscaled
 
 import (
-	"net/http"
+	"net"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -26,7 +26,7 @@ func TestSocketOf(t *testing.T) {
 	} {
 		c := config.Default()
 		c.Tailscale.Mode, c.Tailscale.Socket = tt.asked, tt.socket
-		if got := socketOf(c, tt.mode); got != tt.want {
+		if got := Socket(c.Tailscale, tt.mode); got != tt.want {
 			t.Errorf("%+v: got %s", tt, got)
 		}
 	}
@@ -36,14 +36,18 @@ func TestSocketOf(t *testing.T) {
 func TestAutoFindsTheHostsSocket(t *testing.T) {
 	c := config.Default()
 	c.Tailscale.Socket = filepath.Join(t.TempDir(), "tailscaled.sock")
-	if got := settleMode(c, ""); got != "" {
+	if got := Mode(c.Tailscale, ""); got != "" {
 		t.Errorf("nobody answers, and the mode is %q", got)
 	}
-	if err := noTailscaled(c); !strings.Contains(err.Error(), c.Tailscale.Socket) {
+	if err := ErrNone(c.Tailscale); !strings.Contains(err.Error(), c.Tailscale.Socket) {
 		t.Error(err)
 	}
-	fakeTailscaled(t, c.Tailscale.Socket, http.StatusOK)
-	if got := settleMode(c, ""); got != config.ModeHost {
+	l, err := net.Listen("unix", c.Tailscale.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if got := Mode(c.Tailscale, ""); got != config.ModeHost {
 		t.Errorf("the host's answers, and the mode is %q", got)
 	}
 }

@@ -1,7 +1,8 @@
-package daemon
+package leases
 
 import (
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -36,7 +37,7 @@ func TestSweep(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(confDir, paths.ConflistName), []byte(conf), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s := newSweeper(confDir)
+	s := NewSweeper(confDir, slog.New(slog.DiscardHandler), func(int) {})
 	s.now, s.links = func() time.Time { return now }, func() (map[string]bool, error) { return links, nil }
 	sweep := func(want ...string) {
 		t.Helper()

@@ -1,0 +1,92 @@
+package conflist
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/pkg/config/paths"
+)
+
+// Path is the conflist's in the runtime's configuration folder.
+func Path(confDir string) string { return filepath.Join(confDir, paths.ConflistName) }
+
+// Sweep removes what a daemon that was killed left half-written.
+func Sweep(confDir string) error {
+	return errors.Join(atomicfile.Sweep(Path(confDir)), atomicfile.Sweep(originalPath()))
+}
+
+// originalPath is where a conflist that a person had put in our place is kept for uninstall.
+func originalPath() string { return filepath.Join(paths.StateDir, "conflist.orig") }
+
+// Write puts want in place, if it is not there already. A conflist of that name that is not ours is kept for Restore, after
+// remember has stored its mode.
+func Write(dir string, want []byte, remember func(os.FileMode) error) (changed bool, err error) {
+	path := Path(dir)
+	have, err := os.ReadFile(path)
+	switch {
+	case err == nil && bytes.Equal(have, want):
+		return false, nil
+	case err == nil && !isOurs(have):
+		if err := keepOriginal(path, have, remember); err != nil {
+			return false, err
+		}
+	case err == nil || errors.Is(err, fs.ErrNotExist):
+	default:
+		return false, fmt.Errorf("read the conflist: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return false, fmt.Errorf("make the CNI configuration folder: %w; set cni.confDir to one that can be written", err)
+	}
+	err = atomicfile.Write(path, want, 0o644)
+	if errors.Is(err, unix.EROFS) {
+		err = fmt.Errorf("%w; set cni.confDir to one that can be written, and tell the runtime of it (conf_dir in containerd's configuration)", err)
+	}
+	return err == nil, err
+}
+
+func keepOriginal(path string, content []byte, remember func(os.FileMode) error) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if err := remember(info.Mode().Perm()); err != nil {
+		return err
+	}
+	return atomicfile.Write(originalPath(), content, 0o600) // it may hold a key
+}
+
+// Restore takes ours away and puts the original back, with its mode. What somebody has put there since is theirs.
+func Restore(dir string, mode os.FileMode) error {
+	path := Path(dir)
+	have, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err == nil && !isOurs(have) {
+		return atomicfile.Remove(originalPath()) // also where we were killed after it was put back
+	}
+	orig, err := os.ReadFile(originalPath())
+	if errors.Is(err, fs.ErrNotExist) {
+		return atomicfile.Remove(path)
+	}
+	if err != nil {
+		return err
+	}
+	if mode == 0 {
+		mode = 0o600 // the state that knew it was moved away; there may be a key in it
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if err := atomicfile.Write(path, orig, mode); err != nil {
+		return err
+	}
+	return atomicfile.Remove(originalPath())
+}
