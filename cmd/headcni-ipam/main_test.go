@@ -161,7 +161,7 @@ func TestGC(t *testing.T) {
 		mustRun(t, call{"ADD", id, "", c})
 	}
 	wantCode(t, call{"GC", "", "", c}, types.ErrInvalidNetworkConfig, "valid-attachments")
-	wantCode(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": null`)}, types.ErrInvalidNetworkConfig, "valid-attachments")
+	wantCode(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": "all"`)}, types.ErrInvalidNetworkConfig, "valid-attachments")
 	for _, item := range []string{`null`, `{"containerID": "a"}`} {
 		wantCode(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": [`+item+`]`)}, types.ErrInvalidNetworkConfig, "ifname")
 	}
@@ -173,8 +173,11 @@ func TestGC(t *testing.T) {
 	for _, id := range []string{"a", "c"} {
 		wantCode(t, call{"CHECK", id, "", c}, codeNoLease, "no lease")
 	}
-	mustRun(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": []`)})
-	wantCode(t, call{"CHECK", "b", "", c}, codeNoLease, "no lease")
+	for _, none := range []string{"[]", "null"} { // null is a nil list of Go
+		mustRun(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": `+none)})
+		wantCode(t, call{"CHECK", "b", "", c}, codeNoLease, "no lease")
+		mustRun(t, call{"ADD", "b", "", c})
+	}
 }
 
 func TestRequestedAddresses(t *testing.T) {

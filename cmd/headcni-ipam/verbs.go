@@ -34,7 +34,7 @@ type verbs struct{ out io.Writer }
 // as long as the leases can be found.
 func open(a cnimain.Call, strict bool) (*ipam.Pool, error) {
 	name := str(a.Config["name"])
-	if len(a.Config["ipam"]) == 0 {
+	if a.Config["ipam"] == nil {
 		return nil, types.NewError(types.ErrInvalidNetworkConfig, "the network configuration has no ipam object", "")
 	}
 	c, err := parse(name, a)
@@ -173,7 +173,11 @@ func (v verbs) gc(a cnimain.Call) error {
 	}
 	const key = "cni.dev/valid-attachments"
 	var attachments []types.GCAttachment
-	if err := json.Unmarshal(a.Config[key], &attachments); err != nil || attachments == nil {
+	list, given := a.Config[key]
+	if given && list != nil { // null is an empty list: a Go runtime that knows of no attachment may have a nil one
+		err = json.Unmarshal(list, &attachments)
+	}
+	if !given || err != nil {
 		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs a list called "+key+"; without it nothing is released", "")
 	}
 	valid := map[types.GCAttachment]bool{}

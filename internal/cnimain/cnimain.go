@@ -22,6 +22,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/jsonobj"
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
@@ -41,7 +42,7 @@ type Call struct {
 	Path        string // CNI_PATH
 	Stdin       []byte // the configuration: a JSON object with a supported cniVersion and a valid name
 	// Config is Stdin taken apart, since who needs it is in haste.
-	Config map[string]json.RawMessage
+	Config jsonobj.Object
 }
 
 // Commands carry out the commands. Each prints its own result to standard output. An error that is or wraps a *types.Error
@@ -99,7 +100,7 @@ func Run(commands Commands, supported []string, about string) int {
 	if call.Stdin, err = io.ReadAll(os.Stdin); err != nil {
 		return fail(types.NewError(types.ErrIOFailure, "read standard input", err.Error()), nil)
 	}
-	if err := json.Unmarshal(call.Stdin, &call.Config); err != nil || call.Config == nil {
+	if call.Config, err = jsonobj.Parse(call.Stdin); err != nil || call.Config == nil {
 		return fail(notJSON(err), call.Stdin)
 	}
 	if fault := checkConfig(call.Config, supported, verb, c.since); fault != nil {
@@ -164,7 +165,7 @@ func checkIfName(name string) string {
 }
 
 // checkConfig checks what does not depend on the plugin.
-func checkConfig(config map[string]json.RawMessage, supported []string, verb, since string) *types.Error {
+func checkConfig(config jsonobj.Object, supported []string, verb, since string) *types.Error {
 	var has, name string
 	for key, to := range map[string]*string{"cniVersion": &has, "name": &name} {
 		if v := config[key]; v != nil && json.Unmarshal(v, to) != nil {

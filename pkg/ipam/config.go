@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/internal/jsonobj"
+	"github.com/headcni/headcni/internal/nearest"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
@@ -82,25 +84,22 @@ type routeJSON struct {
 	Scope    *int   `json:"scope"`
 }
 
-// keyed is a JSON object. Decoding into it is several times faster than into a struct in a process that does so once.
-type keyed = map[string]json.RawMessage
-
-const knownKeys = "known keys are type, subnet, rangeStart, rangeEnd, gateway, exclude, ranges, routes, dataDir, resolvConf, strategy"
-
 // ParseConfig reads the ipam object of a CNI network configuration: host-local's format (subnet, rangeStart, rangeEnd,
 // gateway, ranges, routes, dataDir, resolvConf), and in addition strategy and exclude (a list of prefixes or addresses, in
 // a range or beside the ranges). A subnet beside ranges makes the first set, as with host-local. Unknown keys are an
 // error. The error is an ErrConfig that names all faults; where they all are unknown keys, it is an ErrUnsupported too;
 // where the only one is that there is no range, it is an ErrNoRanges too, and the rest of the Config is good.
 func ParseConfig(network string, ipamJSON []byte) (Config, error) {
-	var keys keyed
-	if err := json.Unmarshal(ipamJSON, &keys); err != nil {
-		return Config{}, fmt.Errorf("%w: ipam: want an object; %s", ErrConfig, knownKeys)
-	}
 	p := &parser{}
-	raw := p.object(keys)
+	var raw configJSON
+	known := p.keys(&raw)
+	o, err := jsonobj.Parse(ipamJSON)
+	if err != nil {
+		return Config{}, fmt.Errorf("%w: ipam: want an object; known keys are %s", ErrConfig, known.list())
+	}
+	p.object("", o, known)
 	if len(p.faults) > 0 {
-		return Config{}, fmt.Errorf("%w; %s", p.err(), knownKeys)
+		return Config{}, p.err()
 	}
 	c := p.config(network, raw)
 	c = c.withDefaults()
@@ -120,12 +119,6 @@ func (p *parser) fault(field, format string, args ...any) {
 	p.faults = append(p.faults, fmt.Errorf("ipam."+field+": "+format, args...))
 }
 
-// unknownKey names key and value, as the specification wants it (section 5, error 2). Nothing here is secret.
-func (p *parser) unknownKey(field string, v json.RawMessage) {
-	p.unknown++
-	p.fault(field, "unknown key (value %s)", v)
-}
-
 func (p *parser) err() error {
 	kind := ErrConfig
 	switch len(p.faults) {
@@ -137,75 +130,86 @@ func (p *parser) err() error {
 	return fmt.Errorf("%w: %w", kind, errors.Join(p.faults...))
 }
 
-// decode reads a member. The fault does not repeat the input.
-func (p *parser) decode(field string, v json.RawMessage, to any, want string) {
-	if json.Unmarshal(v, to) != nil {
-		p.fault(field, "want %s", want)
-	}
-}
+// reader reads the value of a member, whose name is for faults.
+type reader func(field string, v json.RawMessage)
 
-func (p *parser) object(keys keyed) (raw configJSON) {
-	var ignored string // host-local has a name and ignores it
-	for _, key := range slices.Sorted(maps.Keys(keys)) {
-		v := keys[key]
-		switch key {
-		case "type", "name":
-			p.decode(key, v, &ignored, "a string")
-		case "strategy":
-			p.decode(key, v, (*string)(&raw.Strategy), "a string")
-		case "dataDir":
-			p.decode(key, v, &raw.DataDir, "a path")
-		case "resolvConf":
-			p.decode(key, v, &raw.ResolvConf, "a path")
-		case "routes":
-			d := json.NewDecoder(bytes.NewReader(v))
-			d.DisallowUnknownFields()
-			if err := d.Decode(&raw.Routes); err != nil {
-				p.fault(key, "want a list of {dst, gw, mtu, advmss, priority, table, scope}: %s", strings.TrimPrefix(err.Error(), "json: "))
-			}
-		case "ranges":
-			var sets [][]keyed
-			p.decode(key, v, &sets, "a list of lists of ranges")
-			for i, set := range sets {
-				raw.Ranges = append(raw.Ranges, nil)
-				for j, r := range set {
-					raw.Ranges[i] = append(raw.Ranges[i], p.rangeObject(fmt.Sprintf("ranges[%d][%d].", i, j), r))
-				}
-			}
+// readers are the keys that an object may have.
+type readers map[string]reader
+
+func (r readers) list() string { return strings.Join(slices.Sorted(maps.Keys(r)), ", ") }
+
+// object has each member read that is not null, which Go programs write for what they left nil.
+func (p *parser) object(at string, o jsonobj.Object, known readers) {
+	for _, key := range slices.Sorted(maps.Keys(o)) {
+		read, ok := known[key]
+		switch {
+		case o[key] == nil:
+		case ok:
+			read(at+key, o[key])
 		default:
-			if !p.rangeKey("", key, v, &raw.rangeJSON) {
-				p.unknownKey(key, v)
+			p.unknownKey(at, key, o[key], known)
+		}
+	}
+}
+
+// unknownKey names key and value, as the specification wants it (section 5, error 2). Nothing here is secret.
+func (p *parser) unknownKey(at, key string, v json.RawMessage, known readers) {
+	p.unknown++
+	help := "known keys are " + known.list()
+	if like := nearest.Key(key, slices.Collect(maps.Keys(known))); like != "" {
+		help = "did you mean " + like + "?"
+	}
+	p.fault(at+key, "unknown key (value %s), %s", v, help)
+}
+
+// into reads a value. The fault does not repeat the input.
+func (p *parser) into(to any, want string) reader {
+	return func(field string, v json.RawMessage) {
+		if json.Unmarshal(v, to) != nil {
+			p.fault(field, "want %s", want)
+		}
+	}
+}
+
+func (p *parser) keys(raw *configJSON) readers {
+	var ignored string // host-local has a name and ignores it
+	known := p.rangeKeys(&raw.rangeJSON)
+	maps.Copy(known, readers{
+		"type": p.into(&ignored, "a string"), "name": p.into(&ignored, "a string"), "strategy": p.into((*string)(&raw.Strategy), "a string"),
+		"dataDir": p.into(&raw.DataDir, "a path"), "resolvConf": p.into(&raw.ResolvConf, "a path"),
+		"routes": p.routes(&raw.Routes), "ranges": p.ranges(&raw.Ranges),
+	})
+	return known
+}
+
+func (p *parser) rangeKeys(r *rangeJSON) readers {
+	return readers{
+		"subnet": p.into(&r.Subnet, "a prefix"), "rangeStart": p.into(&r.RangeStart, "an address"), "rangeEnd": p.into(&r.RangeEnd, "an address"),
+		"gateway": p.into(&r.Gateway, "an address"), "exclude": p.into(&r.Exclude, "a list of prefixes and addresses"),
+	}
+}
+
+func (p *parser) routes(to *[]routeJSON) reader {
+	return func(field string, v json.RawMessage) {
+		d := json.NewDecoder(bytes.NewReader(v))
+		d.DisallowUnknownFields()
+		if err := d.Decode(to); err != nil {
+			p.fault(field, "want a list of {dst, gw, mtu, advmss, priority, table, scope}: %s", strings.TrimPrefix(err.Error(), "json: "))
+		}
+	}
+}
+
+func (p *parser) ranges(to *[][]rangeJSON) reader {
+	return func(field string, v json.RawMessage) {
+		var sets [][]jsonobj.Object
+		p.into(&sets, "a list of lists of ranges")(field, v)
+		for i, set := range sets {
+			*to = append(*to, make([]rangeJSON, len(set)))
+			for j, r := range set {
+				p.object(fmt.Sprintf("%s[%d][%d].", field, i, j), r, p.rangeKeys(&(*to)[i][j]))
 			}
 		}
 	}
-	return raw
-}
-
-func (p *parser) rangeObject(at string, keys keyed) (r rangeJSON) {
-	for _, key := range slices.Sorted(maps.Keys(keys)) {
-		if !p.rangeKey(at, key, keys[key], &r) {
-			p.unknownKey(at+key, keys[key])
-		}
-	}
-	return r
-}
-
-func (p *parser) rangeKey(at, key string, v json.RawMessage, r *rangeJSON) (known bool) {
-	switch key {
-	case "subnet":
-		p.decode(at+key, v, &r.Subnet, "a prefix")
-	case "rangeStart":
-		p.decode(at+key, v, &r.RangeStart, "an address")
-	case "rangeEnd":
-		p.decode(at+key, v, &r.RangeEnd, "an address")
-	case "gateway":
-		p.decode(at+key, v, &r.Gateway, "an address")
-	case "exclude":
-		p.decode(at+key, v, &r.Exclude, "a list of prefixes and addresses")
-	default:
-		return false
-	}
-	return true
 }
 
 func (p *parser) config(network string, raw configJSON) Config {
@@ -320,7 +324,7 @@ func WithRanges(ipamJSON, ipRanges json.RawMessage) (json.RawMessage, error) {
 	if len(ipRanges) == 0 {
 		return ipamJSON, nil
 	}
-	keys := keyed{}
+	keys := jsonobj.Object{}
 	var asked, own []json.RawMessage
 	if err := json.Unmarshal(ipRanges, &asked); err != nil {
 		return nil, fmt.Errorf("%w: runtimeConfig.ipRanges: want a list of range sets", ErrConfig)

@@ -54,6 +54,15 @@ func TestParseConfig(t *testing.T) {
 				{{pfx("fd00::/64"), adr("fd00::1"), adr("fd00::ffff:ffff:ffff:ffff"), adr("fd00::1"), nil}},
 			}},
 		},
+		"null, which is not given": {
+			`{"type": null, "name": null, "strategy": null, "dataDir": null, "resolvConf": null, "routes": null, "gateway": null, "exclude": null, "strateg": null,
+			"subnet": null, "rangeStart": null, "ranges": [[{"subnet": "10.0.0.0/24", "rangeStart": null, "rangeEnd": null, "gateway": null, "exclude": null, "x": null}]]}`,
+			Config{Sets: [][]Range{{{pfx("10.0.0.0/24"), adr("10.0.0.1"), adr("10.0.0.254"), adr("10.0.0.1"), nil}}}},
+		},
+		"ranges null": {
+			`{"subnet": "10.0.0.0/24", "ranges": null, "routes": [{"dst": "0.0.0.0/0", "gw": null, "mtu": null, "advmss": null, "priority": null, "table": null, "scope": null}]}`,
+			Config{Sets: [][]Range{{{pfx("10.0.0.0/24"), adr("10.0.0.1"), adr("10.0.0.254"), adr("10.0.0.1"), nil}}}, Routes: []Route{{Dst: pfx("0.0.0.0/0")}}},
+		},
 		"gateway on link": {
 			`{"subnet": "10.0.0.0/24", "gateway": "169.254.1.1"}`,
 			Config{Sets: [][]Range{{{pfx("10.0.0.0/24"), adr("10.0.0.1"), adr("10.0.0.254"), adr("169.254.1.1"), nil}}}},
@@ -81,8 +90,9 @@ func TestParseConfigFaults(t *testing.T) {
 		`{`:                               {"known keys are"},
 		`{} {}`:                           {"want an object"},
 		`[]`:                              {"want an object"},
-		`{"strateg": "random"}`:           {`ipam.strateg: unknown key (value "random")`, "strategy"},
-		`{"ranges": [[{"subnte": "x"}]]}`: {`ipam.ranges[0][0].subnte: unknown key (value "x")`},
+		`{"strateg": "random"}`:           {`ipam.strateg: unknown key (value "random"), did you mean strategy?`},
+		`{"addresses": []}`:               {`ipam.addresses: unknown key (value []), known keys are dataDir, exclude, gateway`},
+		`{"ranges": [[{"subnte": "x"}]]}`: {`ipam.ranges[0][0].subnte: unknown key (value "x"), did you mean subnet?`},
 		`{"subnet": "10.0.0.0/24", "strategy": "best"}`:                               {`ipam.strategy: "best"`, "dense-pack"},
 		`{"subnet": "10.0.0.0/24", "dataDir": "x"}`:                                   {`ipam.dataDir: "x"`},
 		`{"rangeStart": "10.0.0.1"}`:                                                  {"ipam.subnet: is missing"},

@@ -85,7 +85,7 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 		stage: stageConfig,
 	}
 	var faults, argsFault error
-	r.Config, faults = netconf.ParseKeys(a.Config)
+	r.Config, faults = netconf.ParseObject(a.Config)
 	r.Args, argsFault = parseArgs(a.Args)
 	r.Log = newLogger(p.Stderr, r.Config).With("command", command, "container", a.ContainerID, "interface", a.IfName)
 	if pods, ok := p.Links.(*podlink.Pods); ok {
@@ -93,6 +93,9 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 	}
 	for _, w := range r.Config.Warnings {
 		r.Log.Warn(w)
+	}
+	if ignored := r.Config.Ignored; len(ignored) > 0 {
+		r.Log.Info("ignored keys of the configuration that are not headcni's", "keys", ignored)
 	}
 	r.hint = hint.Hint{
 		Command: command, ContainerID: a.ContainerID, IfName: a.IfName,

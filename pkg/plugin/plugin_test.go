@@ -19,6 +19,7 @@ import (
 
 	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/golden"
+	"github.com/headcni/headcni/internal/jsonobj"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/ipam"
@@ -126,7 +127,11 @@ func (b *bench) args(t *testing.T, id, keys string) cnimain.Call {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return cnimain.Call{ContainerID: id, IfName: "eth0", Netns: "/run/netns/x", Stdin: stdin, Config: conf,
+	taken, err := jsonobj.Parse(stdin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cnimain.Call{ContainerID: id, IfName: "eth0", Netns: "/run/netns/x", Stdin: stdin, Config: taken,
 		Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=" + id}
 }
 
@@ -514,6 +519,13 @@ func TestGC(t *testing.T) {
 		if l := b.leases(t); len(l) != 3 {
 			t.Errorf("leases %v", l)
 		}
+	})
+	t.Run("null, a nil list of Go", func(t *testing.T) {
+		b := setUp(t)
+		if err := b.GC(bg, b.args(t, "", wide(b, `,"cni.dev/valid-attachments":null`))); err != nil {
+			t.Fatal(err)
+		}
+		b.empty(t)
 	})
 	t.Run("no list", func(t *testing.T) {
 		b := setUp(t)

@@ -18,7 +18,9 @@ const module = "github.com/headcni/headcni/"
 var level = map[string]int{
 	"internal/atomicfile": 0,
 	"internal/filelock":   0,
+	"internal/jsonobj":    0,
 	"internal/jsonw":      0,
+	"internal/nearest":    0,
 	"internal/netset":     0,
 	"internal/procfs":     0,
 	"internal/rtnl":       0,

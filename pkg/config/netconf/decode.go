@@ -10,8 +10,16 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/internal/jsonobj"
+	"github.com/headcni/headcni/internal/nearest"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
+
+// reserved begins the keys of the protocol (specification section 1): what a later version adds must not fail here.
+const reserved = "cni.dev/"
+
+// injected are keys that meta-plugins put into the configuration of every plugin that they run: a device of the pod, by multus.
+var injected = []string{"deviceID", "pciBusID"}
 
 // decoder gathers all faults instead of stopping at the first.
 type decoder struct {
@@ -39,16 +47,56 @@ func (d *decoder) err() error {
 	return fmt.Errorf("%w: %s", kind, strings.Join(text, "; "))
 }
 
-// object gives each key to set, which reports whether it knows the key. Keys are case-sensitive, unlike encoding/json's
-// own matching: a key that we take in one spelling would be unknown to the next plugin.
-func (d *decoder) object(prefix string, keys map[string]json.RawMessage, set func(key string, v json.RawMessage) bool) {
-	for _, key := range slices.Sorted(maps.Keys(keys)) {
-		if !set(key, keys[key]) {
-			d.unknown++
-			d.fault(prefix+key, "unknown key (value %s); see the configuration reference for the keys that headcni takes",
-				shown(key, keys[key]))
+// reader reads the value of a key, which faults name.
+type reader func(key string, v json.RawMessage)
+
+// readers are the keys that an object may have.
+type readers map[string]reader
+
+// object has each member read, in the order of the keys. Keys are case-sensitive, unlike encoding/json's own matching: a key that
+// we take in one spelling would be unknown to the next plugin. What is null is not given, whatever the key.
+func (d *decoder) object(prefix string, o jsonobj.Object, known readers, unknown reader) {
+	for _, key := range slices.Sorted(maps.Keys(o)) {
+		read, ok := known[key]
+		if !ok {
+			read = unknown
+		}
+		if o[key] != nil {
+			read(prefix+key, o[key])
 		}
 	}
+}
+
+// strict is object where only people write: every unknown key is a fault.
+func (d *decoder) strict(prefix string, o jsonobj.Object, known readers) {
+	d.object(prefix, o, known, func(key string, v json.RawMessage) {
+		like := nearest.Key(strings.TrimPrefix(key, prefix), slices.Collect(maps.Keys(known)))
+		help := "known keys are " + strings.Join(slices.Sorted(maps.Keys(known)), ", ")
+		if like != "" {
+			help = "did you mean " + like + "?"
+		}
+		d.unknownKey(key, v, help)
+	})
+}
+
+// lenient is object where programs write too: a meta-plugin may put keys of its own there, as multus does. Only what is like one
+// of our keys is a fault, since somebody has mistyped that; of the rest the keys are noted.
+func (d *decoder) lenient(o jsonobj.Object, known readers) {
+	d.object("", o, known, func(key string, v json.RawMessage) {
+		if strings.HasPrefix(key, reserved) || slices.Contains(injected, key) {
+			return
+		}
+		if like := nearest.Key(key, slices.Collect(maps.Keys(known))); like != "" {
+			d.unknownKey(key, v, "did you mean "+like+"?")
+		} else {
+			d.c.Ignored = append(d.c.Ignored, key)
+		}
+	})
+}
+
+func (d *decoder) unknownKey(key string, v json.RawMessage, help string) {
+	d.unknown++
+	d.fault(key, "unknown key (value %s), %s", shown(key, v), help)
 }
 
 const shownMax = 60 // bytes
@@ -84,132 +132,99 @@ func (d *decoder) to(key string, v json.RawMessage, p any, want string) bool {
 	return true
 }
 
-func (d *decoder) top(key string, v json.RawMessage) bool {
+// into reads a value into p.
+func (d *decoder) into(p any, want string) reader {
+	return func(key string, v json.RawMessage) { d.to(key, v, p, want) }
+}
+
+// checked is for a value of another reader: people see its faults, the plugin needs none of it.
+func checked[T any](d *decoder, want string) reader { return d.into(new(T), want) }
+
+// ofRuntime is for what runtimes write for themselves.
+func ofRuntime(string, json.RawMessage) {}
+
+// validAttachments is the list that GC gets. Unlike any other key it means the same where it is null as where it is empty: a
+// runtime that knows of no attachment may have a nil list.
+const validAttachments = reserved + "valid-attachments"
+
+func (d *decoder) top(o jsonobj.Object) {
 	c := d.c
-	if strings.HasPrefix(key, "cni.dev/") {
-		// Reserved for the protocol (specification section 1): what a later version adds must not fail here.
-		if key == "cni.dev/valid-attachments" {
-			c.HasValidAttachments = d.to(key, v, &c.ValidAttachments, "a list of {containerID, ifname}") && string(v) != "null"
-			for i, a := range c.ValidAttachments {
-				if a.ContainerID == "" || a.IfName == "" { // GC would end an attachment that lives
-					d.fault(key, "[%d]: want containerID and ifname", i)
-				}
-			}
-		}
-		return true
+	if _, c.HasValidAttachments = o[validAttachments]; c.HasValidAttachments {
+		c.ValidAttachments = []Attachment{}
 	}
-	switch key {
-	case "cniVersion":
-		d.to(key, v, &c.CNIVersion, "a string")
-	case "name":
-		d.to(key, v, &c.Name, "a string")
-	case "type":
-		var s string
-		d.to(key, v, &s, "a string")
-	case "cniVersions", "disableCheck", "disableGC", "loadOnlyInlinedPlugins", "args", "capabilities", "runtimeConfig":
-		d.protocol(key, v)
-	case "prevResult":
-		if string(v) != "null" {
-			c.PrevResult = v
-		}
-	case "dns":
-		d.to(key, v, &c.DNS, "{nameservers, domain, search, options}")
-	case "ipam":
-		d.ipam(v)
-	case "magic_dns":
-		d.nested(key, v, d.magicDNS)
-	case "gate":
-		c.Gate = &Gate{}
-		d.nested(key, v, d.gate)
-	case "log_level":
-		var s string
-		if d.to(key, v, &s, "a string") && c.LogLevel.UnmarshalText([]byte(s)) != nil {
-			d.fault(key, "%q: want debug, info, warn or error", s)
-		}
-	case "portmap":
-		d.to(key, v, &c.PortMap, "an object of the plugin portmap's own keys")
-	case "log_file":
-		d.absolute(key, v, &c.LogFile)
-	case "daemon_socket":
-		d.absolute(key, v, &c.DaemonSocket)
-	default:
-		return d.network(key, v)
-	}
-	return true
+	d.lenient(o, readers{
+		"cniVersion": d.into(&c.CNIVersion, "a string"), "name": d.into(&c.Name, "a string"), "type": checked[string](d, "a string"),
+		"cniVersions": ofRuntime, "capabilities": ofRuntime, "disableCheck": ofRuntime, "disableGC": ofRuntime, "loadOnlyInlinedPlugins": ofRuntime,
+		"args": d.args, "runtimeConfig": d.runtime, validAttachments: d.attachments,
+		"prevResult": func(_ string, v json.RawMessage) { c.PrevResult = v },
+		"dns":        d.into(&c.DNS, "{nameservers, domain, search, options}"),
+		"ipam":       d.ipam, "magic_dns": d.magicDNS, "gate": d.gate,
+		"portmap":   d.into(&c.PortMap, "an object of the plugin portmap's own keys"),
+		"log_level": d.logLevel, "log_file": d.absolute(&c.LogFile), "daemon_socket": d.absolute(&c.DaemonSocket),
+		"headscale_url": d.url, "tailscale_socket": d.absolute(new(string)), "auth_key": d.authKey,
+		"pod_cidr": d.cidr(&c.PodCIDR), "service_cidr": d.cidr(&c.ServiceCIDR), "mtu": d.into(&c.MTU, "a whole number of bytes"),
+		"enable_ipv6":           d.into(&c.EnableIPv6, "true or false"),
+		"enable_network_policy": checked[bool](d, "true or false"), // the daemon's
+		"ipMasq":                d.ipMasq,
+	})
 }
 
-// network decodes the keys that describe the network.
-func (d *decoder) network(key string, v json.RawMessage) bool {
+func (d *decoder) attachments(key string, v json.RawMessage) {
+	d.to(key, v, &d.c.ValidAttachments, "a list of {containerID, ifname}")
+	for i, a := range d.c.ValidAttachments {
+		if a.ContainerID == "" || a.IfName == "" { // GC would end an attachment that lives
+			d.fault(key, "[%d]: want containerID and ifname", i)
+		}
+	}
+}
+
+func (d *decoder) logLevel(key string, v json.RawMessage) {
+	var s string
+	if d.to(key, v, &s, "a string") && s != "" && d.c.LogLevel.UnmarshalText([]byte(s)) != nil {
+		d.fault(key, "%q: want debug, info, warn or error", s)
+	}
+}
+
+// url is of Headscale. The daemon needs it; a wrong one is told here because a person put it into this file.
+func (d *decoder) url(key string, v json.RawMessage) {
+	var s string
+	if d.to(key, v, &s, "a URL") && s != "" && !strings.HasPrefix(s, "https://") && !strings.HasPrefix(s, "http://") {
+		d.fault(key, "want a URL that begins with https:// or http://")
+	}
+}
+
+func (d *decoder) authKey(key string, v json.RawMessage) {
 	c := d.c
-	switch key {
-	case "headscale_url":
-		// The daemon's business; a wrong one is told here because a person put it into this file.
-		var s string
-		if d.to(key, v, &s, "a URL") && s != "" && !strings.HasPrefix(s, "https://") && !strings.HasPrefix(s, "http://") {
-			d.fault(key, "want a URL that begins with https:// or http://")
-		}
-	case "tailscale_socket":
-		var s string
-		d.absolute(key, v, &s)
-	case "pod_cidr":
-		d.cidr(key, v, &c.PodCIDR)
-	case "service_cidr":
-		d.cidr(key, v, &c.ServiceCIDR)
-	case "mtu":
-		d.to(key, v, &c.MTU, "a whole number of bytes")
-	case "enable_ipv6":
-		d.to(key, v, &c.EnableIPv6, "true or false")
-	case "enable_network_policy":
-		var b bool // the daemon enforces policy; the plugin takes no part in it
-		d.to(key, v, &b, "true or false")
-	case "ipMasq":
-		var b bool
-		if d.to(key, v, &b, "false") && b {
-			d.fault(key, "true: headcni-daemon masquerades (network.masquerade in daemon.yaml); leave the key out")
-		}
-	case "auth_key":
-		if err := json.Unmarshal(v, &c.AuthKey); err != nil {
-			d.fault(key, "%v", err)
-		} else if !c.AuthKey.Empty() {
-			c.Warnings = append(c.Warnings, "auth_key stands in the CNI configuration, which others can read; "+
-				"give it to headcni-daemon by HEADSCALE_API_KEY_FILE instead and take it out here")
-		}
-	default:
-		return false
-	}
-	return true
-}
-
-func (d *decoder) protocol(key string, v json.RawMessage) {
-	switch key {
-	case "cniVersions":
-		var s []string
-		d.to(key, v, &s, "a list of strings")
-	case "capabilities":
-		var m map[string]bool
-		d.to(key, v, &m, "an object of true and false")
-	case "args":
-		// args may hold anything (CONVENTIONS.md); only well-formed args.cni.ips, and mac as the plugin tuning has it, mean
-		// something here.
-		var a struct {
-			CNI struct {
-				IPs []string `json:"ips"`
-				MAC string   `json:"mac"`
-			} `json:"cni"`
-		}
-		if json.Unmarshal(v, &a) == nil {
-			d.requested("args.cni.ips", a.CNI.IPs)
-			d.requestedMAC("args.cni.mac", a.CNI.MAC)
-		}
-	case "runtimeConfig":
-		d.runtime(v)
-	default:
-		var b bool
-		d.to(key, v, &b, "true or false")
+	if err := json.Unmarshal(v, &c.AuthKey); err != nil {
+		d.fault(key, "%v", err)
+	} else if !c.AuthKey.Empty() {
+		c.Warnings = append(c.Warnings, "auth_key stands in the CNI configuration, which others can read; "+
+			"give it to headcni-daemon by HEADSCALE_API_KEY_FILE instead and take it out here")
 	}
 }
 
-func (d *decoder) runtime(v json.RawMessage) {
+func (d *decoder) ipMasq(key string, v json.RawMessage) {
+	var b bool
+	if d.to(key, v, &b, "false") && b {
+		d.fault(key, "true: headcni-daemon masquerades (network.masquerade in daemon.yaml); leave the key out")
+	}
+}
+
+// args may hold anything (CONVENTIONS.md); only well-formed args.cni.ips, and mac as the plugin tuning has it, mean something here.
+func (d *decoder) args(_ string, v json.RawMessage) {
+	var a struct {
+		CNI struct {
+			IPs []string `json:"ips"`
+			MAC string   `json:"mac"`
+		} `json:"cni"`
+	}
+	if json.Unmarshal(v, &a) == nil {
+		d.requested("args.cni.ips", a.CNI.IPs)
+		d.requestedMAC("args.cni.mac", a.CNI.MAC)
+	}
+}
+
+func (d *decoder) runtime(key string, v json.RawMessage) {
 	var r struct {
 		IPs []string `json:"ips"`
 		MAC string   `json:"mac"`
@@ -218,10 +233,10 @@ func (d *decoder) runtime(v json.RawMessage) {
 			Searches []string `json:"searches"`
 			Options  []string `json:"options"`
 		} `json:"dns"`
-		IPRanges json.RawMessage   `json:"ipRanges"`
+		IPRanges []json.RawMessage `json:"ipRanges"`
 		Ports    []json.RawMessage `json:"portMappings"`
 	}
-	if !d.to("runtimeConfig", v, &r, "an object as CNI's conventions describe it") {
+	if !d.to(key, v, &r, "an object as CNI's conventions describe it") {
 		return
 	}
 	if len(r.IPs) > 0 {
@@ -230,12 +245,16 @@ func (d *decoder) runtime(v json.RawMessage) {
 	}
 	d.requestedMAC("runtimeConfig.mac", r.MAC)
 	d.c.Runtime.DNS = DNS{Nameservers: r.DNS.Servers, Search: r.DNS.Searches, Options: r.DNS.Options}
-	if len(r.IPRanges) > 0 && string(r.IPRanges) != "null" {
-		d.c.Runtime.IPRanges = r.IPRanges
+	d.c.Runtime.IPRanges, d.c.Runtime.Ports = list(r.IPRanges), list(r.Ports)
+}
+
+// list is nil where there is nothing in it.
+func list(values []json.RawMessage) json.RawMessage {
+	if len(values) == 0 {
+		return nil
 	}
-	if len(r.Ports) > 0 {
-		d.c.Runtime.Ports, _ = json.Marshal(r.Ports) // raw values always can be
-	}
+	b, _ := json.Marshal(values) // raw values always can be
+	return b
 }
 
 func (d *decoder) requested(key string, ips []string) {
@@ -281,64 +300,62 @@ func ParseMAC(s string) (net.HardwareAddr, error) {
 	return mac, nil
 }
 
-func (d *decoder) nested(key string, v json.RawMessage, set func(string, json.RawMessage) bool) {
-	keys := map[string]json.RawMessage{}
-	if d.to(key, v, &keys, "an object") {
-		d.object(key+".", keys, set)
+func (d *decoder) nested(key string, v json.RawMessage, known readers) {
+	var o jsonobj.Object
+	if d.to(key, v, &o, "an object") {
+		d.strict(key+".", o, known)
 	}
 }
 
-func (d *decoder) magicDNS(key string, v json.RawMessage) bool {
+func (d *decoder) magicDNS(key string, v json.RawMessage) {
 	m := &d.c.MagicDNS
-	switch key {
-	case "enable":
-		d.to("magic_dns.enable", v, &m.Enable, "true or false")
-	case "base_domain":
-		d.to("magic_dns.base_domain", v, &m.BaseDomain, "a string")
-	case "nameservers":
-		d.to("magic_dns.nameservers", v, &m.Nameservers, "a list of IP addresses")
-	case "search_domains":
-		d.to("magic_dns.search_domains", v, &m.SearchDomains, "a list of strings")
-	default:
-		return false
-	}
-	return true
+	d.nested(key, v, readers{
+		"enable": d.into(&m.Enable, "true or false"), "base_domain": d.into(&m.BaseDomain, "a string"),
+		"nameservers": d.into(&m.Nameservers, "a list of IP addresses"), "search_domains": d.into(&m.SearchDomains, "a list of strings"),
+	})
 }
 
-func (d *decoder) gate(key string, v json.RawMessage) bool {
-	if key != "podCIDRs" {
-		return false
-	}
-	var list []string
-	if d.to("gate.podCIDRs", v, &list, "a list of CIDRs") {
+func (d *decoder) gate(key string, v json.RawMessage) {
+	d.c.Gate = &Gate{}
+	d.nested(key, v, readers{"podCIDRs": func(key string, v json.RawMessage) {
+		var list []string
+		d.to(key, v, &list, "a list of CIDRs")
 		for _, s := range list {
 			if p, err := parseCIDR(s); err != nil {
-				d.fault("gate.podCIDRs", "%v", err)
+				d.fault(key, "%v", err)
 			} else {
 				d.c.Gate.PodCIDRs = append(d.c.Gate.PodCIDRs, p)
 			}
 		}
-	}
-	return true
+	}})
 }
 
-func (d *decoder) absolute(key string, v json.RawMessage, to *string) {
-	if d.to(key, v, to, "an absolute path") && *to != "" && !strings.HasPrefix(*to, "/") {
-		d.fault(key, "%q: want an absolute path", *to)
+func (d *decoder) absolute(to *string) reader {
+	return func(key string, v json.RawMessage) {
+		var s string
+		switch {
+		case !d.to(key, v, &s, "an absolute path") || s == "":
+		case !strings.HasPrefix(s, "/"):
+			d.fault(key, "%q: want an absolute path", s)
+		default:
+			*to = s
+		}
 	}
 }
 
-func (d *decoder) cidr(key string, v json.RawMessage, to *netip.Prefix) {
-	var s string
-	if !d.to(key, v, &s, "a CIDR") || s == "" {
-		return
+func (d *decoder) cidr(to *netip.Prefix) reader {
+	return func(key string, v json.RawMessage) {
+		var s string
+		if !d.to(key, v, &s, "a CIDR") || s == "" {
+			return
+		}
+		p, err := parseCIDR(s)
+		if err != nil {
+			d.fault(key, "%v", err)
+			return
+		}
+		*to = p
 	}
-	p, err := parseCIDR(s)
-	if err != nil {
-		d.fault(key, "%v", err)
-		return
-	}
-	*to = p
 }
 
 func parseCIDR(s string) (netip.Prefix, error) {

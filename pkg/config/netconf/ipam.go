@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/headcni/headcni/internal/jsonobj"
 )
 
 // hostLocalKeys are the keys of host-local's own configuration.
@@ -12,17 +14,14 @@ var hostLocalKeys = []string{
 	"type", "name", "subnet", "rangeStart", "rangeEnd", "gateway", "ranges", "routes", "dataDir", "resolvConf",
 }
 
-// keyed is a JSON object. Decoding into it is several times faster than into a struct that is decoded once.
-type keyed = map[string]json.RawMessage
-
-func (d *decoder) ipam(v json.RawMessage) {
-	keys := keyed{}
-	if !d.to("ipam", v, &keys, "an object") || keys == nil {
+func (d *decoder) ipam(key string, v json.RawMessage) {
+	var o jsonobj.Object
+	if !d.to(key, v, &o, "an object") {
 		return
 	}
 	i := &d.c.IPAM
 	i.Raw = v
-	if t, ok := keys["type"]; ok {
+	if t := o["type"]; t != nil {
 		d.to("ipam.type", t, &i.Type, "a string")
 	}
 	if strings.ContainsAny(i.Type, "/\\") {
@@ -30,28 +29,35 @@ func (d *decoder) ipam(v json.RawMessage) {
 	}
 	switch i.Type {
 	case "host-local":
-		d.object("ipam.", keys, func(key string, _ json.RawMessage) bool {
-			if key == "strategy" || key == "exclude" {
-				d.fault("ipam."+key, "host-local has no such setting; use ipam.type %s or leave it out", IPAMType)
-				return true
-			}
-			return slices.Contains(hostLocalKeys, key)
-		})
-	case IPAMType, "":
+		d.hostLocal(o)
+	case IPAMType, "": // its own reader looks at the keys
 	default:
 		return // a format of its own
 	}
-	d.ranges(keys)
+	d.ranges(o)
+}
+
+func (d *decoder) hostLocal(o jsonobj.Object) {
+	known := readers{}
+	for _, key := range hostLocalKeys {
+		known[key] = func(string, json.RawMessage) {}
+	}
+	for _, key := range []string{"strategy", "exclude"} {
+		known[key] = func(key string, _ json.RawMessage) {
+			d.fault(key, "host-local has no such setting; use ipam.type %s or leave it out", IPAMType)
+		}
+	}
+	d.strict("ipam.", o, known)
 }
 
 // ranges reads what host-local's format, which is also headcni-ipam's, says about subnets. The IPAM plugin validates the
 // rest.
-func (d *decoder) ranges(keys keyed) {
-	var sets [][]keyed
-	if v := keys["ranges"]; v != nil && !d.to("ipam.ranges", v, &sets, "a list of lists of ranges") {
+func (d *decoder) ranges(o jsonobj.Object) {
+	var sets [][]jsonobj.Object
+	if v := o["ranges"]; v != nil && !d.to("ipam.ranges", v, &sets, "a list of lists of ranges") {
 		return
 	}
-	for _, r := range slices.Concat([]keyed{keys}, slices.Concat(sets...)) {
+	for _, r := range slices.Concat([]jsonobj.Object{o}, slices.Concat(sets...)) {
 		var subnet, gateway string
 		if v := r["subnet"]; v != nil && d.to("ipam subnet", v, &subnet, "a CIDR") && subnet != "" {
 			// Bits behind the prefix are allowed here: host-local takes them, so existing files have them.

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 
+	"github.com/headcni/headcni/internal/jsonobj"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
@@ -57,8 +58,8 @@ type Config struct {
 	Runtime    Runtime
 	PrevResult json.RawMessage // nil: none
 
-	// ValidAttachments is what GC must keep. HasValidAttachments is false where the key is missing: then nothing is known
-	// to be stale.
+	// ValidAttachments is what GC must keep; none, where the list is empty or null. HasValidAttachments is false where the key is
+	// missing: then nothing is known to be stale.
 	ValidAttachments    []Attachment
 	HasValidAttachments bool
 
@@ -66,6 +67,8 @@ type Config struct {
 	AuthKey secret.Secret
 	// Warnings are for the log. They hold no secret.
 	Warnings []string
+	// Ignored are keys that are like none of ours: in what a runtime gives, a meta-plugin's own; in a file, perhaps a mistake.
+	Ignored []string
 }
 
 // IPAM is the part for the IPAM plugin.
@@ -114,19 +117,19 @@ type Attachment struct {
 // Parse decodes strictly, fills in defaults and validates. The error, if any, matches ErrInvalid and joins all faults.
 // The Config then holds whatever could be read: DEL has to go on with that.
 func Parse(stdin []byte) (Config, error) {
-	keys := map[string]json.RawMessage{}
-	if err := json.Unmarshal(stdin, &keys); err != nil {
+	o, err := jsonobj.Parse(stdin)
+	if err != nil {
 		// The decoder's own message could repeat a piece of the input, which may hold a secret.
 		return defaults(), fmt.Errorf("%w: not a JSON object", ErrInvalid)
 	}
-	return ParseKeys(keys)
+	return ParseObject(o)
 }
 
-// ParseKeys is Parse for a configuration that has been taken apart.
-func ParseKeys(keys map[string]json.RawMessage) (Config, error) {
+// ParseObject is Parse for a configuration that has been taken apart.
+func ParseObject(o jsonobj.Object) (Config, error) {
 	c := defaults()
 	d := decoder{c: &c}
-	d.object("", keys, d.top)
+	d.top(o)
 	c.logLevelFromEnv(&d)
 	d.validate()
 	return c, d.err()

@@ -74,15 +74,18 @@ func with(t *testing.T, keys string) []byte {
 
 func TestFaults(t *testing.T) {
 	for _, tt := range []struct{ keys, want string }{
-		{`{"mut":1280}`, "mut: unknown key"},
+		{`{"mut":1280}`, "mut: unknown key (value 1280), did you mean mtu?"},
 		{`{"MTU":{"a":[1,2]}}`, `MTU: unknown key (value {"a":[1,2]})`},
 		{`{"mut":"` + strings.Repeat("ü", 99) + `"}`, `mut: unknown key (value "` + strings.Repeat("ü", 29) + "...)"},
 		{`{"authkey":"s3cret"}`, "authkey: unknown key (value ***)"},
 		{`{"headscale":{"api_key":"s3cret"}}`, "headscale: unknown key (value ***)"},
-		{`{"magic_dns":{"enabled":true}}`, "magic_dns.enabled: unknown key"},
+		{`{"magic_dns":{"enabled":true}}`, "magic_dns.enabled: unknown key (value true), did you mean enable?"},
+		{`{"magic_dns":{"resolver":"10.0.0.1"}}`, "known keys are base_domain, enable, nameservers, search_domains"},
 		{`{"gate":{"podCidrs":[]}}`, "gate.podCidrs: unknown key"},
 		{`{"ipam":{"type":"host-local","subnet":"10.244.1.0/24","strategy":"random"}}`, "ipam.strategy: host-local has no such setting"},
-		{`{"ipam":{"type":"host-local","subnet":"10.244.1.0/24","rangestart":"10.244.1.9"}}`, "ipam.rangestart: unknown key"},
+		{`{"ipam":{"type":"host-local","subnet":"10.244.1.0/24","rangestart":"10.244.1.9"}}`, "ipam.rangestart: unknown key (value \"10.244.1.9\"), did you mean rangeStart?"},
+		{`{"podCIDR":"10.244.1.0/24"}`, "did you mean pod_cidr?"},
+		{`{"log-level":"info"}`, "did you mean log_level?"},
 		{`{"ipam":{"type":"../host-local"}}`, "ipam.type: \"../host-local\": want the name of a program"},
 		{`{"ipam":[]}`, "ipam: is a JSON array; want an object"},
 		{`{"ipam":{"type":"headcni-ipam","subnet":"10.244.1.0"}}`, "ipam subnet: \"10.244.1.0\": want a CIDR"},
@@ -112,7 +115,7 @@ func TestFaults(t *testing.T) {
 		{`{"runtimeConfig":{"mac":"01:00:5e:00:00:01"}}`, "runtimeConfig.mac: \"01:00:5e:00:00:01\": want a unicast"},
 		{`{"runtimeConfig":{"ips":["10.0.0.300"]}}`, "runtimeConfig.ips: \"10.0.0.300\": want an IP address"},
 		{`{"auth_key":["s3cret"]}`, "auth_key: a secret must be a string"},
-		{`{"mut":1,"mtu":1,"pod_cidr":"x"}`, "mut: unknown key (value 1); see the configuration reference for the keys that headcni takes; " +
+		{`{"mut":1,"mtu":1,"pod_cidr":"x"}`, "mut: unknown key (value 1), did you mean mtu?; " +
 			"pod_cidr: \"x\": want a CIDR such as 10.244.0.0/24; mtu: 1: want"},
 	} {
 		t.Run(tt.keys, func(t *testing.T) {
@@ -120,7 +123,7 @@ func TestFaults(t *testing.T) {
 			if !errors.Is(err, netconf.ErrInvalid) {
 				t.Fatalf("got %v, want ErrInvalid", err)
 			}
-			if only := strings.Count(err.Error(), "unknown key") == 1+strings.Count(err.Error(), "takes; "); only != errors.Is(err, netconf.ErrUnsupported) {
+			if only := strings.Count(err.Error(), "unknown key") == 1+strings.Count(err.Error(), "; "); only != errors.Is(err, netconf.ErrUnsupported) {
 				t.Errorf("unknown keys only: %v, ErrUnsupported: %v: %v", only, !only, err)
 			}
 			if !strings.Contains(err.Error(), tt.want) {
@@ -143,10 +146,60 @@ func TestAccepted(t *testing.T) {
 		`{"ipMasq":false,"enable_network_policy":true,"mtu":0}`,
 		`{"ipam":{"type":"dhcp","daemonSocketPath":"/run/x","provide":[]}}`,
 		`{"ipam":{"type":"host-local","subnet":"10.244.1.7/24","name":"x","resolvConf":"/etc/resolv.conf","routes":[]}}`,
+		`{"disableCheck":"true","disableGC":"false"}`, // libcni takes the strings too
+		`{"log_level":"","log_file":"","daemon_socket":"","headscale_url":"","tailscale_socket":"","pod_cidr":"","service_cidr":"","auth_key":""}`,
 		`{"log_file":"/var/log/x","daemon_socket":"/run/y","log_level":"DEBUG","gate":{"podCIDRs":["10.244.0.0/16"]}}`,
 	} {
 		if _, err := netconf.Parse(with(t, keys)); err != nil {
 			t.Errorf("%s: %v", keys, err)
+		}
+	}
+}
+
+// TestNullIsNotGiven: Go programs write null for what they left nil. Every key that can be null then reads as if it was not there,
+// but for cni.dev/valid-attachments (TestAttachments).
+func TestNullIsNotGiven(t *testing.T) {
+	for _, keys := range []string{
+		`{"type":null,"cniVersions":null,"disableCheck":null,"disableGC":null,"loadOnlyInlinedPlugins":null,"args":null,"capabilities":null,"runtimeConfig":null,
+			"prevResult":null,"dns":null,"magic_dns":null,"gate":null,"portmap":null,"log_level":null,"log_file":null,"daemon_socket":null,"headscale_url":null,
+			"tailscale_socket":null,"auth_key":null,"service_cidr":null,"mtu":null,"enable_ipv6":null,"enable_network_policy":null,"ipMasq":null,
+			"ipam":{"type":null,"ranges":null,"subnet":null,"gateway":null,"routes":null,"exclude":null,"strategy":null}}`,
+		`{"args":{"cni":null},"ipam":null}`, `{"args":{"cni":{"ips":null,"mac":null}},"deviceID":null,"mut":null,"other":null,"ipam":{"strateg":null}}`,
+		`{"runtimeConfig":{"ips":null,"mac":null,"dns":null,"ipRanges":null,"portMappings":null,"bandwidth":null},"ipam":{}}`,
+		`{"runtimeConfig":{"ipRanges":[],"portMappings":[],"dns":{"servers":null,"searches":null,"options":null}},"ipam":{}}`,
+		`{"dns":{"nameservers":null,"domain":null,"search":null,"options":null},"magic_dns":{"enable":null,"nameservers":null,"search_domains":null},"ipam":{}}`,
+	} {
+		got, err := netconf.Parse(with(t, strings.TrimSuffix(keys, "}")+`,"pod_cidr":"10.244.1.0/24"}`))
+		if err != nil {
+			t.Errorf("%s: %v", keys, err)
+			continue
+		}
+		want, err := netconf.Parse(with(t, `{"pod_cidr":"10.244.1.0/24","ipam":{}}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if subnets := got.IPAM.Subnets; len(subnets) != 1 || subnets[0] != want.PodCIDR {
+			t.Errorf("%s: pod_cidr is not the pool: %v", keys, subnets)
+		}
+		got.IPAM.Raw, want.IPAM.Raw = nil, nil
+		if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.AllowUnexported(want.AuthKey)); diff != "" {
+			t.Errorf("%s: %s", keys, diff)
+		}
+	}
+}
+
+// TestWhatOthersInject: a meta-plugin's keys are no reason to refuse a pod. What nobody is known to inject is noted, and what is like
+// one of our keys is a mistake (TestFaults).
+func TestWhatOthersInject(t *testing.T) {
+	for keys, want := range map[string][]string{
+		`{"deviceID":"0000:03:00.0","pciBusID":"0000:03:00.0"}`:                                                             nil, // multus
+		`{"args":{"cni":{"pod":"x"},"io.kubernetes":[1]},"runtimeConfig":{"deviceID":"x","CNIDeviceInfoFile":"/x","a":{}}}`: nil,
+		`{"cni.dev/attachments":[{"containerID":"a","ifname":"b"}],"cni.dev/later":{"a":1}}`:                                nil,
+		`{"cniArgs":{"a":"b"},"ipamConfig":{"x":1},"k8s.v1.cni.cncf.io/x":1,"vlan":7}`:                                      {"cniArgs", "ipamConfig", "k8s.v1.cni.cncf.io/x", "vlan"},
+	} {
+		c, err := netconf.Parse(with(t, keys))
+		if diff := cmp.Diff(want, c.Ignored); err != nil || diff != "" {
+			t.Errorf("%s: %v %s", keys, err, diff)
 		}
 	}
 }
@@ -182,8 +235,11 @@ func TestAttachments(t *testing.T) {
 	if c, err = netconf.Parse(with(t, `{"cni.dev/valid-attachments":[]}`)); err != nil || !c.HasValidAttachments {
 		t.Errorf("an empty list: got %v, %v", c.HasValidAttachments, err)
 	}
-	if c, err = netconf.Parse(with(t, `{"cni.dev/valid-attachments":null}`)); err != nil || c.HasValidAttachments {
-		t.Errorf("null: got %v, %v", c.HasValidAttachments, err)
+	if c, err = netconf.Parse(with(t, `{"cni.dev/valid-attachments":null}`)); err != nil || !c.HasValidAttachments || len(c.ValidAttachments) > 0 {
+		t.Errorf("null, as a nil list of Go is written: got %v, %v", c.HasValidAttachments, err)
+	}
+	if c, err = netconf.Parse(with(t, `{"cni.dev/attachments":null}`)); err != nil || c.HasValidAttachments {
+		t.Errorf("no list: got %v, %v", c.HasValidAttachments, err)
 	}
 	for _, item := range []string{`null`, `{}`, `{"containerID":"a"}`, `{"ifname":"eth0"}`, `{"containerID":"a","ifname":""}`} {
 		if _, err := netconf.Parse(with(t, `{"cni.dev/valid-attachments":[`+item+`]}`)); !errors.Is(err, netconf.ErrInvalid) {

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"net/netip"
 	"strconv"
+
+	"github.com/headcni/headcni/internal/jsonobj"
 )
 
 // Tailnet addresses. tailscaled drops packets from the first range that do not come out of its own tun, and routes both
@@ -67,7 +69,7 @@ func (d *decoder) defaultRange() {
 	if c.IPAM.Type != IPAMType || len(c.IPAM.Subnets) > 0 || !c.PodCIDR.IsValid() || c.Runtime.IPRanges != nil {
 		return
 	}
-	keys := map[string]json.RawMessage{}
+	keys := jsonobj.Object{}
 	if c.IPAM.Raw != nil && json.Unmarshal(c.IPAM.Raw, &keys) != nil {
 		return // already a fault
 	}
