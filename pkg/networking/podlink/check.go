@@ -33,18 +33,18 @@ func (p *Pods) Check(want PodState) error {
 		return err
 	}
 	defer unix.Close(ns)
-	host, err := openPodConn(unix.NETLINK_ROUTE)
+	host, err := Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
-	defer host.close()
+	defer host.Close()
 	inside, err := openPodConnAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
-	defer inside.close()
-	hostLink, hostErr := host.link(PodLinkName(want.ContainerID, want.IfName))
-	podLink, podErr := inside.link(want.IfName)
+	defer inside.Close()
+	hostLink, hostErr := host.LinkByName(PodLinkName(want.ContainerID, want.IfName))
+	podLink, podErr := inside.LinkByName(want.IfName)
 	if hostErr != nil || podErr != nil {
 		return errors.Join(missing("host link", hostErr), missing("pod interface "+want.IfName, podErr))
 	}
@@ -65,8 +65,8 @@ func missing(what string, err error) error {
 
 type podCheck struct {
 	want              PodState
-	host, inside      *podConn
-	hostLink, podLink podLink
+	host, inside      *Conn
+	hostLink, podLink Link
 	faults            []error
 }
 
@@ -76,37 +76,37 @@ func (c *podCheck) fault(format string, args ...any) {
 
 func (c *podCheck) links() {
 	h, p, w := c.hostLink, c.podLink, c.want
-	if h.kind != "veth" || !podLinkIsOf(h.alias, w.ContainerID, w.IfName) {
-		c.fault("host link %s is not this pod's (%s, alias %q)", h.name, h.kind, h.alias)
+	if h.Kind != "veth" || !podLinkIsOf(h.Alias, w.ContainerID, w.IfName) {
+		c.fault("host link %s is not this pod's (%s, alias %q)", h.Name, h.Kind, h.Alias)
 	}
-	if h.peer != p.index {
-		c.fault("host link %s does not lead to the pod's interface %s", h.name, w.IfName)
+	if h.Peer != p.Index {
+		c.fault("host link %s does not lead to the pod's interface %s", h.Name, w.IfName)
 	}
 	for _, end := range []struct {
 		what string
-		l    podLink
+		l    Link
 		mac  string
-	}{{"host link " + h.name, h, w.HostMAC}, {"pod interface " + w.IfName, p, w.PodMAC}} {
-		if !end.l.up {
+	}{{"host link " + h.Name, h, w.HostMAC}, {"pod interface " + w.IfName, p, w.PodMAC}} {
+		if !end.l.Up {
 			c.fault("%s is down", end.what)
 		}
-		if end.mac != "" && !strings.EqualFold(end.mac, end.l.mac.String()) {
-			c.fault("%s has hardware address %s, not %s", end.what, end.l.mac, end.mac)
+		if end.mac != "" && !strings.EqualFold(end.mac, end.l.MAC.String()) {
+			c.fault("%s has hardware address %s, not %s", end.what, end.l.MAC, end.mac)
 		}
 	}
-	if w.HostMTU != 0 && h.mtu != w.HostMTU {
-		c.fault("host link %s has MTU %d, not %d", h.name, h.mtu, w.HostMTU)
+	if w.HostMTU != 0 && h.MTU != w.HostMTU {
+		c.fault("host link %s has MTU %d, not %d", h.Name, h.MTU, w.HostMTU)
 	}
 	// A plugin after us may have made the pod's smaller (tuning, which leaves it out of the result). Larger packets than the
 	// host's end takes are lost.
-	if w.PodMTU != 0 && p.mtu > w.PodMTU {
-		c.fault("pod interface %s has MTU %d, not %d; if another plugin raised it, set mtu for headcni instead", p.name, p.mtu, w.PodMTU)
+	if w.PodMTU != 0 && p.MTU > w.PodMTU {
+		c.fault("pod interface %s has MTU %d, not %d; if another plugin raised it, set mtu for headcni instead", p.Name, p.MTU, w.PodMTU)
 	}
 }
 
 // hostSide looks at the ways to the pod.
 func (c *podCheck) hostSide() {
-	neighs, err := listPodNeighs(c.host, c.hostLink.index)
+	neighs, err := listPodNeighs(c.host, c.hostLink.Index)
 	if err != nil {
 		c.faults = append(c.faults, err)
 		return
@@ -114,10 +114,10 @@ func (c *podCheck) hostSide() {
 	for _, a := range c.want.Addrs {
 		if oif, err := c.host.routeTo(a); err != nil {
 			c.fault("host route to %s is missing: %w", a, err)
-		} else if oif != c.hostLink.index {
-			c.fault("host route to %s does not lead to %s", a, c.hostLink.name)
+		} else if oif != c.hostLink.Index {
+			c.fault("host route to %s does not lead to %s", a, c.hostLink.Name)
 		}
-		c.neigh("host", neighs, a, c.podLink.mac)
+		c.neigh("host", neighs, a, c.podLink.MAC)
 	}
 }
 
@@ -134,21 +134,21 @@ func (c *podCheck) neigh(side string, have map[netip.Addr]net.HardwareAddr, a ne
 }
 
 func (c *podCheck) podAddrs() {
-	r := podRequest{what: "list addresses", typ: unix.RTM_GETADDR}
-	r.fixed(unix.AF_UNSPEC, 0, 0, 0)
-	r.u32(0)
+	r := Request{What: "list addresses", Type: unix.RTM_GETADDR}
+	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
+	r.Uint32(0)
 	have := map[netip.Addr]bool{}
-	err := c.inside.dump(r, func(b []byte) {
+	err := c.inside.Dump(r, func(b []byte) {
 		if len(b) < unix.SizeofIfAddrmsg {
 			return
 		}
 		m := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
-		attrs := podAttrs(b[unix.SizeofIfAddrmsg:])
+		attrs := Attrs(b[unix.SizeofIfAddrmsg:])
 		raw := attrs[unix.IFA_LOCAL]
 		if raw == nil {
 			raw = attrs[unix.IFA_ADDRESS]
 		}
-		if a, ok := netip.AddrFromSlice(raw); ok && int(m.Index) == c.podLink.index {
+		if a, ok := netip.AddrFromSlice(raw); ok && int(m.Index) == c.podLink.Index {
 			have[a] = true
 		}
 	})
@@ -182,15 +182,15 @@ func (h podRouteTables) note(key podRouteKey, table int) {
 func (c *podCheck) podRoutes() {
 	have := podRouteTables{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		r := podRequest{what: "list routes", typ: unix.RTM_GETROUTE}
-		r.fixed(family, 0, 0, 0, 0, 0, 0, 0)
-		r.u32(0)
-		if err := c.inside.dump(r, func(b []byte) { noteRoute(have, b) }); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+		r := Request{What: "list routes", Type: unix.RTM_GETROUTE}
+		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
+		r.Uint32(0)
+		if err := c.inside.Dump(r, func(b []byte) { noteRoute(have, b) }); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
 			c.faults = append(c.faults, err)
 			return
 		}
 	}
-	neighs, err := listPodNeighs(c.inside, c.podLink.index)
+	neighs, err := listPodNeighs(c.inside, c.podLink.Index)
 	if err != nil {
 		c.faults = append(c.faults, err)
 		return
@@ -203,7 +203,7 @@ func (c *podCheck) podRoutes() {
 		// Routes of other plugins may have next hops elsewhere; ours lead to the host's end.
 		if ours := r.Gateway == PodGateway4 || r.Gateway == PodGateway6; ours && !checked[r.Gateway] {
 			checked[r.Gateway] = true
-			c.neigh("pod", neighs, r.Gateway, c.hostLink.mac)
+			c.neigh("pod", neighs, r.Gateway, c.hostLink.MAC)
 		}
 	}
 }
@@ -240,7 +240,7 @@ func noteRoute(have podRouteTables, b []byte) {
 		return
 	}
 	m := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
-	attrs := podAttrs(b[unix.SizeofRtMsg:])
+	attrs := Attrs(b[unix.SizeofRtMsg:])
 	dst := netip.IPv4Unspecified()
 	if m.Family == unix.AF_INET6 {
 		dst = netip.IPv6Unspecified()
@@ -263,49 +263,49 @@ func noteRoute(have podRouteTables, b []byte) {
 }
 
 // routeTo returns the index of the link by which a packet of this node to a leaves.
-func (c *podConn) routeTo(a netip.Addr) (oif int, err error) {
-	replies, err := c.do(getPodRoute(a))
+func (c *Conn) routeTo(a netip.Addr) (oif int, err error) {
+	replies, err := c.Do(GetRoute(a))
 	if err != nil {
 		return 0, err
 	}
 	if len(replies[0]) < unix.SizeofRtMsg {
 		return 0, errors.New("look up route: short answer from the kernel")
 	}
-	if v := podAttrs(replies[0][unix.SizeofRtMsg:])[unix.RTA_OIF]; len(v) == 4 {
+	if v := Attrs(replies[0][unix.SizeofRtMsg:])[unix.RTA_OIF]; len(v) == 4 {
 		oif = int(binary.NativeEndian.Uint32(v))
 	}
 	return oif, nil
 }
 
 // isLocal reports whether a is an address of the namespace's own.
-func (c *podConn) isLocal(a netip.Addr) bool {
-	replies, err := c.do(getPodRoute(a))
+func (c *Conn) isLocal(a netip.Addr) bool {
+	replies, err := c.Do(GetRoute(a))
 	return err == nil && len(replies[0]) >= unix.SizeofRtMsg && (*unix.RtMsg)(unsafe.Pointer(&replies[0][0])).Type == unix.RTN_LOCAL
 }
 
-// getPodRoute: ip route get ADDR
-func getPodRoute(a netip.Addr) podRequest {
-	r := podRequest{what: "look up route to " + a.String(), typ: unix.RTM_GETROUTE}
-	r.fixed(podFamily(a), byte(a.BitLen()), 0, 0, 0, 0, 0, 0)
-	r.u32(0)
-	r.attr(unix.RTA_DST, a.AsSlice())
+// GetRoute: ip route get ADDR
+func GetRoute(a netip.Addr) Request {
+	r := Request{What: "look up route to " + a.String(), Type: unix.RTM_GETROUTE}
+	r.Bytes(Family(a), byte(a.BitLen()), 0, 0, 0, 0, 0, 0)
+	r.Uint32(0)
+	r.Attr(unix.RTA_DST, a.AsSlice())
 	return r
 }
 
 // listPodNeighs lists the permanent neighbours on a link.
-func listPodNeighs(c *podConn, index int) (map[netip.Addr]net.HardwareAddr, error) {
-	r := podRequest{what: "list neighbours", typ: unix.RTM_GETNEIGH}
-	r.fixed(unix.AF_UNSPEC, 0, 0, 0)
-	r.u32(uint32(index))
-	r.fixed(0, 0, 0, 0)
-	r.attr32(unix.NDA_IFINDEX, uint32(index))
+func listPodNeighs(c *Conn, index int) (map[netip.Addr]net.HardwareAddr, error) {
+	r := Request{What: "list neighbours", Type: unix.RTM_GETNEIGH}
+	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
+	r.Uint32(uint32(index))
+	r.Bytes(0, 0, 0, 0)
+	r.AttrUint32(unix.NDA_IFINDEX, uint32(index))
 	have := map[netip.Addr]net.HardwareAddr{}
-	err := c.dump(r, func(b []byte) {
+	err := c.Dump(r, func(b []byte) {
 		if len(b) < unix.SizeofNdMsg {
 			return
 		}
 		m := (*unix.NdMsg)(unsafe.Pointer(&b[0]))
-		attrs := podAttrs(b[unix.SizeofNdMsg:])
+		attrs := Attrs(b[unix.SizeofNdMsg:])
 		if a, ok := netip.AddrFromSlice(attrs[unix.NDA_DST]); ok && int(m.Ifindex) == index && m.State&unix.NUD_PERMANENT != 0 {
 			have[a] = slices.Clone(attrs[unix.NDA_LLADDR]) // the buffer is used again
 		}
@@ -313,34 +313,34 @@ func listPodNeighs(c *podConn, index int) (map[netip.Addr]net.HardwareAddr, erro
 	return have, err
 }
 
-// podDumpTries bounds how often a dump that changes under way is begun again.
-const podDumpTries = 20
+// dumpTries bounds how often a dump that changes under way is begun again.
+const dumpTries = 20
 
-var errPodDumpChanged = errors.New("the kernel's list kept changing while it was read; try again")
+var errDumpChanged = errors.New("the kernel's list kept changing while it was read; try again")
 
 // dump gives every message of a list to take. A list that changed while it was read is read again from the start, so take
 // may see an entry twice.
-func (c *podConn) dump(r podRequest, take func([]byte)) error {
-	r.flags |= unix.NLM_F_DUMP
-	for range podDumpTries {
+func (c *Conn) Dump(r Request, take func([]byte)) error {
+	r.Flags |= unix.NLM_F_DUMP
+	for range dumpTries {
 		whole, err := c.dumpOnce(r, take)
 		if err != nil {
-			return fmt.Errorf("%s: %w", r.what, err)
+			return fmt.Errorf("%s: %w", r.What, err)
 		}
 		if whole {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s: %w", r.what, errPodDumpChanged)
+	return fmt.Errorf("%s: %w", r.What, errDumpChanged)
 }
 
-func (c *podConn) dumpOnce(r podRequest, take func([]byte)) (whole bool, err error) {
+func (c *Conn) dumpOnce(r Request, take func([]byte)) (whole bool, err error) {
 	c.seq++
-	out := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(r.body)))
-	out = binary.NativeEndian.AppendUint16(out, r.typ)
-	out = binary.NativeEndian.AppendUint16(out, r.flags|unix.NLM_F_REQUEST)
+	out := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(r.Body)))
+	out = binary.NativeEndian.AppendUint16(out, r.Type)
+	out = binary.NativeEndian.AppendUint16(out, r.Flags|unix.NLM_F_REQUEST)
 	out = binary.NativeEndian.AppendUint32(out, c.seq)
-	out = append(binary.NativeEndian.AppendUint32(out, 0), r.body...)
+	out = append(binary.NativeEndian.AppendUint32(out, 0), r.Body...)
 	err = ignoringEINTR(func() error { return unix.Sendto(c.fd, out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}) })
 	if err != nil {
 		return false, err
@@ -363,24 +363,24 @@ func (c *podConn) dumpOnce(r podRequest, take func([]byte)) (whole bool, err err
 			case h.Type == unix.NLMSG_DONE:
 				return whole, nil
 			case h.Type == unix.NLMSG_ERROR:
-				return false, podReply(r.what, h.Flags, payload)
+				return false, parseError(r.What, h.Flags, payload)
 			default:
 				take(payload)
 			}
-			b = b[min(podAlign(int(h.Len)), len(b)):]
+			b = b[min(align(int(h.Len)), len(b)):]
 		}
 	}
 }
 
 // podLinks lists all links whose name is like that of a pod's. It is a dump: not for ADD or DEL.
-func (c *podConn) podLinks() (map[string]podLink, error) {
-	r := podRequest{what: "list links", typ: unix.RTM_GETLINK}
-	r.ifinfo(0, 0, 0)
-	r.attr32(unix.IFLA_EXT_MASK, skipLinkStats)
-	links := map[string]podLink{}
-	err := c.dump(r, func(b []byte) {
-		if l, err := parsePodLink(b); err == nil && l.kind == "veth" && isPodLinkName(l.name) {
-			links[l.name] = l
+func (c *Conn) podLinks() (map[string]Link, error) {
+	r := Request{What: "list links", Type: unix.RTM_GETLINK}
+	r.Ifinfo(0, 0, 0)
+	r.AttrUint32(unix.IFLA_EXT_MASK, skipStats)
+	links := map[string]Link{}
+	err := c.Dump(r, func(b []byte) {
+		if l, err := ParseLink(b); err == nil && l.Kind == "veth" && isPodLinkName(l.Name) {
+			links[l.Name] = l
 		}
 	})
 	return links, err
@@ -393,11 +393,11 @@ func isPodLinkName(name string) bool {
 
 // HasPods reports whether any pod's link is on the node.
 func (p *Pods) HasPods() bool {
-	c, err := openPodConn(unix.NETLINK_ROUTE)
+	c, err := Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return false
 	}
-	defer c.close()
+	defer c.Close()
 	links, err := c.podLinks()
 	return err == nil && len(links) > 0
 }
@@ -408,18 +408,18 @@ func (p *Pods) Gate(podCIDRs []netip.Prefix) error { return Gate(podCIDRs) }
 // Sweep removes the links of one network's pods for which keep is false. It goes on past errors, and returns the names of
 // the links that it could not remove.
 func (p *Pods) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
-	c, err := openPodConn(unix.NETLINK_ROUTE)
+	c, err := Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
-	defer c.close()
+	defer c.Close()
 	links, err := c.podLinks()
 	if err != nil {
 		return nil, err
 	}
 	var errs []error
 	for name, l := range links {
-		of, _, _ := strings.Cut(l.alias, " ")
+		of, _, _ := strings.Cut(l.Alias, " ")
 		if of != network || keep(name) {
 			continue
 		}

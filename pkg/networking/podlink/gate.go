@@ -17,11 +17,11 @@ var ErrNotProgrammed = errors.New("node network is not programmed")
 // must lead nowhere, and both nft tables must exist. It takes some 15 us a question. The error matches ErrNotProgrammed
 // if the answer is no.
 func Gate(podCIDRs []netip.Prefix) error {
-	c, err := openPodConn(unix.NETLINK_ROUTE)
+	c, err := Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
-	defer c.close()
+	defer c.Close()
 	for _, cidr := range podCIDRs {
 		if err := gateClosed(c, cidr); err != nil {
 			return err
@@ -34,9 +34,9 @@ func Gate(podCIDRs []netip.Prefix) error {
 //
 // Unreachable rules answer ENETUNREACH, unreachable routes EHOSTUNREACH, prohibit EACCES, blackhole EINVAL. The last is
 // also the answer to a question that the kernel does not understand, so it does not count as closed.
-func gateClosed(c *podConn, cidr netip.Prefix) error {
+func gateClosed(c *Conn, cidr netip.Prefix) error {
 	a := cidr.Masked().Addr()
-	_, err := c.do(getPodRoute(a))
+	_, err := c.Do(GetRoute(a))
 	switch {
 	case err == nil:
 		return fmt.Errorf("%w: packets to %s, which is free, would leave the node; is headcni-daemon running?", ErrNotProgrammed, a)
@@ -48,23 +48,23 @@ func gateClosed(c *podConn, cidr netip.Prefix) error {
 
 // gateTables: nft list table ip headcni, ip6 headcni
 func gateTables(podCIDRs []netip.Prefix) error {
-	c, err := openPodConn(unix.NETLINK_NETFILTER)
+	c, err := Open(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return fmt.Errorf("%w: the kernel has no nf_tables: %w", ErrNotProgrammed, err)
 	}
-	defer c.close()
+	defer c.Close()
 	for _, family := range []struct {
 		name   string
 		number byte
 		ipv6   bool
 	}{{"ip", unix.NFPROTO_IPV4, false}, {"ip6", unix.NFPROTO_IPV6, true}} {
-		r := podRequest{
-			what: fmt.Sprintf("look for nft table %s %s", family.name, names.NFTTable),
-			typ:  unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
+		r := Request{
+			What: fmt.Sprintf("look for nft table %s %s", family.name, names.NFTTable),
+			Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
 		}
-		r.fixed(family.number, unix.NFNETLINK_V0, 0, 0)
-		r.attrString(unix.NFTA_TABLE_NAME, names.NFTTable)
-		_, err := c.do(r)
+		r.Bytes(family.number, unix.NFNETLINK_V0, 0, 0)
+		r.AttrString(unix.NFTA_TABLE_NAME, names.NFTTable)
+		_, err := c.Do(r)
 		if errors.Is(err, unix.EAFNOSUPPORT) && family.ipv6 && !anyIPv6(podCIDRs) {
 			continue // a kernel without IPv6
 		}

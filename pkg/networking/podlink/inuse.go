@@ -17,11 +17,11 @@ func (p *Pods) InUse(a netip.Addr) bool {
 		return false
 	}
 	p.host = c // for the next question, or the Attach that follows
-	r := podRequest{what: "look up route to " + a.String(), typ: unix.RTM_GETROUTE}
-	r.fixed(podFamily(a), byte(a.BitLen()), 0, 0, 0, 0, 0, 0)
-	r.u32(unix.RTM_F_FIB_MATCH) // the route itself, not what becomes of a packet
-	r.attr(unix.RTA_DST, a.AsSlice())
-	replies, err := c.do(r)
+	r := Request{What: "look up route to " + a.String(), Type: unix.RTM_GETROUTE}
+	r.Bytes(Family(a), byte(a.BitLen()), 0, 0, 0, 0, 0, 0)
+	r.Uint32(unix.RTM_F_FIB_MATCH) // the route itself, not what becomes of a packet
+	r.Attr(unix.RTA_DST, a.AsSlice())
+	replies, err := c.Do(r)
 	if err != nil || len(replies[0]) < unix.SizeofRtMsg {
 		return false
 	}
@@ -30,10 +30,10 @@ func (p *Pods) InUse(a netip.Addr) bool {
 }
 
 // hostConn opens a socket on the node, or takes over the one that InUse has opened: that costs twice what a question does.
-func (p *Pods) hostConn() (*podConn, error) {
+func (p *Pods) hostConn() (*Conn, error) {
 	if c := p.host; c != nil {
 		p.host = nil
 		return c, nil
 	}
-	return openPodConn(unix.NETLINK_ROUTE)
+	return Open(unix.NETLINK_ROUTE)
 }

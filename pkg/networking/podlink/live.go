@@ -19,22 +19,22 @@ type LivePod struct {
 
 // Live lists the links of one network's pods with their addresses: the truth from which lost leases can be written anew.
 func (p *Pods) Live(network string) ([]LivePod, error) {
-	c, err := openPodConn(unix.NETLINK_ROUTE)
+	c, err := Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
-	defer c.close()
+	defer c.Close()
 	links, err := c.podLinks()
 	if err != nil {
 		return nil, err
 	}
 	routes := map[int][]netip.Addr{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		r := podRequest{what: "list routes", typ: unix.RTM_GETROUTE}
-		r.fixed(family, 0, 0, 0, 0, 0, 0, 0)
-		r.u32(0)
+		r := Request{What: "list routes", Type: unix.RTM_GETROUTE}
+		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
+		r.Uint32(0)
 		seen := map[netip.Addr]bool{} // a dump that is begun again comes twice
-		err := c.dump(r, func(b []byte) {
+		err := c.Dump(r, func(b []byte) {
 			if link, a, ok := hostRoute(b); ok && !seen[a] {
 				seen[a] = true
 				routes[link] = append(routes[link], a)
@@ -46,11 +46,11 @@ func (p *Pods) Live(network string) ([]LivePod, error) {
 	}
 	var live []LivePod
 	for _, l := range links {
-		of, rest, _ := strings.Cut(l.alias, " ")
+		of, rest, _ := strings.Cut(l.Alias, " ")
 		attachment, label, _ := strings.Cut(rest, " ")
 		id, ifName, ok := strings.Cut(attachment, "/")
-		if of == network && ok && len(routes[l.index]) > 0 {
-			live = append(live, LivePod{ContainerID: id, IfName: ifName, Label: label, Addrs: routes[l.index]})
+		if of == network && ok && len(routes[l.Index]) > 0 {
+			live = append(live, LivePod{ContainerID: id, IfName: ifName, Label: label, Addrs: routes[l.Index]})
 		}
 	}
 	return live, nil
@@ -62,7 +62,7 @@ func hostRoute(b []byte) (link int, a netip.Addr, ok bool) {
 		return 0, a, false
 	}
 	m := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
-	attrs := podAttrs(b[unix.SizeofRtMsg:])
+	attrs := Attrs(b[unix.SizeofRtMsg:])
 	a, ok = netip.AddrFromSlice(attrs[unix.RTA_DST])
 	oif := attrs[unix.RTA_OIF]
 	if !ok || int(m.Dst_len) != a.BitLen() || m.Table != unix.RT_TABLE_MAIN || m.Protocol != unix.RTPROT_STATIC || len(oif) != 4 {

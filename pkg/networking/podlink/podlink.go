@@ -57,7 +57,7 @@ type Pods struct {
 	Log *slog.Logger // nil: nothing is logged
 
 	vacant *podNetns // what Vacant has opened, for the Attach that follows
-	host   *podConn  // what InUse has opened, likewise
+	host   *Conn     // what InUse has opened, likewise
 
 	// inject, where a test sets it, fails the step that is about to run.
 	inject func(step string) error
@@ -140,17 +140,17 @@ func (p *Pods) warn(msg string, args ...any) {
 	}
 }
 
-// do is podConn.do with the test's seam before each request.
-func (p *Pods) do(c *podConn, requests ...podRequest) ([][]byte, error) {
+// do is Conn.do with the test's seam before each request.
+func (p *Pods) do(c *Conn, requests ...Request) ([][]byte, error) {
 	for i, r := range requests {
-		if err := p.step(r.what); err != nil {
+		if err := p.step(r.What); err != nil {
 			if i > 0 {
-				_, _ = c.do(requests[:i]...) // the injected fault is the one to report
+				_, _ = c.Do(requests[:i]...) // the injected fault is the one to report
 			}
 			return nil, err
 		}
 	}
-	return c.do(requests...)
+	return c.Do(requests...)
 }
 
 // openPodNetns opens a network namespace that is not the caller's own.
@@ -198,7 +198,7 @@ func (p *Pods) Vacant(netns, ifName string) error {
 	if err != nil {
 		return err
 	}
-	_, err = ns.conn.link(ifName)
+	_, err = ns.conn.LinkByName(ifName)
 	if errors.Is(err, unix.ENODEV) {
 		p.vacant = ns
 		return nil
@@ -214,7 +214,7 @@ func (p *Pods) Vacant(netns, ifName string) error {
 type podNetns struct {
 	path string
 	fd   int
-	conn *podConn
+	conn *Conn
 }
 
 // enter opens a pod's namespace, or takes over what Vacant has opened.
@@ -239,7 +239,7 @@ func (p *Pods) enter(path string) (*podNetns, error) {
 }
 
 func (n *podNetns) close() {
-	n.conn.close()
+	n.conn.Close()
 	unix.Close(n.fd)
 }
 
@@ -254,7 +254,7 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 	if err != nil {
 		return PodLinks{}, err
 	}
-	defer host.close()
+	defer host.Close()
 
 	if pod.Forward {
 		if err := enableForwarding(pod.Addrs); err != nil {
@@ -282,7 +282,7 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 }
 
 // create makes the veth pair, with the pod's end born inside its namespace.
-func (p *Pods) create(host *podConn, pod Pod, netns int) (PodLinks, error) {
+func (p *Pods) create(host *Conn, pod Pod, netns int) (PodLinks, error) {
 	l := PodLinks{HostName: PodLinkName(pod.ContainerID, pod.IfName), HostMAC: randomPodMAC(), PodMAC: pod.MAC}
 	if l.PodMAC == nil {
 		l.PodMAC = randomPodMAC()
@@ -293,7 +293,7 @@ func (p *Pods) create(host *podConn, pod Pod, netns int) (PodLinks, error) {
 	}
 	l.HostMTU, l.PodMTU = mtu, mtu
 	// The look-up rides in the same system call: it tells both indices.
-	requests := []podRequest{newPodVeth(l, pod.IfName, netns), getPodLink(l.HostName)}
+	requests := []Request{newPodVeth(l, pod.IfName, netns), GetLink(l.HostName)}
 	replies, err := p.do(host, requests...)
 	if errors.Is(err, unix.EEXIST) {
 		removed, gone := p.removeLeftover(host, pod, l.HostName)
@@ -308,56 +308,56 @@ func (p *Pods) create(host *podConn, pod Pod, netns int) (PodLinks, error) {
 	if err != nil {
 		return l, err
 	}
-	made, err := parsePodLink(replies[1])
+	made, err := ParseLink(replies[1])
 	if err != nil {
 		return l, err
 	}
-	l.hostIdx, l.podIdx = made.index, made.peer
+	l.hostIdx, l.podIdx = made.Index, made.Peer
 	return l, nil
 }
 
 // removeLeftover removes the host's end that an ADD of the same attachment left when it was killed.
-func (p *Pods) removeLeftover(host *podConn, pod Pod, name string) (removed bool, err error) {
-	l, err := host.link(name)
+func (p *Pods) removeLeftover(host *Conn, pod Pod, name string) (removed bool, err error) {
+	l, err := host.LinkByName(name)
 	if errors.Is(err, unix.ENODEV) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	if l.kind != "veth" || !podLinkIsOf(l.alias, pod.ContainerID, pod.IfName) {
+	if l.Kind != "veth" || !podLinkIsOf(l.Alias, pod.ContainerID, pod.IfName) {
 		return false, fmt.Errorf("make link %s: it exists and is another's (%s, alias %q); "+
-			"remove it if nothing uses it, then start the pod again", name, l.kind, l.alias)
+			"remove it if nothing uses it, then start the pod again", name, l.Kind, l.Alias)
 	}
 	return true, deletePodLink(host, l)
 }
 
 // deletePodLink returns when the link is gone. One that is gone already is as good.
-func deletePodLink(host *podConn, l podLink) error {
-	r := podRequest{what: "delete link " + l.name, typ: unix.RTM_DELLINK}
-	r.ifinfo(l.index, 0, 0)
-	if _, err := host.do(r); err != nil && !errors.Is(err, unix.ENODEV) {
+func deletePodLink(host *Conn, l Link) error {
+	r := Request{What: "delete link " + l.Name, Type: unix.RTM_DELLINK}
+	r.Ifinfo(l.Index, 0, 0)
+	if _, err := host.Do(r); err != nil && !errors.Is(err, unix.ENODEV) {
 		return err
 	}
 	return nil
 }
 
-func tunMTU(host *podConn) int {
+func tunMTU(host *Conn) int {
 	for _, name := range tunNames {
-		if l, err := host.link(name); err == nil && l.mtu > 0 {
-			return l.mtu
+		if l, err := host.LinkByName(name); err == nil && l.MTU > 0 {
+			return l.MTU
 		}
 	}
 	return DefaultPodMTU
 }
 
 // setUpHost programs the host's end. Everything hangs on the link and goes with it.
-func (p *Pods) setUpHost(host *podConn, pod Pod, l PodLinks) error {
+func (p *Pods) setUpHost(host *Conn, pod Pod, l PodLinks) error {
 	ipv6, err := p.hostSysctls(l.HostName)
 	if err != nil {
 		return err
 	}
-	steps := []podRequest{
+	steps := []Request{
 		setPodLink(l.hostIdx, podLinkAlias(pod.Network, pod.ContainerID, pod.IfName, pod.Label), ipv6),
 		podLinkUp("host", l.hostIdx),
 	}
@@ -376,8 +376,8 @@ func (p *Pods) setUpHost(host *podConn, pod Pod, l PodLinks) error {
 }
 
 // setUpPod programs the pod's end. It returns the metric of the routes, 0 for the kernel's default.
-func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) (metric int, err error) {
-	steps := []podRequest{podLinkUp("pod", l.podIdx)}
+func (p *Pods) setUpPod(inside *Conn, pod Pod, l PodLinks) (metric int, err error) {
+	steps := []Request{podLinkUp("pod", l.podIdx)}
 	for _, a := range pod.Addrs {
 		steps = append(steps, addPodAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
 	}
@@ -392,7 +392,7 @@ func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) (metric int, err e
 		steps = append(steps, addPodRoute("pod", l.podIdx, r))
 	}
 	// The look-up makes the kernel carry through what the carrier brings (see awaitCarrier).
-	steps = append(steps, getPodLink(pod.IfName))
+	steps = append(steps, GetLink(pod.IfName))
 	_, err = p.do(inside, steps...)
 	if errors.Is(err, unix.EEXIST) {
 		metric = podMetric + l.podIdx
@@ -403,14 +403,14 @@ func (p *Pods) setUpPod(inside *podConn, pod Pod, l PodLinks) (metric int, err e
 
 // addRoutesBehind adds the pod's routes anew, behind those of another interface to the same destinations: a container may be
 // attached more than once (CNI specification section 2, ADD), and its first interface stays the way out.
-func (p *Pods) addRoutesBehind(inside *podConn, pod Pod, index, metric int) error {
+func (p *Pods) addRoutesBehind(inside *Conn, pod Pod, index, metric int) error {
 	for _, r := range pod.Routes {
 		// The kernel went on past the one that was refused. Only a route by our own interface matches.
 		if _, err := p.do(inside, deletePodRoute(index, r)); err != nil && !errors.Is(err, unix.ESRCH) {
 			return err
 		}
 	}
-	var steps []podRequest
+	var steps []Request
 	for _, r := range pod.Routes {
 		if r.Priority == 0 {
 			r.Priority = metric
@@ -433,10 +433,10 @@ const (
 // awaitCarrier waits until the host's end sends. It was set up before its peer, without carrier, and a link gets its queue only
 // when the kernel's link watch has seen the carrier come: until then it drops what it is given. Looking the link up makes
 // that happen at once (rtnl_getlink, since Linux 6.8); older kernels get to it within milliseconds.
-func awaitCarrier(host *podConn, name string) error {
+func awaitCarrier(host *Conn, name string) error {
 	for range carrierTries {
-		l, err := host.link(name)
-		if err != nil || l.operational {
+		l, err := host.LinkByName(name)
+		if err != nil || l.Operational {
 			return err
 		}
 		time.Sleep(carrierWait)
@@ -446,7 +446,7 @@ func awaitCarrier(host *podConn, name string) error {
 
 // awaitAddrs waits until the pod takes packets for its IPv6 addresses. The kernel makes them its own in a work queue, also those
 // without duplicate detection (net/ipv6/addrconf.c, addrconf_dad_work), and answers for none before.
-func awaitAddrs(inside *podConn, addrs []netip.Addr) {
+func awaitAddrs(inside *Conn, addrs []netip.Addr) {
 	end := time.Now().Add(addrWait)
 	for _, a := range addrs {
 		for wait := addrFirst; a.Is6() && !inside.isLocal(a) && time.Now().Before(end); wait = min(2*wait, carrierWait) {
@@ -498,7 +498,7 @@ func (p *Pods) podSysctls(netns int, pod Pod) error {
 		return err
 	}
 	want6 := slices.ContainsFunc(pod.Addrs, netip.Addr.Is6)
-	return inPodNetns(netns, func() error {
+	return inNetns(netns, func() error {
 		err := writePodSysctl(pod.IfName, "accept_ra", "0")
 		if errors.Is(err, os.ErrNotExist) {
 			return nil // no IPv6 in this kernel: adding the address says so
@@ -535,19 +535,19 @@ func (p *Pods) Detach(containerID, ifName string) (removed bool, err error) {
 	if err := p.step("detach"); err != nil {
 		return false, err
 	}
-	host, err := openPodConn(unix.NETLINK_ROUTE)
+	host, err := Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return false, err
 	}
-	defer host.close()
-	l, err := host.link(PodLinkName(containerID, ifName))
+	defer host.Close()
+	l, err := host.LinkByName(PodLinkName(containerID, ifName))
 	if errors.Is(err, unix.ENODEV) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	if l.kind != "veth" || !podLinkIsOf(l.alias, containerID, ifName) {
+	if l.Kind != "veth" || !podLinkIsOf(l.Alias, containerID, ifName) {
 		return false, nil // another's: Attach refuses to work beside it, so nothing of ours is there
 	}
 	return true, deletePodLink(host, l)

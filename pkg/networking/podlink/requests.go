@@ -17,21 +17,21 @@ const (
 )
 
 // newPodVeth: ip link add HOST mtu MTU address MAC type veth peer name POD mtu MTU address MAC netns FD
-func newPodVeth(l PodLinks, podName string, netns int) podRequest {
-	r := podRequest{what: "make link " + l.HostName, typ: unix.RTM_NEWLINK, flags: podCreate}
-	r.ifinfo(0, 0, 0)
-	r.attrString(unix.IFLA_IFNAME, l.HostName)
-	r.attr32(unix.IFLA_MTU, uint32(l.HostMTU))
-	r.attr(unix.IFLA_ADDRESS, l.HostMAC)
-	info := r.nest(unix.IFLA_LINKINFO)
-	r.attr(unix.IFLA_INFO_KIND, []byte("veth"))
-	data := r.nest(unix.IFLA_INFO_DATA)
-	peer := r.nest(vethInfoPeer)
-	r.ifinfo(0, 0, 0)
-	r.attrString(unix.IFLA_IFNAME, podName)
-	r.attr32(unix.IFLA_MTU, uint32(l.PodMTU))
-	r.attr(unix.IFLA_ADDRESS, l.PodMAC)
-	r.attr32(unix.IFLA_NET_NS_FD, uint32(netns))
+func newPodVeth(l PodLinks, podName string, netns int) Request {
+	r := Request{What: "make link " + l.HostName, Type: unix.RTM_NEWLINK, Flags: Create}
+	r.Ifinfo(0, 0, 0)
+	r.AttrString(unix.IFLA_IFNAME, l.HostName)
+	r.AttrUint32(unix.IFLA_MTU, uint32(l.HostMTU))
+	r.Attr(unix.IFLA_ADDRESS, l.HostMAC)
+	info := r.Nest(unix.IFLA_LINKINFO)
+	r.Attr(unix.IFLA_INFO_KIND, []byte("veth"))
+	data := r.Nest(unix.IFLA_INFO_DATA)
+	peer := r.Nest(vethInfoPeer)
+	r.Ifinfo(0, 0, 0)
+	r.AttrString(unix.IFLA_IFNAME, podName)
+	r.AttrUint32(unix.IFLA_MTU, uint32(l.PodMTU))
+	r.Attr(unix.IFLA_ADDRESS, l.PodMAC)
+	r.AttrUint32(unix.IFLA_NET_NS_FD, uint32(netns))
 	peer()
 	data()
 	info()
@@ -41,14 +41,14 @@ func newPodVeth(l PodLinks, podName string, netns int) podRequest {
 // setPodLink: ip link set LINK alias ALIAS addrgenmode none
 //
 // The host's end needs no link-local address of the kernel's making, whose duplicate detection would run for a second.
-func setPodLink(index int, alias string, ipv6 bool) podRequest {
-	r := podRequest{what: "name owner of link", typ: unix.RTM_SETLINK}
-	r.ifinfo(index, 0, 0)
-	r.attr(unix.IFLA_IFALIAS, []byte(alias))
+func setPodLink(index int, alias string, ipv6 bool) Request {
+	r := Request{What: "name owner of link", Type: unix.RTM_SETLINK}
+	r.Ifinfo(index, 0, 0)
+	r.Attr(unix.IFLA_IFALIAS, []byte(alias))
 	if ipv6 {
-		spec := r.nest(unix.IFLA_AF_SPEC)
-		family := r.nest(unix.AF_INET6)
-		r.attr(inet6AddrGenMode, []byte{addrGenModeNone})
+		spec := r.Nest(unix.IFLA_AF_SPEC)
+		family := r.Nest(unix.AF_INET6)
+		r.Attr(inet6AddrGenMode, []byte{addrGenModeNone})
 		family()
 		spec()
 	}
@@ -56,15 +56,15 @@ func setPodLink(index int, alias string, ipv6 bool) podRequest {
 }
 
 // podLinkUp: ip link set LINK up
-func podLinkUp(side string, index int) podRequest {
-	r := podRequest{what: "set " + side + " link up", typ: unix.RTM_NEWLINK}
-	r.ifinfo(index, unix.IFF_UP, unix.IFF_UP)
+func podLinkUp(side string, index int) Request {
+	r := Request{What: "set " + side + " link up", Type: unix.RTM_NEWLINK}
+	r.Ifinfo(index, unix.IFF_UP, unix.IFF_UP)
 	return r
 }
 
 // addPodAddr: ip addr add ADDR dev LINK nodad
-func addPodAddr(side string, index int, p netip.Prefix) podRequest {
-	r := podRequest{what: fmt.Sprintf("add %s address %s", side, p), typ: unix.RTM_NEWADDR, flags: podCreate}
+func addPodAddr(side string, index int, p netip.Prefix) Request {
+	r := Request{What: fmt.Sprintf("add %s address %s", side, p), Type: unix.RTM_NEWADDR, Flags: Create}
 	var flags, scope byte
 	if p.Addr().Is6() {
 		flags = unix.IFA_F_NODAD // nobody else is on the link; detection would keep the address unusable for a second
@@ -72,38 +72,38 @@ func addPodAddr(side string, index int, p netip.Prefix) podRequest {
 			scope = unix.RT_SCOPE_LINK
 		}
 	}
-	r.fixed(podFamily(p.Addr()), byte(p.Bits()), flags, scope)
-	r.u32(uint32(index))
-	r.attr(unix.IFA_LOCAL, p.Addr().AsSlice())
-	r.attr(unix.IFA_ADDRESS, p.Addr().AsSlice())
+	r.Bytes(Family(p.Addr()), byte(p.Bits()), flags, scope)
+	r.Uint32(uint32(index))
+	r.Attr(unix.IFA_LOCAL, p.Addr().AsSlice())
+	r.Attr(unix.IFA_ADDRESS, p.Addr().AsSlice())
 	return r
 }
 
 // addPodNeigh: ip neigh replace ADDR lladdr MAC nud permanent dev LINK
-func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) podRequest {
-	r := podRequest{
-		what: fmt.Sprintf("add %s neighbour %s", side, a), typ: unix.RTM_NEWNEIGH,
-		flags: unix.NLM_F_CREATE | unix.NLM_F_REPLACE,
+func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) Request {
+	r := Request{
+		What: fmt.Sprintf("add %s neighbour %s", side, a), Type: unix.RTM_NEWNEIGH,
+		Flags: unix.NLM_F_CREATE | unix.NLM_F_REPLACE,
 	}
-	r.fixed(podFamily(a), 0, 0, 0)
-	r.u32(uint32(index))
-	r.body = binary.NativeEndian.AppendUint16(r.body, unix.NUD_PERMANENT)
-	r.fixed(0, unix.RTN_UNICAST)
-	r.attr(unix.NDA_DST, a.AsSlice())
-	r.attr(unix.NDA_LLADDR, mac)
+	r.Bytes(Family(a), 0, 0, 0)
+	r.Uint32(uint32(index))
+	r.Body = binary.NativeEndian.AppendUint16(r.Body, unix.NUD_PERMANENT)
+	r.Bytes(0, unix.RTN_UNICAST)
+	r.Attr(unix.NDA_DST, a.AsSlice())
+	r.Attr(unix.NDA_LLADDR, mac)
 	return r
 }
 
 // deletePodRoute: ip route del, of what addPodRoute has added.
-func deletePodRoute(index int, route PodRoute) podRequest {
+func deletePodRoute(index int, route PodRoute) Request {
 	r := addPodRoute("pod", index, route)
-	r.what, r.typ, r.flags = fmt.Sprintf("delete pod route %s", route.Dst), unix.RTM_DELROUTE, 0
+	r.What, r.Type, r.Flags = fmt.Sprintf("delete pod route %s", route.Dst), unix.RTM_DELROUTE, 0
 	return r
 }
 
 // addPodRoute: ip route add DST [via GATEWAY onlink] dev LINK [mtu N] [advmss N] [metric N] [table N] [scope N]
-func addPodRoute(side string, index int, route PodRoute) podRequest {
-	r := podRequest{what: fmt.Sprintf("add %s route %s", side, route.Dst), typ: unix.RTM_NEWROUTE, flags: podCreate}
+func addPodRoute(side string, index int, route PodRoute) Request {
+	r := Request{What: fmt.Sprintf("add %s route %s", side, route.Dst), Type: unix.RTM_NEWROUTE, Flags: Create}
 	table, scope := unix.RT_TABLE_MAIN, unix.RT_SCOPE_LINK
 	var flags uint32
 	if route.Gateway.IsValid() {
@@ -123,24 +123,24 @@ func addPodRoute(side string, index int, route PodRoute) podRequest {
 	if table > 255 {
 		short = unix.RT_TABLE_UNSPEC
 	}
-	r.fixed(podFamily(route.Dst.Addr()), byte(route.Dst.Bits()), 0, 0, byte(short), unix.RTPROT_STATIC, byte(scope), unix.RTN_UNICAST)
-	r.u32(flags)
-	r.attr(unix.RTA_DST, route.Dst.Addr().AsSlice())
-	r.attr32(unix.RTA_OIF, uint32(index))
-	r.attr32(unix.RTA_TABLE, uint32(table))
+	r.Bytes(Family(route.Dst.Addr()), byte(route.Dst.Bits()), 0, 0, byte(short), unix.RTPROT_STATIC, byte(scope), unix.RTN_UNICAST)
+	r.Uint32(flags)
+	r.Attr(unix.RTA_DST, route.Dst.Addr().AsSlice())
+	r.AttrUint32(unix.RTA_OIF, uint32(index))
+	r.AttrUint32(unix.RTA_TABLE, uint32(table))
 	if route.Gateway.IsValid() {
-		r.attr(unix.RTA_GATEWAY, route.Gateway.AsSlice())
+		r.Attr(unix.RTA_GATEWAY, route.Gateway.AsSlice())
 	}
 	if route.Priority > 0 {
-		r.attr32(unix.RTA_PRIORITY, uint32(route.Priority))
+		r.AttrUint32(unix.RTA_PRIORITY, uint32(route.Priority))
 	}
 	if route.MTU > 0 || route.AdvMSS > 0 {
-		end := r.nest(unix.RTA_METRICS)
+		end := r.Nest(unix.RTA_METRICS)
 		if route.MTU > 0 {
-			r.attr32(unix.RTAX_MTU, uint32(route.MTU))
+			r.AttrUint32(unix.RTAX_MTU, uint32(route.MTU))
 		}
 		if route.AdvMSS > 0 {
-			r.attr32(unix.RTAX_ADVMSS, uint32(route.AdvMSS))
+			r.AttrUint32(unix.RTAX_ADVMSS, uint32(route.AdvMSS))
 		}
 		end()
 	}
