@@ -10,9 +10,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // settle gathers the events of one cause (a link that goes takes its routes along) into one signal.

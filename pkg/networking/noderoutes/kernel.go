@@ -10,11 +10,12 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/headcni/headcni/internal/sysctl"
-	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/sysctl"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // dumpTries bounds the repeats of a dump that a concurrent change interrupted (NLM_F_DUMP_INTR).

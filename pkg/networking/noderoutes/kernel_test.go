@@ -13,9 +13,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/nstest"
-	"golang.org/x/sys/unix"
 )
 
 func typicalNode() NodeConfig {

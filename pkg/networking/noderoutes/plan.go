@@ -7,10 +7,11 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/headcni/headcni/internal/sysctl"
-	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/sysctl"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // nodeRule is an ip rule.

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/internal/rtnl"
 )
 
 // PodState is what CHECK expects of a pod's link: the result of ADD, as plugins after us may have changed it.
@@ -33,7 +33,7 @@ func (p *Pods) Check(want PodState) error {
 		return err
 	}
 	defer unix.Close(ns)
-	host, err := Open(unix.NETLINK_ROUTE)
+	host, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
@@ -65,8 +65,8 @@ func missing(what string, err error) error {
 
 type podCheck struct {
 	want              PodState
-	host, inside      *Conn
-	hostLink, podLink Link
+	host, inside      *rtnl.Conn
+	hostLink, podLink rtnl.Link
 	faults            []error
 }
 
@@ -84,7 +84,7 @@ func (c *podCheck) links() {
 	}
 	for _, end := range []struct {
 		what string
-		l    Link
+		l    rtnl.Link
 		mac  string
 	}{{"host link " + h.Name, h, w.HostMAC}, {"pod interface " + w.IfName, p, w.PodMAC}} {
 		if !end.l.Up {
@@ -112,9 +112,9 @@ func (c *podCheck) hostSide() {
 		return
 	}
 	for _, a := range c.want.Addrs {
-		if oif, err := c.host.routeTo(a); err != nil {
+		if route, err := c.host.RouteTo(a); err != nil {
 			c.fault("host route to %s is missing: %w", a, err)
-		} else if oif != c.hostLink.Index {
+		} else if route.OIF != c.hostLink.Index {
 			c.fault("host route to %s does not lead to %s", a, c.hostLink.Name)
 		}
 		c.neigh("host", neighs, a, c.podLink.MAC)
@@ -134,7 +134,7 @@ func (c *podCheck) neigh(side string, have map[netip.Addr]net.HardwareAddr, a ne
 }
 
 func (c *podCheck) podAddrs() {
-	r := Request{What: "list addresses", Type: unix.RTM_GETADDR}
+	r := rtnl.Request{What: "list addresses", Type: unix.RTM_GETADDR}
 	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
 	r.Uint32(0)
 	have := map[netip.Addr]bool{}
@@ -143,7 +143,7 @@ func (c *podCheck) podAddrs() {
 			return
 		}
 		m := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
-		attrs := Attrs(b[unix.SizeofIfAddrmsg:])
+		attrs := rtnl.Attrs(b[unix.SizeofIfAddrmsg:])
 		raw := attrs[unix.IFA_LOCAL]
 		if raw == nil {
 			raw = attrs[unix.IFA_ADDRESS]
@@ -182,7 +182,7 @@ func (h podRouteTables) note(key podRouteKey, table int) {
 func (c *podCheck) podRoutes() {
 	have := podRouteTables{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		r := Request{What: "list routes", Type: unix.RTM_GETROUTE}
+		r := rtnl.Request{What: "list routes", Type: unix.RTM_GETROUTE}
 		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
 		r.Uint32(0)
 		if err := c.inside.Dump(r, func(b []byte) { noteRoute(have, b) }); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
@@ -240,7 +240,7 @@ func noteRoute(have podRouteTables, b []byte) {
 		return
 	}
 	m := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
-	attrs := Attrs(b[unix.SizeofRtMsg:])
+	attrs := rtnl.Attrs(b[unix.SizeofRtMsg:])
 	dst := netip.IPv4Unspecified()
 	if m.Family == unix.AF_INET6 {
 		dst = netip.IPv6Unspecified()
@@ -262,39 +262,9 @@ func noteRoute(have podRouteTables, b []byte) {
 	}
 }
 
-// routeTo returns the index of the link by which a packet of this node to a leaves.
-func (c *Conn) routeTo(a netip.Addr) (oif int, err error) {
-	replies, err := c.Do(GetRoute(a))
-	if err != nil {
-		return 0, err
-	}
-	if len(replies[0]) < unix.SizeofRtMsg {
-		return 0, errors.New("look up route: short answer from the kernel")
-	}
-	if v := Attrs(replies[0][unix.SizeofRtMsg:])[unix.RTA_OIF]; len(v) == 4 {
-		oif = int(binary.NativeEndian.Uint32(v))
-	}
-	return oif, nil
-}
-
-// isLocal reports whether a is an address of the namespace's own.
-func (c *Conn) isLocal(a netip.Addr) bool {
-	replies, err := c.Do(GetRoute(a))
-	return err == nil && len(replies[0]) >= unix.SizeofRtMsg && (*unix.RtMsg)(unsafe.Pointer(&replies[0][0])).Type == unix.RTN_LOCAL
-}
-
-// GetRoute: ip route get ADDR
-func GetRoute(a netip.Addr) Request {
-	r := Request{What: "look up route to " + a.String(), Type: unix.RTM_GETROUTE}
-	r.Bytes(Family(a), byte(a.BitLen()), 0, 0, 0, 0, 0, 0)
-	r.Uint32(0)
-	r.Attr(unix.RTA_DST, a.AsSlice())
-	return r
-}
-
 // listPodNeighs lists the permanent neighbours on a link.
-func listPodNeighs(c *Conn, index int) (map[netip.Addr]net.HardwareAddr, error) {
-	r := Request{What: "list neighbours", Type: unix.RTM_GETNEIGH}
+func listPodNeighs(c *rtnl.Conn, index int) (map[netip.Addr]net.HardwareAddr, error) {
+	r := rtnl.Request{What: "list neighbours", Type: unix.RTM_GETNEIGH}
 	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
 	r.Uint32(uint32(index))
 	r.Bytes(0, 0, 0, 0)
@@ -305,128 +275,10 @@ func listPodNeighs(c *Conn, index int) (map[netip.Addr]net.HardwareAddr, error) 
 			return
 		}
 		m := (*unix.NdMsg)(unsafe.Pointer(&b[0]))
-		attrs := Attrs(b[unix.SizeofNdMsg:])
+		attrs := rtnl.Attrs(b[unix.SizeofNdMsg:])
 		if a, ok := netip.AddrFromSlice(attrs[unix.NDA_DST]); ok && int(m.Ifindex) == index && m.State&unix.NUD_PERMANENT != 0 {
 			have[a] = slices.Clone(attrs[unix.NDA_LLADDR]) // the buffer is used again
 		}
 	})
 	return have, err
-}
-
-// dumpTries bounds how often a dump that changes under way is begun again.
-const dumpTries = 20
-
-var errDumpChanged = errors.New("the kernel's list kept changing while it was read; try again")
-
-// dump gives every message of a list to take. A list that changed while it was read is read again from the start, so take
-// may see an entry twice.
-func (c *Conn) Dump(r Request, take func([]byte)) error {
-	r.Flags |= unix.NLM_F_DUMP
-	for range dumpTries {
-		whole, err := c.dumpOnce(r, take)
-		if err != nil {
-			return fmt.Errorf("%s: %w", r.What, err)
-		}
-		if whole {
-			return nil
-		}
-	}
-	return fmt.Errorf("%s: %w", r.What, errDumpChanged)
-}
-
-func (c *Conn) dumpOnce(r Request, take func([]byte)) (whole bool, err error) {
-	c.seq++
-	out := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(r.Body)))
-	out = binary.NativeEndian.AppendUint16(out, r.Type)
-	out = binary.NativeEndian.AppendUint16(out, r.Flags|unix.NLM_F_REQUEST)
-	out = binary.NativeEndian.AppendUint32(out, c.seq)
-	out = append(binary.NativeEndian.AppendUint32(out, 0), r.Body...)
-	err = ignoringEINTR(func() error { return unix.Sendto(c.fd, out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}) })
-	if err != nil {
-		return false, err
-	}
-	whole = true
-	for {
-		n, err := c.receive()
-		if err != nil {
-			return false, err
-		}
-		for b := c.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
-			h := (*unix.NlMsghdr)(unsafe.Pointer(&b[0]))
-			if int(h.Len) < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
-				return false, errors.New("malformed message")
-			}
-			payload := b[unix.NLMSG_HDRLEN:h.Len]
-			whole = whole && h.Flags&unix.NLM_F_DUMP_INTR == 0
-			switch {
-			case h.Seq != c.seq: // of an earlier request
-			case h.Type == unix.NLMSG_DONE:
-				return whole, nil
-			case h.Type == unix.NLMSG_ERROR:
-				return false, parseError(r.What, h.Flags, payload)
-			default:
-				take(payload)
-			}
-			b = b[min(align(int(h.Len)), len(b)):]
-		}
-	}
-}
-
-// podLinks lists all links whose name is like that of a pod's. It is a dump: not for ADD or DEL.
-func (c *Conn) podLinks() (map[string]Link, error) {
-	r := Request{What: "list links", Type: unix.RTM_GETLINK}
-	r.Ifinfo(0, 0, 0)
-	r.AttrUint32(unix.IFLA_EXT_MASK, skipStats)
-	links := map[string]Link{}
-	err := c.Dump(r, func(b []byte) {
-		if l, err := ParseLink(b); err == nil && l.Kind == "veth" && isPodLinkName(l.Name) {
-			links[l.Name] = l
-		}
-	})
-	return links, err
-}
-
-func isPodLinkName(name string) bool {
-	hash, ok := strings.CutPrefix(name, names.PodLinkPrefix)
-	return ok && len(hash) == 10 && strings.Trim(hash, "0123456789abcdef") == ""
-}
-
-// HasPods reports whether any pod's link is on the node.
-func (p *Pods) HasPods() bool {
-	c, err := Open(unix.NETLINK_ROUTE)
-	if err != nil {
-		return false
-	}
-	defer c.Close()
-	links, err := c.podLinks()
-	return err == nil && len(links) > 0
-}
-
-// Gate is the function of the same name.
-func (p *Pods) Gate(podCIDRs []netip.Prefix) error { return Gate(podCIDRs) }
-
-// Sweep removes the links of one network's pods for which keep is false. It goes on past errors, and returns the names of
-// the links that it could not remove.
-func (p *Pods) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
-	c, err := Open(unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, err
-	}
-	defer c.Close()
-	links, err := c.podLinks()
-	if err != nil {
-		return nil, err
-	}
-	var errs []error
-	for name, l := range links {
-		of, _, _ := strings.Cut(l.Alias, " ")
-		if of != network || keep(name) {
-			continue
-		}
-		if err := deletePodLink(c, l); err != nil {
-			left = append(left, name)
-			errs = append(errs, err)
-		}
-	}
-	return left, errors.Join(errs...)
 }

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/rtnl"
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
@@ -17,7 +18,7 @@ var ErrNotProgrammed = errors.New("node network is not programmed")
 // must lead nowhere, and both nft tables must exist. It takes some 15 us a question. The error matches ErrNotProgrammed
 // if the answer is no.
 func Gate(podCIDRs []netip.Prefix) error {
-	c, err := Open(unix.NETLINK_ROUTE)
+	c, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
@@ -30,13 +31,11 @@ func Gate(podCIDRs []netip.Prefix) error {
 	return gateTables(podCIDRs)
 }
 
-// gateClosed looks the network's own address up, which no pod is ever given.
-//
-// Unreachable rules answer ENETUNREACH, unreachable routes EHOSTUNREACH, prohibit EACCES, blackhole EINVAL. The last is
-// also the answer to a question that the kernel does not understand, so it does not count as closed.
-func gateClosed(c *Conn, cidr netip.Prefix) error {
+// gateClosed looks the network's own address up, which no pod is ever given. A blackhole does not count as closed: see
+// rtnl.Conn.RouteTo.
+func gateClosed(c *rtnl.Conn, cidr netip.Prefix) error {
 	a := cidr.Masked().Addr()
-	_, err := c.Do(GetRoute(a))
+	_, err := c.RouteTo(a)
 	switch {
 	case err == nil:
 		return fmt.Errorf("%w: packets to %s, which is free, would leave the node; is headcni-daemon running?", ErrNotProgrammed, a)
@@ -48,7 +47,7 @@ func gateClosed(c *Conn, cidr netip.Prefix) error {
 
 // gateTables: nft list table ip headcni, ip6 headcni
 func gateTables(podCIDRs []netip.Prefix) error {
-	c, err := Open(unix.NETLINK_NETFILTER)
+	c, err := rtnl.Open(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return fmt.Errorf("%w: the kernel has no nf_tables: %w", ErrNotProgrammed, err)
 	}
@@ -58,7 +57,7 @@ func gateTables(podCIDRs []netip.Prefix) error {
 		number byte
 		ipv6   bool
 	}{{"ip", unix.NFPROTO_IPV4, false}, {"ip6", unix.NFPROTO_IPV6, true}} {
-		r := Request{
+		r := rtnl.Request{
 			What: fmt.Sprintf("look for nft table %s %s", family.name, names.NFTTable),
 			Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
 		}

@@ -8,6 +8,9 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/rtnl"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // LivePod is a pod's link as the kernel knows it.
@@ -19,18 +22,18 @@ type LivePod struct {
 
 // Live lists the links of one network's pods with their addresses: the truth from which lost leases can be written anew.
 func (p *Pods) Live(network string) ([]LivePod, error) {
-	c, err := Open(unix.NETLINK_ROUTE)
+	c, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	links, err := c.podLinks()
+	links, err := podLinks(c)
 	if err != nil {
 		return nil, err
 	}
 	routes := map[int][]netip.Addr{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		r := Request{What: "list routes", Type: unix.RTM_GETROUTE}
+		r := rtnl.Request{What: "list routes", Type: unix.RTM_GETROUTE}
 		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
 		r.Uint32(0)
 		seen := map[netip.Addr]bool{} // a dump that is begun again comes twice
@@ -62,11 +65,67 @@ func hostRoute(b []byte) (link int, a netip.Addr, ok bool) {
 		return 0, a, false
 	}
 	m := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
-	attrs := Attrs(b[unix.SizeofRtMsg:])
+	attrs := rtnl.Attrs(b[unix.SizeofRtMsg:])
 	a, ok = netip.AddrFromSlice(attrs[unix.RTA_DST])
 	oif := attrs[unix.RTA_OIF]
 	if !ok || int(m.Dst_len) != a.BitLen() || m.Table != unix.RT_TABLE_MAIN || m.Protocol != unix.RTPROT_STATIC || len(oif) != 4 {
 		return 0, a, false
 	}
 	return int(binary.NativeEndian.Uint32(oif)), a, true
+}
+
+// podLinks lists all links whose name is like that of a pod's. It is a dump: not for ADD or DEL.
+func podLinks(c *rtnl.Conn) (map[string]rtnl.Link, error) {
+	links := map[string]rtnl.Link{}
+	err := c.Links(func(l rtnl.Link) {
+		if l.Kind == "veth" && isPodLinkName(l.Name) {
+			links[l.Name] = l
+		}
+	})
+	return links, err
+}
+
+func isPodLinkName(name string) bool {
+	hash, ok := strings.CutPrefix(name, names.PodLinkPrefix)
+	return ok && len(hash) == 10 && strings.Trim(hash, "0123456789abcdef") == ""
+}
+
+// HasPods reports whether any pod's link is on the node.
+func (p *Pods) HasPods() bool {
+	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	links, err := podLinks(c)
+	return err == nil && len(links) > 0
+}
+
+// Gate is the function of the same name.
+func (p *Pods) Gate(podCIDRs []netip.Prefix) error { return Gate(podCIDRs) }
+
+// Sweep removes the links of one network's pods for which keep is false. It goes on past errors, and returns the names of
+// the links that it could not remove.
+func (p *Pods) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
+	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	links, err := podLinks(c)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for name, l := range links {
+		of, _, _ := strings.Cut(l.Alias, " ")
+		if of != network || keep(name) {
+			continue
+		}
+		if err := deletePodLink(c, l); err != nil {
+			left = append(left, name)
+			errs = append(errs, err)
+		}
+	}
+	return left, errors.Join(errs...)
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/procfs"
+	"github.com/headcni/headcni/internal/rtnl"
 	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/names"
 )
@@ -56,8 +57,8 @@ var (
 type Pods struct {
 	Log *slog.Logger // nil: nothing is logged
 
-	vacant *podNetns // what Vacant has opened, for the Attach that follows
-	host   *Conn     // what InUse has opened, likewise
+	vacant *podNetns  // what Vacant has opened, for the Attach that follows
+	host   *rtnl.Conn // what InUse has opened, likewise
 
 	// inject, where a test sets it, fails the step that is about to run.
 	inject func(step string) error
@@ -141,7 +142,7 @@ func (p *Pods) warn(msg string, args ...any) {
 }
 
 // do is Conn.do with the test's seam before each request.
-func (p *Pods) do(c *Conn, requests ...Request) ([][]byte, error) {
+func (p *Pods) do(c *rtnl.Conn, requests ...rtnl.Request) ([][]byte, error) {
 	for i, r := range requests {
 		if err := p.step(r.What); err != nil {
 			if i > 0 {
@@ -151,44 +152,6 @@ func (p *Pods) do(c *Conn, requests ...Request) ([][]byte, error) {
 		}
 	}
 	return c.Do(requests...)
-}
-
-// openPodNetns opens a network namespace that is not the caller's own.
-func openPodNetns(path string) (int, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("open %s: %w: %w", path, ErrPodNetns, err)
-	}
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
-		unix.Close(fd)
-		return -1, fmt.Errorf("open %s: %w: it is not a namespace; has the sandbox ended?", path, ErrPodNetns)
-	}
-	var its, own unix.Stat_t
-	err = unix.Fstat(fd, &its)
-	if err == nil {
-		err = unix.Stat("/proc/thread-self/ns/net", &own)
-	}
-	if err == nil && its.Ino == own.Ino && its.Dev == own.Dev {
-		err = errors.New("it is the node's own; a pod on the host network needs no plugin")
-	}
-	if err != nil {
-		unix.Close(fd)
-		return -1, fmt.Errorf("open %s: %w: %w", path, ErrPodNetns, err)
-	}
-	return fd, nil
-}
-
-// stillThere reports a namespace whose path has gone while it was worked on: then nothing holds it any longer.
-func stillThere(path string, fd int) error {
-	var was, is unix.Stat_t
-	if err := unix.Fstat(fd, &was); err != nil {
-		return fmt.Errorf("look at %s: %w", path, err)
-	}
-	if err := unix.Stat(path, &is); err != nil || was.Ino != is.Ino || was.Dev != is.Dev {
-		return fmt.Errorf("%w: %s disappeared while the pod was attached; the sandbox has ended", ErrPodNetns, path)
-	}
-	return nil
 }
 
 // Vacant returns an error that matches ErrPodLinkExists if the pod already has the interface, and one that matches
@@ -208,39 +171,6 @@ func (p *Pods) Vacant(netns, ifName string) error {
 		return fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, netns, ErrPodLinkExists)
 	}
 	return err
-}
-
-// podNetns is a pod's network namespace and a netlink socket in it.
-type podNetns struct {
-	path string
-	fd   int
-	conn *Conn
-}
-
-// enter opens a pod's namespace, or takes over what Vacant has opened.
-func (p *Pods) enter(path string) (*podNetns, error) {
-	if was := p.vacant; was != nil {
-		p.vacant = nil
-		if was.path == path {
-			return was, nil
-		}
-		was.close()
-	}
-	fd, err := openPodNetns(path)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := openPodConnAt(fd, unix.NETLINK_ROUTE)
-	if err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return &podNetns{path: path, fd: fd, conn: conn}, nil
-}
-
-func (n *podNetns) close() {
-	n.conn.Close()
-	unix.Close(n.fd)
 }
 
 // Attach makes the pod's link. On an error something may be left over, which Detach removes.
@@ -282,7 +212,7 @@ func (p *Pods) Attach(pod Pod) (PodLinks, error) {
 }
 
 // create makes the veth pair, with the pod's end born inside its namespace.
-func (p *Pods) create(host *Conn, pod Pod, netns int) (PodLinks, error) {
+func (p *Pods) create(host *rtnl.Conn, pod Pod, netns int) (PodLinks, error) {
 	l := PodLinks{HostName: PodLinkName(pod.ContainerID, pod.IfName), HostMAC: randomPodMAC(), PodMAC: pod.MAC}
 	if l.PodMAC == nil {
 		l.PodMAC = randomPodMAC()
@@ -293,7 +223,7 @@ func (p *Pods) create(host *Conn, pod Pod, netns int) (PodLinks, error) {
 	}
 	l.HostMTU, l.PodMTU = mtu, mtu
 	// The look-up rides in the same system call: it tells both indices.
-	requests := []Request{newPodVeth(l, pod.IfName, netns), GetLink(l.HostName)}
+	requests := []rtnl.Request{newPodVeth(l, pod.IfName, netns), rtnl.GetLink(l.HostName)}
 	replies, err := p.do(host, requests...)
 	if errors.Is(err, unix.EEXIST) {
 		removed, gone := p.removeLeftover(host, pod, l.HostName)
@@ -308,7 +238,7 @@ func (p *Pods) create(host *Conn, pod Pod, netns int) (PodLinks, error) {
 	if err != nil {
 		return l, err
 	}
-	made, err := ParseLink(replies[1])
+	made, err := rtnl.ParseLink(replies[1])
 	if err != nil {
 		return l, err
 	}
@@ -317,7 +247,7 @@ func (p *Pods) create(host *Conn, pod Pod, netns int) (PodLinks, error) {
 }
 
 // removeLeftover removes the host's end that an ADD of the same attachment left when it was killed.
-func (p *Pods) removeLeftover(host *Conn, pod Pod, name string) (removed bool, err error) {
+func (p *Pods) removeLeftover(host *rtnl.Conn, pod Pod, name string) (removed bool, err error) {
 	l, err := host.LinkByName(name)
 	if errors.Is(err, unix.ENODEV) {
 		return false, nil
@@ -333,8 +263,8 @@ func (p *Pods) removeLeftover(host *Conn, pod Pod, name string) (removed bool, e
 }
 
 // deletePodLink returns when the link is gone. One that is gone already is as good.
-func deletePodLink(host *Conn, l Link) error {
-	r := Request{What: "delete link " + l.Name, Type: unix.RTM_DELLINK}
+func deletePodLink(host *rtnl.Conn, l rtnl.Link) error {
+	r := rtnl.Request{What: "delete link " + l.Name, Type: unix.RTM_DELLINK}
 	r.Ifinfo(l.Index, 0, 0)
 	if _, err := host.Do(r); err != nil && !errors.Is(err, unix.ENODEV) {
 		return err
@@ -342,7 +272,7 @@ func deletePodLink(host *Conn, l Link) error {
 	return nil
 }
 
-func tunMTU(host *Conn) int {
+func tunMTU(host *rtnl.Conn) int {
 	for _, name := range tunNames {
 		if l, err := host.LinkByName(name); err == nil && l.MTU > 0 {
 			return l.MTU
@@ -352,12 +282,12 @@ func tunMTU(host *Conn) int {
 }
 
 // setUpHost programs the host's end. Everything hangs on the link and goes with it.
-func (p *Pods) setUpHost(host *Conn, pod Pod, l PodLinks) error {
+func (p *Pods) setUpHost(host *rtnl.Conn, pod Pod, l PodLinks) error {
 	ipv6, err := p.hostSysctls(l.HostName)
 	if err != nil {
 		return err
 	}
-	steps := []Request{
+	steps := []rtnl.Request{
 		setPodLink(l.hostIdx, podLinkAlias(pod.Network, pod.ContainerID, pod.IfName, pod.Label), ipv6),
 		podLinkUp("host", l.hostIdx),
 	}
@@ -376,8 +306,8 @@ func (p *Pods) setUpHost(host *Conn, pod Pod, l PodLinks) error {
 }
 
 // setUpPod programs the pod's end. It returns the metric of the routes, 0 for the kernel's default.
-func (p *Pods) setUpPod(inside *Conn, pod Pod, l PodLinks) (metric int, err error) {
-	steps := []Request{podLinkUp("pod", l.podIdx)}
+func (p *Pods) setUpPod(inside *rtnl.Conn, pod Pod, l PodLinks) (metric int, err error) {
+	steps := []rtnl.Request{podLinkUp("pod", l.podIdx)}
 	for _, a := range pod.Addrs {
 		steps = append(steps, addPodAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
 	}
@@ -392,7 +322,7 @@ func (p *Pods) setUpPod(inside *Conn, pod Pod, l PodLinks) (metric int, err erro
 		steps = append(steps, addPodRoute("pod", l.podIdx, r))
 	}
 	// The look-up makes the kernel carry through what the carrier brings (see awaitCarrier).
-	steps = append(steps, GetLink(pod.IfName))
+	steps = append(steps, rtnl.GetLink(pod.IfName))
 	_, err = p.do(inside, steps...)
 	if errors.Is(err, unix.EEXIST) {
 		metric = podMetric + l.podIdx
@@ -403,14 +333,14 @@ func (p *Pods) setUpPod(inside *Conn, pod Pod, l PodLinks) (metric int, err erro
 
 // addRoutesBehind adds the pod's routes anew, behind those of another interface to the same destinations: a container may be
 // attached more than once (CNI specification section 2, ADD), and its first interface stays the way out.
-func (p *Pods) addRoutesBehind(inside *Conn, pod Pod, index, metric int) error {
+func (p *Pods) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) error {
 	for _, r := range pod.Routes {
 		// The kernel went on past the one that was refused. Only a route by our own interface matches.
 		if _, err := p.do(inside, deletePodRoute(index, r)); err != nil && !errors.Is(err, unix.ESRCH) {
 			return err
 		}
 	}
-	var steps []Request
+	var steps []rtnl.Request
 	for _, r := range pod.Routes {
 		if r.Priority == 0 {
 			r.Priority = metric
@@ -433,7 +363,7 @@ const (
 // awaitCarrier waits until the host's end sends. It was set up before its peer, without carrier, and a link gets its queue only
 // when the kernel's link watch has seen the carrier come: until then it drops what it is given. Looking the link up makes
 // that happen at once (rtnl_getlink, since Linux 6.8); older kernels get to it within milliseconds.
-func awaitCarrier(host *Conn, name string) error {
+func awaitCarrier(host *rtnl.Conn, name string) error {
 	for range carrierTries {
 		l, err := host.LinkByName(name)
 		if err != nil || l.Operational {
@@ -446,13 +376,19 @@ func awaitCarrier(host *Conn, name string) error {
 
 // awaitAddrs waits until the pod takes packets for its IPv6 addresses. The kernel makes them its own in a work queue, also those
 // without duplicate detection (net/ipv6/addrconf.c, addrconf_dad_work), and answers for none before.
-func awaitAddrs(inside *Conn, addrs []netip.Addr) {
+func awaitAddrs(inside *rtnl.Conn, addrs []netip.Addr) {
 	end := time.Now().Add(addrWait)
 	for _, a := range addrs {
-		for wait := addrFirst; a.Is6() && !inside.isLocal(a) && time.Now().Before(end); wait = min(2*wait, carrierWait) {
+		for wait := addrFirst; a.Is6() && !isLocal(inside, a) && time.Now().Before(end); wait = min(2*wait, carrierWait) {
 			time.Sleep(wait)
 		}
 	}
+}
+
+// isLocal reports whether a is an address of the namespace's own.
+func isLocal(c *rtnl.Conn, a netip.Addr) bool {
+	r, err := c.RouteTo(a)
+	return err == nil && r.Type == unix.RTN_LOCAL
 }
 
 // explainIPv6 puts the kernel's EACCES for an address on a link without IPv6 into words.
@@ -535,7 +471,7 @@ func (p *Pods) Detach(containerID, ifName string) (removed bool, err error) {
 	if err := p.step("detach"); err != nil {
 		return false, err
 	}
-	host, err := Open(unix.NETLINK_ROUTE)
+	host, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return false, err
 	}

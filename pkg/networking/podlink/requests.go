@@ -7,6 +7,8 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/rtnl"
 )
 
 // Constants of linux/veth.h and linux/if_link.h that x/sys/unix lacks.
@@ -17,8 +19,8 @@ const (
 )
 
 // newPodVeth: ip link add HOST mtu MTU address MAC type veth peer name POD mtu MTU address MAC netns FD
-func newPodVeth(l PodLinks, podName string, netns int) Request {
-	r := Request{What: "make link " + l.HostName, Type: unix.RTM_NEWLINK, Flags: Create}
+func newPodVeth(l PodLinks, podName string, netns int) rtnl.Request {
+	r := rtnl.Request{What: "make link " + l.HostName, Type: unix.RTM_NEWLINK, Flags: rtnl.Create}
 	r.Ifinfo(0, 0, 0)
 	r.AttrString(unix.IFLA_IFNAME, l.HostName)
 	r.AttrUint32(unix.IFLA_MTU, uint32(l.HostMTU))
@@ -41,8 +43,8 @@ func newPodVeth(l PodLinks, podName string, netns int) Request {
 // setPodLink: ip link set LINK alias ALIAS addrgenmode none
 //
 // The host's end needs no link-local address of the kernel's making, whose duplicate detection would run for a second.
-func setPodLink(index int, alias string, ipv6 bool) Request {
-	r := Request{What: "name owner of link", Type: unix.RTM_SETLINK}
+func setPodLink(index int, alias string, ipv6 bool) rtnl.Request {
+	r := rtnl.Request{What: "name owner of link", Type: unix.RTM_SETLINK}
 	r.Ifinfo(index, 0, 0)
 	r.Attr(unix.IFLA_IFALIAS, []byte(alias))
 	if ipv6 {
@@ -56,15 +58,15 @@ func setPodLink(index int, alias string, ipv6 bool) Request {
 }
 
 // podLinkUp: ip link set LINK up
-func podLinkUp(side string, index int) Request {
-	r := Request{What: "set " + side + " link up", Type: unix.RTM_NEWLINK}
+func podLinkUp(side string, index int) rtnl.Request {
+	r := rtnl.Request{What: "set " + side + " link up", Type: unix.RTM_NEWLINK}
 	r.Ifinfo(index, unix.IFF_UP, unix.IFF_UP)
 	return r
 }
 
 // addPodAddr: ip addr add ADDR dev LINK nodad
-func addPodAddr(side string, index int, p netip.Prefix) Request {
-	r := Request{What: fmt.Sprintf("add %s address %s", side, p), Type: unix.RTM_NEWADDR, Flags: Create}
+func addPodAddr(side string, index int, p netip.Prefix) rtnl.Request {
+	r := rtnl.Request{What: fmt.Sprintf("add %s address %s", side, p), Type: unix.RTM_NEWADDR, Flags: rtnl.Create}
 	var flags, scope byte
 	if p.Addr().Is6() {
 		flags = unix.IFA_F_NODAD // nobody else is on the link; detection would keep the address unusable for a second
@@ -72,7 +74,7 @@ func addPodAddr(side string, index int, p netip.Prefix) Request {
 			scope = unix.RT_SCOPE_LINK
 		}
 	}
-	r.Bytes(Family(p.Addr()), byte(p.Bits()), flags, scope)
+	r.Bytes(rtnl.Family(p.Addr()), byte(p.Bits()), flags, scope)
 	r.Uint32(uint32(index))
 	r.Attr(unix.IFA_LOCAL, p.Addr().AsSlice())
 	r.Attr(unix.IFA_ADDRESS, p.Addr().AsSlice())
@@ -80,12 +82,12 @@ func addPodAddr(side string, index int, p netip.Prefix) Request {
 }
 
 // addPodNeigh: ip neigh replace ADDR lladdr MAC nud permanent dev LINK
-func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) Request {
-	r := Request{
+func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) rtnl.Request {
+	r := rtnl.Request{
 		What: fmt.Sprintf("add %s neighbour %s", side, a), Type: unix.RTM_NEWNEIGH,
 		Flags: unix.NLM_F_CREATE | unix.NLM_F_REPLACE,
 	}
-	r.Bytes(Family(a), 0, 0, 0)
+	r.Bytes(rtnl.Family(a), 0, 0, 0)
 	r.Uint32(uint32(index))
 	r.Body = binary.NativeEndian.AppendUint16(r.Body, unix.NUD_PERMANENT)
 	r.Bytes(0, unix.RTN_UNICAST)
@@ -95,15 +97,15 @@ func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) Req
 }
 
 // deletePodRoute: ip route del, of what addPodRoute has added.
-func deletePodRoute(index int, route PodRoute) Request {
+func deletePodRoute(index int, route PodRoute) rtnl.Request {
 	r := addPodRoute("pod", index, route)
 	r.What, r.Type, r.Flags = fmt.Sprintf("delete pod route %s", route.Dst), unix.RTM_DELROUTE, 0
 	return r
 }
 
 // addPodRoute: ip route add DST [via GATEWAY onlink] dev LINK [mtu N] [advmss N] [metric N] [table N] [scope N]
-func addPodRoute(side string, index int, route PodRoute) Request {
-	r := Request{What: fmt.Sprintf("add %s route %s", side, route.Dst), Type: unix.RTM_NEWROUTE, Flags: Create}
+func addPodRoute(side string, index int, route PodRoute) rtnl.Request {
+	r := rtnl.Request{What: fmt.Sprintf("add %s route %s", side, route.Dst), Type: unix.RTM_NEWROUTE, Flags: rtnl.Create}
 	table, scope := unix.RT_TABLE_MAIN, unix.RT_SCOPE_LINK
 	var flags uint32
 	if route.Gateway.IsValid() {
@@ -123,7 +125,7 @@ func addPodRoute(side string, index int, route PodRoute) Request {
 	if table > 255 {
 		short = unix.RT_TABLE_UNSPEC
 	}
-	r.Bytes(Family(route.Dst.Addr()), byte(route.Dst.Bits()), 0, 0, byte(short), unix.RTPROT_STATIC, byte(scope), unix.RTN_UNICAST)
+	r.Bytes(rtnl.Family(route.Dst.Addr()), byte(route.Dst.Bits()), 0, 0, byte(short), unix.RTPROT_STATIC, byte(scope), unix.RTN_UNICAST)
 	r.Uint32(flags)
 	r.Attr(unix.RTA_DST, route.Dst.Addr().AsSlice())
 	r.AttrUint32(unix.RTA_OIF, uint32(index))

@@ -1,12 +1,12 @@
-package podlink
+// Package rtnl is a small netlink client for programs that live for milliseconds: several messages go out in one system call,
+// and one small buffer takes all answers (the netlink library allocates 64 KiB for each, which cost more than the kernel's
+// work). It knows rtnetlink's links and routes; other messages are for the caller to make.
+package rtnl
 
 import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
-	"runtime"
 	"slices"
 	"time"
 	"unsafe"
@@ -14,44 +14,43 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Request is one netlink message. Attaching a pod is the hot path of a process that lives for milliseconds, so it has
-// an encoder of its own: several messages go out in one system call, and one small buffer takes all answers (the netlink
-// library allocates 64 KiB for each, which cost more than the kernel's work).
+// Request is one netlink message. Its methods append to Body.
 type Request struct {
 	What  string // for the error, for example "add address 10.244.0.2/32"
 	Type  uint16
-	Flags uint16
+	Flags uint16 // beside NLM_F_REQUEST and NLM_F_ACK
 	Body  []byte
 }
 
-const (
-	Create = unix.NLM_F_CREATE | unix.NLM_F_EXCL
-	// replyWait is how long the kernel may take for one answer. Links are made and deleted under one lock, which hundreds
-	// of pods at once can hold for seconds.
-	replyWait = 60 * time.Second
-	// skipStats (RTEXT_FILTER_SKIP_STATS, linux/rtnetlink.h) spares the kernel from adding up counters.
-	skipStats = 1 << 3
-	operUp    = 6 // IF_OPER_UP, linux/if.h
-)
+// Create are the flags of a request that makes what must not be there.
+const Create = unix.NLM_F_CREATE | unix.NLM_F_EXCL
 
+// replyWait is how long the kernel may take for one answer. Links are made and deleted under one lock, which hundreds
+// of pods at once can hold for seconds.
+const replyWait = 60 * time.Second
+
+// Bytes appends fixed fields of a header.
 func (r *Request) Bytes(b ...byte) { r.Body = append(r.Body, b...) }
 
+// Uint32 appends a fixed field in the machine's order of bytes, as netlink has them.
 func (r *Request) Uint32(v uint32) { r.Body = binary.NativeEndian.AppendUint32(r.Body, v) }
 
-// attr appends a netlink attribute, padded to 4 bytes.
+// Attr appends a netlink attribute, padded to 4 bytes.
 func (r *Request) Attr(typ uint16, data []byte) {
 	end := r.Nest(typ)
 	r.Body = append(r.Body, data...)
 	end()
 }
 
+// AttrUint32 appends a number.
 func (r *Request) AttrUint32(typ uint16, v uint32) {
 	r.Attr(typ, binary.NativeEndian.AppendUint32(nil, v))
 }
 
+// AttrString appends a text with the zero behind it.
 func (r *Request) AttrString(typ uint16, s string) { r.Attr(typ, append([]byte(s), 0)) }
 
-// nest begins an attribute whose length is known when end is called.
+// Nest begins an attribute whose length is known when end is called.
 func (r *Request) Nest(typ uint16) (end func()) {
 	start := len(r.Body)
 	r.Body = binary.NativeEndian.AppendUint16(r.Body, 0)
@@ -72,6 +71,16 @@ func (r *Request) Ifinfo(index int, flags, change uint32) {
 	r.Uint32(change)
 }
 
+// append appends the whole message with its header.
+func (r *Request) append(out []byte, flags uint16, seq uint32) []byte {
+	out = binary.NativeEndian.AppendUint32(out, uint32(unix.NLMSG_HDRLEN+len(r.Body)))
+	out = binary.NativeEndian.AppendUint16(out, r.Type)
+	out = binary.NativeEndian.AppendUint16(out, flags)
+	out = binary.NativeEndian.AppendUint32(out, seq)
+	out = binary.NativeEndian.AppendUint32(out, 0) // sender: the kernel fills it in
+	return append(out, r.Body...)
+}
+
 // Conn is a netlink socket that lives in the namespace it was opened in, whichever thread uses it. Its methods are not
 // for concurrent use.
 type Conn struct {
@@ -80,6 +89,7 @@ type Conn struct {
 	buf []byte
 }
 
+// Open opens a socket of a netlink protocol, such as unix.NETLINK_ROUTE, in the namespace of the calling thread.
 func Open(protocol int) (*Conn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
@@ -100,44 +110,8 @@ func Open(protocol int) (*Conn, error) {
 	return c, nil
 }
 
+// Close gives the socket back.
 func (c *Conn) Close() { unix.Close(c.fd) }
-
-// inNetns runs fn on a thread that is in the namespace netns for the time being.
-func inNetns(netns int, fn func() error) error {
-	runtime.LockOSThread()
-	own, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		runtime.UnlockOSThread()
-		return fmt.Errorf("open own network namespace: %w", err)
-	}
-	defer unix.Close(own)
-	if err := unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
-		runtime.UnlockOSThread()
-		switch {
-		case errors.Is(err, unix.EPERM):
-			return fmt.Errorf("enter network namespace: %w; run as root (CAP_SYS_ADMIN and CAP_NET_ADMIN)", err)
-		case errors.Is(err, unix.EINVAL): // a namespace of another kind
-			return fmt.Errorf("enter network namespace: %w: %w", ErrPodNetns, err)
-		}
-		return fmt.Errorf("enter network namespace: %w", err)
-	}
-	err = fn()
-	if back := unix.Setns(own, unix.CLONE_NEWNET); back != nil {
-		// The thread stays locked, so that the runtime throws it away with this goroutine.
-		return errors.Join(err, fmt.Errorf("return to own network namespace: %w", back))
-	}
-	runtime.UnlockOSThread()
-	return err
-}
-
-// openPodConnAt opens a socket in another network namespace.
-func openPodConnAt(netns, protocol int) (c *Conn, err error) {
-	err = inNetns(netns, func() error {
-		c, err = Open(protocol)
-		return err
-	})
-	return c, err
-}
 
 // replyError is the kernel's refusal of one request.
 type replyError struct {
@@ -154,7 +128,7 @@ func (e *replyError) Error() string {
 
 func (e *replyError) Unwrap() error { return e.errno }
 
-// do sends all requests in one go. The kernel carries them out in order and goes on past a refused one; do returns the
+// Do sends all requests in one go. The kernel carries them out in order and goes on past a refused one; Do returns the
 // first refusal, and in replies the payload of the answers by request (nil for a mere acknowledgement).
 func (c *Conn) Do(requests ...Request) (replies [][]byte, err error) {
 	first := c.seq + 1
@@ -165,15 +139,9 @@ func (c *Conn) Do(requests ...Request) (replies [][]byte, err error) {
 		if i == len(requests)-1 {
 			flags |= unix.NLM_F_ACK // refusals come unasked, and before this one
 		}
-		out = binary.NativeEndian.AppendUint32(out, uint32(unix.NLMSG_HDRLEN+len(r.Body)))
-		out = binary.NativeEndian.AppendUint16(out, r.Type)
-		out = binary.NativeEndian.AppendUint16(out, flags)
-		out = binary.NativeEndian.AppendUint32(out, c.seq)
-		out = binary.NativeEndian.AppendUint32(out, 0)
-		out = append(out, r.Body...)
+		out = r.append(out, flags, c.seq)
 	}
-	err = ignoringEINTR(func() error { return unix.Sendto(c.fd, out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}) })
-	if err != nil {
+	if err := c.send(out); err != nil {
 		return nil, fmt.Errorf("send netlink request: %w", err)
 	}
 	return c.replies(first, requests)
@@ -211,6 +179,10 @@ func (c *Conn) replies(first uint32, requests []Request) ([][]byte, error) {
 		}
 	}
 	return replies, refusal
+}
+
+func (c *Conn) send(b []byte) error {
+	return ignoringEINTR(func() error { return unix.Sendto(c.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}) })
 }
 
 func (c *Conn) receive() (n int, err error) {
@@ -270,64 +242,55 @@ func ignoringEINTR(call func() error) error {
 	}
 }
 
-// Link is what the kernel says about a link.
-type Link struct {
-	Index, Peer int // peer: the other end's index in its own namespace
-	MTU         int
-	Up          bool
-	Operational bool // it can send
-	MAC         net.HardwareAddr
-	Name        string
-	Kind, Alias string
+// dumpTries bounds how often a dump that changes under way is begun again.
+const dumpTries = 20
+
+var errDumpChanged = errors.New("the kernel's list kept changing while it was read; try again")
+
+// Dump gives every message of a list to take. A list that changed while it was read is read again from the start, so take
+// may see an entry twice.
+func (c *Conn) Dump(r Request, take func([]byte)) error {
+	r.Flags |= unix.NLM_F_DUMP
+	for range dumpTries {
+		whole, err := c.dumpOnce(r, take)
+		if err != nil {
+			return fmt.Errorf("%s: %w", r.What, err)
+		}
+		if whole {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s: %w", r.What, errDumpChanged)
 }
 
-// link looks a link up by name: never by a dump, which is slow with thousands of links. The error matches ENODEV if there
-// is none.
-func (c *Conn) LinkByName(name string) (Link, error) {
-	replies, err := c.Do(GetLink(name))
-	if err != nil {
-		return Link{}, err
+func (c *Conn) dumpOnce(r Request, take func([]byte)) (whole bool, err error) {
+	c.seq++
+	if err := c.send(r.append(nil, r.Flags|unix.NLM_F_REQUEST, c.seq)); err != nil {
+		return false, err
 	}
-	return ParseLink(replies[0])
-}
-
-func GetLink(name string) Request {
-	r := Request{What: "look up link " + name, Type: unix.RTM_GETLINK}
-	r.Ifinfo(0, 0, 0)
-	r.AttrUint32(unix.IFLA_EXT_MASK, skipStats)
-	r.AttrString(unix.IFLA_IFNAME, name)
-	return r
-}
-
-func ParseLink(b []byte) (Link, error) {
-	if len(b) < unix.SizeofIfInfomsg {
-		return Link{}, errors.New("look up link: short answer from the kernel")
+	whole = true
+	for {
+		n, err := c.receive()
+		if err != nil {
+			return false, err
+		}
+		for b := c.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
+			h := (*unix.NlMsghdr)(unsafe.Pointer(&b[0]))
+			if int(h.Len) < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
+				return false, errors.New("malformed message")
+			}
+			payload := b[unix.NLMSG_HDRLEN:h.Len]
+			whole = whole && h.Flags&unix.NLM_F_DUMP_INTR == 0
+			switch {
+			case h.Seq != c.seq: // of an earlier request
+			case h.Type == unix.NLMSG_DONE:
+				return whole, nil
+			case h.Type == unix.NLMSG_ERROR:
+				return false, parseError(r.What, h.Flags, payload)
+			default:
+				take(payload)
+			}
+			b = b[min(align(int(h.Len)), len(b)):]
+		}
 	}
-	info := (*unix.IfInfomsg)(unsafe.Pointer(&b[0]))
-	attrs := Attrs(b[unix.SizeofIfInfomsg:])
-	l := Link{
-		Index: int(info.Index),
-		Up:    info.Flags&unix.IFF_UP != 0,
-		MAC:   slices.Clone(attrs[unix.IFLA_ADDRESS]),
-		Name:  unix.ByteSliceToString(attrs[unix.IFLA_IFNAME]),
-		Alias: unix.ByteSliceToString(attrs[unix.IFLA_IFALIAS]),
-		Kind:  unix.ByteSliceToString(Attrs(attrs[unix.IFLA_LINKINFO])[unix.IFLA_INFO_KIND]),
-	}
-	if v := attrs[unix.IFLA_LINK]; len(v) == 4 {
-		l.Peer = int(binary.NativeEndian.Uint32(v))
-	}
-	if v := attrs[unix.IFLA_OPERSTATE]; len(v) == 1 {
-		l.Operational = v[0] == operUp
-	}
-	if v := attrs[unix.IFLA_MTU]; len(v) == 4 {
-		l.MTU = int(binary.NativeEndian.Uint32(v))
-	}
-	return l, nil
-}
-
-func Family(a netip.Addr) byte {
-	if a.Is4() {
-		return unix.AF_INET
-	}
-	return unix.AF_INET6
 }
