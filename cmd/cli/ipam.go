@@ -238,7 +238,7 @@ func ipamGCCmd(f *ipamFlags) *cobra.Command {
 
 // leaked tells a lease without a pod: it is the headcni plugin's, whose pods all have a link, and has none.
 func leaked(l ipam.Lease, links map[string]bool, now time.Time) bool {
-	return l.Writer == ipam.InProcess && !links[podlink.PodLinkName(l.ContainerID, l.IfName)] && now.Sub(l.Time) >= gcGrace
+	return l.Writer == ipam.InProcess && !links[podlink.Name(l.ContainerID, l.IfName)] && now.Sub(l.Time) >= gcGrace
 }
 
 // linkNames are the host's; a lease without its link has no pod.

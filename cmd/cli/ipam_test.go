@@ -119,7 +119,7 @@ func TestLeaked(t *testing.T) {
 	lease := func(id, writer string, age time.Duration) ipam.Lease {
 		return ipam.Lease{Owner: ipam.Owner{ContainerID: id, IfName: "eth0"}, Writer: writer, Time: now.Add(-age)}
 	}
-	links := map[string]bool{podlink.PodLinkName("live", "eth0"): true}
+	links := map[string]bool{podlink.Name("live", "eth0"): true}
 	for _, c := range []struct {
 		lease ipam.Lease
 		want  bool

@@ -56,7 +56,7 @@ type Daemon struct {
 	board   *reconcile.Board[*pass]
 	loop    *reconcile.Loop
 
-	node    *noderoutes.Node
+	node    *noderoutes.Routes
 	tables  *nft.Tables
 	member  *member
 	cluster *cluster // nil without Kubernetes
@@ -114,7 +114,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	d.board = d.newBoard(d.parts())
 	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return settle }
-	d.node = noderoutes.NewNode(saved.Host, func(h noderoutes.SavedHost) error {
+	d.node = noderoutes.New(saved.Host, func(h noderoutes.Saved) error {
 		return d.remember(func(s *state) { s.Host = h })
 	})
 	return d, nil

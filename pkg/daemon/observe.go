@@ -77,7 +77,7 @@ func (d *Daemon) observeCluster(o *observation) error {
 		return err
 	}
 	if len(l.Leaving) > 0 {
-		pods := podlink.Pods{}
+		pods := podlink.Handle{}
 		live, err := pods.Live(conflist.NetworkName)
 		if err != nil {
 			return fmt.Errorf("look for pods of former pod CIDRs: %w", err)

@@ -51,7 +51,7 @@ type observation struct {
 
 // plan is what the node should look like.
 type plan struct {
-	node     noderoutes.NodeConfig
+	node     noderoutes.Config
 	firewall nft.Config
 	prefs    tailscale.PrefsSpec
 	conflist []byte
@@ -69,7 +69,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		return plan{}, err
 	}
 	p := plan{
-		node: noderoutes.NodeConfig{Own: own, Leaving: o.leaving, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
+		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
 			Own: slices.Concat(own, o.leaving), Cluster: cluster, KeepSource: c.Network.ServiceCIDRs.Prefixes(), TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,

@@ -49,7 +49,7 @@ func TestMakePlan(t *testing.T) {
 	own, cluster := prefixes("10.244.1.0/24", "fd00:244:1::/64"), prefixes("10.244.0.0/16", "10.245.0.0/16", "fd00:244::/32")
 	off := false
 	want := plan{
-		node: noderoutes.NodeConfig{Own: own, Cluster: cluster, TunName: "headcni01", LANFirst: true},
+		node: noderoutes.Config{Own: own, Cluster: cluster, TunName: "headcni01", LANFirst: true},
 		firewall: nft.Config{
 			Own: own, Cluster: cluster, KeepSource: prefixes("10.96.0.0/16"), TunName: "headcni01", NodeAddr4: o.nodeAddr4,
 			Masquerade: true, TailnetEgress: "masquerade",

@@ -30,7 +30,7 @@ type state struct {
 	// Prefs are the tailscaled prefs that we change, as found.
 	Prefs *tailscale.SavedPrefs `json:"prefs,omitempty"`
 	// Host are the sysctls that we change, as found.
-	Host noderoutes.SavedHost `json:"host"`
+	Host noderoutes.Saved `json:"host"`
 	// ConflistMode is the file mode of the conflist that we replaced, 0 = there was none.
 	ConflistMode os.FileMode `json:"conflistMode,omitempty"`
 	// TakenBack is the fingerprint of the configuration that cut this node off from TakenBackFor, a host:port.

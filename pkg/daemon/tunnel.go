@@ -18,7 +18,7 @@ type tunnel struct {
 	missing map[netip.Prefix]time.Time // since when
 }
 
-// tunnelTable is tailscaled's routing table; see noderoutes.Node.
+// tunnelTable is tailscaled's routing table; see noderoutes.Routes.
 type tunnelTable interface {
 	Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error)
 	Tunnel(tun string, prefixes []netip.Prefix) ([]string, error)

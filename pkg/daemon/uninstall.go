@@ -144,5 +144,5 @@ func unlessStopped(err error, mode string) error {
 }
 
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(noderoutes.NewNode(s.Host, nil).Remove(ctx), nft.New().Remove(ctx))
+	return errors.Join(noderoutes.New(s.Host, nil).Remove(ctx), nft.New().Remove(ctx))
 }

@@ -66,7 +66,7 @@ func (s *Sweeper) sweep(ctx context.Context) ([]ipam.Lease, error) {
 	}
 	now, seen := s.now(), map[string]bool{}
 	keep := func(l ipam.Lease) bool {
-		name := podlink.PodLinkName(l.ContainerID, l.IfName)
+		name := podlink.Name(l.ContainerID, l.IfName)
 		if l.Writer != ipam.InProcess || links[name] {
 			return true
 		}

@@ -31,7 +31,7 @@ func TestSweep(t *testing.T) {
 		}
 	}
 	now := time.Now()
-	links := map[string]bool{podlink.PodLinkName("live", "eth0"): true}
+	links := map[string]bool{podlink.Name("live", "eth0"): true}
 	confDir := t.TempDir()
 	conf := fmt.Sprintf(`{"name":"net","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, dir)
 	if err := os.WriteFile(filepath.Join(confDir, paths.ConflistName), []byte(conf), 0o600); err != nil {
@@ -55,9 +55,9 @@ func TestSweep(t *testing.T) {
 	}
 	sweep()
 	now = now.Add(sweepGrace - time.Second)
-	links[podlink.PodLinkName("late", "eth0")] = true // a slow ADD
+	links[podlink.Name("late", "eth0")] = true // a slow ADD
 	sweep()
-	delete(links, podlink.PodLinkName("late", "eth0"))
+	delete(links, podlink.Name("late", "eth0"))
 	now = now.Add(2 * time.Second)
 	sweep("gone")
 	now = now.Add(sweepGrace - time.Second) // late's time without a link began anew

@@ -62,12 +62,12 @@ func cniError(s stage, err error) *types.Error {
 		return newError(types.ErrTryAgainLater, "address store is busy; try again later", err)
 	case errors.Is(err, errEnvironment), errors.Is(err, ipam.ErrOwner):
 		return newError(types.ErrInvalidEnvironmentVariables, oneLine(err), err) // the message must name the variables
-	case errors.Is(err, podlink.ErrPodNetns):
-		return newError(types.ErrInvalidNetNS, podlink.ErrPodNetns.Error(), err)
+	case errors.Is(err, podlink.ErrNetns):
+		return newError(types.ErrInvalidNetNS, podlink.ErrNetns.Error(), err)
 	case errors.Is(err, podlink.ErrNotProgrammed):
 		return newError(types.ErrTryAgainLater, podlink.ErrNotProgrammed.Error()+"; try again later", err)
-	case errors.Is(err, podlink.ErrPodLinkExists):
-		return newError(CodeInterfaceExists, podlink.ErrPodLinkExists.Error(), err)
+	case errors.Is(err, podlink.ErrLinkExists):
+		return newError(CodeInterfaceExists, podlink.ErrLinkExists.Error(), err)
 	case errors.Is(err, podlink.ErrNoIPv6):
 		return newError(CodeNoIPv6, podlink.ErrNoIPv6.Error(), err)
 	}

@@ -19,16 +19,16 @@ import (
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
-// Links makes, removes and looks at the links of pods. podlink.Pods is the real one.
+// Links makes, removes and looks at the links of pods. podlink.Handle is the real one.
 type Links interface {
 	Vacant(netns, ifName string) error
-	Attach(podlink.Pod) (podlink.PodLinks, error)
+	Attach(podlink.Pod) (podlink.Pair, error)
 	// Detach tells whether there was a link to remove.
 	Detach(containerID, ifName string) (removed bool, err error)
-	Check(podlink.PodState) error
+	Check(podlink.State) error
 }
 
-// Node looks at the node as a whole. podlink.Pods is the real one.
+// Node looks at the node as a whole. podlink.Handle is the real one.
 type Node interface {
 	Gate(podCIDRs []netip.Prefix) error
 	// Sweep removes the links of a network for which keep is false and returns those that it could not remove.
@@ -55,7 +55,7 @@ type Plugin struct {
 
 // New makes the plugin on the kernel it runs on.
 func New(start time.Time) *Plugin {
-	pods := &podlink.Pods{}
+	pods := &podlink.Handle{}
 	return &Plugin{
 		Links: pods, Node: pods, Addresses: addressesFor(pods, pods), Hint: hint.Send,
 		Stdout: os.Stdout, Stderr: os.Stderr, Start: start,
@@ -88,7 +88,7 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 	r.Config, faults = netconf.ParseObject(a.Config)
 	r.Args, argsFault = parseArgs(a.Args)
 	r.Log = newLogger(p.Stderr, r.Config).With("command", command, "container", a.ContainerID, "interface", a.IfName)
-	if pods, ok := p.Links.(*podlink.Pods); ok {
+	if pods, ok := p.Links.(*podlink.Handle); ok {
 		pods.Log = r.Log
 	}
 	for _, w := range r.Config.Warnings {
@@ -100,7 +100,7 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 	r.hint = hint.Hint{
 		Command: command, ContainerID: a.ContainerID, IfName: a.IfName,
 		PodNamespace: r.Args.PodNamespace, PodName: r.Args.PodName,
-		HostIfName: podlink.PodLinkName(a.ContainerID, a.IfName),
+		HostIfName: podlink.Name(a.ContainerID, a.IfName),
 	}
 	return r, errors.Join(faults, argsFault)
 }
@@ -284,7 +284,7 @@ func (p *Plugin) gc(ctx context.Context, r *Request) error {
 	}
 	valid := map[string]bool{}
 	for _, v := range r.Config.ValidAttachments {
-		valid[podlink.PodLinkName(v.ContainerID, v.IfName)] = true
+		valid[podlink.Name(v.ContainerID, v.IfName)] = true
 	}
 	r.stage = stageDetach
 	left, linkErr := p.Node.Sweep(r.Config.Name, func(name string) bool { return valid[name] })
@@ -300,7 +300,7 @@ func (p *Plugin) gc(ctx context.Context, r *Request) error {
 		return errors.Join(coded(stageDetach, linkErr), err)
 	}
 	return errors.Join(coded(stageDetach, linkErr), addresses.GC(ctx, func(containerID, ifName string) bool {
-		return valid[podlink.PodLinkName(containerID, ifName)]
+		return valid[podlink.Name(containerID, ifName)]
 	}))
 }
 

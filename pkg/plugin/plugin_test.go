@@ -36,17 +36,17 @@ type fakeKernel struct {
 
 func (k *fakeKernel) Vacant(_, ifName string) error { return k.fail["vacant"] }
 
-func (k *fakeKernel) Attach(pod podlink.Pod) (podlink.PodLinks, error) {
-	name := podlink.PodLinkName(pod.ContainerID, pod.IfName)
+func (k *fakeKernel) Attach(pod podlink.Pod) (podlink.Pair, error) {
+	name := podlink.Name(pod.ContainerID, pod.IfName)
 	k.links[name] = pod
 	if err := k.fail["attach"]; err != nil {
-		return podlink.PodLinks{}, err // half-way: the link is there
+		return podlink.Pair{}, err // half-way: the link is there
 	}
 	mac := pod.MAC
 	if mac == nil {
 		mac = net.HardwareAddr{2, 0, 0, 0, 0, 2}
 	}
-	return podlink.PodLinks{
+	return podlink.Pair{
 		HostName: name, HostMAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, PodMAC: mac, HostMTU: 1280, PodMTU: 1280,
 	}, nil
 }
@@ -55,15 +55,15 @@ func (k *fakeKernel) Detach(containerID, ifName string) (removed bool, err error
 	if err := k.fail["detach"]; err != nil {
 		return false, err
 	}
-	name := podlink.PodLinkName(containerID, ifName)
+	name := podlink.Name(containerID, ifName)
 	_, removed = k.links[name]
 	delete(k.links, name)
 	return removed, nil
 }
 
-func (k *fakeKernel) Check(podlink.PodState) error { return k.fail["check"] }
-func (k *fakeKernel) Gate([]netip.Prefix) error    { return k.fail["gate"] }
-func (k *fakeKernel) HasPods() bool                { return len(k.links) > 0 }
+func (k *fakeKernel) Check(podlink.State) error { return k.fail["check"] }
+func (k *fakeKernel) Gate([]netip.Prefix) error { return k.fail["gate"] }
+func (k *fakeKernel) HasPods() bool             { return len(k.links) > 0 }
 
 func (k *fakeKernel) InUse(a netip.Addr) bool { return k.inUse[a] }
 
@@ -218,13 +218,13 @@ func TestAddFailsAtEachStep(t *testing.T) {
 		{"ipam config", `{"ipam":{"type":"headcni-ipam","strategy":"x"}}`, nil, 7, "config", "strategy"},
 		{"both", `{"mut":1,"ipam":{"type":"headcni-ipam","strategy":"x"}}`, nil, 7, "config", "strategy"},
 		{"gate", "", func(b *bench) { b.kernel.fail["gate"] = podlink.ErrNotProgrammed }, 11, "gate", "not programmed"},
-		{"netns", "", func(b *bench) { b.kernel.fail["vacant"] = podlink.ErrPodNetns }, 8, "netns", "namespace"},
-		{"interface exists", "", func(b *bench) { b.kernel.fail["vacant"] = podlink.ErrPodLinkExists }, CodeInterfaceExists, "netns", "exists"},
+		{"netns", "", func(b *bench) { b.kernel.fail["vacant"] = podlink.ErrNetns }, 8, "netns", "namespace"},
+		{"interface exists", "", func(b *bench) { b.kernel.fail["vacant"] = podlink.ErrLinkExists }, CodeInterfaceExists, "netns", "exists"},
 		{"address", `{"runtimeConfig":{"ips":["10.9.9.9"]}}`, nil, CodeAddress, "ipam", "10.9.9.9"},
 		{"no IPv6", `{"enable_ipv6":true,"ipam":{"type":"headcni-ipam","subnet":"10.244.1.0/24"}}`, nil, 7, "config", "enable_ipv6"},
 		{"attach", "", func(b *bench) { b.kernel.fail["attach"] = boom }, CodeAttach, "attach", "boom"},
 		{"IPv6 off", "", func(b *bench) { b.kernel.fail["attach"] = podlink.ErrNoIPv6 }, CodeNoIPv6, "attach", "IPv6"},
-		{"netns gone", "", func(b *bench) { b.kernel.fail["attach"] = podlink.ErrPodNetns }, 8, "attach", "namespace"},
+		{"netns gone", "", func(b *bench) { b.kernel.fail["attach"] = podlink.ErrNetns }, 8, "attach", "namespace"},
 		{"result", "", func(b *bench) { b.Stdout = brokenPipe{} }, 5, "result", "broken pipe"},
 		{"prevResult", `{"prevResult":{"cniVersion":"9.9.9"}}`, nil, 7, "config", "prevResult"},
 	} {
@@ -316,7 +316,7 @@ func TestSecondAddTouchesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := b.leases(t)
-	b.kernel.fail["vacant"] = podlink.ErrPodLinkExists
+	b.kernel.fail["vacant"] = podlink.ErrLinkExists
 	fails(t, b.Add(bg, b.args(t, "c1", "")), CodeInterfaceExists)
 	if diff := cmp.Diff(len(before), len(b.leases(t))); diff != "" || len(b.kernel.links) != 1 {
 		t.Errorf("the first attachment suffered: %s, links %v", diff, b.kernel.links)
@@ -426,7 +426,7 @@ func TestRequested(t *testing.T) {
 	if err := b.Add(bg, a); err != nil {
 		t.Fatal(err)
 	}
-	pod := b.kernel.links[podlink.PodLinkName("c1", "eth0")]
+	pod := b.kernel.links[podlink.Name("c1", "eth0")]
 	if got := fmt.Sprint(pod.Addrs, pod.MAC); got != "[10.244.1.77 fd00:244:1::77] 02:00:00:00:00:77" {
 		t.Errorf("got %s", got)
 	}
@@ -435,7 +435,7 @@ func TestRequested(t *testing.T) {
 	if err := b.Add(bg, a); err != nil {
 		t.Fatal(err)
 	}
-	if got := b.kernel.links[podlink.PodLinkName("c2", "eth0")].Addrs; len(got) != 1 || !netip.MustParsePrefix("10.244.1.128/25").Contains(got[0]) {
+	if got := b.kernel.links[podlink.Name("c2", "eth0")].Addrs; len(got) != 1 || !netip.MustParsePrefix("10.244.1.128/25").Contains(got[0]) {
 		t.Errorf("got %v", got)
 	}
 }
@@ -652,7 +652,7 @@ func TestDelegate(t *testing.T) {
 		if err != nil || !strings.Contains(string(stdin), `"own":"key"`) || !strings.Contains(string(stdin), `"gate"`) {
 			t.Errorf("it did not get the whole configuration: %s, %v", stdin, err)
 		}
-		pod := b.kernel.links[podlink.PodLinkName("c1", "eth0")]
+		pod := b.kernel.links[podlink.Name("c1", "eth0")]
 		if fmt.Sprint(pod.Addrs, pod.Routes[0].Gateway) != "[10.9.0.5] 10.9.0.1" {
 			t.Errorf("pod: %+v", pod)
 		}
@@ -758,7 +758,7 @@ func TestDelegate(t *testing.T) {
 		if text := fails(t, b.Add(bg, a), CodeAddress); !strings.Contains(text, "/nowhere") {
 			t.Errorf("got %q", text)
 		}
-		b.kernel.links[podlink.PodLinkName("c1", "eth0")] = podlink.Pod{}
+		b.kernel.links[podlink.Name("c1", "eth0")] = podlink.Pod{}
 		fails(t, b.Del(bg, a), CodeAddress)
 		b.empty(t) // the link went all the same
 	})

@@ -50,7 +50,7 @@ func planPod(r *Request, given Given) (podlink.Pod, error) {
 	// Where IPAM names no route of a family, everything of that family goes through the node.
 	for _, any := range []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)} {
 		if bits := any.Addr().BitLen(); gateways[bits].IsValid() && !explicit[bits] {
-			pod.Routes = append(pod.Routes, podlink.PodRoute{Dst: any, Gateway: gateways[bits]})
+			pod.Routes = append(pod.Routes, podlink.Route{Dst: any, Gateway: gateways[bits]})
 		}
 	}
 	return pod, nil
@@ -64,9 +64,9 @@ func nextHop(ipam netconf.IPAM, ip GivenIP) netip.Addr {
 		return g
 	}
 	if ip.Addr.Is4() {
-		return podlink.PodGateway4
+		return podlink.Gateway4
 	}
-	return podlink.PodGateway6
+	return podlink.Gateway6
 }
 
 func checkFamilies(enableIPv6 *bool, addrs []netip.Addr) error {
@@ -86,16 +86,16 @@ func checkFamilies(enableIPv6 *bool, addrs []netip.Addr) error {
 // The kernel takes no next hop with it.
 const scopeLink = 253
 
-func planRoute(route *types.Route, gateways map[int]netip.Addr) (podlink.PodRoute, error) {
+func planRoute(route *types.Route, gateways map[int]netip.Addr) (podlink.Route, error) {
 	dst, ok := netip.AddrFromSlice(route.Dst.IP)
 	bits, size := route.Dst.Mask.Size()
 	if !ok || size == 0 {
-		return podlink.PodRoute{}, fmt.Errorf("read route %s from the IPAM plugin: not a CIDR", &route.Dst)
+		return podlink.Route{}, fmt.Errorf("read route %s from the IPAM plugin: not a CIDR", &route.Dst)
 	}
 	if size == 32 {
 		dst = dst.Unmap()
 	}
-	planned := podlink.PodRoute{
+	planned := podlink.Route{
 		Dst: netip.PrefixFrom(dst, bits).Masked(), Gateway: gateways[size],
 		MTU: route.MTU, AdvMSS: route.AdvMSS, Priority: route.Priority, Table: route.Table, Scope: route.Scope,
 	}
@@ -155,7 +155,7 @@ func (r *Request) previousAddrs() []netip.Addr {
 }
 
 // buildResult says what the kernel has now: /32 and /128 addresses, the host's end first. It extends previous, if any.
-func buildResult(r *Request, previous *types100.Result, pod podlink.Pod, links podlink.PodLinks, given Given) *types100.Result {
+func buildResult(r *Request, previous *types100.Result, pod podlink.Pod, links podlink.Pair, given Given) *types100.Result {
 	result := previous
 	if result == nil {
 		result = &types100.Result{CNIVersion: types100.ImplementedSpecVersion}
@@ -193,8 +193,8 @@ func buildResult(r *Request, previous *types100.Result, pod podlink.Pod, links p
 }
 
 // expectedState reads prevResult for CHECK.
-func expectedState(r *Request) (podlink.PodState, error) {
-	s := podlink.PodState{ContainerID: r.ContainerID, IfName: r.IfName, Netns: r.Netns}
+func expectedState(r *Request) (podlink.State, error) {
+	s := podlink.State{ContainerID: r.ContainerID, IfName: r.IfName, Netns: r.Netns}
 	result, err := r.previous()
 	if err != nil {
 		return s, err
@@ -207,7 +207,7 @@ func expectedState(r *Request) (podlink.PodState, error) {
 		switch {
 		case link.Sandbox != "" && link.Name == r.IfName:
 			inPod, s.PodMAC, s.PodMTU = i, link.Mac, link.Mtu
-		case link.Sandbox == "" && link.Name == podlink.PodLinkName(r.ContainerID, r.IfName):
+		case link.Sandbox == "" && link.Name == podlink.Name(r.ContainerID, r.IfName):
 			s.HostListed, s.HostMAC, s.HostMTU = true, link.Mac, link.Mtu
 		}
 	}
@@ -228,7 +228,7 @@ func expectedState(r *Request) (podlink.PodState, error) {
 			if size == 32 {
 				dst = dst.Unmap()
 			}
-			s.Routes = append(s.Routes, podlink.PodRoute{Dst: netip.PrefixFrom(dst, bits), Gateway: gw.Unmap(), Table: route.Table})
+			s.Routes = append(s.Routes, podlink.Route{Dst: netip.PrefixFrom(dst, bits), Gateway: gw.Unmap(), Table: route.Table})
 		}
 	}
 	return s, nil

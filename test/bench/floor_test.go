@@ -114,7 +114,7 @@ type bare struct{ host, pod, remove string }
 
 func newBare(b testing.TB) bare {
 	b.Helper()
-	addr, gateway := netip.MustParseAddr("10.9.0.2"), podlink.PodGateway4
+	addr, gateway := netip.MustParseAddr("10.9.0.2"), podlink.Gateway4
 	var host, pod, remove requests
 	host.link()
 	host.neighbour(bareHost, addr, barePodMAC)
@@ -138,7 +138,7 @@ func TestBareLeavesWhatADDLeaves(t *testing.T) {
 	if err := p.command(c, "ADD", s); err != nil {
 		t.Fatal(err)
 	}
-	want := look(t, podlink.PodLinkName(s.id, "eth0"), s)
+	want := look(t, podlink.Name(s.id, "eth0"), s)
 	if err := p.command(c, "DEL", s); err != nil {
 		t.Fatal(err)
 	}

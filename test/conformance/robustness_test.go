@@ -286,7 +286,7 @@ func (n *node) life(pod *nstest.NS, conf string) string {
 // TestCollisions: what has our link's name or a pod's address already stays. Another address is given, unless this one is asked
 // for; then the error names it.
 func TestCollisions(t *testing.T) {
-	host := podlink.PodLinkName("c1", "eth0")
+	host := podlink.Name("c1", "eth0")
 	for name, tt := range map[string]struct {
 		taken, look string // with ip
 		keys        string

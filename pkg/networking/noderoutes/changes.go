@@ -23,12 +23,12 @@ const settle = 50 * time.Millisecond
 // routes, the default routes, a loss of tailscaled's routes, links and addresses other than pods', and the switches for
 // forwarding. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the kernel's events
 // cannot be read any more.
-func (n *Node) Changes(ctx context.Context) (<-chan struct{}, error) {
+func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK,
 		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_NETCONF,
 		unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_NETCONF)
 	if err != nil {
-		return nil, fmt.Errorf("subscribe to network events: %w", explainNode(err))
+		return nil, fmt.Errorf("subscribe to network events: %w", explain(err))
 	}
 	out := make(chan struct{}, 1)
 	stop := context.AfterFunc(ctx, s.Close)
@@ -43,7 +43,7 @@ func (n *Node) Changes(ctx context.Context) (<-chan struct{}, error) {
 				return
 			}
 			for _, m := range msgs {
-				concerns = concerns || concernsNode(m.Header.Type, m.Data)
+				concerns = concerns || concernsUs(m.Header.Type, m.Data)
 			}
 			if !concerns {
 				continue
@@ -62,8 +62,8 @@ func (n *Node) Changes(ctx context.Context) (<-chan struct{}, error) {
 	return out, nil
 }
 
-// concernsNode keeps the events of pods coming and going, and of other programs' routes, from waking us.
-func concernsNode(typ uint16, msg []byte) bool {
+// concernsUs keeps the events of pods coming and going, and of other programs' routes, from waking us.
+func concernsUs(typ uint16, msg []byte) bool {
 	switch typ {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		r, err := decodeRule(msg)

@@ -42,16 +42,16 @@ const (
 	// gone, and it holds for packets with the bypass mark too.
 	unreachableMetric = 4278
 
-	// nodeProtocol is the origin of our rules and routes: systemd-networkd deletes foreign ones when it restarts, but not
+	// protocol is the origin of our rules and routes: systemd-networkd deletes foreign ones when it restarts, but not
 	// "proto kernel" (systemd issue 19106).
-	nodeProtocol = unix.RTPROT_KERNEL
+	protocol = unix.RTPROT_KERNEL
 
 	// noSuppress is the value of suppress_prefixlength that suppresses nothing.
 	noSuppress = -1
 )
 
-// nodeFamily is what differs between the two families.
-type nodeFamily struct {
+// family is what differs between the two families.
+type family struct {
 	name    string // in words
 	af      int
 	tailnet netip.Prefix // all tailnet addresses
@@ -59,9 +59,9 @@ type nodeFamily struct {
 	conf, forwarding string
 }
 
-var nodeFamilies = []nodeFamily{
+var families = []family{
 	{"IPv4", unix.AF_INET, netip.MustParsePrefix("100.64.0.0/10"), "net/ipv4/conf", sysctl.IPv4Forwarding},
 	{"IPv6", unix.AF_INET6, netip.MustParsePrefix("fd7a:115c:a1e0::/48"), "net/ipv6/conf", sysctl.IPv6Forwarding},
 }
 
-func (f nodeFamily) has(p netip.Prefix) bool { return p.Addr().Is4() == (f.af == unix.AF_INET) }
+func (f family) has(p netip.Prefix) bool { return p.Addr().Is4() == (f.af == unix.AF_INET) }

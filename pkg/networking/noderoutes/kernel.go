@@ -44,7 +44,7 @@ func (m rawRule) Len() int          { return len(m) }
 func (m rawRule) Serialize() []byte { return m }
 
 // listRules returns the rules of our numbers, with the raw message of each.
-func listRules(f nodeFamily) ([]nodeRule, []rawRule, error) {
+func listRules(f family) ([]rule, []rawRule, error) {
 	msgs, err := untilWhole(func() ([][]byte, error) {
 		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
 		hdr := make(rawRule, ruleMsgLen)
@@ -55,7 +55,7 @@ func listRules(f nodeFamily) ([]nodeRule, []rawRule, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("list %s rules: %w", f.name, err)
 	}
-	var rules []nodeRule
+	var rules []rule
 	var raws []rawRule
 	for _, m := range msgs {
 		r, err := decodeRule(m)
@@ -70,15 +70,15 @@ func listRules(f nodeFamily) ([]nodeRule, []rawRule, error) {
 }
 
 // decodeRule reads struct fib_rule_hdr {family, dst_len, src_len, tos, table, res1, res2, action; u32 flags}.
-func decodeRule(m []byte) (nodeRule, error) {
+func decodeRule(m []byte) (rule, error) {
 	if len(m) < ruleMsgLen {
-		return nodeRule{}, errors.New("short rule message")
+		return rule{}, errors.New("short rule message")
 	}
 	attrs, err := nl.ParseRouteAttr(m[ruleMsgLen:])
 	if err != nil {
-		return nodeRule{}, err
+		return rule{}, err
 	}
-	r := nodeRule{af: int(m[0]), table: uint32(m[4]), action: m[7], suppress: noSuppress}
+	r := rule{af: int(m[0]), table: uint32(m[4]), action: m[7], suppress: noSuppress}
 	const unresolvedGoto = 0x4
 	if flags := binary.NativeEndian.Uint32(m[8:]); flags&^unresolvedGoto != 0 || m[2] != 0 || m[3] != 0 {
 		r.rest = fmt.Sprintf(" flags %#x from /%d tos %#x", flags, m[2], m[3])
@@ -117,7 +117,7 @@ func decodeRule(m []byte) (nodeRule, error) {
 	return r, nil
 }
 
-func encodeRule(r nodeRule) *nl.NetlinkRequest {
+func encodeRule(r rule) *nl.NetlinkRequest {
 	req := nl.NewNetlinkRequest(unix.RTM_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
 	hdr := make(rawRule, ruleMsgLen)
 	hdr[0], hdr[7] = byte(r.af), r.action
@@ -143,7 +143,7 @@ func encodeRule(r nodeRule) *nl.NetlinkRequest {
 	return req
 }
 
-func addNodeRule(r nodeRule) error {
+func addRule(r rule) error {
 	_, err := encodeRule(r).Execute(unix.NETLINK_ROUTE, 0)
 	if errors.Is(err, unix.EEXIST) {
 		return nil
@@ -151,8 +151,8 @@ func addNodeRule(r nodeRule) error {
 	return err
 }
 
-// deleteNodeRule deletes the first rule that has all of raw, which is what the kernel listed.
-func deleteNodeRule(raw rawRule) error {
+// deleteRule deletes the first rule that has all of raw, which is what the kernel listed.
+func deleteRule(raw rawRule) error {
 	req := nl.NewNetlinkRequest(unix.RTM_DELRULE, unix.NLM_F_ACK)
 	req.AddData(raw)
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
@@ -163,7 +163,7 @@ func deleteNodeRule(raw rawRule) error {
 }
 
 // listRoutes returns what stands in main at our metric.
-func listRoutes(f nodeFamily) ([]nodeRoute, error) {
+func listRoutes(f family) ([]route, error) {
 	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
 	routes, err := untilWhole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE)
@@ -171,18 +171,18 @@ func listRoutes(f nodeFamily) ([]nodeRoute, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list %s routes: %w", f.name, err)
 	}
-	var out []nodeRoute
+	var out []route
 	for _, r := range routes {
 		if r.Priority != unreachableMetric {
 			continue // the library's filter knows a priority for rules only
 		}
-		out = append(out, nodeRoute{to: routeTo(r, f), kind: r.Type, proto: int(r.Protocol)})
+		out = append(out, route{to: routeTo(r, f), kind: r.Type, proto: int(r.Protocol)})
 	}
 	return out, nil
 }
 
 // routeTo is a route's destination, which the library leaves out where it is everything.
-func routeTo(r netlink.Route, f nodeFamily) netip.Prefix {
+func routeTo(r netlink.Route, f family) netip.Prefix {
 	if r.Dst == nil {
 		if f.af == unix.AF_INET6 {
 			return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
@@ -197,7 +197,7 @@ func routeTo(r netlink.Route, f nodeFamily) netip.Prefix {
 	return netip.PrefixFrom(addr, ones)
 }
 
-func (r nodeRoute) netlink() *netlink.Route {
+func (r route) netlink() *netlink.Route {
 	return &netlink.Route{
 		Dst:      &net.IPNet{IP: r.to.Addr().AsSlice(), Mask: net.CIDRMask(r.to.Bits(), r.to.Addr().BitLen())},
 		Table:    unix.RT_TABLE_MAIN,
@@ -207,9 +207,9 @@ func (r nodeRoute) netlink() *netlink.Route {
 	}
 }
 
-func addNodeRoute(r nodeRoute) error { return netlink.RouteReplace(r.netlink()) }
+func addRoute(r route) error { return netlink.RouteReplace(r.netlink()) }
 
-func deleteNodeRoute(r nodeRoute) error {
+func deleteRoute(r route) error {
 	err := netlink.RouteDel(r.netlink())
 	if errors.Is(err, unix.ESRCH) {
 		return nil
@@ -218,7 +218,7 @@ func deleteNodeRoute(r nodeRoute) error {
 }
 
 // listLinks returns the links over which router advertisements may come.
-func listLinks() ([]nodeLink, error) {
+func listLinks() ([]link, error) {
 	links, err := untilWhole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
@@ -236,7 +236,7 @@ func listLinks() ([]nodeLink, error) {
 			}
 		}
 	}
-	var out []nodeLink
+	var out []link
 	for _, l := range links {
 		name := l.Attrs().Name
 		if strings.HasPrefix(name, names.PodLinkPrefix) {
@@ -250,7 +250,7 @@ func listLinks() ([]nodeLink, error) {
 		if err != nil {
 			continue
 		}
-		out = append(out, nodeLink{name: name, acceptRA: ra, forwards: forwarding == "1",
+		out = append(out, link{name: name, acceptRA: ra, forwards: forwarding == "1",
 			raDefault: viaRA[l.Attrs().Index], hardware: isUplink(l)})
 	}
 	return out, nil
@@ -278,7 +278,7 @@ func listDefaults(af int) ([]netlink.Route, error) {
 }
 
 // hasFamily is false for IPv6 on a host that was started with ipv6.disable=1 or has none in its kernel.
-func hasFamily(f nodeFamily) bool {
+func hasFamily(f family) bool {
 	_, err := os.Stat(filepath.Join(sysctl.Root, f.conf))
 	return err == nil
 }

@@ -19,16 +19,16 @@ import (
 	"github.com/headcni/headcni/internal/nstest"
 )
 
-func typicalNode() NodeConfig {
-	return NodeConfig{
-		Own:      nodePrefixes("10.244.1.0/24", "fd00:244:1::/64"),
-		Cluster:  nodePrefixes("10.244.0.0/16", "fd00:244::/32", "10.60.0.0/14"),
+func typical() Config {
+	return Config{
+		Own:      prefixes("10.244.1.0/24", "fd00:244:1::/64"),
+		Cluster:  prefixes("10.244.0.0/16", "fd00:244::/32", "10.60.0.0/14"),
 		TunName:  "headcni01",
 		LANFirst: true,
 	}
 }
 
-func nodePrefixes(ss ...string) []netip.Prefix {
+func prefixes(ss ...string) []netip.Prefix {
 	var out []netip.Prefix
 	for _, s := range ss {
 		out = append(out, netip.MustParsePrefix(s))
@@ -36,7 +36,7 @@ func nodePrefixes(ss ...string) []netip.Prefix {
 	return out
 }
 
-func syncNode(t *testing.T, ns *nstest.NS, n *Node, cfg NodeConfig) []string {
+func mustSync(t *testing.T, ns *nstest.NS, n *Routes, cfg Config) []string {
 	t.Helper()
 	var changes []string
 	ns.Do(t, func() (err error) {
@@ -61,23 +61,23 @@ func sysctls(t *testing.T, ns *nstest.NS) string {
 
 func TestKernelHoldsTheGoldenNode(t *testing.T) {
 	ns := nstest.New(t)
-	syncNode(t, ns, NewNode(SavedHost{}, nil), typicalNode())
+	mustSync(t, ns, New(Saved{}, nil), typical())
 	golden.Check(t, "testdata/node.golden", ns.Run(t, "sh", "-c", "for f in -4 -6; do ip $f rule; ip $f route show; done"))
 	if out := ns.Run(t, "cat", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"); out != "1\n1\n" {
 		t.Errorf("forwarding: %q", out)
 	}
 }
 
-func TestNodeSteadyState(t *testing.T) {
+func TestSteadyState(t *testing.T) {
 	ns := nstest.New(t)
-	n := NewNode(SavedHost{}, nil)
-	if got := syncNode(t, ns, n, typicalNode()); len(got) == 0 {
+	n := New(Saved{}, nil)
+	if got := mustSync(t, ns, n, typical()); len(got) == 0 {
 		t.Fatal("the first sync reports no change")
 	}
 	var events <-chan struct{}
 	ns.Do(t, func() (err error) { events, err = n.Changes(t.Context()); return err })
-	for _, node := range []*Node{n, NewNode(SavedHost{}, nil)} {
-		if got := syncNode(t, ns, node, typicalNode()); len(got) != 0 {
+	for _, node := range []*Routes{n, New(Saved{}, nil)} {
+		if got := mustSync(t, ns, node, typical()); len(got) != 0 {
 			t.Errorf("steady state changes %q", got)
 		}
 	}
@@ -88,13 +88,13 @@ func TestNodeSteadyState(t *testing.T) {
 	}
 }
 
-func TestNodeConfigurationChange(t *testing.T) {
+func TestConfigurationChange(t *testing.T) {
 	ns, fresh := nstest.New(t), nstest.New(t)
-	other := NodeConfig{Own: nodePrefixes("10.244.7.0/24"), Cluster: nodePrefixes("10.244.0.0/17"), TunName: "tailscale0"}
-	n := NewNode(SavedHost{}, nil)
-	syncNode(t, ns, n, typicalNode())
-	changes := syncNode(t, ns, n, other)
-	syncNode(t, fresh, NewNode(SavedHost{}, nil), other)
+	other := Config{Own: prefixes("10.244.7.0/24"), Cluster: prefixes("10.244.0.0/17"), TunName: "tailscale0"}
+	n := New(Saved{}, nil)
+	mustSync(t, ns, n, typical())
+	changes := mustSync(t, ns, n, other)
+	mustSync(t, fresh, New(Saved{}, nil), other)
 	if d := cmp.Diff(rulesAndRoutes(t, fresh), rulesAndRoutes(t, ns)); d != "" {
 		t.Errorf("the earlier configuration left something (-fresh +changed):\n%s", d)
 	}
@@ -110,7 +110,7 @@ func TestNodeConfigurationChange(t *testing.T) {
 	}
 }
 
-func TestNodeDamage(t *testing.T) {
+func TestDamage(t *testing.T) {
 	for name, damage := range map[string]string{
 		"delete a rule":                 "ip rule del pref 5188",
 		"delete a v6 rule":              "ip -6 rule del pref 5192",
@@ -135,8 +135,8 @@ func TestNodeDamage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			ns := nstest.New(t)
-			n := NewNode(SavedHost{}, nil)
-			syncNode(t, ns, n, typicalNode())
+			n := New(Saved{}, nil)
+			mustSync(t, ns, n, typical())
 			state := func() string {
 				return ns.Run(t, "sh", "-c", "for f in -4 -6; do ip -d $f rule; ip $f route; done; "+
 					"cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding")
@@ -153,7 +153,7 @@ func TestNodeDamage(t *testing.T) {
 			case <-time.After(time.Second):
 				t.Error("no event within a second")
 			}
-			changes := syncNode(t, ns, n, typicalNode())
+			changes := mustSync(t, ns, n, typical())
 			t.Logf("changes: %q", changes)
 			if len(changes) == 0 {
 				t.Error("no change reported")
@@ -161,7 +161,7 @@ func TestNodeDamage(t *testing.T) {
 			if d := cmp.Diff(want, sortedLines(state())); d != "" {
 				t.Errorf("not repaired (-want +got):\n%s", d)
 			}
-			if again := syncNode(t, ns, n, typicalNode()); len(again) != 0 {
+			if again := mustSync(t, ns, n, typical()); len(again) != 0 {
 				t.Errorf("not steady: %q", again)
 			}
 		})
@@ -177,8 +177,8 @@ func sortedLines(s string) string {
 
 func TestPodsWakeNobody(t *testing.T) {
 	ns := nstest.New(t)
-	n := NewNode(SavedHost{}, nil)
-	syncNode(t, ns, n, typicalNode())
+	n := New(Saved{}, nil)
+	mustSync(t, ns, n, typical())
 	ctx, cancel := context.WithCancel(t.Context())
 	var events <-chan struct{}
 	ns.Do(t, func() (err error) { events, err = n.Changes(ctx); return err })
@@ -201,7 +201,7 @@ func TestPodsWakeNobody(t *testing.T) {
 	}
 }
 
-func TestNodeRemoveLeavesTheHostAsItWas(t *testing.T) {
+func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
 	for name, setUp := range map[string]string{
 		"fresh":             "true",
 		"busy":              "ip rule add pref 100 lookup 7; ip route add unreachable 10.244.0.0/16 metric 100; ip rule add pref 5210 lookup 52",
@@ -216,19 +216,19 @@ func TestNodeRemoveLeavesTheHostAsItWas(t *testing.T) {
 			time.Sleep(50 * time.Millisecond) // the kernel's own multicast routes appear after the link is up
 			before := rulesAndRoutes(t, ns) + sysctls(t, ns)
 			var file []byte // as the daemon keeps it
-			save := func(s SavedHost) (err error) { file, err = json.Marshal(s); return err }
-			syncNode(t, ns, NewNode(SavedHost{}, save), typicalNode())
+			save := func(s Saved) (err error) { file, err = json.Marshal(s); return err }
+			mustSync(t, ns, New(Saved{}, save), typical())
 			if rulesAndRoutes(t, ns)+sysctls(t, ns) == before {
 				t.Fatal("sync did nothing")
 			}
 			for range 2 {
-				var saved SavedHost
+				var saved Saved
 				if file != nil {
 					if err := json.Unmarshal(file, &saved); err != nil {
 						t.Fatal(err)
 					}
 				}
-				ns.Do(t, func() error { return NewNode(saved, save).Remove(t.Context()) })
+				ns.Do(t, func() error { return New(saved, save).Remove(t.Context()) })
 				if d := cmp.Diff(before, rulesAndRoutes(t, ns)+sysctls(t, ns)); d != "" {
 					t.Errorf("not as before (-before +after):\n%s", d)
 				}
@@ -239,8 +239,8 @@ func TestNodeRemoveLeavesTheHostAsItWas(t *testing.T) {
 
 func TestRemoveRespectsOthersSysctls(t *testing.T) {
 	ns := nstest.New(t)
-	n := NewNode(SavedHost{}, nil)
-	syncNode(t, ns, n, typicalNode())
+	n := New(Saved{}, nil)
+	mustSync(t, ns, n, typical())
 	// Somebody turned it off and does not want it back.
 	ns.Run(t, "sh", "-c", "echo 0 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv4/conf/lo/forwarding")
 	ns.Do(t, func() error { return n.Remove(t.Context()) })
@@ -252,9 +252,9 @@ func TestRemoveRespectsOthersSysctls(t *testing.T) {
 func TestSaveComesFirst(t *testing.T) {
 	ns := nstest.New(t)
 	full := errors.New("disk full")
-	n := NewNode(SavedHost{}, func(SavedHost) error { return full })
+	n := New(Saved{}, func(Saved) error { return full })
 	ns.Do(t, func() error {
-		changes, err := n.Sync(t.Context(), typicalNode())
+		changes, err := n.Sync(t.Context(), typical())
 		if !errors.Is(err, full) {
 			t.Errorf("error %v", err)
 		}
@@ -270,26 +270,26 @@ func TestSaveComesFirst(t *testing.T) {
 
 func TestSavedOfAnotherBootIsForgotten(t *testing.T) {
 	ns := nstest.New(t)
-	old := SavedHost{BootID: "another", Sysctls: map[string]string{"net/ipv4/ip_forward": "0"},
+	old := Saved{BootID: "another", Sysctls: map[string]string{"net/ipv4/ip_forward": "0"},
 		Set: map[string]string{"net/ipv4/ip_forward": "1"}}
 	ns.Run(t, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
-	ns.Do(t, func() error { return NewNode(old, nil).Remove(t.Context()) })
+	ns.Do(t, func() error { return New(old, nil).Remove(t.Context()) })
 	if out := ns.Run(t, "cat", "/proc/sys/net/ipv4/ip_forward"); out != "1\n" {
 		t.Errorf("ip_forward %q: put back to another boot's value", out)
 	}
 }
 
-func TestNodeWithIPv6Disabled(t *testing.T) {
+func TestWithIPv6Disabled(t *testing.T) {
 	ns := nstest.New(t)
 	ns.Run(t, "sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6")
-	n := NewNode(SavedHost{}, nil)
-	syncNode(t, ns, n, typicalNode())
-	if got := syncNode(t, ns, n, typicalNode()); len(got) != 0 {
+	n := New(Saved{}, nil)
+	mustSync(t, ns, n, typical())
+	if got := mustSync(t, ns, n, typical()); len(got) != 0 {
 		t.Errorf("not steady: %q", got)
 	}
 }
 
-func TestNodeWithoutIPv6(t *testing.T) {
+func TestWithoutIPv6(t *testing.T) {
 	ns := nstest.New(t)
 	nstest.Require(t)
 	// As on a host started with ipv6.disable=1: there is no such folder.
@@ -307,7 +307,7 @@ func TestNodeWithoutIPv6(t *testing.T) {
 		if err := unix.Mount(empty, "/proc/sys/net", "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return err
 		}
-		_, err := NewNode(SavedHost{}, nil).Sync(t.Context(), typicalNode())
+		_, err := New(Saved{}, nil).Sync(t.Context(), typical())
 		return err
 	})
 	if out := ns.Run(t, "ip", "-6", "rule"); strings.Contains(out, "5194") {
@@ -318,7 +318,7 @@ func TestNodeWithoutIPv6(t *testing.T) {
 	}
 }
 
-func TestNodeWithoutPermission(t *testing.T) {
+func TestWithoutPermission(t *testing.T) {
 	ns := nstest.New(t)
 	ns.Do(t, func() error {
 		// The thread ends with the test, and with it the loss.
@@ -326,7 +326,7 @@ func TestNodeWithoutPermission(t *testing.T) {
 		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
 			return err
 		}
-		_, err := NewNode(SavedHost{}, nil).Sync(t.Context(), typicalNode())
+		_, err := New(Saved{}, nil).Sync(t.Context(), typical())
 		if err == nil || !strings.Contains(err.Error(), "run as root or with CAP_NET_ADMIN") {
 			t.Errorf("error %v", err)
 		}
@@ -334,7 +334,7 @@ func TestNodeWithoutPermission(t *testing.T) {
 	})
 }
 
-func TestNodeKeepsItsRADefaultRoute(t *testing.T) {
+func TestKeepsTheRADefaultRoute(t *testing.T) {
 	ns := nstest.New(t)
 	ns.Run(t, "sh", "-c", "ip link add u0 type veth peer name r0; ip link set u0 up; ip link set r0 up; "+
 		"ip addr add fe80::99/64 dev r0 nodad; echo 0 >/proc/sys/net/ipv6/conf/u0/accept_dad")
@@ -349,8 +349,8 @@ func TestNodeKeepsItsRADefaultRoute(t *testing.T) {
 		t.Fatalf("the kernel took no default route from the advertisement:\n%s", ns.Run(t, "ip", "-6", "route"))
 	}
 	router()
-	n := NewNode(SavedHost{}, nil)
-	changes := syncNode(t, ns, n, typicalNode())
+	n := New(Saved{}, nil)
+	changes := mustSync(t, ns, n, typical())
 	ra := slices.Index(changes, "set net.ipv6.conf.u0.accept_ra=2")
 	if fwd := slices.Index(changes, "set net.ipv6.conf.all.forwarding=1"); ra < 0 || fwd < ra {
 		t.Errorf("accept_ra=2 must come before forwarding: %q", changes)
@@ -403,7 +403,7 @@ func TestDefaultSource(t *testing.T) {
 		ns.Do(t, func() error { a, err = DefaultSource(family); return nil })
 		return a, err
 	}
-	for _, f := range nodeFamilies {
+	for _, f := range families {
 		if _, err := find(f.af); !errors.Is(err, ErrNoSource) {
 			t.Errorf("%s without routes: %v", f.name, err)
 		}

@@ -14,8 +14,8 @@ import (
 	"github.com/headcni/headcni/internal/sysctl"
 )
 
-// NodeConfig is what the node's rules and routes are made from.
-type NodeConfig struct {
+// Config is what the node's rules and routes are made from.
+type Config struct {
 	// Own are this node's pod CIDRs. Cluster are the pod CIDRs of all clusters, Own included.
 	Own, Cluster []netip.Prefix
 	// Leaving are former pod CIDRs of this node whose pods still run here. The rest of them may be another node's by now.
@@ -27,41 +27,41 @@ type NodeConfig struct {
 	LANFirst bool
 }
 
-// Node keeps the ip rules, the unreachable routes and the sysctls of the network namespace of its callers as wanted.
-type Node struct {
+// Routes keep the ip rules, the unreachable routes and the sysctls of the network namespace of its callers as wanted.
+type Routes struct {
 	mu    sync.Mutex
-	saved SavedHost
-	save  func(SavedHost) error
+	saved Saved
+	save  func(Saved) error
 }
 
-// nodePasses bounds how often Sync looks again after a change.
-const nodePasses = 3
+// passes bounds how often Sync looks again after a change.
+const passes = 3
 
-// NewNode returns a Node that has touched nothing yet. saved is what an earlier process kept, so that Remove can put it
+// New returns Routes that have touched nothing yet. saved is what an earlier process kept, so that Remove can put it
 // back; save is called before a sysctl is changed for the first time, and its error keeps the sysctl as it is. nil: the
-// state lives only in this Node (Saved).
-func NewNode(saved SavedHost, save func(SavedHost) error) *Node {
+// state lives only here (Saved).
+func New(saved Saved, save func(Saved) error) *Routes {
 	if save == nil {
-		save = func(SavedHost) error { return nil }
+		save = func(Saved) error { return nil }
 	}
-	return &Node{saved: saved, save: save}
+	return &Routes{saved: saved, save: save}
 }
 
 // Sync makes rules, routes and sysctls what cfg says, and returns the changes that it made, also when it failed half-way.
 // It adds before it deletes, goes on past errors, and in steady state writes nothing.
-func (n *Node) Sync(ctx context.Context, cfg NodeConfig) ([]string, error) {
+func (n *Routes) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if err := n.freshBoot(); err != nil {
 		return nil, err
 	}
 	var done []string
-	for range nodePasses {
-		have, raws, err := observeNode()
+	for range passes {
+		have, raws, err := observe()
 		if err != nil {
-			return done, explainNode(err)
+			return done, explain(err)
 		}
-		steps := planNode(have, cfg)
+		steps := plan(have, cfg)
 		if len(steps) == 0 {
 			return done, nil
 		}
@@ -71,7 +71,7 @@ func (n *Node) Sync(ctx context.Context, cfg NodeConfig) ([]string, error) {
 				return done, ctx.Err()
 			}
 			if err := n.apply(s, raws); err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", s, explainNode(err)))
+				errs = append(errs, fmt.Errorf("%s: %w", s, explain(err)))
 				continue
 			}
 			done = append(done, s.String())
@@ -81,22 +81,22 @@ func (n *Node) Sync(ctx context.Context, cfg NodeConfig) ([]string, error) {
 		}
 	}
 	// Somebody undoes our work as fast as we do it. Name what.
-	have, _, err := observeNode()
+	have, _, err := observe()
 	if err != nil {
-		return done, explainNode(err)
+		return done, explain(err)
 	}
-	if steps := planNode(have, cfg); len(steps) > 0 {
+	if steps := plan(have, cfg); len(steps) > 0 {
 		return done, fmt.Errorf("%s: done %d times, and something undoes it at once: find the program that "+
-			"manages this host's rules and routes (ip monitor rule route)", steps[0], nodePasses)
+			"manages this host's rules and routes (ip monitor rule route)", steps[0], passes)
 	}
 	return done, nil
 }
 
-// observeNode reads the kernel. raws has each rule of have as the kernel printed it.
-func observeNode() (have nodeState, raws map[nodeRule]rawRule, err error) {
+// observe reads the kernel. raws has each rule of have as the kernel printed it.
+func observe() (have state, raws map[rule]rawRule, err error) {
 	have.sysctls = map[string]string{}
-	raws = map[nodeRule]rawRule{}
-	for _, f := range nodeFamilies {
+	raws = map[rule]rawRule{}
+	for _, f := range families {
 		if !hasFamily(f) {
 			continue
 		}
@@ -126,52 +126,52 @@ func observeNode() (have nodeState, raws map[nodeRule]rawRule, err error) {
 	return have, raws, nil
 }
 
-func (n *Node) apply(s nodeStep, raws map[nodeRule]rawRule) error {
+func (n *Routes) apply(s step, raws map[rule]rawRule) error {
 	switch {
 	case s.rule != nil && s.delete:
-		return deleteNodeRule(raws[*s.rule])
+		return deleteRule(raws[*s.rule])
 	case s.rule != nil:
-		return addNodeRule(*s.rule)
+		return addRule(*s.rule)
 	case s.route != nil && s.delete:
-		return deleteNodeRoute(*s.route)
+		return deleteRoute(*s.route)
 	case s.route != nil:
-		return addNodeRoute(*s.route)
+		return addRoute(*s.route)
 	}
 	return n.setSysctl(s.sysctl, s.value)
 }
 
 // Remove takes away every rule and route of our numbers, and puts the sysctls back that Sync changed. Twice is fine.
-func (n *Node) Remove(ctx context.Context) error {
+func (n *Routes) Remove(ctx context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	errs := []error{n.freshBoot()}
 	// The way into the network is closed first: without rules nothing may be forwarded.
 	errs = append(errs, n.restore())
-	have, raws, err := observeNode()
+	have, raws, err := observe()
 	if err != nil {
-		return errors.Join(append(errs, explainNode(err))...)
+		return errors.Join(append(errs, explain(err))...)
 	}
 	// In the order of their numbers, in which no step opens what the next one would have closed, and the routes last.
-	var steps []nodeStep
+	var steps []step
 	for _, r := range have.rules {
-		steps = append(steps, nodeStep{delete: true, rule: &r})
+		steps = append(steps, step{delete: true, rule: &r})
 	}
 	for _, r := range have.routes {
-		steps = append(steps, nodeStep{delete: true, route: &r})
+		steps = append(steps, step{delete: true, route: &r})
 	}
 	for _, s := range steps {
 		if ctx.Err() != nil {
 			return errors.Join(append(errs, ctx.Err())...)
 		}
 		if err := n.apply(s, raws); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", s, explainNode(err)))
+			errs = append(errs, fmt.Errorf("%s: %w", s, explain(err)))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// explainNode says what to do about an error of the kernel.
-func explainNode(err error) error {
+// explain says what to do about an error of the kernel.
+func explain(err error) error {
 	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
 		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", err)
 	}

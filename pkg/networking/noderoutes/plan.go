@@ -14,8 +14,8 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
-// nodeRule is an ip rule.
-type nodeRule struct {
+// rule is an ip rule.
+type rule struct {
 	af       int
 	pref     uint32
 	to       netip.Prefix // zero: all
@@ -29,7 +29,7 @@ type nodeRule struct {
 }
 
 // String is the rule as `ip rule add pref` takes it.
-func (r nodeRule) String() string {
+func (r rule) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d:", r.pref)
 	if r.to.IsValid() {
@@ -49,7 +49,7 @@ func (r nodeRule) String() string {
 	if r.suppress != noSuppress {
 		fmt.Fprintf(&b, " suppress_prefixlength %d", r.suppress)
 	}
-	if r.proto != nodeProtocol {
+	if r.proto != protocol {
 		fmt.Fprintf(&b, " protocol %d", r.proto)
 	}
 	return b.String() + r.rest
@@ -62,15 +62,15 @@ func tableName(t uint32) string {
 	return fmt.Sprint(t)
 }
 
-// nodeRoute is a route of our metric in main.
-type nodeRoute struct {
+// route is a route of our metric in main.
+type route struct {
 	to    netip.Prefix
 	kind  int // unix.RTN_*
 	proto int
 }
 
 // String is the route as `ip route` prints it.
-func (r nodeRoute) String() string {
+func (r route) String() string {
 	kind := ""
 	if r.kind == unix.RTN_UNREACHABLE {
 		kind = "unreachable "
@@ -78,8 +78,8 @@ func (r nodeRoute) String() string {
 	return fmt.Sprintf("%s%s metric %d", kind, r.to, unreachableMetric)
 }
 
-// nodeLink is a link as far as router advertisements are concerned.
-type nodeLink struct {
+// link is a link as far as router advertisements are concerned.
+type link struct {
 	name      string
 	acceptRA  string // its sysctl
 	forwards  bool   // its sysctl "forwarding"
@@ -87,27 +87,27 @@ type nodeLink struct {
 	hardware  bool   // no veth, tunnel or bridge: an RA may be what it waits for
 }
 
-// nodeState is what the kernel has of what the node network needs.
-type nodeState struct {
-	rules   []nodeRule
-	routes  []nodeRoute
+// state is what the kernel has of what the node network needs.
+type state struct {
+	rules   []rule
+	routes  []route
 	sysctls map[string]string // the switches for forwarding
-	links   []nodeLink
+	links   []link
 	// families are those that the kernel has.
-	families []nodeFamily
+	families []family
 }
 
-// nodeStep is one change.
-type nodeStep struct {
+// step is one change.
+type step struct {
 	delete bool
 	// One of these.
-	rule   *nodeRule
-	route  *nodeRoute
+	rule   *rule
+	route  *route
 	sysctl string
 	value  string
 }
 
-func (s nodeStep) String() string {
+func (s step) String() string {
 	verb := "add"
 	if s.delete {
 		verb = "delete"
@@ -122,40 +122,40 @@ func (s nodeStep) String() string {
 }
 
 // wantedRules says which rules the node needs.
-func wantedRules(f nodeFamily, cfg NodeConfig) []nodeRule {
-	base := nodeRule{af: f.af, mask: bypassMark, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_MAIN,
-		suppress: noSuppress, proto: nodeProtocol}
-	var out []nodeRule
-	add := func(pref uint32, to netip.Prefix, change func(*nodeRule)) {
+func wantedRules(f family, cfg Config) []rule {
+	base := rule{af: f.af, mask: bypassMark, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_MAIN,
+		suppress: noSuppress, proto: protocol}
+	var out []rule
+	add := func(pref uint32, to netip.Prefix, change func(*rule)) {
 		r := base
 		r.pref, r.to = pref, to
 		change(&r)
 		out = append(out, r)
 	}
-	unreachable := func(r *nodeRule) { r.action, r.table = nl.FR_ACT_UNREACHABLE, 0 }
-	tunnel := func(r *nodeRule) { r.table = tailscaleTable }
+	unreachable := func(r *rule) { r.action, r.table = nl.FR_ACT_UNREACHABLE, 0 }
+	tunnel := func(r *rule) { r.table = tailscaleTable }
 	for _, p := range ofFamily(f, cfg.Own) {
-		add(prefOwn, p, func(r *nodeRule) { r.suppress = int32(p.Bits()) })
+		add(prefOwn, p, func(r *rule) { r.suppress = int32(p.Bits()) })
 		add(prefOwnElse, p, unreachable)
 	}
 	for _, p := range ofFamily(f, cfg.Leaving) {
-		add(prefOwn, p, func(r *nodeRule) { r.suppress = int32(p.Bits()) })
+		add(prefOwn, p, func(r *rule) { r.suppress = int32(p.Bits()) })
 	}
 	for _, p := range ofFamily(f, cfg.Cluster, cfg.Own) {
 		add(prefCluster, p, tunnel)
 		add(prefClusterElse, p, unreachable)
 	}
 	add(prefTailnet, f.tailnet, tunnel)
-	add(prefLAN, netip.Prefix{}, func(r *nodeRule) { r.suppress = 0 })
+	add(prefLAN, netip.Prefix{}, func(r *rule) { r.suppress = 0 })
 	if cfg.LANFirst {
-		add(prefLANFirst, netip.Prefix{}, func(*nodeRule) {})
+		add(prefLANFirst, netip.Prefix{}, func(*rule) {})
 	}
-	slices.SortStableFunc(out, func(a, b nodeRule) int { return cmp.Compare(a.pref, b.pref) })
+	slices.SortStableFunc(out, func(a, b rule) int { return cmp.Compare(a.pref, b.pref) })
 	return out
 }
 
 // ofFamily returns the prefixes of one family in order, without those inside another.
-func ofFamily(f nodeFamily, lists ...[]netip.Prefix) []netip.Prefix {
+func ofFamily(f family, lists ...[]netip.Prefix) []netip.Prefix {
 	var all []netip.Prefix
 	for _, p := range slices.Concat(lists...) {
 		if p = p.Masked(); p.IsValid() && f.has(p) {
@@ -174,19 +174,19 @@ func ofFamily(f nodeFamily, lists ...[]netip.Prefix) []netip.Prefix {
 	return out
 }
 
-func wantedRoutes(f nodeFamily, cfg NodeConfig) []nodeRoute {
-	var out []nodeRoute
+func wantedRoutes(f family, cfg Config) []route {
+	var out []route
 	for _, p := range ofFamily(f, cfg.Cluster, cfg.Own) {
-		out = append(out, nodeRoute{to: p, kind: unix.RTN_UNREACHABLE, proto: nodeProtocol})
+		out = append(out, route{to: p, kind: unix.RTN_UNREACHABLE, proto: protocol})
 	}
 	return out
 }
 
-// planNode says what to change so that the node has what cfg needs: first what closes holes, then what opens the way,
+// plan says what to change so that the node has what cfg needs: first what closes holes, then what opens the way,
 // each added before its predecessor is deleted, and the unreachable routes outliving the rules; forwarding last. It does
 // no I/O.
-func planNode(have nodeState, cfg NodeConfig) []nodeStep {
-	var routes, rules, oldRules, oldRoutes, sysctls []nodeStep
+func plan(have state, cfg Config) []step {
+	var routes, rules, oldRules, oldRoutes, sysctls []step
 	for _, f := range have.families {
 		add, del := planRoutes(have.routes, wantedRoutes(f, cfg), f)
 		routes, oldRoutes = append(routes, add...), append(oldRoutes, del...)
@@ -198,15 +198,15 @@ func planNode(have nodeState, cfg NodeConfig) []nodeStep {
 			sysctls = append(sysctls, planRA(have.links, cfg.TunName)...)
 		}
 		if have.sysctls[f.forwarding] != "1" {
-			sysctls = append(sysctls, nodeStep{sysctl: f.forwarding, value: "1"})
+			sysctls = append(sysctls, step{sysctl: f.forwarding, value: "1"})
 		}
 	}
 	return slices.Concat(routes, rules, oldRules, oldRoutes, sysctls)
 }
 
 // planRules compares as multisets: a second copy of a rule is one too many.
-func planRules(have, want []nodeRule, f nodeFamily) (add, del []nodeStep) {
-	spare := map[nodeRule]int{}
+func planRules(have, want []rule, f family) (add, del []step) {
+	spare := map[rule]int{}
 	for _, r := range have {
 		spare[r]++
 	}
@@ -215,28 +215,28 @@ func planRules(have, want []nodeRule, f nodeFamily) (add, del []nodeStep) {
 			spare[r]--
 			continue
 		}
-		add = append(add, nodeStep{rule: &r})
+		add = append(add, step{rule: &r})
 	}
 	for _, r := range have {
 		if r.af == f.af && spare[r] > 0 {
 			spare[r]--
-			del = append(del, nodeStep{delete: true, rule: &r})
+			del = append(del, step{delete: true, rule: &r})
 		}
 	}
 	return add, del
 }
 
-func planRoutes(have, want []nodeRoute, f nodeFamily) (add, del []nodeStep) {
+func planRoutes(have, want []route, f family) (add, del []step) {
 	kept := map[netip.Prefix]bool{}
 	for _, r := range want {
 		kept[r.to] = true
 		if !slices.Contains(have, r) {
-			add = append(add, nodeStep{route: &r}) // it replaces another route of the same prefix and metric
+			add = append(add, step{route: &r}) // it replaces another route of the same prefix and metric
 		}
 	}
 	for _, r := range have {
 		if f.has(r.to) && !kept[r.to] {
-			del = append(del, nodeStep{delete: true, route: &r})
+			del = append(del, step{delete: true, route: &r})
 		}
 	}
 	return add, del
@@ -245,14 +245,14 @@ func planRoutes(have, want []nodeRoute, f nodeFamily) (add, del []nodeStep) {
 // planRA keeps the host's own default route: the kernel drops what it learned from router advertisements, and takes no
 // more, once it forwards, unless accept_ra is 2. Only links that do accept advertisements today are changed: one has
 // given a default route, or may at any moment (the daemon can be up before the first one arrives).
-func planRA(links []nodeLink, tun string) []nodeStep {
-	var out []nodeStep
+func planRA(links []link, tun string) []step {
+	var out []step
 	for _, l := range links {
 		if l.acceptRA != "1" || l.name == "lo" || l.name == tun || strings.HasPrefix(l.name, names.PodLinkPrefix) {
 			continue
 		}
 		if l.raDefault || l.hardware && !l.forwards {
-			out = append(out, nodeStep{sysctl: sysctl.IPv6Link(l.name, "accept_ra"), value: sysctl.AcceptRAWithForwarding})
+			out = append(out, step{sysctl: sysctl.IPv6Link(l.name, "accept_ra"), value: sysctl.AcceptRAWithForwarding})
 		}
 	}
 	return out

@@ -17,9 +17,9 @@ import (
 )
 
 // right is the state of a node that has all that cfg asks for.
-func right(cfg NodeConfig) nodeState {
-	s := nodeState{families: nodeFamilies, sysctls: map[string]string{}}
-	for _, f := range nodeFamilies {
+func right(cfg Config) state {
+	s := state{families: families, sysctls: map[string]string{}}
+	for _, f := range families {
 		s.rules = append(s.rules, wantedRules(f, cfg)...)
 		s.routes = append(s.routes, wantedRoutes(f, cfg)...)
 		s.sysctls[f.forwarding] = "1"
@@ -27,48 +27,48 @@ func right(cfg NodeConfig) nodeState {
 	return s
 }
 
-func planText(have nodeState, cfg NodeConfig) string {
+func planText(have state, cfg Config) string {
 	var b strings.Builder
-	for _, s := range planNode(have, cfg) {
+	for _, s := range plan(have, cfg) {
 		fmt.Fprintln(&b, s)
 	}
 	return b.String()
 }
 
 func TestPlanGolden(t *testing.T) {
-	fresh := nodeState{families: nodeFamilies, links: []nodeLink{{name: "eth0", acceptRA: "1", raDefault: true}}}
-	golden.Check(t, "testdata/plan-fresh.golden", planText(fresh, typicalNode()))
-	golden.Check(t, "testdata/plan-change.golden", planText(right(typicalNode()), NodeConfig{
-		Own: nodePrefixes("10.244.7.0/24"), Cluster: nodePrefixes("10.244.0.0/16"), TunName: "headcni01"}))
+	fresh := state{families: families, links: []link{{name: "eth0", acceptRA: "1", raDefault: true}}}
+	golden.Check(t, "testdata/plan-fresh.golden", planText(fresh, typical()))
+	golden.Check(t, "testdata/plan-change.golden", planText(right(typical()), Config{
+		Own: prefixes("10.244.7.0/24"), Cluster: prefixes("10.244.0.0/16"), TunName: "headcni01"}))
 }
 
 func TestPlan(t *testing.T) {
-	cfg := NodeConfig{Own: nodePrefixes("10.244.1.0/24"), Cluster: nodePrefixes("10.244.0.0/16"), TunName: "headcni01"}
+	cfg := Config{Own: prefixes("10.244.1.0/24"), Cluster: prefixes("10.244.0.0/16"), TunName: "headcni01"}
 	const first = "rule 5188: to 10.244.1.0/24 fwmark 0x0/0x80000 lookup main suppress_prefixlength 24"
 	for name, c := range map[string]struct {
-		change func(*nodeState)
+		change func(*state)
 		want   string
 	}{
-		"steady":       {func(*nodeState) {}, ""},
-		"rule missing": {func(s *nodeState) { s.rules = s.rules[1:] }, "add " + first + "\n"},
-		"rule twice":   {func(s *nodeState) { s.rules = append(s.rules, s.rules[0]) }, "delete " + first + "\n"},
-		"rule without suppress": {func(s *nodeState) { s.rules[0].suppress = noSuppress },
+		"steady":       {func(*state) {}, ""},
+		"rule missing": {func(s *state) { s.rules = s.rules[1:] }, "add " + first + "\n"},
+		"rule twice":   {func(s *state) { s.rules = append(s.rules, s.rules[0]) }, "delete " + first + "\n"},
+		"rule without suppress": {func(s *state) { s.rules[0].suppress = noSuppress },
 			"add " + first + "\ndelete rule 5188: to 10.244.1.0/24 fwmark 0x0/0x80000 lookup main\n"},
-		"rule of another origin": {func(s *nodeState) { s.rules[0].proto = unix.RTPROT_STATIC },
+		"rule of another origin": {func(s *state) { s.rules[0].proto = unix.RTPROT_STATIC },
 			"add " + first + "\ndelete " + first + " protocol 4\n"},
-		"rule with more": {func(s *nodeState) { s.rules[0].rest = " attribute 22=06" },
+		"rule with more": {func(s *state) { s.rules[0].rest = " attribute 22=06" },
 			"add " + first + "\ndelete " + first + " attribute 22=06\n"},
-		"route missing": {func(s *nodeState) { s.routes = nil }, "add route unreachable 10.244.0.0/16 metric 4278\n"},
-		"route of another kind is replaced": {func(s *nodeState) { s.routes[0].kind = unix.RTN_UNICAST },
+		"route missing": {func(s *state) { s.routes = nil }, "add route unreachable 10.244.0.0/16 metric 4278\n"},
+		"route of another kind is replaced": {func(s *state) { s.routes[0].kind = unix.RTN_UNICAST },
 			"add route unreachable 10.244.0.0/16 metric 4278\n"},
-		"route too many": {func(s *nodeState) {
-			s.routes = append(s.routes, nodeRoute{to: netip.MustParsePrefix("10.9.0.0/16"), kind: unix.RTN_UNREACHABLE})
+		"route too many": {func(s *state) {
+			s.routes = append(s.routes, route{to: netip.MustParsePrefix("10.9.0.0/16"), kind: unix.RTN_UNREACHABLE})
 		}, "delete route unreachable 10.9.0.0/16 metric 4278\n"},
-		"no IPv6": {func(s *nodeState) {
-			s.families = nodeFamilies[:1]
+		"no IPv6": {func(s *state) {
+			s.families = families[:1]
 			s.sysctls["net/ipv6/conf/all/forwarding"] = "0"
 		}, ""},
-		"forwarding": {func(s *nodeState) {
+		"forwarding": {func(s *state) {
 			s.sysctls["net/ipv4/ip_forward"] = "0"
 			s.sysctls["net/ipv6/conf/all/forwarding"] = "0"
 		}, "set net.ipv4.ip_forward=1\nset net.ipv6.conf.all.forwarding=1\n"},
@@ -84,21 +84,21 @@ func TestPlan(t *testing.T) {
 func TestPlanRA(t *testing.T) {
 	for _, c := range []struct {
 		what string
-		link nodeLink
+		link link
 		want bool
 	}{
-		{"gave a default route", nodeLink{name: "br0", acceptRA: "1", raDefault: true}, true},
-		{"gave one, and forwards already", nodeLink{name: "br0", acceptRA: "1", raDefault: true, forwards: true}, true},
-		{"a card that still waits", nodeLink{name: "eth0", acceptRA: "1", hardware: true}, true},
-		{"a card that forwarded before us", nodeLink{name: "eth0", acceptRA: "1", hardware: true, forwards: true}, false},
-		{"a container engine's bridge", nodeLink{name: "docker0", acceptRA: "1"}, false},
-		{"networkd does it itself", nodeLink{name: "eth0", acceptRA: "0", hardware: true, raDefault: true}, false},
-		{"done", nodeLink{name: "eth0", acceptRA: "2", hardware: true, raDefault: true}, false},
-		{"a pod's link", nodeLink{name: "hc0123456789", acceptRA: "1", raDefault: true}, false},
-		{"the tun", nodeLink{name: "headcni01", acceptRA: "1", raDefault: true, hardware: true}, false},
-		{"loopback", nodeLink{name: "lo", acceptRA: "1", hardware: true}, false},
+		{"gave a default route", link{name: "br0", acceptRA: "1", raDefault: true}, true},
+		{"gave one, and forwards already", link{name: "br0", acceptRA: "1", raDefault: true, forwards: true}, true},
+		{"a card that still waits", link{name: "eth0", acceptRA: "1", hardware: true}, true},
+		{"a card that forwarded before us", link{name: "eth0", acceptRA: "1", hardware: true, forwards: true}, false},
+		{"a container engine's bridge", link{name: "docker0", acceptRA: "1"}, false},
+		{"networkd does it itself", link{name: "eth0", acceptRA: "0", hardware: true, raDefault: true}, false},
+		{"done", link{name: "eth0", acceptRA: "2", hardware: true, raDefault: true}, false},
+		{"a pod's link", link{name: "hc0123456789", acceptRA: "1", raDefault: true}, false},
+		{"the tun", link{name: "headcni01", acceptRA: "1", raDefault: true, hardware: true}, false},
+		{"loopback", link{name: "lo", acceptRA: "1", hardware: true}, false},
 	} {
-		if got := len(planRA([]nodeLink{c.link}, "headcni01")) == 1; got != c.want {
+		if got := len(planRA([]link{c.link}, "headcni01")) == 1; got != c.want {
 			t.Errorf("%s: %v", c.what, got)
 		}
 	}
@@ -106,8 +106,8 @@ func TestPlanRA(t *testing.T) {
 
 // What is encoded is what is read back, also for what the kernel leaves out.
 func TestRuleCodec(t *testing.T) {
-	for _, f := range nodeFamilies {
-		for _, want := range wantedRules(f, typicalNode()) {
+	for _, f := range families {
+		for _, want := range wantedRules(f, typical()) {
 			msg := encodeRule(want).Serialize()[unix.NLMSG_HDRLEN:]
 			got, err := decodeRule(msg)
 			if err != nil || got != want {
@@ -122,9 +122,9 @@ func TestRuleCodec(t *testing.T) {
 	}
 }
 
-func TestConcernsNode(t *testing.T) {
+func TestConcernsUs(t *testing.T) {
 	rule := func(pref uint32) []byte {
-		return encodeRule(nodeRule{af: unix.AF_INET, pref: pref, suppress: noSuppress}).Serialize()[unix.NLMSG_HDRLEN:]
+		return encodeRule(rule{af: unix.AF_INET, pref: pref, suppress: noSuppress}).Serialize()[unix.NLMSG_HDRLEN:]
 	}
 	route := func(bits byte, flags, metric uint32) []byte {
 		b := make([]byte, unix.SizeofRtMsg)
@@ -152,7 +152,7 @@ func TestConcernsNode(t *testing.T) {
 		{"a neighbour", unix.RTM_NEWNEIGH, nil, false},
 		{"cut short", unix.RTM_NEWROUTE, nil, true},
 	} {
-		if got := concernsNode(c.typ, c.msg); got != c.want {
+		if got := concernsUs(c.typ, c.msg); got != c.want {
 			t.Errorf("%s: %v", c.what, got)
 		}
 	}

@@ -58,9 +58,9 @@ func TestRulesDecide(t *testing.T) {
 			t.Run(flag+" "+c.name, func(t *testing.T) {
 				ns := nstest.New(t)
 				ns.Run(t, "sh", "-ec", addrs.Replace(fibWorld))
-				cfg := NodeConfig{Own: nodePrefixes("10.244.1.0/24", "fd00:244:1::/64"),
-					Cluster: nodePrefixes("10.244.0.0/16", "fd00:244::/32"), TunName: "headcni01", LANFirst: c.lanFirst}
-				syncNode(t, ns, NewNode(SavedHost{}, nil), cfg)
+				cfg := Config{Own: prefixes("10.244.1.0/24", "fd00:244:1::/64"),
+					Cluster: prefixes("10.244.0.0/16", "fd00:244::/32"), TunName: "headcni01", LANFirst: c.lanFirst}
+				mustSync(t, ns, New(Saved{}, nil), cfg)
 				ns.Run(t, "sh", "-ec", addrs.Replace(c.calamity))
 				for dst, want := range c.want {
 					args := strings.Fields("route get " + addrs.Replace(dst))

@@ -14,9 +14,9 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
-// SavedHost is what the host had before Sync changed it, for Remove. It marshals to JSON; its zero value means that
+// Saved is what the host had before Sync changed it, for Remove. It marshals to JSON; its zero value means that
 // nothing was changed.
-type SavedHost struct {
+type Saved struct {
 	// BootID is the boot in which it was saved. A boot starts with the host's own values.
 	BootID string `json:"bootID,omitempty"`
 	// Sysctls are values by path below /proc/sys.
@@ -26,31 +26,31 @@ type SavedHost struct {
 }
 
 // Saved returns what Remove would put back.
-func (n *Node) Saved() SavedHost {
+func (n *Routes) Saved() Saved {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.saved.clone()
 }
 
-func (s SavedHost) clone() SavedHost {
+func (s Saved) clone() Saved {
 	s.Sysctls, s.Set = maps.Clone(s.Sysctls), maps.Clone(s.Set)
 	return s
 }
 
 // freshBoot forgets what was saved in an earlier boot.
-func (n *Node) freshBoot() error {
+func (n *Routes) freshBoot() error {
 	id, err := procfs.Read(paths.BootID)
 	if err != nil {
 		return fmt.Errorf("read the boot ID: %w", err)
 	}
 	if n.saved.BootID != id {
-		n.saved = SavedHost{BootID: id}
+		n.saved = Saved{BootID: id}
 	}
 	return nil
 }
 
 // setSysctl changes a value after what it was is safe.
-func (n *Node) setSysctl(key, value string) error {
+func (n *Routes) setSysctl(key, value string) error {
 	if _, known := n.saved.Set[key]; !known {
 		next := n.saved.clone()
 		if next.Sysctls == nil {
@@ -81,7 +81,7 @@ func (n *Node) setSysctl(key, value string) error {
 // for links to come, and in IPv4 whether redirects are accepted (ip-sysctl.rst, ip_forward).
 func followers(key string) []string {
 	var out []string
-	for _, f := range nodeFamilies {
+	for _, f := range families {
 		if key != f.forwarding {
 			continue
 		}
@@ -99,7 +99,7 @@ func followers(key string) []string {
 }
 
 // restore puts the sysctls back. What somebody else has changed since stays.
-func (n *Node) restore() error {
+func (n *Routes) restore() error {
 	var errs []error
 	kept := map[string]bool{}
 	// Switches for forwarding first: writing them changes their followers.
@@ -115,7 +115,7 @@ func (n *Node) restore() error {
 			}
 		case now != n.saved.Sysctls[key]:
 			if err := sysctl.Write(key, n.saved.Sysctls[key]); err != nil {
-				errs = append(errs, fmt.Errorf("put sysctl back: %w", explainNode(err)))
+				errs = append(errs, fmt.Errorf("put sysctl back: %w", explain(err)))
 			}
 		}
 	}
@@ -128,7 +128,7 @@ func (n *Node) restore() error {
 			err = sysctl.Write(key, n.saved.Sysctls[key])
 		}
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("put sysctl back: %w", explainNode(err)))
+			errs = append(errs, fmt.Errorf("put sysctl back: %w", explain(err)))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -137,13 +137,13 @@ func (n *Node) restore() error {
 	if len(n.saved.Set) == 0 {
 		return nil
 	}
-	n.saved = SavedHost{BootID: n.saved.BootID}
+	n.saved = Saved{BootID: n.saved.BootID}
 	return n.save(n.saved.clone())
 }
 
 func forwardingFirst(a, b string) int {
 	isSwitch := func(k string) int {
-		for _, f := range nodeFamilies {
+		for _, f := range families {
 			if k == f.forwarding {
 				return 0
 			}

@@ -18,7 +18,7 @@ var ErrNoSource = errors.New("no default route with a source address")
 // to see when their node speaks to them and nobody names another address. family is unix.AF_INET or unix.AF_INET6.
 // Without one the error is ErrNoSource.
 func DefaultSource(family int) (netip.Addr, error) {
-	for _, f := range nodeFamilies {
+	for _, f := range families {
 		if f.af == family && !hasFamily(f) {
 			return netip.Addr{}, fmt.Errorf("find the node's %s address: %w", f.name, ErrNoSource)
 		}
@@ -112,7 +112,7 @@ func sourceOf(hops []hop, addrs []hostAddr) (netip.Addr, bool) {
 		return netip.Addr{}, false
 	}
 	i := slices.IndexFunc(addrs, func(a hostAddr) bool {
-		return !slices.ContainsFunc(nodeFamilies, func(f nodeFamily) bool { return f.tailnet.Contains(a.prefix.Addr()) })
+		return !slices.ContainsFunc(families, func(f family) bool { return f.tailnet.Contains(a.prefix.Addr()) })
 	})
 	if i < 0 {
 		return netip.Addr{}, false

@@ -15,7 +15,7 @@ import (
 // no address is left out: tailscaled has no routes there. So is everything while tun is down or gone.
 //
 // tailscaled puts each route there once. Whoever flushes the table takes them for good.
-func (n *Node) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error) {
+func (n *Routes) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error) {
 	link, err := netlink.LinkByName(tun)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		return nil, nil
@@ -27,7 +27,7 @@ func (n *Node) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefix,
 		return nil, nil
 	}
 	var out []netip.Prefix
-	for _, f := range nodeFamilies {
+	for _, f := range families {
 		want := slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return !f.has(p) })
 		if len(want) == 0 || !hasFamily(f) {
 			continue
@@ -54,7 +54,7 @@ func (n *Node) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefix,
 }
 
 // hasGlobal tells whether a link has an address of a family beside the one that every link has.
-func hasGlobal(link netlink.Link, f nodeFamily) (bool, error) {
+func hasGlobal(link netlink.Link, f family) (bool, error) {
 	addrs, err := untilWhole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, f.af) })
 	if err != nil {
 		return false, fmt.Errorf("list %s addresses of %s: %w", f.name, link.Attrs().Name, err)
@@ -63,7 +63,7 @@ func hasGlobal(link netlink.Link, f nodeFamily) (bool, error) {
 }
 
 // tunnelRoutes are those of tailscaled's table that lead into its interface.
-func tunnelRoutes(link netlink.Link, f nodeFamily) ([]netip.Prefix, error) {
+func tunnelRoutes(link netlink.Link, f family) ([]netip.Prefix, error) {
 	filter := &netlink.Route{Table: tailscaleTable, LinkIndex: link.Attrs().Index}
 	routes, err := untilWhole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF)
@@ -81,7 +81,7 @@ func tunnelRoutes(link netlink.Link, f nodeFamily) ([]netip.Prefix, error) {
 }
 
 // Tunnel puts routes into tailscaled's table as tailscaled itself does, which takes them for its own from then on.
-func (n *Node) Tunnel(tun string, prefixes []netip.Prefix) (added []string, err error) {
+func (n *Routes) Tunnel(tun string, prefixes []netip.Prefix) (added []string, err error) {
 	link, err := netlink.LinkByName(tun)
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", tun, err)
@@ -93,7 +93,7 @@ func (n *Node) Tunnel(tun string, prefixes []netip.Prefix) (added []string, err 
 		}
 		what := fmt.Sprintf("add route %s dev %s table %d", p, tun, tailscaleTable)
 		if err := netlink.RouteReplace(r); err != nil {
-			return added, fmt.Errorf("%s: %w", what, explainNode(err))
+			return added, fmt.Errorf("%s: %w", what, explain(err))
 		}
 		added = append(added, what)
 	}

@@ -13,7 +13,7 @@ import (
 
 func TestTunnelRoutesComeBack(t *testing.T) {
 	ns := nstest.New(t)
-	n := NewNode(SavedHost{}, nil)
+	n := New(Saved{}, nil)
 	want := []netip.Prefix{
 		netip.MustParsePrefix("10.244.2.0/24"), netip.MustParsePrefix("100.64.0.2/32"),
 		netip.MustParsePrefix("fd00:244:2::/64"), netip.MustParsePrefix("fd7a:115c:a1e0::/48"), netip.MustParsePrefix("0.0.0.0/0"),

@@ -8,14 +8,14 @@ import (
 
 // BenchmarkAttach is the kernel's part of ADD, dual stack. Detach, which waits for an RCU grace period, is not counted.
 func BenchmarkAttach(b *testing.B) {
-	n := podNode{host: nstest.New(b), pod: nstest.New(b)}
+	n := node{host: nstest.New(b), pod: nstest.New(b)}
 	n.host.Do(b, func() error {
 		for b.Loop() {
-			if _, err := (&Pods{}).Attach(n.spec(podAddr4, podAddr6)); err != nil {
+			if _, err := (&Handle{}).Attach(n.spec(addr4, addr6)); err != nil {
 				return err
 			}
 			b.StopTimer()
-			if _, err := (&Pods{}).Detach("c1", "eth0"); err != nil {
+			if _, err := (&Handle{}).Detach("c1", "eth0"); err != nil {
 				return err
 			}
 			b.StartTimer()
@@ -26,10 +26,10 @@ func BenchmarkAttach(b *testing.B) {
 
 // BenchmarkVacant is the look before ADD takes anything.
 func BenchmarkVacant(b *testing.B) {
-	n := podNode{host: nstest.New(b), pod: nstest.New(b)}
+	n := node{host: nstest.New(b), pod: nstest.New(b)}
 	n.host.Do(b, func() error {
 		for b.Loop() {
-			if err := (&Pods{}).Vacant(n.pod.Path, "eth0"); err != nil {
+			if err := (&Handle{}).Vacant(n.pod.Path, "eth0"); err != nil {
 				return err
 			}
 		}

@@ -15,20 +15,20 @@ import (
 	"github.com/headcni/headcni/internal/rtnl"
 )
 
-// PodState is what CHECK expects of a pod's link: the result of ADD, as plugins after us may have changed it.
-type PodState struct {
+// State is what CHECK expects of a pod's link: the result of ADD, as plugins after us may have changed it.
+type State struct {
 	ContainerID, IfName, Netns string
 	// HostListed tells whether the result names the host's end.
 	HostListed      bool
 	HostMAC, PodMAC string // empty: any
 	HostMTU, PodMTU int    // bytes; 0: any
 	Addrs           []netip.Addr
-	Routes          []PodRoute // in the pod; a zero gateway means any
+	Routes          []Route // in the pod; a zero gateway means any
 }
 
 // Check compares the kernel with want. Each deviation has its own message; all are joined.
-func (p *Pods) Check(want PodState) error {
-	ns, err := openPodNetns(want.Netns)
+func (p *Handle) Check(want State) error {
+	ns, err := openNetns(want.Netns)
 	if err != nil {
 		return err
 	}
@@ -38,17 +38,17 @@ func (p *Pods) Check(want PodState) error {
 		return err
 	}
 	defer host.Close()
-	inside, err := openPodConnAt(ns, unix.NETLINK_ROUTE)
+	inside, err := openIn(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
 	defer inside.Close()
-	hostLink, hostErr := host.LinkByName(PodLinkName(want.ContainerID, want.IfName))
+	hostLink, hostErr := host.LinkByName(Name(want.ContainerID, want.IfName))
 	podLink, podErr := inside.LinkByName(want.IfName)
 	if hostErr != nil || podErr != nil {
 		return errors.Join(missing("host link", hostErr), missing("pod interface "+want.IfName, podErr))
 	}
-	c := podCheck{want: want, host: host, inside: inside, hostLink: hostLink, podLink: podLink}
+	c := check{want: want, host: host, inside: inside, hostLink: hostLink, podLink: podLink}
 	c.links()
 	c.hostSide()
 	c.podAddrs()
@@ -63,20 +63,20 @@ func missing(what string, err error) error {
 	return err
 }
 
-type podCheck struct {
-	want              PodState
+type check struct {
+	want              State
 	host, inside      *rtnl.Conn
 	hostLink, podLink rtnl.Link
 	faults            []error
 }
 
-func (c *podCheck) fault(format string, args ...any) {
+func (c *check) fault(format string, args ...any) {
 	c.faults = append(c.faults, fmt.Errorf(format, args...))
 }
 
-func (c *podCheck) links() {
+func (c *check) links() {
 	h, p, w := c.hostLink, c.podLink, c.want
-	if h.Kind != "veth" || !podLinkIsOf(h.Alias, w.ContainerID, w.IfName) {
+	if h.Kind != "veth" || !belongsTo(h.Alias, w.ContainerID, w.IfName) {
 		c.fault("host link %s is not this pod's (%s, alias %q)", h.Name, h.Kind, h.Alias)
 	}
 	if h.Peer != p.Index {
@@ -105,8 +105,8 @@ func (c *podCheck) links() {
 }
 
 // hostSide looks at the ways to the pod.
-func (c *podCheck) hostSide() {
-	neighs, err := listPodNeighs(c.host, c.hostLink.Index)
+func (c *check) hostSide() {
+	neighs, err := listNeighs(c.host, c.hostLink.Index)
 	if err != nil {
 		c.faults = append(c.faults, err)
 		return
@@ -124,7 +124,7 @@ func (c *podCheck) hostSide() {
 // byOther: the kernel forgets a link's neighbours when somebody sets its hardware address.
 const byOther = "if another plugin set the pod's hardware address, give the capability mac to headcni instead"
 
-func (c *podCheck) neigh(side string, have map[netip.Addr]net.HardwareAddr, a netip.Addr, mac net.HardwareAddr) {
+func (c *check) neigh(side string, have map[netip.Addr]net.HardwareAddr, a netip.Addr, mac net.HardwareAddr) {
 	got, ok := have[a]
 	if !ok {
 		c.fault("%s neighbour %s is missing; %s", side, a, byOther)
@@ -133,7 +133,7 @@ func (c *podCheck) neigh(side string, have map[netip.Addr]net.HardwareAddr, a ne
 	}
 }
 
-func (c *podCheck) podAddrs() {
+func (c *check) podAddrs() {
 	r := rtnl.Request{What: "list addresses", Type: unix.RTM_GETADDR}
 	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
 	r.Uint32(0)
@@ -163,24 +163,24 @@ func (c *podCheck) podAddrs() {
 	}
 }
 
-// podRouteKey tells routes of the same table apart.
-type podRouteKey struct {
+// routeKey tells routes of the same table apart.
+type routeKey struct {
 	dst     netip.Prefix
 	gateway netip.Addr // zero: any
 }
 
-// podRouteTables are the tables that have a route.
-type podRouteTables map[podRouteKey]map[int]bool
+// routeTables are the tables that have a route.
+type routeTables map[routeKey]map[int]bool
 
-func (h podRouteTables) note(key podRouteKey, table int) {
+func (h routeTables) note(key routeKey, table int) {
 	if h[key] == nil {
 		h[key] = map[int]bool{}
 	}
 	h[key][table] = true
 }
 
-func (c *podCheck) podRoutes() {
-	have := podRouteTables{}
+func (c *check) podRoutes() {
+	have := routeTables{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		r := rtnl.Request{What: "list routes", Type: unix.RTM_GETROUTE}
 		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
@@ -190,7 +190,7 @@ func (c *podCheck) podRoutes() {
 			return
 		}
 	}
-	neighs, err := listPodNeighs(c.inside, c.podLink.Index)
+	neighs, err := listNeighs(c.inside, c.podLink.Index)
 	if err != nil {
 		c.faults = append(c.faults, err)
 		return
@@ -201,7 +201,7 @@ func (c *podCheck) podRoutes() {
 	checked := map[netip.Addr]bool{}
 	for _, r := range c.want.Routes {
 		// Routes of other plugins may have next hops elsewhere; ours lead to the host's end.
-		if ours := r.Gateway == PodGateway4 || r.Gateway == PodGateway6; ours && !checked[r.Gateway] {
+		if ours := r.Gateway == Gateway4 || r.Gateway == Gateway6; ours && !checked[r.Gateway] {
 			checked[r.Gateway] = true
 			c.neigh("pod", neighs, r.Gateway, c.hostLink.MAC)
 		}
@@ -209,21 +209,21 @@ func (c *podCheck) podRoutes() {
 }
 
 // missing returns the routes that are in no table. What is found stands for one of them only.
-func (h podRouteTables) missing(want []PodRoute) (list []PodRoute) {
-	var elsewhere []PodRoute // in another table than ours was, perhaps: a plugin after us (sbr) can have moved them
+func (h routeTables) missing(want []Route) (list []Route) {
+	var elsewhere []Route // in another table than ours was, perhaps: a plugin after us (sbr) can have moved them
 	for _, r := range want {
 		table := unix.RT_TABLE_MAIN
 		if r.Table != nil {
 			table = *r.Table
 		}
-		tables := h[podRouteKey{r.Dst, r.Gateway}]
+		tables := h[routeKey{r.Dst, r.Gateway}]
 		if !tables[table] {
 			elsewhere = append(elsewhere, r)
 		}
 		delete(tables, table)
 	}
 	for _, r := range elsewhere {
-		tables := h[podRouteKey{r.Dst, r.Gateway}]
+		tables := h[routeKey{r.Dst, r.Gateway}]
 		if len(tables) == 0 {
 			list = append(list, r)
 		}
@@ -235,7 +235,7 @@ func (h podRouteTables) missing(want []PodRoute) (list []PodRoute) {
 	return list
 }
 
-func noteRoute(have podRouteTables, b []byte) {
+func noteRoute(have routeTables, b []byte) {
 	if len(b) < unix.SizeofRtMsg {
 		return
 	}
@@ -248,7 +248,7 @@ func noteRoute(have podRouteTables, b []byte) {
 	if a, ok := netip.AddrFromSlice(attrs[unix.RTA_DST]); ok {
 		dst = a
 	}
-	key, table := podRouteKey{dst: netip.PrefixFrom(dst, int(m.Dst_len))}, int(m.Table)
+	key, table := routeKey{dst: netip.PrefixFrom(dst, int(m.Dst_len))}, int(m.Table)
 	if t := attrs[unix.RTA_TABLE]; len(t) == 4 {
 		table = int(binary.NativeEndian.Uint32(t))
 	}
@@ -262,8 +262,8 @@ func noteRoute(have podRouteTables, b []byte) {
 	}
 }
 
-// listPodNeighs lists the permanent neighbours on a link.
-func listPodNeighs(c *rtnl.Conn, index int) (map[netip.Addr]net.HardwareAddr, error) {
+// listNeighs lists the permanent neighbours on a link.
+func listNeighs(c *rtnl.Conn, index int) (map[netip.Addr]net.HardwareAddr, error) {
 	r := rtnl.Request{What: "list neighbours", Type: unix.RTM_GETNEIGH}
 	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
 	r.Uint32(uint32(index))

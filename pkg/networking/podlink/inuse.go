@@ -10,7 +10,7 @@ import (
 
 // InUse reports whether a single address is known to the node's routes: to a pod of whatever network, or to the node itself.
 // It asks the kernel once. Where the kernel gives no answer it is false: Attach finds out for itself.
-func (p *Pods) InUse(a netip.Addr) bool {
+func (p *Handle) InUse(a netip.Addr) bool {
 	c, err := p.hostConn()
 	if err != nil {
 		return false
@@ -21,7 +21,7 @@ func (p *Pods) InUse(a netip.Addr) bool {
 }
 
 // hostConn opens a socket on the node, or takes over the one that InUse has opened: that costs twice what a question does.
-func (p *Pods) hostConn() (*rtnl.Conn, error) {
+func (p *Handle) hostConn() (*rtnl.Conn, error) {
 	if c := p.host; c != nil {
 		p.host = nil
 		return c, nil

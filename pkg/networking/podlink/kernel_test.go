@@ -20,29 +20,29 @@ import (
 )
 
 var (
-	podAddr4 = netip.MustParseAddr("10.244.1.2")
-	podAddr6 = netip.MustParseAddr("fd00:244:1::2")
-	podHost  = PodLinkName("c1", "eth0")
+	addr4   = netip.MustParseAddr("10.244.1.2")
+	addr6   = netip.MustParseAddr("fd00:244:1::2")
+	hostEnd = Name("c1", "eth0")
 )
 
-// podNode is a node of its own and one pod's namespace.
-type podNode struct{ host, pod *nstest.NS }
+// node is a node of its own and one pod's namespace.
+type node struct{ host, pod *nstest.NS }
 
-func newPodNode(t *testing.T) podNode { return podNode{host: nstest.New(t), pod: nstest.New(t)} }
+func newNode(t *testing.T) node { return node{host: nstest.New(t), pod: nstest.New(t)} }
 
-func (n podNode) spec(addrs ...netip.Addr) Pod {
+func (n node) spec(addrs ...netip.Addr) Pod {
 	p := Pod{Network: "net", ContainerID: "c1", IfName: "eth0", Label: "ns/web", Netns: n.pod.Path, MTU: 1400, Addrs: addrs}
 	for _, a := range addrs {
-		gateway, any := PodGateway4, netip.IPv4Unspecified()
+		gateway, any := Gateway4, netip.IPv4Unspecified()
 		if a.Is6() {
-			gateway, any = PodGateway6, netip.IPv6Unspecified()
+			gateway, any = Gateway6, netip.IPv6Unspecified()
 		}
-		p.Routes = append(p.Routes, PodRoute{Dst: netip.PrefixFrom(any, 0), Gateway: gateway})
+		p.Routes = append(p.Routes, Route{Dst: netip.PrefixFrom(any, 0), Gateway: gateway})
 	}
 	return p
 }
 
-func (n podNode) attach(t *testing.T, p *Pods, pod Pod) (l PodLinks, err error) {
+func (n node) attach(t *testing.T, p *Handle, pod Pod) (l Pair, err error) {
 	n.host.Do(t, func() error {
 		l, err = p.Attach(pod)
 		return nil
@@ -50,7 +50,7 @@ func (n podNode) attach(t *testing.T, p *Pods, pod Pod) (l PodLinks, err error) 
 	return l, err
 }
 
-func (n podNode) detach(t *testing.T, p *Pods) (err error) {
+func (n node) detach(t *testing.T, p *Handle) (err error) {
 	n.host.Do(t, func() error {
 		_, err = p.Detach("c1", "eth0")
 		return nil
@@ -58,9 +58,9 @@ func (n podNode) detach(t *testing.T, p *Pods) (err error) {
 	return err
 }
 
-func (n podNode) mustAttach(t *testing.T, addrs ...netip.Addr) PodLinks {
+func (n node) mustAttach(t *testing.T, addrs ...netip.Addr) Pair {
 	t.Helper()
-	l, err := n.attach(t, &Pods{}, n.spec(addrs...))
+	l, err := n.attach(t, &Handle{}, n.spec(addrs...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func (n podNode) mustAttach(t *testing.T, addrs ...netip.Addr) PodLinks {
 }
 
 // empty fails the test unless neither namespace has anything of a pod.
-func (n podNode) empty(t *testing.T) {
+func (n node) empty(t *testing.T) {
 	t.Helper()
 	for _, ns := range []*nstest.NS{n.host, n.pod} {
 		for _, args := range []string{"-o link", "route", "-6 route", "neigh"} {
@@ -83,7 +83,7 @@ func (n podNode) empty(t *testing.T) {
 }
 
 // state renders what the pod's link is made of, as ip prints it.
-func (n podNode) state(t *testing.T, l PodLinks) []string {
+func (n node) state(t *testing.T, l Pair) []string {
 	t.Helper()
 	clean := strings.NewReplacer(l.HostMAC.String(), "HOSTMAC", l.PodMAC.String(), "PODMAC", l.HostName, "HOST")
 	spaces, leftOut := regexp.MustCompile(`\s+`), regexp.MustCompile(`^(fe80::/64|ff00|fd00.* proto kernel|.*linkdown)`)
@@ -108,7 +108,7 @@ func (n podNode) state(t *testing.T, l PodLinks) []string {
 	return lines
 }
 
-func TestPodAttach(t *testing.T) {
+func TestAttach(t *testing.T) {
 	want4 := []string{
 		"host 10.244.1.2 lladdr PODMAC PERMANENT",
 		"host 10.244.1.2 proto static scope link",
@@ -130,10 +130,10 @@ func TestPodAttach(t *testing.T) {
 		addrs []netip.Addr
 		want  []string
 	}{
-		{"v4", []netip.Addr{podAddr4}, want4}, {"v6", []netip.Addr{podAddr6}, want6}, {"dual", []netip.Addr{podAddr4, podAddr6}, both},
+		{"v4", []netip.Addr{addr4}, want4}, {"v6", []netip.Addr{addr6}, want6}, {"dual", []netip.Addr{addr4, addr6}, both},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			n := newPodNode(t)
+			n := newNode(t)
 			l := n.mustAttach(t, tt.addrs...)
 			if diff := cmp.Diff(tt.want, n.state(t, l)); diff != "" {
 				t.Error(diff)
@@ -142,7 +142,7 @@ func TestPodAttach(t *testing.T) {
 				t.Errorf("host link: %s", out)
 			}
 			want := ""
-			if slices.Contains(tt.addrs, podAddr6) {
+			if slices.Contains(tt.addrs, addr6) {
 				want = "inet6 fe80::1/64 scope link nodad"
 			}
 			out := n.host.Run(t, "ip", "-6", "-o", "addr", "show", "dev", l.HostName)
@@ -154,34 +154,34 @@ func TestPodAttach(t *testing.T) {
 				link string
 			}{{n.host, l.HostName}, {n.pod, "eth0"}} {
 				c.ns.Do(t, func() error {
-					if v, err := procfs.Read(podSysctl(c.link, "accept_ra")); err != nil || v != "0" {
+					if v, err := procfs.Read(sysctlPath(c.link, "accept_ra")); err != nil || v != "0" {
 						return fmt.Errorf("accept_ra of %s is %q, %v", c.link, v, err)
 					}
 					return nil
 				})
 			}
-			if err := n.detach(t, &Pods{}); err != nil {
+			if err := n.detach(t, &Handle{}); err != nil {
 				t.Fatal(err)
 			}
 			n.empty(t)
-			if err := n.detach(t, &Pods{}); err != nil {
+			if err := n.detach(t, &Handle{}); err != nil {
 				t.Errorf("second detach: %v", err)
 			}
 		})
 	}
 }
 
-func TestPodRoutes(t *testing.T) {
-	n := newPodNode(t)
-	pod := n.spec(podAddr4, podAddr6)
+func TestRoutes(t *testing.T) {
+	n := newNode(t)
+	pod := n.spec(addr4, addr6)
 	table := 1000
 	gw4, gw6 := netip.MustParseAddr("10.244.1.1"), netip.MustParseAddr("fd00:244:1::1")
-	pod.Routes = []PodRoute{
+	pod.Routes = []Route{
 		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: gw4, MTU: 1300, AdvMSS: 1200, Priority: 7},
 		{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: gw4, Table: &table},
 		{Dst: netip.MustParsePrefix("::/0"), Gateway: gw6},
 	}
-	l, err := n.attach(t, &Pods{}, pod)
+	l, err := n.attach(t, &Handle{}, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,15 +198,15 @@ func TestPodRoutes(t *testing.T) {
 	}
 }
 
-// TestPodSecondInterface: a pod may be attached twice. Its first interface stays the way out.
-func TestPodSecondInterface(t *testing.T) {
-	n := newPodNode(t)
-	first := n.mustAttach(t, podAddr4, podAddr6)
-	addr4, addr6 := netip.MustParseAddr("10.244.1.3"), netip.MustParseAddr("fd00:244:1::3")
-	pod := n.spec(addr4, addr6)
+// TestSecondInterface: a pod may be attached twice. Its first interface stays the way out.
+func TestSecondInterface(t *testing.T) {
+	n := newNode(t)
+	first := n.mustAttach(t, addr4, addr6)
+	other4, other6 := netip.MustParseAddr("10.244.1.3"), netip.MustParseAddr("fd00:244:1::3")
+	pod := n.spec(other4, other6)
 	pod.IfName = "eth1"
-	pod.Routes = append(pod.Routes, PodRoute{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: PodGateway4})
-	second, err := n.attach(t, &Pods{}, pod)
+	pod.Routes = append(pod.Routes, Route{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: Gateway4})
+	second, err := n.attach(t, &Handle{}, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,31 +228,31 @@ func TestPodSecondInterface(t *testing.T) {
 	}
 	for _, c := range []struct {
 		p    Pod
-		l    PodLinks
+		l    Pair
 		addr []netip.Addr
-	}{{n.spec(podAddr4, podAddr6), first, []netip.Addr{podAddr4, podAddr6}}, {pod, second, []netip.Addr{addr4, addr6}}} {
-		want := PodState{
+	}{{n.spec(addr4, addr6), first, []netip.Addr{addr4, addr6}}, {pod, second, []netip.Addr{other4, other6}}} {
+		want := State{
 			ContainerID: "c1", IfName: c.p.IfName, Netns: n.pod.Path, HostListed: true, HostMAC: c.l.HostMAC.String(),
 			PodMAC: c.l.PodMAC.String(), HostMTU: c.l.HostMTU, PodMTU: c.l.PodMTU, Addrs: c.addr, Routes: c.p.Routes,
 		}
-		n.host.Do(t, func() error { return (&Pods{}).Check(want) })
+		n.host.Do(t, func() error { return (&Handle{}).Check(want) })
 	}
 	pod.Routes = append(pod.Routes, pod.Routes[0]) // the same route twice is a fault, with or without another interface
 	pod.IfName = "eth2"
-	if _, err := n.attach(t, &Pods{}, pod); !errors.Is(err, unix.EEXIST) {
+	if _, err := n.attach(t, &Handle{}, pod); !errors.Is(err, unix.EEXIST) {
 		t.Errorf("a route twice: got %v", err)
 	}
 }
 
-// TestPodAttachFailsAtEachStep fails every step in turn: the error says which, and Detach leaves nothing behind.
-func TestPodAttachFailsAtEachStep(t *testing.T) {
-	n := newPodNode(t)
+// TestAttachFailsAtEachStep fails every step in turn: the error says which, and Detach leaves nothing behind.
+func TestAttachFailsAtEachStep(t *testing.T) {
+	n := newNode(t)
 	var steps []string
-	record := &Pods{inject: func(step string) error { steps = append(steps, step); return nil }}
-	if _, err := n.attach(t, record, n.spec(podAddr4, podAddr6)); err != nil {
+	record := &Handle{inject: func(step string) error { steps = append(steps, step); return nil }}
+	if _, err := n.attach(t, record, n.spec(addr4, addr6)); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.detach(t, &Pods{}); err != nil {
+	if err := n.detach(t, &Handle{}); err != nil {
 		t.Fatal(err)
 	}
 	if len(steps) < 17 {
@@ -262,17 +262,17 @@ func TestPodAttachFailsAtEachStep(t *testing.T) {
 	for i := range steps {
 		t.Run(strings.ReplaceAll(fmt.Sprintf("%02d %s", i, steps[i]), "/", "_"), func(t *testing.T) {
 			at := 0
-			failing := &Pods{inject: func(string) error {
+			failing := &Handle{inject: func(string) error {
 				at++
 				if at-1 == i {
 					return boom
 				}
 				return nil
 			}}
-			if _, err := n.attach(t, failing, n.spec(podAddr4, podAddr6)); !errors.Is(err, boom) {
+			if _, err := n.attach(t, failing, n.spec(addr4, addr6)); !errors.Is(err, boom) {
 				t.Fatalf("got %v", err)
 			}
-			if err := n.detach(t, &Pods{}); err != nil {
+			if err := n.detach(t, &Handle{}); err != nil {
 				t.Fatal(err)
 			}
 			n.empty(t)
@@ -280,11 +280,11 @@ func TestPodAttachFailsAtEachStep(t *testing.T) {
 	}
 }
 
-func TestPodLeftoverIsReplaced(t *testing.T) {
+func TestLeftoverIsReplaced(t *testing.T) {
 	for _, killedAt := range []string{"name owner of link", "set pod link up"} {
 		t.Run(killedAt, func(t *testing.T) {
-			n := newPodNode(t)
-			dying := &Pods{inject: func(step string) error {
+			n := newNode(t)
+			dying := &Handle{inject: func(step string) error {
 				if step == killedAt {
 					return errors.New("killed")
 				}
@@ -292,12 +292,12 @@ func TestPodLeftoverIsReplaced(t *testing.T) {
 			}}
 			// The pod of the first try has gone, as after a restart of the sandbox; its link's host end stays for a moment.
 			first := nstest.New(t)
-			spec := n.spec(podAddr4)
+			spec := n.spec(addr4)
 			spec.Netns = first.Path
 			if _, err := n.attach(t, dying, spec); err == nil {
 				t.Fatal("not killed")
 			}
-			n.mustAttach(t, podAddr4)
+			n.mustAttach(t, addr4)
 			if out := first.Run(t, "ip", "-o", "link"); strings.Contains(out, "eth0") {
 				t.Errorf("the leftover is still there: %s", out)
 			}
@@ -305,36 +305,36 @@ func TestPodLeftoverIsReplaced(t *testing.T) {
 	}
 }
 
-func TestPodNameCollision(t *testing.T) {
-	n := newPodNode(t)
-	n.host.Run(t, "ip", "link", "add", podHost, "type", "veth", "peer", "name", "x")
-	n.host.Run(t, "ip", "link", "set", podHost, "alias", "net other/eth0")
-	_, err := n.attach(t, &Pods{}, n.spec(podAddr4))
+func TestNameCollision(t *testing.T) {
+	n := newNode(t)
+	n.host.Run(t, "ip", "link", "add", hostEnd, "type", "veth", "peer", "name", "x")
+	n.host.Run(t, "ip", "link", "set", hostEnd, "alias", "net other/eth0")
+	_, err := n.attach(t, &Handle{}, n.spec(addr4))
 	if err == nil || !strings.Contains(err.Error(), "it exists and is another's") {
 		t.Errorf("attach: %v", err)
 	}
-	if err := n.detach(t, &Pods{}); err != nil {
+	if err := n.detach(t, &Handle{}); err != nil {
 		t.Errorf("detach: %v", err)
 	}
-	n.host.Run(t, "ip", "link", "show", "dev", podHost) // still there
+	n.host.Run(t, "ip", "link", "show", "dev", hostEnd) // still there
 }
 
-func TestPodAddressElsewhere(t *testing.T) {
-	n := newPodNode(t)
-	n.host.Run(t, "ip", "route", "add", podAddr4.String(), "dev", "lo")
-	if _, err := n.attach(t, &Pods{}, n.spec(podAddr4)); !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "something else on this node has the address") {
+func TestAddressElsewhere(t *testing.T) {
+	n := newNode(t)
+	n.host.Run(t, "ip", "route", "add", addr4.String(), "dev", "lo")
+	if _, err := n.attach(t, &Handle{}, n.spec(addr4)); !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "something else on this node has the address") {
 		t.Errorf("got %v", err)
 	}
-	if err := n.detach(t, &Pods{}); err != nil {
+	if err := n.detach(t, &Handle{}); err != nil {
 		t.Fatal(err)
 	}
-	if out := n.host.Run(t, "ip", "route", "show", podAddr4.String()); !strings.Contains(out, "dev lo") {
+	if out := n.host.Run(t, "ip", "route", "show", addr4.String()); !strings.Contains(out, "dev lo") {
 		t.Errorf("the other's route has gone: %q", out)
 	}
 }
 
-func TestPodVacant(t *testing.T) {
-	n := newPodNode(t)
+func TestVacant(t *testing.T) {
+	n := newNode(t)
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -344,36 +344,36 @@ func TestPodVacant(t *testing.T) {
 		netns, ifName string
 		want          error
 	}{
-		{n.pod.Path, "eth1", nil}, {n.pod.Path, "eth0", ErrPodLinkExists}, {file, "eth0", ErrPodNetns},
-		{"/run/netns/none", "eth0", ErrPodNetns}, {n.host.Path, "eth0", ErrPodNetns},
+		{n.pod.Path, "eth1", nil}, {n.pod.Path, "eth0", ErrLinkExists}, {file, "eth0", ErrNetns},
+		{"/run/netns/none", "eth0", ErrNetns}, {n.host.Path, "eth0", ErrNetns},
 	} {
 		var err error
 		n.host.Do(t, func() error {
-			err = (&Pods{}).Vacant(tt.netns, tt.ifName)
+			err = (&Handle{}).Vacant(tt.netns, tt.ifName)
 			return nil
 		})
 		if !errors.Is(err, tt.want) {
 			t.Errorf("%s in %s: got %v, want %v", tt.ifName, tt.netns, err, tt.want)
 		}
 	}
-	if _, err := n.attach(t, &Pods{}, n.spec(podAddr4)); !errors.Is(err, ErrPodLinkExists) {
+	if _, err := n.attach(t, &Handle{}, n.spec(addr4)); !errors.Is(err, ErrLinkExists) {
 		t.Errorf("attach over an interface: %v", err)
 	}
 }
 
-func TestPodNetnsDisappears(t *testing.T) {
-	n := newPodNode(t)
-	gone := &Pods{inject: func(step string) error {
+func TestNetnsDisappears(t *testing.T) {
+	n := newNode(t)
+	gone := &Handle{inject: func(step string) error {
 		if step == "set pod link up" {
 			return errors.Join(unix.Unmount(n.pod.Path, unix.MNT_DETACH), os.Remove(n.pod.Path))
 		}
 		return nil
 	}}
-	_, err := n.attach(t, gone, n.spec(podAddr4))
-	if !errors.Is(err, ErrPodNetns) || !strings.Contains(err.Error(), "disappeared") {
+	_, err := n.attach(t, gone, n.spec(addr4))
+	if !errors.Is(err, ErrNetns) || !strings.Contains(err.Error(), "disappeared") {
 		t.Errorf("got %v", err)
 	}
-	if err := n.detach(t, &Pods{}); err != nil {
+	if err := n.detach(t, &Handle{}); err != nil {
 		t.Error(err)
 	}
 }
@@ -383,25 +383,25 @@ func setSysctl(t *testing.T, ns *nstest.NS, key, value string) {
 	ns.Do(t, func() error { return os.WriteFile("/proc/sys/"+key, []byte(value), 0o600) })
 }
 
-func TestPodIPv6Disabled(t *testing.T) {
+func TestIPv6Disabled(t *testing.T) {
 	t.Run("in the pod by default", func(t *testing.T) { // as Docker and CRI-O set sandboxes up
-		n := newPodNode(t)
+		n := newNode(t)
 		setSysctl(t, n.pod, "net/ipv6/conf/default/disable_ipv6", "1")
-		n.mustAttach(t, podAddr4, podAddr6)
-		n.pod.Run(t, "ip", "-6", "addr", "show", "dev", "eth0", "to", podAddr6.String())
+		n.mustAttach(t, addr4, addr6)
+		n.pod.Run(t, "ip", "-6", "addr", "show", "dev", "eth0", "to", addr6.String())
 	})
 	t.Run("on the node", func(t *testing.T) {
-		n := newPodNode(t)
+		n := newNode(t)
 		setSysctl(t, n.host, "net/ipv6/conf/all/disable_ipv6", "1")
 		setSysctl(t, n.host, "net/ipv6/conf/default/disable_ipv6", "1")
-		_, err := n.attach(t, &Pods{}, n.spec(podAddr4, podAddr6))
+		_, err := n.attach(t, &Handle{}, n.spec(addr4, addr6))
 		if !errors.Is(err, ErrNoIPv6) || !strings.Contains(err.Error(), "on this node") {
 			t.Errorf("dual stack: %v", err)
 		}
-		if err := n.detach(t, &Pods{}); err != nil {
+		if err := n.detach(t, &Handle{}); err != nil {
 			t.Fatal(err)
 		}
-		n.mustAttach(t, podAddr4)
+		n.mustAttach(t, addr4)
 	})
 }
 
@@ -412,7 +412,7 @@ type deviation struct {
 	want  string
 }
 
-func TestPodCheck(t *testing.T) {
+func TestCheck(t *testing.T) {
 	deviations := []deviation{
 		{false, "link del HOST", "host link is missing; pod interface eth0 is missing"},
 		{true, "link set eth0 name eth7", "pod interface eth0 is missing"},
@@ -436,16 +436,16 @@ func TestPodCheck(t *testing.T) {
 	}
 	for _, d := range deviations {
 		t.Run(strings.ReplaceAll(d.ip, "/", "_"), func(t *testing.T) {
-			n := newPodNode(t)
+			n := newNode(t)
 			n.host.Run(t, "ip", "addr", "add", "192.0.2.1/32", "dev", "lo")
-			l := n.mustAttach(t, podAddr4, podAddr6)
-			state := PodState{
+			l := n.mustAttach(t, addr4, addr6)
+			state := State{
 				ContainerID: "c1", IfName: "eth0", Netns: n.pod.Path, HostListed: true, HostMAC: l.HostMAC.String(),
-				PodMAC: l.PodMAC.String(), HostMTU: l.HostMTU, PodMTU: l.PodMTU, Addrs: []netip.Addr{podAddr4, podAddr6},
-				Routes: n.spec(podAddr4, podAddr6).Routes,
+				PodMAC: l.PodMAC.String(), HostMTU: l.HostMTU, PodMTU: l.PodMTU, Addrs: []netip.Addr{addr4, addr6},
+				Routes: n.spec(addr4, addr6).Routes,
 			}
 			check := func() (err error) {
-				n.host.Do(t, func() error { err = (&Pods{}).Check(state); return nil })
+				n.host.Do(t, func() error { err = (&Handle{}).Check(state); return nil })
 				return err
 			}
 			if err := check(); err != nil {
@@ -468,7 +468,7 @@ func TestPodCheck(t *testing.T) {
 	}
 }
 
-func TestPodSweep(t *testing.T) {
+func TestSweep(t *testing.T) {
 	host := nstest.New(t)
 	var names []string
 	for i, id := range []string{"keep", "stale", "other"} {
@@ -476,16 +476,16 @@ func TestPodSweep(t *testing.T) {
 		if id == "other" {
 			pod.Network = "net2"
 		}
-		host.Do(t, func() error { _, err := (&Pods{}).Attach(pod); return err })
-		names = append(names, PodLinkName(id, "eth0"))
+		host.Do(t, func() error { _, err := (&Handle{}).Attach(pod); return err })
+		names = append(names, Name(id, "eth0"))
 	}
 	host.Run(t, "ip", "link", "add", "hcnotours", "type", "veth", "peer", "name", "y")
 	host.Do(t, func() error {
-		left, err := (&Pods{}).Sweep("net", func(name string) bool { return name == names[0] })
+		left, err := (&Handle{}).Sweep("net", func(name string) bool { return name == names[0] })
 		if len(left) > 0 {
 			t.Errorf("left: %q", left)
 		}
-		if !(&Pods{}).HasPods() {
+		if !(&Handle{}).HasPods() {
 			t.Error("HasPods says no")
 		}
 		return err
@@ -539,11 +539,11 @@ func TestGate(t *testing.T) {
 	want("flushed", "nft table")
 }
 
-func TestPodLinkName(t *testing.T) {
+func TestName(t *testing.T) {
 	seen := map[string]bool{}
 	for i := range 20000 {
-		name := PodLinkName(fmt.Sprintf("%064x", i), "eth0")
-		if len(name) != 12 || !isPodLinkName(name) {
+		name := Name(fmt.Sprintf("%064x", i), "eth0")
+		if len(name) != 12 || !isName(name) {
 			t.Fatalf("%q", name)
 		}
 		if seen[name] {
@@ -551,33 +551,33 @@ func TestPodLinkName(t *testing.T) {
 		}
 		seen[name] = true
 	}
-	if PodLinkName("ab", "c") == PodLinkName("a", "bc") {
+	if Name("ab", "c") == Name("a", "bc") {
 		t.Error("the border between ID and interface does not count")
 	}
 }
 
-func TestPodAlias(t *testing.T) {
+func TestAlias(t *testing.T) {
 	long := strings.Repeat("x", 400)
 	for _, tt := range []struct {
 		alias, id string
 		want      bool
 	}{
-		{podLinkAlias("n", "c1", "eth0", "ns/p"), "c1", true},
-		{podLinkAlias("n", "c1", "eth0", ""), "c1", true},
-		{podLinkAlias("n", "c12", "eth0", ""), "c1", false},
-		{podLinkAlias("n", long, "eth0", "ns/p"), long, true},
-		{podLinkAlias("n", "c1", "eth0", long), "c1", true},
+		{aliasOf("n", "c1", "eth0", "ns/p"), "c1", true},
+		{aliasOf("n", "c1", "eth0", ""), "c1", true},
+		{aliasOf("n", "c12", "eth0", ""), "c1", false},
+		{aliasOf("n", long, "eth0", "ns/p"), long, true},
+		{aliasOf("n", "c1", "eth0", long), "c1", true},
 		{"", "c1", true}, {"something", "c1", false},
 	} {
-		if got := podLinkIsOf(tt.alias, tt.id, "eth0"); got != tt.want || len(tt.alias) > podAliasMax {
+		if got := belongsTo(tt.alias, tt.id, "eth0"); got != tt.want || len(tt.alias) > aliasMax {
 			t.Errorf("%.40q of %.20q: %v", tt.alias, tt.id, got)
 		}
 	}
 }
 
-func TestPodAddressInUse(t *testing.T) {
-	n := newPodNode(t)
-	n.mustAttach(t, podAddr4, podAddr6)
+func TestAddressInUse(t *testing.T) {
+	n := newNode(t)
+	n.mustAttach(t, addr4, addr6)
 	for _, args := range []string{
 		"-4 addr add 10.244.1.1/32 dev lo", "-4 route add default dev lo", "-6 route add default dev lo",
 		"-4 route add unreachable 10.244.1.8", "-6 route add unreachable fd00:244:1::8", "-4 route add blackhole 10.244.1.9",
@@ -590,7 +590,7 @@ func TestPodAddressInUse(t *testing.T) {
 		"10.244.1.8": false, "fd00:244:1::8": false, "10.244.1.9": false, "10.244.2.2": false, "fd00:244:2::2": false,
 	} {
 		n.host.Do(t, func() error {
-			if got := (&Pods{}).InUse(netip.MustParseAddr(text)); got != want {
+			if got := (&Handle{}).InUse(netip.MustParseAddr(text)); got != want {
 				t.Errorf("%s in use: %v, want %v", text, got, want)
 			}
 			return nil

@@ -21,13 +21,13 @@ type LivePod struct {
 }
 
 // Live lists the links of one network's pods with their addresses: the truth from which lost leases can be written anew.
-func (p *Pods) Live(network string) ([]LivePod, error) {
+func (p *Handle) Live(network string) ([]LivePod, error) {
 	c, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	links, err := podLinks(c)
+	links, err := listLinks(c)
 	if err != nil {
 		return nil, err
 	}
@@ -74,45 +74,45 @@ func hostRoute(b []byte) (link int, a netip.Addr, ok bool) {
 	return int(binary.NativeEndian.Uint32(oif)), a, true
 }
 
-// podLinks lists all links whose name is like that of a pod's. It is a dump: not for ADD or DEL.
-func podLinks(c *rtnl.Conn) (map[string]rtnl.Link, error) {
+// listLinks lists all links whose name is like that of a pod's. It is a dump: not for ADD or DEL.
+func listLinks(c *rtnl.Conn) (map[string]rtnl.Link, error) {
 	links := map[string]rtnl.Link{}
 	err := c.Links(func(l rtnl.Link) {
-		if l.Kind == "veth" && isPodLinkName(l.Name) {
+		if l.Kind == "veth" && isName(l.Name) {
 			links[l.Name] = l
 		}
 	})
 	return links, err
 }
 
-func isPodLinkName(name string) bool {
+func isName(name string) bool {
 	hash, ok := strings.CutPrefix(name, names.PodLinkPrefix)
 	return ok && len(hash) == 10 && strings.Trim(hash, "0123456789abcdef") == ""
 }
 
 // HasPods reports whether any pod's link is on the node.
-func (p *Pods) HasPods() bool {
+func (p *Handle) HasPods() bool {
 	c, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return false
 	}
 	defer c.Close()
-	links, err := podLinks(c)
+	links, err := listLinks(c)
 	return err == nil && len(links) > 0
 }
 
 // Gate is the function of the same name.
-func (p *Pods) Gate(podCIDRs []netip.Prefix) error { return Gate(podCIDRs) }
+func (p *Handle) Gate(podCIDRs []netip.Prefix) error { return Gate(podCIDRs) }
 
 // Sweep removes the links of one network's pods for which keep is false. It goes on past errors, and returns the names of
 // the links that it could not remove.
-func (p *Pods) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
+func (p *Handle) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
 	c, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	links, err := podLinks(c)
+	links, err := listLinks(c)
 	if err != nil {
 		return nil, err
 	}
@@ -122,7 +122,7 @@ func (p *Pods) Sweep(network string, keep func(linkName string) bool) (left []st
 		if of != network || keep(name) {
 			continue
 		}
-		if err := deletePodLink(c, l); err != nil {
+		if err := deleteLink(c, l); err != nil {
 			left = append(left, name)
 			errs = append(errs, err)
 		}

@@ -10,16 +10,16 @@ import (
 	"github.com/headcni/headcni/internal/rtnl"
 )
 
-// openPodNetns opens a network namespace that is not the caller's own.
-func openPodNetns(path string) (int, error) {
+// openNetns opens a network namespace that is not the caller's own.
+func openNetns(path string) (int, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("open %s: %w: %w", path, ErrPodNetns, err)
+		return -1, fmt.Errorf("open %s: %w: %w", path, ErrNetns, err)
 	}
 	var fs unix.Statfs_t
 	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
 		unix.Close(fd)
-		return -1, fmt.Errorf("open %s: %w: it is not a namespace; has the sandbox ended?", path, ErrPodNetns)
+		return -1, fmt.Errorf("open %s: %w: it is not a namespace; has the sandbox ended?", path, ErrNetns)
 	}
 	var its, own unix.Stat_t
 	err = unix.Fstat(fd, &its)
@@ -31,7 +31,7 @@ func openPodNetns(path string) (int, error) {
 	}
 	if err != nil {
 		unix.Close(fd)
-		return -1, fmt.Errorf("open %s: %w: %w", path, ErrPodNetns, err)
+		return -1, fmt.Errorf("open %s: %w: %w", path, ErrNetns, err)
 	}
 	return fd, nil
 }
@@ -43,20 +43,20 @@ func stillThere(path string, fd int) error {
 		return fmt.Errorf("look at %s: %w", path, err)
 	}
 	if err := unix.Stat(path, &is); err != nil || was.Ino != is.Ino || was.Dev != is.Dev {
-		return fmt.Errorf("%w: %s disappeared while the pod was attached; the sandbox has ended", ErrPodNetns, path)
+		return fmt.Errorf("%w: %s disappeared while the pod was attached; the sandbox has ended", ErrNetns, path)
 	}
 	return nil
 }
 
-// podNetns is a pod's network namespace and a netlink socket in it.
-type podNetns struct {
+// openedNetns is a pod's network namespace and a netlink socket in it.
+type openedNetns struct {
 	path string
 	fd   int
 	conn *rtnl.Conn
 }
 
 // enter opens a pod's namespace, or takes over what Vacant has opened.
-func (p *Pods) enter(path string) (*podNetns, error) {
+func (p *Handle) enter(path string) (*openedNetns, error) {
 	if was := p.vacant; was != nil {
 		p.vacant = nil
 		if was.path == path {
@@ -64,19 +64,19 @@ func (p *Pods) enter(path string) (*podNetns, error) {
 		}
 		was.close()
 	}
-	fd, err := openPodNetns(path)
+	fd, err := openNetns(path)
 	if err != nil {
 		return nil, err
 	}
-	conn, err := openPodConnAt(fd, unix.NETLINK_ROUTE)
+	conn, err := openIn(fd, unix.NETLINK_ROUTE)
 	if err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
-	return &podNetns{path: path, fd: fd, conn: conn}, nil
+	return &openedNetns{path: path, fd: fd, conn: conn}, nil
 }
 
-func (n *podNetns) close() {
+func (n *openedNetns) close() {
 	n.conn.Close()
 	unix.Close(n.fd)
 }
@@ -96,7 +96,7 @@ func inNetns(netns int, fn func() error) error {
 		case errors.Is(err, unix.EPERM):
 			return fmt.Errorf("enter network namespace: %w; run as root (CAP_SYS_ADMIN and CAP_NET_ADMIN)", err)
 		case errors.Is(err, unix.EINVAL): // a namespace of another kind
-			return fmt.Errorf("enter network namespace: %w: %w", ErrPodNetns, err)
+			return fmt.Errorf("enter network namespace: %w: %w", ErrNetns, err)
 		}
 		return fmt.Errorf("enter network namespace: %w", err)
 	}
@@ -109,8 +109,8 @@ func inNetns(netns int, fn func() error) error {
 	return err
 }
 
-// openPodConnAt opens a socket in another network namespace.
-func openPodConnAt(netns, protocol int) (c *rtnl.Conn, err error) {
+// openIn opens a socket in another network namespace.
+func openIn(netns, protocol int) (c *rtnl.Conn, err error) {
 	err = inNetns(netns, func() error {
 		c, err = rtnl.Open(protocol)
 		return err

@@ -26,18 +26,18 @@ import (
 // What a pod sees as its next hop. No interface has these addresses except fe80::1 on the host's end: the pod finds the
 // host's end by a permanent neighbour entry, so the node needs no address, no proxy ARP and no lookup.
 var (
-	PodGateway4 = netip.MustParseAddr("169.254.1.1")
-	PodGateway6 = netip.MustParseAddr("fe80::1")
+	Gateway4 = netip.MustParseAddr("169.254.1.1")
+	Gateway6 = netip.MustParseAddr("fe80::1")
 )
 
 const (
-	// DefaultPodMTU is the MTU in bytes where there is no tunnel to take it from: tailscaled's own.
-	DefaultPodMTU = 1280
+	// DefaultMTU is the MTU in bytes where there is no tunnel to take it from: tailscaled's own.
+	DefaultMTU = 1280
 
-	// podMetric is above the kernel's default for IPv4 (0) and IPv6 (1024); an interface's index makes it unique in the pod.
-	podMetric = 1024
+	// metricBase is above the kernel's default for IPv4 (0) and IPv6 (1024); an interface's index makes it unique in the pod.
+	metricBase = 1024
 
-	podAliasMax = 255 // bytes: IFALIASZ-1, linux/if.h
+	aliasMax = 255 // bytes: IFALIASZ-1, linux/if.h
 )
 
 // tunNames are the tuns that a pod's packets may have to pass, in order: daemon mode's, tailscaled's default.
@@ -45,20 +45,20 @@ var tunNames = []string{"headcni01", "tailscale0"}
 
 // Faults that a caller tells apart.
 var (
-	// ErrPodNetns: the path is no network namespace, has gone, or is the caller's own.
-	ErrPodNetns = errors.New("invalid network namespace")
-	// ErrPodLinkExists: the pod already has an interface of that name.
-	ErrPodLinkExists = errors.New("interface exists already")
+	// ErrNetns: the path is no network namespace, has gone, or is the caller's own.
+	ErrNetns = errors.New("invalid network namespace")
+	// ErrLinkExists: the pod already has an interface of that name.
+	ErrLinkExists = errors.New("interface exists already")
 	// ErrNoIPv6: an IPv6 address is wanted where IPv6 is switched off.
 	ErrNoIPv6 = errors.New("IPv6 is disabled")
 )
 
-// Pods attaches pods to the node's network by netlink. The zero value works.
-type Pods struct {
+// Handle attaches pods to the node's network by netlink. The zero value works.
+type Handle struct {
 	Log *slog.Logger // nil: nothing is logged
 
-	vacant *podNetns  // what Vacant has opened, for the Attach that follows
-	host   *rtnl.Conn // what InUse has opened, likewise
+	vacant *openedNetns // what Vacant has opened, for the Attach that follows
+	host   *rtnl.Conn   // what InUse has opened, likewise
 
 	// inject, where a test sets it, fails the step that is about to run.
 	inject func(step string) error
@@ -71,15 +71,15 @@ type Pod struct {
 	IfName      string
 	Label       string // whose it is, for people: namespace/name; may be empty
 	Netns       string // path
-	MTU         int    // bytes; 0: the tun's, or DefaultPodMTU where there is none
+	MTU         int    // bytes; 0: the tun's, or DefaultMTU where there is none
 	MAC         net.HardwareAddr
 	Addrs       []netip.Addr
-	Routes      []PodRoute // in the pod
-	Forward     bool       // let the node forward too: it has no daemon that does
+	Routes      []Route // in the pod
+	Forward     bool    // let the node forward too: it has no daemon that does
 }
 
-// PodRoute is a route in the pod by way of the node.
-type PodRoute struct {
+// Route is a route in the pod by way of the node.
+type Route struct {
 	Dst      netip.Prefix
 	Gateway  netip.Addr
 	MTU      int // bytes; 0: the link's
@@ -89,8 +89,8 @@ type PodRoute struct {
 	Scope    *int // nil: global
 }
 
-// PodLinks is what Attach has made.
-type PodLinks struct {
+// Pair is what Attach has made.
+type Pair struct {
 	HostName        string
 	HostMAC, PodMAC net.HardwareAddr
 	HostMTU, PodMTU int // bytes
@@ -99,50 +99,50 @@ type PodLinks struct {
 	hostIdx, podIdx int
 }
 
-// PodLinkName is the name of the host's end: a hash, since the container ID does not fit into 15 bytes.
-func PodLinkName(containerID, ifName string) string {
+// Name is the name of the host's end: a hash, since the container ID does not fit into 15 bytes.
+func Name(containerID, ifName string) string {
 	h := fnv.New64a()
 	h.Write([]byte(containerID + "\x00" + ifName))
 	sum := h.Sum64()
 	return fmt.Sprintf("%s%010x", names.PodLinkPrefix, (sum^sum>>40)&(1<<40-1))
 }
 
-// podLinkAlias says whose a link is. The kernel takes at most 255 bytes.
-func podLinkAlias(network, containerID, ifName, label string) string {
+// aliasOf says whose a link is. The kernel takes at most 255 bytes.
+func aliasOf(network, containerID, ifName, label string) string {
 	alias := network + " " + containerID + "/" + ifName
 	if label != "" {
 		alias += " " + label
 	}
-	return alias[:min(len(alias), podAliasMax)]
+	return alias[:min(len(alias), aliasMax)]
 }
 
-// podLinkIsOf reports whether a link of the right name belongs to the attachment. An ADD that was killed right after it
+// belongsTo reports whether a link of the right name belongs to the attachment. An ADD that was killed right after it
 // had made the link leaves one without alias; then the name, which is a hash, must do.
-func podLinkIsOf(alias, containerID, ifName string) bool {
+func belongsTo(alias, containerID, ifName string) bool {
 	if alias == "" {
 		return true
 	}
 	_, rest, _ := strings.Cut(alias, " ")
 	want := containerID + "/" + ifName
-	return strings.HasPrefix(rest+" ", want+" ") || len(alias) == podAliasMax && strings.HasPrefix(want, rest)
+	return strings.HasPrefix(rest+" ", want+" ") || len(alias) == aliasMax && strings.HasPrefix(want, rest)
 }
 
 // step lets a test fail what comes next.
-func (p *Pods) step(what string) error {
+func (p *Handle) step(what string) error {
 	if p.inject == nil {
 		return nil
 	}
 	return p.inject(what)
 }
 
-func (p *Pods) warn(msg string, args ...any) {
+func (p *Handle) warn(msg string, args ...any) {
 	if p.Log != nil {
 		p.Log.Warn(msg, args...)
 	}
 }
 
 // do is Conn.do with the test's seam before each request.
-func (p *Pods) do(c *rtnl.Conn, requests ...rtnl.Request) ([][]byte, error) {
+func (p *Handle) do(c *rtnl.Conn, requests ...rtnl.Request) ([][]byte, error) {
 	for i, r := range requests {
 		if err := p.step(r.What); err != nil {
 			if i > 0 {
@@ -154,9 +154,9 @@ func (p *Pods) do(c *rtnl.Conn, requests ...rtnl.Request) ([][]byte, error) {
 	return c.Do(requests...)
 }
 
-// Vacant returns an error that matches ErrPodLinkExists if the pod already has the interface, and one that matches
-// ErrPodNetns if there is no such namespace. It changes nothing.
-func (p *Pods) Vacant(netns, ifName string) error {
+// Vacant returns an error that matches ErrLinkExists if the pod already has the interface, and one that matches
+// ErrNetns if there is no such namespace. It changes nothing.
+func (p *Handle) Vacant(netns, ifName string) error {
 	ns, err := p.enter(netns)
 	if err != nil {
 		return err
@@ -168,54 +168,54 @@ func (p *Pods) Vacant(netns, ifName string) error {
 	}
 	ns.close()
 	if err == nil {
-		return fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, netns, ErrPodLinkExists)
+		return fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, netns, ErrLinkExists)
 	}
 	return err
 }
 
 // Attach makes the pod's link. On an error something may be left over, which Detach removes.
-func (p *Pods) Attach(pod Pod) (PodLinks, error) {
+func (p *Handle) Attach(pod Pod) (Pair, error) {
 	ns, err := p.enter(pod.Netns)
 	if err != nil {
-		return PodLinks{}, err
+		return Pair{}, err
 	}
 	defer ns.close()
 	host, err := p.hostConn()
 	if err != nil {
-		return PodLinks{}, err
+		return Pair{}, err
 	}
 	defer host.Close()
 
 	if pod.Forward {
 		if err := enableForwarding(pod.Addrs); err != nil {
-			return PodLinks{}, err
+			return Pair{}, err
 		}
 	}
 	links, err := p.create(host, pod, ns.fd)
 	if err != nil {
-		return PodLinks{}, err
+		return Pair{}, err
 	}
 	if err := p.setUpHost(host, pod, links); err != nil {
-		return PodLinks{}, err
+		return Pair{}, err
 	}
 	if err := p.podSysctls(ns.fd, pod); err != nil {
-		return PodLinks{}, err
+		return Pair{}, err
 	}
 	if links.Metric, err = p.setUpPod(ns.conn, pod, links); err != nil {
-		return PodLinks{}, err
+		return Pair{}, err
 	}
 	if err := awaitCarrier(host, links.HostName); err != nil {
-		return PodLinks{}, err
+		return Pair{}, err
 	}
 	awaitAddrs(ns.conn, pod.Addrs)
 	return links, stillThere(pod.Netns, ns.fd)
 }
 
 // create makes the veth pair, with the pod's end born inside its namespace.
-func (p *Pods) create(host *rtnl.Conn, pod Pod, netns int) (PodLinks, error) {
-	l := PodLinks{HostName: PodLinkName(pod.ContainerID, pod.IfName), HostMAC: randomPodMAC(), PodMAC: pod.MAC}
+func (p *Handle) create(host *rtnl.Conn, pod Pod, netns int) (Pair, error) {
+	l := Pair{HostName: Name(pod.ContainerID, pod.IfName), HostMAC: randomMAC(), PodMAC: pod.MAC}
 	if l.PodMAC == nil {
-		l.PodMAC = randomPodMAC()
+		l.PodMAC = randomMAC()
 	}
 	mtu := pod.MTU
 	if mtu == 0 {
@@ -223,7 +223,7 @@ func (p *Pods) create(host *rtnl.Conn, pod Pod, netns int) (PodLinks, error) {
 	}
 	l.HostMTU, l.PodMTU = mtu, mtu
 	// The look-up rides in the same system call: it tells both indices.
-	requests := []rtnl.Request{newPodVeth(l, pod.IfName, netns), rtnl.GetLink(l.HostName)}
+	requests := []rtnl.Request{newVeth(l, pod.IfName, netns), rtnl.GetLink(l.HostName)}
 	replies, err := p.do(host, requests...)
 	if errors.Is(err, unix.EEXIST) {
 		removed, gone := p.removeLeftover(host, pod, l.HostName)
@@ -231,7 +231,7 @@ func (p *Pods) create(host *rtnl.Conn, pod Pod, netns int) (PodLinks, error) {
 			return l, gone
 		}
 		if !removed {
-			return l, fmt.Errorf("%s in %s: %w; delete the attachment first", pod.IfName, pod.Netns, ErrPodLinkExists)
+			return l, fmt.Errorf("%s in %s: %w; delete the attachment first", pod.IfName, pod.Netns, ErrLinkExists)
 		}
 		replies, err = p.do(host, requests...)
 	}
@@ -247,7 +247,7 @@ func (p *Pods) create(host *rtnl.Conn, pod Pod, netns int) (PodLinks, error) {
 }
 
 // removeLeftover removes the host's end that an ADD of the same attachment left when it was killed.
-func (p *Pods) removeLeftover(host *rtnl.Conn, pod Pod, name string) (removed bool, err error) {
+func (p *Handle) removeLeftover(host *rtnl.Conn, pod Pod, name string) (removed bool, err error) {
 	l, err := host.LinkByName(name)
 	if errors.Is(err, unix.ENODEV) {
 		return false, nil
@@ -255,15 +255,15 @@ func (p *Pods) removeLeftover(host *rtnl.Conn, pod Pod, name string) (removed bo
 	if err != nil {
 		return false, err
 	}
-	if l.Kind != "veth" || !podLinkIsOf(l.Alias, pod.ContainerID, pod.IfName) {
+	if l.Kind != "veth" || !belongsTo(l.Alias, pod.ContainerID, pod.IfName) {
 		return false, fmt.Errorf("make link %s: it exists and is another's (%s, alias %q); "+
 			"remove it if nothing uses it, then start the pod again", name, l.Kind, l.Alias)
 	}
-	return true, deletePodLink(host, l)
+	return true, deleteLink(host, l)
 }
 
-// deletePodLink returns when the link is gone. One that is gone already is as good.
-func deletePodLink(host *rtnl.Conn, l rtnl.Link) error {
+// deleteLink returns when the link is gone. One that is gone already is as good.
+func deleteLink(host *rtnl.Conn, l rtnl.Link) error {
 	r := rtnl.Request{What: "delete link " + l.Name, Type: unix.RTM_DELLINK}
 	r.Ifinfo(l.Index, 0, 0)
 	if _, err := host.Do(r); err != nil && !errors.Is(err, unix.ENODEV) {
@@ -278,25 +278,25 @@ func tunMTU(host *rtnl.Conn) int {
 			return l.MTU
 		}
 	}
-	return DefaultPodMTU
+	return DefaultMTU
 }
 
 // setUpHost programs the host's end. Everything hangs on the link and goes with it.
-func (p *Pods) setUpHost(host *rtnl.Conn, pod Pod, l PodLinks) error {
+func (p *Handle) setUpHost(host *rtnl.Conn, pod Pod, l Pair) error {
 	ipv6, err := p.hostSysctls(l.HostName)
 	if err != nil {
 		return err
 	}
 	steps := []rtnl.Request{
-		setPodLink(l.hostIdx, podLinkAlias(pod.Network, pod.ContainerID, pod.IfName, pod.Label), ipv6),
-		podLinkUp("host", l.hostIdx),
+		setLink(l.hostIdx, aliasOf(pod.Network, pod.ContainerID, pod.IfName, pod.Label), ipv6),
+		linkUp("host", l.hostIdx),
 	}
 	if slices.ContainsFunc(pod.Addrs, netip.Addr.Is6) {
-		steps = append(steps, addPodAddr("host", l.hostIdx, netip.PrefixFrom(PodGateway6, 64)))
+		steps = append(steps, addAddr("host", l.hostIdx, netip.PrefixFrom(Gateway6, 64)))
 	}
 	for _, a := range pod.Addrs {
 		// No src: the kernel deletes a route for good when its source address goes.
-		steps = append(steps, addPodNeigh("host", l.hostIdx, a, l.PodMAC), addPodRoute("host", l.hostIdx, PodRoute{Dst: netip.PrefixFrom(a, a.BitLen())}))
+		steps = append(steps, addNeigh("host", l.hostIdx, a, l.PodMAC), addRoute("host", l.hostIdx, Route{Dst: netip.PrefixFrom(a, a.BitLen())}))
 	}
 	_, err = p.do(host, steps...)
 	if errors.Is(err, unix.EEXIST) {
@@ -306,26 +306,26 @@ func (p *Pods) setUpHost(host *rtnl.Conn, pod Pod, l PodLinks) error {
 }
 
 // setUpPod programs the pod's end. It returns the metric of the routes, 0 for the kernel's default.
-func (p *Pods) setUpPod(inside *rtnl.Conn, pod Pod, l PodLinks) (metric int, err error) {
-	steps := []rtnl.Request{podLinkUp("pod", l.podIdx)}
+func (p *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err error) {
+	steps := []rtnl.Request{linkUp("pod", l.podIdx)}
 	for _, a := range pod.Addrs {
-		steps = append(steps, addPodAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
+		steps = append(steps, addAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
 	}
 	known := map[netip.Addr]bool{}
 	for _, r := range pod.Routes {
 		if r.Gateway.IsValid() && !known[r.Gateway] {
 			known[r.Gateway] = true
-			steps = append(steps, addPodNeigh("pod", l.podIdx, r.Gateway, l.HostMAC))
+			steps = append(steps, addNeigh("pod", l.podIdx, r.Gateway, l.HostMAC))
 		}
 	}
 	for _, r := range pod.Routes {
-		steps = append(steps, addPodRoute("pod", l.podIdx, r))
+		steps = append(steps, addRoute("pod", l.podIdx, r))
 	}
 	// The look-up makes the kernel carry through what the carrier brings (see awaitCarrier).
 	steps = append(steps, rtnl.GetLink(pod.IfName))
 	_, err = p.do(inside, steps...)
 	if errors.Is(err, unix.EEXIST) {
-		metric = podMetric + l.podIdx
+		metric = metricBase + l.podIdx
 		err = p.addRoutesBehind(inside, pod, l.podIdx, metric)
 	}
 	return metric, explainIPv6(err, "in the pod's network namespace", pod)
@@ -333,10 +333,10 @@ func (p *Pods) setUpPod(inside *rtnl.Conn, pod Pod, l PodLinks) (metric int, err
 
 // addRoutesBehind adds the pod's routes anew, behind those of another interface to the same destinations: a container may be
 // attached more than once (CNI specification section 2, ADD), and its first interface stays the way out.
-func (p *Pods) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) error {
+func (p *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) error {
 	for _, r := range pod.Routes {
 		// The kernel went on past the one that was refused. Only a route by our own interface matches.
-		if _, err := p.do(inside, deletePodRoute(index, r)); err != nil && !errors.Is(err, unix.ESRCH) {
+		if _, err := p.do(inside, deleteRoute(index, r)); err != nil && !errors.Is(err, unix.ESRCH) {
 			return err
 		}
 	}
@@ -345,7 +345,7 @@ func (p *Pods) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) er
 		if r.Priority == 0 {
 			r.Priority = metric
 		}
-		steps = append(steps, addPodRoute("pod", index, r))
+		steps = append(steps, addRoute("pod", index, r))
 	}
 	_, err := p.do(inside, steps...)
 	return err
@@ -401,9 +401,9 @@ func explainIPv6(err error, where string, pod Pod) error {
 	return err
 }
 
-// randomPodMAC returns a locally administered unicast address. Both ends get one of their own: where the kernel chose it,
+// randomMAC returns a locally administered unicast address. Both ends get one of their own: where the kernel chose it,
 // systemd-udevd would replace it (MACAddressPolicy) after the neighbour entries were made.
-func randomPodMAC() net.HardwareAddr {
+func randomMAC() net.HardwareAddr {
 	v := rand.Uint64()
 	mac := net.HardwareAddr{byte(v), byte(v >> 8), byte(v >> 16), byte(v >> 24), byte(v >> 32), byte(v >> 40)}
 	mac[0] = mac[0]&^1 | 2
@@ -412,11 +412,11 @@ func randomPodMAC() net.HardwareAddr {
 
 // hostSysctls makes the host's end deaf to router advertisements: a pod must not give the node a default route. It
 // reports whether the kernel has IPv6 on the link.
-func (p *Pods) hostSysctls(link string) (ipv6 bool, err error) {
+func (p *Handle) hostSysctls(link string) (ipv6 bool, err error) {
 	if err := p.step("sysctl host accept_ra"); err != nil {
 		return false, err
 	}
-	err = writePodSysctl(link, "accept_ra", "0")
+	err = writeSysctl(link, "accept_ra", "0")
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
@@ -429,13 +429,13 @@ func (p *Pods) hostSysctls(link string) (ipv6 bool, err error) {
 
 // podSysctls does the same in the pod, and switches IPv6 on for this link where the runtime has switched it off by
 // default and the pod gets an IPv6 address.
-func (p *Pods) podSysctls(netns int, pod Pod) error {
+func (p *Handle) podSysctls(netns int, pod Pod) error {
 	if err := p.step("sysctl pod accept_ra"); err != nil {
 		return err
 	}
 	want6 := slices.ContainsFunc(pod.Addrs, netip.Addr.Is6)
 	return inNetns(netns, func() error {
-		err := writePodSysctl(pod.IfName, "accept_ra", "0")
+		err := writeSysctl(pod.IfName, "accept_ra", "0")
 		if errors.Is(err, os.ErrNotExist) {
 			return nil // no IPv6 in this kernel: adding the address says so
 		}
@@ -445,20 +445,20 @@ func (p *Pods) podSysctls(netns int, pod Pod) error {
 		if !want6 {
 			return nil
 		}
-		if off, err := procfs.Read(podSysctl(pod.IfName, "disable_ipv6")); err != nil || off == "0" {
+		if off, err := procfs.Read(sysctlPath(pod.IfName, "disable_ipv6")); err != nil || off == "0" {
 			return nil // adding the address tells what is wrong, if anything is
 		}
-		if err := writePodSysctl(pod.IfName, "disable_ipv6", "0"); err != nil {
+		if err := writeSysctl(pod.IfName, "disable_ipv6", "0"); err != nil {
 			return fmt.Errorf("%w in the pod's network namespace and could not be enabled: %w", ErrNoIPv6, err)
 		}
 		return nil
 	})
 }
 
-func podSysctl(link, key string) string { return sysctl.Root + "/" + sysctl.IPv6Link(link, key) }
+func sysctlPath(link, key string) string { return sysctl.Root + "/" + sysctl.IPv6Link(link, key) }
 
-func writePodSysctl(link, key, value string) error {
-	if err := procfs.Write(podSysctl(link, key), value); err != nil {
+func writeSysctl(link, key, value string) error {
+	if err := procfs.Write(sysctlPath(link, key), value); err != nil {
 		return fmt.Errorf("set sysctl net.ipv6.conf.%s.%s=%s: %w", link, key, value, err)
 	}
 	return nil
@@ -467,7 +467,7 @@ func writePodSysctl(link, key, value string) error {
 // Detach removes the pod's link and returns when it is gone. It needs neither the pod's namespace nor an earlier result:
 // the pod's end, and every route and neighbour, goes with the host's end. A link that is not there is no error; removed
 // tells the two apart.
-func (p *Pods) Detach(containerID, ifName string) (removed bool, err error) {
+func (p *Handle) Detach(containerID, ifName string) (removed bool, err error) {
 	if err := p.step("detach"); err != nil {
 		return false, err
 	}
@@ -476,15 +476,15 @@ func (p *Pods) Detach(containerID, ifName string) (removed bool, err error) {
 		return false, err
 	}
 	defer host.Close()
-	l, err := host.LinkByName(PodLinkName(containerID, ifName))
+	l, err := host.LinkByName(Name(containerID, ifName))
 	if errors.Is(err, unix.ENODEV) {
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	if l.Kind != "veth" || !podLinkIsOf(l.Alias, containerID, ifName) {
+	if l.Kind != "veth" || !belongsTo(l.Alias, containerID, ifName) {
 		return false, nil // another's: Attach refuses to work beside it, so nothing of ours is there
 	}
-	return true, deletePodLink(host, l)
+	return true, deleteLink(host, l)
 }

@@ -18,8 +18,8 @@ const (
 	addrGenModeNone  = 1 // IN6_ADDR_GEN_MODE_NONE
 )
 
-// newPodVeth: ip link add HOST mtu MTU address MAC type veth peer name POD mtu MTU address MAC netns FD
-func newPodVeth(l PodLinks, podName string, netns int) rtnl.Request {
+// newVeth: ip link add HOST mtu MTU address MAC type veth peer name POD mtu MTU address MAC netns FD
+func newVeth(l Pair, podName string, netns int) rtnl.Request {
 	r := rtnl.Request{What: "make link " + l.HostName, Type: unix.RTM_NEWLINK, Flags: rtnl.Create}
 	r.Ifinfo(0, 0, 0)
 	r.AttrString(unix.IFLA_IFNAME, l.HostName)
@@ -40,10 +40,10 @@ func newPodVeth(l PodLinks, podName string, netns int) rtnl.Request {
 	return r
 }
 
-// setPodLink: ip link set LINK alias ALIAS addrgenmode none
+// setLink: ip link set LINK alias ALIAS addrgenmode none
 //
 // The host's end needs no link-local address of the kernel's making, whose duplicate detection would run for a second.
-func setPodLink(index int, alias string, ipv6 bool) rtnl.Request {
+func setLink(index int, alias string, ipv6 bool) rtnl.Request {
 	r := rtnl.Request{What: "name owner of link", Type: unix.RTM_SETLINK}
 	r.Ifinfo(index, 0, 0)
 	r.Attr(unix.IFLA_IFALIAS, []byte(alias))
@@ -57,15 +57,15 @@ func setPodLink(index int, alias string, ipv6 bool) rtnl.Request {
 	return r
 }
 
-// podLinkUp: ip link set LINK up
-func podLinkUp(side string, index int) rtnl.Request {
+// linkUp: ip link set LINK up
+func linkUp(side string, index int) rtnl.Request {
 	r := rtnl.Request{What: "set " + side + " link up", Type: unix.RTM_NEWLINK}
 	r.Ifinfo(index, unix.IFF_UP, unix.IFF_UP)
 	return r
 }
 
-// addPodAddr: ip addr add ADDR dev LINK nodad
-func addPodAddr(side string, index int, p netip.Prefix) rtnl.Request {
+// addAddr: ip addr add ADDR dev LINK nodad
+func addAddr(side string, index int, p netip.Prefix) rtnl.Request {
 	r := rtnl.Request{What: fmt.Sprintf("add %s address %s", side, p), Type: unix.RTM_NEWADDR, Flags: rtnl.Create}
 	var flags, scope byte
 	if p.Addr().Is6() {
@@ -81,8 +81,8 @@ func addPodAddr(side string, index int, p netip.Prefix) rtnl.Request {
 	return r
 }
 
-// addPodNeigh: ip neigh replace ADDR lladdr MAC nud permanent dev LINK
-func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) rtnl.Request {
+// addNeigh: ip neigh replace ADDR lladdr MAC nud permanent dev LINK
+func addNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) rtnl.Request {
 	r := rtnl.Request{
 		What: fmt.Sprintf("add %s neighbour %s", side, a), Type: unix.RTM_NEWNEIGH,
 		Flags: unix.NLM_F_CREATE | unix.NLM_F_REPLACE,
@@ -96,15 +96,15 @@ func addPodNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) rtn
 	return r
 }
 
-// deletePodRoute: ip route del, of what addPodRoute has added.
-func deletePodRoute(index int, route PodRoute) rtnl.Request {
-	r := addPodRoute("pod", index, route)
+// deleteRoute: ip route del, of what addRoute has added.
+func deleteRoute(index int, route Route) rtnl.Request {
+	r := addRoute("pod", index, route)
 	r.What, r.Type, r.Flags = fmt.Sprintf("delete pod route %s", route.Dst), unix.RTM_DELROUTE, 0
 	return r
 }
 
-// addPodRoute: ip route add DST [via GATEWAY onlink] dev LINK [mtu N] [advmss N] [metric N] [table N] [scope N]
-func addPodRoute(side string, index int, route PodRoute) rtnl.Request {
+// addRoute: ip route add DST [via GATEWAY onlink] dev LINK [mtu N] [advmss N] [metric N] [table N] [scope N]
+func addRoute(side string, index int, route Route) rtnl.Request {
 	r := rtnl.Request{What: fmt.Sprintf("add %s route %s", side, route.Dst), Type: unix.RTM_NEWROUTE, Flags: rtnl.Create}
 	table, scope := unix.RT_TABLE_MAIN, unix.RT_SCOPE_LINK
 	var flags uint32
