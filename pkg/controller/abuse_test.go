@@ -245,7 +245,8 @@ func TestJoinKeyMetricOutlivesHeadscale(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := gauge(t, c, "headcni_join_key_expiry_timestamp_seconds")
-	c.cfg.Headscale.URL, c.api = refusing(t), nil
+	c.cfg.Headscale.URL = refusing(t)
+	c.headscale = headscale.NewConnector(c.cfg.Headscale, func(string) string { return "hskey-api-000000000000-x" })
 	if _, err := c.pass(t.Context()); err == nil {
 		t.Fatal("no error")
 	}

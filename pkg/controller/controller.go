@@ -23,7 +23,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/headcni/headcni/pkg/config"
-	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/monitoring"
@@ -53,7 +52,7 @@ const (
 type Controller struct {
 	cfg       config.Config
 	log       *slog.Logger
-	getenv    func(string) string
+	headscale *headscale.Connector
 	client    kubernetes.Interface
 	namespace string
 	identity  string
@@ -64,9 +63,8 @@ type Controller struct {
 
 	// leading is held by the leader's loop.
 	leading sync.Mutex
-	// Of the leader's loop. api is kept while the key is the same: a client has connections of its own.
+	// Of the leader's loop: api is the client that slowAt and findings are of.
 	api      *headscale.Client
-	apiKey   secret.Secret
 	slowAt   time.Time
 	findings []finding // of the slow check
 
@@ -101,7 +99,7 @@ func newController(c config.Config, log *slog.Logger, getenv func(string) string
 		identity, _ = os.Hostname() // only to tell leaders apart, with the number behind it
 	}
 	return &Controller{
-		cfg: c, log: log, getenv: getenv, client: client, namespace: kube.Namespace(),
+		cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), client: client, namespace: kube.Namespace(),
 		identity: fmt.Sprintf("%s_%08x", identity, rand.Uint32()), metrics: newMetrics(version), now: time.Now,
 		wake: make(chan struct{}, 1), news: news{said: map[string]string{}}, nodes: map[string]node{},
 	}

@@ -33,7 +33,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	// whoever has one node's kubelet can put that annotation on it.
 	up := 0.0
 	defer func() { c.metrics.headscale.Set(up) }()
-	api, cred, err := c.headscale(ctx)
+	api, cred, err := c.connect(ctx)
 	if err != nil {
 		if !errors.Is(err, headscale.ErrUnreachable) {
 			c.tell(ctx, nil, []finding{{checkKey, err.Error()}}, false)
@@ -83,28 +83,13 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	return p.pending, errors.Join(keyErr, err)
 }
 
-// headscale is a client where the credential is an API key, else nil.
-func (c *Controller) headscale(ctx context.Context) (*headscale.Client, config.Credential, error) {
-	cred, err := c.cfg.Headscale.Credential(c.getenv)
-	if err != nil {
-		return nil, cred, err
+// connect is a client where the credential is an API key, else nil. With another key everything is looked at anew.
+func (c *Controller) connect(ctx context.Context) (*headscale.Client, config.Credential, error) {
+	api, cred, err := c.headscale.Connect(ctx)
+	if api != nil && api != c.api {
+		c.api, c.slowAt = api, time.Time{}
 	}
-	if c.api != nil && c.apiKey == cred.Key {
-		return c.api, cred, nil
-	}
-	api, err := headscale.New(headscale.Options{URL: c.cfg.Headscale.URL, Key: cred.Key, CAFile: c.cfg.Headscale.CAFile})
-	if err != nil {
-		return nil, cred, err
-	}
-	kind, err := api.Kind(ctx)
-	if err != nil {
-		return nil, cred, fmt.Errorf("%s: %w", cred.Source, err)
-	}
-	if kind == headscale.KindPreAuth {
-		return nil, cred, nil
-	}
-	c.api, c.apiKey, c.slowAt = api, cred.Key, time.Time{}
-	return api, cred, nil
+	return api, cred, err
 }
 
 // apply makes the differences, going on past errors.

@@ -70,7 +70,7 @@ func TestFindingsOutliveAFault(t *testing.T) {
 	}))
 	defer s.Close()
 	c, _, _ := world(t, s.URL, "hskey-api-x")
-	api, _, err := c.headscale(t.Context())
+	api, _, err := c.connect(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

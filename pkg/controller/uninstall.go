@@ -124,7 +124,7 @@ func (c *Controller) forgetNodes(ctx context.Context) error {
 	if err != nil || len(m.Members) == 0 {
 		return err
 	}
-	api, _, err := c.headscale(ctx)
+	api, _, err := c.headscale.Connect(ctx)
 	if err == nil && api == nil {
 		err = errors.New("a pre-auth key can remove nothing")
 	}

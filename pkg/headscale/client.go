@@ -69,23 +69,39 @@ func New(o Options) (*Client, error) {
 	}
 	t := o.Transport
 	if t == nil {
-		if t, err = transport(o.CAFile); err != nil {
+		ca, err := readCA(o.CAFile)
+		if err != nil {
+			return nil, err
+		}
+		if t, err = newTransport(o.CAFile, ca); err != nil {
 			return nil, err
 		}
 	}
 	return &Client{base: u.String(), key: o.Key, http: &http.Client{Transport: t}}, nil
 }
 
-func transport(caFile string) (http.RoundTripper, error) {
+// readCA reads a PEM bundle; no file is no bundle.
+func readCA(file string) ([]byte, error) {
+	if file == "" {
+		return nil, nil
+	}
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("headscale.caFile: %w", err)
+	}
+	return pem, nil
+}
+
+// newTransport trusts the system's roots and those of pem, which was read from caFile.
+func newTransport(caFile string, pem []byte) (http.RoundTripper, error) {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.DialContext = (&net.Dialer{Timeout: 3 * time.Second}).DialContext
+	// HTTP/2 sends the next call over the connection on which the last one got no answer, HTTP/1 closes that.
+	t.Protocols = new(http.Protocols)
+	t.Protocols.SetHTTP1(true)
 	t.MaxIdleConnsPerHost = 8 // as many calls as the controller has under way: else each would greet the server anew
 	if caFile == "" {
 		return t, nil
-	}
-	pem, err := os.ReadFile(caFile)
-	if err != nil {
-		return nil, fmt.Errorf("headscale.caFile: %w", err)
 	}
 	roots, err := x509.SystemCertPool()
 	if err != nil {
@@ -121,6 +137,10 @@ func (c *Client) do(ctx context.Context, req call) error {
 	wait := backoff
 	for try := 1; ; try++ {
 		err := c.try(ctx, req)
+		if errors.Is(err, ErrUnreachable) {
+			// What has made this connection go silent, such as a change of the host's network, has done so to the others.
+			c.http.CloseIdleConnections()
+		}
 		if err == nil || try == tries || !retryable(err, req.once) || ctx.Err() != nil {
 			return err
 		}
