@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/nstest"
 )
 
@@ -100,7 +101,7 @@ func wantCode(t testing.TB, c call, code uint, text string) {
 }
 
 func TestVerbsInEveryVersion(t *testing.T) {
-	for _, version := range supported {
+	for _, version := range cnimain.Versions() {
 		dir := t.TempDir()
 		c := conf(version, dir, dual, "")
 		out := mustRun(t, call{"ADD", "a", "K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0", c})
@@ -149,7 +150,7 @@ func TestVersion(t *testing.T) {
 	if err := json.Unmarshal([]byte(mustRun(t, call{command: "VERSION"})), &v); err != nil {
 		t.Fatal(err)
 	}
-	if fmt.Sprint(v.SupportedVersions) != fmt.Sprint(supported) {
+	if fmt.Sprint(v.SupportedVersions) != fmt.Sprint(cnimain.Versions()) {
 		t.Errorf("%v", v)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/nstest"
 )
 
@@ -170,7 +171,7 @@ func TestSameAsHostLocal(t *testing.T) {
 		"args.cni.ips":         {ipam: `"ranges": [[{"subnet": "10.0.0.0/24"}], [{"subnet": "fd00:1::/64"}]]`, keys: `{"args": {"cni": {"ips": ["10.0.0.9", "fd00:1::9"]}}}`},
 		"runtimeConfig.ips":    {ipam: `"ranges": [[{"subnet": "10.0.0.0/24"}], [{"subnet": "fd00:1::/64"}]]`, keys: `{"runtimeConfig": {"ips": ["fd00:1::9/64"]}}`},
 	} {
-		for _, version := range supported {
+		for _, version := range cnimain.Versions() {
 			if name == "routes of 1.1.0" && version != "1.1.0" {
 				continue // host-local leaves them in older results
 			}

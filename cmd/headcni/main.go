@@ -20,5 +20,5 @@ func main() {
 	commands := cnimain.Commands{
 		Add: with(p.Add), Del: with(p.Del), Check: with(p.Check), GC: with(p.GC), Status: with(p.Status),
 	}
-	os.Exit(cnimain.Run(commands, []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}, "CNI plugin headcni "+version.Version))
+	os.Exit(cnimain.Run(commands, cnimain.Versions(), "CNI plugin headcni "+version.Version))
 }

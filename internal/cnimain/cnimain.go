@@ -33,6 +33,10 @@ const inputWait = 200 * time.Millisecond
 // ifNameMax is the longest name of an interface in bytes (IFNAMSIZ less the final zero, linux/if.h).
 const ifNameMax = 15
 
+// Versions are those of the specification that the plugins speak. 0.3.1 is 0.3.0 with mended words. Results of 0.1.0 and 0.2.0 have
+// no interfaces, without which neither a plugin behind us in the list nor CHECK can work.
+func Versions() []string { return []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} }
+
 // Call is what a runtime gives to a plugin with a command. Variables that the command does not need may be empty.
 type Call struct {
 	ContainerID string
@@ -74,13 +78,16 @@ func (c Commands) named(verb string) (command, bool) {
 	return command{}, false
 }
 
-// Run answers the command in CNI_COMMAND and returns the exit code. about goes to standard error where there is no command.
+// Run answers the command in CNI_COMMAND and returns the exit code. Where there is none, which is an error, about goes to standard
+// error too: somebody may have run the plugin by hand.
 func Run(commands Commands, supported []string, about string) int {
 	verb := os.Getenv("CNI_COMMAND")
 	switch verb {
 	case "":
 		fmt.Fprintf(os.Stderr, "%s\nCNI protocol versions supported: %s\n", about, strings.Join(supported, ", "))
-		return 0
+		fault := types.NewError(types.ErrInvalidEnvironmentVariables, "missing CNI_COMMAND",
+			"container runtimes run this program and set it; want ADD, DEL, CHECK, GC, STATUS or VERSION")
+		return fail(fault, readWithin(inputWait))
 	case "VERSION":
 		return printVersion(supported, readWithin(inputWait))
 	}
@@ -173,8 +180,12 @@ func checkConfig(config jsonobj.Object, supported []string, verb, since string) 
 		}
 	}
 	if !slices.Contains(supported, has) {
+		said := fmt.Sprintf("has %q", has)
+		if has == "" {
+			said = "has no cniVersion, which means 0.1.0"
+		}
 		return types.NewError(types.ErrIncompatibleCNIVersion, "incompatible CNI versions",
-			fmt.Sprintf("the configuration has %q, the plugin supports %q", has, supported))
+			fmt.Sprintf("the configuration %s, the plugin supports %q", said, supported))
 	}
 	if can, err := version.GreaterThanOrEqualTo(has, since); err != nil || !can {
 		return types.NewError(types.ErrIncompatibleCNIVersion, "config version does not allow "+verb,

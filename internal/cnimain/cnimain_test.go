@@ -92,12 +92,15 @@ func TestErrors(t *testing.T) {
 		{"verb that the version has not", good, []string{"CNI_COMMAND=GC"}, answer{CNIVersion: "0.4.0", Code: 1}, "does not allow GC"},
 		{"version", `{"cniVersion":"9.9.9","name":"n"}`, nil, answer{CNIVersion: "9.9.9", Code: 1}, "incompatible"},
 		{"no version", `{"name":"n"}`, nil, answer{CNIVersion: "1.1.0", Code: 1}, "incompatible"},
+		{"version before interfaces were in results", `{"cniVersion":"0.2.0","name":"n"}`, nil, answer{CNIVersion: "0.2.0", Code: 1}, "incompatible"},
 		{"junk", `}`, nil, answer{CNIVersion: "1.1.0", Code: 6}, ""},
 		{"nothing", ``, nil, answer{CNIVersion: "1.1.0", Code: 6}, ""},
 		{"missing variable", good, []string{"CNI_IFNAME="}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
 		{"container ID", good, []string{"CNI_CONTAINERID=../x"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_CONTAINERID"},
 		{"interface name", good, []string{"CNI_IFNAME=a/b"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
 		{"long interface name", good, []string{"CNI_IFNAME=a123456789012345"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_IFNAME"},
+		{"no command", good, []string{"CNI_COMMAND="}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_COMMAND"},
+		{"no command and no input", "", []string{"CNI_COMMAND="}, answer{CNIVersion: "1.1.0", Code: 4}, "CNI_COMMAND"},
 		{"command", good, []string{"CNI_COMMAND=FETCH"}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_COMMAND"},
 		{"much that nobody reads", good + strings.Repeat(" ", 1<<20), []string{"CNI_NETNS="}, answer{CNIVersion: "0.4.0", Code: 4}, "CNI_NETNS"},
 	} {
@@ -112,6 +115,22 @@ func TestErrors(t *testing.T) {
 				t.Errorf("got %+v, want %+v with %q in its message", got, tt.want, tt.words)
 			}
 		})
+	}
+}
+
+// TestByHand: who runs the plugin by hand is told what it is, where they look, besides the error.
+func TestByHand(t *testing.T) {
+	cmd, out := plugin(t, nil, "CNI_COMMAND=")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Run(); err == nil {
+		t.Error("want a failure")
+	}
+	if got := parse(t, out); got.Code != 4 || !strings.Contains(got.Details, "container runtimes") {
+		t.Errorf("got %+v", got)
+	}
+	if want := "about\nCNI protocol versions supported: 0.3.1, 0.4.0, 1.1.0\n"; stderr.String() != want {
+		t.Errorf("standard error: %q, want %q", stderr.String(), want)
 	}
 }
 

@@ -383,7 +383,7 @@ func spoilStore(t *testing.T, dir string) {
 }
 
 func TestResultVersions(t *testing.T) {
-	for _, version := range []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
+	for _, version := range []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 		t.Run(version, func(t *testing.T) {
 			b := newBench(t)
 			keys := fmt.Sprintf(`{"cniVersion":%q,"magic_dns":{"enable":true,"base_domain":"cluster.local","nameservers":["10.2.0.1"]},

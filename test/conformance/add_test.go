@@ -13,7 +13,7 @@ import (
 	"github.com/headcni/headcni/internal/nstest"
 )
 
-var versions = []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}
+var versions = []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
 // seen is a link as the kernel has it.
 func seen(t testing.TB, ns *nstest.NS, name string) link {

@@ -308,7 +308,7 @@ func (n *node) previous(conf, result string) string {
 	return n.with(conf, `{"prevResult":`+result+`}`)
 }
 
-// result is a result of any version from 0.3.1 on, with every key of 1.1.0.
+// result is a result of any version from 0.3.0 on, with every key of 1.1.0.
 type result struct {
 	CNIVersion string
 	Interfaces []link

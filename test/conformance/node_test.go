@@ -186,6 +186,7 @@ func TestVersionSelection(t *testing.T) {
 		{`{"cniVersion":"0.4.0","cniVersions":["0.4.0","1.0.0","1.1.0"]}`, "1.1.0"},
 		{`{"cniVersion":"0.3.1","cniVersions":["0.4.0"]}`, "0.4.0"},
 		{`{"cniVersion":"1.0.0"}`, "1.0.0"},
+		{`{"cniVersion":"0.3.0"}`, "0.3.0"},
 	} {
 		l := n.list(tt.keys, n.headcni(`{"capabilities":{"mac":true,"ips":true,"dns":false}}`))
 		caps, err := n.cni().ValidateNetworkList(t.Context(), l)
@@ -247,6 +248,7 @@ func TestErrorResults(t *testing.T) {
 		{"incompatible version", with(good, func(c *call) { c.conf = n.conf(`{"cniVersion":"0.2.0"}`) }), 1, []string{"incompatible"}},
 		{"unsupported field", with(good, func(c *call) { c.conf = n.with(c.conf, `{"mut":1280}`) }), 2, []string{"mut", "1280"}},
 		{"environment", with(good, func(c *call) { c.id, c.netns = "", "" }), 4, []string{"CNI_CONTAINERID", "CNI_NETNS"}},
+		{"no command", with(good, func(c *call) { c.verb = "" }), 4, []string{"CNI_COMMAND"}},
 		{"command", with(good, func(c *call) { c.verb = "FETCH" }), 4, []string{"CNI_COMMAND"}},
 		{"CNI_ARGS", with(good, func(c *call) { c.args = "IP=x" }), 4, []string{"CNI_ARGS"}},
 		{"decoding", with(good, func(c *call) { c.conf = "{" }), 6, nil},

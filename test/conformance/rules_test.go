@@ -22,8 +22,8 @@ type rule struct {
 
 // rules are in the order of SPEC.md 1.1.0, then what conventions and older versions add, then what no specification says.
 var rules = []rule{
-	{"1 Configuration", "cniVersion 0.3.1, 0.4.0, 1.0.0 and 1.1.0 are taken, and the answer is in the version asked in", plugin, []string{"TestResult", "TestVersionSelection", "internal/cnimain.TestErrors"}},
-	{"1 Configuration", "cniVersion 0.3.0 to 1.1.0 are taken, and the answer is in the version asked in", ipams, []string{"cmd/headcni-ipam.TestVerbsInEveryVersion", "cmd/headcni-ipam.TestSameAsHostLocal"}},
+	{"1 Configuration", "cniVersion 0.3.0, 0.3.1, 0.4.0, 1.0.0 and 1.1.0 are taken, and the answer is in the version asked in", both, []string{"TestResult", "TestVersionSelection", "cmd/headcni-ipam.TestVerbsInEveryVersion", "cmd/headcni-ipam.TestSameAsHostLocal"}},
+	{"1 Configuration", "0.1.0 and 0.2.0, whose results have no interfaces, are error 1; no cniVersion means 0.1.0", both, []string{"TestVersionSelection", "TestErrorResults", "internal/cnimain.TestErrors"}},
 	{"1 Configuration", "cniVersions: the runtime takes the highest that both know; the shipped file says so", plugin, []string{"TestVersionSelection", "TestShippedConflist"}},
 	{"1 Configuration", "name begins with a letter or digit and holds nothing that a path must not", both, []string{"internal/cnimain.TestErrors"}},
 	{"1 Configuration", "disableCheck and disableGC: the command is not sent, and the keys are known", plugin, []string{"TestCheckDeviations", "TestGC", "pkg/config/netconf.TestAccepted"}},
@@ -38,7 +38,7 @@ var rules = []rule{
 	{"1 Configuration", "other unknown keys are those of meta-plugins, such as multus's deviceID and pciBusID, and no error", plugin, []string{"TestInjected", "pkg/config/netconf.TestWhatOthersInject"}},
 	{"1 Configuration", "unknown keys of ipam are an error; the others are the calling plugin's", ipams, []string{"pkg/ipam.TestParseConfigFaults"}},
 
-	{"2 Parameters", "CNI_COMMAND: an unknown one is error 4; none is an invitation to say who we are", both, []string{"internal/cnimain.TestErrors", "internal/cnimain.TestInputThatDoesNotEnd"}},
+	{"2 Parameters", "CNI_COMMAND: none, or an unknown one, is error 4; where there is none, standard error says who we are", both, []string{"TestErrorResults", "internal/cnimain.TestErrors", "internal/cnimain.TestByHand", "internal/cnimain.TestInputThatDoesNotEnd"}},
 	{"2 Parameters", "CNI_CONTAINERID: not empty, a letter or digit, then letters, digits, _ . -; of any length", both, []string{"TestNames", "internal/cnimain.TestErrors"}},
 	{"2 Parameters", "CNI_NETNS is a path to a network namespace, and not the runtime's own", plugin, []string{"TestErrorResults", "pkg/networking/podlink.TestVacant", "cmd/headcni.TestBadInput"}},
 	{"2 Parameters", "CNI_IFNAME: a name that cannot be used is an error", plugin, []string{"TestNames", "internal/cnimain.TestErrors"}},
@@ -68,7 +68,7 @@ var rules = []rule{
 	{"2 CHECK", "right after ADD it succeeds", plugin, []string{"TestCheckAtOnce", "TestManyAtOnce"}},
 	{"2 CHECK", "the IPAM plugin is asked, and its error passed on", plugin, []string{"TestDelegation"}},
 	{"2 CHECK", "the addresses of prevResult are those that are leased", ipams, []string{"cmd/headcni-ipam.TestVerbsInEveryVersion"}},
-	{"2 CHECK", "where disableCheck is set or there is no CHECK (0.3.1), none is sent", plugin, []string{"TestCheckDeviations", "internal/cnimain.TestErrors"}},
+	{"2 CHECK", "where disableCheck is set or there is no CHECK (before 0.4.0), none is sent", plugin, []string{"TestCheckDeviations", "internal/cnimain.TestErrors"}},
 	{"2 STATUS", "success if ADD would work; 50 if not; 51 if running pods may be cut off too", plugin, []string{"TestStatus", "cmd/headcni.TestGateAndStatus", "pkg/plugin.TestStatus"}},
 	{"2 STATUS", "a store that cannot be used is 50", ipams, []string{"cmd/headcni-ipam.TestDisk", "cmd/headcni-ipam.TestLockIsHeld", "cmd/headcni-ipam.TestErrorsAndUndo", "pkg/ipam.TestStatusOfALockedStore"}},
 	{"2 STATUS", "exhausted addresses should be an error: not here, for the Node's pods would be evicted (docs/adr/0011-full-pool.md)", both, []string{"TestStatus"}},

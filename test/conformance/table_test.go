@@ -78,7 +78,7 @@ const head = `# Conformance with the CNI specification
 
 <!-- Written by go test ./test/conformance -run Table -update; edit test/conformance/rules_test.go. -->
 
-What [the specification](https://github.com/containernetworking/cni/blob/spec-v1.1.0/SPEC.md) (1.1.0, and 0.3.1, 0.4.0 and 1.0.0 where
+What [the specification](https://github.com/containernetworking/cni/blob/spec-v1.1.0/SPEC.md) (1.1.0, and 0.3.0 to 1.0.0 where
 they differ) asks of a plugin, in our words, and the tests that hold it. A test without a folder is in test/conformance: it runs the
 programs as they ship, as a runtime runs them. A last part is about robustness, which no specification asks for.
 
