@@ -11,13 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
-)
 
-var (
-	// CGNAT is where tailnet addresses live; tailscaled drops packets from it that do not come from its tun.
-	CGNAT = netip.MustParsePrefix("100.64.0.0/10")
-	// TailnetULA is the IPv6 range of tailnet addresses.
-	TailnetULA = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // Validate returns all faults joined, each with the key, the value and what is allowed.
@@ -117,34 +112,7 @@ func (c Config) validateNetwork(v *faults) {
 			v.cidr(l.key, s)
 		}
 	}
-	if len(n.PodCIDRs) > 0 && n.MTU != 0 && n.MTU < 1280 && slices.ContainsFunc(n.PodCIDRs.Prefixes(), func(p netip.Prefix) bool { return p.Addr().Is6() }) {
-		v.add("network.mtu", strconv.Itoa(n.MTU), "IPv6 pod CIDRs need at least 1280 bytes (RFC 8200 section 5)")
-	}
-	for i, a := range n.PodCIDRs.Prefixes() {
-		for _, b := range n.PodCIDRs.Prefixes()[:i] {
-			if a.Overlaps(b) {
-				v.add("network.podCIDRs", a.String(), "overlaps "+b.String()+"; give each family one CIDR of its own")
-			}
-		}
-	}
-	if host := c.Headscale.host(); host.IsValid() {
-		for _, l := range lists {
-			for _, p := range l.cidrs.Prefixes() {
-				if p.Contains(host) {
-					v.add(l.key, p.String(), "holds Headscale's own address "+host.String()+": it could not be reached any more")
-				}
-			}
-		}
-	}
-	for _, s := range n.ServiceCIDRs.Prefixes() {
-		for _, l := range lists[:3] {
-			for _, p := range l.cidrs.Prefixes() {
-				if p.Overlaps(s) {
-					v.add(l.key, p.String(), "overlaps the service CIDR "+s.String()+"; pods and services need ranges of their own")
-				}
-			}
-		}
-	}
+	c.validateRanges(v, n.Ranges())
 }
 
 // host is the control server's address where the URL has one instead of a name.
@@ -176,6 +144,7 @@ func (f *faults) absolute(key, path string) {
 	}
 }
 
+// cidr checks how a prefix is written, prefix what it is.
 func (f *faults) cidr(key, s string) {
 	p, err := netip.ParsePrefix(s)
 	switch {
@@ -183,14 +152,19 @@ func (f *faults) cidr(key, s string) {
 		f.add(key, s, "want a CIDR such as 10.244.1.0/24 or fd00:244:1::/64")
 	case p != p.Masked():
 		f.add(key, s, "has host bits set; did you mean "+p.Masked().String()+"?")
+	}
+}
+
+func (f *faults) prefix(key string, p netip.Prefix) {
+	switch {
 	case p.Bits() == 0:
-		f.add(key, s, "would take every address; give the pods' own range")
-	case p.Overlaps(CGNAT):
-		f.add(key, s, "overlaps 100.64.0.0/10, the tailnet's own addresses; tailscaled drops pods there, choose for instance 10.244.0.0/16")
-	case p.Overlaps(TailnetULA):
-		f.add(key, s, "overlaps fd7a:115c:a1e0::/48, the tailnet's own addresses; choose for instance fd00:244::/32")
+		f.add(key, p.String(), "would take every address; give the pods' own range")
+	case p.Overlaps(netset.TailnetIPv4):
+		f.add(key, p.String(), "overlaps 100.64.0.0/10, the tailnet's own addresses; tailscaled drops pods there, choose for instance 10.244.0.0/16")
+	case p.Overlaps(netset.TailnetIPv6):
+		f.add(key, p.String(), "overlaps fd7a:115c:a1e0::/48, the tailnet's own addresses; choose for instance fd00:244::/32")
 	case p.Addr().Is4In6():
-		f.add(key, s, "is an IPv4-mapped IPv6 prefix; write it as IPv4")
+		f.add(key, p.String(), "is an IPv4-mapped IPv6 prefix; write it as IPv4")
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 	"k8s.io/klog/v2"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -210,7 +211,7 @@ func (c *Controller) watch(ctx context.Context) {
 func few(n *corev1.Node) *corev1.Node {
 	out := &corev1.Node{Spec: corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs}}
 	for _, a := range n.Status.Addresses {
-		if ip, err := netip.ParseAddr(a.Address); err == nil && config.CGNAT.Contains(ip) {
+		if ip, err := netip.ParseAddr(a.Address); err == nil && netset.TailnetIPv4.Contains(ip) {
 			out.Status.Addresses = append(out.Status.Addresses, a)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -198,7 +199,7 @@ func (o observation) fault(n node, taken []netip.Prefix) string {
 	}
 	for _, c := range n.cidrs {
 		switch {
-		case c.Overlaps(config.CGNAT), c.Overlaps(config.TailnetULA):
+		case c.Overlaps(netset.TailnetIPv4), c.Overlaps(netset.TailnetIPv6):
 			return fmt.Sprintf("%s is in the tailnet's own range", c)
 		case overlapping(c, taken):
 			return fmt.Sprintf("%s overlaps another Node's pod CIDR", c)

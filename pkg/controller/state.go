@@ -8,7 +8,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
-	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 )
@@ -45,7 +45,7 @@ func nodeOf(n *corev1.Node) node {
 	}
 	out.cidrs, out.cidrErr = kube.PodCIDRs(n)
 	for _, a := range n.Status.Addresses {
-		if ip, err := netip.ParseAddr(a.Address); err == nil && config.CGNAT.Contains(ip) {
+		if ip, err := netip.ParseAddr(a.Address); err == nil && netset.TailnetIPv4.Contains(ip) {
 			out.shared = append(out.shared, ip)
 		}
 	}

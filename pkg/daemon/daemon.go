@@ -22,6 +22,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
@@ -59,9 +60,8 @@ type Daemon struct {
 	node    *noderoutes.Routes
 	tables  *nft.Tables
 	member  *member
-	cluster *cluster // nil without Kubernetes
-	tunnel  tunnel   // of the loop alone
-	events  events   // of the loop alone
+	cluster *nodeview.Watch // nil without Kubernetes
+	tunnel  tunnel          // of the loop alone
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -70,12 +70,8 @@ type Daemon struct {
 	version string
 	began   time.Time
 
-	// Of the loop alone: what was last written to our Node, since when the API server denies that, since when our conflist
-	// stands, the configuration that was taken back and left nothing, when a failed uninstall is tried again, and whether it is
-	// done: then nothing is to be done any more.
-	wrote      string
-	wroteAt    time.Time
-	denied     denial
+	// Of the loop alone: since when our conflist stands, the configuration that was taken back and left nothing, when a failed
+	// uninstall is tried again, and whether it is done: then nothing is to be done any more.
 	conflistAt time.Time
 	tookBack   string
 	leaveAgain time.Time
@@ -89,7 +85,7 @@ type Daemon struct {
 
 // New checks what the daemon cannot do without and opens its handles. It changes nothing on the host.
 func New(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*Daemon, error) {
-	k, err := newCluster(c, log, getenv, version)
+	k, err := newWatch(c, log, getenv, version)
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +119,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 func (d *Daemon) newBoard(parts []reconcile.Part[*pass]) *reconcile.Board[*pass] {
 	opt := reconcile.Options{Log: d.log, Record: d.metrics.Part, FullCheck: fullCheck, RetryMin: retryMin, RetryMax: retryMax}
 	if d.cluster != nil {
-		opt.Report = d.tell
+		opt.Report = d.cluster.Report
 	}
 	return reconcile.NewBoard(opt, parts)
 }
@@ -209,7 +205,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.warn()
 	if d.cluster != nil {
-		d.log.Info("started", "node", d.cluster.node, "mode", d.cfg.Tailscale.Mode)
+		d.log.Info("started", "node", d.cluster.Node(), "mode", d.cfg.Tailscale.Mode)
 	} else {
 		d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
 	}
@@ -285,8 +281,8 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	}
 	addresses := []string{hostPort(d.cfg.Headscale.URL)}
 	if d.cluster != nil {
-		addresses = append(addresses, d.cluster.address)
-		wg.Go(func() { d.cluster.run(ctx, d.loop.Wake) })
+		addresses = append(addresses, hostPort(d.cluster.Server()))
+		wg.Go(func() { d.cluster.Run(ctx, d.loop.Wake) })
 	}
 	for _, address := range addresses {
 		if address != "" {

@@ -107,7 +107,10 @@ func fingerprint(c config.Config) string {
 func (d *Daemon) fingerprint() string {
 	c := d.cfg
 	if d.cluster != nil {
-		c.Network.PodCIDRs = texts(d.saved.Kubernetes.PodCIDRs)
+		c.Network.PodCIDRs = nil
+		for _, p := range d.saved.Kubernetes.PodCIDRs {
+			c.Network.PodCIDRs = append(c.Network.PodCIDRs, p.String())
+		}
 	}
 	return fingerprint(c)
 }

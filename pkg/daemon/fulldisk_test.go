@@ -20,9 +20,9 @@ func TestFullStateDisk(t *testing.T) {
 	c := testConfig(t)
 	makeRoom := nstest.FillDisk(t, paths.StateDir)
 	d := newDaemon(t, c)
-	d.cluster, _, _ = startCluster(t, node("a", "10.244.1.0/24"), node("b", "10.244.2.0/24"))
+	d.cluster, _ = startWatch(t, node("a", "10.244.1.0/24"), node("b", "10.244.2.0/24"))
 	d.cfg.Network.PodCIDRs, d.cfg.Network.ClusterCIDRs = nil, nil
-	waitUntil(t, func() bool { return d.cluster.view().synced })
+	waitUntil(t, func() bool { return d.cluster.View().Synced })
 	t.Cleanup(func() { _ = removeNetwork(context.Background(), d.saved) })
 	d.pass(t.Context())
 	got := partErrors(d)

@@ -11,6 +11,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -25,8 +26,8 @@ const (
 )
 
 // inKubernetes lets the node join with the key that the controller makes.
-func (m *member) inKubernetes(k *cluster) {
-	m.joinKey, m.nodeName = k.joinKey, k.node
+func (m *member) inKubernetes(k *nodeview.Watch) {
+	m.joinKey, m.nodeName = k.JoinKey, k.Node()
 }
 
 // controllersKey is what to join with where nothing else is given: in Kubernetes the controller's key.
@@ -37,25 +38,13 @@ func (m *member) controllersKey(ctx context.Context, none error) (secret.Secret,
 	return m.joinKey(ctx)
 }
 
-// viewOf is how the controller sees the node with this key in Headscale; nil where it has not said.
-func viewOf(c *clusterView, nodeKey string) (*kube.View, error) {
-	if c == nil || c.node == nil {
-		return nil, nil
-	}
-	v, ok, err := kube.ViewOf(c.node)
-	if err != nil || !ok || v.NodeKey != nodeKey {
-		return nil, err
-	}
-	return &v, nil
-}
-
 // approvedBy judges the controller's view of routes that tailscaled does not know to be routed.
-func (m *member) approvedBy(c *clusterView, key string, missing []netip.Prefix) error {
-	v, err := viewOf(c, key)
+func (m *member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix) error {
+	v, err := c.Controller(key)
 	switch {
 	case err != nil:
 		return err
-	case v == nil && (c.err != nil || !c.synced):
+	case v == nil && (c.Err != nil || !c.Synced):
 		return m.cannotTell(missing, errors.New("the API server cannot be asked what headcni-controller says"))
 	case v == nil && time.Since(m.advertisedAt) < viewPatience:
 		return reconcile.Waiting("headcni-controller has not looked at this node yet")
@@ -76,7 +65,7 @@ func (m *member) approvedBy(c *clusterView, key string, missing []netip.Prefix) 
 // checkByView is check where the controller asks Headscale for us.
 func (m *member) checkByView(ctx context.Context, o observation) ([]string, error) {
 	self := o.tailnet.Self
-	v, err := viewOf(o.cluster, self.NodeKey)
+	v, err := o.cluster.Controller(self.NodeKey)
 	if err != nil {
 		return nil, err
 	}

@@ -27,7 +27,7 @@ const hostTun = "tailscale0"
 // observe looks at the host and at tailscaled. That tailscaled does not answer is an observation, kept in tailnetErr,
 // and no error: the node is programmed from what was known before.
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
-	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, config: d.cfg, cluster: d.cluster.view()}
+	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, ranges: d.cfg.Network.Ranges(), cluster: d.cluster.View()}
 	if o.mode == config.ModeAuto {
 		o.mode = tailscaled.Mode(d.cfg.Tailscale, d.saved.Mode)
 	}
@@ -72,7 +72,7 @@ func (d *Daemon) observeCluster(o *observation) error {
 	if o.cluster == nil {
 		return nil
 	}
-	l, err := d.saved.Kubernetes.learn(o.cluster, d.cluster.node)
+	l, err := d.saved.Kubernetes.Update(o.cluster, d.cluster.Node())
 	if err != nil {
 		return err
 	}
@@ -86,20 +86,20 @@ func (d *Daemon) observeCluster(o *observation) error {
 		for _, p := range live {
 			addrs = append(addrs, p.Addrs...)
 		}
-		l = l.stay(addrs)
+		l = l.WithoutVacated(addrs)
 	}
 	d.note(func(s *state) { s.Kubernetes = l })
 	if len(l.PodCIDRs) == 0 {
-		return o.cluster.noCIDR(d.cluster.node, time.Since(d.began))
+		return o.cluster.ErrNoCIDR(time.Since(d.began))
 	}
 	o.leaving = l.Leaving
 	for _, p := range l.PodCIDRs {
-		if name := o.cluster.holder(p, d.cluster.node); name != "" {
+		if name := o.cluster.Holder(p); name != "" {
 			o.held = append(o.held, fmt.Errorf("pod range %s: Kubernetes has given it, or a part of it, to Node %s; delete this Node and let "+
 				"kubelet register it again for another one", p, name))
 		}
 	}
-	o.config, err = inForce(d.cfg, l)
+	o.ranges, err = rangesInForce(d.cfg, l)
 	return err
 }
 

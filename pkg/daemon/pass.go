@@ -14,6 +14,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -59,6 +60,15 @@ type pass struct {
 	programmed bool
 }
 
+// wantOfNode is what our Node object should say.
+func (s *pass) wantOfNode() nodeview.Want {
+	w := nodeview.Want{Mode: s.seen.mode, Up: s.programmed}
+	if running(s.seen.tailnet) {
+		w.NodeKey, w.TailnetIPs = s.seen.tailnet.Self.NodeKey, s.seen.tailnet.Self.IPs
+	}
+	return w
+}
+
 // pass observes, plans and applies once. It returns when the next one is due.
 func (d *Daemon) pass(ctx context.Context) time.Duration {
 	if leaving, next := d.leave(ctx); leaving {
@@ -70,7 +80,7 @@ func (d *Daemon) pass(ctx context.Context) time.Duration {
 		s.refused = errTakenBack(d.saved.TakenBackFor)
 	}
 	if s.refused == nil {
-		s.plan, s.refused = makePlan(s.seen.config, s.seen, d.saved)
+		s.plan, s.refused = makePlan(d.cfg, s.seen, d.saved)
 	}
 	if s.seen.tailnet != nil {
 		d.metrics.Peers(s.seen.tailnet.PathCounts())
@@ -129,9 +139,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 	}
 	if d.cluster != nil {
 		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, runtimeUse(s.seen.cluster.node, d.conflistAt, time.Now(), d.cfg.CNI, "/")
+			return nil, runtimeUse(s.seen.cluster.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
 		}}, reconcile.Part[*pass]{Name: partKubernetes, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.syncNode(ctx, s.seen, s.programmed)
+			return d.cluster.Sync(ctx, s.seen.cluster, s.wantOfNode())
 		}})
 	}
 	return parts

@@ -11,6 +11,7 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -39,10 +40,10 @@ type observation struct {
 	prefs *tailscale.SavedPrefs
 	// ipam is the ipam object of a conflist written by hand, nil where there is none.
 	ipam json.RawMessage
-	// config is what is in force: the configuration, in Kubernetes with what that says of the network.
-	config config.Config
+	// ranges are those in force: the configuration's, in Kubernetes with what that says.
+	ranges config.Ranges
 	// cluster is nil without Kubernetes.
-	cluster *clusterView
+	cluster *nodeview.View
 	// leaving are former pod CIDRs whose pods still run here.
 	leaving []netip.Prefix
 	// held are the pod CIDRs of ours that Kubernetes has given to other Nodes too.
@@ -62,16 +63,16 @@ type plan struct {
 // makePlan derives the node's state from the configuration and what was observed. It does no I/O. An error means that
 // the configuration cannot work on this host: nothing may be applied.
 func makePlan(c config.Config, o observation, s state) (plan, error) {
-	own := c.Network.PodCIDRs.Prefixes()
+	own := o.ranges.Pods
 	// What a peer merely advertises never widens the set.
-	cluster := netset.Union(own, c.Network.ClusterCIDRs.Prefixes(), c.Network.RemoteCIDRs.Prefixes())
+	cluster := netset.Union(own, o.ranges.Cluster, o.ranges.Remote)
 	if err := refuse(c, cluster, o); err != nil {
 		return plan{}, err
 	}
 	p := plan{
 		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: slices.Concat(own, o.leaving), Cluster: cluster, KeepSource: c.Network.ServiceCIDRs.Prefixes(), TunName: o.tun,
+			Own: slices.Concat(own, o.leaving), Cluster: cluster, KeepSource: o.ranges.Services, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.mode == config.ModeHost,
 		},
@@ -84,7 +85,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	}
 	var err error
 	p.conflist, err = conflist.Render(conflist.Input{
-		PodCIDRs: own, ServiceCIDRs: c.Network.ServiceCIDRs.Prefixes(), MTU: cmp.Or(c.Network.MTU, o.tunMTU, defaultMTU),
+		PodCIDRs: own, ServiceCIDRs: o.ranges.Services, MTU: cmp.Or(c.Network.MTU, o.tunMTU, defaultMTU),
 		IPAM: c.IPAM, AdoptedIPAM: o.ipam, MagicDNS: c.DNS.MagicDNS,
 	})
 	return p, err

@@ -8,7 +8,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
@@ -35,7 +34,8 @@ func typical() (config.Config, observation) {
 	c.Network.RemoteCIDRs = config.CIDRs{"10.245.0.0/16"}
 	c.Network.ServiceCIDRs = config.CIDRs{"10.96.0.0/16"}
 	return c, observation{
-		mode: config.ModeDaemon, tun: "headcni01", tunMTU: 1280, hostPrefixes: prefixes("192.0.2.0/24"),
+		ranges: c.Network.Ranges(),
+		mode:   config.ModeDaemon, tun: "headcni01", tunMTU: 1280, hostPrefixes: prefixes("192.0.2.0/24"),
 		nodeAddr4: netip.MustParseAddr("192.0.2.7"), tailnet: &tailscale.Status{State: tailscale.Running},
 	}
 }
@@ -140,12 +140,5 @@ func TestRefuse(t *testing.T) {
 				t.Errorf("want %q in %v", tt.want, err)
 			}
 		})
-	}
-}
-
-func TestUnion(t *testing.T) {
-	got := netset.Union(prefixes("10.244.1.0/24", "fd00::/64"), prefixes("10.244.0.0/16", "10.244.1.0/24"), prefixes("10.3.0.0/16", "fd00::/64"))
-	if diff := cmp.Diff(prefixes("10.3.0.0/16", "10.244.0.0/16", "fd00::/64"), got, comparePrefixes); diff != "" {
-		t.Error(diff)
 	}
 }

@@ -4,11 +4,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
-
-	corev1 "k8s.io/api/core/v1"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -19,22 +16,10 @@ import (
 // every 5 and 10 s.
 const runtimePatience = time.Minute
 
-// pluginNotReady reports whether kubelet says that the network plugin is what keeps the Node from being ready. Its words
-// are those of the CRI (RuntimeCondition NetworkReady, reason NetworkPluginNotReady), then the runtime's own: containerd's
-// "cni plugin not initialized", CRI-O's "No CNI configuration file in ...".
-func pluginNotReady(c corev1.NodeCondition) bool {
-	return c.Type == corev1.NodeReady && c.Status == corev1.ConditionFalse &&
-		(strings.Contains(c.Message, "NetworkPluginNotReady") || strings.Contains(c.Message, "cni plugin not initialized"))
-}
-
 // runtimeUse judges whether the container runtime uses the conflist that stands since written, the zero Time where it does
-// not stand. With the wrong folders everything of ours is right and no pod starts.
-func runtimeUse(n *corev1.Node, written, now time.Time, cni config.CNI, root string) error {
-	if n == nil || written.IsZero() {
-		return nil
-	}
-	i := slices.IndexFunc(n.Status.Conditions, pluginNotReady)
-	if i < 0 {
+// not stand. notReady is what kubelet says of a missing network plugin, "" = nothing. With the wrong folders everything of ours is right and no pod starts.
+func runtimeUse(notReady string, written, now time.Time, cni config.CNI, root string) error {
+	if notReady == "" || written.IsZero() {
 		return nil
 	}
 	if now.Sub(written) < runtimePatience {
@@ -42,7 +27,7 @@ func runtimeUse(n *corev1.Node, written, now time.Time, cni config.CNI, root str
 	}
 	return reconcile.Warning{Err: fmt.Errorf("kubelet says that there is no network plugin although %s stands since %s (%q): the container runtime "+
 		"seems to look in other folders than cni.confDir %s and cni.binDir %s; set both to its own: %s",
-		filepath.Join(cni.ConfDir, paths.ConflistName), written.UTC().Format(time.RFC3339), n.Status.Conditions[i].Message, cni.ConfDir, cni.BinDir,
+		filepath.Join(cni.ConfDir, paths.ConflistName), written.UTC().Format(time.RFC3339), notReady, cni.ConfDir, cni.BinDir,
 		strings.Join(usualFolders(root), "; "))}
 }
 

@@ -1,23 +1,16 @@
 package daemon
 
 import (
-	"errors"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/kubernetes/fake"
-	kubetesting "k8s.io/client-go/testing"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
@@ -47,8 +40,8 @@ func setReady(t *testing.T, client *fake.Clientset, status corev1.ConditionStatu
 // A conflist that the runtime does not read: said as a part, to the API server as an event, and taken back when kubelet is
 // content.
 func TestRuntimeThatLooksElsewhere(t *testing.T) {
-	k, client, _ := startCluster(t, node("a", "10.244.1.0/24"))
-	waitUntil(t, func() bool { return k.view().synced })
+	k, client := startWatch(t, node("a", "10.244.1.0/24"))
+	waitUntil(t, func() bool { return k.View().Synced })
 	d := &Daemon{cfg: config.Default(), log: quiet, cluster: k, metrics: monitoring.NewMetrics("test")}
 	var parts []reconcile.Part[*pass]
 	for _, p := range d.parts() {
@@ -60,17 +53,11 @@ func TestRuntimeThatLooksElsewhere(t *testing.T) {
 	d.board = d.newBoard(parts)
 	look := func() (ready bool, text string) {
 		t.Helper()
-		d.board.Run(t.Context(), &pass{seen: observation{cluster: k.view()}})
+		d.board.Run(t.Context(), &pass{seen: observation{cluster: k.View()}})
 		ready, _ = d.board.Ready()
 		return ready, partErrors(d)[partRuntime]
 	}
-	inNode := func(text string) func() bool {
-		return func() bool {
-			n := k.view().node
-			i := slices.IndexFunc(n.Status.Conditions, pluginNotReady)
-			return text == "" && i < 0 || i >= 0 && n.Status.Conditions[i].Message == text
-		}
-	}
+	inNode := func(text string) func() bool { return func() bool { return k.View().PluginNotReady() == text } }
 	for _, text := range notReady {
 		setReady(t, client, corev1.ConditionFalse, text)
 		waitUntil(t, inNode(text))
@@ -157,76 +144,14 @@ func TestUsualFolders(t *testing.T) {
 
 // What lasts is said in the same words: else each pass would log it and write an event.
 func TestRuntimeUseRepeatsItself(t *testing.T) {
-	n := node("a")
-	n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionFalse, Message: notReady[0]}}
 	written := time.Now()
 	var said []string
 	for _, waited := range []time.Duration{2 * runtimePatience, 3*runtimePatience + time.Second} {
-		if err := runtimeUse(n, written, written.Add(waited), config.Default().CNI, "/"); err != nil {
+		if err := runtimeUse(notReady[0], written, written.Add(waited), config.Default().CNI, "/"); err != nil {
 			said = append(said, err.Error())
 		}
 	}
 	if len(said) != 2 || said[0] != said[1] {
 		t.Errorf("%q", said)
-	}
-}
-
-// A watch that is denied just after the API server has started is no news; one that stays denied is.
-func TestDenialsPassOrAreTold(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		client := fake.NewClientset(node("a", "10.244.1.0/24"))
-		nodes := schema.GroupResource{Resource: "nodes"}
-		deny := true
-		client.PrependReactor("list", "nodes", func(kubetesting.Action) (bool, runtime.Object, error) {
-			return deny, nil, apierrors.NewForbidden(nodes, "", errors.New("RBAC: clusterrole not found"))
-		})
-		k := watched(client, "a", slog.New(slog.DiscardHandler))
-		k.changed = func() {}
-		ask := func() error {
-			_, err := client.CoreV1().Nodes().List(t.Context(), metav1.ListOptions{})
-			k.answered(err)
-			d := &Daemon{cluster: k}
-			_, err = d.syncNode(t.Context(), observation{cluster: k.view()}, false)
-			return err
-		}
-		var w reconcile.Waiting
-		for range 2 {
-			if err := ask(); !errors.As(err, &w) {
-				t.Errorf("at once: %v", err)
-			}
-			time.Sleep(denialPatience / 2)
-		}
-		if err := ask(); err == nil || errors.As(err, &w) || !strings.Contains(err.Error(), "ClusterRole") {
-			t.Errorf("after %s: %v", denialPatience, err)
-		}
-		deny = false
-		if err := ask(); !errors.As(err, &w) { // not synced yet
-			t.Errorf("granted: %v", err)
-		}
-		deny = true
-		if err := ask(); !errors.As(err, &w) {
-			t.Errorf("denied again: %v", err)
-		}
-	})
-}
-
-// What an event meets with must not keep the annotations from the Node that the controller waits for.
-func TestDeniedEventsHoldNothingBack(t *testing.T) {
-	client := fake.NewClientset(node("a", "10.244.1.0/24"))
-	client.PrependReactor("create", "events", func(kubetesting.Action) (bool, runtime.Object, error) {
-		return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", errors.New("not granted"))
-	})
-	k := watched(client, "a", slog.New(slog.DiscardHandler))
-	k.synced, k.own = true, node("a", "10.244.1.0/24")
-	d := &Daemon{cluster: k}
-	d.tell(partFirewall, false, "wrong")
-	done, err := d.syncNode(t.Context(), observation{cluster: k.view()}, true)
-	var w reconcile.Waiting
-	if len(done) != 1 || !errors.As(err, &w) {
-		t.Errorf("did %v, %v", done, err)
-	}
-	n, err := client.CoreV1().Nodes().Get(t.Context(), "a", metav1.GetOptions{})
-	if err != nil || len(n.Status.Conditions) != 1 {
-		t.Errorf("%+v, %v", n.Status.Conditions, err)
 	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -39,7 +40,7 @@ type state struct {
 	// Hidden are the names of other CNIs' configurations that cni.exclusive has hidden.
 	Hidden []string `json:"hidden,omitempty"`
 	// Kubernetes is what it last said.
-	Kubernetes learned `json:"kubernetes,omitzero"`
+	Kubernetes nodeview.LastKnown `json:"kubernetes,omitzero"`
 }
 
 func statePath() string { return filepath.Join(paths.StateDir, "daemon.json") }

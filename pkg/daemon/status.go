@@ -16,13 +16,13 @@ func (d *Daemon) status(ctx context.Context) nodestatus.Status {
 	d.mu.Lock()
 	s := nodestatus.Status{Version: d.version, Ready: ready, Parts: parts, Mode: d.last.mode, Tun: d.last.tun, TunMTU: d.last.tunMTU}
 	approved := slices.Clone(d.confirmed)
-	network := d.last.config.Network
+	ranges := d.last.ranges
 	d.mu.Unlock()
-	own := network.PodCIDRs.Prefixes()
+	own := ranges.Pods
 	t, prefs := d.member.look(ctx)
 	if t != nil {
 		approved = append(approved, t.Self.Routes...)
-		s.Tailnet = tailnetStatus(*t, prefs, netset.Union(own, network.ClusterCIDRs.Prefixes(), network.RemoteCIDRs.Prefixes()))
+		s.Tailnet = tailnetStatus(*t, prefs, netset.Union(own, ranges.Cluster, ranges.Remote))
 	}
 	for _, p := range own {
 		s.PodCIDRs = append(s.PodCIDRs, nodestatus.PodCIDR{

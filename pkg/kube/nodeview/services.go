@@ -1,10 +1,11 @@
-package daemon
+package nodeview
 
 import (
 	"context"
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
@@ -13,25 +14,28 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
+// serviceRetry is how long after a failed look the first next one is.
+const serviceRetry = time.Second
+
 // watchServices keeps the cluster's service ranges: at the start as soon as the API server answers, then now and then.
-func (k *cluster) watchServices(ctx context.Context) {
-	wait := retryMin
+func (w *Watch) watchServices(ctx context.Context) {
+	wait := serviceRetry
 	for ctx.Err() == nil {
-		found, err := k.askServices(ctx)
-		k.mu.Lock()
-		news := err == nil && !slices.Equal(k.services, found)
+		found, err := w.askServices(ctx)
+		w.mu.Lock()
+		news := err == nil && !slices.Equal(w.services, found)
 		if news {
-			k.services = found
+			w.services = found
 		}
-		k.mu.Unlock()
+		w.mu.Unlock()
 		if news {
-			k.changed()
+			w.changed()
 		}
 		if err == nil {
 			wait = serviceInterval
 		} else {
 			// It matters little: services are reached with or without, and the part kubernetes tells of a server that is away.
-			k.log.Debug("ask for the service ranges", "err", err)
+			w.log.Debug("ask for the service ranges", "err", err)
 			wait = min(2*wait, serviceInterval)
 		}
 		reconcile.Sleep(ctx, wait)
@@ -39,16 +43,16 @@ func (k *cluster) watchServices(ctx context.Context) {
 }
 
 // askServices asks the ServiceCIDR API (Kubernetes 1.33), and where it is not, or not for us, what kubeadm was told.
-func (k *cluster) askServices(ctx context.Context) ([]netip.Prefix, error) {
+func (w *Watch) askServices(ctx context.Context) ([]netip.Prefix, error) {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
 	var texts []string
-	list, err := k.client.NetworkingV1().ServiceCIDRs().List(ctx, metav1.ListOptions{})
+	list, err := w.client.NetworkingV1().ServiceCIDRs().List(ctx, metav1.ListOptions{})
 	if err == nil {
 		for _, s := range list.Items {
 			texts = append(texts, s.Spec.CIDRs...)
 		}
-	} else if texts, err = k.askKubeadm(ctx); err != nil {
+	} else if texts, err = w.askKubeadm(ctx); err != nil {
 		return nil, err
 	}
 	var out []netip.Prefix
@@ -60,8 +64,8 @@ func (k *cluster) askServices(ctx context.Context) ([]netip.Prefix, error) {
 	return netset.Union(out), nil
 }
 
-func (k *cluster) askKubeadm(ctx context.Context) ([]string, error) {
-	cm, err := k.client.CoreV1().ConfigMaps("kube-system").Get(ctx, "kubeadm-config", metav1.GetOptions{})
+func (w *Watch) askKubeadm(ctx context.Context) ([]string, error) {
+	cm, err := w.client.CoreV1().ConfigMaps("kube-system").Get(ctx, "kubeadm-config", metav1.GetOptions{})
 	if err != nil {
 		return nil, err
 	}

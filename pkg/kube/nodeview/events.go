@@ -1,4 +1,4 @@
-package daemon
+package nodeview
 
 import (
 	"context"
@@ -10,8 +10,7 @@ import (
 // maxEvents are kept while the API server is away; older ones go.
 const maxEvents = 32
 
-// events are what is to be told on our Node. They are news only, so nothing has to hold them back but their number. They
-// are the loop's alone.
+// events are what is to be told on our Node. They are news only, so nothing has to hold them back but their number.
 type events struct{ waiting []kube.Event }
 
 // add keeps an event to be sent.
@@ -23,8 +22,8 @@ func (e *events) add(ev kube.Event) {
 }
 
 // send sends what is waiting, in order, up to the first that cannot be sent.
-func (e *events) send(ctx context.Context, k *cluster) error {
-	r := kube.Reporter{Client: k.client, Program: "daemon", Instance: k.node}
+func (e *events) send(ctx context.Context, w *Watch) error {
+	r := kube.Reporter{Client: w.client, Program: "daemon", Instance: w.node}
 	for len(e.waiting) > 0 {
 		if err := r.Write(ctx, e.waiting[0]); err != nil {
 			return err
@@ -34,7 +33,7 @@ func (e *events) send(ctx context.Context, k *cluster) error {
 	return nil
 }
 
-// tell makes an event of what is news on the board.
-func (d *Daemon) tell(part string, ok bool, text string) {
-	d.events.add(kube.Event{Time: time.Now(), About: kube.AboutNode(d.cluster.node), What: part, Note: part + ": " + text, Right: ok})
+// Report makes an Event about our Node of a part's fault, or of its end. It is sent with the next Sync.
+func (w *Watch) Report(part string, ok bool, text string) {
+	w.events.add(kube.Event{Time: time.Now(), About: kube.AboutNode(w.node), What: part, Note: part + ": " + text, Right: ok})
 }

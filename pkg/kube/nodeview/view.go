@@ -1,0 +1,117 @@
+package nodeview
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/reconcile"
+)
+
+// View is the cluster at one moment.
+type View struct {
+	// Synced is true once the API server has sent everything.
+	Synced bool
+	// Err is why the API server cannot be asked, nil while it can.
+	Err error
+	// Node is ours, nil where Kubernetes has none of that name.
+	Node *corev1.Node
+	// PodCIDRs are those of all Nodes, in as few prefixes as there can be.
+	PodCIDRs []netip.Prefix
+	// ServiceCIDRs are nil while they are not known.
+	ServiceCIDRs []netip.Prefix
+
+	name  string
+	cidrs map[string][]netip.Prefix
+}
+
+// View is what is known now; nil of a nil Watch, which a node without Kubernetes has.
+func (w *Watch) View() *View {
+	if w == nil {
+		return nil
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	v := &View{
+		Synced: w.synced, Err: w.denied.judge(w.err, time.Now()), Node: w.own, ServiceCIDRs: w.services, name: w.node, cidrs: map[string][]netip.Prefix{},
+	}
+	var all []netip.Prefix
+	for name, cidrs := range w.cidrs {
+		v.cidrs[name] = cidrs
+		all = append(all, cidrs...)
+	}
+	v.PodCIDRs = netset.Aggregate(all)
+	return v
+}
+
+// Holder names another Node that has a pod CIDR overlapping p, "" where there is none.
+func (v *View) Holder(p netip.Prefix) string {
+	for name, cidrs := range v.cidrs {
+		if name != v.name && slices.ContainsFunc(cidrs, p.Overlaps) {
+			return name
+		}
+	}
+	return ""
+}
+
+// Controller is what the controller says of the node with this key in Headscale; nil where it has said nothing.
+func (v *View) Controller(nodeKey string) (*kube.View, error) {
+	if v == nil || v.Node == nil {
+		return nil, nil
+	}
+	said, ok, err := kube.ViewOf(v.Node)
+	if err != nil || !ok || said.NodeKey != nodeKey {
+		return nil, err
+	}
+	return &said, nil
+}
+
+// UninstallAsked reports whether our Node asks for everything of ours to be taken off it.
+func (v *View) UninstallAsked() bool {
+	return v.Node != nil && v.Node.Annotations[kube.Uninstall] == "true"
+}
+
+// PluginNotReady is what kubelet says where the network plugin is what keeps our Node from being ready, else "".
+func (v *View) PluginNotReady() string {
+	if v.Node == nil {
+		return ""
+	}
+	if i := slices.IndexFunc(v.Node.Status.Conditions, pluginNotReady); i >= 0 {
+		return v.Node.Status.Conditions[i].Message
+	}
+	return ""
+}
+
+// ErrNoCIDR says why there is no pod CIDR to work with. While somebody may still give one it is a thing to wait for.
+func (v *View) ErrNoCIDR(waited time.Duration) error {
+	var err error
+	switch {
+	case v.Err != nil:
+		return fmt.Errorf("no pod CIDR is known yet and the API server cannot be asked: %w", v.Err)
+	case !v.Synced:
+		return reconcile.Waiting("asks the API server for this node's pod CIDR")
+	case v.Node == nil:
+		err = fmt.Errorf("Kubernetes has no Node %s: kubelet makes it; set kubernetes.nodeName or NODE_NAME if it is called otherwise", v.name)
+	default:
+		err = fmt.Errorf("Kubernetes has given Node %s no pod CIDR yet; kube-controller-manager does so with --allocate-node-cidrs and "+
+			"--cluster-cidr, headcni-controller where network.clusterCIDRs is set", v.name)
+	}
+	if waited < cidrPatience {
+		return reconcile.Waiting(err.Error())
+	}
+	return err
+}
+
+// pluginNotReady reports whether kubelet says that the network plugin is what keeps the Node from being ready. Its words
+// are those of the CRI (RuntimeCondition NetworkReady, reason NetworkPluginNotReady), then the runtime's own: containerd's
+// "cni plugin not initialized", CRI-O's "No CNI configuration file in ...".
+func pluginNotReady(c corev1.NodeCondition) bool {
+	return c.Type == corev1.NodeReady && c.Status == corev1.ConditionFalse &&
+		(strings.Contains(c.Message, "NetworkPluginNotReady") || strings.Contains(c.Message, "cni plugin not initialized"))
+}

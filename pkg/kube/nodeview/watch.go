@@ -1,0 +1,270 @@
+// Package nodeview is what one node sees of Kubernetes, and what it says there of itself: its own Node, the pod CIDRs of all
+// others, the service ranges, and Events.
+package nodeview
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+const (
+	// apiTimeout bounds each request to the API server but the watch.
+	apiTimeout = 5 * time.Second
+	// nodePage is how many Nodes are read at once where the server cannot stream them: one is 10 kB and more.
+	nodePage = 100
+	// serviceInterval is how often the cluster's service ranges are asked for. They are added to, if ever, by hand.
+	serviceInterval = 10 * time.Minute
+	// denialPatience is how long the API server may deny us what it has granted: one that has just started does so until it
+	// has read its RBAC rules.
+	denialPatience = 30 * time.Second
+)
+
+// Watch follows the Nodes of a cluster and nothing else. Make it with New.
+type Watch struct {
+	client    kubernetes.Interface
+	node      string // our Node's name
+	namespace string // of our own objects
+	server    string // the API server's URL, "" where unknown
+	log       *slog.Logger
+	changed   func() // is called when something changes that concerns this node
+
+	// Of one goroutine alone, which calls Sync and JoinKey.
+	keyDenied, writeDenied denial
+	events                 events
+	wrote                  string // what was last written to our Node
+	wroteAt                time.Time
+
+	mu       sync.Mutex
+	synced   bool
+	err      error // why the API server cannot be asked, nil while it can
+	denied   denial
+	own      *corev1.Node
+	cidrs    map[string][]netip.Prefix // by name of each Node, ours included
+	services []netip.Prefix
+}
+
+// New makes the watch of the node that c describes. It does not connect.
+func New(c config.Kubernetes, log *slog.Logger, getenv func(string) string, version string) (*Watch, error) {
+	node, err := c.Node(getenv)
+	if err != nil {
+		return nil, err
+	}
+	rc, err := kube.Config(c.Kubeconfig, "headcni-daemon/"+version)
+	if err != nil {
+		return nil, fmt.Errorf("%w; set kubernetes.kubeconfig, or kubernetes.enable: false", err)
+	}
+	client, err := kubernetes.NewForConfig(rc)
+	if err != nil {
+		return nil, err
+	}
+	w := Of(client, node, log)
+	w.server = rc.Host
+	return w, nil
+}
+
+// Of makes the watch of a node with a client that is there already.
+func Of(client kubernetes.Interface, node string, log *slog.Logger) *Watch {
+	return &Watch{client: client, node: node, namespace: kube.Namespace(), log: log, changed: func() {}, cidrs: map[string][]netip.Prefix{}}
+}
+
+// Node is our Node's name.
+func (w *Watch) Node() string { return w.node }
+
+// Server is the API server's URL, or what may stand in its place in a kubeconfig; "" where it is not known.
+func (w *Watch) Server() string { return w.server }
+
+// Run watches until ctx ends. It calls changed for everything that concerns this node.
+func (w *Watch) Run(ctx context.Context, changed func()) {
+	w.changed = changed
+	// The library logs each failed try; the part kubernetes says it once.
+	ctx = klog.NewContext(ctx, klog.New(nil))
+	nodes := w.client.CoreV1().Nodes()
+	lw := &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			// In pages also where the library would take everything at once from the server's cache.
+			if o.Limit = nodePage; o.ResourceVersion == "0" {
+				o.ResourceVersion = ""
+			}
+			ctx, cancel := context.WithTimeout(ctx, 6*apiTimeout)
+			defer cancel()
+			list, err := nodes.List(ctx, o)
+			w.answered(err)
+			if err != nil {
+				return nil, err
+			}
+			for i := range list.Items {
+				list.Items[i] = *w.trim(&list.Items[i])
+			}
+			return list, nil
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			events, err := nodes.Watch(ctx, o)
+			w.answered(err)
+			return events, err
+		},
+	}
+	r := cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(lw, w.client), &corev1.Node{}, (*nodeStore)(w),
+		cache.ReflectorOptions{Name: "nodes"})
+	var wg sync.WaitGroup
+	wg.Go(func() { w.watchServices(ctx) })
+	r.RunWithContext(ctx)
+	wg.Wait()
+}
+
+// answered keeps whether the API server could be asked.
+func (w *Watch) answered(err error) {
+	if errors.Is(err, context.Canceled) || apierrors.IsResourceExpired(err) || apierrors.IsInvalid(err) {
+		return // we are being stopped; or the library asks in another way next
+	}
+	if apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) {
+		err = fmt.Errorf("%w; the service account %s must be allowed to get, list and watch nodes (see the chart's ClusterRole)", err, kube.DaemonAccount)
+	}
+	var u *url.Error
+	if errors.As(err, &u) {
+		err = u.Err // without the URL, which is long and says nothing
+	}
+	w.mu.Lock()
+	// Each try fails in words of its own, with its own port: the first ones stand for all of a kind.
+	news := (err == nil) != (w.err == nil) || apierrors.ReasonForError(err) != apierrors.ReasonForError(w.err)
+	if news {
+		w.err = err
+	}
+	w.mu.Unlock()
+	if news {
+		w.changed()
+	}
+}
+
+// trim keeps what this node needs of a Node: of others only the name and pod CIDRs.
+func (w *Watch) trim(n *corev1.Node) *corev1.Node {
+	out := &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: n.Name, ResourceVersion: n.ResourceVersion},
+		Spec:       corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs},
+	}
+	if n.Name != w.node {
+		return out
+	}
+	out.UID = n.UID
+	out.Annotations = map[string]string{}
+	for key, v := range n.Annotations {
+		if strings.HasPrefix(key, "headcni.io/") {
+			out.Annotations[key] = v
+		}
+	}
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeNetworkUnavailable || pluginNotReady(c) {
+			c.LastHeartbeatTime = metav1.Time{} // no news
+			out.Status.Conditions = append(out.Status.Conditions, c)
+		}
+	}
+	return out
+}
+
+// nodeStore is where the watch puts Nodes.
+type nodeStore Watch
+
+func (s *nodeStore) Add(obj any) error    { return s.Update(obj) }
+func (s *nodeStore) Resync() error        { return nil }
+func (s *nodeStore) watch() *Watch        { return (*Watch)(s) }
+func (s *nodeStore) Delete(obj any) error { return s.change(obj, (*Watch).remove) }
+func (s *nodeStore) Update(obj any) error { return s.change(obj, (*Watch).upsert) }
+
+// Transformer keeps what the library gathers on its way to Replace small.
+func (s *nodeStore) Transformer() cache.TransformFunc {
+	return func(obj any) (any, error) {
+		if n, ok := obj.(*corev1.Node); ok {
+			return s.watch().trim(n), nil
+		}
+		return obj, nil
+	}
+}
+
+func (s *nodeStore) change(obj any, do func(*Watch, *corev1.Node) bool) error {
+	n, ok := obj.(*corev1.Node)
+	if !ok {
+		return fmt.Errorf("a %T among Nodes", obj)
+	}
+	w := s.watch()
+	w.mu.Lock()
+	news := do(w, n)
+	w.mu.Unlock()
+	if news {
+		w.changed()
+	}
+	return nil
+}
+
+// Replace takes the whole list, at the start and whenever events may have been missed.
+func (s *nodeStore) Replace(list []any, _ string) error {
+	w := s.watch()
+	w.mu.Lock()
+	seen := map[string]bool{}
+	for _, obj := range list {
+		if n, ok := obj.(*corev1.Node); ok {
+			seen[n.Name] = true
+			w.upsert(n)
+		}
+	}
+	for name := range w.cidrs {
+		if !seen[name] {
+			delete(w.cidrs, name)
+		}
+	}
+	if !seen[w.node] {
+		w.own = nil
+	}
+	w.synced, w.err = true, nil
+	w.mu.Unlock()
+	w.changed()
+	return nil
+}
+
+// upsert keeps n and reports whether that is news to this node. The caller holds the lock.
+func (w *Watch) upsert(n *corev1.Node) bool {
+	n = w.trim(n)
+	cidrs, err := kube.PodCIDRs(n)
+	if err != nil && n.Name != w.node {
+		cidrs = nil // its own daemon says what is wrong with them
+	}
+	news := !slices.Equal(w.cidrs[n.Name], cidrs)
+	if w.cidrs[n.Name] = cidrs; len(cidrs) == 0 {
+		delete(w.cidrs, n.Name)
+	}
+	if n.Name != w.node {
+		return news
+	}
+	before := w.own
+	w.own = n
+	return before == nil || !sameNode(before, n)
+}
+
+// remove forgets n and reports whether that is news to this node. The caller holds the lock.
+func (w *Watch) remove(n *corev1.Node) bool {
+	_, had := w.cidrs[n.Name]
+	delete(w.cidrs, n.Name)
+	if n.Name == w.node {
+		w.own = nil
+		return true
+	}
+	return had
+}
