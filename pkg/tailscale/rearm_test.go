@@ -14,9 +14,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// fakeTailnet counts pings. Its peers are p0, p1, ... at 100.64.0.<n>.
+// fakeTailnet counts pings. Its peers are p0, p1, ... at 100.64.0.<n>. This node is lower than they are, at 100.63.0.1.
 type fakeTailnet struct {
 	mu      sync.Mutex
+	self    Peer
 	peers   []Peer
 	took    time.Duration // of a ping
 	pings   []string      // "<peer> <ms since the start>"
@@ -27,15 +28,18 @@ type fakeTailnet struct {
 }
 
 func newFakeTailnet(peers int) *fakeTailnet {
-	f := &fakeTailnet{start: time.Now()}
+	f := &fakeTailnet{start: time.Now(), self: Peer{ID: "self", IPs: []netip.Addr{lowSelf}}}
 	for i := range peers {
 		f.peers = append(f.peers, Peer{
 			ID: fmt.Sprintf("p%d", i), Name: fmt.Sprintf("p%d", i), Online: true, IPs: []netip.Addr{peerAddr(i)},
-			Routes: prefixes(fmt.Sprintf("10.244.%d.0/24", i%256)),
+			Routes: prefixes(fmt.Sprintf("10.244.%d.0/24", i%256)), NodeKey: "nodekey:0", Handshake: time.Now(),
 		})
 	}
 	return f
 }
+
+// lowSelf and highSelf are addresses of this node that have it go first and second.
+var lowSelf, highSelf = netip.MustParseAddr("100.63.0.1"), netip.MustParseAddr("100.65.0.1")
 
 func peerAddr(i int) netip.Addr { return netip.AddrFrom4([4]byte{100, 64, byte(i / 256), byte(i)}) }
 
@@ -43,7 +47,7 @@ func (f *fakeTailnet) Status(context.Context) (Status, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.asked++
-	return Status{State: Running, Peers: slices.Clone(f.peers)}, nil
+	return Status{State: Running, Self: f.self, Peers: slices.Clone(f.peers)}, nil
 }
 
 func (f *fakeTailnet) ping(ctx context.Context, to netip.Addr) error {
@@ -84,7 +88,7 @@ func sessionsAre(age time.Duration, pairs ...string) notify {
 	return n
 }
 
-// rearmTest runs fn with a rearmer whose tailscaled has been running for long, with an established session with p0.
+// rearmTest runs fn with a rearmer whose tailscaled has been running for long, with an established session with each peer.
 func rearmTest(t *testing.T, peers int, fn func(t *testing.T, f *fakeTailnet, r *rearmer)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -93,9 +97,14 @@ func rearmTest(t *testing.T, peers int, fn func(t *testing.T, f *fakeTailnet, r 
 		var mu sync.Mutex
 		ctx, cancel := context.WithCancel(t.Context())
 		r := newRearmer(ctx, f, RearmOptions{Pinged: func() { mu.Lock(); counted++; mu.Unlock() }})
-		first := sessionsAre(time.Hour, "p0", sessionEstablished)
+		var all []string
+		for _, p := range f.peers {
+			all = append(all, p.ID, sessionEstablished)
+		}
+		first := sessionsAre(time.Hour, all...)
 		first.State = state(stateRunning).State
 		r.observe(true, first)
+		time.Sleep(time.Second)
 		fn(t, f, r)
 		cancel()
 		r.wait()
@@ -108,7 +117,7 @@ func rearmTest(t *testing.T, peers int, fn func(t *testing.T, f *fakeTailnet, r 
 func TestHealLostSession(t *testing.T) {
 	rearmTest(t, 2, func(t *testing.T, f *fakeTailnet, r *rearmer) {
 		time.Sleep(time.Minute)
-		if got := f.sent(); len(got) != 0 || f.asked != 0 {
+		if got := f.sent(); len(got) != 0 || f.asked != 1 {
 			t.Fatalf("idle, but sent %v and asked %d times", got, f.asked)
 		}
 		r.observe(false, sessionsAre(0, "p0", sessionNone))
@@ -131,11 +140,10 @@ func TestNoPingWhenNotNeeded(t *testing.T) {
 	for name, messages := range map[string][]notify{
 		"new session in time":   {sessionsAre(0, "p0", sessionNone), sessionsAre(0, "p0", sessionEstablished)},
 		"handshake in time":     {sessionsAre(0, "p0", sessionNone), sessionsAre(0, "p0", sessionHandshake)},
-		"new peer":              {sessionsAre(0, "p1", sessionHandshake), sessionsAre(0, "p1", sessionEstablished)},
-		"handshake that failed": {sessionsAre(0, "p1", sessionHandshake), sessionsAre(0, "p1", sessionNone)},
-		"session that expired":  {sessionsAre(0, "p0", "expired"), sessionsAre(0, "p0", sessionNone)},
-		"peer never seen":       {sessionsAre(0, "p1", sessionNone)},
-		"peer that is gone":     {sessionsAre(0, "p0", sessionEstablished, "p9", sessionEstablished), sessionsAre(0, "p9", sessionNone)},
+		"new peer":              {sessionsAre(0, "p9", sessionHandshake), sessionsAre(0, "p9", sessionEstablished)},
+		"handshake that failed": {sessionsAre(0, "p9", sessionHandshake), sessionsAre(0, "p9", sessionNone)},
+		"peer never seen":       {sessionsAre(0, "p9", sessionNone)},
+		"peer that is gone":     {sessionsAre(0, "p9", sessionEstablished), sessionsAre(0, "p9", sessionNone)},
 		"state flaps":           {state(stateStarting), state(4), state(stateStarting), state(stateRunning)},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -143,6 +151,7 @@ func TestNoPingWhenNotNeeded(t *testing.T) {
 				for _, n := range messages {
 					r.observe(false, n)
 				}
+				f.peers[0].Handshake = time.Now().AddDate(100, 0, 0) // whatever comes is confirmed
 				time.Sleep(10 * time.Second)
 				if got := f.sent(); len(got) != 0 {
 					t.Errorf("sent %v", got)
@@ -175,9 +184,13 @@ func TestHealingIsBounded(t *testing.T) {
 		}
 		r.observe(false, sessionsAre(0, all...))
 		r.observe(false, sessionsAre(0, none...))
+		time.Sleep(time.Second)
+		if got := len(f.sent()); got != rearmParallel {
+			t.Errorf("%d pings within a second to peers that do not answer", got)
+		}
 		time.Sleep(time.Minute)
-		if got := len(f.sent()); got == 0 || f.highest > rearmParallel || got > rearmParallel {
-			t.Errorf("%d pings, %d at once", got, f.highest)
+		if got := f.sent(); len(got) != 300 || f.highest > rearmParallel {
+			t.Errorf("%d pings, %d at once", len(got), f.highest)
 		}
 	})
 }
@@ -191,13 +204,14 @@ func TestAnnounce(t *testing.T) {
 		f.took = 100 * time.Millisecond
 		ctx, cancel := context.WithCancel(t.Context())
 		r := newRearmer(ctx, f, RearmOptions{})
-		r.observe(true, state(2))
+		r.observe(true, state(0))
 		time.Sleep(10 * time.Second)
 		if got := f.sent(); len(got) != 0 {
-			t.Fatalf("before the login: %v", got)
+			t.Fatalf("before there is a network map: %v", got)
 		}
 		r.observe(false, state(stateStarting))
 		r.observe(false, sessionsAre(0, "p3", sessionHandshake, "p4", sessionEstablished))
+		f.peers[4].Handshake = time.Now()
 		r.observe(false, state(stateRunning))
 		time.Sleep(rearmDelay - time.Millisecond)
 		if got := f.sent(); len(got) != 0 {
@@ -209,7 +223,6 @@ func TestAnnounce(t *testing.T) {
 			t.Errorf("the peer that is offline is not the last: %v", got)
 		}
 		slices.Sort(got)
-		// More than rearmParallel: the announcement waits where the healing gives up.
 		if diff := cmp.Diff([]string{"p1", "p10", "p11", "p5", "p6", "p7", "p8", "p9"}, got); diff != "" {
 			t.Error(diff)
 		}
@@ -234,14 +247,14 @@ func TestAnnounce(t *testing.T) {
 
 func TestAnnounceWaitsForSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFakeTailnet(40)
+		f := newFakeTailnet(100)
 		f.took = time.Hour // dead peers
 		ctx, cancel := context.WithCancel(t.Context())
 		r := newRearmer(ctx, f, RearmOptions{})
 		r.observe(true, state(stateRunning))
 		time.Sleep(time.Minute)
-		if got := len(f.sent()); got != 40 || f.highest != rearmParallel {
-			t.Errorf("%d of 40 pinged, %d at once", got, f.highest)
+		if got := len(f.sent()); got != 100 || f.highest != rearmParallel {
+			t.Errorf("%d of 100 pinged, %d at once", got, f.highest)
 		}
 		cancel()
 		r.wait()
@@ -251,18 +264,23 @@ func TestAnnounceWaitsForSlots(t *testing.T) {
 // TestDaemonRestart: sessions that are older than the connection tell that tailscaled has not restarted.
 func TestDaemonRestart(t *testing.T) {
 	for name, tt := range map[string]struct {
-		age  time.Duration
-		want int
-	}{"only the daemon": {time.Minute, 0}, "both": {time.Second, 2}} {
+		age   time.Duration
+		peers []string
+		want  int
+	}{
+		"only the daemon":                      {time.Minute, []string{"p0", sessionEstablished, "p1", sessionEstablished, "p2", sessionHandshake}, 0},
+		"only the daemon, where sessions lack": {time.Minute, []string{"p0", sessionEstablished, "p1", sessionExpired}, 2},
+		"both":                                 {time.Second, []string{"p0", sessionEstablished}, 2},
+	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFakeTailnet(3)
 				ctx, cancel := context.WithCancel(t.Context())
 				r := newRearmer(ctx, f, RearmOptions{})
-				n := sessionsAre(tt.age, "p0", sessionEstablished)
+				n := sessionsAre(tt.age, tt.peers...)
 				n.State = state(stateRunning).State
 				r.observe(true, n)
-				time.Sleep(10 * time.Second)
+				time.Sleep(11 * time.Second)
 				if got := f.sent(); len(got) != tt.want {
 					t.Errorf("sent %v", got)
 				}

@@ -68,6 +68,12 @@ type Peer struct {
 	Relay string
 	// KeyExpiry is the zero time where the key never expires.
 	KeyExpiry time.Time
+	// Handshake is when WireGuard last made or renewed a session with it that a packet has confirmed, zero for never or
+	// not for long.
+	Handshake time.Time
+	// Bytes is what WireGuard has sent to it and received from it, handshakes included. tailscaled counts anew for a peer
+	// that was idle for some minutes.
+	Bytes int64
 	// Expired tells that the key has.
 	Expired bool
 	// ExitNode tells that this node uses the peer as its exit node.
@@ -126,6 +132,8 @@ type wirePeer struct {
 	CurAddr, Relay                    string
 	Online, ExitNode, Active, Expired bool
 	KeyExpiry                         *time.Time
+	LastHandshake                     time.Time
+	RxBytes, TxBytes                  int64
 	CapMap                            map[string]present
 }
 
@@ -136,6 +144,7 @@ func (w *wirePeer) peer() Peer {
 	p := Peer{
 		ID: w.ID, NodeKey: w.PublicKey, IPs: w.TailscaleIPs, Routes: w.PrimaryRoutes, Allowed: w.AllowedIPs, Tags: w.Tags,
 		Online: w.Online, Active: w.Active, CurAddr: w.CurAddr, Relay: w.Relay, Expired: w.Expired, ExitNode: w.ExitNode,
+		Handshake: w.LastHandshake, Bytes: w.RxBytes + w.TxBytes,
 	}
 	p.Name, _, _ = strings.Cut(w.DNSName, ".")
 	if p.Name == "" {

@@ -24,6 +24,7 @@ const (
 
 // Numbers of the backend states on the bus (ipn.State); the status has their names.
 const (
+	stateNeedsLogin       = 2
 	stateNeedsMachineAuth = 3
 	stateStarting         = 5
 	stateRunning          = 6
@@ -44,6 +45,8 @@ type notify struct {
 	SelfChange   present
 	PeersChanged present
 	PeersRemoved present
+	// PeerChangedPatch is what has changed of peers that are told of in part.
+	PeerChangedPatch []wirePeerPatch
 	// NetMap comes from tailscaled before 1.100 with every change.
 	NetMap    present
 	Health    *wireHealth
@@ -53,6 +56,11 @@ type notify struct {
 type wirePeerState struct {
 	PeerWireGuardState   string
 	PeerWireGuardStateAt time.Time
+}
+
+// wirePeerPatch is tailcfg.PeerChange as far as it is used.
+type wirePeerPatch struct {
+	Online *bool // nil where it did not change
 }
 
 // wireHealth is health.State as far as it is used.
