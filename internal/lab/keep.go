@@ -42,6 +42,11 @@ type Inhabitant struct {
 // Keep lets the world go on without us, until Down. pods are those to be found again by Enter. The Lab must not be used
 // any more.
 func (l *Lab) Keep(kind string, pods []*Pod) error {
+	for _, n := range l.Nodes {
+		if n.line != nil {
+			return fmt.Errorf("keep the lab: the wire of %s has a delay, which ends with this process", n.Name)
+		}
+	}
 	w := World{Dir: l.Dir, Made: time.Now(), Kind: kind, Path: l.opt.path()}
 	for _, m := range l.machines() {
 		in, err := inhabitant(m.Name, m.holder.Process.Pid)

@@ -30,6 +30,9 @@ type Options struct {
 	Tools string
 	// UnderlayMTU in bytes, 0 = 1500.
 	UnderlayMTU int
+	// Delays are how long a frame is on a node's wire, in either direction, of the nodes in turn: a round trip between two
+	// nodes takes four times that, one between a node and the control host twice. A wire with a delay is a line.
+	Delays []time.Duration
 	// Batch is how long Headscale gathers changes, 0 = 10 ms (its own default is 500 ms).
 	Batch time.Duration
 	// ServerURL is what Headscale is to call itself, where a proxy of the caller's stands before it; empty: its URL.
@@ -231,6 +234,9 @@ func (l *Lab) startNodes(ctx context.Context) error {
 // Close ends the world: every process in it, every namespace, and its folder.
 func (l *Lab) Close() error {
 	var wg sync.WaitGroup
+	for _, n := range l.Nodes {
+		wg.Go(n.unplug)
+	}
 	for _, m := range l.machines() {
 		wg.Go(m.stop)
 	}

@@ -42,6 +42,7 @@ type Node struct {
 	lab   *Lab
 	index int
 	disk  *os.File // the mount namespace of a node that crashed
+	line  *line    // nil where the wire has no delay
 }
 
 // plugIn says what node number i, from 0, is to be and plugs it into the underlay.
@@ -56,7 +57,49 @@ func (n *Node) plugIn(i int) error {
 		n.Underlay = append(n.Underlay, a.Addr())
 	}
 	n.PodCIDRs = podCIDRs(i + 1)
-	return n.plug(n.lab.Control.Machine, n.Port, host, n.lab.opt.UnderlayMTU)
+	return n.plug(n.lab.Control.Machine)
+}
+
+// plug connects the node to the underlay.
+func (n *Node) plug(control *Machine) (err error) {
+	mtu, host := n.lab.opt.UnderlayMTU, n.index+11
+	d := n.delay()
+	if d == 0 {
+		return n.Machine.plug(control, n.Port, true, host, mtu)
+	}
+	near := n.wire()[1]
+	if err := n.Machine.plug(control, near, false, host, mtu); err != nil {
+		return err
+	}
+	far := n.Port + "far"
+	if err := control.addPort(n.Port, far, mtu); err != nil {
+		return err
+	}
+	n.line, err = control.newLine(near, far, d)
+	return err
+}
+
+// wire are the links on the control host that make up the node's wire, but for their other ends.
+func (n *Node) wire() []string {
+	if n.delay() == 0 {
+		return []string{n.Port}
+	}
+	return []string{n.Port, n.Port + "near"}
+}
+
+func (n *Node) delay() time.Duration {
+	if d := n.lab.opt.Delays; len(d) > 0 {
+		return d[n.index%len(d)]
+	}
+	return 0
+}
+
+// unplug ends what the lab itself does for the node's wire.
+func (n *Node) unplug() {
+	if n.line != nil {
+		_ = n.line.close() // sockets that nothing was written to a file through
+		n.line = nil
+	}
 }
 
 // podCIDRs are 10.244.N.0/24 and fd00:244:N::/64.

@@ -11,19 +11,13 @@ var disk = []string{"etc/cni", "etc/headcni", "opt/cni", "var/lib/cni", "var/lib
 // Crash ends everything on the node at once, as a power cut does: its processes, its pods and all that its kernel knows.
 // What is on its disk waits for Boot. The node's pods must not be used any more.
 func (n *Node) Crash() error {
-	port, err := n.lab.Control.Net.LinkByName(n.Port)
-	if err != nil {
-		return err
-	}
+	n.unplug()
 	mounts := n.ns.mnt
 	n.ns.mnt = nil // stop would close it, and with it goes the disk
 	n.stop()
 	n.disk = mounts
 	// The wire would vanish with the last handle on the node's network, some time later.
-	if err := n.lab.Control.Net.LinkDel(port); err != nil {
-		return fmt.Errorf("unplug %s: %w", n.Name, err)
-	}
-	return nil
+	return n.lab.Control.removeLinks(n.wire()...)
 }
 
 // Boot starts a node that crashed: another boot, with an empty /run and a bare network, and with its disk. None of its
@@ -44,5 +38,5 @@ func (n *Node) Boot(ctx context.Context) error {
 	if _, err := run(ctx, n.ns, n.env, saved, "tar", "-C", "/", "-x"); err != nil {
 		return fmt.Errorf("write the disk of %s: %w", n.Name, err)
 	}
-	return n.plug(n.lab.Control.Machine, n.Port, n.index+11, n.lab.opt.UnderlayMTU)
+	return n.plug(n.lab.Control.Machine)
 }

@@ -37,14 +37,18 @@ func (m *Machine) addBridge(mtu int) error {
 	return m.configure(bridgeName, underlayAddrs(1), nil)
 }
 
-// plug connects host number n to the underlay of control by a veth pair eth0 - port.
-func (m *Machine) plug(control *Machine, port string, n, mtu int) error {
-	bridge, err := control.Net.LinkByName(bridgeName)
-	if err != nil {
-		return err
+// plug connects host number n to control by a veth pair eth0 - port, which is a port of the underlay or stands alone.
+func (m *Machine) plug(control *Machine, port string, bridged bool, n, mtu int) error {
+	attrs := netlink.LinkAttrs{Name: port, MTU: mtu}
+	if bridged {
+		bridge, err := control.Net.LinkByName(bridgeName)
+		if err != nil {
+			return err
+		}
+		attrs.MasterIndex = bridge.Attrs().Index
 	}
 	veth := &netlink.Veth{
-		LinkAttrs:     netlink.LinkAttrs{Name: port, MTU: mtu, MasterIndex: bridge.Attrs().Index},
+		LinkAttrs:     attrs,
 		PeerName:      "eth0",
 		PeerMTU:       uint32(mtu),
 		PeerNamespace: netlink.NsFd(int(m.ns.net.Fd())),
@@ -56,6 +60,35 @@ func (m *Machine) plug(control *Machine, port string, n, mtu int) error {
 		return err
 	}
 	return m.configure("eth0", underlayAddrs(n), underlayAddrs(1))
+}
+
+// addPort adds a port to the underlay, whose other end is a link on the same machine.
+func (m *Machine) addPort(port, end string, mtu int) error {
+	bridge, err := m.Net.LinkByName(bridgeName)
+	if err != nil {
+		return err
+	}
+	veth := &netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: port, MTU: mtu, MasterIndex: bridge.Attrs().Index}, PeerName: end, PeerMTU: uint32(mtu),
+	}
+	if err := m.Net.LinkAdd(veth); err != nil {
+		return fmt.Errorf("add %s to the underlay: %w", port, err)
+	}
+	return m.configure(port, nil, nil)
+}
+
+// removeLinks removes links, and with each the other end of its pair.
+func (m *Machine) removeLinks(names ...string) error {
+	for _, name := range names {
+		link, err := m.Net.LinkByName(name)
+		if err == nil {
+			err = m.Net.LinkDel(link)
+		}
+		if err != nil {
+			return fmt.Errorf("unplug %s: %w", name, err)
+		}
+	}
+	return nil
 }
 
 // configure sets a link up with addresses and default routes through gateways.
