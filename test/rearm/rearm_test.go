@@ -89,7 +89,12 @@ func world(t *testing.T, bin string, cache bool) (*lab.Lab, []*lab.Pod) {
 			}
 		},
 	})
-	var pods []*lab.Pod
+	return l, addPods(t, l)
+}
+
+// addPods makes a pod on each node.
+func addPods(t *testing.T, l *lab.Lab) (pods []*lab.Pod) {
+	t.Helper()
 	for _, n := range l.Nodes {
 		p, err := n.AddPod(t.Context(), "probe", lab.PodOptions{Idle: true})
 		if err != nil {
@@ -97,7 +102,7 @@ func world(t *testing.T, bin string, cache bool) (*lab.Lab, []*lab.Pod) {
 		}
 		pods = append(pods, p)
 	}
-	return l, pods
+	return pods
 }
 
 // restart ends the first node's tailscaled and starts another, while one flow in one direction runs between that node
@@ -190,20 +195,24 @@ func pings(t *testing.T, l *lab.Lab) map[string]int {
 	return got
 }
 
+// at is a quantile.
+func at(v []float64, q float64) float64 {
+	s := slices.Sorted(slices.Values(v))
+	return s[min(len(s)-1, int(q*float64(len(s))))]
+}
+
+// over counts what is larger than limit.
+func over(v []float64, limit float64) (n int) {
+	for _, e := range v {
+		if e > limit {
+			n++
+		}
+	}
+	return n
+}
+
 // report prints one line of the table. Seconds.
 func report(variant string, gaps, excess []float64) {
-	at := func(v []float64, q float64) float64 {
-		s := slices.Sorted(slices.Values(v))
-		return s[min(len(s)-1, int(q*float64(len(s))))]
-	}
-	over := func(limit float64) (n int) {
-		for _, e := range excess {
-			if e > limit {
-				n++
-			}
-		}
-		return n
-	}
 	fmt.Printf("| %s | %d restarts, %d flows | dark p50 %.2f s, p90 %.2f s, max %.2f s | excess p50 %.2f s, p99 %.2f s, max %.2f s | over 0.5 s: %d, over 4 s: %d |\n",
-		variant, *trials, len(gaps), at(gaps, .5), at(gaps, .9), at(gaps, 1), at(excess, .5), at(excess, .99), at(excess, 1), over(.5), over(4))
+		variant, *trials, len(gaps), at(gaps, .5), at(gaps, .9), at(gaps, 1), at(excess, .5), at(excess, .99), at(excess, 1), over(excess, .5), over(excess, 4))
 }

@@ -1,0 +1,244 @@
+package rearm
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/pkg/config"
+)
+
+var (
+	joining = flag.Int("joining", 3, "nodes that join together in each lab of TestContact")
+	silence = flag.Duration("silence", 0, "how long the pairs are silent before they talk again; sessions end after 180 s; 0: they do not")
+)
+
+// roundTrips are those between two nodes.
+var roundTrips = []time.Duration{0, 20 * time.Millisecond, 80 * time.Millisecond}
+
+// atOnce bounds the pairs that are measured at the same time: what the machine is busy for is not to be measured.
+const atOnce = 4
+
+// TestContact has nodes join together and the pods of each pair of them begin to talk as soon as they can, both within about
+// one way of the path, each sending and neither answering; and once more after a silence. Two sides that both begin a handshake
+// refuse each other's answer, and do so again every 5 s.
+func TestContact(t *testing.T) {
+	bin := labtest.Programs(t)
+	found := table{}
+	pairs := *joining * (*joining - 1) / 2
+	for done := 0; done < *trials; done += pairs {
+		t.Run(fmt.Sprintf("lab %d", 1+done/pairs), func(t *testing.T) {
+			var meetings []*meeting
+			for _, rtt := range roundTrips {
+				m := newMeeting(t, bin, rtt)
+				found.add(m.name("first contact"), m.contacts(t, true))
+				meetings = append(meetings, m)
+			}
+			if *silence == 0 {
+				return
+			}
+			time.Sleep(*silence)
+			for _, m := range meetings {
+				found.add(m.name("after silence"), m.contacts(t, false))
+			}
+		})
+	}
+	found.report(t)
+}
+
+// meeting is a lab of nodes that have not joined yet.
+type meeting struct {
+	*lab.Lab
+	rtt   time.Duration
+	pods  []*lab.Pod
+	ready []chan struct{} // closed when the node's pod is there
+}
+
+func newMeeting(t *testing.T, bin string, rtt time.Duration) *meeting {
+	t.Helper()
+	m := &meeting{rtt: rtt}
+	m.Lab = labtest.New(t, lab.Options{
+		Nodes: *joining, Spare: *joining, Modes: []string{config.ModeDaemon}, Bin: bin, Batch: 500 * time.Millisecond,
+		Delays: []time.Duration{rtt / 4},
+	})
+	m.pods = make([]*lab.Pod, len(m.Nodes))
+	for range m.Nodes {
+		m.ready = append(m.ready, make(chan struct{}))
+	}
+	return m
+}
+
+func (m *meeting) name(what string) string { return fmt.Sprintf("%s, %v", what, m.rtt) }
+
+// contacts has each pair talk, at first as soon as their nodes have joined.
+func (m *meeting) contacts(t *testing.T, join bool) []contact {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	var wg sync.WaitGroup
+	if join {
+		for i := range m.Nodes {
+			wg.Go(func() {
+				if err := m.join(ctx, i); err != nil {
+					t.Error(err)
+					cancel()
+				}
+			})
+		}
+	}
+	slots := make(chan struct{}, atOnce)
+	var mu sync.Mutex
+	var all []contact
+	for i := range m.Nodes {
+		for j := range i {
+			wg.Go(func() {
+				if m.await(ctx, i) != nil || m.await(ctx, j) != nil {
+					return // told by who joins
+				}
+				slots <- struct{}{}
+				defer func() { <-slots }()
+				c, err := m.contact(ctx, m.pods[i], m.pods[j], (i+j)%2 == 1)
+				if err != nil {
+					t.Error(err)
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				all = append(all, c)
+			})
+		}
+	}
+	wg.Wait()
+	return all
+}
+
+// join starts a node and a pod on it as soon as it can have one.
+func (m *meeting) join(ctx context.Context, i int) (err error) {
+	n := m.Nodes[i]
+	if err := errors.Join(n.ConfigureDaemon(nil), n.StartTailscaled()); err != nil {
+		return err
+	}
+	if err := n.WaitSocket(ctx); err != nil {
+		return err
+	}
+	if err := n.StartDaemon(); err != nil {
+		return err
+	}
+	if err := n.WaitReady(ctx); err != nil {
+		return err
+	}
+	if m.pods[i], err = n.AddPod(ctx, "probe", lab.PodOptions{Idle: true}); err != nil {
+		return err
+	}
+	close(m.ready[i])
+	return nil
+}
+
+func (m *meeting) await(ctx context.Context, i int) error {
+	select {
+	case <-m.ready[i]:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// contact is how two pods fared that began to talk at about the same moment.
+type contact struct {
+	pair string
+	// dark is from the start of the later side to the first arrival of the worse direction.
+	dark time.Duration
+	// control is that of a stream between the nodes themselves, outside the tunnel: what the machine was busy for.
+	control time.Duration
+}
+
+// contact measures one pair. The second side starts within one and a half ways of the path.
+func (m *meeting) contact(ctx context.Context, a, b *lab.Pod, v6 bool) (contact, error) {
+	c := contact{pair: a.Node.Name + " and " + b.Node.Name}
+	if err := errors.Join(a.Node.WaitRoute(ctx, b.Addr(v6)), b.Node.WaitRoute(ctx, a.Addr(v6))); err != nil {
+		return c, err
+	}
+	if rand.N(2) == 1 {
+		a, b = b, a
+	}
+	control, err := lab.StartStream(ctx, "underlay", a.Node, b.Node, b.Node.Underlay[0])
+	if err != nil {
+		return c, err
+	}
+	one, err := lab.StartStream(ctx, "there", a, b, b.Addr(v6))
+	if err != nil {
+		return c, err
+	}
+	time.Sleep(rand.N(m.rtt*3/4 + time.Millisecond))
+	later := time.Now()
+	two, err := lab.StartStream(ctx, "back", b, a, a.Addr(v6))
+	if err != nil {
+		return c, err
+	}
+	for _, s := range []*lab.Stream{one, two, control} {
+		took := darkFor(ctx, s, later)
+		if s == control {
+			c.control = took
+		} else {
+			c.dark = max(c.dark, took)
+		}
+	}
+	for _, s := range []*lab.Stream{one, two, control} {
+		s.Stop()
+	}
+	return c, nil
+}
+
+// darkFor waits for a stream and returns how long it was dark, patience at most.
+func darkFor(ctx context.Context, s *lab.Stream, since time.Time) time.Duration {
+	ctx, cancel := context.WithDeadline(ctx, since.Add(patience))
+	defer cancel()
+	took, err := s.WaitBack(ctx, since)
+	if err != nil {
+		return patience
+	}
+	return took
+}
+
+// table holds the contacts of each kind.
+type table map[string][]contact
+
+func (found table) add(kind string, c []contact) { found[kind] = append(found[kind], c...) }
+
+// report prints one line for each kind, and fails where pairs were dark for what only WireGuard's timers explain.
+func (found table) report(t *testing.T) {
+	t.Helper()
+	kinds := make([]string, 0, len(found))
+	for kind := range found {
+		kinds = append(kinds, kind)
+	}
+	slices.SortFunc(kinds, func(a, b string) int { return strings.Compare(b, a) })
+	for _, kind := range kinds {
+		all := found[kind]
+		if len(all) == 0 {
+			t.Errorf("%s: no trial", kind)
+			continue
+		}
+		var dark, excess []float64
+		trapped := 0
+		for _, c := range all {
+			t.Logf("%s: %s dark for %v, the underlay for %v", kind, c.pair, c.dark.Round(time.Millisecond), c.control.Round(time.Millisecond))
+			dark, excess = append(dark, c.dark.Seconds()), append(excess, (c.dark-c.control).Seconds())
+			if c.dark-c.control > uncured {
+				trapped++
+			}
+		}
+		fmt.Printf("| %s | %d | %.2f s, %.2f s, %.2f s | %d | %d |\n", kind, len(all), at(dark, .5), at(dark, .9), at(dark, 1), over(excess, 1), trapped)
+		if trapped > 0 {
+			t.Errorf("%s: %d of %d pairs were dark for %v longer than the underlay", kind, trapped, len(all), uncured)
+		}
+	}
+}
