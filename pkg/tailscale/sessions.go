@@ -77,8 +77,9 @@ type session struct {
 	key     string // the node key of the last look, "" before
 	// first tells that of the two nodes this one pings first.
 	first bool
-	// pods tells that the peer has had routes, known that it has been pinged, or need not be, since it came.
-	pods, known bool
+	// pods tells that the peer has had routes, known that it has been pinged, or need not be, since it came, online what
+	// control said last.
+	pods, known, online bool
 	// renewed tells that a session that had expired was tried already.
 	renewed bool
 	todo    task
@@ -224,8 +225,8 @@ func (s *sessions) act(st Status, now time.Time) []ping {
 			continue
 		}
 		at, why := p.due, p.todo
-		if s.settle(p, peer, now) && len(peer.IPs) > 0 {
-			due = append(due, duePing{at, ping{peer.ID, peer.Name, peer.IPs[0], why}})
+		if to := target(st.Self, peer); s.settle(p, peer, now) && to.IsValid() {
+			due = append(due, duePing{at, ping{peer.ID, peer.Name, to, why}})
 		}
 	}
 	for _, p := range s.peers {
@@ -239,6 +240,16 @@ func (s *sessions) act(st Status, now time.Time) []ping {
 		out[i] = d.ping
 	}
 	return out
+}
+
+// target is the address of a peer to ping: one of a family that this node has too.
+func target(self, peer Peer) netip.Addr {
+	for _, to := range peer.IPs {
+		if slices.ContainsFunc(self.IPs, func(a netip.Addr) bool { return a.Is4() == to.Is4() }) {
+			return to
+		}
+	}
+	return netip.Addr{}
 }
 
 // wants reports whether a ping whose turn has come is still needed.
@@ -289,7 +300,7 @@ func (s *sessions) keep(p *session, peer Peer, now time.Time) bool {
 	if p.bytes = peer.Bytes; moved > keepBytes {
 		p.traffic = now
 	}
-	if !p.pods || !s.few && now.Sub(p.traffic) >= keepFor {
+	if !s.keeps(p, now) {
 		return false
 	}
 	if p.state != sessionEstablished {
@@ -308,6 +319,11 @@ func (s *sessions) keep(p *session, peer Peer, now time.Time) bool {
 	return true
 }
 
+// keeps reports whether there is to be a session with a peer at every moment.
+func (s *sessions) keeps(p *session, now time.Time) bool {
+	return p.pods && (s.few || now.Sub(p.traffic) < keepFor)
+}
+
 // lookAt compares the peers with what was known of them.
 func (s *sessions) lookAt(st Status, now time.Time) {
 	daemonOnly, starting := !s.looked && s.started.IsZero(), !s.started.IsZero() && now.Sub(s.started) < freshFor
@@ -317,18 +333,18 @@ func (s *sessions) lookAt(st Status, now time.Time) {
 			continue
 		}
 		p := s.peers[peer.ID]
+		back := peer.Online && !p.online
+		p.online = peer.Online
 		switch {
-		case p.known && p.todo == taskNone && p.state == sessionEstablished:
+		case p.known && p.state == sessionEstablished:
 			s.resume(p, peer, now)
-		case p.known:
+		case p.known && (!back || !s.keeps(p, now)):
 		case daemonOnly:
 			s.adopt(p, peer, now)
-		case starting && !s.login:
-			p.known, p.traffic = true, now
+		case starting && !s.login && !p.known:
 			s.announce(p, peer, now)
 		case peer.Online:
-			p.known, p.traffic = true, now
-			s.arm(p, now)
+			s.arm(p, peer, now)
 		}
 	}
 	for id, p := range s.peers {
@@ -372,7 +388,7 @@ func (s *sessions) countPods(st Status) (n int) {
 	return n
 }
 
-// adopt takes over a peer after a restart of the daemon: sessions that live are left alone.
+// adopt takes a peer over after a restart of the daemon: sessions that live are left alone, those that lack are made.
 func (s *sessions) adopt(p *session, peer Peer, now time.Time) {
 	p.known, p.traffic, p.bytes = true, now, peer.Bytes
 	switch {
@@ -386,25 +402,32 @@ func (s *sessions) adopt(p *session, peer Peer, now time.Time) {
 
 // resume plans the end of a session that nothing is planned for: the daemon is new, or the peer had no pods so far.
 func (s *sessions) resume(p *session, peer Peer, now time.Time) {
-	if age := now.Sub(peer.Handshake); age < keepAge {
+	if age := now.Sub(peer.Handshake); p.todo == taskNone && age < keepAge {
 		s.planKeep(p, now.Add(keepAge-max(age, 0)))
 	}
 }
 
 // announce has a tailscaled that has just started ping a peer that knew it before, those that are offline later.
 func (s *sessions) announce(p *session, peer Peer, now time.Time) {
-	if p.needs() {
-		after := rearmDelay + jitter(rearmJitter)
-		if !peer.Online {
-			after += offlineDelay
-		}
-		p.plan(taskAnnounce, now.Add(after))
+	p.known, p.traffic = true, now
+	if !p.needs() {
+		s.resume(p, peer, now)
+		return
 	}
+	after := rearmDelay + jitter(rearmJitter)
+	if !peer.Online {
+		after += offlineDelay
+	}
+	p.plan(taskAnnounce, now.Add(after))
 }
 
 // arm makes a session with a peer that has come, before pods use it.
-func (s *sessions) arm(p *session, now time.Time) {
+func (s *sessions) arm(p *session, peer Peer, now time.Time) {
+	if !p.known {
+		p.known, p.traffic = true, now
+	}
 	if !p.needs() {
+		s.resume(p, peer, now)
 		return
 	}
 	after := jitter(armJitter) + p.second(secondDelay+jitter(secondJitter))

@@ -512,6 +512,33 @@ func TestDeadPeerIsLeftAlone(t *testing.T) {
 	})
 }
 
+// TestBackOnline: where control lost sight of peers, as when Headscale restarts, only sessions that ended meanwhile are made.
+func TestBackOnline(t *testing.T) {
+	for state, want := range map[string]int{sessionEstablished: 0, sessionExpired: 1} {
+		t.Run(state, func(t *testing.T) {
+			rearmTest(t, 1, func(t *testing.T, f *fakeTailnet, r *rearmer) {
+				online := func(yes bool) {
+					f.peers[0].Online = yes
+					r.observe(false, notify{PeersChanged: true})
+					time.Sleep(time.Second)
+				}
+				online(false)
+				if state != sessionEstablished {
+					r.observe(false, sessionsAre(0, "p0", state))
+				}
+				time.Sleep(time.Minute)
+				if got := f.sent(); len(got) != 0 {
+					t.Errorf("%d pings while it is offline", len(got))
+				}
+				online(true)
+				if got := f.sent(); len(got) != want {
+					t.Errorf("%d pings when it is back", len(got))
+				}
+			})
+		})
+	}
+}
+
 // TestNewPeers: who is pinged when he comes.
 func TestNewPeers(t *testing.T) {
 	come := func(change func(p *Peer)) Peer {

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -46,13 +49,74 @@ func TestContact(t *testing.T) {
 			if *silence == 0 {
 				return
 			}
-			time.Sleep(*silence)
+			beQuiet(t, meetings)
 			for _, m := range meetings {
 				found.add(m.name("after silence"), m.contacts(t, false))
 			}
 		})
 	}
 	found.report(t)
+}
+
+// beQuiet lets the silence pass, and prints what it cost to keep the sessions meanwhile: compare with a daemon that keeps none.
+func beQuiet(t *testing.T, meetings []*meeting) {
+	t.Helper()
+	before := spent(t, meetings)
+	time.Sleep(*silence)
+	after := spent(t, meetings)
+	for i, m := range meetings {
+		d, n := after[i], len(m.Nodes)
+		fmt.Printf("| %s | %d nodes | %d pings | %v of processor time and %d bytes on the wire for each tailscaled |\n", m.name(fmt.Sprintf("silence of %v", *silence)),
+			n, d.pings-before[i].pings, ((d.cpu - before[i].cpu) / time.Duration(n)).Round(time.Millisecond), (d.bytes-before[i].bytes)/uint64(n))
+	}
+}
+
+// cost is what the nodes of a lab have used together so far.
+type cost struct {
+	cpu   time.Duration // of their tailscaleds
+	bytes uint64        // sent and received on the underlay
+	pings int
+}
+
+func spent(t *testing.T, meetings []*meeting) (all []cost) {
+	t.Helper()
+	for _, m := range meetings {
+		var c cost
+		for _, n := range m.Nodes {
+			link, err := n.Net.LinkByName("eth0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.bytes += link.Attrs().Statistics.RxBytes + link.Attrs().Statistics.TxBytes
+			c.cpu += processorTime(t, n.Tailscaled.PID())
+		}
+		for _, n := range pings(t, m.Lab) {
+			c.pings += n
+		}
+		all = append(all, c)
+	}
+	return all
+}
+
+// processorTime is what a process has used, from Documentation/scheduler/sched-stats.rst.
+func processorTime(t *testing.T, pid int) (d time.Duration) {
+	t.Helper()
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+	if err != nil || len(threads) == 0 {
+		t.Fatalf("no threads of process %d: %v", pid, err)
+	}
+	for _, file := range threads {
+		b, err := os.ReadFile(file)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a thread that has ended
+		}
+		var ns int64
+		if _, scanErr := fmt.Sscan(string(b), &ns); err != nil || scanErr != nil {
+			t.Fatal(errors.Join(err, scanErr))
+		}
+		d += time.Duration(ns)
+	}
+	return d
 }
 
 // meeting is a lab of nodes that have not joined yet.
