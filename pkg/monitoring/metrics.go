@@ -47,7 +47,7 @@ func NewMetrics(version string) *Metrics {
 			Name: "headcni_tailnet_peers", Help: "Tailnet peers by path: direct, relayed, idle or offline.",
 		}, []string{"path"}),
 		rearmPings: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "headcni_rearm_pings_total", Help: "Pings sent to renew WireGuard sessions after a restart of tailscaled.",
+			Name: "headcni_rearm_pings_total", Help: "Pings sent to make, keep and heal WireGuard sessions.",
 		}),
 		corrections: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "headcni_corrections_total", Help: "Changes made to the node by part, the first set-up included.",

@@ -1,10 +1,10 @@
 // Package tailscale drives a stock tailscaled through its LocalAPI: status, joining a tailnet, prefs, its bus of
-// notifications, and the re-arming of WireGuard sessions after a restart.
+// notifications, and WireGuard sessions that are there when pods need them.
 //
 // It speaks the LocalAPI's HTTP itself instead of using tailscale.com/client/local: that client retries a dead socket
 // for seconds, and brings five megabytes into the binary for the handful of fields that matter here. The fields used
 // have been stable since Tailscale 1.60 or earlier; unknown ones are ignored. PeerState, which Rearm works with, came
-// with 1.102: with an older tailscaled the watch half of Rearm never fires, the announcing half does its part.
+// with 1.102: with an older tailscaled Rearm pings peers when they come and when this node starts, and that is all.
 package tailscale
 
 import (

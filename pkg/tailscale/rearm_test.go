@@ -70,6 +70,13 @@ func (f *fakeTailnet) ping(ctx context.Context, to netip.Addr) error {
 	}
 }
 
+// restart is another tailscaled: it knows of no session.
+func (f *fakeTailnet) restart() {
+	for i := range f.peers {
+		f.peers[i].Handshake = time.Time{}
+	}
+}
+
 func (f *fakeTailnet) sent() []string {
 	synctest.Wait()
 	f.mu.Lock()
@@ -234,6 +241,7 @@ func TestAnnounce(t *testing.T) {
 		}
 		// tailscaled restarts: the bus ends and comes back.
 		r.forget()
+		f.restart()
 		time.Sleep(50 * time.Millisecond)
 		r.observe(true, state(stateStarting))
 		time.Sleep(10 * time.Second)
@@ -248,6 +256,7 @@ func TestAnnounce(t *testing.T) {
 func TestAnnounceWaitsForSlots(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeTailnet(100)
+		f.restart()
 		f.took = time.Hour // dead peers
 		ctx, cancel := context.WithCancel(t.Context())
 		r := newRearmer(ctx, f, RearmOptions{})

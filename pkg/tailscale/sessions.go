@@ -104,6 +104,8 @@ type sessions struct {
 	started time.Time
 	// running tells that tailscaled has its network map, login that it had to log in for it, looked that there was a look.
 	running, login, looked bool
+	// told tells that the bus has spoken of sessions. A tailscaled before 1.102 does not.
+	told bool
 	// few tells that there are so few peers with pods that all sessions are kept.
 	few bool
 }
@@ -111,6 +113,7 @@ type sessions struct {
 // observe takes one message of the bus. first marks the first one of a connection, which holds the state of all peers.
 func (s *sessions) observe(first bool, n notify, now time.Time) {
 	old := false
+	s.told = s.told || len(n.PeerState) > 0
 	for id, w := range n.PeerState {
 		s.transition(id, w, first, now)
 		old = old || first && w.PeerWireGuardState == sessionEstablished && now.Sub(w.PeerWireGuardStateAt) > oldSession
@@ -281,7 +284,7 @@ func (s *sessions) settle(p *session, peer Peer, now time.Time) bool {
 	case taskKeep:
 		return s.keep(p, peer, now)
 	}
-	return p.needs()
+	return p.needs() && (s.told || now.Sub(peer.Handshake) > keepAge)
 }
 
 // planKeep has the node that goes first look at a session before it ends. The other one waits for its end.
@@ -338,7 +341,7 @@ func (s *sessions) lookAt(st Status, now time.Time) {
 		switch {
 		case p.known && p.state == sessionEstablished:
 			s.resume(p, peer, now)
-		case p.known && (!back || !s.keeps(p, now)):
+		case p.known && (!back || !s.told || !s.keeps(p, now)):
 		case daemonOnly:
 			s.adopt(p, peer, now)
 		case starting && !s.login && !p.known:

@@ -539,6 +539,31 @@ func TestBackOnline(t *testing.T) {
 	}
 }
 
+// TestOldTailscaled: one that tells no sessions' states pings peers when it starts and when they come, and never again.
+func TestOldTailscaled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeTailnet(3)
+		f.peers[0].Handshake, f.peers[2].Handshake = time.Time{}, time.Time{}
+		ctx, cancel := context.WithCancel(t.Context())
+		r := newRearmer(ctx, f, RearmOptions{})
+		late := f.peers[2]
+		f.peers = f.peers[:2]
+		r.observe(true, state(stateRunning)) // p1 has a session
+		time.Sleep(time.Minute)
+		f.peers = append(f.peers, late)
+		for i := range 10 {
+			f.peers[0].Online = i%2 == 0
+			r.observe(false, notify{NetMap: true})
+			time.Sleep(time.Minute)
+		}
+		if got := f.sent(); !slices.Equal(got, []string{"p0", "p2"}) {
+			t.Errorf("sent %v", got)
+		}
+		cancel()
+		r.wait()
+	})
+}
+
 // TestNewPeers: who is pinged when he comes.
 func TestNewPeers(t *testing.T) {
 	come := func(change func(p *Peer)) Peer {
