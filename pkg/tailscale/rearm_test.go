@@ -233,12 +233,23 @@ func TestAnnounce(t *testing.T) {
 		if diff := cmp.Diff([]string{"p1", "p10", "p11", "p5", "p6", "p7", "p8", "p9"}, got); diff != "" {
 			t.Error(diff)
 		}
-		r.observe(false, state(4))
 		r.observe(false, state(stateRunning))
 		time.Sleep(10 * time.Second)
 		if n := len(f.sent()); n != len(got) {
 			t.Errorf("announced again: %d", n)
 		}
+		// tailscale down and up: it has forgotten its sessions, its peers have not.
+		r.observe(false, sessionsAre(0, "p3", sessionEstablished, "p5", sessionEstablished))
+		f.peers[3].Handshake, f.peers[5].Handshake = time.Now(), time.Now()
+		r.observe(false, state(4))
+		r.observe(false, sessionsAre(0, "p3", sessionNone, "p4", sessionNone))
+		time.Sleep(10 * time.Second)
+		r.observe(false, state(stateStarting))
+		time.Sleep(10 * time.Second)
+		if n := len(f.sent()); n != len(got)+9 {
+			t.Errorf("after down and up %d more pings", n-len(got))
+		}
+		got = f.sent()
 		// tailscaled restarts: the bus ends and comes back.
 		r.forget()
 		f.restart()

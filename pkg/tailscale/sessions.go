@@ -118,20 +118,31 @@ func (s *sessions) observe(first bool, n notify, now time.Time) {
 		s.transition(id, w, first, now)
 		old = old || first && w.PeerWireGuardState == sessionEstablished && now.Sub(w.PeerWireGuardStateAt) > oldSession
 	}
-	if n.State != nil && *n.State < stateStarting {
-		s.login = s.login || !s.running && (*n.State == stateNeedsLogin || *n.State == stateNeedsMachineAuth)
+	if n.State != nil {
+		s.enter(*n.State, old, now)
 	}
-	if n.State != nil && *n.State >= stateStarting && !s.running {
+	cameOnline := func(p wirePeerPatch) bool { return p.Online != nil && *p.Online }
+	if bool(n.PeersChanged || n.NetMap) || slices.ContainsFunc(n.PeerChangedPatch, cameOnline) {
+		s.lookSoon(now)
+	}
+}
+
+// enter takes a new state of tailscaled. old tells that it has been running for long, and only the daemon is new.
+func (s *sessions) enter(state int, old bool, now time.Time) {
+	switch {
+	case state < stateStarting && s.running: // tailscale down: it forgets its sessions, its peers do not
+		s.running, s.login = false, false
+		for _, p := range s.peers {
+			p.known = false
+		}
+	case state >= stateStarting && !s.running:
 		s.running = true
 		if !old {
 			s.started = now
 		}
 		s.lookSoon(now)
 	}
-	cameOnline := func(p wirePeerPatch) bool { return p.Online != nil && *p.Online }
-	if bool(n.PeersChanged || n.NetMap) || slices.ContainsFunc(n.PeerChangedPatch, cameOnline) {
-		s.lookSoon(now)
-	}
+	s.login = s.login || state == stateNeedsLogin || state == stateNeedsMachineAuth
 }
 
 func (s *sessions) lookSoon(now time.Time) {
@@ -151,7 +162,7 @@ func (s *sessions) transition(id string, w wirePeerState, first bool, now time.T
 	case p.state == sessionEstablished && (p.known || !s.looked):
 		p.renewed = false
 		p.plan(taskConfirm, now.Add(confirmDelay+jitter(confirmJitter)+p.second(confirmSecond)))
-	case p.state == sessionNone && was == sessionEstablished:
+	case p.state == sessionNone && was == sessionEstablished && s.running:
 		p.plan(taskHeal, now.Add(rearmDelay+jitter(rearmJitter)))
 	case p.state == sessionExpired && p.pods && !p.renewed:
 		p.plan(taskKeep, now.Add(jitter(armJitter)+p.second(secondDelay+jitter(secondJitter))))
@@ -205,6 +216,7 @@ func (s *sessions) postpone(until time.Time) {
 
 // ping is one ping that is due.
 type ping struct {
+	due  time.Time
 	id   string
 	name string
 	to   netip.Addr
@@ -217,19 +229,15 @@ func (s *sessions) act(st Status, now time.Time) []ping {
 		s.look = time.Time{}
 		s.lookAt(st, now)
 	}
-	type duePing struct {
-		at   time.Time
-		ping ping
-	}
-	var due []duePing
+	var due []ping
 	for _, peer := range st.Peers {
 		p := s.peers[peer.ID]
 		if p == nil || p.todo == taskNone || p.due.After(now.Add(p.slack())) {
 			continue
 		}
-		at, why := p.due, p.todo
-		if to := target(st.Self, peer); s.settle(p, peer, now) && to.IsValid() {
-			due = append(due, duePing{at, ping{peer.ID, peer.Name, to, why}})
+		order := ping{p.due, peer.ID, peer.Name, target(st.Self, peer), p.todo}
+		if s.settle(p, peer, now) && order.to.IsValid() {
+			due = append(due, order)
 		}
 	}
 	for _, p := range s.peers {
@@ -237,12 +245,8 @@ func (s *sessions) act(st Status, now time.Time) []ping {
 			p.todo = taskNone // the peer is gone
 		}
 	}
-	slices.SortFunc(due, func(a, b duePing) int { return a.at.Compare(b.at) })
-	out := make([]ping, len(due))
-	for i, d := range due {
-		out[i] = d.ping
-	}
-	return out
+	slices.SortFunc(due, func(a, b ping) int { return a.due.Compare(b.due) })
+	return due
 }
 
 // target is the address of a peer to ping: one of a family that this node has too.

@@ -19,7 +19,7 @@ import (
 // way, the other, and both ways.
 func TestBothRestart(t *testing.T) {
 	bin := labtest.Programs(t)
-	for _, rtt := range roundTrips {
+	for _, rtt := range roundTrips() {
 		t.Run(fmt.Sprintf("%v", rtt), func(t *testing.T) {
 			l := labtest.New(t, lab.Options{
 				Nodes: *nodes / 2 * 2, Modes: []string{config.ModeDaemon}, Bin: bin, Batch: 500 * time.Millisecond,
