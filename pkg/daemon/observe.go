@@ -77,8 +77,9 @@ func (d *Daemon) observeCluster(o *observation) error {
 		return err
 	}
 	if len(l.Leaving) > 0 {
-		pods := podlink.Handle{}
+		var pods podlink.Handle
 		live, err := pods.Live(conflist.NetworkName)
+		pods.Close()
 		if err != nil {
 			return fmt.Errorf("look for pods of former pod CIDRs: %w", err)
 		}

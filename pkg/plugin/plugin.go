@@ -21,8 +21,9 @@ import (
 
 // Links makes, removes and looks at the links of pods. podlink.Handle is the real one.
 type Links interface {
-	Vacant(netns, ifName string) error
-	Attach(podlink.Pod) (podlink.Pair, error)
+	// OpenVacant opens a pod's network namespace for Attach, and fails where the pod has the interface already.
+	OpenVacant(netns, ifName string) (*podlink.Netns, error)
+	Attach(*slog.Logger, *podlink.Netns, podlink.Pod) (podlink.Pair, error)
 	// Detach tells whether there was a link to remove.
 	Detach(containerID, ifName string) (removed bool, err error)
 	Check(podlink.State) error
@@ -55,9 +56,9 @@ type Plugin struct {
 
 // New makes the plugin on the kernel it runs on.
 func New(start time.Time) *Plugin {
-	pods := &podlink.Handle{}
+	kernel := &podlink.Handle{} // open until the program ends
 	return &Plugin{
-		Links: pods, Node: pods, Addresses: addressesFor(pods, pods), Hint: hint.Send,
+		Links: kernel, Node: kernel, Addresses: addressesFor(kernel, kernel), Hint: hint.Send,
 		Stdout: os.Stdout, Stderr: os.Stderr, Start: start,
 	}
 }
@@ -88,9 +89,6 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 	r.Config, faults = netconf.ParseObject(a.Config)
 	r.Args, argsFault = parseArgs(a.Args)
 	r.Log = newLogger(p.Stderr, r.Config).With("command", command, "container", a.ContainerID, "interface", a.IfName)
-	if pods, ok := p.Links.(*podlink.Handle); ok {
-		pods.Log = r.Log
-	}
 	for _, w := range r.Config.Warnings {
 		r.Log.Warn(w)
 	}
@@ -155,9 +153,11 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		return fmt.Errorf("%w CNI_IFNAME: %q: sysctls of that name are all interfaces'; choose another", errEnvironment, r.IfName)
 	}
 	// Before anything is taken: where the interface exists, the attachment may be alive, and undoing would end it.
-	if err := p.Links.Vacant(r.Netns, r.IfName); err != nil {
+	netns, err := p.Links.OpenVacant(r.Netns, r.IfName)
+	if err != nil {
 		return err
 	}
+	defer netns.Close()
 	defer func() {
 		if err != nil {
 			failed := r.stage
@@ -181,7 +181,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 	}
 	r.hint.Addrs = pod.Addrs
 	r.stage = stageAttach
-	links, err := p.Links.Attach(pod)
+	links, err := p.Links.Attach(r.Log, netns, pod)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -34,9 +35,9 @@ type fakeKernel struct {
 	inUse map[netip.Addr]bool
 }
 
-func (k *fakeKernel) Vacant(_, ifName string) error { return k.fail["vacant"] }
+func (k *fakeKernel) OpenVacant(_, _ string) (*podlink.Netns, error) { return nil, k.fail["vacant"] }
 
-func (k *fakeKernel) Attach(pod podlink.Pod) (podlink.Pair, error) {
+func (k *fakeKernel) Attach(_ *slog.Logger, _ *podlink.Netns, pod podlink.Pod) (podlink.Pair, error) {
 	name := podlink.Name(pod.ContainerID, pod.IfName)
 	k.links[name] = pod
 	if err := k.fail["attach"]; err != nil {

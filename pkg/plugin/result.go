@@ -18,7 +18,7 @@ import (
 // planPod says what the pod's link shall be. It is pure.
 func planPod(r *Request, given Given) (podlink.Pod, error) {
 	pod := podlink.Pod{
-		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, Netns: r.Netns, Label: r.podLabel(),
+		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, Label: r.podLabel(),
 		MTU: r.Config.MTU, MAC: r.requestedMAC(), Forward: r.Config.Gate == nil,
 	}
 	if len(given.IPs) == 0 {

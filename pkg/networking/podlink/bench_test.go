@@ -1,6 +1,7 @@
 package podlink
 
 import (
+	"log/slog"
 	"testing"
 
 	"github.com/headcni/headcni/internal/nstest"
@@ -9,29 +10,39 @@ import (
 // BenchmarkAttach is the kernel's part of ADD, dual stack. Detach, which waits for an RCU grace period, is not counted.
 func BenchmarkAttach(b *testing.B) {
 	n := node{host: nstest.New(b), pod: nstest.New(b)}
+	log := slog.New(slog.DiscardHandler)
 	n.host.Do(b, func() error {
 		for b.Loop() {
-			if _, err := (&Handle{}).Attach(n.spec(addr4, addr6)); err != nil {
+			var h Handle
+			ns, err := h.OpenVacant(n.pod.Path, "eth0")
+			if err != nil {
 				return err
 			}
+			if _, err := h.Attach(log, ns, n.spec(addr4, addr6)); err != nil {
+				return err
+			}
+			ns.Close()
 			b.StopTimer()
-			if _, err := (&Handle{}).Detach("c1", "eth0"); err != nil {
+			if _, err := h.Detach("c1", "eth0"); err != nil {
 				return err
 			}
+			h.Close()
 			b.StartTimer()
 		}
 		return nil
 	})
 }
 
-// BenchmarkVacant is the look before ADD takes anything.
-func BenchmarkVacant(b *testing.B) {
+// BenchmarkOpenVacant is the look before ADD takes anything.
+func BenchmarkOpenVacant(b *testing.B) {
 	n := node{host: nstest.New(b), pod: nstest.New(b)}
-	n.host.Do(b, func() error {
+	on(b, n.host, func(h *Handle) error {
 		for b.Loop() {
-			if err := (&Handle{}).Vacant(n.pod.Path, "eth0"); err != nil {
+			ns, err := h.OpenVacant(n.pod.Path, "eth0")
+			if err != nil {
 				return err
 			}
+			ns.Close()
 		}
 		return nil
 	})

@@ -27,28 +27,22 @@ type State struct {
 }
 
 // Check compares the kernel with want. Each deviation has its own message; all are joined.
-func (p *Handle) Check(want State) error {
+func (h *Handle) Check(want State) error {
 	ns, err := openNetns(want.Netns)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(ns)
-	host, err := rtnl.Open(unix.NETLINK_ROUTE)
+	defer ns.Close()
+	host, err := h.open()
 	if err != nil {
 		return err
 	}
-	defer host.Close()
-	inside, err := openIn(ns, unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer inside.Close()
 	hostLink, hostErr := host.LinkByName(Name(want.ContainerID, want.IfName))
-	podLink, podErr := inside.LinkByName(want.IfName)
+	podLink, podErr := ns.conn.LinkByName(want.IfName)
 	if hostErr != nil || podErr != nil {
 		return errors.Join(missing("host link", hostErr), missing("pod interface "+want.IfName, podErr))
 	}
-	c := check{want: want, host: host, inside: inside, hostLink: hostLink, podLink: podLink}
+	c := check{want: want, host: host, inside: ns.conn, hostLink: hostLink, podLink: podLink}
 	c.links()
 	c.hostSide()
 	c.podAddrs()

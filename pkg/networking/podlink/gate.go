@@ -17,12 +17,11 @@ var ErrNotProgrammed = errors.New("node network is not programmed")
 // Gate asks the kernel whether the daemon's node network is in force: an address of the node's own CIDR that no pod has
 // must lead nowhere, and both nft tables must exist. It takes some 15 us a question. The error matches ErrNotProgrammed
 // if the answer is no.
-func Gate(podCIDRs []netip.Prefix) error {
-	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+func (h *Handle) Gate(podCIDRs []netip.Prefix) error {
+	c, err := h.open()
 	if err != nil {
 		return err
 	}
-	defer c.Close()
 	for _, cidr := range podCIDRs {
 		if err := gateClosed(c, cidr); err != nil {
 			return err

@@ -3,6 +3,7 @@ package podlink
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -31,7 +32,7 @@ type node struct{ host, pod *nstest.NS }
 func newNode(t *testing.T) node { return node{host: nstest.New(t), pod: nstest.New(t)} }
 
 func (n node) spec(addrs ...netip.Addr) Pod {
-	p := Pod{Network: "net", ContainerID: "c1", IfName: "eth0", Label: "ns/web", Netns: n.pod.Path, MTU: 1400, Addrs: addrs}
+	p := Pod{Network: "net", ContainerID: "c1", IfName: "eth0", Label: "ns/web", MTU: 1400, Addrs: addrs}
 	for _, a := range addrs {
 		gateway, any := Gateway4, netip.IPv4Unspecified()
 		if a.Is6() {
@@ -42,17 +43,38 @@ func (n node) spec(addrs ...netip.Addr) Pod {
 	return p
 }
 
-func (n node) attach(t *testing.T, p *Handle, pod Pod) (l Pair, err error) {
-	n.host.Do(t, func() error {
-		l, err = p.Attach(pod)
-		return nil
+// on runs fn with a handle on the node of its own.
+func on(t testing.TB, host *nstest.NS, fn func(h *Handle) error) {
+	t.Helper()
+	host.Do(t, func() error {
+		var h Handle
+		defer h.Close()
+		return fn(&h)
 	})
-	return l, err
 }
 
-func (n node) detach(t *testing.T, p *Handle) (err error) {
-	n.host.Do(t, func() error {
-		_, err = p.Detach("c1", "eth0")
+// attach makes pod's link in the namespace at netns. inject is Handle's.
+func attach(t testing.TB, host *nstest.NS, netns string, inject func(string) error, pod Pod) (p Pair, err error) {
+	on(t, host, func(h *Handle) error {
+		ns, openErr := openNetns(netns)
+		if openErr != nil {
+			return openErr
+		}
+		defer ns.Close()
+		h.inject = inject
+		p, err = h.Attach(slog.New(slog.DiscardHandler), ns, pod)
+		return nil
+	})
+	return p, err
+}
+
+func (n node) attach(t *testing.T, inject func(string) error, pod Pod) (Pair, error) {
+	return attach(t, n.host, n.pod.Path, inject, pod)
+}
+
+func (n node) detach(t *testing.T) (err error) {
+	on(t, n.host, func(h *Handle) error {
+		_, err = h.Detach("c1", "eth0")
 		return nil
 	})
 	return err
@@ -60,7 +82,7 @@ func (n node) detach(t *testing.T, p *Handle) (err error) {
 
 func (n node) mustAttach(t *testing.T, addrs ...netip.Addr) Pair {
 	t.Helper()
-	l, err := n.attach(t, &Handle{}, n.spec(addrs...))
+	l, err := n.attach(t, nil, n.spec(addrs...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,11 +182,11 @@ func TestAttach(t *testing.T) {
 					return nil
 				})
 			}
-			if err := n.detach(t, &Handle{}); err != nil {
+			if err := n.detach(t); err != nil {
 				t.Fatal(err)
 			}
 			n.empty(t)
-			if err := n.detach(t, &Handle{}); err != nil {
+			if err := n.detach(t); err != nil {
 				t.Errorf("second detach: %v", err)
 			}
 		})
@@ -181,7 +203,7 @@ func TestRoutes(t *testing.T) {
 		{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: gw4, Table: &table},
 		{Dst: netip.MustParsePrefix("::/0"), Gateway: gw6},
 	}
-	l, err := n.attach(t, &Handle{}, pod)
+	l, err := n.attach(t, nil, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -206,7 +228,7 @@ func TestSecondInterface(t *testing.T) {
 	pod := n.spec(other4, other6)
 	pod.IfName = "eth1"
 	pod.Routes = append(pod.Routes, Route{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: Gateway4})
-	second, err := n.attach(t, &Handle{}, pod)
+	second, err := n.attach(t, nil, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,11 +257,11 @@ func TestSecondInterface(t *testing.T) {
 			ContainerID: "c1", IfName: c.p.IfName, Netns: n.pod.Path, HostListed: true, HostMAC: c.l.HostMAC.String(),
 			PodMAC: c.l.PodMAC.String(), HostMTU: c.l.HostMTU, PodMTU: c.l.PodMTU, Addrs: c.addr, Routes: c.p.Routes,
 		}
-		n.host.Do(t, func() error { return (&Handle{}).Check(want) })
+		on(t, n.host, func(h *Handle) error { return h.Check(want) })
 	}
 	pod.Routes = append(pod.Routes, pod.Routes[0]) // the same route twice is a fault, with or without another interface
 	pod.IfName = "eth2"
-	if _, err := n.attach(t, &Handle{}, pod); !errors.Is(err, unix.EEXIST) {
+	if _, err := n.attach(t, nil, pod); !errors.Is(err, unix.EEXIST) {
 		t.Errorf("a route twice: got %v", err)
 	}
 }
@@ -248,11 +270,11 @@ func TestSecondInterface(t *testing.T) {
 func TestAttachFailsAtEachStep(t *testing.T) {
 	n := newNode(t)
 	var steps []string
-	record := &Handle{inject: func(step string) error { steps = append(steps, step); return nil }}
+	record := func(step string) error { steps = append(steps, step); return nil }
 	if _, err := n.attach(t, record, n.spec(addr4, addr6)); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.detach(t, &Handle{}); err != nil {
+	if err := n.detach(t); err != nil {
 		t.Fatal(err)
 	}
 	if len(steps) < 17 {
@@ -262,17 +284,17 @@ func TestAttachFailsAtEachStep(t *testing.T) {
 	for i := range steps {
 		t.Run(strings.ReplaceAll(fmt.Sprintf("%02d %s", i, steps[i]), "/", "_"), func(t *testing.T) {
 			at := 0
-			failing := &Handle{inject: func(string) error {
+			failing := func(string) error {
 				at++
 				if at-1 == i {
 					return boom
 				}
 				return nil
-			}}
+			}
 			if _, err := n.attach(t, failing, n.spec(addr4, addr6)); !errors.Is(err, boom) {
 				t.Fatalf("got %v", err)
 			}
-			if err := n.detach(t, &Handle{}); err != nil {
+			if err := n.detach(t); err != nil {
 				t.Fatal(err)
 			}
 			n.empty(t)
@@ -284,17 +306,15 @@ func TestLeftoverIsReplaced(t *testing.T) {
 	for _, killedAt := range []string{"name owner of link", "set pod link up"} {
 		t.Run(killedAt, func(t *testing.T) {
 			n := newNode(t)
-			dying := &Handle{inject: func(step string) error {
+			dying := func(step string) error {
 				if step == killedAt {
 					return errors.New("killed")
 				}
 				return nil
-			}}
+			}
 			// The pod of the first try has gone, as after a restart of the sandbox; its link's host end stays for a moment.
 			first := nstest.New(t)
-			spec := n.spec(addr4)
-			spec.Netns = first.Path
-			if _, err := n.attach(t, dying, spec); err == nil {
+			if _, err := attach(t, n.host, first.Path, dying, n.spec(addr4)); err == nil {
 				t.Fatal("not killed")
 			}
 			n.mustAttach(t, addr4)
@@ -309,11 +329,11 @@ func TestNameCollision(t *testing.T) {
 	n := newNode(t)
 	n.host.Run(t, "ip", "link", "add", hostEnd, "type", "veth", "peer", "name", "x")
 	n.host.Run(t, "ip", "link", "set", hostEnd, "alias", "net other/eth0")
-	_, err := n.attach(t, &Handle{}, n.spec(addr4))
+	_, err := n.attach(t, nil, n.spec(addr4))
 	if err == nil || !strings.Contains(err.Error(), "it exists and is another's") {
 		t.Errorf("attach: %v", err)
 	}
-	if err := n.detach(t, &Handle{}); err != nil {
+	if err := n.detach(t); err != nil {
 		t.Errorf("detach: %v", err)
 	}
 	n.host.Run(t, "ip", "link", "show", "dev", hostEnd) // still there
@@ -322,10 +342,10 @@ func TestNameCollision(t *testing.T) {
 func TestAddressElsewhere(t *testing.T) {
 	n := newNode(t)
 	n.host.Run(t, "ip", "route", "add", addr4.String(), "dev", "lo")
-	if _, err := n.attach(t, &Handle{}, n.spec(addr4)); !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "something else on this node has the address") {
+	if _, err := n.attach(t, nil, n.spec(addr4)); !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "something else on this node has the address") {
 		t.Errorf("got %v", err)
 	}
-	if err := n.detach(t, &Handle{}); err != nil {
+	if err := n.detach(t); err != nil {
 		t.Fatal(err)
 	}
 	if out := n.host.Run(t, "ip", "route", "show", addr4.String()); !strings.Contains(out, "dev lo") {
@@ -348,32 +368,34 @@ func TestVacant(t *testing.T) {
 		{"/run/netns/none", "eth0", ErrNetns}, {n.host.Path, "eth0", ErrNetns},
 	} {
 		var err error
-		n.host.Do(t, func() error {
-			err = (&Handle{}).Vacant(tt.netns, tt.ifName)
+		on(t, n.host, func(h *Handle) error {
+			var ns *Netns
+			ns, err = h.OpenVacant(tt.netns, tt.ifName)
+			ns.Close()
 			return nil
 		})
 		if !errors.Is(err, tt.want) {
 			t.Errorf("%s in %s: got %v, want %v", tt.ifName, tt.netns, err, tt.want)
 		}
 	}
-	if _, err := n.attach(t, &Handle{}, n.spec(addr4)); !errors.Is(err, ErrLinkExists) {
+	if _, err := n.attach(t, nil, n.spec(addr4)); !errors.Is(err, ErrLinkExists) {
 		t.Errorf("attach over an interface: %v", err)
 	}
 }
 
 func TestNetnsDisappears(t *testing.T) {
 	n := newNode(t)
-	gone := &Handle{inject: func(step string) error {
+	gone := func(step string) error {
 		if step == "set pod link up" {
 			return errors.Join(unix.Unmount(n.pod.Path, unix.MNT_DETACH), os.Remove(n.pod.Path))
 		}
 		return nil
-	}}
+	}
 	_, err := n.attach(t, gone, n.spec(addr4))
 	if !errors.Is(err, ErrNetns) || !strings.Contains(err.Error(), "disappeared") {
 		t.Errorf("got %v", err)
 	}
-	if err := n.detach(t, &Handle{}); err != nil {
+	if err := n.detach(t); err != nil {
 		t.Error(err)
 	}
 }
@@ -394,11 +416,11 @@ func TestIPv6Disabled(t *testing.T) {
 		n := newNode(t)
 		setSysctl(t, n.host, "net/ipv6/conf/all/disable_ipv6", "1")
 		setSysctl(t, n.host, "net/ipv6/conf/default/disable_ipv6", "1")
-		_, err := n.attach(t, &Handle{}, n.spec(addr4, addr6))
+		_, err := n.attach(t, nil, n.spec(addr4, addr6))
 		if !errors.Is(err, ErrNoIPv6) || !strings.Contains(err.Error(), "on this node") {
 			t.Errorf("dual stack: %v", err)
 		}
-		if err := n.detach(t, &Handle{}); err != nil {
+		if err := n.detach(t); err != nil {
 			t.Fatal(err)
 		}
 		n.mustAttach(t, addr4)
@@ -445,7 +467,7 @@ func TestCheck(t *testing.T) {
 				Routes: n.spec(addr4, addr6).Routes,
 			}
 			check := func() (err error) {
-				n.host.Do(t, func() error { err = (&Handle{}).Check(state); return nil })
+				on(t, n.host, func(h *Handle) error { err = h.Check(state); return nil })
 				return err
 			}
 			if err := check(); err != nil {
@@ -472,20 +494,22 @@ func TestSweep(t *testing.T) {
 	host := nstest.New(t)
 	var names []string
 	for i, id := range []string{"keep", "stale", "other"} {
-		pod := Pod{Network: "net", ContainerID: id, IfName: "eth0", Netns: nstest.New(t).Path, MTU: 1400, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 2)})}}
+		pod := Pod{Network: "net", ContainerID: id, IfName: "eth0", MTU: 1400, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 2)})}}
 		if id == "other" {
 			pod.Network = "net2"
 		}
-		host.Do(t, func() error { _, err := (&Handle{}).Attach(pod); return err })
+		if _, err := attach(t, host, nstest.New(t).Path, nil, pod); err != nil {
+			t.Fatal(err)
+		}
 		names = append(names, Name(id, "eth0"))
 	}
 	host.Run(t, "ip", "link", "add", "hcnotours", "type", "veth", "peer", "name", "y")
-	host.Do(t, func() error {
-		left, err := (&Handle{}).Sweep("net", func(name string) bool { return name == names[0] })
+	on(t, host, func(h *Handle) error {
+		left, err := h.Sweep("net", func(name string) bool { return name == names[0] })
 		if len(left) > 0 {
 			t.Errorf("left: %q", left)
 		}
-		if !(&Handle{}).HasPods() {
+		if !h.HasPods() {
 			t.Error("HasPods says no")
 		}
 		return err
@@ -505,7 +529,7 @@ func TestGate(t *testing.T) {
 	n := nstest.New(t)
 	cidrs := []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd00:244:1::/64")}
 	gate := func() (err error) {
-		n.Do(t, func() error { err = Gate(cidrs); return nil })
+		on(t, n, func(h *Handle) error { err = h.Gate(cidrs); return nil })
 		return err
 	}
 	// A node after a reboot: an uplink with default routes, nothing of ours.
@@ -589,8 +613,8 @@ func TestAddressInUse(t *testing.T) {
 		"10.244.1.2": true, "fd00:244:1::2": true, "10.244.1.1": true, "10.244.1.3": false, "fd00:244:1::3": false, "10.9.9.9": false,
 		"10.244.1.8": false, "fd00:244:1::8": false, "10.244.1.9": false, "10.244.2.2": false, "fd00:244:2::2": false,
 	} {
-		n.host.Do(t, func() error {
-			if got := (&Handle{}).InUse(netip.MustParseAddr(text)); got != want {
+		on(t, n.host, func(h *Handle) error {
+			if got := h.InUse(netip.MustParseAddr(text)); got != want {
 				t.Errorf("%s in use: %v, want %v", text, got, want)
 			}
 			return nil

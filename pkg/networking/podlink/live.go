@@ -21,12 +21,11 @@ type LivePod struct {
 }
 
 // Live lists the links of one network's pods with their addresses: the truth from which lost leases can be written anew.
-func (p *Handle) Live(network string) ([]LivePod, error) {
-	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+func (h *Handle) Live(network string) ([]LivePod, error) {
+	c, err := h.open()
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
 	links, err := listLinks(c)
 	if err != nil {
 		return nil, err
@@ -91,27 +90,22 @@ func isName(name string) bool {
 }
 
 // HasPods reports whether any pod's link is on the node.
-func (p *Handle) HasPods() bool {
-	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+func (h *Handle) HasPods() bool {
+	c, err := h.open()
 	if err != nil {
 		return false
 	}
-	defer c.Close()
 	links, err := listLinks(c)
 	return err == nil && len(links) > 0
 }
 
-// Gate is the function of the same name.
-func (p *Handle) Gate(podCIDRs []netip.Prefix) error { return Gate(podCIDRs) }
-
 // Sweep removes the links of one network's pods for which keep is false. It goes on past errors, and returns the names of
 // the links that it could not remove.
-func (p *Handle) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
-	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+func (h *Handle) Sweep(network string, keep func(linkName string) bool) (left []string, err error) {
+	c, err := h.open()
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
 	links, err := listLinks(c)
 	if err != nil {
 		return nil, err
@@ -128,4 +122,15 @@ func (p *Handle) Sweep(network string, keep func(linkName string) bool) (left []
 		}
 	}
 	return left, errors.Join(errs...)
+}
+
+// InUse reports whether a single address is known to the node's routes: to a pod of whatever network, or to the node itself.
+// It asks the kernel once. Where the kernel gives no answer it is false: Attach finds out for itself.
+func (h *Handle) InUse(a netip.Addr) bool {
+	c, err := h.open()
+	if err != nil {
+		return false
+	}
+	r, err := c.MatchingRoute(a)
+	return err == nil && r.DstBits == a.BitLen() && (r.Type == unix.RTN_UNICAST || r.Type == unix.RTN_LOCAL)
 }

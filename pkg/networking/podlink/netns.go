@@ -10,9 +10,51 @@ import (
 	"github.com/headcni/headcni/internal/rtnl"
 )
 
-// openNetns opens a network namespace that is not the caller's own.
-func openNetns(path string) (int, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// Netns is a pod's network namespace and a netlink socket in it.
+type Netns struct {
+	path string
+	fd   int
+	conn *rtnl.Conn
+}
+
+// OpenVacant opens a pod's network namespace for Attach. The error matches ErrLinkExists if the pod already has the interface,
+// and ErrNetns if there is no such namespace. It changes nothing.
+func (h *Handle) OpenVacant(path, ifName string) (*Netns, error) {
+	n, err := openNetns(path)
+	if err != nil {
+		return nil, err
+	}
+	_, err = n.conn.LinkByName(ifName)
+	if errors.Is(err, unix.ENODEV) {
+		return n, nil
+	}
+	n.Close()
+	if err == nil {
+		return nil, fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, path, ErrLinkExists)
+	}
+	return nil, err
+}
+
+func openNetns(path string) (*Netns, error) {
+	fd, err := openForeign(path)
+	if err != nil {
+		return nil, err
+	}
+	n := &Netns{path: path, fd: fd}
+	err = inNetns(fd, func() error {
+		n.conn, err = rtnl.Open(unix.NETLINK_ROUTE)
+		return err
+	})
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return n, nil
+}
+
+// openForeign opens a network namespace that is not the caller's own.
+func openForeign(path string) (fd int, err error) {
+	fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("open %s: %w: %w", path, ErrNetns, err)
 	}
@@ -37,48 +79,23 @@ func openNetns(path string) (int, error) {
 }
 
 // stillThere reports a namespace whose path has gone while it was worked on: then nothing holds it any longer.
-func stillThere(path string, fd int) error {
+func (n *Netns) stillThere() error {
 	var was, is unix.Stat_t
-	if err := unix.Fstat(fd, &was); err != nil {
-		return fmt.Errorf("look at %s: %w", path, err)
+	if err := unix.Fstat(n.fd, &was); err != nil {
+		return fmt.Errorf("look at %s: %w", n.path, err)
 	}
-	if err := unix.Stat(path, &is); err != nil || was.Ino != is.Ino || was.Dev != is.Dev {
-		return fmt.Errorf("%w: %s disappeared while the pod was attached; the sandbox has ended", ErrNetns, path)
+	if err := unix.Stat(n.path, &is); err != nil || was.Ino != is.Ino || was.Dev != is.Dev {
+		return fmt.Errorf("%w: %s disappeared while the pod was attached; the sandbox has ended", ErrNetns, n.path)
 	}
 	return nil
 }
 
-// openedNetns is a pod's network namespace and a netlink socket in it.
-type openedNetns struct {
-	path string
-	fd   int
-	conn *rtnl.Conn
-}
-
-// enter opens a pod's namespace, or takes over what Vacant has opened.
-func (p *Handle) enter(path string) (*openedNetns, error) {
-	if was := p.vacant; was != nil {
-		p.vacant = nil
-		if was.path == path {
-			return was, nil
-		}
-		was.close()
+// Close gives the namespace back. Closing nil does nothing.
+func (n *Netns) Close() {
+	if n != nil {
+		n.conn.Close()
+		unix.Close(n.fd)
 	}
-	fd, err := openNetns(path)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := openIn(fd, unix.NETLINK_ROUTE)
-	if err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return &openedNetns{path: path, fd: fd, conn: conn}, nil
-}
-
-func (n *openedNetns) close() {
-	n.conn.Close()
-	unix.Close(n.fd)
 }
 
 // inNetns runs fn on a thread that is in the namespace netns for the time being.
@@ -107,13 +124,4 @@ func inNetns(netns int, fn func() error) error {
 	}
 	runtime.UnlockOSThread()
 	return err
-}
-
-// openIn opens a socket in another network namespace.
-func openIn(netns, protocol int) (c *rtnl.Conn, err error) {
-	err = inNetns(netns, func() error {
-		c, err = rtnl.Open(protocol)
-		return err
-	})
-	return c, err
 }

@@ -53,15 +53,33 @@ var (
 	ErrNoIPv6 = errors.New("IPv6 is disabled")
 )
 
-// Handle attaches pods to the node's network by netlink. The zero value works.
+// Handle attaches pods to the node by one netlink socket, in the network namespace of whoever calls first: opening one costs
+// twice what a question does. It stays open until Close. The zero value works; it is not for concurrent use.
 type Handle struct {
-	Log *slog.Logger // nil: nothing is logged
-
-	vacant *openedNetns // what Vacant has opened, for the Attach that follows
-	host   *rtnl.Conn   // what InUse has opened, likewise
+	conn *rtnl.Conn // nil until it is needed
 
 	// inject, where a test sets it, fails the step that is about to run.
 	inject func(step string) error
+}
+
+// open returns the socket on the node.
+func (h *Handle) open() (*rtnl.Conn, error) {
+	if h.conn == nil {
+		c, err := rtnl.Open(unix.NETLINK_ROUTE)
+		if err != nil {
+			return nil, err
+		}
+		h.conn = c
+	}
+	return h.conn, nil
+}
+
+// Close closes the socket. What is called next opens another.
+func (h *Handle) Close() {
+	if h.conn != nil {
+		h.conn.Close()
+		h.conn = nil
+	}
 }
 
 // Pod is the interface of one pod as it shall be.
@@ -70,7 +88,6 @@ type Pod struct {
 	ContainerID string
 	IfName      string
 	Label       string // whose it is, for people: namespace/name; may be empty
-	Netns       string // path
 	MTU         int    // bytes; 0: the tun's, or DefaultMTU where there is none
 	MAC         net.HardwareAddr
 	Addrs       []netip.Addr
@@ -128,23 +145,17 @@ func belongsTo(alias, containerID, ifName string) bool {
 }
 
 // step lets a test fail what comes next.
-func (p *Handle) step(what string) error {
-	if p.inject == nil {
+func (h *Handle) step(what string) error {
+	if h.inject == nil {
 		return nil
 	}
-	return p.inject(what)
-}
-
-func (p *Handle) warn(msg string, args ...any) {
-	if p.Log != nil {
-		p.Log.Warn(msg, args...)
-	}
+	return h.inject(what)
 }
 
 // do is Conn.do with the test's seam before each request.
-func (p *Handle) do(c *rtnl.Conn, requests ...rtnl.Request) ([][]byte, error) {
+func (h *Handle) do(c *rtnl.Conn, requests ...rtnl.Request) ([][]byte, error) {
 	for i, r := range requests {
-		if err := p.step(r.What); err != nil {
+		if err := h.step(r.What); err != nil {
 			if i > 0 {
 				_, _ = c.Do(requests[:i]...) // the injected fault is the one to report
 			}
@@ -154,65 +165,40 @@ func (p *Handle) do(c *rtnl.Conn, requests ...rtnl.Request) ([][]byte, error) {
 	return c.Do(requests...)
 }
 
-// Vacant returns an error that matches ErrLinkExists if the pod already has the interface, and one that matches
-// ErrNetns if there is no such namespace. It changes nothing.
-func (p *Handle) Vacant(netns, ifName string) error {
-	ns, err := p.enter(netns)
-	if err != nil {
-		return err
-	}
-	_, err = ns.conn.LinkByName(ifName)
-	if errors.Is(err, unix.ENODEV) {
-		p.vacant = ns
-		return nil
-	}
-	ns.close()
-	if err == nil {
-		return fmt.Errorf("%s in %s: %w; delete the attachment first", ifName, netns, ErrLinkExists)
-	}
-	return err
-}
-
-// Attach makes the pod's link. On an error something may be left over, which Detach removes.
-func (p *Handle) Attach(pod Pod) (Pair, error) {
-	ns, err := p.enter(pod.Netns)
+// Attach makes the pod's link, into its namespace. On an error something may be left over, which Detach removes. What goes
+// wrong without harm is logged.
+func (h *Handle) Attach(log *slog.Logger, ns *Netns, pod Pod) (Pair, error) {
+	host, err := h.open()
 	if err != nil {
 		return Pair{}, err
 	}
-	defer ns.close()
-	host, err := p.hostConn()
-	if err != nil {
-		return Pair{}, err
-	}
-	defer host.Close()
-
 	if pod.Forward {
 		if err := enableForwarding(pod.Addrs); err != nil {
 			return Pair{}, err
 		}
 	}
-	links, err := p.create(host, pod, ns.fd)
+	links, err := h.create(host, pod, ns)
 	if err != nil {
 		return Pair{}, err
 	}
-	if err := p.setUpHost(host, pod, links); err != nil {
+	if err := h.setUpHost(log, host, pod, links); err != nil {
 		return Pair{}, err
 	}
-	if err := p.podSysctls(ns.fd, pod); err != nil {
+	if err := h.podSysctls(log, ns, pod); err != nil {
 		return Pair{}, err
 	}
-	if links.Metric, err = p.setUpPod(ns.conn, pod, links); err != nil {
+	if links.Metric, err = h.setUpPod(ns.conn, pod, links); err != nil {
 		return Pair{}, err
 	}
 	if err := awaitCarrier(host, links.HostName); err != nil {
 		return Pair{}, err
 	}
 	awaitAddrs(ns.conn, pod.Addrs)
-	return links, stillThere(pod.Netns, ns.fd)
+	return links, ns.stillThere()
 }
 
 // create makes the veth pair, with the pod's end born inside its namespace.
-func (p *Handle) create(host *rtnl.Conn, pod Pod, netns int) (Pair, error) {
+func (h *Handle) create(host *rtnl.Conn, pod Pod, ns *Netns) (Pair, error) {
 	l := Pair{HostName: Name(pod.ContainerID, pod.IfName), HostMAC: randomMAC(), PodMAC: pod.MAC}
 	if l.PodMAC == nil {
 		l.PodMAC = randomMAC()
@@ -223,17 +209,17 @@ func (p *Handle) create(host *rtnl.Conn, pod Pod, netns int) (Pair, error) {
 	}
 	l.HostMTU, l.PodMTU = mtu, mtu
 	// The look-up rides in the same system call: it tells both indices.
-	requests := []rtnl.Request{newVeth(l, pod.IfName, netns), rtnl.GetLink(l.HostName)}
-	replies, err := p.do(host, requests...)
+	requests := []rtnl.Request{newVeth(l, pod.IfName, ns.fd), rtnl.GetLink(l.HostName)}
+	replies, err := h.do(host, requests...)
 	if errors.Is(err, unix.EEXIST) {
-		removed, gone := p.removeLeftover(host, pod, l.HostName)
+		removed, gone := h.removeLeftover(host, pod, l.HostName)
 		if gone != nil {
 			return l, gone
 		}
 		if !removed {
-			return l, fmt.Errorf("%s in %s: %w; delete the attachment first", pod.IfName, pod.Netns, ErrLinkExists)
+			return l, fmt.Errorf("%s in %s: %w; delete the attachment first", pod.IfName, ns.path, ErrLinkExists)
 		}
-		replies, err = p.do(host, requests...)
+		replies, err = h.do(host, requests...)
 	}
 	if err != nil {
 		return l, err
@@ -247,7 +233,7 @@ func (p *Handle) create(host *rtnl.Conn, pod Pod, netns int) (Pair, error) {
 }
 
 // removeLeftover removes the host's end that an ADD of the same attachment left when it was killed.
-func (p *Handle) removeLeftover(host *rtnl.Conn, pod Pod, name string) (removed bool, err error) {
+func (h *Handle) removeLeftover(host *rtnl.Conn, pod Pod, name string) (removed bool, err error) {
 	l, err := host.LinkByName(name)
 	if errors.Is(err, unix.ENODEV) {
 		return false, nil
@@ -282,8 +268,8 @@ func tunMTU(host *rtnl.Conn) int {
 }
 
 // setUpHost programs the host's end. Everything hangs on the link and goes with it.
-func (p *Handle) setUpHost(host *rtnl.Conn, pod Pod, l Pair) error {
-	ipv6, err := p.hostSysctls(l.HostName)
+func (h *Handle) setUpHost(log *slog.Logger, host *rtnl.Conn, pod Pod, l Pair) error {
+	ipv6, err := h.hostSysctls(log, l.HostName)
 	if err != nil {
 		return err
 	}
@@ -298,7 +284,7 @@ func (p *Handle) setUpHost(host *rtnl.Conn, pod Pod, l Pair) error {
 		// No src: the kernel deletes a route for good when its source address goes.
 		steps = append(steps, addNeigh("host", l.hostIdx, a, l.PodMAC), addRoute("host", l.hostIdx, Route{Dst: netip.PrefixFrom(a, a.BitLen())}))
 	}
-	_, err = p.do(host, steps...)
+	_, err = h.do(host, steps...)
 	if errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("%w: something else on this node has the address; `ip route get` tells what", err)
 	}
@@ -306,7 +292,7 @@ func (p *Handle) setUpHost(host *rtnl.Conn, pod Pod, l Pair) error {
 }
 
 // setUpPod programs the pod's end. It returns the metric of the routes, 0 for the kernel's default.
-func (p *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err error) {
+func (h *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err error) {
 	steps := []rtnl.Request{linkUp("pod", l.podIdx)}
 	for _, a := range pod.Addrs {
 		steps = append(steps, addAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
@@ -323,20 +309,20 @@ func (p *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err e
 	}
 	// The look-up makes the kernel carry through what the carrier brings (see awaitCarrier).
 	steps = append(steps, rtnl.GetLink(pod.IfName))
-	_, err = p.do(inside, steps...)
+	_, err = h.do(inside, steps...)
 	if errors.Is(err, unix.EEXIST) {
 		metric = metricBase + l.podIdx
-		err = p.addRoutesBehind(inside, pod, l.podIdx, metric)
+		err = h.addRoutesBehind(inside, pod, l.podIdx, metric)
 	}
 	return metric, explainIPv6(err, "in the pod's network namespace", pod)
 }
 
 // addRoutesBehind adds the pod's routes anew, behind those of another interface to the same destinations: a container may be
 // attached more than once (CNI specification section 2, ADD), and its first interface stays the way out.
-func (p *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) error {
+func (h *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) error {
 	for _, r := range pod.Routes {
 		// The kernel went on past the one that was refused. Only a route by our own interface matches.
-		if _, err := p.do(inside, deleteRoute(index, r)); err != nil && !errors.Is(err, unix.ESRCH) {
+		if _, err := h.do(inside, deleteRoute(index, r)); err != nil && !errors.Is(err, unix.ESRCH) {
 			return err
 		}
 	}
@@ -347,7 +333,7 @@ func (p *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) 
 		}
 		steps = append(steps, addRoute("pod", index, r))
 	}
-	_, err := p.do(inside, steps...)
+	_, err := h.do(inside, steps...)
 	return err
 }
 
@@ -412,8 +398,8 @@ func randomMAC() net.HardwareAddr {
 
 // hostSysctls makes the host's end deaf to router advertisements: a pod must not give the node a default route. It
 // reports whether the kernel has IPv6 on the link.
-func (p *Handle) hostSysctls(link string) (ipv6 bool, err error) {
-	if err := p.step("sysctl host accept_ra"); err != nil {
+func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err error) {
+	if err := h.step("sysctl host accept_ra"); err != nil {
 		return false, err
 	}
 	err = writeSysctl(link, "accept_ra", "0")
@@ -422,25 +408,25 @@ func (p *Handle) hostSysctls(link string) (ipv6 bool, err error) {
 	}
 	if err != nil {
 		// /proc/sys may be read-only. The daemon's nft rule against advertisements from pods stands all the same.
-		p.warn("could not switch router advertisements off on the host's end of a pod's link", "link", link, "err", err)
+		log.Warn("could not switch router advertisements off on the host's end of a pod's link", "link", link, "err", err)
 	}
 	return true, nil
 }
 
 // podSysctls does the same in the pod, and switches IPv6 on for this link where the runtime has switched it off by
 // default and the pod gets an IPv6 address.
-func (p *Handle) podSysctls(netns int, pod Pod) error {
-	if err := p.step("sysctl pod accept_ra"); err != nil {
+func (h *Handle) podSysctls(log *slog.Logger, ns *Netns, pod Pod) error {
+	if err := h.step("sysctl pod accept_ra"); err != nil {
 		return err
 	}
 	want6 := slices.ContainsFunc(pod.Addrs, netip.Addr.Is6)
-	return inNetns(netns, func() error {
+	return inNetns(ns.fd, func() error {
 		err := writeSysctl(pod.IfName, "accept_ra", "0")
 		if errors.Is(err, os.ErrNotExist) {
 			return nil // no IPv6 in this kernel: adding the address says so
 		}
 		if err != nil {
-			p.warn("could not switch router advertisements off in a pod", "interface", pod.IfName, "err", err)
+			log.Warn("could not switch router advertisements off in a pod", "interface", pod.IfName, "err", err)
 		}
 		if !want6 {
 			return nil
@@ -467,15 +453,14 @@ func writeSysctl(link, key, value string) error {
 // Detach removes the pod's link and returns when it is gone. It needs neither the pod's namespace nor an earlier result:
 // the pod's end, and every route and neighbour, goes with the host's end. A link that is not there is no error; removed
 // tells the two apart.
-func (p *Handle) Detach(containerID, ifName string) (removed bool, err error) {
-	if err := p.step("detach"); err != nil {
+func (h *Handle) Detach(containerID, ifName string) (removed bool, err error) {
+	if err := h.step("detach"); err != nil {
 		return false, err
 	}
-	host, err := rtnl.Open(unix.NETLINK_ROUTE)
+	host, err := h.open()
 	if err != nil {
 		return false, err
 	}
-	defer host.Close()
 	l, err := host.LinkByName(Name(containerID, ifName))
 	if errors.Is(err, unix.ENODEV) {
 		return false, nil
