@@ -286,6 +286,29 @@ func TestArgs(t *testing.T) {
 	}
 }
 
+// TestLongArgs: CNI_ARGS of any length are taken. What is written down of them is for people.
+func TestLongArgs(t *testing.T) {
+	n, pod := newNode(t), nstest.New(t)
+	for _, size := range []int{5_000, 100_000} {
+		value := strings.Repeat("x", size)
+		for _, args := range []string{"K8S_POD_NAME=" + value, "K8S_POD_NAMESPACE=" + value, "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=\n\"\xff" + value[:size/8], "A=" + value} {
+			for _, program := range []string{"headcni", "headcni-ipam"} {
+				c := attach("ADD", "c1", pod, n.conf(""))
+				c.program, c.args = program, args
+				out := n.must(c)
+				if program == "headcni" {
+					ping(t, n.host, parse(t, out).addrs()...)
+				}
+				c.verb, c.conf = "CHECK", n.previous(n.conf(""), out)
+				n.must(c)
+				c.verb = "DEL"
+				n.must(c)
+				n.empty()
+			}
+		}
+	}
+}
+
 // TestArgsOfIPAM: what args and runtimeConfig ask for goes before CNI_ARGS here too.
 func TestArgsOfIPAM(t *testing.T) {
 	n, pod := newNode(t), nstest.New(t)

@@ -42,7 +42,7 @@ var rules = []rule{
 	{"2 Parameters", "CNI_CONTAINERID: not empty, a letter or digit, then letters, digits, _ . -; of any length", both, []string{"TestNames", "internal/cnimain.TestErrors"}},
 	{"2 Parameters", "CNI_NETNS is a path to a network namespace, and not the runtime's own", plugin, []string{"TestErrorResults", "pkg/networking/podlink.TestVacant", "cmd/headcni.TestBadInput"}},
 	{"2 Parameters", "CNI_IFNAME: a name that cannot be used is an error", plugin, []string{"TestNames", "internal/cnimain.TestErrors"}},
-	{"2 Parameters", "CNI_ARGS: pairs separated by semicolons; keys of others mean nothing", both, []string{"TestArgs", "pkg/plugin.TestParseArgs", "pkg/ipam.TestOwnerOf"}},
+	{"2 Parameters", "CNI_ARGS: pairs separated by semicolons; keys of others mean nothing, and none is too long", both, []string{"TestArgs", "TestLongArgs", "pkg/plugin.TestParseArgs", "pkg/ipam.TestOwnerOf"}},
 	{"2 Parameters", "CNI_PATH is where IPAM plugins are looked for; only GC requires it", both, []string{"internal/cnimain.TestOptional", "pkg/plugin.TestDelegate"}},
 	{"2 Parameters", "what a command does not require may be missing", both, []string{"internal/cnimain.TestOptional"}},
 	{"2 Errors", "exit code 0 on success, another on failure, with an error result on standard output", both, []string{"TestErrorResults", "TestAnyInput", "internal/cnimain.TestErrors"}},

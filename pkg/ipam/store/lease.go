@@ -51,7 +51,8 @@ const (
 	maxName = 200
 )
 
-// encode writes the record as lines of "key value". The last line tells a whole record from a truncated one.
+// encode writes the record as lines of "key value". The last line tells a whole record from a truncated one. A record that has no
+// room for the pod's name goes without.
 func encode(l Lease) ([]byte, error) {
 	var b bytes.Buffer
 	line := func(key, value string) {
@@ -74,8 +75,13 @@ func encode(l Lease) ([]byte, error) {
 		b.WriteByte('\n')
 	}
 	b.WriteString(recordTail + "\n")
+	if b.Len() > maxRecord && l.PodNamespace+l.PodName != "" {
+		// Whatever a runtime says there, it is for people, and no reason to refuse a pod an address.
+		l.PodNamespace, l.PodName = "", ""
+		return encode(l)
+	}
 	if b.Len() > maxRecord {
-		return nil, fmt.Errorf("%w: its record would have %d bytes, at most %d fit; want a shorter container ID or pod name", ErrOwner, b.Len(), maxRecord)
+		return nil, fmt.Errorf("%w: its record would have %d bytes, at most %d fit; want a shorter container ID", ErrOwner, b.Len(), maxRecord)
 	}
 	return b.Bytes(), nil
 }

@@ -68,6 +68,13 @@ func TestRecordRoundTrip(t *testing.T) {
 			}
 		}
 	}
+	named := testLease("c", "10.0.0.1/8")
+	named.PodNamespace, named.PodName = strings.Repeat("n", 253), strings.Repeat("\n", 5000)
+	if got, err := encode(named); err != nil || len(got) > maxRecord {
+		t.Errorf("a long name: %d bytes, %v", len(got), err)
+	} else if l, err := decode(got); err != nil || l.ContainerID != "c" || l.PodName != "" {
+		t.Errorf("a long name: %+v, %v", l, err)
+	}
 	if _, err := encode(testLease(strings.Repeat("x", maxRecord), "10.0.0.1/8")); err == nil {
 		t.Error("a record of more than a page was made")
 	}
