@@ -24,6 +24,7 @@ import (
 	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/leases"
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
@@ -59,7 +60,7 @@ type Daemon struct {
 
 	node    *noderoutes.Routes
 	tables  *nft.Tables
-	member  *member
+	member  *membership.Member
 	cluster *nodeview.Watch // nil without Kubernetes
 	tunnel  tunnel          // of the loop alone
 
@@ -102,12 +103,14 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), member: newMember(c, log, getenv), saved: saved, kept: saved, cluster: k,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), saved: saved, kept: saved, cluster: k,
 		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
+	var cluster *membership.Cluster
 	if k != nil {
-		d.member.inKubernetes(k)
+		cluster = &membership.Cluster{Node: k.Node(), JoinKey: k.JoinKey}
 	}
+	d.member = membership.New(c, log, getenv, cluster)
 	d.board = d.newBoard(d.parts())
 	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return settle }
 	d.node = noderoutes.New(saved.Host, func(h noderoutes.Saved) error {
@@ -289,8 +292,8 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 			wg.Go(func() { newDeadman(address).run(ctx, func() { d.reportCutOff(address) }) })
 		}
 	}
-	wg.Go(func() { d.member.watch(ctx, d.loop.Wake) })
-	wg.Go(func() { d.member.rearm(ctx, d.metrics.RearmPing) })
+	wg.Go(func() { d.member.Watch(ctx, d.loop.Wake) })
+	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing) })
 }
 
 // reportCutOff never blocks: one report is enough.

@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -27,32 +28,35 @@ const hostTun = "tailscale0"
 // observe looks at the host and at tailscaled. That tailscaled does not answer is an observation, kept in tailnetErr,
 // and no error: the node is programmed from what was known before.
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
-	o = observation{mode: d.cfg.Tailscale.Mode, tun: d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, ranges: d.cfg.Network.Ranges(), cluster: d.cluster.View()}
-	if o.mode == config.ModeAuto {
-		o.mode = tailscaled.Mode(d.cfg.Tailscale, d.saved.Mode)
+	o = observation{
+		Seen: membership.Seen{Mode: d.cfg.Tailscale.Mode, Cluster: d.cluster.View()},
+		tun:  d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, ranges: d.cfg.Network.Ranges(),
 	}
-	if o.mode == config.ModeDaemon || o.tun == "" {
+	if o.Mode == config.ModeAuto {
+		o.Mode = tailscaled.Mode(d.cfg.Tailscale, d.saved.Mode)
+	}
+	if o.Mode == config.ModeDaemon || o.tun == "" {
 		o.tun = d.cfg.Tailscale.InterfaceName
-		if o.mode == config.ModeHost {
+		if o.Mode == config.ModeHost {
 			o.tun = hostTun
 		}
 	}
-	d.member.use(tailscaled.Socket(d.cfg.Tailscale, o.mode))
-	o.tailnet, o.tailnetErr = d.member.status(ctx, o.mode)
-	if o.tailnet != nil {
-		prefs, err := d.member.client.Prefs(ctx)
+	d.member.Use(tailscaled.Socket(d.cfg.Tailscale, o.Mode))
+	o.Tailnet, o.TailnetErr = d.member.Status(ctx, o.Mode)
+	if o.Tailnet != nil {
+		prefs, err := d.member.Prefs(ctx)
 		if err == nil {
 			users := prefs.Saved(tailscale.PrefsSpec{})
 			o.prefs = &users
-		} else if o.tailnetErr == nil {
-			o.tailnetErr = err
+		} else if o.TailnetErr == nil {
+			o.TailnetErr = err
 		}
 	}
-	if o.tailnet != nil && len(o.tailnet.Self.IPs) > 0 {
-		if link, err := findTun(o.tun, o.tailnet.Self.IPs); err == nil {
+	if o.Tailnet != nil && len(o.Tailnet.Self.IPs) > 0 {
+		if link, err := findTun(o.tun, o.Tailnet.Self.IPs); err == nil {
 			o.tun, o.tunMTU = link.Name, link.MTU
-		} else if o.tailnet.State == tailscale.Running {
-			o.tailnetErr = err
+		} else if o.Tailnet.State == tailscale.Running {
+			o.TailnetErr = err
 		}
 	}
 	if o.hostPrefixes, err = hostPrefixes(o.tun); err != nil {
@@ -69,10 +73,10 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 
 // observeCluster takes the pod CIDRs and the rest of the network from Kubernetes, and keeps what it said.
 func (d *Daemon) observeCluster(o *observation) error {
-	if o.cluster == nil {
+	if o.Cluster == nil {
 		return nil
 	}
-	l, err := d.saved.Kubernetes.Update(o.cluster, d.cluster.Node())
+	l, err := d.saved.Kubernetes.Update(o.Cluster, d.cluster.Node())
 	if err != nil {
 		return err
 	}
@@ -91,11 +95,11 @@ func (d *Daemon) observeCluster(o *observation) error {
 	}
 	d.note(func(s *state) { s.Kubernetes = l })
 	if len(l.PodCIDRs) == 0 {
-		return o.cluster.ErrNoCIDR(time.Since(d.began))
+		return o.Cluster.ErrNoCIDR(time.Since(d.began))
 	}
 	o.leaving = l.Leaving
 	for _, p := range l.PodCIDRs {
-		if name := o.cluster.Holder(p); name != "" {
+		if name := o.Cluster.Holder(p); name != "" {
 			o.held = append(o.held, fmt.Errorf("pod range %s: Kubernetes has given it, or a part of it, to Node %s; delete this Node and let "+
 				"kubelet register it again for another one", p, name))
 		}

@@ -62,9 +62,9 @@ type pass struct {
 
 // wantOfNode is what our Node object should say.
 func (s *pass) wantOfNode() nodeview.Want {
-	w := nodeview.Want{Mode: s.seen.mode, Up: s.programmed}
-	if running(s.seen.tailnet) {
-		w.NodeKey, w.TailnetIPs = s.seen.tailnet.Self.NodeKey, s.seen.tailnet.Self.IPs
+	w := nodeview.Want{Mode: s.seen.Mode, Up: s.programmed}
+	if s.seen.Running() {
+		w.NodeKey, w.TailnetIPs = s.seen.Tailnet.Self.NodeKey, s.seen.Tailnet.Self.IPs
 	}
 	return w
 }
@@ -82,13 +82,13 @@ func (d *Daemon) pass(ctx context.Context) time.Duration {
 	if s.refused == nil {
 		s.plan, s.refused = makePlan(d.cfg, s.seen, d.saved)
 	}
-	if s.seen.tailnet != nil {
-		d.metrics.Peers(s.seen.tailnet.PathCounts())
+	if s.seen.Tailnet != nil {
+		d.metrics.Peers(s.seen.Tailnet.PathCounts())
 	}
 	next := d.board.Run(ctx, &s)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.last, d.confirmed = s.seen, d.member.confirmed.routes
+	d.last, d.confirmed = s.seen, d.member.Routes()
 	return next
 }
 
@@ -108,7 +108,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return d.node.Sync(ctx, s.plan.node)
 		}},
 		{Name: partTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.member.join(ctx, s.seen)
+			return d.member.Join(ctx, s.seen.Seen)
 		}},
 		{Name: partPrefs, Needs: []string{partTailnet}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.syncPrefs(ctx, s.plan)
@@ -117,7 +117,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return d.tunnel.sync(d.node, s.seen)
 		}},
 		{Name: partApproval, Needs: []string{partPrefs}, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.member.approve(ctx, s.seen, s.plan.prefs)
+			return d.member.Approve(ctx, s.seen.Seen, s.plan.prefs)
 		}},
 		{Name: partConflist, Needs: []string{partPrefs}, Run: func(_ context.Context, s *pass) (done []string, err error) {
 			done, err = d.syncConflist(s.plan)
@@ -125,7 +125,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return done, err
 		}},
 		{Name: partHeadscale, Needs: []string{partTailnet}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.member.check(ctx, s.seen)
+			return d.member.Check(ctx, s.seen.Seen)
 		}},
 		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen))
@@ -139,9 +139,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 	}
 	if d.cluster != nil {
 		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, runtimeUse(s.seen.cluster.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
+			return nil, runtimeUse(s.seen.Cluster.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
 		}}, reconcile.Part[*pass]{Name: partKubernetes, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.cluster.Sync(ctx, s.seen.cluster, s.wantOfNode())
+			return d.cluster.Sync(ctx, s.seen.Cluster, s.wantOfNode())
 		}})
 	}
 	return parts
@@ -160,7 +160,7 @@ func (d *Daemon) foreignDrops(tun string) error {
 
 // sharedCGNAT says that tailscaled keeps this host from a network of its own, which no rule of ours can change.
 func sharedCGNAT(o observation) error {
-	if o.tailnet == nil || o.tailnet.SharesCGNAT {
+	if o.Tailnet == nil || o.Tailnet.SharesCGNAT {
 		return nil
 	}
 	for _, p := range o.hostPrefixes {
@@ -175,10 +175,10 @@ func sharedCGNAT(o observation) error {
 
 // settled is what later passes, and a boot without tailscaled, go by.
 func (o observation) settled() (mode, tun string, mtu int) {
-	if o.tailnet == nil {
+	if o.Tailnet == nil {
 		return "", o.tun, o.tunMTU
 	}
-	return o.mode, o.tun, o.tunMTU
+	return o.Mode, o.tun, o.tunMTU
 }
 
 // remember changes the saved state and writes it before what it describes is done: without, uninstall could not put the
@@ -220,7 +220,7 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 	if p.duplicate != nil {
 		return nil, p.duplicate
 	}
-	have, err := d.member.client.Prefs(ctx)
+	have, err := d.member.Prefs(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -238,10 +238,7 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	changes, err := d.member.client.EnsurePrefs(ctx, p.prefs)
-	if len(changes) > 0 {
-		d.member.advertisedAt = time.Now()
-	}
+	changes, err := d.member.EnsurePrefs(ctx, p.prefs)
 	if err != nil {
 		return changes, err
 	}
@@ -274,9 +271,3 @@ func (d *Daemon) syncConflist(p plan) (done []string, err error) {
 	}
 	return done, err
 }
-
-// errStopped: the user's `tailscale down` is theirs to undo.
-var errStopped = errors.New("tailscaled is stopped: run `tailscale up`")
-
-// running reports whether the tailnet carries traffic.
-func running(s *tailscale.Status) bool { return s != nil && s.State == tailscale.Running }

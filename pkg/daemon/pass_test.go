@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -19,10 +20,10 @@ func TestSharedCGNAT(t *testing.T) {
 		o    observation
 		want string
 	}{
-		"other networks": {observation{tailnet: &tailscale.Status{}, hostPrefixes: prefixes("192.168.1.0/24", "100.128.0.0/16", "fd7a::/16")}, ""},
-		"inside":         {observation{tailnet: &tailscale.Status{}, hostPrefixes: prefixes("192.168.1.0/24", "100.64.200.0/24")}, "has 100.64.200.0/24"},
-		"around":         {observation{tailnet: &tailscale.Status{}, hostPrefixes: prefixes("100.0.0.0/8")}, "has 100.0.0.0/8"},
-		"allowed":        {observation{tailnet: &tailscale.Status{SharesCGNAT: true}, hostPrefixes: prefixes("100.64.200.0/24")}, ""},
+		"other networks": {observation{Seen: membership.Seen{Tailnet: &tailscale.Status{}}, hostPrefixes: prefixes("192.168.1.0/24", "100.128.0.0/16", "fd7a::/16")}, ""},
+		"inside":         {observation{Seen: membership.Seen{Tailnet: &tailscale.Status{}}, hostPrefixes: prefixes("192.168.1.0/24", "100.64.200.0/24")}, "has 100.64.200.0/24"},
+		"around":         {observation{Seen: membership.Seen{Tailnet: &tailscale.Status{}}, hostPrefixes: prefixes("100.0.0.0/8")}, "has 100.0.0.0/8"},
+		"allowed":        {observation{Seen: membership.Seen{Tailnet: &tailscale.Status{SharesCGNAT: true}}, hostPrefixes: prefixes("100.64.200.0/24")}, ""},
 		"no tailscaled":  {observation{hostPrefixes: prefixes("100.64.200.0/24")}, ""},
 	} {
 		err := sharedCGNAT(c.o)

@@ -11,7 +11,7 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/conflist"
-	"github.com/headcni/headcni/pkg/kube/nodeview"
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -22,8 +22,7 @@ const defaultMTU = 1280
 
 // observation is what a plan is made from: the host and the tailnet as they are now.
 type observation struct {
-	// mode is config.ModeHost or config.ModeDaemon, and "" while nobody answers and auto has not settled.
-	mode string
+	membership.Seen
 	// tun is the interface that carries the tailnet, also while it is gone.
 	tun string
 	// tunMTU in bytes.
@@ -32,18 +31,12 @@ type observation struct {
 	hostPrefixes []netip.Prefix
 	// nodeAddr4 and nodeAddr6 are the node's own addresses towards its pods; the zero Addr where it has none.
 	nodeAddr4, nodeAddr6 netip.Addr
-	// tailnet is nil while tailscaled does not answer.
-	tailnet *tailscale.Status
-	// tailnetErr is why tailscaled cannot be used, nil while it can.
-	tailnetErr error
 	// prefs are tailscaled's now, nil while it does not answer.
 	prefs *tailscale.SavedPrefs
 	// ipam is the ipam object of a conflist written by hand, nil where there is none.
 	ipam json.RawMessage
 	// ranges are those in force: the configuration's, in Kubernetes with what that says.
 	ranges config.Ranges
-	// cluster is nil without Kubernetes.
-	cluster *nodeview.View
 	// leaving are former pod CIDRs whose pods still run here.
 	leaving []netip.Prefix
 	// held are the pod CIDRs of ours that Kubernetes has given to other Nodes too.
@@ -74,12 +67,12 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		firewall: nft.Config{
 			Own: slices.Concat(own, o.leaving), Cluster: cluster, KeepSource: o.ranges.Services, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
-			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.mode == config.ModeHost,
+			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},
 		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},
 		duplicate: errors.Join(append(o.held, duplicate(own, o))...),
 	}
-	if o.mode == config.ModeDaemon {
+	if o.Mode == config.ModeDaemon {
 		// The dedicated tailscaled must not take the host's resolver over.
 		p.prefs.CorpDNS = new(bool)
 	}
@@ -121,15 +114,15 @@ func duplicate(own []netip.Prefix, o observation) error {
 }
 
 func (o observation) peers() []tailscale.Peer {
-	if o.tailnet == nil {
+	if o.Tailnet == nil {
 		return nil
 	}
-	return o.tailnet.Peers
+	return o.Tailnet.Peers
 }
 
 // owns reports whether the tailnet routes p to this node now.
 func (o observation) owns(p netip.Prefix) bool {
-	return o.tailnet != nil && slices.Contains(o.tailnet.Self.Routes, p)
+	return o.Tailnet != nil && slices.Contains(o.Tailnet.Self.Routes, p)
 }
 
 // taken finds a route of an online peer inside or around p. Wide routes of exit nodes and site routers are no claim to
@@ -152,7 +145,7 @@ func lanFirst(c config.Config, o observation, s state) bool {
 	switch {
 	case c.Network.LANFirst != config.Auto:
 		return c.Network.LANFirst == "true"
-	case o.mode == config.ModeDaemon:
+	case o.Mode == config.ModeDaemon:
 		return true
 	}
 	found := s.Prefs

@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -35,8 +36,9 @@ func typical() (config.Config, observation) {
 	c.Network.ServiceCIDRs = config.CIDRs{"10.96.0.0/16"}
 	return c, observation{
 		ranges: c.Network.Ranges(),
-		mode:   config.ModeDaemon, tun: "headcni01", tunMTU: 1280, hostPrefixes: prefixes("192.0.2.0/24"),
-		nodeAddr4: netip.MustParseAddr("192.0.2.7"), tailnet: &tailscale.Status{State: tailscale.Running},
+		Seen:   membership.Seen{Mode: config.ModeDaemon, Tailnet: &tailscale.Status{State: tailscale.Running}},
+		tun:    "headcni01", tunMTU: 1280, hostPrefixes: prefixes("192.0.2.0/24"),
+		nodeAddr4: netip.MustParseAddr("192.0.2.7"),
 	}
 }
 
@@ -61,7 +63,7 @@ func TestMakePlan(t *testing.T) {
 		t.Error(diff)
 	}
 
-	o.mode = config.ModeHost
+	o.Mode = config.ModeHost
 	got, err = makePlan(c, o, state{})
 	if err != nil {
 		t.Fatal(err)
@@ -99,7 +101,7 @@ func TestLANFirst(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			c := config.Default()
 			c.Network.LANFirst = tt.set
-			if got := lanFirst(c, observation{mode: tt.mode, prefs: tt.now}, tt.s); got != tt.want {
+			if got := lanFirst(c, observation{Seen: membership.Seen{Mode: tt.mode}, prefs: tt.now}, tt.s); got != tt.want {
 				t.Errorf("got %v, want %v", got, tt.want)
 			}
 		})
@@ -117,13 +119,13 @@ func TestRefuse(t *testing.T) {
 	}{
 		{"typical", func(*config.Config, *observation) {}, ""},
 		{"the host's network", func(_ *config.Config, o *observation) { o.hostPrefixes = prefixes("10.244.7.0/24") }, "overlaps 10.244.7.0/24"},
-		{"a peer has it", func(_ *config.Config, o *observation) { o.tailnet = peer(true, "10.244.1.0/24") }, "other advertises 10.244.1.0/24"},
-		{"a peer has half of it", func(_ *config.Config, o *observation) { o.tailnet = peer(true, "10.244.1.128/25") }, "other advertises 10.244.1.128/25"},
-		{"a dead peer had it", func(_ *config.Config, o *observation) { o.tailnet = peer(false, "10.244.1.0/24") }, ""},
-		{"an exit node", func(_ *config.Config, o *observation) { o.tailnet = peer(true, "0.0.0.0/0", "::/0", "10.0.0.0/8") }, ""},
+		{"a peer has it", func(_ *config.Config, o *observation) { o.Tailnet = peer(true, "10.244.1.0/24") }, "other advertises 10.244.1.0/24"},
+		{"a peer has half of it", func(_ *config.Config, o *observation) { o.Tailnet = peer(true, "10.244.1.128/25") }, "other advertises 10.244.1.128/25"},
+		{"a dead peer had it", func(_ *config.Config, o *observation) { o.Tailnet = peer(false, "10.244.1.0/24") }, ""},
+		{"an exit node", func(_ *config.Config, o *observation) { o.Tailnet = peer(true, "0.0.0.0/0", "::/0", "10.0.0.0/8") }, ""},
 		{"ours already", func(_ *config.Config, o *observation) {
-			o.tailnet = peer(true, "10.244.1.0/25")
-			o.tailnet.Self.Routes = prefixes("10.244.1.0/24")
+			o.Tailnet = peer(true, "10.244.1.0/25")
+			o.Tailnet.Self.Routes = prefixes("10.244.1.0/24")
 		}, ""},
 		{"mtu above the tun's", func(c *config.Config, _ *observation) { c.Network.MTU = 1400 }, "network.mtu 1400"},
 	}

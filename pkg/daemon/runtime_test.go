@@ -14,6 +14,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
@@ -53,7 +54,7 @@ func TestRuntimeThatLooksElsewhere(t *testing.T) {
 	d.board = d.newBoard(parts)
 	look := func() (ready bool, text string) {
 		t.Helper()
-		d.board.Run(t.Context(), &pass{seen: observation{cluster: k.View()}})
+		d.board.Run(t.Context(), &pass{seen: observation{Seen: membership.Seen{Cluster: k.View()}}})
 		ready, _ = d.board.Ready()
 		return ready, partErrors(d)[partRuntime]
 	}

@@ -14,12 +14,12 @@ import (
 func (d *Daemon) status(ctx context.Context) nodestatus.Status {
 	ready, parts := d.board.Ready()
 	d.mu.Lock()
-	s := nodestatus.Status{Version: d.version, Ready: ready, Parts: parts, Mode: d.last.mode, Tun: d.last.tun, TunMTU: d.last.tunMTU}
+	s := nodestatus.Status{Version: d.version, Ready: ready, Parts: parts, Mode: d.last.Mode, Tun: d.last.tun, TunMTU: d.last.tunMTU}
 	approved := slices.Clone(d.confirmed)
 	ranges := d.last.ranges
 	d.mu.Unlock()
 	own := ranges.Pods
-	t, prefs := d.member.look(ctx)
+	t, prefs := d.member.Look(ctx)
 	if t != nil {
 		approved = append(approved, t.Self.Routes...)
 		s.Tailnet = tailnetStatus(*t, prefs, netset.Union(own, ranges.Cluster, ranges.Remote))

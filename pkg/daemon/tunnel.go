@@ -26,11 +26,11 @@ type tunnelTable interface {
 
 // sync looks, and acts on what has been missing for a while in which tailscaled has still spoken of it.
 func (t *tunnel) sync(table tunnelTable, o observation) ([]string, error) {
-	if !running(o.tailnet) || o.prefs == nil || !o.prefs.RouteAll {
+	if !o.Running() || o.prefs == nil || !o.prefs.RouteAll {
 		t.missing = nil // the next look has what syncPrefs has just changed
 		return nil, nil
 	}
-	missing, err := table.Untunnelled(o.tun, o.tailnet.TunnelRoutes())
+	missing, err := table.Untunnelled(o.tun, o.Tailnet.TunnelRoutes())
 	if err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -29,7 +30,7 @@ func (f *fakeTable) Tunnel(tun string, prefixes []netip.Prefix) ([]string, error
 func TestTunnelWaitsForTailscaled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pods, other := netip.MustParsePrefix("10.244.2.0/24"), netip.MustParsePrefix("10.244.3.0/24")
-		o := observation{tun: "tun", tailnet: &tailscale.Status{State: tailscale.Running}, prefs: &tailscale.SavedPrefs{RouteAll: true}}
+		o := observation{tun: "tun", Seen: membership.Seen{Tailnet: &tailscale.Status{State: tailscale.Running}}, prefs: &tailscale.SavedPrefs{RouteAll: true}}
 		table := &fakeTable{}
 		var tun tunnel
 		sync := func(want ...string) {
@@ -60,7 +61,7 @@ func TestTunnelWaitsForTailscaled(t *testing.T) {
 		sync()
 
 		table.missing = []netip.Prefix{pods}
-		for _, o := range []observation{{}, {tailnet: o.tailnet}, {tailnet: o.tailnet, prefs: &tailscale.SavedPrefs{}}, {tailnet: &tailscale.Status{}, prefs: o.prefs}} {
+		for _, o := range []observation{{}, {Seen: o.Seen}, {Seen: o.Seen, prefs: &tailscale.SavedPrefs{}}, {Seen: membership.Seen{Tailnet: &tailscale.Status{}}, prefs: o.prefs}} {
 			time.Sleep(tunnelSettles)
 			if done, err := tun.sync(table, o); done != nil || err != nil {
 				t.Errorf("%+v: %v, %v", o, done, err)

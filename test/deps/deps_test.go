@@ -46,12 +46,12 @@ var level = map[string]int{
 	"pkg/nodestatus":            3,
 	"pkg/policy":                3,
 	"pkg/tailscale":             3,
+	"pkg/tailscaled":            3,
 
 	// Rooms that several concerns meet in.
 	"pkg/conflist":   4,
 	"pkg/install":    4,
 	"pkg/membership": 4,
-	"pkg/tailscaled": 4,
 
 	"pkg/leases": 5,
 

@@ -1,4 +1,6 @@
-package daemon
+// Package membership makes a node a member of the tailnet and keeps it one: login, keys, approved routes, and what Headscale
+// knows of the node.
+package membership
 
 import (
 	"context"
@@ -13,47 +15,70 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 const (
+	// lookInterval is how often Headscale is asked for what it was asked before.
+	lookInterval = time.Minute
+	// followRetry is how long after tailscaled could not be followed it is tried again.
+	followRetry = time.Second
 	// joinKeyLife is how long a pre-auth key that we make for ourselves can be used.
 	joinKeyLife = 10 * time.Minute
 	// approvalSettles is how long Headscale may take to hand out routes that were approved; half a second is usual.
 	approvalSettles = 10 * time.Second
 )
 
-// member is this node's membership in the tailnet: the tailscaled that it uses and, where it holds an API key, its
-// dealings with Headscale.
-type member struct {
-	cfg    config.Config
-	log    *slog.Logger
-	getenv func(string) string
+// Member is this node's membership in the tailnet: the tailscaled that it uses and, where it holds an API key, its dealings
+// with Headscale. Make it with New. All methods but Look, Watch and Rearm are for one goroutine alone.
+type Member struct {
+	cfg       config.Config
+	log       *slog.Logger
+	headscale *headscale.Connector
+	cluster   *Cluster // nil without Kubernetes
 
-	// Of the loop alone: the client for socket, nil while none is known; a key that was made to join with; when we last
-	// approved something.
-	client      *tailscale.Client
-	minted      secret.Secret
+	client      *tailscale.Client // for socket, nil while none is known
+	minted      secret.Secret     // a key that was made to join with
 	mintedUntil time.Time
-	approvedAt  time.Time
+	approvedAt  time.Time // when we last approved something
 	// advertisedAt is when we last changed what tailscaled advertises.
 	advertisedAt time.Time
 	confirmed    confirmation
-	checkedAt    time.Time // when check last had an answer, and
+	checkedAt    time.Time // when Check last had an answer, and
 	warned       error     // what it warned of
 	unknown      time.Time // since when the controller says that Headscale does not know us, and
 	rejoined     time.Time // when we last joined anew for that
-
-	// In Kubernetes: the controller's key, and our Node's name.
-	joinKey  func(context.Context) (secret.Secret, error)
-	nodeName string
 
 	mu      sync.Mutex
 	socket  string        // what client talks to
 	changed chan struct{} // closed when socket changes
 }
+
+// Cluster is what a member needs of Kubernetes.
+type Cluster struct {
+	// Node is the name of our Node object.
+	Node string
+	// JoinKey reads the key that the controller has made for nodes to join with.
+	JoinKey func(context.Context) (secret.Secret, error)
+}
+
+// Seen is what has been observed that the membership goes by.
+type Seen struct {
+	// Mode is config.ModeHost or config.ModeDaemon, and "" while nobody answers and auto has not settled.
+	Mode string
+	// Tailnet is nil while tailscaled does not answer.
+	Tailnet *tailscale.Status
+	// TailnetErr is why tailscaled cannot be used, nil while it can.
+	TailnetErr error
+	// Cluster is nil without Kubernetes.
+	Cluster *nodeview.View
+}
+
+// Running reports whether the tailnet carries traffic.
+func (s Seen) Running() bool { return s.Tailnet != nil && s.Tailnet.State == tailscale.Running }
 
 // confirmation is what Headscale said that it routes to the node with a node key.
 type confirmation struct {
@@ -62,12 +87,13 @@ type confirmation struct {
 	at     time.Time
 }
 
-func newMember(c config.Config, log *slog.Logger, getenv func(string) string) *member {
-	return &member{cfg: c, log: log, getenv: getenv, changed: make(chan struct{})}
+// New makes the membership of the node that c describes; cluster is nil without Kubernetes. It connects to nobody.
+func New(c config.Config, log *slog.Logger, getenv func(string) string, cluster *Cluster) *Member {
+	return &Member{cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), cluster: cluster, changed: make(chan struct{})}
 }
 
-// use makes socket the one to talk to.
-func (m *member) use(socket string) {
+// Use makes socket the one to talk to.
+func (m *Member) Use(socket string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if socket == m.socket {
@@ -79,12 +105,12 @@ func (m *member) use(socket string) {
 	m.changed = make(chan struct{})
 }
 
-// status asks tailscaled.
-func (m *member) status(ctx context.Context, mode string) (*tailscale.Status, error) {
+// Status asks tailscaled.
+func (m *Member) Status(ctx context.Context, mode string) (*tailscale.Status, error) {
 	if mode == "" {
 		return nil, tailscaled.ErrNone(m.cfg.Tailscale)
 	}
-	s, err := m.client.Status(ctx)
+	status, err := m.client.Status(ctx)
 	if errors.Is(err, tailscale.ErrUnreachable) && mode == config.ModeDaemon {
 		return nil, fmt.Errorf("the dedicated tailscaled does not answer at %s: start it (systemctl start headcni-tailscaled, or run "+
 			"`headcni-daemon tailscaled`)", m.client.Socket())
@@ -92,11 +118,11 @@ func (m *member) status(ctx context.Context, mode string) (*tailscale.Status, er
 	if err != nil {
 		return nil, err
 	}
-	return &s, nil
+	return &status, nil
 }
 
-// look asks tailscaled for what status shows; nil where it does not answer.
-func (m *member) look(ctx context.Context) (*tailscale.Status, tailscale.Prefs) {
+// Look asks tailscaled for what status shows; nil where it does not answer.
+func (m *Member) Look(ctx context.Context) (*tailscale.Status, tailscale.Prefs) {
 	m.mu.Lock()
 	socket := m.socket
 	m.mu.Unlock()
@@ -115,15 +141,15 @@ func (m *member) look(ctx context.Context) (*tailscale.Status, tailscale.Prefs) 
 	return &s, p
 }
 
-// join makes sure that tailscaled is a running member of the tailnet.
-func (m *member) join(ctx context.Context, o observation) ([]string, error) {
-	if o.tailnetErr != nil {
-		return nil, o.tailnetErr
+// Join makes sure that tailscaled is a running member of the tailnet.
+func (m *Member) Join(ctx context.Context, s Seen) ([]string, error) {
+	if s.TailnetErr != nil {
+		return nil, s.TailnetErr
 	}
 	switch {
-	case running(o.tailnet) && m.cfg.Headscale.URL != "":
+	case s.Running() && m.cfg.Headscale.URL != "":
 		// One that is in already only notices where Headscale has moved. A host's tailscaled is not ours to move.
-		move := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Move: o.mode == config.ModeDaemon}
+		move := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Move: s.Mode == config.ModeDaemon}
 		err := m.client.Login(ctx, move)
 		if !errors.Is(err, tailscale.ErrNeedsKey) {
 			return nil, err
@@ -132,17 +158,17 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 			return nil, err
 		}
 		return []string{"moved to " + move.ControlURL}, reconcile.Waiting("has just moved")
-	case running(o.tailnet):
+	case s.Running():
 		return nil, nil
-	case o.tailnet.State == tailscale.Stopped && o.mode == config.ModeHost:
+	case s.Tailnet.State == tailscale.Stopped && s.Mode == config.ModeHost:
 		return nil, errStopped
-	case o.tailnet.State == tailscale.Starting || o.tailnet.State == tailscale.NoState:
+	case s.Tailnet.State == tailscale.Starting || s.Tailnet.State == tailscale.NoState:
 		return nil, reconcile.Waiting("tailscaled is starting")
 	case m.cfg.Headscale.URL == "":
 		return nil, errors.New("tailscaled is not logged in and headscale.url is empty: set it and a key, or run `tailscale up --login-server URL`")
 	}
-	if m.nodeName != "" && m.cfg.Tailscale.Hostname == "" && o.mode == config.ModeDaemon {
-		m.cfg.Tailscale.Hostname = m.nodeName
+	if m.cluster != nil && m.cfg.Tailscale.Hostname == "" && s.Mode == config.ModeDaemon {
+		m.cfg.Tailscale.Hostname = m.cluster.Node
 	}
 	if err := m.login(ctx, false); err != nil {
 		return nil, err
@@ -152,12 +178,12 @@ func (m *member) join(ctx context.Context, o observation) ([]string, error) {
 }
 
 // login joins with the credential, or with a key made by it. again joins anew where Headscale has forgotten the node.
-func (m *member) login(ctx context.Context, again bool) error {
+func (m *Member) login(ctx context.Context, again bool) error {
 	return m.loginWith(ctx, tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Hostname: m.cfg.Tailscale.Hostname, Again: again})
 }
 
-func (m *member) loginWith(ctx context.Context, opts tailscale.LoginOptions) error {
-	api, cred, err := m.headscale(ctx)
+func (m *Member) loginWith(ctx context.Context, opts tailscale.LoginOptions) error {
+	api, cred, err := m.headscale.Connect(ctx)
 	if errors.Is(err, config.ErrNoCredential) {
 		cred.Key, err = m.controllersKey(ctx, err)
 	}
@@ -174,7 +200,7 @@ func (m *member) loginWith(ctx context.Context, opts tailscale.LoginOptions) err
 }
 
 // mint makes a key to join with. It can be used more than once, since the retries of a join that fails use the same one.
-func (m *member) mint(ctx context.Context, api *headscale.Client) (secret.Secret, error) {
+func (m *Member) mint(ctx context.Context, api *headscale.Client) (secret.Secret, error) {
 	if time.Now().Before(m.mintedUntil) {
 		return m.minted, nil
 	}
@@ -188,46 +214,26 @@ func (m *member) mint(ctx context.Context, api *headscale.Client) (secret.Secret
 	return m.minted, nil
 }
 
-// headscale is a client for the REST API where the credential is an API key, else nil.
-func (m *member) headscale(ctx context.Context) (*headscale.Client, config.Credential, error) {
-	cred, err := m.cfg.Headscale.Credential(m.getenv)
-	if err != nil {
-		return nil, cred, err
-	}
-	api, err := headscale.New(headscale.Options{URL: m.cfg.Headscale.URL, Key: cred.Key, CAFile: m.cfg.Headscale.CAFile})
-	if err != nil {
-		return nil, cred, err
-	}
-	kind, err := api.Kind(ctx)
-	if err != nil {
-		return nil, cred, fmt.Errorf("%s: %w", cred.Source, err)
-	}
-	if kind != headscale.KindAPI {
-		return nil, cred, nil
-	}
-	return api, cred, nil
-}
-
-// approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what
+// Approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what
 // the policy lacks. While tailscaled says that they are routed, Headscale is not asked.
-func (m *member) approve(ctx context.Context, o observation, spec tailscale.PrefsSpec) (changed []string, err error) {
-	self := o.tailnet.Self
+func (m *Member) Approve(ctx context.Context, s Seen, spec tailscale.PrefsSpec) (changed []string, err error) {
+	self := s.Tailnet.Self
 	missing := netset.Without(spec.AdvertiseRoutes, self.Routes)
 	// Headscale tells the peers of an approval at once, the node itself with its next change.
 	confirmed := m.confirmed.key == self.NodeKey && len(netset.Without(missing, m.confirmed.routes)) == 0
-	if len(spec.DropRoutes) == 0 && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < fullCheck) {
+	if len(spec.DropRoutes) == 0 && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < lookInterval) {
 		return nil, nil
 	}
-	if m.cfg.Headscale.URL == "" && o.cluster == nil {
+	if m.cfg.Headscale.URL == "" && s.Cluster == nil {
 		return nil, m.cannotTell(missing, config.ErrNoCredential)
 	}
-	api, _, err := m.headscale(ctx)
+	api, _, err := m.headscale.Connect(ctx)
 	switch {
-	case errors.Is(err, config.ErrNoCredential) && o.cluster != nil:
+	case errors.Is(err, config.ErrNoCredential) && s.Cluster != nil:
 		if len(missing) == 0 {
 			return nil, nil // old routes of ours are the controller's to withdraw
 		}
-		return nil, m.approvedBy(o.cluster, self.NodeKey, missing)
+		return nil, m.approvedBy(s.Cluster, self.NodeKey, missing)
 	case errors.Is(err, config.ErrNoCredential):
 		return nil, m.cannotTell(missing, err)
 	case confirmed && errors.Is(err, headscale.ErrUnreachable):
@@ -241,7 +247,7 @@ func (m *member) approve(ctx context.Context, o observation, spec tailscale.Pref
 }
 
 // approveBy approves with an API key and remembers what Headscale then routes to us.
-func (m *member) approveBy(ctx context.Context, api *headscale.Client, key string, spec tailscale.PrefsSpec) (changed []string, err error) {
+func (m *Member) approveBy(ctx context.Context, api *headscale.Client, key string, spec tailscale.PrefsSpec) (changed []string, err error) {
 	node, err := api.NodeByKey(ctx, key)
 	if err != nil {
 		return nil, fmt.Errorf("approve our routes: %w", err)
@@ -279,7 +285,7 @@ func notApproved(missing []netip.Prefix, why error) error {
 // cannotTell: without an API key there is only what Headscale tells the node of itself. Its policy may have approved the
 // routes long ago: 0.29.3 tells the peers at once (a policy change), the node with the next change of its own, which may
 // take hours.
-func (m *member) cannotTell(missing []netip.Prefix, why error) error {
+func (m *Member) cannotTell(missing []netip.Prefix, why error) error {
 	if time.Since(m.advertisedAt) < approvalSettles {
 		return reconcile.Unseen{Err: reconcile.Waiting("the routes are advertised")}
 	}
@@ -288,26 +294,26 @@ func (m *member) cannotTell(missing []netip.Prefix, why error) error {
 		missing, why, missing[0])}
 }
 
-// watch pokes the loop when tailscaled changes in a way that concerns us.
-func (m *member) watch(ctx context.Context, poke func()) {
+// Watch calls changed when tailscaled changes in a way that concerns us, until ctx ends.
+func (m *Member) Watch(ctx context.Context, changed func()) {
 	m.follow(ctx, func(ctx context.Context, c *tailscale.Client) error {
 		return c.Watch(ctx, func(e tailscale.Event) {
 			if e.Connected || e.Lost != nil || e.State != "" || e.Prefs || e.Peers {
-				poke()
+				changed()
 			}
 		})
 	})
 }
 
-// rearm keeps WireGuard sessions alive over restarts of tailscaled, here and on peers.
-func (m *member) rearm(ctx context.Context, pinged func()) {
+// Rearm keeps WireGuard sessions alive over restarts of tailscaled, here and on peers.
+func (m *Member) Rearm(ctx context.Context, pinged func()) {
 	m.follow(ctx, func(ctx context.Context, c *tailscale.Client) error {
 		return c.Rearm(ctx, tailscale.RearmOptions{Log: m.log, Pinged: pinged})
 	})
 }
 
 // follow runs fn with a client for the current socket, again for each new socket, until ctx ends.
-func (m *member) follow(ctx context.Context, fn func(context.Context, *tailscale.Client) error) {
+func (m *Member) follow(ctx context.Context, fn func(context.Context, *tailscale.Client) error) {
 	for ctx.Err() == nil {
 		m.mu.Lock()
 		socket, changed := m.socket, m.changed
@@ -331,7 +337,25 @@ func (m *member) follow(ctx context.Context, fn func(context.Context, *tailscale
 		cancel()
 		if err != nil && !errors.Is(err, context.Canceled) {
 			m.log.Warn("follow tailscaled", "err", err)
-			reconcile.Sleep(ctx, retryMin)
+			reconcile.Sleep(ctx, followRetry)
 		}
 	}
 }
+
+// Prefs are tailscaled's now.
+func (m *Member) Prefs(ctx context.Context) (tailscale.Prefs, error) { return m.client.Prefs(ctx) }
+
+// EnsurePrefs makes tailscaled's prefs what spec says, and returns what it changed, also when it failed half-way.
+func (m *Member) EnsurePrefs(ctx context.Context, spec tailscale.PrefsSpec) ([]string, error) {
+	changes, err := m.client.EnsurePrefs(ctx, spec)
+	if len(changes) > 0 {
+		m.advertisedAt = time.Now()
+	}
+	return changes, err
+}
+
+// Routes are what Headscale last said that it routes to this node; nil where it was not asked.
+func (m *Member) Routes() []netip.Prefix { return m.confirmed.routes }
+
+// errStopped: the user's `tailscale down` is theirs to undo.
+var errStopped = errors.New("tailscaled is stopped: run `tailscale up`")

@@ -1,4 +1,4 @@
-package daemon
+package membership
 
 import (
 	"context"
@@ -23,22 +23,22 @@ const (
 	maxSkew = time.Minute
 )
 
-// check asks Headscale once per fullCheck, where there is an API key to ask with, whether it still knows this node, and
+// Check asks Headscale once per lookInterval, where there is an API key to ask with, whether it still knows this node, and
 // repairs what can be repaired: a node that was deleted behind our back goes on saying Running.
-func (m *member) check(ctx context.Context, o observation) ([]string, error) {
-	if m.cfg.Headscale.URL == "" || time.Since(m.checkedAt) < fullCheck {
+func (m *Member) Check(ctx context.Context, s Seen) ([]string, error) {
+	if m.cfg.Headscale.URL == "" || time.Since(m.checkedAt) < lookInterval {
 		return nil, m.warned
 	}
-	api, _, err := m.headscale(ctx)
+	api, _, err := m.headscale.Connect(ctx)
 	switch {
-	case errors.Is(err, config.ErrNoCredential) && o.cluster != nil:
-		return m.checkByView(ctx, o)
+	case errors.Is(err, config.ErrNoCredential) && s.Cluster != nil:
+		return m.checkByView(ctx, s)
 	case errors.Is(err, config.ErrNoCredential), err == nil && api == nil:
-		return nil, keyExpiry(o.tailnet.Self.KeyExpiry, time.Now()) // all that we can see
+		return nil, keyExpiry(s.Tailnet.Self.KeyExpiry, time.Now()) // all that we can see
 	case err != nil:
 		return nil, err
 	}
-	changes, err := m.known(ctx, api, o)
+	changes, err := m.known(ctx, api, s)
 	if err == nil {
 		err = keysAndClock(ctx, api)
 	}
@@ -50,10 +50,10 @@ func (m *member) check(ctx context.Context, o observation) ([]string, error) {
 }
 
 // known makes sure that Headscale knows the node and lets it stay.
-func (m *member) known(ctx context.Context, api *headscale.Client, o observation) ([]string, error) {
-	node, err := api.NodeByKey(ctx, o.tailnet.Self.NodeKey)
+func (m *Member) known(ctx context.Context, api *headscale.Client, s Seen) ([]string, error) {
+	node, err := api.NodeByKey(ctx, s.Tailnet.Self.NodeKey)
 	switch {
-	case errors.Is(err, headscale.ErrNotFound) && !m.ours(o.tailnet.Self):
+	case errors.Is(err, headscale.ErrNotFound) && !m.ours(s.Tailnet.Self):
 		return nil, errors.New("Headscale does not know this node any more: log it in again with `tailscale up --force-reauth`")
 	case errors.Is(err, headscale.ErrNotFound):
 		if err := m.login(ctx, true); err != nil {
@@ -74,7 +74,7 @@ func (m *member) known(ctx context.Context, api *headscale.Client, o observation
 }
 
 // ours reports whether the node joined with our tags, not as a user's machine.
-func (m *member) ours(self tailscale.Peer) bool {
+func (m *Member) ours(self tailscale.Peer) bool {
 	return slices.ContainsFunc(m.cfg.Tailscale.Tags, func(t string) bool { return slices.Contains(self.Tags, t) })
 }
 

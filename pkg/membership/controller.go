@@ -1,4 +1,4 @@
-package daemon
+package membership
 
 import (
 	"context"
@@ -25,21 +25,16 @@ const (
 	viewPatience = time.Minute
 )
 
-// inKubernetes lets the node join with the key that the controller makes.
-func (m *member) inKubernetes(k *nodeview.Watch) {
-	m.joinKey, m.nodeName = k.JoinKey, k.Node()
-}
-
 // controllersKey is what to join with where nothing else is given: in Kubernetes the controller's key.
-func (m *member) controllersKey(ctx context.Context, none error) (secret.Secret, error) {
-	if m.joinKey == nil {
+func (m *Member) controllersKey(ctx context.Context, none error) (secret.Secret, error) {
+	if m.cluster == nil {
 		return secret.Secret{}, none
 	}
-	return m.joinKey(ctx)
+	return m.cluster.JoinKey(ctx)
 }
 
 // approvedBy judges the controller's view of routes that tailscaled does not know to be routed.
-func (m *member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix) error {
+func (m *Member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix) error {
 	v, err := c.Controller(key)
 	switch {
 	case err != nil:
@@ -63,9 +58,9 @@ func (m *member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix
 }
 
 // checkByView is check where the controller asks Headscale for us.
-func (m *member) checkByView(ctx context.Context, o observation) ([]string, error) {
-	self := o.tailnet.Self
-	v, err := o.cluster.Controller(self.NodeKey)
+func (m *Member) checkByView(ctx context.Context, s Seen) ([]string, error) {
+	self := s.Tailnet.Self
+	v, err := s.Cluster.Controller(self.NodeKey)
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +71,7 @@ func (m *member) checkByView(ctx context.Context, o observation) ([]string, erro
 		}
 		return nil, keyExpiry(self.KeyExpiry, time.Now())
 	}
-	if o.mode == config.ModeHost {
+	if s.Mode == config.ModeHost {
 		return nil, errors.New("Headscale does not know this node (deleted there, or another server than headcni-controller's): log it in " +
 			"again with `tailscale up --force-reauth`")
 	}

@@ -1,4 +1,4 @@
-package daemon
+package membership
 
 import (
 	"errors"
@@ -12,8 +12,8 @@ import (
 // A warning stands until the next look: Headscale is not asked with each pass.
 func TestCheckKeepsWarnings(t *testing.T) {
 	warned := reconcile.Warning{Err: errors.New("the API key expires")}
-	m := &member{cfg: config.Config{Headscale: config.Headscale{URL: "http://127.0.0.1:1"}}, checkedAt: time.Now(), warned: warned}
-	if _, err := m.check(t.Context(), observation{}); !errors.Is(err, warned) {
+	m := &Member{cfg: config.Config{Headscale: config.Headscale{URL: "http://127.0.0.1:1"}}, checkedAt: time.Now(), warned: warned}
+	if _, err := m.Check(t.Context(), Seen{}); !errors.Is(err, warned) {
 		t.Errorf("%v, want %v", err, warned)
 	}
 }
