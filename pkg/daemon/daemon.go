@@ -18,10 +18,10 @@ import (
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/internal/filelock"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
-	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/membership"
@@ -39,7 +39,7 @@ const (
 	fullCheck = time.Minute
 	// settle is how long a burst of events is gathered before a pass.
 	settle = 100 * time.Millisecond
-	// spoolInterval is how often the spool of hints is looked at although nobody told of one.
+	// spoolInterval is how often the spool of finished commands is looked at although nobody told of one.
 	spoolInterval = 10 * time.Second
 	// poolsTimeout bounds the counting of leases for a scrape.
 	poolsTimeout = 5 * time.Second
@@ -170,7 +170,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		})
 	}
 	spoolErr := func(err error) { d.log.Warn("count what the plugin did", "err", err) }
-	if err := d.metrics.Keep(totalsPath(), hint.Spool(paths.DaemonSocket), spoolErr); err != nil {
+	if err := d.metrics.Keep(totalsPath(), cmdlog.Spool(paths.DaemonSocket), spoolErr); err != nil {
 		spoolErr(err) // pods matter more than their number
 	}
 	d.metrics.Pools(d.pools)
@@ -191,7 +191,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	})
 	hinted := make(chan struct{}, 1)
 	vital(func() error {
-		return hint.Serve(ctx, paths.DaemonSocket, func(hint.Hint) {
+		return cmdlog.Serve(ctx, paths.DaemonSocket, func(cmdlog.Record) {
 			select {
 			case hinted <- struct{}{}:
 			default: // one is waiting already
@@ -264,7 +264,7 @@ func (d *Daemon) pools() []monitoring.Pool {
 // totalsPath is where the metrics of the plugin are kept until the next boot.
 func totalsPath() string { return filepath.Join(paths.RunDir, "metrics.json") }
 
-// count takes hints out of the spool soon after each, and now and then for those that came without a word.
+// count takes finished commands out of the spool soon after each, and now and then for those that came without a word.
 func (d *Daemon) count(ctx context.Context, hinted <-chan struct{}) {
 	for ctx.Err() == nil {
 		d.metrics.Fold()

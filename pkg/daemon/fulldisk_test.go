@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/hint"
 )
 
 // What a full disk keeps from being written is of use after the next start only: the node follows the cluster all the
@@ -53,7 +53,7 @@ func TestFullRunDisk(t *testing.T) {
 	c := testConfig(t)
 	nstest.FreshState(t)
 	makeRoom := nstest.FillDisk(t, paths.RunDir)
-	if err := os.Symlink("nowhere/hints", hint.Spool(paths.DaemonSocket)); err != nil { // nor can its folder be made
+	if err := os.Symlink("nowhere/hints", cmdlog.Spool(paths.DaemonSocket)); err != nil { // nor can its folder be made
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
-	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/install"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
@@ -108,7 +108,7 @@ func removeLeftovers(confDir string) error {
 // that still runs goes with it.
 func removeRunFiles() error {
 	err := errors.Join(atomicfile.Remove(paths.DaemonSocket), atomicfile.Remove(paths.APISocket), atomicfile.Remove(totalsPath()), atomicfile.Sweep(totalsPath()),
-		os.RemoveAll(hint.Spool(paths.DaemonSocket)), atomicfile.Remove(lockPath()))
+		os.RemoveAll(cmdlog.Spool(paths.DaemonSocket)), atomicfile.Remove(lockPath()))
 	if !tailscaled.Answers(paths.DaemonTailscaleSocket) {
 		err = errors.Join(err, atomicfile.Remove(paths.DaemonTailscaleSocket))
 	}

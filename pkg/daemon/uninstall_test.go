@@ -21,10 +21,10 @@ import (
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
-	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/install"
 )
 
@@ -62,7 +62,7 @@ func inhabit(t *testing.T, c config.Config, binDir string) {
 		filepath.Join(paths.TailscaleStateDir, "tailscaled.state"):            `{"_machinekey":"x"}`,
 		filepath.Join(paths.TailscaleStateDir, "profile-data/1/x"):            "x",
 		filepath.Join(paths.IPAMDir, conflist.NetworkName, "boot/10.244.1.2"): "x",
-		filepath.Join(hint.Spool(paths.DaemonSocket), "1-1"):                  "{}",
+		filepath.Join(cmdlog.Spool(paths.DaemonSocket), "1-1"):                "{}",
 		totalsPath(): "{}",
 		filepath.Join(paths.RunDir, ".metrics.json.1"): "{",
 		paths.DaemonTailscaleSocket:                    "",

@@ -7,7 +7,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// Metrics are the daemon's. The four of the specification are counted from the plugin's hints, see Keep.
+// Metrics are the daemon's. The four of the specification are counted from the plugin's records, see Keep.
 type Metrics struct {
 	registry *prometheus.Registry
 
@@ -61,7 +61,7 @@ func NewMetrics(version string) *Metrics {
 	return m
 }
 
-// Keep counts the plugin's hints from the spool from now on, and goes on from what an earlier daemon kept at path. log is
+// Keep counts the plugin's records from the spool from now on, and goes on from what an earlier daemon kept at path. log is
 // told of what goes wrong.
 func (m *Metrics) Keep(path, spool string, log func(error)) error {
 	m.plugin.log = log

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -51,15 +51,15 @@ func TestServe(t *testing.T) {
 	m := NewMetrics("v1")
 	v4, v6 := netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")
 	socket := filepath.Join(t.TempDir(), "daemon.sock")
-	if err := m.Keep(filepath.Join(t.TempDir(), "metrics.json"), hint.Spool(socket), func(err error) { t.Error(err) }); err != nil {
+	if err := m.Keep(filepath.Join(t.TempDir(), "metrics.json"), cmdlog.Spool(socket), func(err error) { t.Error(err) }); err != nil {
 		t.Fatal(err)
 	}
-	for _, h := range []hint.Hint{
+	for _, h := range []cmdlog.Record{
 		{Command: "ADD", Addrs: []netip.Addr{v4, v6}, Duration: 5 * time.Millisecond},
 		{Command: "ADD", ErrorCode: 11, Stage: "gate"},
 		{Command: "DEL", Addrs: []netip.Addr{v4}},
 	} {
-		if err := hint.Send(socket, h); !errors.Is(err, os.ErrNotExist) { // nobody listens: spooled all the same
+		if err := cmdlog.Send(socket, h); !errors.Is(err, os.ErrNotExist) { // nobody listens: spooled all the same
 			t.Fatal(err)
 		}
 	}

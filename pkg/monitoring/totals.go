@@ -13,17 +13,17 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/headcni/headcni/internal/atomicfile"
-	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/cmdlog"
 )
 
-// batch bounds how many hints are counted in one step.
+// batch bounds how many records are counted in one step.
 const batch = 1024
 
 // setupBuckets are the upper bounds of the histogram of ADD, in seconds.
 var setupBuckets = prometheus.ExponentialBuckets(0.001, 2, 14)
 
 // totals are the four metrics of the specification. A restart of the daemon loses none of them: they are kept on the
-// tmpfs on which the hints are, until the next boot.
+// tmpfs on which the records are, until the next boot.
 type totals struct {
 	Allocations uint64            `json:"allocations"`
 	Releases    uint64            `json:"releases"`
@@ -31,7 +31,7 @@ type totals struct {
 	// Setups counts ADDs by the bucket that they fell into; what is longer than the last bound is in one more.
 	Setups   []uint64 `json:"setups"`
 	SetupSum float64  `json:"setupSeconds"`
-	// Counted are hints in these totals whose files may still be in the spool.
+	// Counted are records in these totals whose files may still be in the spool.
 	Counted []string `json:"counted,omitempty"`
 }
 
@@ -49,23 +49,23 @@ func (t totals) clone() totals {
 }
 
 // add counts one finished command of the CNI plugin.
-func (t *totals) add(h hint.Hint) {
+func (t *totals) add(r cmdlog.Record) {
 	switch {
-	case h.ErrorCode != 0 && h.Stage != "":
-		t.Errors[h.Stage]++
-	case h.ErrorCode != 0:
+	case r.ErrorCode != 0 && r.Stage != "":
+		t.Errors[r.Stage]++
+	case r.ErrorCode != 0:
 		t.Errors["other"]++
-	case h.Command == "ADD":
-		t.Allocations += uint64(len(h.Addrs))
-		i, _ := slices.BinarySearch(setupBuckets, h.Duration.Seconds())
+	case r.Command == "ADD":
+		t.Allocations += uint64(len(r.Addrs))
+		i, _ := slices.BinarySearch(setupBuckets, r.Duration.Seconds())
 		t.Setups[i]++
-		t.SetupSum += h.Duration.Seconds()
-	case h.Command == "DEL":
-		t.Releases += uint64(len(h.Addrs))
+		t.SetupSum += r.Duration.Seconds()
+	case r.Command == "DEL":
+		t.Releases += uint64(len(r.Addrs))
 	}
 }
 
-// book holds the totals and where they are kept: in path, from the hints in spool; both "" = in memory only.
+// book holds the totals and where they are kept: in path, from the records in spool; both "" = in memory only.
 type book struct {
 	path, spool string
 	log         func(error)
@@ -80,7 +80,7 @@ func (b *book) open(path, spool string) error {
 	defer b.mu.Unlock()
 	b.path, b.spool = path, spool
 	if err := os.MkdirAll(spool, 0o700); err != nil {
-		return fmt.Errorf("make the spool of hints: %w", err)
+		return fmt.Errorf("make the spool of records: %w", err)
 	}
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -96,18 +96,18 @@ func (b *book) open(path, spool string) error {
 	return nil
 }
 
-// fold counts what is in the spool. Killed between any two steps it counts nothing twice and leaves out nothing: a hint is
+// fold counts what is in the spool. Killed between any two steps it counts nothing twice and leaves out nothing: a record is
 // in the kept totals from the rename on, and its name beside it until its file is gone.
 func (b *book) fold() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for b.spool != "" {
-		if err := hint.RemoveSpooled(b.spool, b.t.Counted); err != nil {
-			return fmt.Errorf("take hints out of the spool: %w", err)
+		if err := cmdlog.RemoveSpooled(b.spool, b.t.Counted); err != nil {
+			return fmt.Errorf("take records out of the spool: %w", err)
 		}
-		found, err := hint.ReadSpool(b.spool, batch)
+		found, err := cmdlog.ReadSpool(b.spool, batch)
 		if err != nil {
-			return fmt.Errorf("read the spool of hints: %w", err)
+			return fmt.Errorf("read the spool of records: %w", err)
 		}
 		if len(found) == 0 {
 			return nil
@@ -115,7 +115,7 @@ func (b *book) fold() error {
 		next := b.t.clone()
 		next.Counted = nil
 		for _, s := range found {
-			next.add(s.Hint)
+			next.add(s.Record)
 			next.Counted = append(next.Counted, s.Name)
 		}
 		if err := b.keep(next); err != nil {
@@ -125,7 +125,7 @@ func (b *book) fold() error {
 	return nil
 }
 
-// change counts what no hint tells.
+// change counts what no record tells.
 func (b *book) change(do func(*totals)) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -10,13 +10,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/headcni/headcni/pkg/hint"
+	"github.com/headcni/headcni/pkg/cmdlog"
 )
 
 func openBook(t *testing.T, dir string) *book {
 	t.Helper()
 	b := &book{t: newTotals(), log: func(err error) { t.Error(err) }}
-	if err := b.open(filepath.Join(dir, "metrics.json"), hint.Spool(filepath.Join(dir, "daemon.sock"))); err != nil {
+	if err := b.open(filepath.Join(dir, "metrics.json"), cmdlog.Spool(filepath.Join(dir, "daemon.sock"))); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -25,24 +25,24 @@ func openBook(t *testing.T, dir string) *book {
 // A daemon may die between any two steps of fold. Each state that this can leave is made here from the files before and
 // after, and the next daemon has to come to the same totals.
 func TestFoldCountsOnceWhateverWasKilled(t *testing.T) {
-	for _, died := range []string{"before", "totals half written", "totals written", "some hints removed", "after"} {
+	for _, died := range []string{"before", "totals half written", "totals written", "some records removed", "after"} {
 		t.Run(died, func(t *testing.T) {
 			dir := t.TempDir()
-			spool := hint.Spool(filepath.Join(dir, "daemon.sock"))
+			spool := cmdlog.Spool(filepath.Join(dir, "daemon.sock"))
 			first := openBook(t, dir)
 			send(t, dir, 7)
 			if err := first.fold(); err != nil {
 				t.Fatal(err)
 			}
 			send(t, dir, 5)
-			found, err := hint.ReadSpool(spool, batch)
+			found, err := cmdlog.ReadSpool(spool, batch)
 			if err != nil || len(found) != 5 {
-				t.Fatalf("%d hints, %v", len(found), err)
+				t.Fatalf("%d records, %v", len(found), err)
 			}
 			next := first.t.clone()
 			next.Counted = nil
 			for _, s := range found {
-				next.add(s.Hint)
+				next.add(s.Record)
 				next.Counted = append(next.Counted, s.Name)
 			}
 			switch died {
@@ -50,12 +50,12 @@ func TestFoldCountsOnceWhateverWasKilled(t *testing.T) {
 				if err := os.WriteFile(first.path+".new", []byte(`{"alloc`), 0o600); err != nil {
 					t.Fatal(err)
 				}
-			case "totals written", "some hints removed", "after":
+			case "totals written", "some records removed", "after":
 				if err := first.keep(next); err != nil {
 					t.Fatal(err)
 				}
-				gone := map[string]int{"some hints removed": 2, "after": 5}[died]
-				if err := hint.RemoveSpooled(spool, next.Counted[:gone]); err != nil {
+				gone := map[string]int{"some records removed": 2, "after": 5}[died]
+				if err := cmdlog.RemoveSpooled(spool, next.Counted[:gone]); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -69,7 +69,7 @@ func TestFoldCountsOnceWhateverWasKilled(t *testing.T) {
 			if second.t.Allocations != 13 || second.t.Setups[0] != 13 {
 				t.Errorf("%d allocations, %v; want 13", second.t.Allocations, second.t.Setups)
 			}
-			if left, err := hint.ReadSpool(spool, batch); err != nil || len(left) != 0 {
+			if left, err := cmdlog.ReadSpool(spool, batch); err != nil || len(left) != 0 {
 				t.Errorf("left: %v, %v", left, err)
 			}
 		})
@@ -79,15 +79,15 @@ func TestFoldCountsOnceWhateverWasKilled(t *testing.T) {
 func send(t *testing.T, dir string, n int) {
 	t.Helper()
 	for i := range n {
-		h := hint.Hint{Command: "ADD", ContainerID: fmt.Sprint(i), Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Duration: time.Microsecond}
-		_ = hint.Send(filepath.Join(dir, "daemon.sock"), h) // nobody listens
+		h := cmdlog.Record{Command: "ADD", ContainerID: fmt.Sprint(i), Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Duration: time.Microsecond}
+		_ = cmdlog.Send(filepath.Join(dir, "daemon.sock"), h) // nobody listens
 	}
 }
 
 func TestTotals(t *testing.T) {
 	got := newTotals()
 	one := []netip.Addr{netip.MustParseAddr("10.0.0.1")}
-	for _, h := range []hint.Hint{
+	for _, h := range []cmdlog.Record{
 		{Command: "ADD", Addrs: one, Duration: time.Millisecond}, {Command: "ADD", Addrs: one, Duration: time.Hour},
 		{Command: "ADD", ErrorCode: 7, Addrs: one}, {Command: "DEL", ErrorCode: 101, Stage: "detach"}, {Command: "DEL", Addrs: one}, {},
 	} {

@@ -14,8 +14,8 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/cnimain"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config/netconf"
-	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
@@ -47,8 +47,8 @@ type Plugin struct {
 	Node  Node
 	// Addresses chooses the IPAM plugin for a request.
 	Addresses func(*Request) (Addresses, error)
-	// Hint tells the daemon. Its failure changes nothing.
-	Hint   func(socket string, h hint.Hint) error
+	// Record tells the daemon of a finished command. Its failure changes nothing.
+	Record func(socket string, r cmdlog.Record) error
 	Stdout io.Writer
 	Stderr io.Writer
 	Start  time.Time
@@ -58,7 +58,7 @@ type Plugin struct {
 func New(start time.Time) *Plugin {
 	kernel := &podlink.Handle{} // open until the program ends
 	return &Plugin{
-		Links: kernel, Node: kernel, Addresses: addressesFor(kernel, kernel), Hint: hint.Send,
+		Links: kernel, Node: kernel, Addresses: addressesFor(kernel, kernel), Record: cmdlog.Send,
 		Stdout: os.Stdout, Stderr: os.Stderr, Start: start,
 	}
 }
@@ -75,8 +75,8 @@ type Request struct {
 	Args        Args
 	Log         *slog.Logger
 
-	stage stage
-	hint  hint.Hint
+	stage  stage
+	record cmdlog.Record
 }
 
 // begin reads the configuration and CNI_ARGS. On an error the Request is still good for what DEL needs.
@@ -95,7 +95,7 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 	if ignored := r.Config.Ignored; len(ignored) > 0 {
 		r.Log.Info("ignored keys of the configuration that are not headcni's", "keys", ignored)
 	}
-	r.hint = hint.Hint{
+	r.record = cmdlog.Record{
 		Command: command, ContainerID: a.ContainerID, IfName: a.IfName,
 		PodNamespace: r.Args.PodNamespace, PodName: r.Args.PodName,
 		HostIfName: podlink.Name(a.ContainerID, a.IfName),
@@ -108,13 +108,13 @@ func (p *Plugin) finish(r *Request, err error) error {
 	var failed error
 	if err != nil {
 		e := cniError(r.stage, err)
-		failed, r.hint.ErrorCode, r.hint.Stage = e, e.Code, string(r.stage)
+		failed, r.record.ErrorCode, r.record.Stage = e, e.Code, string(r.stage)
 	}
-	r.hint.Duration = time.Since(p.Start)
-	r.Log.Debug("done", "duration", r.hint.Duration, "code", r.hint.ErrorCode, "err", err)
+	r.record.Duration = time.Since(p.Start)
+	r.Log.Debug("done", "duration", r.record.Duration, "code", r.record.ErrorCode, "err", err)
 	if r.Command == "ADD" || r.Command == "DEL" {
-		if err := p.Hint(r.Config.DaemonSocket, r.hint); err != nil {
-			r.Log.Debug("no hint to the daemon", "err", err) // it is a help, not a need
+		if err := p.Record(r.Config.DaemonSocket, r.record); err != nil {
+			r.Log.Debug("the daemon was not told of the command", "err", err) // it is for metrics only
 		}
 	}
 	return failed
@@ -179,7 +179,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 	if err != nil {
 		return err
 	}
-	r.hint.Addrs = pod.Addrs
+	r.record.Addrs = pod.Addrs
 	r.stage = stageAttach
 	links, err := p.Links.Attach(r.Log, netns, pod)
 	if err != nil {
@@ -228,8 +228,8 @@ func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, addresses Add
 	}
 	r.stage = stageIPAM
 	released, err := addresses.Del(ctx)
-	if r.hint.Addrs = released; len(released) == 0 && removed && err == nil {
-		r.hint.Addrs = r.previousAddrs() // what the IPAM plugin does not tell
+	if r.record.Addrs = released; len(released) == 0 && removed && err == nil {
+		r.record.Addrs = r.previousAddrs() // what the IPAM plugin does not tell
 	}
 	return err
 }

@@ -21,8 +21,8 @@ import (
 	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/jsonobj"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config/netconf"
-	"github.com/headcni/headcni/pkg/hint"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
@@ -90,11 +90,11 @@ func (k *fakeKernel) Sweep(_ string, keep func(string) bool) (left []string, err
 // bench is a plugin on a fake kernel and a real address pool.
 type bench struct {
 	*Plugin
-	kernel *fakeKernel
-	dir    string
-	out    *bytes.Buffer
-	log    *bytes.Buffer
-	hints  []hint.Hint
+	kernel  *fakeKernel
+	dir     string
+	out     *bytes.Buffer
+	log     *bytes.Buffer
+	records []cmdlog.Record
 }
 
 func newBench(t *testing.T) *bench {
@@ -102,8 +102,8 @@ func newBench(t *testing.T) *bench {
 	b := &bench{kernel: k, dir: t.TempDir(), out: &bytes.Buffer{}, log: &bytes.Buffer{}}
 	b.Plugin = &Plugin{
 		Links: k, Node: k, Addresses: addressesFor(k, k), Stdout: b.out, Stderr: b.log, Start: time.Now(),
-		Hint: func(_ string, h hint.Hint) error {
-			b.hints = append(b.hints, h)
+		Record: func(_ string, r cmdlog.Record) error {
+			b.records = append(b.records, r)
 			return errors.New("no daemon")
 		},
 	}
@@ -183,8 +183,8 @@ func TestAddAndDel(t *testing.T) {
 	if len(leases) != 1 || leases[0].Writer != ipam.InProcess || leases[0].PodName != "web" {
 		t.Errorf("leases: %+v", leases)
 	}
-	if h := b.hints[0]; h.Command != "ADD" || h.ErrorCode != 0 || len(h.Addrs) != 2 || h.PodName != "web" || h.HostIfName == "" || h.Duration <= 0 {
-		t.Errorf("hint: %+v", h)
+	if h := b.records[0]; h.Command != "ADD" || h.ErrorCode != 0 || len(h.Addrs) != 2 || h.PodName != "web" || h.HostIfName == "" || h.Duration <= 0 {
+		t.Errorf("record: %+v", h)
 	}
 	for range 2 {
 		a := b.args(t, "c1", "")
@@ -195,8 +195,8 @@ func TestAddAndDel(t *testing.T) {
 		b.empty(t)
 	}
 	// The daemon counts what was given back; the second DEL gave nothing.
-	if first, second := b.hints[1], b.hints[2]; first.Command != "DEL" || len(first.Addrs) != 2 || len(second.Addrs) != 0 || second.ErrorCode != 0 {
-		t.Errorf("hints: %+v, %+v", first, second)
+	if first, second := b.records[1], b.records[2]; first.Command != "DEL" || len(first.Addrs) != 2 || len(second.Addrs) != 0 || second.ErrorCode != 0 {
+		t.Errorf("records: %+v, %+v", first, second)
 	}
 	if b.log.Len() > 0 {
 		t.Errorf("steady state logs: %s", b.log)
@@ -237,8 +237,8 @@ func TestAddFailsAtEachStep(t *testing.T) {
 			if text := fails(t, b.Add(bg, b.args(t, "c1", tt.keys)), tt.code); !strings.Contains(text, tt.want) {
 				t.Errorf("got %q, want %q in it", text, tt.want)
 			}
-			if h := b.hints[0]; h.ErrorCode != tt.code || h.Stage != tt.stage {
-				t.Errorf("hint: code %d stage %q, want %d %q", h.ErrorCode, h.Stage, tt.code, tt.stage)
+			if h := b.records[0]; h.ErrorCode != tt.code || h.Stage != tt.stage {
+				t.Errorf("record: code %d stage %q, want %d %q", h.ErrorCode, h.Stage, tt.code, tt.stage)
 			}
 			b.empty(t)
 		})
@@ -547,8 +547,8 @@ func TestStatus(t *testing.T) {
 	b.kernel.links["hc"] = podlink.Pod{}
 	fails(t, b.Status(bg, b.args(t, "", "")), types.ErrLimitedConnectivity)
 	fails(t, b.Status(bg, b.args(t, "", `{"mut":1}`)), 2)
-	if len(b.hints) > 0 {
-		t.Errorf("STATUS sends hints: %v", b.hints)
+	if len(b.records) > 0 {
+		t.Errorf("STATUS sends records: %v", b.records)
 	}
 }
 
@@ -719,7 +719,7 @@ func TestDelegate(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if got := fmt.Sprint(b.hints[1].Addrs, b.hints[2].Addrs); got != "[10.9.0.5] []" {
+		if got := fmt.Sprint(b.records[1].Addrs, b.records[2].Addrs); got != "[10.9.0.5] []" {
 			t.Errorf("got %s", got)
 		}
 	})
@@ -841,7 +841,7 @@ func TestPorts(t *testing.T) {
 		if got := calls(dir); got != "ADD,DEL" {
 			t.Errorf("calls: %s", got)
 		}
-		if stage := b.hints[0].Stage; stage != "ports" {
+		if stage := b.records[0].Stage; stage != "ports" {
 			t.Errorf("the daemon hears of %q", stage)
 		}
 		b.empty(t)

@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/hint"
 )
 
 // hostLocal is the reference IPAM object, with its leases on the same tmpfs as ours.
@@ -162,26 +162,26 @@ func openGate(b *testing.B, subnets ...string) {
 	b.Cleanup(func() { nft("delete") })
 }
 
-// listen stands in for the daemon: it takes hints from the socket and the spool.
+// listen stands in for the daemon: it takes records out of the spool when it is woken.
 func listen(b *testing.B, socket string) {
 	b.Helper()
-	spool := hint.Spool(socket)
+	spool := cmdlog.Spool(socket)
 	if err := os.MkdirAll(spool, 0o700); err != nil {
 		b.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done, heard := make(chan error), 0
-	take := func(hint.Hint) {
+	take := func(cmdlog.Record) {
 		heard++
-		got, err := hint.ReadSpool(spool, 1000)
+		got, err := cmdlog.ReadSpool(spool, 1000)
 		for _, h := range got {
-			err = errors.Join(err, hint.RemoveSpooled(spool, []string{h.Name}))
+			err = errors.Join(err, cmdlog.RemoveSpooled(spool, []string{h.Name}))
 		}
 		if err != nil {
 			b.Error(err)
 		}
 	}
-	go func() { done <- hint.Serve(ctx, socket, take) }()
+	go func() { done <- cmdlog.Serve(ctx, socket, take) }()
 	b.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil || heard == 0 {

@@ -28,7 +28,7 @@ var phases = []phase{
 	{"the host's end: up, neighbour, route", regexp.MustCompile(`^sendto\(.*RTM_SETLINK`)},
 	{"the pod's end: up, address, neighbour, route", regexp.MustCompile(`^setns\(`)},
 	{"look at the carrier, render the result", regexp.MustCompile(`^sendto\(.*RTM_GETLINK`)},
-	{"write the result, hint to the daemon", regexp.MustCompile(`^write\(1, `)},
+	{"write the result, record for the daemon", regexp.MustCompile(`^write\(1, `)},
 	{"end of the process", regexp.MustCompile(`^exit_group\(`)},
 }
 

@@ -33,7 +33,7 @@ var level = map[string]int{
 	"pkg/logging":      2,
 	"pkg/reconcile":    2,
 	// What the plugin tells the daemon: a type that more than one package speaks.
-	"pkg/hint": 2,
+	"pkg/cmdlog": 2,
 
 	"pkg/dns":                   3,
 	"pkg/headscale":             3,

@@ -14,7 +14,7 @@ const (
 
 	// RunDir is on a tmpfs and holds sockets.
 	RunDir = "/run/headcni"
-	// DaemonSocket takes hints from the CNI plugin.
+	// DaemonSocket is where the CNI plugin wakes the daemon.
 	DaemonSocket = RunDir + "/daemon.sock"
 	// APISocket answers what the daemon knows of its node, to root alone.
 	APISocket = RunDir + "/api.sock"

@@ -1,4 +1,4 @@
-package hint
+package cmdlog
 
 import (
 	"context"
@@ -31,10 +31,10 @@ func TestDeadDaemonsSocketCostsNothing(t *testing.T) {
 	}
 	l.SetUnlinkOnClose(false)
 	l.Close()
-	if err := Send(socket, Hint{Command: "ADD"}); !errors.Is(err, syscall.ECONNREFUSED) {
+	if err := Send(socket, Record{Command: "ADD"}); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("sent to nobody: %v", err)
 	}
-	if found, err := ReadSpool(dir, 9); err != nil || len(found) != 1 || found[0].Hint.Command != "ADD" {
+	if found, err := ReadSpool(dir, 9); err != nil || len(found) != 1 || found[0].Record.Command != "ADD" {
 		t.Errorf("spool: %v, %v", found, err)
 	}
 }
@@ -54,7 +54,7 @@ func TestSleepingDaemonIsNotWaitedFor(t *testing.T) {
 	if !errors.Is(refused, syscall.EAGAIN) {
 		t.Errorf("nobody takes them, but got %v", refused)
 	}
-	if err := Send(socket, Hint{Command: "ADD"}); !errors.Is(err, syscall.EAGAIN) {
+	if err := Send(socket, Record{Command: "ADD"}); !errors.Is(err, syscall.EAGAIN) {
 		t.Errorf("sent: %v", err)
 	}
 	if found, err := ReadSpool(dir, 9); err != nil || len(found) != 1 {
@@ -65,16 +65,16 @@ func TestSleepingDaemonIsNotWaitedFor(t *testing.T) {
 func TestServeTakes(t *testing.T) {
 	socket, _ := spoolFor(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	taken, ended := make(chan Hint, 1), make(chan error, 1)
-	go func() { ended <- Serve(ctx, socket, func(h Hint) { taken <- h }) }()
+	taken, ended := make(chan Record, 1), make(chan error, 1)
+	go func() { ended <- Serve(ctx, socket, func(r Record) { taken <- r }) }()
 	for {
-		if err := Send(socket, Hint{Command: "DEL", ContainerID: "c"}); err == nil {
+		if err := Send(socket, Record{Command: "DEL", ContainerID: "c"}); err == nil {
 			break
 		}
 		time.Sleep(time.Millisecond) // until it listens
 	}
-	if h := <-taken; h.ContainerID != "c" {
-		t.Errorf("took %+v", h)
+	if r := <-taken; r.ContainerID != "c" {
+		t.Errorf("took %+v", r)
 	}
 	cancel()
 	if err := <-ended; err != nil {
@@ -83,15 +83,15 @@ func TestServeTakes(t *testing.T) {
 }
 
 func TestEncode(t *testing.T) {
-	for _, h := range []Hint{{}, {
+	for _, r := range []Record{{}, {
 		Command: "ADD", ContainerID: "c", IfName: "eth0", PodNamespace: "ns", PodName: "web", HostIfName: "hc0",
 		Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}, Duration: 12345, ErrorCode: 11, Stage: "gate",
 	}} {
-		want, err := json.Marshal(h)
+		want, err := json.Marshal(r)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := h.encode(); string(got) != string(want) {
+		if got := r.encode(); string(got) != string(want) {
 			t.Errorf("got %s, want %s", got, want)
 		}
 	}
@@ -114,12 +114,12 @@ func TestSpoolIsBounded(t *testing.T) {
 		}
 	}
 	if !errors.Is(full, errFull) {
-		t.Fatalf("after %d hints: %v", tooMany, full)
+		t.Fatalf("after %d records: %v", tooMany, full)
 	}
 	if _, err := ReadSpool(dir, 1); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, ".left")); err == nil {
-		t.Error("an unfinished hint stays for good")
+		t.Error("an unfinished record stays for good")
 	}
 }

@@ -1,4 +1,4 @@
-package hint
+package cmdlog
 
 import (
 	"encoding/json"
@@ -15,20 +15,20 @@ import (
 
 const (
 	// maxSpool bounds the folder's own size in bytes, which one stat tells and which grows with its entries: on a tmpfs, where
-	// it usually is, by 20 for each. That is 8192 hints, half a day of a node that starts a pod each ten seconds.
+	// it usually is, by 20 for each. That is 8192 records, half a day of a node that starts a pod each ten seconds.
 	maxSpool = 20 * 8192
 	// leftoverAge is when a file that is still being written is one that was not finished.
 	leftoverAge = time.Minute
 )
 
-// errFull means that nobody has taken hints for long.
+// errFull means that nobody has taken records for long.
 var errFull = errors.New("the spool is full")
 
-// Spool is the folder of hints that have not been counted, beside the daemon's socket. Every hint goes there first: what
+// Spool is the folder of records that have not been counted, beside the daemon's socket. Every record goes there first: what
 // is in it has not been counted, what has been is not, whoever was killed meanwhile.
 func Spool(socket string) string { return filepath.Join(filepath.Dir(socket), "hints") }
 
-// spool puts a hint into the folder, whole or not at all. Where there is no folder no daemon has ever run. It is a tmpfs:
+// spool puts a record into the folder, whole or not at all. Where there is no folder no daemon has ever run. It is a tmpfs:
 // nothing is synced.
 func spool(dir string, b []byte) (err error) {
 	info, err := os.Stat(dir)
@@ -59,13 +59,13 @@ func write(path string, b []byte) error {
 	return errors.Join(err, unix.Close(fd))
 }
 
-// Spooled is a hint in the spool and the name of its file. Hint is zero where the file cannot be understood.
+// Spooled is a record in the spool and the name of its file. Record is zero where the file cannot be understood.
 type Spooled struct {
-	Name string
-	Hint Hint
+	Name   string
+	Record Record
 }
 
-// ReadSpool reads up to limit hints, and removes what killed plugins did not finish.
+// ReadSpool reads up to limit records, and removes what killed plugins did not finish.
 func ReadSpool(dir string, limit int) ([]Spooled, error) {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, os.ErrNotExist) {
@@ -91,13 +91,13 @@ func ReadSpool(dir string, limit int) ([]Spooled, error) {
 			return out, err
 		}
 		s := Spooled{Name: e.Name()}
-		_ = json.Unmarshal(b, &s.Hint) // of another version, then: not understood
+		_ = json.Unmarshal(b, &s.Record) // of another version, then: not understood
 		out = append(out, s)
 	}
 	return out, nil
 }
 
-// RemoveSpooled removes hints that have been counted.
+// RemoveSpooled removes records that have been counted.
 func RemoveSpooled(dir string, names []string) error {
 	var errs []error
 	for _, name := range names {

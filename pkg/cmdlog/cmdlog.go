@@ -1,6 +1,7 @@
-// Package hint carries what the short-lived CNI plugin did to the daemon: by a file, which is what the daemon counts, and
-// over a Unix socket, which makes it look at once. No pod depends on it: a lost hint never fails an ADD or a DEL.
-package hint
+// Package cmdlog carries records of finished CNI commands from the short-lived plugin to the daemon, which counts them: by
+// files in a spool, and over a Unix socket, which makes the daemon look at once. No pod depends on it: a lost record never
+// fails an ADD or a DEL.
+package cmdlog
 
 import (
 	"context"
@@ -20,11 +21,11 @@ import (
 // readWait is how long the daemon waits for what a plugin that has connected sends: it sends at once.
 const readWait = 200 * time.Millisecond
 
-// maxSize bounds a hint on the wire, in bytes.
+// maxSize bounds a record on the wire, in bytes.
 const maxSize = 16 << 10
 
-// Hint is one finished plugin command. On the wire it is one JSON object in one SOCK_SEQPACKET packet, without an answer.
-type Hint struct {
+// Record is one finished plugin command. On the wire it is one JSON object in one SOCK_SEQPACKET packet, without an answer.
+type Record struct {
 	Command      string        `json:"command"` // ADD or DEL
 	ContainerID  string        `json:"containerID"`
 	IfName       string        `json:"ifName"`
@@ -32,44 +33,44 @@ type Hint struct {
 	PodName      string        `json:"podName,omitempty"`
 	HostIfName   string        `json:"hostIfName,omitempty"`
 	Addrs        []netip.Addr  `json:"addrs,omitempty"`
-	Duration     time.Duration `json:"durationNs"`          // of the whole command, without the hint
+	Duration     time.Duration `json:"durationNs"`          // of the whole command, without the record
 	ErrorCode    uint          `json:"errorCode,omitempty"` // CNI error code, 0 = success
 	Stage        string        `json:"stage,omitempty"`     // what failed: config, gate, ipam, attach, ...
 }
 
 // encode writes what encoding/json would.
-func (h Hint) encode() []byte {
+func (r Record) encode() []byte {
 	var w jsonw.Writer
 	w.Begin('{')
 	w.Key("command")
-	w.String(h.Command)
+	w.String(r.Command)
 	w.Key("containerID")
-	w.String(h.ContainerID)
+	w.String(r.ContainerID)
 	w.Key("ifName")
-	w.String(h.IfName)
-	w.OptionalString("podNamespace", h.PodNamespace)
-	w.OptionalString("podName", h.PodName)
-	w.OptionalString("hostIfName", h.HostIfName)
-	addrs := make([]string, len(h.Addrs))
-	for i, a := range h.Addrs {
+	w.String(r.IfName)
+	w.OptionalString("podNamespace", r.PodNamespace)
+	w.OptionalString("podName", r.PodName)
+	w.OptionalString("hostIfName", r.HostIfName)
+	addrs := make([]string, len(r.Addrs))
+	for i, a := range r.Addrs {
 		addrs[i] = a.String()
 	}
 	w.OptionalStrings("addrs", addrs)
 	w.Key("durationNs")
-	w.Int(int64(h.Duration))
-	w.OptionalInt("errorCode", int64(h.ErrorCode))
-	w.OptionalString("stage", h.Stage)
+	w.Int(int64(r.Duration))
+	w.OptionalInt("errorCode", int64(r.ErrorCode))
+	w.OptionalString("stage", r.Stage)
 	w.End('}')
 	return w.Bytes()
 }
 
-// Send writes h into the spool and tells the daemon at socket. It waits for nobody: what the daemon counts is in the spool.
-func Send(socket string, h Hint) error {
-	b := h.encode()
+// Send writes r into the spool and tells the daemon at socket. It waits for nobody: what the daemon counts is in the spool.
+func Send(socket string, r Record) error {
+	b := r.encode()
 	return errors.Join(spool(Spool(socket), b), tell(socket, b))
 }
 
-// tell gives a hint to the daemon. The kernel says at once where none listens, and where one does not keep up.
+// tell gives a record to the daemon. The kernel says at once where none listens, and where one does not keep up.
 func tell(socket string, b []byte) error {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
@@ -82,9 +83,9 @@ func tell(socket string, b []byte) error {
 	return unix.Send(fd, b, unix.MSG_NOSIGNAL)
 }
 
-// Serve listens on socket (mode 0600) and calls take for each hint, one at a time, until ctx ends. A stale socket file is
+// Serve listens on socket (mode 0600) and calls take for each record, one at a time, until ctx ends. A stale socket file is
 // replaced.
-func Serve(ctx context.Context, socket string, take func(Hint)) error {
+func Serve(ctx context.Context, socket string, take func(Record)) error {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -112,7 +113,7 @@ func Serve(ctx context.Context, socket string, take func(Hint)) error {
 	}
 }
 
-func serve(c *net.UnixConn, take func(Hint)) {
+func serve(c *net.UnixConn, take func(Record)) {
 	defer c.Close()
 	if c.SetReadDeadline(time.Now().Add(readWait)) != nil {
 		return
@@ -122,8 +123,8 @@ func serve(c *net.UnixConn, take func(Hint)) {
 	if err != nil {
 		return // the plugin was killed
 	}
-	var h Hint
-	if json.Unmarshal(buf[:n], &h) == nil {
-		take(h)
+	var r Record
+	if json.Unmarshal(buf[:n], &r) == nil {
+		take(r)
 	}
 }
