@@ -1,11 +1,10 @@
-// Package cmdlog carries records of finished CNI commands from the short-lived plugin to the daemon, which counts them: by
-// files in a spool, and over a Unix socket, which makes the daemon look at once. No pod depends on it: a lost record never
-// fails an ADD or a DEL.
+// Package cmdlog carries records of finished CNI commands from the short-lived plugin to the daemon, which counts them. They
+// are files in a spool; a connection to the daemon's socket, on which nothing is said, makes it look at once. No pod depends
+// on it: a lost record never fails an ADD or a DEL.
 package cmdlog
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -18,13 +17,7 @@ import (
 	"github.com/headcni/headcni/internal/jsonw"
 )
 
-// readWait is how long the daemon waits for what a plugin that has connected sends: it sends at once.
-const readWait = 200 * time.Millisecond
-
-// maxSize bounds a record on the wire, in bytes.
-const maxSize = 16 << 10
-
-// Record is one finished plugin command. On the wire it is one JSON object in one SOCK_SEQPACKET packet, without an answer.
+// Record is one finished plugin command: a file of JSON in the spool.
 type Record struct {
 	Command      string        `json:"command"` // ADD or DEL
 	ContainerID  string        `json:"containerID"`
@@ -64,14 +57,13 @@ func (r Record) encode() []byte {
 	return w.Bytes()
 }
 
-// Send writes r into the spool and tells the daemon at socket. It waits for nobody: what the daemon counts is in the spool.
+// Send writes r into the spool and wakes the daemon at socket. It waits for nobody.
 func Send(socket string, r Record) error {
-	b := r.encode()
-	return errors.Join(spool(Spool(socket), b), tell(socket, b))
+	return errors.Join(spool(Spool(socket), r.encode()), wake(socket))
 }
 
-// tell gives a record to the daemon. The kernel says at once where none listens, and where one does not keep up.
-func tell(socket string, b []byte) error {
+// wake connects to the daemon. The kernel says at once where none listens, and where one does not keep up.
+func wake(socket string) error {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return err
@@ -80,12 +72,12 @@ func tell(socket string, b []byte) error {
 	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket}); err != nil {
 		return fmt.Errorf("connect to %s: %w", socket, err)
 	}
-	return unix.Send(fd, b, unix.MSG_NOSIGNAL)
+	return nil
 }
 
-// Serve listens on socket (mode 0600) and calls take for each record, one at a time, until ctx ends. A stale socket file is
-// replaced.
-func Serve(ctx context.Context, socket string, take func(Record)) error {
+// Serve listens on socket (mode 0600) and calls woken after each Send, one call at a time, until ctx ends. A stale socket
+// file is replaced.
+func Serve(ctx context.Context, socket string, woken func()) error {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -109,22 +101,7 @@ func Serve(ctx context.Context, socket string, take func(Record)) error {
 			}
 			return err
 		}
-		serve(c, take)
-	}
-}
-
-func serve(c *net.UnixConn, take func(Record)) {
-	defer c.Close()
-	if c.SetReadDeadline(time.Now().Add(readWait)) != nil {
-		return
-	}
-	buf := make([]byte, maxSize)
-	n, err := c.Read(buf)
-	if err != nil {
-		return // the plugin was killed
-	}
-	var r Record
-	if json.Unmarshal(buf[:n], &r) == nil {
-		take(r)
+		c.Close() // what an older plugin says on it stands in the spool too
+		woken()
 	}
 }

@@ -49,10 +49,10 @@ func TestSleepingDaemonIsNotWaitedFor(t *testing.T) {
 	const sent = 10000 // more than the kernel queues
 	var refused error
 	for range sent {
-		refused = errors.Join(refused, tell(socket, []byte("{}")))
+		refused = errors.Join(refused, wake(socket))
 	}
 	if !errors.Is(refused, syscall.EAGAIN) {
-		t.Errorf("nobody takes them, but got %v", refused)
+		t.Errorf("nobody accepts, but got %v", refused)
 	}
 	if err := Send(socket, Record{Command: "ADD"}); !errors.Is(err, syscall.EAGAIN) {
 		t.Errorf("sent: %v", err)
@@ -62,19 +62,25 @@ func TestSleepingDaemonIsNotWaitedFor(t *testing.T) {
 	}
 }
 
-func TestServeTakes(t *testing.T) {
-	socket, _ := spoolFor(t)
+// The daemon that is woken finds the record in the spool.
+func TestServeIsWoken(t *testing.T) {
+	socket, dir := spoolFor(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	taken, ended := make(chan Record, 1), make(chan error, 1)
-	go func() { ended <- Serve(ctx, socket, func(r Record) { taken <- r }) }()
+	woken, ended := make(chan struct{}, 1), make(chan error, 1)
+	go func() { ended <- Serve(ctx, socket, func() { woken <- struct{}{} }) }()
 	for {
-		if err := Send(socket, Record{Command: "DEL", ContainerID: "c"}); err == nil {
+		if err := wake(socket); err == nil {
 			break
 		}
 		time.Sleep(time.Millisecond) // until it listens
 	}
-	if r := <-taken; r.ContainerID != "c" {
-		t.Errorf("took %+v", r)
+	<-woken
+	if err := Send(socket, Record{Command: "DEL", ContainerID: "c"}); err != nil {
+		t.Error(err)
+	}
+	<-woken
+	if found, err := ReadSpool(dir, 9); err != nil || len(found) != 1 || found[0].Record.ContainerID != "c" {
+		t.Errorf("woken, and the spool holds %v, %v", found, err)
 	}
 	cancel()
 	if err := <-ended; err != nil {

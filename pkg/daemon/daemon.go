@@ -189,16 +189,16 @@ func (d *Daemon) Run(ctx context.Context) error {
 			}
 		})
 	})
-	hinted := make(chan struct{}, 1)
+	finished := make(chan struct{}, 1)
 	vital(func() error {
-		return cmdlog.Serve(ctx, paths.DaemonSocket, func(cmdlog.Record) {
+		return cmdlog.Serve(ctx, paths.DaemonSocket, func() {
 			select {
-			case hinted <- struct{}{}:
+			case finished <- struct{}{}:
 			default: // one is waiting already
 			}
 		})
 	})
-	wg.Go(func() { d.count(ctx, hinted) })
+	wg.Go(func() { d.count(ctx, finished) })
 	d.watch(ctx, &wg)
 	if d.cluster != nil {
 		vital(func() error { return tailscaled.WatchMount(ctx) })
@@ -265,13 +265,13 @@ func (d *Daemon) pools() []monitoring.Pool {
 func totalsPath() string { return filepath.Join(paths.RunDir, "metrics.json") }
 
 // count takes finished commands out of the spool soon after each, and now and then for those that came without a word.
-func (d *Daemon) count(ctx context.Context, hinted <-chan struct{}) {
+func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 	for ctx.Err() == nil {
 		d.metrics.Fold()
 		select {
 		case <-ctx.Done():
 		case <-time.After(spoolInterval):
-		case <-hinted:
+		case <-finished:
 			reconcile.Sleep(ctx, settle)
 		}
 	}

@@ -171,7 +171,7 @@ func listen(b *testing.B, socket string) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done, heard := make(chan error), 0
-	take := func(cmdlog.Record) {
+	take := func() {
 		heard++
 		got, err := cmdlog.ReadSpool(spool, 1000)
 		for _, h := range got {
