@@ -239,6 +239,31 @@ func TestErrorsAndUndo(t *testing.T) {
 	wantCode(t, call{"STATUS", "", "", good}, types.ErrPluginNotAvailable, filepath.Dir(layouts[0]))
 }
 
+// TestAddsOfOneAtOnce: one gets the lease, the others fail and leave it alone.
+func TestAddsOfOneAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	c := conf("1.1.0", dir, dual, "")
+	for range 5 {
+		won := make(chan string, 4)
+		var wg sync.WaitGroup
+		for range cap(won) {
+			wg.Go(func() {
+				if out, err := (call{"ADD", "a", "", c}).run(t); err == nil {
+					won <- out
+				} else if err.Code != codeHasLease {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if len(won) != 1 {
+			t.Fatalf("%d won", len(won))
+		}
+		mustRun(t, call{"CHECK", "a", "", conf("1.1.0", dir, dual, `, "prevResult": `+<-won)})
+		mustRun(t, call{"DEL", "a", "", c})
+	}
+}
+
 func TestAddsAtOnce(t *testing.T) {
 	dir := t.TempDir()
 	c := conf("1.1.0", dir, `"subnet": "10.0.0.0/24", "strategy": "random"`, "")

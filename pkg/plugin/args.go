@@ -53,6 +53,18 @@ func parseArgs(s string) (a Args, err error) {
 	return a, err
 }
 
+// checkIfName refuses what the kernel would make something else of.
+func checkIfName(name string) error {
+	switch {
+	case strings.Contains(name, "%"):
+		// It would take it for a pattern and choose a name of its own (net/core/dev.c, dev_alloc_name).
+		return fmt.Errorf("%w CNI_IFNAME: %q: must not contain %%", errEnvironment, name)
+	case name == "all" || name == "default":
+		return fmt.Errorf("%w CNI_IFNAME: %q: sysctls of that name are all interfaces'; choose another", errEnvironment, name)
+	}
+	return nil
+}
+
 // requestedIPs follows CNI's conventions: what the runtime says in the configuration is stronger than CNI_ARGS.
 func (r *Request) requestedIPs() []netip.Addr {
 	if ips := r.Config.Runtime.IPs; len(ips) > 0 {

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -19,8 +18,6 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
-	"golang.org/x/sys/unix"
-
 	"github.com/headcni/headcni/pkg/config/netconf"
 )
 
@@ -29,8 +26,6 @@ const (
 	delegateWait = 2 * time.Minute
 	// A plugin that is being replaced is busy for a moment (ETXTBSY).
 	busyTries, busyWait = 10, 20 * time.Millisecond
-	// How long to wait for one whose caller was killed.
-	turnWait, turnTry = 10 * time.Second, 5 * time.Millisecond
 )
 
 // errNoDelegate: the program is not there.
@@ -67,13 +62,8 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, delegateWait)
 	defer cancel()
 	var inherited []*os.File
-	if d.r.ContainerID != "" {
-		turn, err := d.turn(ctx)
-		if err != nil {
-			return nil, err
-		}
-		defer turn.Close()
-		inherited = append(inherited, turn)
+	if d.r.turn != nil {
+		inherited = append(inherited, d.r.turn)
 	}
 	var stdout, stderr bytes.Buffer
 	var err error
@@ -105,33 +95,6 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 		return nil, types.NewError(answer.Code, msg, answer.Details)
 	}
 	return nil, fmt.Errorf("run plugin %s: %w", d.path, err)
-}
-
-// turn waits for a plugin that is still at work for the attachment, although the ADD that ran it was killed: what it took
-// after the DEL that follows, an address or a port, would stay taken for good. To kill it along with its caller would be no
-// better: an IPAM plugin that has made the file of a lease, but not yet written it, leaves a file that is nobody's.
-//
-// The kernel keeps a name in the abstract namespace (unix(7)) for as long as a process has the socket, and the plugin
-// inherits it. Others in the node's network namespace could take the name too, so the wait has an end.
-func (d *delegate) turn(ctx context.Context) (*os.File, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open socket: %w", err)
-	}
-	h := fnv.New128a()
-	h.Write([]byte(d.r.ContainerID + "\x00" + d.r.IfName))
-	name := &unix.SockaddrUnix{Name: fmt.Sprintf("@headcni/turn/%x", h.Sum(nil))}
-	for end := time.Now().Add(turnWait); ; time.Sleep(turnTry) {
-		err := unix.Bind(fd, name)
-		if err != unix.EADDRINUSE || ctx.Err() != nil {
-			break // any other error has nothing to do with a plugin at work
-		}
-		if time.Now().After(end) {
-			d.r.Log.Warn("an earlier command on this attachment is still at work; going on all the same", "waited", turnWait)
-			break
-		}
-	}
-	return os.NewFile(uintptr(fd), "turn"), nil
 }
 
 func delegateEnv(env []string, command string) []string {

@@ -60,6 +60,8 @@ func cniError(s stage, err error) *types.Error {
 		return newError(CodeAddress, errNoDelegate.Error(), err)
 	case errors.Is(err, ipam.ErrLocked):
 		return newError(types.ErrTryAgainLater, "address store is busy; try again later", err)
+	case errors.Is(err, errBusy):
+		return newError(types.ErrTryAgainLater, errBusy.Error(), err)
 	case errors.Is(err, errEnvironment), errors.Is(err, ipam.ErrOwner):
 		return newError(types.ErrInvalidEnvironmentVariables, oneLine(err), err) // the message must name the variables
 	case errors.Is(err, podlink.ErrNetns):

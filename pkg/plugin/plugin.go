@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/headcni/headcni/internal/cnimain"
@@ -77,6 +76,7 @@ type Request struct {
 
 	stage  stage
 	record cmdlog.Record
+	turn   *os.File // nil: none is needed
 }
 
 // begin reads the configuration and CNI_ARGS. On an error the Request is still good for what DEL needs.
@@ -145,12 +145,12 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		}
 	}
 	r.stage = stageNetns
-	switch {
-	case strings.Contains(r.IfName, "%"):
-		// The kernel would take it for a pattern and choose a name of its own (net/core/dev.c, dev_alloc_name).
-		return fmt.Errorf("%w CNI_IFNAME: %q: must not contain %%", errEnvironment, r.IfName)
-	case r.IfName == "all" || r.IfName == "default":
-		return fmt.Errorf("%w CNI_IFNAME: %q: sysctls of that name are all interfaces'; choose another", errEnvironment, r.IfName)
+	if err := checkIfName(r.IfName); err != nil {
+		return err
+	}
+	defer r.endTurn()
+	if err := r.takeTurn(ctx); err != nil {
+		return err
 	}
 	// Before anything is taken: where the interface exists, the attachment may be alive, and undoing would end it.
 	netns, err := p.Links.OpenVacant(r.Netns, r.IfName)
@@ -200,6 +200,10 @@ func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 	r, faults := p.begin("DEL", a)
 	if faults != nil {
 		r.Log.Warn("the configuration has faults; deleting all the same", "err", faults)
+	}
+	defer r.endTurn()
+	if err := r.takeTurn(ctx); err != nil {
+		r.Log.Warn("going on all the same", "err", err) // DEL must delete as much as it can
 	}
 	r.stage = stageIPAM
 	addresses, err := p.Addresses(r)

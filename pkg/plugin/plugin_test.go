@@ -337,6 +337,36 @@ func TestLeaseOfAnInterruptedAddIsReplaced(t *testing.T) {
 	}
 }
 
+// TestTurn: what another command on the attachment is about is not touched by ADD. DEL has to delete all the same.
+func TestTurn(t *testing.T) {
+	b := newBench(t)
+	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
+		t.Fatal(err)
+	}
+	other := &Request{ContainerID: "c1", IfName: "eth0"}
+	if err := other.takeTurn(bg); err != nil {
+		t.Fatal(err)
+	}
+	defer other.endTurn()
+	soon, cancel := context.WithTimeout(bg, 20*time.Millisecond)
+	defer cancel()
+	fails(t, b.Add(soon, b.args(t, "c1", "")), types.ErrTryAgainLater)
+	if len(b.leases(t)) != 1 || len(b.kernel.links) != 1 {
+		t.Errorf("the other's are gone: leases %v, links %v", b.leases(t), b.kernel.links)
+	}
+	if err := b.Add(soon, b.args(t, "c2", `{"ipam":{"type":"headcni-ipam","dataDir":"`+b.dir+`","subnet":"10.244.1.0/24"}}`)); err != nil {
+		t.Errorf("another attachment: %v", err)
+	}
+	if err := errors.Join(b.Del(soon, b.args(t, "c1", "")), b.Del(bg, b.args(t, "c2", ""))); err != nil {
+		t.Fatal(err)
+	}
+	b.empty(t)
+	other.endTurn()
+	if err := b.Add(soon, b.args(t, "c1", "")); err != nil {
+		t.Errorf("the other has ended: %v", err)
+	}
+}
+
 func TestPoolExhausted(t *testing.T) {
 	b := newBench(t)
 	if err := b.Add(bg, b.args(t, "c1", "")); err != nil { // a /30 has one address for pods

@@ -122,6 +122,45 @@ func TestRacingAddAndDel(t *testing.T) {
 	}
 }
 
+// TestTwoAddsAtOnce: a runtime must not do that either. One wins, the other fails with the words of an interface that exists, and the
+// pod of the one that won works.
+func TestTwoAddsAtOnce(t *testing.T) {
+	n := newNode(t)
+	n.reference("host-local")
+	hostLocal := fmt.Sprintf(`{"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"10.244.1.0/24"}],[{"subnet":"fd00:244:1::/64"}]]}}`, t.TempDir())
+	for name, conf := range map[string]string{"headcni-ipam": n.conf(""), "host-local": n.conf(hostLocal)} {
+		t.Run(name, func(t *testing.T) {
+			pod := nstest.New(t)
+			for i := range 40 {
+				outs, faults := make([]string, 3), make([]*fault, 3)
+				var wg sync.WaitGroup
+				for j := range outs {
+					wg.Go(func() { outs[j], faults[j] = n.run(attach("ADD", "c1", pod, conf)) })
+				}
+				wg.Wait()
+				won := -1
+				for j, f := range faults {
+					switch {
+					case f == nil && won >= 0:
+						t.Errorf("round %d: two ADDs say success: %s, %s", i, outs[won], outs[j])
+					case f == nil:
+						won = j
+					case f.Code != 104:
+						t.Errorf("round %d: %v, want code 104", i, f)
+					}
+				}
+				if won < 0 {
+					t.Fatalf("round %d: none won: %v", i, faults)
+				}
+				ping(t, n.host, parse(t, outs[won]).addrs()...)
+				n.must(attach("CHECK", "c1", pod, n.previous(conf, outs[won])))
+				n.must(attach("DEL", "c1", pod, conf))
+				n.empty()
+			}
+		})
+	}
+}
+
 // TestManyAtOnce adds 300 pods at once on a node with thousands of other links, checks and deletes them.
 func TestManyAtOnce(t *testing.T) {
 	n := newNode(t)
