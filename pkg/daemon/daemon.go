@@ -37,8 +37,8 @@ import (
 const (
 	// fullCheck is how often everything is looked at although nobody told of a change.
 	fullCheck = time.Minute
-	// settle is how long a burst of events is gathered before a pass.
-	settle = 100 * time.Millisecond
+	// debounce is how long a burst of events is gathered before a pass.
+	debounce = 100 * time.Millisecond
 	// spoolInterval is how often the spool of finished commands is looked at although nobody told of one.
 	spoolInterval = 10 * time.Second
 	// poolsTimeout bounds the counting of leases for a scrape.
@@ -58,11 +58,11 @@ type Daemon struct {
 	board   *reconcile.Board[*pass]
 	loop    *reconcile.Loop
 
-	node    *noderoutes.Routes
-	tables  *nft.Tables
-	member  *membership.Member
-	cluster *nodeview.Watch // nil without Kubernetes
-	tunnel  tunnel          // of the loop alone
+	node       *noderoutes.Routes
+	tables     *nft.Tables
+	member     *membership.Member
+	kubernetes *nodeview.Watch // nil without Kubernetes
+	tunnel     tunnel          // of the loop alone
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -73,10 +73,10 @@ type Daemon struct {
 
 	// Of the loop alone: since when our conflist stands, the configuration that was taken back and left nothing, when a failed
 	// uninstall is tried again, and whether it is done: then nothing is to be done any more.
-	conflistAt time.Time
-	tookBack   string
-	leaveAgain time.Time
-	gone       bool
+	conflistAt  time.Time
+	withdrawn   string
+	uninstallAt time.Time
+	uninstalled bool
 
 	// For status, from the last pass.
 	mu        sync.Mutex
@@ -103,16 +103,16 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), saved: saved, kept: saved, cluster: k,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), saved: saved, kept: saved, kubernetes: k,
 		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
-	var cluster *membership.Cluster
+	var forMember *membership.Kubernetes
 	if k != nil {
-		cluster = &membership.Cluster{Node: k.Node(), JoinKey: k.JoinKey}
+		forMember = &membership.Kubernetes{Node: k.Node(), JoinKey: k.JoinKey}
 	}
-	d.member = membership.New(c, log, getenv, cluster)
+	d.member = membership.New(c, log, getenv, forMember)
 	d.board = d.newBoard(d.parts())
-	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return settle }
+	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return debounce }
 	d.node = noderoutes.New(saved.Host, func(h noderoutes.Saved) error {
 		return d.remember(func(s *state) { s.Host = h })
 	})
@@ -121,8 +121,8 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 
 func (d *Daemon) newBoard(parts []reconcile.Part[*pass]) *reconcile.Board[*pass] {
 	opt := reconcile.Options{Log: d.log, Record: d.metrics.Part, FullCheck: fullCheck, RetryMin: retryMin, RetryMax: retryMax}
-	if d.cluster != nil {
-		opt.Report = d.cluster.Report
+	if d.kubernetes != nil {
+		opt.Report = d.kubernetes.Report
 	}
 	return reconcile.NewBoard(opt, parts)
 }
@@ -200,15 +200,15 @@ func (d *Daemon) Run(ctx context.Context) error {
 	})
 	wg.Go(func() { d.count(ctx, finished) })
 	d.watch(ctx, &wg)
-	if d.cluster != nil {
+	if d.kubernetes != nil {
 		vital(func() error { return tailscaled.WatchMount(ctx) })
 	}
 	if every, _ := time.ParseDuration(d.cfg.IPAM.GCInterval); every > 0 { // validated
 		wg.Go(func() { leases.NewSweeper(d.cfg.CNI.ConfDir, d.log, d.metrics.Released).Run(ctx, every) })
 	}
 	d.warn()
-	if d.cluster != nil {
-		d.log.Info("started", "node", d.cluster.Node(), "mode", d.cfg.Tailscale.Mode)
+	if d.kubernetes != nil {
+		d.log.Info("started", "node", d.kubernetes.Node(), "mode", d.cfg.Tailscale.Mode)
 	} else {
 		d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
 	}
@@ -224,7 +224,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 
 // warn tells of settings that work and may not be meant.
 func (d *Daemon) warn() {
-	if len(d.cfg.Network.ClusterCIDRs) == 0 && d.cluster == nil {
+	if len(d.cfg.Network.ClusterCIDRs) == 0 && d.kubernetes == nil {
 		d.log.Warn("network.clusterCIDRs is empty: pods of other nodes are strangers; set it to the range that all nodes' pods have")
 	}
 	if u := d.cfg.Headscale.URL; u != "" && !tailscale.ReconnectsReliably(u) {
@@ -239,7 +239,7 @@ func (d *Daemon) warn() {
 func (d *Daemon) look(ctx context.Context, _ bool) time.Duration {
 	select {
 	case address := <-d.cutOff:
-		if err := d.takeBack(ctx, address); err != nil {
+		if err := d.withdraw(ctx, address); err != nil {
 			d.log.Error("take our routes back", "err", err)
 		}
 	default:
@@ -272,7 +272,7 @@ func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 		case <-ctx.Done():
 		case <-time.After(spoolInterval):
 		case <-finished:
-			reconcile.Sleep(ctx, settle)
+			reconcile.Sleep(ctx, debounce)
 		}
 	}
 }
@@ -283,9 +283,9 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 		wg.Go(func() { d.watchKernel(ctx, changes) })
 	}
 	addresses := []string{hostPort(d.cfg.Headscale.URL)}
-	if d.cluster != nil {
-		addresses = append(addresses, hostPort(d.cluster.Server()))
-		wg.Go(func() { d.cluster.Run(ctx, d.loop.Wake) })
+	if d.kubernetes != nil {
+		addresses = append(addresses, hostPort(d.kubernetes.Server()))
+		wg.Go(func() { d.kubernetes.Run(ctx, d.loop.Wake) })
 	}
 	for _, address := range addresses {
 		if address != "" {
@@ -318,7 +318,7 @@ func (d *Daemon) watchKernel(ctx context.Context, changes func(context.Context) 
 		for range ch {
 			d.loop.Wake()
 		}
-		reconcile.Sleep(ctx, settle)
+		reconcile.Sleep(ctx, debounce)
 	}
 }
 

@@ -106,7 +106,7 @@ func fingerprint(c config.Config) string {
 // fingerprint is that of the configuration with our own pod CIDRs, wherever they are from.
 func (d *Daemon) fingerprint() string {
 	c := d.cfg
-	if d.cluster != nil {
+	if d.kubernetes != nil {
 		c.Network.PodCIDRs = nil
 		for _, p := range d.saved.Kubernetes.PodCIDRs {
 			c.Network.PodCIDRs = append(c.Network.PodCIDRs, p.String())
@@ -122,18 +122,18 @@ func errTakenBack(address string) error {
 		"is tried again", address, deadmanPatience)
 }
 
-// takeBack removes our rules, routes and prefs, but not the guard: what the node lost it gets back, and still nothing
+// withdraw removes our rules, routes and prefs, but not the guard: what the node lost it gets back, and still nothing
 // goes out in clear. It is noted first, so that no restart tries the same again. Once it is done, what cuts the node off is
 // not ours any more.
-func (d *Daemon) takeBack(ctx context.Context, address string) error {
+func (d *Daemon) withdraw(ctx context.Context, address string) error {
 	what := d.fingerprint()
-	if what == d.tookBack {
+	if what == d.withdrawn {
 		return nil
 	}
 	d.note(func(s *state) { s.TakenBack, s.TakenBackFor = what, address })
 	err := errors.Join(d.node.Remove(ctx), restorePrefs(ctx, d.cfg, d.saved))
 	if err == nil {
-		d.tookBack = what
+		d.withdrawn = what
 	}
 	return err
 }

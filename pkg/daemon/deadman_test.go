@@ -76,12 +76,12 @@ func TestTakeBackUntilDone(t *testing.T) {
 	d := newDaemon(t, c)
 	d.pass(t.Context())
 	d.saved.Mode, d.saved.Prefs = config.ModeDaemon, &tailscale.SavedPrefs{}
-	if err := d.takeBack(t.Context(), "192.0.2.1:443"); !errors.Is(err, tailscale.ErrUnreachable) {
+	if err := d.withdraw(t.Context(), "192.0.2.1:443"); !errors.Is(err, tailscale.ErrUnreachable) {
 		t.Errorf("without tailscaled: %v", err)
 	}
 	asked := fakeTailscaled(t, paths.DaemonTailscaleSocket, http.StatusOK)
 	for range 2 {
-		if err := d.takeBack(t.Context(), "192.0.2.1:443"); err != nil {
+		if err := d.withdraw(t.Context(), "192.0.2.1:443"); err != nil {
 			t.Error(err)
 		}
 		run(t, "sysctl", "-w", "net.ipv4.ip_forward=1") // by somebody else

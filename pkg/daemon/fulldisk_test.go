@@ -20,16 +20,16 @@ func TestFullStateDisk(t *testing.T) {
 	c := testConfig(t)
 	makeRoom := nstest.FillDisk(t, paths.StateDir)
 	d := newDaemon(t, c)
-	d.cluster, _ = startWatch(t, node("a", "10.244.1.0/24"), node("b", "10.244.2.0/24"))
+	d.kubernetes, _ = startWatch(t, node("a", "10.244.1.0/24"), node("b", "10.244.2.0/24"))
 	d.cfg.Network.PodCIDRs, d.cfg.Network.ClusterCIDRs = nil, nil
-	waitUntil(t, func() bool { return d.cluster.View().Synced })
+	waitUntil(t, func() bool { return d.kubernetes.View().Synced })
 	t.Cleanup(func() { _ = removeNetwork(context.Background(), d.saved) })
 	d.pass(t.Context())
 	got := partErrors(d)
 	if got[partConfig] != "" || got[partFirewall] != "" || !strings.Contains(got[partState], "no space left on device; what runs goes on; make room") {
 		t.Errorf("with a full disk: %q", got)
 	}
-	if err := d.takeBack(t.Context(), "192.0.2.1:443"); err != nil {
+	if err := d.withdraw(t.Context(), "192.0.2.1:443"); err != nil {
 		t.Errorf("take back: %v", err)
 	}
 	if d.saved.TakenBackFor == "" || run(t, "ip", "rule") != run(t, "sh", "-c", "ip rule | grep -v 519") {

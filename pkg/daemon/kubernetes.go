@@ -11,8 +11,8 @@ import (
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 )
 
-// leaveRetry is how long after a failed uninstall it is tried again.
-const leaveRetry = 5 * time.Second
+// uninstallRetry is how long after a failed uninstall it is tried again.
+const uninstallRetry = 5 * time.Second
 
 // newWatch is nil without Kubernetes.
 func newWatch(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*nodeview.Watch, error) {
@@ -40,31 +40,31 @@ func rangesInForce(c config.Config, l nodeview.LastKnown) (config.Ranges, error)
 	return r, nil
 }
 
-// leave takes everything off the node where its Node object asks for it, and says so there. It reports whether there is nothing
+// uninstallIfAsked takes everything off the node where its Node object asks for it, and says so there. It reports whether there is nothing
 // else to do, and when to look again. Once done it stays so until the process ends: the annotation goes before we are stopped.
-func (d *Daemon) leave(ctx context.Context) (leaving bool, next time.Duration) {
-	v := d.cluster.View()
-	if v == nil || !d.gone && !v.UninstallAsked() {
-		return d.gone, fullCheck
+func (d *Daemon) uninstallIfAsked(ctx context.Context) (asked bool, next time.Duration) {
+	v := d.kubernetes.View()
+	if v == nil || !d.uninstalled && !v.UninstallAsked() {
+		return d.uninstalled, fullCheck
 	}
-	if wait := time.Until(d.leaveAgain); wait > 0 {
+	if wait := time.Until(d.uninstallAt); wait > 0 {
 		return true, wait // what a failed try changed in the kernel wakes us at once
 	}
-	if err := d.takeAway(ctx, v); err != nil {
+	if err := d.uninstallFor(ctx, v); err != nil {
 		d.log.Error("uninstall from this node", "err", err)
-		d.leaveAgain = time.Now().Add(leaveRetry)
-		return true, leaveRetry
+		d.uninstallAt = time.Now().Add(uninstallRetry)
+		return true, uninstallRetry
 	}
 	return true, fullCheck
 }
 
-func (d *Daemon) takeAway(ctx context.Context, v *nodeview.View) error {
-	if !d.gone {
-		if err := takeOff(ctx, d.cfg, d.saved, d.log); err != nil {
+func (d *Daemon) uninstallFor(ctx context.Context, v *nodeview.View) error {
+	if !d.uninstalled {
+		if err := uninstall(ctx, d.cfg, d.saved, d.log); err != nil {
 			return err
 		}
 		d.log.Info("everything of ours is off this node; idle from here on")
-		d.gone = true
+		d.uninstalled = true
 	}
-	return d.cluster.Uninstalled(ctx, v)
+	return d.kubernetes.Uninstalled(ctx, v)
 }

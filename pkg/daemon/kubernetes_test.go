@@ -71,7 +71,7 @@ func TestDaemonInKubernetes(t *testing.T) {
 		c := c
 		c.Network.PodCIDRs = config.CIDRs{"192.0.2.0/24"} // New wants one or a real cluster; ours stands in
 		d := newDaemon(t, c)
-		d.cfg.Network.PodCIDRs, d.cluster, d.saved = nil, k, saved
+		d.cfg.Network.PodCIDRs, d.kubernetes, d.saved = nil, k, saved
 		d.board = d.newBoard(d.parts())
 		return d
 	}

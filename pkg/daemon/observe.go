@@ -29,7 +29,7 @@ const hostTun = "tailscale0"
 // and no error: the node is programmed from what was known before.
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	o = observation{
-		Seen: membership.Seen{Mode: d.cfg.Tailscale.Mode, Cluster: d.cluster.View()},
+		Seen: membership.Seen{Mode: d.cfg.Tailscale.Mode, Kubernetes: d.kubernetes.View()},
 		tun:  d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, ranges: d.cfg.Network.Ranges(),
 	}
 	if o.Mode == config.ModeAuto {
@@ -73,10 +73,10 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 
 // observeCluster takes the pod CIDRs and the rest of the network from Kubernetes, and keeps what it said.
 func (d *Daemon) observeCluster(o *observation) error {
-	if o.Cluster == nil {
+	if o.Kubernetes == nil {
 		return nil
 	}
-	l, err := d.saved.Kubernetes.Update(o.Cluster, d.cluster.Node())
+	l, err := d.saved.Kubernetes.Update(o.Kubernetes, d.kubernetes.Node())
 	if err != nil {
 		return err
 	}
@@ -95,11 +95,11 @@ func (d *Daemon) observeCluster(o *observation) error {
 	}
 	d.note(func(s *state) { s.Kubernetes = l })
 	if len(l.PodCIDRs) == 0 {
-		return o.Cluster.ErrNoCIDR(time.Since(d.began))
+		return o.Kubernetes.ErrNoCIDR(time.Since(d.began))
 	}
 	o.leaving = l.Leaving
 	for _, p := range l.PodCIDRs {
-		if name := o.Cluster.Holder(p); name != "" {
+		if name := o.Kubernetes.Holder(p); name != "" {
 			o.held = append(o.held, fmt.Errorf("pod range %s: Kubernetes has given it, or a part of it, to Node %s; delete this Node and let "+
 				"kubelet register it again for another one", p, name))
 		}

@@ -71,7 +71,7 @@ func (s *pass) wantOfNode() nodeview.Want {
 
 // pass observes, plans and applies once. It returns when the next one is due.
 func (d *Daemon) pass(ctx context.Context) time.Duration {
-	if leaving, next := d.leave(ctx); leaving {
+	if asked, next := d.uninstallIfAsked(ctx); asked {
 		return next
 	}
 	var s pass
@@ -97,7 +97,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 	parts := []reconcile.Part[*pass]{
 		{Name: partConfig, Run: func(_ context.Context, s *pass) ([]string, error) {
 			if s.refused == nil {
-				d.note(func(saved *state) { saved.Mode, saved.TunName, saved.TunMTU = s.seen.settled() })
+				d.note(func(saved *state) { saved.Mode, saved.TunName, saved.TunMTU = s.seen.lastKnown() })
 			}
 			return nil, s.refused
 		}},
@@ -137,11 +137,11 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return nil, errNoPolicy
 		}})
 	}
-	if d.cluster != nil {
+	if d.kubernetes != nil {
 		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, runtimeUse(s.seen.Cluster.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
+			return nil, runtimeUse(s.seen.Kubernetes.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
 		}}, reconcile.Part[*pass]{Name: partKubernetes, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.cluster.Sync(ctx, s.seen.Cluster, s.wantOfNode())
+			return d.kubernetes.Sync(ctx, s.seen.Kubernetes, s.wantOfNode())
 		}})
 	}
 	return parts
@@ -173,8 +173,8 @@ func sharedCGNAT(o observation) error {
 	return nil
 }
 
-// settled is what later passes, and a boot without tailscaled, go by.
-func (o observation) settled() (mode, tun string, mtu int) {
+// lastKnown is what later passes, and a boot without tailscaled, go by.
+func (o observation) lastKnown() (mode, tun string, mtu int) {
 	if o.Tailnet == nil {
 		return "", o.tun, o.tunMTU
 	}

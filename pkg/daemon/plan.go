@@ -58,14 +58,14 @@ type plan struct {
 func makePlan(c config.Config, o observation, s state) (plan, error) {
 	own := o.ranges.Pods
 	// What a peer merely advertises never widens the set.
-	cluster := netset.Union(own, o.ranges.Cluster, o.ranges.Remote)
-	if err := refuse(c, cluster, o); err != nil {
+	clusterCIDRs := netset.Union(own, o.ranges.Cluster, o.ranges.Remote)
+	if err := refuse(c, clusterCIDRs, o); err != nil {
 		return plan{}, err
 	}
 	p := plan{
-		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: cluster, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
+		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: clusterCIDRs, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: slices.Concat(own, o.leaving), Cluster: cluster, KeepSource: o.ranges.Services, TunName: o.tun,
+			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},
@@ -85,10 +85,10 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 }
 
 // refuse names the reasons why the node's pod CIDRs cannot be used here.
-func refuse(c config.Config, cluster []netip.Prefix, o observation) error {
+func refuse(c config.Config, clusterCIDRs []netip.Prefix, o observation) error {
 	var errs []error
 	for _, h := range o.hostPrefixes {
-		for _, p := range cluster {
+		for _, p := range clusterCIDRs {
 			if p.Overlaps(h) {
 				errs = append(errs, fmt.Errorf("pod range %s overlaps %s, which an interface of this host has: choose another range", p, h))
 			}

@@ -43,7 +43,7 @@ func setReady(t *testing.T, client *fake.Clientset, status corev1.ConditionStatu
 func TestRuntimeThatLooksElsewhere(t *testing.T) {
 	k, client := startWatch(t, node("a", "10.244.1.0/24"))
 	waitUntil(t, func() bool { return k.View().Synced })
-	d := &Daemon{cfg: config.Default(), log: quiet, cluster: k, metrics: monitoring.NewMetrics("test")}
+	d := &Daemon{cfg: config.Default(), log: quiet, kubernetes: k, metrics: monitoring.NewMetrics("test")}
 	var parts []reconcile.Part[*pass]
 	for _, p := range d.parts() {
 		if p.Name == partRuntime || p.Name == partKubernetes {
@@ -54,7 +54,7 @@ func TestRuntimeThatLooksElsewhere(t *testing.T) {
 	d.board = d.newBoard(parts)
 	look := func() (ready bool, text string) {
 		t.Helper()
-		d.board.Run(t.Context(), &pass{seen: observation{Seen: membership.Seen{Cluster: k.View()}}})
+		d.board.Run(t.Context(), &pass{seen: observation{Seen: membership.Seen{Kubernetes: k.View()}}})
 		ready, _ = d.board.Ready()
 		return ready, partErrors(d)[partRuntime]
 	}

@@ -48,11 +48,11 @@ func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	return takeOff(ctx, c, s, log)
+	return uninstall(ctx, c, s, log)
 }
 
-// takeOff is Uninstall in a process that has the lock.
-func takeOff(ctx context.Context, c config.Config, s state, log *slog.Logger) error {
+// uninstall is Uninstall in a process that has the lock.
+func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger) error {
 	// The conflist goes first, so that no pod starts on a node that is being taken down; the guard goes last.
 	err := errors.Join(
 		conflist.Restore(c.CNI.ConfDir, s.ConflistMode),

@@ -31,7 +31,7 @@ func (m *Member) Check(ctx context.Context, s Seen) ([]string, error) {
 	}
 	api, _, err := m.headscale.Connect(ctx)
 	switch {
-	case errors.Is(err, config.ErrNoCredential) && s.Cluster != nil:
+	case errors.Is(err, config.ErrNoCredential) && s.Kubernetes != nil:
 		return m.checkByView(ctx, s)
 	case errors.Is(err, config.ErrNoCredential), err == nil && api == nil:
 		return nil, keyExpiry(s.Tailnet.Self.KeyExpiry, time.Now()) // all that we can see

@@ -27,10 +27,10 @@ const (
 
 // controllersKey is what to join with where nothing else is given: in Kubernetes the controller's key.
 func (m *Member) controllersKey(ctx context.Context, none error) (secret.Secret, error) {
-	if m.cluster == nil {
+	if m.kubernetes == nil {
 		return secret.Secret{}, none
 	}
-	return m.cluster.JoinKey(ctx)
+	return m.kubernetes.JoinKey(ctx)
 }
 
 // approvedBy judges the controller's view of routes that tailscaled does not know to be routed.
@@ -60,7 +60,7 @@ func (m *Member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix
 // checkByView is check where the controller asks Headscale for us.
 func (m *Member) checkByView(ctx context.Context, s Seen) ([]string, error) {
 	self := s.Tailnet.Self
-	v, err := s.Cluster.Controller(self.NodeKey)
+	v, err := s.Kubernetes.Controller(self.NodeKey)
 	if err != nil {
 		return nil, err
 	}

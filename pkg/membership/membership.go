@@ -35,10 +35,10 @@ const (
 // Member is this node's membership in the tailnet: the tailscaled that it uses and, where it holds an API key, its dealings
 // with Headscale. Make it with New. All methods but Look, Watch and Rearm are for one goroutine alone.
 type Member struct {
-	cfg       config.Config
-	log       *slog.Logger
-	headscale *headscale.Connector
-	cluster   *Cluster // nil without Kubernetes
+	cfg        config.Config
+	log        *slog.Logger
+	headscale  *headscale.Connector
+	kubernetes *Kubernetes // nil without Kubernetes
 
 	client      *tailscale.Client // for socket, nil while none is known
 	minted      secret.Secret     // a key that was made to join with
@@ -57,8 +57,8 @@ type Member struct {
 	changed chan struct{} // closed when socket changes
 }
 
-// Cluster is what a member needs of Kubernetes.
-type Cluster struct {
+// Kubernetes is what a member needs of Kubernetes.
+type Kubernetes struct {
 	// Node is the name of our Node object.
 	Node string
 	// JoinKey reads the key that the controller has made for nodes to join with.
@@ -73,8 +73,8 @@ type Seen struct {
 	Tailnet *tailscale.Status
 	// TailnetErr is why tailscaled cannot be used, nil while it can.
 	TailnetErr error
-	// Cluster is nil without Kubernetes.
-	Cluster *nodeview.View
+	// Kubernetes is nil without Kubernetes.
+	Kubernetes *nodeview.View
 }
 
 // Running reports whether the tailnet carries traffic.
@@ -87,9 +87,9 @@ type confirmation struct {
 	at     time.Time
 }
 
-// New makes the membership of the node that c describes; cluster is nil without Kubernetes. It connects to nobody.
-func New(c config.Config, log *slog.Logger, getenv func(string) string, cluster *Cluster) *Member {
-	return &Member{cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), cluster: cluster, changed: make(chan struct{})}
+// New makes the membership of the node that c describes; k is nil without Kubernetes. It connects to nobody.
+func New(c config.Config, log *slog.Logger, getenv func(string) string, k *Kubernetes) *Member {
+	return &Member{cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), kubernetes: k, changed: make(chan struct{})}
 }
 
 // Use makes socket the one to talk to.
@@ -167,8 +167,8 @@ func (m *Member) Join(ctx context.Context, s Seen) ([]string, error) {
 	case m.cfg.Headscale.URL == "":
 		return nil, errors.New("tailscaled is not logged in and headscale.url is empty: set it and a key, or run `tailscale up --login-server URL`")
 	}
-	if m.cluster != nil && m.cfg.Tailscale.Hostname == "" && s.Mode == config.ModeDaemon {
-		m.cfg.Tailscale.Hostname = m.cluster.Node
+	if m.kubernetes != nil && m.cfg.Tailscale.Hostname == "" && s.Mode == config.ModeDaemon {
+		m.cfg.Tailscale.Hostname = m.kubernetes.Node
 	}
 	if err := m.login(ctx, false); err != nil {
 		return nil, err
@@ -224,16 +224,16 @@ func (m *Member) Approve(ctx context.Context, s Seen, spec tailscale.PrefsSpec) 
 	if len(spec.DropRoutes) == 0 && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < lookInterval) {
 		return nil, nil
 	}
-	if m.cfg.Headscale.URL == "" && s.Cluster == nil {
+	if m.cfg.Headscale.URL == "" && s.Kubernetes == nil {
 		return nil, m.cannotTell(missing, config.ErrNoCredential)
 	}
 	api, _, err := m.headscale.Connect(ctx)
 	switch {
-	case errors.Is(err, config.ErrNoCredential) && s.Cluster != nil:
+	case errors.Is(err, config.ErrNoCredential) && s.Kubernetes != nil:
 		if len(missing) == 0 {
 			return nil, nil // old routes of ours are the controller's to withdraw
 		}
-		return nil, m.approvedBy(s.Cluster, self.NodeKey, missing)
+		return nil, m.approvedBy(s.Kubernetes, self.NodeKey, missing)
 	case errors.Is(err, config.ErrNoCredential):
 		return nil, m.cannotTell(missing, err)
 	case confirmed && errors.Is(err, headscale.ErrUnreachable):
