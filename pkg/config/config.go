@@ -3,14 +3,12 @@
 package config
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
 	"strings"
-	"time"
 
 	"sigs.k8s.io/yaml"
 
@@ -65,11 +63,11 @@ type Tailscale struct {
 	Port int `json:"port"`
 }
 
-// What a pod's traffic to other tailnet devices looks like.
+// What a pod's packets to tailnet devices outside the cluster look like.
 const (
 	EgressMasquerade = "masquerade" // from the node's tailnet address
-	EgressPreserve   = "preserve"   // from the pod's address; the device must accept our routes
-	EgressDeny       = "deny"
+	EgressPreserve   = "preserve"   // from the pod's address; the device must accept the node's routes
+	EgressDeny       = "deny"       // what a pod begins is dropped; it may answer
 )
 
 // Network is what the node's network looks like. Pod CIDRs are this node's, cluster CIDRs this cluster's pools.
@@ -338,11 +336,3 @@ func (c Config) String() string {
 	}
 	return string(b)
 }
-
-// JSON shows the configuration as JSON, secrets masked.
-func (c Config) JSON() ([]byte, error) { return json.MarshalIndent(c, "", "  ") }
-
-// Timeouts shared by everything that waits for somebody else.
-const (
-	CallTimeout = 10 * time.Second // one call to tailscaled, Headscale or nft
-)

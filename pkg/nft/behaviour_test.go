@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/config"
 )
 
 func TestSourcesAsSeenByTheReceiver(t *testing.T) {
@@ -20,8 +21,8 @@ func TestSourcesAsSeenByTheReceiver(t *testing.T) {
 	with := func(change func(*Config)) Config { c := base; change(&c); return c }
 	configs := map[string]Config{
 		"default":       base,
-		"preserve":      with(func(c *Config) { c.TailnetEgress = EgressPreserve }),
-		"deny":          with(func(c *Config) { c.TailnetEgress = EgressDeny }),
+		"preserve":      with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
+		"deny":          with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
 		"no masquerade": with(func(c *Config) { c.Masquerade = false }),
 		"daemon mode":   with(func(c *Config) { c.HostMode = false }),
 	}
@@ -85,7 +86,7 @@ func TestDenyLetsAnswersOut(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	cfg := typical()
-	cfg.TailnetEgress = EgressDeny
+	cfg.TailnetEgress = config.EgressDeny
 	w.sync(cfg)
 	for family, a := range worldAddrs {
 		var pod, device *net.UDPConn

@@ -8,18 +8,9 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"golang.org/x/sys/unix"
-)
-
-// What a pod's packets to tailnet devices outside the cluster look like (Config.TailnetEgress).
-const (
-	// EgressMasquerade gives them the node's tailnet address; it is also the meaning of "".
-	EgressMasquerade = "masquerade"
-	// EgressPreserve keeps the pod's address: the device must accept the node's routes.
-	EgressPreserve = "preserve"
-	// EgressDeny drops what a pod begins; it may answer.
-	EgressDeny = "deny"
 )
 
 // Config is what the tables are made from. Its zero value closes the node: no pod network at all.
@@ -35,7 +26,7 @@ type Config struct {
 	NodeAddr4, NodeAddr6 netip.Addr
 	// Masquerade gives pods' packets to the world outside the node's address.
 	Masquerade bool
-	// TailnetEgress is one of the Egress constants.
+	// TailnetEgress is one of the Egress constants of package config; "" means EgressMasquerade.
 	TailnetEgress string
 	// HostMode: tailscaled is the host's own, and may be a user's exit node or subnet router.
 	HostMode bool
@@ -48,10 +39,10 @@ func (c Config) Validate() error {
 		errs = append(errs, err)
 	}
 	switch c.TailnetEgress {
-	case "", EgressMasquerade, EgressPreserve, EgressDeny:
+	case "", config.EgressMasquerade, config.EgressPreserve, config.EgressDeny:
 	default:
 		errs = append(errs, fmt.Errorf("tailnet egress %q: want %s, %s or %s",
-			c.TailnetEgress, EgressMasquerade, EgressPreserve, EgressDeny))
+			c.TailnetEgress, config.EgressMasquerade, config.EgressPreserve, config.EgressDeny))
 	}
 	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource) {
 		if !p.IsValid() || p.Bits() == 0 {

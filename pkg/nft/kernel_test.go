@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/config"
 )
 
 // mustSync syncs inside ns and returns the changes.
@@ -71,7 +72,7 @@ func TestConfigurationChange(t *testing.T) {
 	other.Own = prefixes("10.244.7.0/24")
 	other.Cluster = prefixes("10.244.0.0/16")
 	other.TunName = "tailscale0"
-	other.TailnetEgress = EgressDeny
+	other.TailnetEgress = config.EgressDeny
 	other.HostMode = false
 	tables := New()
 	mustSync(t, ns, tables, typical())

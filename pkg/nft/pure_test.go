@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/headcni/headcni/pkg/config"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
@@ -24,8 +25,8 @@ func variants() map[string]Config {
 	with := func(change func(*Config)) Config { c := typical(); change(&c); return c }
 	return map[string]Config{
 		"typical":       typical(),
-		"preserve":      with(func(c *Config) { c.TailnetEgress = EgressPreserve }),
-		"deny":          with(func(c *Config) { c.TailnetEgress = EgressDeny }),
+		"preserve":      with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
+		"deny":          with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
 		"no-masquerade": with(func(c *Config) { c.Masquerade = false; c.HostMode = false }),
 		"no-tun":        with(func(c *Config) { c.TunName = ""; c.NodeAddr4, c.NodeAddr6 = netip.Addr{}, netip.Addr{} }),
 		"empty":         {},

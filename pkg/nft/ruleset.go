@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"sigs.k8s.io/knftables"
 )
@@ -93,7 +94,7 @@ func guard(family knftables.Family, cfg Config) []string {
 		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
 		rules = append(rules, rule(`oifname "%s" meta mark & %s == %s drop`, cfg.TunName, markMask, markBypass))
 		notTun = rule(`oifname != "%s" `, cfg.TunName)
-		if cfg.TailnetEgress == EgressDeny {
+		if cfg.TailnetEgress == config.EgressDeny {
 			// Only what a pod begins: an answer to a device that may reach the pod goes out.
 			rules = append(rules, rule(`oifname "%[3]s" %[1]s saddr @%[2]s %[1]s daddr != @%[4]s %[1]s daddr != %[5]s ct direction original drop`,
 				family, setOwn, cfg.TunName, setKeepSource, quad100[family]))
@@ -122,9 +123,9 @@ func nat(family knftables.Family, cfg Config) []string {
 	}
 	if tun != "" {
 		switch {
-		case cfg.TailnetEgress == EgressPreserve:
+		case cfg.TailnetEgress == config.EgressPreserve:
 			rules = append(rules, rule(`%s saddr @%s oifname "%s" return`, fam, setOwn, tun))
-		case !cfg.Masquerade && cfg.TailnetEgress != EgressDeny:
+		case !cfg.Masquerade && cfg.TailnetEgress != config.EgressDeny:
 			rules = append(rules, rule(`%s saddr @%s oifname "%s" masquerade fully-random`, fam, setOwn, tun))
 		}
 	}
