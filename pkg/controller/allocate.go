@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // Lengths of the pod CIDRs that we give to Nodes, those of kube-controller-manager.
@@ -44,7 +46,7 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 	}
 	for _, t := range o.tailnet {
 		for _, r := range t.Approved {
-			if inside(r, o.ranges) {
+			if netset.Covers(o.ranges, r) {
 				taken.add(r) // of a Node that is gone, or of another cluster
 			}
 		}

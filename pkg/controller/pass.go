@@ -125,7 +125,7 @@ func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []
 		}
 	}
 	giving := slices.DeleteFunc(slices.Clone(list), func(a approval) bool {
-		return len(a.own) == 0 || slices.ContainsFunc(a.own, func(p netip.Prefix) bool { return overlapping(p, kept) })
+		return len(a.own) == 0 || slices.ContainsFunc(a.own, func(p netip.Prefix) bool { return slices.ContainsFunc(kept, p.Overlaps) })
 	})
 	given := each(giving, func(a approval) error { return set(a.id, a.own, nil) })
 	return errors.Join(joined(taken), joined(given))
@@ -245,9 +245,6 @@ func (c *Controller) slow(ctx context.Context, api *headscale.Client, o observat
 	c.findings, c.slowAt = found, c.now()
 }
 
-// apiKeyWarning is how long before our API key expires it is spoken of; Headscale's live 90 days.
-const apiKeyWarning = 14 * 24 * time.Hour
-
 // ownKey measures when our API key expires, and says what to do where that is soon.
 func (c *Controller) ownKey(ctx context.Context, api *headscale.Client) string {
 	key, err := api.OwnAPIKey(ctx)
@@ -256,7 +253,7 @@ func (c *Controller) ownKey(ctx context.Context, api *headscale.Client) string {
 		return "" // an older server does not tell
 	}
 	c.metrics.apiKey.Set(float64(key.Expiration.Unix()))
-	if key.Expiration.Sub(c.now()) > apiKeyWarning {
+	if key.Expiration.Sub(c.now()) > headscale.APIKeyWarning {
 		return ""
 	}
 	return fmt.Sprintf("the API key %s expires at %s: make another (headscale apikeys create) and put it into Secret %s; it is picked up without a restart",

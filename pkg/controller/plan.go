@@ -14,13 +14,6 @@ import (
 	"github.com/headcni/headcni/pkg/kube"
 )
 
-const (
-	// rescue is how long before a node key expires it is made to last.
-	rescue = 24 * time.Hour
-	// expiryWarning is how long before a node key expires it is spoken of.
-	expiryWarning = 7 * 24 * time.Hour
-)
-
 // plan is what is to be changed. Everything that is right already is not in it.
 type plan struct {
 	// views by name of the Node.
@@ -127,7 +120,7 @@ func (o observation) claims() (byNode map[string]headscale.Node, refused map[str
 func (o observation) expiring(claims map[string]headscale.Node) string {
 	var out []string
 	for name, t := range claims {
-		if !t.Expiry.IsZero() && t.Expiry.Sub(o.now) < expiryWarning {
+		if !t.Expiry.IsZero() && t.Expiry.Sub(o.now) < headscale.NodeKeyWarning {
 			out = append(out, fmt.Sprintf("%s at %s (node %s)", name, t.Expiry.UTC().Format(time.RFC3339), t.ID))
 		}
 	}
@@ -169,7 +162,7 @@ func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
 	order := slices.Clone(o.nodes)
 	rank := map[string]int{}
 	for _, n := range o.nodes {
-		if m, ok := o.memory.of(claims[n.name]); ok && m.Node == n.name && len(n.cidrs) > 0 && len(without(n.cidrs, m.Routes)) == 0 {
+		if m, ok := o.memory.of(claims[n.name]); ok && m.Node == n.name && len(n.cidrs) > 0 && len(netset.Without(n.cidrs, m.Routes)) == 0 {
 			rank[n.name] = -1
 		}
 	}
@@ -201,11 +194,11 @@ func (o observation) fault(n node, taken []netip.Prefix) string {
 		switch {
 		case c.Overlaps(netset.TailnetIPv4), c.Overlaps(netset.TailnetIPv6):
 			return fmt.Sprintf("%s is in the tailnet's own range", c)
-		case overlapping(c, taken):
+		case slices.ContainsFunc(taken, c.Overlaps):
 			return fmt.Sprintf("%s overlaps another Node's pod CIDR", c)
-		case overlapping(c, o.services):
+		case slices.ContainsFunc(o.services, c.Overlaps):
 			return fmt.Sprintf("%s overlaps the service range %v: no Service there could be reached", c, o.services)
-		case len(o.ranges) > 0 && !inside(c, o.ranges):
+		case len(o.ranges) > 0 && !netset.Covers(o.ranges, c):
 			return fmt.Sprintf("%s is not within network.clusterCIDRs %v: set them to what kube-controller-manager has as --cluster-cidr", c, o.ranges)
 		case len(o.nodes) > 1 && slices.Contains(o.ranges, c):
 			return fmt.Sprintf("%s is a whole cluster range", c)
@@ -233,7 +226,7 @@ func (p *plan) view(n node, ranges []netip.Prefix, claims map[string]headscale.N
 		v.Expiry = &at
 	}
 	p.approve(t, g.cidrs, ranges)
-	missing := without(g.cidrs, t.Primary)
+	missing := netset.Without(g.cidrs, t.Primary)
 	switch {
 	case g.why != "":
 		v.State, v.Message = kube.StateRefused, g.why
@@ -257,9 +250,9 @@ func (p *plan) why(t headscale.Node, missing []netip.Prefix) string {
 	switch other, taken := p.serving[missing[0]]; {
 	case !t.Online:
 		return fmt.Sprintf("node %s is not connected to Headscale", t.Name)
-	case len(without(missing, t.Available)) > 0:
-		return fmt.Sprintf("node %s does not advertise %v yet", t.Name, without(missing, t.Available))
-	case len(without(missing, t.Approved)) > 0:
+	case len(netset.Without(missing, t.Available)) > 0:
+		return fmt.Sprintf("node %s does not advertise %v yet", t.Name, netset.Without(missing, t.Available))
+	case len(netset.Without(missing, t.Approved)) > 0:
 		return fmt.Sprintf("%v are about to be approved", missing)
 	case taken:
 		return fmt.Sprintf("%v is approved, but node %s (%s) advertises it too and gets its traffic: if that is another cluster's, one of the two needs "+
@@ -272,12 +265,12 @@ func (p *plan) why(t headscale.Node, missing []netip.Prefix) string {
 // everything else stays as it is.
 func (p *plan) approve(t headscale.Node, own, ranges []netip.Prefix) {
 	var stale []netip.Prefix
-	for _, r := range without(t.Approved, own) {
-		if inside(r, ranges) {
+	for _, r := range netset.Without(t.Approved, own) {
+		if netset.Covers(ranges, r) {
 			stale = append(stale, r)
 		}
 	}
-	if len(stale) > 0 || len(without(own, t.Approved)) > 0 {
+	if len(stale) > 0 || len(netset.Without(own, t.Approved)) > 0 {
 		p.approvals = append(p.approvals, approval{id: t.ID, own: own, stale: stale})
 		p.pending = true
 	}
@@ -298,7 +291,7 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t), Routes: granted[n.name].cidrs, Created: t.Created,
 		})
 		// Not one that has expired: `headscale nodes expire` is how an administrator shuts a node out.
-		if n.mode == config.ModeDaemon && o.joined(t) && t.Expiry.After(o.now) && t.Expiry.Sub(o.now) < rescue {
+		if n.mode == config.ModeDaemon && o.joined(t) && t.Expiry.After(o.now) && t.Expiry.Sub(o.now) < headscale.NodeKeyRescue {
 			p.lasting = append(p.lasting, t.ID)
 		}
 	}
@@ -326,7 +319,7 @@ func (p *plan) forsake(o observation, m member, t headscale.Node, inUse []netip.
 	var stale []netip.Prefix
 	for _, r := range m.Routes {
 		// At once where somebody else has the range now: two nodes with one route are a lottery.
-		if slices.Contains(t.Approved, r) && (over || overlapping(r, inUse)) {
+		if slices.Contains(t.Approved, r) && (over || slices.ContainsFunc(inUse, r.Overlaps)) {
 			stale = append(stale, r)
 		}
 	}

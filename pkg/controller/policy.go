@@ -79,7 +79,7 @@ func checkPolicy(text string, n needs) ([]finding, error) {
 	}
 	for route, who := range p.AutoApprovers.Routes {
 		r, err := netip.ParsePrefix(route)
-		if err == nil && overlapping(r, n.ranges) {
+		if err == nil && slices.ContainsFunc(n.ranges, r.Overlaps) {
 			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s take any part of %s, so that one "+
 				"node that was broken into can take other nodes' pods; headcni-controller approves routes by itself: remove the line "+
 				"\"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, quoted(who))})
@@ -156,7 +156,7 @@ func (p policy) covered(r netip.Prefix, by []string, starCovers bool) bool {
 		if host, ok := p.Hosts[s]; ok {
 			s = host
 		}
-		if q, err := netip.ParsePrefix(s); err == nil && inside(r, []netip.Prefix{q.Masked()}) {
+		if q, err := netip.ParsePrefix(s); err == nil && netset.Covers([]netip.Prefix{q}, r) {
 			return true
 		}
 	}

@@ -149,18 +149,3 @@ func (m memory) of(t headscale.Node) (member, bool) {
 func sortMembers(members []member) {
 	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
 }
-
-// overlapping reports whether p overlaps any of list.
-func overlapping(p netip.Prefix, list []netip.Prefix) bool {
-	return slices.ContainsFunc(list, p.Overlaps)
-}
-
-// inside reports whether p lies within one of list.
-func inside(p netip.Prefix, list []netip.Prefix) bool {
-	return slices.ContainsFunc(list, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
-}
-
-// without returns the elements of a that are not in b.
-func without(a, b []netip.Prefix) []netip.Prefix {
-	return slices.DeleteFunc(slices.Clone(a), func(p netip.Prefix) bool { return slices.Contains(b, p) })
-}

@@ -13,6 +13,16 @@ import (
 // defaultUser owns the pre-auth keys that we make where the server wants an owner.
 const defaultUser = "headcni"
 
+// How long before its end a key is spoken of, or made to last.
+const (
+	// NodeKeyWarning is of a node key, with which a node's network ends.
+	NodeKeyWarning = 7 * 24 * time.Hour
+	// NodeKeyRescue is when the node key of a node that joined for us is made to last.
+	NodeKeyRescue = 24 * time.Hour
+	// APIKeyWarning is of an API key; Headscale's live 90 days.
+	APIKeyWarning = 14 * 24 * time.Hour
+)
+
 // PreAuthKey is a key that nodes join with.
 type PreAuthKey struct {
 	ID   ID

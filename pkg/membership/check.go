@@ -14,11 +14,6 @@ import (
 )
 
 const (
-	// nodeKeyWarning is how long before a node key expires it is spoken of, and nodeKeyRescue when something is done.
-	nodeKeyWarning = 7 * 24 * time.Hour
-	nodeKeyRescue  = 24 * time.Hour
-	// apiKeyWarning is how long before our API key expires it is spoken of; Headscale's live 90 days.
-	apiKeyWarning = 14 * 24 * time.Hour
 	// maxSkew is how far the clocks may be apart before keys and certificates seem expired.
 	maxSkew = time.Minute
 )
@@ -64,7 +59,7 @@ func (m *Member) known(ctx context.Context, api *headscale.Client, s Seen) ([]st
 	case err != nil:
 		return nil, err
 	}
-	if expiry := node.Expiry; !expiry.IsZero() && time.Until(expiry) < nodeKeyRescue {
+	if expiry := node.Expiry; !expiry.IsZero() && time.Until(expiry) < headscale.NodeKeyRescue {
 		if err := api.DisableExpiry(ctx, node.ID); err != nil {
 			return nil, errors.Join(keyExpiry(expiry, time.Now()), err)
 		}
@@ -80,7 +75,7 @@ func (m *Member) ours(self tailscale.Peer) bool {
 
 // keyExpiry warns of a node key that is about to expire: with it goes the pods' network.
 func keyExpiry(expiry, now time.Time) error {
-	if expiry.IsZero() || expiry.Sub(now) > nodeKeyWarning {
+	if expiry.IsZero() || expiry.Sub(now) > headscale.NodeKeyWarning {
 		return nil
 	}
 	return reconcile.Warning{Err: fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
@@ -103,7 +98,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 	if err != nil {
 		return err
 	}
-	if !key.Expiration.IsZero() && time.Until(key.Expiration) < apiKeyWarning {
+	if !key.Expiration.IsZero() && time.Until(key.Expiration) < headscale.APIKeyWarning {
 		return reconcile.Warning{Err: fmt.Errorf("the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
 			"picked up without a restart", key.Prefix, key.Expiration.UTC().Format(time.RFC3339))}
 	}
