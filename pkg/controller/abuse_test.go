@@ -3,10 +3,7 @@ package controller
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"log/slog"
-	"net/http"
-	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -75,20 +73,11 @@ func TestMadRangeTakesNothing(t *testing.T) {
 	}
 }
 
-// hs is a Headscale that refuses the key.
-func refusing(t *testing.T) string {
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.WriteHeader(401)
-		_, _ = w.Write([]byte("Unauthorized"))
-	}))
-	t.Cleanup(s.Close)
-	return s.URL
-}
-
-func world(t *testing.T, url, key string, nodes ...*corev1.Node) (*Controller, *fake.Clientset, *bytes.Buffer) {
+// world is a controller between a Headscale and an API server that are only imitated.
+func world(t *testing.T, s *headscaletest.Server, key string, nodes ...*corev1.Node) (*Controller, *fake.Clientset, *bytes.Buffer) {
 	t.Setenv("HEADSCALE_API_KEY", "")
 	cfg := config.Default()
-	cfg.Headscale.URL = url
+	cfg.Headscale.URL = s.URL
 	cfg.Network.ClusterCIDRs = config.CIDRs{"10.244.0.0/16"}
 	client := fake.NewClientset()
 	var log bytes.Buffer
@@ -111,7 +100,7 @@ func world(t *testing.T, url, key string, nodes ...*corev1.Node) (*Controller, *
 
 // A wrong or expired API key (with the prefix of 0.28 and later) must be told by an Event and the metric.
 func TestWrongKeyIsTold(t *testing.T) {
-	c, client, _ := world(t, refusing(t), "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	c, client, _ := world(t, headscaletest.New(t), "hskey-api-000000000000-"+strings.Repeat("0", 64))
 	if _, err := c.pass(t.Context()); err == nil {
 		t.Fatal("no error")
 	}
@@ -121,27 +110,15 @@ func TestWrongKeyIsTold(t *testing.T) {
 	}
 }
 
-// healthy answers like a Headscale without nodes.
-func healthy(t *testing.T, minted *int) string {
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch {
-		case r.URL.Path == "/api/v1/preauthkey" && r.Method == "POST":
-			*minted++
-			_ = json.NewEncoder(w).Encode(map[string]any{"preAuthKey": map[string]any{"id": "1", "key": "hskey-auth-x"}})
-		default:
-			_, _ = w.Write([]byte("{}"))
-		}
-	}))
-	t.Cleanup(s.Close)
-	return s.URL
-}
+// minted are the join keys that a Headscale was asked for.
+func minted(s *headscaletest.Server) int { return len(s.Calls("POST /api/v1/preauthkey")) }
 
 // With kubelet's credentials a stolen node may write any annotation on its own Node. That must not stop the controller
 // for everybody.
 func TestOneNodesUninstallStopsNobodyElse(t *testing.T) {
-	minted := 0
+	s := headscaletest.New(t)
 	b := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "b", Annotations: map[string]string{"headcni.io/uninstall": "true"}}}
-	c, client, _ := world(t, healthy(t, &minted), "hskey-api-000000000000-"+strings.Repeat("0", 64), b, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
+	c, client, _ := world(t, s, s.APIKey(), b, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
 	if _, err := c.pass(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -152,8 +129,8 @@ func TestOneNodesUninstallStopsNobodyElse(t *testing.T) {
 
 // Tags are what a joined node may do: a key minted with others must not stay.
 func TestTagsChangeMakesAnotherKey(t *testing.T) {
-	minted := 0
-	c, _, _ := world(t, healthy(t, &minted), "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	s := headscaletest.New(t)
+	c, _, _ := world(t, s, s.APIKey())
 	if _, err := c.pass(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -161,15 +138,15 @@ func TestTagsChangeMakesAnotherKey(t *testing.T) {
 	if _, err := c.pass(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if minted != 2 {
-		t.Errorf("%d keys made, want another for the new tags", minted)
+	if n := minted(s); n != 2 {
+		t.Errorf("%d keys made, want another for the new tags", n)
 	}
 }
 
 // A pre-auth key: Nodes without pod CIDRs are given some all the same, as the API server needs no Headscale for it.
 func TestPreAuthAllocates(t *testing.T) {
 	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a", CreationTimestamp: metav1.NewTime(time.Now().Add(-time.Hour))}}
-	c, client, _ := world(t, refusing(t), "hskey-auth-x", n)
+	c, client, _ := world(t, headscaletest.New(t), "hskey-auth-x", n)
 	if _, err := c.pass(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -218,35 +195,33 @@ func TestAllocateThousand(t *testing.T) {
 
 // A Headscale that was set up anew has another API key and knows none of the join keys that the old one made.
 func TestAnotherAPIKeyMakesAnotherJoinKey(t *testing.T) {
-	minted := 0
-	url := healthy(t, &minted)
-	c, client, _ := world(t, url, "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	hs := headscaletest.New(t)
+	c, client, _ := world(t, hs, hs.APIKey())
 	for range 2 {
 		if _, err := c.pass(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	other, _, _ := world(t, url, "hskey-api-111111111111-"+strings.Repeat("1", 64))
+	other, _, _ := world(t, hs, hs.APIKey())
 	other.client = client
 	if _, err := other.pass(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	s, err := client.CoreV1().Secrets(c.namespace).Get(t.Context(), "headcni-join", metav1.GetOptions{})
-	if err != nil || minted != 2 || len(s.Annotations[joinMinter]) != 16 {
-		t.Errorf("%d keys made, want one for each API key; made with %q, %v", minted, s.Annotations[joinMinter], err)
+	if n := minted(hs); err != nil || n != 2 || len(s.Annotations[joinMinter]) != 16 {
+		t.Errorf("%d keys made, want one for each API key; made with %q, %v", n, s.Annotations[joinMinter], err)
 	}
 }
 
 // Where no join key can be made any more, the metric goes on telling when the last one expires: the alert needs it.
 func TestJoinKeyMetricOutlivesHeadscale(t *testing.T) {
-	minted := 0
-	c, _, _ := world(t, healthy(t, &minted), "hskey-api-000000000000-"+strings.Repeat("0", 64))
+	s := headscaletest.New(t)
+	c, _, _ := world(t, s, s.APIKey())
 	if _, err := c.pass(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	want := gauge(t, c, "headcni_join_key_expiry_timestamp_seconds")
-	c.cfg.Headscale.URL = refusing(t)
-	c.headscale = headscale.NewConnector(c.cfg.Headscale, func(string) string { return "hskey-api-000000000000-x" })
+	s.Break(headscaletest.Refuse())
 	if _, err := c.pass(t.Context()); err == nil {
 		t.Fatal("no error")
 	}
@@ -269,9 +244,9 @@ func TestNothingOfANodesOwnIsRepeated(t *testing.T) {
 	}
 	view := `{"nodeKey":"nodekey:x","state":"` + bad + `","message":"` + bad + `"}`
 	refused := `{"nodeKey":"nodekey:x","state":"refused","message":"` + bad + `"}`
-	for _, key := range []string{"hskey-api-000000000000-" + strings.Repeat("0", 64), "hskey-auth-x"} {
-		minted := 0
-		c, client, log := world(t, healthy(t, &minted), key,
+	s := headscaletest.New(t)
+	for _, key := range []string{s.APIKey(), "hskey-auth-x"} {
+		c, client, log := world(t, s, key,
 			on("a", map[string]string{kube.NodeKey: "nodekey:x", kube.Headscale: view}), on("b", map[string]string{kube.NodeKey: "nodekey:x", kube.Headscale: refused}),
 			on("c", map[string]string{kube.Headscale: refused}), on("d", map[string]string{kube.NodeKey: "nodekey:d", kube.Uninstall: "true", kube.Headscale: view}),
 			on("e", map[string]string{kube.NodeKey: strings.Repeat("k", 200<<10)}))
@@ -322,24 +297,17 @@ func TestPendingForLongIsLookedAtLess(t *testing.T) {
 // Answers that are none change nothing.
 func TestGarbage(t *testing.T) {
 	for _, body := range []string{"<html>hello</html>", "[]", `{"nodes":3}`, `{"nodes":[{"id":"x"}]}`, `{"nodes":[{"id":"1","nodeKey":"nodekey:a","approvedRoutes":["all"]}]}`} {
-		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.URL.Path == "/api/v1/preauthkey" {
-				body := `{"preAuthKey":{"id":"1","key":"hskey-auth-x"}}`
-				_, _ = w.Write([]byte(body))
-				return
-			}
-			_, _ = w.Write([]byte(body))
-		}))
+		s := headscaletest.New(t)
+		s.Break(headscaletest.Except("POST /api/v1/preauthkey", headscaletest.Answer(200, body)))
 		n := kubeNode("a", "10.244.1.0/24")
 		was := `{"nodeKey":"nodekey:a","state":"routed","routes":["10.244.1.0/24"]}`
 		n.Annotations = map[string]string{kube.NodeKey: "nodekey:a", kube.Headscale: was}
-		c, client, _ := world(t, s.URL, "hskey-api-000000000000-"+strings.Repeat("0", 64), n)
+		c, client, _ := world(t, s, s.APIKey(), n)
 		if _, err := c.pass(t.Context()); err == nil || !strings.Contains(err.Error(), "check headscale.url") {
 			t.Errorf("%s: %v", body, err)
 		}
 		if n, err := client.CoreV1().Nodes().Get(t.Context(), "a", metav1.GetOptions{}); err != nil || n.Annotations[kube.Headscale] != was {
 			t.Errorf("%s: the view is now %s, %v", body, n.Annotations[kube.Headscale], err)
 		}
-		s.Close()
 	}
 }

@@ -2,13 +2,12 @@ package controller
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -16,27 +15,26 @@ import (
 
 	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
 )
 
-// crowd is a Headscale with many nodes. It takes its time, and watches how it is called.
+// crowd is a Headscale that takes its time, and watches how it is called.
 type crowd struct {
+	*headscaletest.Server
+	refuses string // the number of the node whose routes cannot be set, if any
+
 	mu       sync.Mutex
-	routes   map[string][]string // approved, by ID
-	refuses  map[string]bool     // IDs whose routes cannot be set
-	under    map[string]int      // calls under way by ID
+	under    map[string]int // calls under way by node
 	now, max int
 	twice    bool
-	order    []string // of what was set
-	calls    int
 }
 
-func (s *crowd) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (s *crowd) watch(w http.ResponseWriter, r *http.Request) bool {
 	id, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/api/v1/node/"), "/")
 	s.mu.Lock()
-	s.calls++
 	s.now++
 	s.under[id]++
 	s.max = max(s.max, s.now)
@@ -47,25 +45,29 @@ func (s *crowd) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer s.mu.Unlock()
 	s.now--
 	s.under[id]--
-	if r.Method == http.MethodPost {
-		var in struct{ Routes []string }
-		if err := json.NewDecoder(r.Body).Decode(&in); err != nil || s.refuses[id] {
-			w.WriteHeader(http.StatusBadRequest)
-			_, _ = w.Write([]byte(`{"code":3,"message":"it will not"}`))
-			return
-		}
-		s.routes[id] = in.Routes
-		s.order = append(s.order, fmt.Sprint(id, in.Routes))
-	}
-	_ = json.NewEncoder(w).Encode(map[string]any{"node": map[string]any{"id": id, "approvedRoutes": s.routes[id]}})
+	return r.Method == http.MethodPost && id == s.refuses && headscaletest.Answer(http.StatusBadRequest, `{"code":3,"message":"it will not"}`)(w, r)
 }
 
-func newCrowd(t *testing.T) (*crowd, *Controller, *headscale.Client) {
+// approved is what the nodes have, by number.
+func (s *crowd) approved() map[uint64][]netip.Prefix {
+	routes := map[uint64][]netip.Prefix{}
+	for _, n := range s.Nodes() {
+		if len(n.Approved) > 0 {
+			routes[n.ID] = n.Approved
+		}
+	}
+	return routes
+}
+
+// newCrowd has nodes with the numbers from 1 on.
+func newCrowd(t *testing.T, nodes int) (*crowd, *Controller, *headscale.Client) {
 	t.Helper()
-	s := &crowd{routes: map[string][]string{}, refuses: map[string]bool{}, under: map[string]int{}}
-	server := httptest.NewServer(s)
-	t.Cleanup(server.Close)
-	api, err := headscale.New(headscale.Options{URL: server.URL, Key: secret.New("hskey-api-x")})
+	s := &crowd{Server: headscaletest.New(t), under: map[string]int{}}
+	for range nodes {
+		s.AddNode(headscaletest.Node{})
+	}
+	s.Break(s.watch)
+	api, err := headscale.New(headscale.Options{URL: s.URL, Key: secret.New(s.APIKey())})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,7 +77,7 @@ func newCrowd(t *testing.T) (*crowd, *Controller, *headscale.Client) {
 // TestColdStart: a thousand nodes at once. Several calls are under way, but never two for one node.
 func TestColdStart(t *testing.T) {
 	const nodes = 1000
-	s, c, api := newCrowd(t)
+	s, c, api := newCrowd(t, nodes)
 	o := observation{now: now, ranges: prefixes("10.240.0.0/12"), tags: tags}
 	for i := range nodes {
 		cidr := fmt.Sprintf("10.24%d.%d.0/24", i/256, i%256)
@@ -88,9 +90,10 @@ func TestColdStart(t *testing.T) {
 	if err := c.approve(t.Context(), api, p.approvals); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("planned in %v; %d calls of 2 ms in %v", planned, s.calls, time.Since(began)-planned)
+	t.Logf("planned in %v; %d calls of 2 ms in %v", planned, len(s.Calls("")), time.Since(began)-planned)
+	approved := s.approved()
 	for i, n := range o.nodes {
-		if got := s.routes[fmt.Sprint(i+1)]; len(got) != 1 || got[0] != n.cidrs[0].String() {
+		if got := approved[uint64(i+1)]; !slices.Equal(got, n.cidrs) {
 			t.Fatalf("node %d has %v approved", i+1, got)
 		}
 	}
@@ -107,23 +110,31 @@ func TestRangeMoves(t *testing.T) {
 		{id: 2, own: prefixes("10.244.2.0/24"), stale: prefixes("10.244.1.0/24")},
 		{id: 3, own: prefixes("10.244.3.0/24")},
 	}
-	s, c, api := newCrowd(t)
-	s.routes["2"] = []string{"10.244.1.0/24"}
+	s, c, api := newCrowd(t, 3)
+	give := func() {
+		t.Helper()
+		if _, err := api.ApproveRoutes(t.Context(), 2, prefixes("10.244.1.0/24"), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	give()
 	if err := c.approve(t.Context(), api, list); err != nil {
 		t.Fatal(err)
 	}
-	if s.order[0] != "2[]" || len(s.order) != 4 || fmt.Sprint(s.routes) != "map[1:[10.244.1.0/24] 2:[10.244.2.0/24] 3:[10.244.3.0/24]]" {
-		t.Errorf("set in this order: %v; in the end %v", s.order, s.routes)
+	set := s.Calls("POST ")[1:]
+	if len(set) != 4 || set[0].Path != "/api/v1/node/2/approve_routes" || set[0].Body != `{"routes":[]}` ||
+		fmt.Sprint(s.approved()) != "map[1:[10.244.1.0/24] 2:[10.244.2.0/24] 3:[10.244.3.0/24]]" {
+		t.Errorf("set in this order: %v; in the end %v", set, s.approved())
 	}
 
-	s, c, api = newCrowd(t)
-	s.routes["2"] = []string{"10.244.1.0/24"}
-	s.refuses["2"] = true
+	s, c, api = newCrowd(t, 3)
+	give()
+	s.refuses = "2"
 	if err := c.approve(t.Context(), api, list); err == nil || !strings.Contains(err.Error(), "it will not") {
 		t.Errorf("the error is lost: %v", err)
 	}
-	if fmt.Sprint(s.routes) != "map[2:[10.244.1.0/24] 3:[10.244.3.0/24]]" {
-		t.Errorf("approved: %v", s.routes)
+	if fmt.Sprint(s.approved()) != "map[2:[10.244.1.0/24] 3:[10.244.3.0/24]]" {
+		t.Errorf("approved: %v", s.approved())
 	}
 }
 
@@ -185,17 +196,8 @@ func TestSharing(t *testing.T) {
 
 // TestOwnKey: the API key's end is measured, and told in time.
 func TestOwnKey(t *testing.T) {
-	expires := "2026-12-24T12:00:00Z"
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = w.Write([]byte(`{"apiKeys":[{"id":"1","prefix":"hskey-api-x","expiration":"` + expires + `"}]}`))
-	}))
-	defer s.Close()
-	_, c, _ := newCrowd(t)
+	_, c, _ := newCrowd(t, 0)
 	c.now = func() time.Time { return now }
-	api, err := headscale.New(headscale.Options{URL: s.URL, Key: secret.New("hskey-api-x-y")})
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, test := range []struct {
 		expires string
 		metric  float64
@@ -203,9 +205,18 @@ func TestOwnKey(t *testing.T) {
 	}{
 		{"2026-12-24T12:00:00Z", 1798113600, false}, {"2026-12-01T12:00:00Z", 1796126400, true}, {"1970-01-01T00:00:00Z", 0, false}, {"0001-01-01T00:00:00Z", 0, false},
 	} {
-		expires = test.expires
+		expires, err := time.Parse(time.RFC3339, test.expires)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := headscaletest.New(t)
+		s.SetClock(c.now)
+		api, err := headscale.New(headscale.Options{URL: s.URL, Key: secret.New(s.APIKeyUntil(expires))})
+		if err != nil {
+			t.Fatal(err)
+		}
 		if told := c.ownKey(context.Background(), api); (told != "") != test.told || gauge(t, c, "headcni_headscale_api_key_expiry_timestamp_seconds") != test.metric {
-			t.Errorf("%s: told %q, metric %v", expires, told, gauge(t, c, "headcni_headscale_api_key_expiry_timestamp_seconds"))
+			t.Errorf("%s: told %q, metric %v", test.expires, told, gauge(t, c, "headcni_headscale_api_key_expiry_timestamp_seconds"))
 		}
 	}
 }

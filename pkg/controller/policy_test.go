@@ -1,12 +1,12 @@
 package controller
 
 import (
-	"net/http"
-	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/headcni/headcni/internal/headscaletest"
 )
 
 func TestCheckPolicy(t *testing.T) {
@@ -59,32 +59,27 @@ func TestCheckPolicy(t *testing.T) {
 
 // While the policy cannot be read, what was found in it stands.
 func TestFindingsOutliveAFault(t *testing.T) {
-	status := http.StatusOK
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/api/v1/policy" {
-			w.WriteHeader(status)
-			_, _ = w.Write([]byte(`{"policy":"{\"acls\":[]}","message":"the database is locked","code":2}`))
-			return
-		}
-		_, _ = w.Write([]byte(`{}`))
-	}))
-	defer s.Close()
-	c, _, _ := world(t, s.URL, "hskey-api-x")
+	s := headscaletest.New(t)
+	s.SetPolicy(`{"acls":[]}`)
+	c, _, _ := world(t, s, s.APIKey())
 	api, _, err := c.connect(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	o := observation{ranges: prefixes("10.244.0.0/16"), tags: tags}
 	var before []finding
-	for _, status = range []int{http.StatusOK, http.StatusInternalServerError} {
+	locked := headscaletest.At("GET /api/v1/policy", headscaletest.Answer(500, `{"code":2,"message":"the database is locked","details":[]}`))
+	for number, fault := range []headscaletest.Fault{nil, locked} {
+		s.Break(fault)
 		c.slowAt = time.Time{}
 		c.slow(t.Context(), api, o)
 		if len(c.findings) == 0 || before != nil && !slices.Equal(c.findings, before) {
-			t.Errorf("status %d: %v, before that %v", status, c.findings, before)
+			t.Errorf("reading %d: %v, before that %v", number, c.findings, before)
 		}
 		before = c.findings
 	}
-	status = http.StatusNotFound // no policy: everything is allowed
+	s.Break(nil)
+	s.SetPolicy("") // none: everything is allowed
 	c.slowAt = time.Time{}
 	c.slow(t.Context(), api, o)
 	if slices.ContainsFunc(c.findings, func(f finding) bool { return f.check == checkACL }) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -16,36 +15,41 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
 )
 
-// busy is a Headscale that takes its time, and says how many calls of which key are under way.
-type busy struct{ one, two atomic.Int32 }
+// busy counts the calls of two keys that are under way, each of which takes its time.
+type busy struct {
+	key2     string
+	one, two atomic.Int32
+}
 
-func (b *busy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (b *busy) delay(_ http.ResponseWriter, r *http.Request) bool {
 	n := &b.one
-	if strings.Contains(r.Header.Get("Authorization"), "222222222222") {
+	if strings.HasSuffix(r.Header.Get("Authorization"), b.key2) {
 		n = &b.two
 	}
 	n.Add(1)
 	defer n.Add(-1)
 	time.Sleep(300 * time.Millisecond)
-	_, _ = w.Write([]byte(`{"preAuthKey":{"id":"1","key":"hskey-auth-x"}}`))
+	return false
 }
 
 // TestOneLeads: of two controllers one works; when it is told to stop it ends its pass, and only then does the other begin.
 func TestOneLeads(t *testing.T) {
 	t.Setenv("POD_NAMESPACE", "kube-system")
-	b := &busy{}
-	s := httptest.NewServer(b)
-	defer s.Close()
+	s := headscaletest.New(t)
+	keys := map[string]string{"1": s.APIKey(), "2": s.APIKey()}
+	b := &busy{key2: keys["2"]}
+	s.Break(b.delay)
 	cfg := config.Default()
 	cfg.Headscale.URL = s.URL
 	client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
 	run := func(digit string) (*Controller, context.CancelFunc, chan error) {
 		c := newController(cfg, slog.New(slog.DiscardHandler), func(name string) string {
-			return map[string]string{"HEADSCALE_API_KEY": "hskey-api-" + strings.Repeat(digit, 12) + "-x", "POD_NAME": digit}[name]
+			return map[string]string{"HEADSCALE_API_KEY": keys[digit], "POD_NAME": digit}[name]
 		}, client, "test")
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
@@ -90,14 +94,11 @@ func TestOneLeads(t *testing.T) {
 // TestUninstall: a node that answers, and one that is dead.
 func TestUninstall(t *testing.T) {
 	t.Setenv("POD_NAMESPACE", "kube-system")
-	var deleted atomic.Int32
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method == http.MethodDelete {
-			deleted.Add(1)
-		}
-		_, _ = w.Write([]byte(`{"nodes":[{"id":"1"},{"id":"2"},{"id":"3"}]}`))
-	}))
-	defer s.Close()
+	s := headscaletest.New(t)
+	key := s.APIKey()
+	for range 3 {
+		s.AddNode(headscaletest.Node{})
+	}
 	cfg := config.Default()
 	cfg.Headscale.URL = s.URL
 	object := metav1.ObjectMeta{Name: kube.Memory, Namespace: "kube-system"}
@@ -110,7 +111,7 @@ func TestUninstall(t *testing.T) {
 	}
 	log := &strings.Builder{}
 	c := newController(cfg, slog.New(slog.NewTextHandler(log, nil)), func(name string) string {
-		return map[string]string{"HEADSCALE_API_KEY": "hskey-api-111111111111-x"}[name]
+		return map[string]string{"HEADSCALE_API_KEY": key}[name]
 	}, fake.NewClientset(nodes...), "test")
 	start := time.Now()
 	c.now = func() time.Time { return start.Add(60 * time.Since(start)) } // two minutes are two seconds
@@ -130,8 +131,8 @@ func TestUninstall(t *testing.T) {
 	if !strings.Contains(log.String(), "node=dead") || strings.Contains(log.String(), "node=alive") {
 		t.Errorf("the dead node, and no other, must be named:\n%s", log)
 	}
-	if deleted.Load() != 1 {
-		t.Errorf("%d nodes were deleted in Headscale, want the one that joined for us", deleted.Load())
+	if left := s.Nodes(); len(left) != 2 || left[0].ID != 2 || left[1].ID != 3 {
+		t.Errorf("Headscale still has %+v, want all but the one that joined for us", left)
 	}
 	list, err := c.client.CoreV1().Nodes().List(t.Context(), metav1.ListOptions{})
 	if err != nil {
@@ -159,7 +160,7 @@ func TestUninstall(t *testing.T) {
 func TestUninstallWithoutHeadscale(t *testing.T) {
 	t.Setenv("POD_NAMESPACE", "kube-system")
 	cfg := config.Default()
-	cfg.Headscale.URL = refusing(t)
+	cfg.Headscale.URL = headscaletest.New(t).URL // which refuses every key
 	log := &strings.Builder{}
 	c := newController(cfg, slog.New(slog.NewTextHandler(log, nil)), func(name string) string {
 		return map[string]string{"HEADSCALE_API_KEY": "hskey-api-111111111111-x"}[name]

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
@@ -35,17 +36,10 @@ func writeFile(t *testing.T, path, text string) {
 
 // A key that changes counts with the next call; one that stays is asked about once, over one connection.
 func TestConnectorKeepsTheClient(t *testing.T) {
-	var asked, connections atomic.Int32
-	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/api/v1/apikey" {
-			asked.Add(1)
-		}
-		if strings.Contains(r.Header.Get("Authorization"), "preauth") {
-			w.WriteHeader(http.StatusUnauthorized)
-			return
-		}
-		_, _ = w.Write([]byte("{}"))
-	}))
+	hs := headscaletest.NewVersion(t, 27) // whose keys do not tell what kind they are
+	one, two := hs.APIKey(), hs.APIKey()
+	var connections atomic.Int32
+	srv := httptest.NewUnstartedServer(hs)
 	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
 		if s == http.StateNew {
 			connections.Add(1)
@@ -53,6 +47,7 @@ func TestConnectorKeepsTheClient(t *testing.T) {
 	}
 	srv.Start()
 	t.Cleanup(srv.Close)
+	asked := func() int { return len(hs.Calls("GET /api/v1/apikey")) }
 	keyFile := filepath.Join(t.TempDir(), "key")
 	c := NewConnector(config.Headscale{URL: srv.URL, APIKeyFile: keyFile}, noEnv)
 
@@ -60,7 +55,7 @@ func TestConnectorKeepsTheClient(t *testing.T) {
 		t.Errorf("without the file: %v, %v", api, err)
 	}
 	var clients []*Client
-	for _, key := range []string{"prefix.one", "prefix.one", "prefix.two"} {
+	for _, key := range []string{one, one, two} {
 		writeFile(t, keyFile, key)
 		api, cred, err := c.Connect(t.Context())
 		if err != nil {
@@ -77,8 +72,8 @@ func TestConnectorKeepsTheClient(t *testing.T) {
 	if clients[0] != clients[1] || clients[1] == clients[2] {
 		t.Error("want one client for each key")
 	}
-	if asked.Load() != 2 || connections.Load() != 2 {
-		t.Errorf("asked %d times what kind a key is, over %d connections; want one of each for each key", asked.Load(), connections.Load())
+	if asked() != 2 || connections.Load() != 2 {
+		t.Errorf("asked %d times what kind a key is, over %d connections; want one of each for each key", asked(), connections.Load())
 	}
 	writeFile(t, keyFile, "preauth")
 	for range 2 {
@@ -86,29 +81,24 @@ func TestConnectorKeepsTheClient(t *testing.T) {
 			t.Errorf("a pre-auth key: %v, %v", api, err)
 		}
 	}
-	if asked.Load() != 3 {
-		t.Errorf("asked %d times about three keys", asked.Load())
+	if asked() != 3 {
+		t.Errorf("asked %d times about three keys", asked())
 	}
 }
 
 // A server that cannot be asked what kind a key is, is asked again.
 func TestConnectorAsksAgain(t *testing.T) {
-	fails := true
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if fails {
-			w.WriteHeader(http.StatusUnauthorized)
-		}
-		_, _ = w.Write([]byte("{}"))
-	}))
-	t.Cleanup(srv.Close)
+	srv := headscaletest.NewVersion(t, 27)
+	key := srv.APIKey()
+	srv.Break(headscaletest.Refuse())
 	c := NewConnector(config.Headscale{URL: srv.URL}, func(name string) string {
-		return map[string]string{"HEADSCALE_API_KEY": "prefix.secret"}[name]
+		return map[string]string{"HEADSCALE_API_KEY": key}[name]
 	})
 	_, _, err := c.Connect(t.Context())
 	if !errors.Is(err, ErrUnauthorized) || !strings.HasPrefix(err.Error(), "HEADSCALE_API_KEY: ") {
 		t.Errorf("a wrong key: %v", err)
 	}
-	fails = false
+	srv.Break(nil)
 	if api, _, err := c.Connect(t.Context()); api == nil || err != nil {
 		t.Errorf("%v, %v", api, err)
 	}
@@ -120,10 +110,12 @@ func TestConnectorAsksAgain(t *testing.T) {
 
 // A CA file that is replaced counts without a restart.
 func TestConnectorReadsTheCAFileAgain(t *testing.T) {
-	srv := httptest.NewTLSServer(answer(200, "{}"))
+	hs := headscaletest.New(t)
+	key := hs.APIKey()
+	srv := httptest.NewTLSServer(hs)
 	t.Cleanup(srv.Close)
 	caFile := filepath.Join(t.TempDir(), "ca.pem")
-	c := NewConnector(config.Headscale{URL: srv.URL, CAFile: caFile}, func(string) string { return testKey })
+	c := NewConnector(config.Headscale{URL: srv.URL, CAFile: caFile}, func(string) string { return key })
 	writeFile(t, caFile, "no certificate")
 	if _, _, err := c.Connect(t.Context()); err == nil || !strings.Contains(err.Error(), caFile) {
 		t.Errorf("an empty bundle: %v", err)
@@ -162,10 +154,12 @@ func anotherCA(t *testing.T) []byte {
 
 // A connection on which nothing comes back any more, as after a change of the host's network, is used for one try only.
 func TestDeadConnectionIsLeft(t *testing.T) {
-	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	hs := headscaletest.New(t)
+	hs.Break(func(http.ResponseWriter, *http.Request) bool {
 		time.Sleep(20 * time.Millisecond) // so that two calls at once take two connections
-		_, _ = w.Write([]byte("{}"))
-	}))
+		return false
+	})
+	srv := httptest.NewUnstartedServer(hs)
 	srv.EnableHTTP2 = true
 	var dead, connections atomic.Int32
 	srv.Listener = mutable{srv.Listener, &dead, &connections}
@@ -173,7 +167,7 @@ func TestDeadConnectionIsLeft(t *testing.T) {
 	t.Cleanup(srv.Close)
 	caFile := filepath.Join(t.TempDir(), "ca.pem")
 	writeFile(t, caFile, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})))
-	c, err := New(Options{URL: srv.URL, Key: secret.New(testKey), CAFile: caFile})
+	c, err := New(Options{URL: srv.URL, Key: secret.New(hs.APIKey()), CAFile: caFile})
 	if err != nil {
 		t.Fatal(err)
 	}

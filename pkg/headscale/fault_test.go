@@ -13,48 +13,41 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
 
 const testKey = "hskey-api-abcdefghijkl-topsecret"
 
-// serve is a server that misbehaves; what a good one does is tested on the real one.
-func serve(t *testing.T, h http.HandlerFunc) *Client {
+// serve is a client of a server that misbehaves; what a good one does is tested on the real one.
+func serve(t *testing.T, f headscaletest.Fault) *Client {
 	t.Helper()
-	srv := httptest.NewServer(h)
-	t.Cleanup(srv.Close)
-	return client(t, srv.URL, testKey)
-}
-
-func answer(status int, body string) http.HandlerFunc {
-	return func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(status)
-		fmt.Fprint(w, body)
-	}
+	s := headscaletest.New(t)
+	s.Break(f)
+	return client(t, s.URL, testKey)
 }
 
 func TestErrorFormats(t *testing.T) {
 	for name, tt := range map[string]struct {
-		h    http.HandlerFunc
+		h    headscaletest.Fault
 		is   error
 		says []string
 	}{
-		"0.29 wrong key":    {answer(401, "Unauthorized"), ErrUnauthorized, []string{"headscale apikeys create"}},
-		"0.26 wrong key":    {answer(500, "Unauthorized"), ErrUnauthorized, []string{"headscale apikeys create"}},
-		"0.30 wrong key":    {answer(401, `{"title":"Unauthorized","status":401,"detail":"key expired"}`), ErrUnauthorized, []string{"key expired"}},
-		"0.29 not found":    {answer(404, `{"code":5,"message":"node not found","details":[]}`), ErrNotFound, []string{"node not found"}},
-		"0.26 not found":    {answer(500, `{"code":2,"message":"record not found","details":[]}`), ErrNotFound, nil},
-		"0.30 not found":    {answer(404, `{"title":"Not Found","status":404,"detail":"no node 7"}`), ErrNotFound, []string{"no node 7"}},
-		"0.30 bad request":  {answer(422, `{"title":"Unprocessable","detail":"validation failed","errors":[{"message":"expected prefix","location":"body.routes[0]"}]}`), nil, []string{"422", "validation failed", "body.routes[0]: expected prefix"}},
-		"gRPC error":        {answer(500, `{"code":2,"message":"kaputt","details":[]}`), nil, []string{"500", "kaputt"}},
-		"no API":            {answer(404, "<html>\n<body>"), nil, []string{"headscale.url"}},
-		"another program":   {answer(200, "<html>"), nil, []string{"headscale.url"}},
-		"the key is echoed": {answer(400, "bad key "+testKey), nil, []string{"bad key ***"}},
-		"the key in JSON":   {answer(400, `{"message":"bad key `+testKey+`"}`), nil, []string{"bad key ***"}},
+		"0.29 wrong key":    {headscaletest.Answer(401, "Unauthorized"), ErrUnauthorized, []string{"headscale apikeys create"}},
+		"0.26 wrong key":    {headscaletest.Answer(500, "Unauthorized"), ErrUnauthorized, []string{"headscale apikeys create"}},
+		"0.30 wrong key":    {headscaletest.Answer(401, `{"title":"Unauthorized","status":401,"detail":"key expired"}`), ErrUnauthorized, []string{"key expired"}},
+		"0.29 not found":    {headscaletest.Answer(404, `{"code":5,"message":"node not found","details":[]}`), ErrNotFound, []string{"node not found"}},
+		"0.26 not found":    {headscaletest.Answer(500, `{"code":2,"message":"record not found","details":[]}`), ErrNotFound, nil},
+		"0.30 not found":    {headscaletest.Answer(404, `{"title":"Not Found","status":404,"detail":"no node 7"}`), ErrNotFound, []string{"no node 7"}},
+		"0.30 bad request":  {headscaletest.Answer(422, `{"title":"Unprocessable","detail":"validation failed","errors":[{"message":"expected prefix","location":"body.routes[0]"}]}`), nil, []string{"422", "validation failed", "body.routes[0]: expected prefix"}},
+		"gRPC error":        {headscaletest.Answer(500, `{"code":2,"message":"kaputt","details":[]}`), nil, []string{"500", "kaputt"}},
+		"no API":            {headscaletest.Answer(404, "<html>\n<body>"), nil, []string{"headscale.url"}},
+		"another program":   {headscaletest.Answer(200, "<html>"), nil, []string{"headscale.url"}},
+		"the key is echoed": {headscaletest.Answer(400, "bad key "+testKey), nil, []string{"bad key ***"}},
+		"the key in JSON":   {headscaletest.Answer(400, `{"message":"bad key `+testKey+`"}`), nil, []string{"bad key ***"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := serve(t, tt.h).Node(t.Context(), 7)
@@ -83,7 +76,7 @@ func TestRetries(t *testing.T) {
 		status int
 		body   string
 		fails  int32 // this many times
-		want   int32 // calls in all
+		want   int   // calls in all
 		ok     bool
 		create bool
 	}{
@@ -97,29 +90,24 @@ func TestRetries(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var calls atomic.Int32
-			c := serve(t, func(w http.ResponseWriter, r *http.Request) {
-				if calls.Add(1) <= tt.fails {
-					answer(tt.status, tt.body)(w, r)
-					return
-				}
-				fmt.Fprint(w, `{"nodes":[],"preAuthKey":{"id":"1","key":"k"}}`)
-			})
+			s := headscaletest.New(t)
+			s.Break(headscaletest.First(tt.fails, headscaletest.Answer(tt.status, tt.body)))
+			c := client(t, s.URL, s.APIKey())
 			var err error
 			if tt.create {
 				_, err = c.createPreAuthKey(t.Context(), PreAuthKeyRequest{}, 0)
 			} else {
 				_, err = c.Nodes(t.Context())
 			}
-			if (err == nil) != tt.ok || calls.Load() != tt.want {
-				t.Errorf("%d calls, %v", calls.Load(), err)
+			if n := len(s.Calls("")); (err == nil) != tt.ok || n != tt.want {
+				t.Errorf("%d calls, %v", n, err)
 			}
 		})
 	}
 }
 
 func TestDeadline(t *testing.T) {
-	c := serve(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	c := serve(t, func(_ http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); return true })
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	start := time.Now()
@@ -135,7 +123,9 @@ func TestDeadline(t *testing.T) {
 }
 
 func TestCustomCA(t *testing.T) {
-	srv := httptest.NewUnstartedServer(answer(200, `{"nodes":[]}`))
+	hs := headscaletest.New(t)
+	key := secret.New(hs.APIKey())
+	srv := httptest.NewUnstartedServer(hs)
 	srv.Config.ErrorLog = log.New(io.Discard, "", 0) // it would tell of the handshakes that are to fail
 	srv.StartTLS()
 	defer srv.Close()
@@ -144,7 +134,7 @@ func TestCustomCA(t *testing.T) {
 		t.Fatal(err)
 	}
 	nodes := func(url, ca string) error {
-		c, err := New(Options{URL: url, CAFile: ca, Key: secret.New(testKey)})
+		c, err := New(Options{URL: url, CAFile: ca, Key: key})
 		if err != nil {
 			return err
 		}
@@ -158,9 +148,7 @@ func TestCustomCA(t *testing.T) {
 	if err := nodes(srv.URL, ""); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "headscale.caFile") || time.Since(start) > backoff {
 		t.Errorf("without, after %s: %v", time.Since(start), err)
 	}
-	plain := httptest.NewServer(answer(200, `{"nodes":[]}`))
-	defer plain.Close()
-	if err := nodes(strings.Replace(plain.URL, "http:", "https:", 1), file); err == nil || !strings.Contains(err.Error(), "speaks http") {
+	if err := nodes(strings.Replace(hs.URL, "http:", "https:", 1), file); err == nil || !strings.Contains(err.Error(), "speaks http") {
 		t.Errorf("http server by https: %v", err)
 	}
 	empty := filepath.Join(t.TempDir(), "empty")
@@ -184,9 +172,9 @@ func TestBadURL(t *testing.T) {
 }
 
 func TestClockSkew(t *testing.T) {
-	c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+	c := serve(t, func(w http.ResponseWriter, _ *http.Request) bool {
 		w.Header().Set("Date", time.Now().Add(-time.Hour).UTC().Format(http.TimeFormat))
-		fmt.Fprint(w, `{"version":"v0.29.3"}`)
+		return false
 	})
 	h, err := c.Health(t.Context())
 	if err != nil || (h.Skew+time.Hour).Abs() > time.Second {
@@ -196,7 +184,7 @@ func TestClockSkew(t *testing.T) {
 
 // TestOldNode reads what 0.26 sends: tags in three lists, ids as strings, and "never" in two spellings.
 func TestOldNode(t *testing.T) {
-	c := serve(t, answer(200, `{"node":{"id":"9007199254740993","name":"host","givenName":"one","nodeKey":"nodekey:ab","ipAddresses":["100.64.0.1"],
+	c := serve(t, headscaletest.Answer(200, `{"node":{"id":"9007199254740993","name":"host","givenName":"one","nodeKey":"nodekey:ab","ipAddresses":["100.64.0.1"],
 		"forcedTags":["tag:b"],"validTags":["tag:a","tag:b"],"invalidTags":["tag:c"],"expiry":"0001-01-01T00:00:00Z","lastSeen":null,
 		"approvedRoutes":["10.0.0.0/8"],"unknown":{"x":1},"user":{"id":"1","name":"u"}}}`))
 	n, err := c.Node(t.Context(), 1)
@@ -211,25 +199,14 @@ func TestOldNode(t *testing.T) {
 
 // TestUserMadeMeanwhile: up to 0.27 nodes that join at the same time make the user of their keys at the same time.
 func TestUserMadeMeanwhile(t *testing.T) {
-	var made atomic.Bool
-	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body) // a short one fails the test
-		switch {
-		case r.URL.Path == "/api/v1/user" && r.Method == "POST":
-			made.Store(true) // by the other node
-			answer(500, `{"code":2,"message":"creating user: UNIQUE constraint failed: users.name","details":[]}`)(w, r)
-		case r.URL.Path == "/api/v1/user" && made.Load():
-			fmt.Fprint(w, `{"users":[{"id":"3","name":"headcni"}]}`)
-		case r.URL.Path == "/api/v1/user":
-			fmt.Fprint(w, `{"users":[]}`)
-		case strings.Contains(string(body), `"user":"3"`):
-			fmt.Fprint(w, `{"preAuthKey":{"id":"1","key":"k","user":{"id":"3","name":"headcni"}}}`)
-		default:
-			answer(500, `{"code":2,"message":"user not found","details":[]}`)(w, r)
-		}
-	})
+	s := headscaletest.NewVersion(t, 27)
+	s.Break(headscaletest.At("POST /api/v1/user", headscaletest.First(1, func(http.ResponseWriter, *http.Request) bool {
+		s.AddUser(defaultUser) // for the other node
+		return false
+	})))
+	c := client(t, s.URL, s.APIKey())
 	k, err := c.CreatePreAuthKey(t.Context(), PreAuthKeyRequest{Tags: []string{"tag:headcni"}})
-	if err != nil || k.User.Name != "headcni" || !made.Load() {
+	if n := len(s.Calls("POST /api/v1/user")); err != nil || k.User.Name != "headcni" || n != 1 {
 		t.Errorf("%+v, %v", k, err)
 	}
 }
@@ -244,22 +221,20 @@ func TestAtLeast(t *testing.T) {
 
 // TestDisableExpiryOnOldServer: the request would expire the node at once.
 func TestDisableExpiryOnOldServer(t *testing.T) {
-	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		if strings.Contains(r.URL.Path, "expire") {
-			t.Error("the node was expired")
-		}
-		if r.URL.Path == "/version" {
-			answer(404, "nothing here")(w, r)
-		}
-	})
-	if err := c.DisableExpiry(t.Context(), 1); err == nil || !strings.Contains(err.Error(), "0.29") {
+	s := headscaletest.NewVersion(t, 26)
+	id := ID(s.AddNode(headscaletest.Node{}).ID)
+	c := client(t, s.URL, s.APIKey())
+	if err := c.DisableExpiry(t.Context(), id); err == nil || !strings.Contains(err.Error(), "0.29") {
 		t.Errorf("got %v", err)
+	}
+	if n, err := c.Node(t.Context(), id); err != nil || !n.Expiry.IsZero() {
+		t.Errorf("the node was expired: %v, %v", n.Expiry, err)
 	}
 }
 
 // TestApprovalThatDoesNotTake: a server that answers well and does nothing.
 func TestApprovalThatDoesNotTake(t *testing.T) {
-	c := serve(t, answer(200, `{"node":{"id":"1","givenName":"one","approvedRoutes":["192.168.0.0/24"]}}`))
+	c := serve(t, headscaletest.Answer(200, `{"node":{"id":"1","givenName":"one","approvedRoutes":["192.168.0.0/24"]}}`))
 	if _, err := c.ApproveRoutes(t.Context(), 1, prefixes("10.244.1.0/24"), nil); err == nil || !strings.Contains(err.Error(), "approved only") {
 		t.Errorf("got %v", err)
 	}
@@ -267,22 +242,18 @@ func TestApprovalThatDoesNotTake(t *testing.T) {
 
 // TestUserForOldServer: up to 0.27 a key needs an owner.
 func TestUserForOldServer(t *testing.T) {
-	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		var body struct{ User, Name string }
-		_ = json.NewDecoder(r.Body).Decode(&body) // GETs have none
-		switch {
-		case r.URL.Path == "/api/v1/user" && r.Method == "GET":
-			answer(200, `{"users":[{"id":"3","name":"headcni2"}]}`)(w, r)
-		case r.URL.Path == "/api/v1/user" && body.Name == "headcni":
-			answer(200, `{"user":{"id":"4","name":"headcni"}}`)(w, r)
-		case r.URL.Path == "/api/v1/preauthkey" && body.User == "4":
-			answer(200, `{"preAuthKey":{"id":"5","key":"k"}}`)(w, r)
-		default:
-			answer(500, `{"code":2,"message":"user not found"}`)(w, r)
-		}
-	})
+	s := headscaletest.NewVersion(t, 27)
+	s.AddUser("headcni2")
+	s.Break(headscaletest.At("GET /api/v1/user", func(_ http.ResponseWriter, r *http.Request) bool {
+		r.URL.RawQuery = "" // it lists all, whoever is asked for
+		return false
+	}))
+	c := client(t, s.URL, s.APIKey())
 	k, err := c.CreatePreAuthKey(t.Context(), PreAuthKeyRequest{Expiration: time.Now().Add(time.Hour)})
-	if err != nil || k.ID != 5 || k.Key.Reveal() != "k" {
+	if err != nil || k.Key.Empty() || k.User.Name != "headcni" {
 		t.Errorf("%+v, %v", k, err)
+	}
+	if _, err := s.Join(k.Key.Reveal(), "one"); err != nil {
+		t.Error(err)
 	}
 }

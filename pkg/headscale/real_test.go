@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/internal/realparts"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
@@ -35,13 +37,58 @@ func client(t *testing.T, url, key string) *Client {
 	return c
 }
 
-// TestRealServer walks through the API of a real Headscale with a real node.
+// server is a Headscale to walk through.
+type server interface {
+	Since(minor int) bool
+	APIKey() string
+	Kill()
+	Start()
+}
+
+// walked is a server, and machines that join it.
+type walked struct {
+	server
+	url string
+	// join has another machine join that advertises routes, and returns its node key.
+	join func(key, hostname, routes string) string
+}
+
+// TestRealServer walks through the API of a real Headscale with real nodes.
 func TestRealServer(t *testing.T) {
 	w := realparts.New(t, 10*time.Millisecond)
+	walk(t, walked{w, w.URL, func(key, hostname, routes string) string {
+		d := w.Node()
+		d.CLI("up", "--login-server="+w.URL, "--auth-key="+key, "--hostname="+hostname, "--advertise-routes="+routes)
+		var st struct{ Self struct{ PublicKey string } }
+		if err := json.Unmarshal([]byte(d.CLI("status", "--json", "--peers=false")), &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Self.PublicKey
+	}})
+}
+
+// TestStandIn holds the stand-in of other tests, in all its versions, to what a real server does.
+func TestStandIn(t *testing.T) {
+	for minor := 26; minor <= headscaletest.Newest; minor++ {
+		t.Run(fmt.Sprintf("0.%d", minor), func(t *testing.T) {
+			s := headscaletest.NewVersion(t, minor)
+			walk(t, walked{s, s.URL, func(key, hostname, routes string) string {
+				n, err := s.Join(key, hostname, prefixes(strings.Split(routes, ",")...)...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return n.NodeKey
+			}})
+		})
+	}
+}
+
+// walk goes through all that the client can do.
+func walk(t *testing.T, w walked) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	apiKey := w.APIKey()
-	c := client(t, w.URL+"/", apiKey)
+	c := client(t, w.url+"/", apiKey)
 
 	h, err := c.Health(ctx)
 	if err != nil || strings.HasPrefix(h.Version, "v0.") != w.Since(27) || h.Skew.Abs() > 2*time.Second {
@@ -50,7 +97,7 @@ func TestRealServer(t *testing.T) {
 	if got := !StarCoversRoutes(h.Version); got != w.Since(29) {
 		t.Errorf("0.29 or later by %q: %v", h.Version, got)
 	}
-	if _, err := client(t, w.URL, "").Health(ctx); err != nil {
+	if _, err := client(t, w.url, "").Health(ctx); err != nil {
 		t.Errorf("health without a key: %v", err)
 	}
 
@@ -58,16 +105,10 @@ func TestRealServer(t *testing.T) {
 	if err != nil || made.Key.Empty() {
 		t.Fatalf("make a key: %+v, %v", made, err)
 	}
-	t.Run("kinds", func(t *testing.T) { testKinds(t, ctx, w.URL, apiKey, made.Key.Reveal()) })
+	t.Run("kinds", func(t *testing.T) { testKinds(t, ctx, w.url, apiKey, made.Key.Reveal()) })
 
-	d := w.Node()
-	d.CLI("up", "--login-server="+w.URL, "--auth-key="+made.Key.Reveal(), "--hostname=one",
-		"--advertise-routes=10.244.1.0/24,fd00:244:1::/64,192.168.7.0/24,0.0.0.0/0,::/0")
-	var st struct{ Self struct{ PublicKey string } }
-	if err := json.Unmarshal([]byte(d.CLI("status", "--json", "--peers=false")), &st); err != nil {
-		t.Fatal(err)
-	}
-	n, err := c.NodeByKey(ctx, st.Self.PublicKey)
+	nodeKey := w.join(made.Key.Reveal(), "one", "10.244.1.0/24,fd00:244:1::/64,192.168.7.0/24,0.0.0.0/0,::/0")
+	n, err := c.NodeByKey(ctx, nodeKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +139,7 @@ func TestRealServer(t *testing.T) {
 	}
 	gone := map[string]error{
 		"delete twice": c.DeleteNode(ctx, n.ID),
-		"by key":       second(c.NodeByKey(ctx, st.Self.PublicKey)),
+		"by key":       second(c.NodeByKey(ctx, nodeKey)),
 		"read":         second(c.Node(ctx, n.ID)),
 		"approve":      second(c.ApproveRoutes(ctx, n.ID, prefixes("10.244.1.0/24"), nil)),
 	}
@@ -129,9 +170,9 @@ func TestRealServer(t *testing.T) {
 func second[T any](_ T, err error) error { return err }
 
 // testHeir: another node gets a route of the deleted one, which was connected.
-func testHeir(t *testing.T, ctx context.Context, w *realparts.World, c *Client, key PreAuthKey) {
+func testHeir(t *testing.T, ctx context.Context, w walked, c *Client, key PreAuthKey) {
 	const route = "192.168.7.0/24"
-	w.Node().CLI("up", "--login-server="+w.URL, "--auth-key="+key.Key.Reveal(), "--hostname=heir", "--advertise-routes="+route)
+	w.join(key.Key.Reveal(), "heir", route)
 	for end := time.Now().Add(30 * time.Second); ; time.Sleep(200 * time.Millisecond) {
 		nodes, err := c.Nodes(ctx)
 		if err != nil || len(nodes) != 1 {

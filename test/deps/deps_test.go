@@ -66,7 +66,7 @@ var level = map[string]int{
 }
 
 // testOnly packages import testing. Nothing that ships may.
-var testOnly = []string{"internal/cluster", "internal/golden", "internal/labtest", "internal/nstest", "internal/realparts", "test"}
+var testOnly = []string{"internal/cluster", "internal/golden", "internal/headscaletest", "internal/labtest", "internal/nstest", "internal/realparts", "test"}
 
 // pkg is what `go list` tells of a package.
 type pkg struct {
