@@ -1,5 +1,25 @@
 {{/* Names are fixed, whatever the release is called: two HeadCNIs in one cluster would fight over its nodes. */}}
 
+{{/* Every template begins with this: what the values lack is put into them. Helm does that for a release's first values, but `helm
+     upgrade --reuse-values` gives a chart all values of the chart before it, without what has been added since, and null takes a
+     value away. files/defaults.yaml is values.yaml, which Helm shows to no template. */}}
+{{- define "headcni.defaults" -}}
+{{- include "headcni.fill" (dict "into" .Values "from" (.Files.Get "files/defaults.yaml" | fromYaml)) -}}
+{{- end }}
+
+{{/* Maps that hold a user's own keys, or Kubernetes', are there or not as a whole: who takes a key out of one wants it out. */}}
+{{- define "headcni.fill" -}}
+{{- $whole := list "affinity" "appArmorProfile" "labels" "nodeSelector" "podAnnotations" "podLabels" "resources" "seccompProfile" "seLinuxOptions" -}}
+{{- range $key, $default := .from -}}
+{{- $value := index $.into $key -}}
+{{- if kindIs "invalid" $value -}}
+{{- $_ := set $.into $key $default -}}
+{{- else if and (kindIs "map" $value) (kindIs "map" $default) (not (has $key $whole)) -}}
+{{- include "headcni.fill" (dict "into" $value "from" $default) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{- define "headcni.labels" -}}
 {{ include "headcni.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}

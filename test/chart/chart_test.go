@@ -93,11 +93,16 @@ func helm(t *testing.T) string {
 	return bin
 }
 
-// render runs `helm template` in a home of its own: a user's settings and plugins are no business of the test.
 func render(t *testing.T, args ...string) (string, error) {
 	t.Helper()
+	return helmTemplate(t, chartDir, args...)
+}
+
+// helmTemplate runs helm in a home of its own: a user's settings and plugins are no business of the test.
+func helmTemplate(t *testing.T, chart string, args ...string) (string, error) {
+	t.Helper()
 	home := t.TempDir()
-	cmd := exec.Command(helm(t), slices.Concat([]string{"template", "my-release", chartDir, "--namespace", "kube-system"}, args)...)
+	cmd := exec.Command(helm(t), slices.Concat([]string{"template", "my-release", chart, "--namespace", "kube-system"}, args)...)
 	cmd.Env = []string{"HOME=" + home, "HELM_CACHE_HOME=" + home, "HELM_CONFIG_HOME=" + home, "HELM_DATA_HOME=" + home, "KUBECONFIG=/nowhere"}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -108,13 +113,19 @@ func render(t *testing.T, args ...string) (string, error) {
 	return string(out), nil
 }
 
-func mustRender(t *testing.T, args ...string) []manifest {
+// renderChart is what a chart renders to, as text.
+func renderChart(t *testing.T, chart string, args ...string) string {
 	t.Helper()
-	out, err := render(t, args...)
+	out, err := helmTemplate(t, chart, args...)
 	if err != nil {
 		t.Fatalf("helm template %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
-	return parse(t, out)
+	return out
+}
+
+func mustRender(t *testing.T, args ...string) []manifest {
+	t.Helper()
+	return parse(t, renderChart(t, chartDir, args...))
 }
 
 // manifest is one rendered document.

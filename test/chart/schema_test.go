@@ -2,6 +2,7 @@ package chart
 
 import (
 	"encoding/json"
+	"maps"
 	"os"
 	"path"
 	"reflect"
@@ -33,6 +34,13 @@ var free = []string{
 	"security.*", "*.nodeSelector", "*.affinity", "*.resources", "monitoring.*.labels",
 }
 
+func isFree(key string) bool {
+	return slices.ContainsFunc(free, func(pattern string) bool {
+		ok, err := path.Match(strings.ReplaceAll(pattern, ".", "/"), strings.ReplaceAll(key, ".", "/"))
+		return err == nil && ok
+	})
+}
+
 // manifold are values that may be of several types.
 var manifold = map[string]schema{
 	"podLabels":              {"type": "object", "additionalProperties": schema{"type": "string"}},
@@ -40,7 +48,7 @@ var manifold = map[string]schema{
 	"daemon.maxUnavailable":  {"type": []string{"integer", "string"}},
 	"kubernetes.servicePort": {"type": []string{"integer", "string"}},
 	"controller.replicas":    {"type": []string{"integer", "null"}, "minimum": 0},
-	"image.pullPolicy":       {"enum": []string{"Always", "IfNotPresent", "Never"}},
+	"image.pullPolicy":       {"enum": []any{"Always", "IfNotPresent", "Never"}},
 }
 
 // ofType is the schema of daemon.yaml's Go type.
@@ -79,10 +87,8 @@ func ofValue(key string, v any) schema {
 	}
 	switch v := v.(type) {
 	case map[string]any:
-		for _, pattern := range free {
-			if ok, err := path.Match(strings.ReplaceAll(pattern, ".", "/"), strings.ReplaceAll(key, ".", "/")); err == nil && ok {
-				return schema{"type": "object"}
-			}
+		if isFree(key) {
+			return schema{"type": "object"}
 		}
 		properties := schema{}
 		for name, inner := range v {
@@ -99,8 +105,26 @@ func ofValue(key string, v any) schema {
 	panic("values.yaml: " + key + ": no schema for its type")
 }
 
+// object is a block, of which anything may be null: the templates put the default in.
 func object(properties schema) schema {
+	for name, p := range properties {
+		properties[name] = orNull(p.(schema))
+	}
 	return schema{"type": "object", "properties": properties, "additionalProperties": false}
+}
+
+func orNull(s schema) schema {
+	out := maps.Clone(s)
+	switch t := s["type"].(type) {
+	case string:
+		out["type"] = []string{t, "null"}
+	case []string:
+		out["type"] = slices.Compact(append(slices.Clone(t), "null"))
+	}
+	if values, ok := s["enum"].([]any); ok {
+		out["enum"] = append(slices.Clone(values), nil)
+	}
+	return out
 }
 
 func TestSchema(t *testing.T) {
@@ -108,7 +132,7 @@ func TestSchema(t *testing.T) {
 	delete(values, "config")
 	whole := ofValue("", values)
 	properties := whole["properties"].(schema)
-	properties["config"] = ofType("", reflect.TypeFor[config.Config]())
+	properties["config"] = orNull(ofType("", reflect.TypeFor[config.Config]()))
 	properties["global"] = schema{"type": "object"} // Helm's own
 	whole["$schema"] = "http://json-schema.org/draft-07/schema#"
 	whole["title"] = "Values of the HeadCNI chart; config.* is daemon.yaml"
