@@ -22,6 +22,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/membership"
@@ -58,11 +59,12 @@ type Daemon struct {
 	board   *reconcile.Board[*pass]
 	loop    *reconcile.Loop
 
-	node       *noderoutes.Routes
-	tables     *nft.Tables
-	member     *membership.Member
-	kubernetes *nodeview.Watch // nil without Kubernetes
-	tunnel     tunnel          // of the loop alone
+	node         *noderoutes.Routes
+	tables       *nft.Tables
+	hostFirewall *hostfirewall.Firewall
+	member       *membership.Member
+	kubernetes   *nodeview.Watch // nil without Kubernetes
+	tunnel       tunnel          // of the loop alone
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -103,7 +105,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), saved: saved, kept: saved, kubernetes: k,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), hostFirewall: hostfirewall.New(), saved: saved, kept: saved, kubernetes: k,
 		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
 	var forMember *membership.Kubernetes
@@ -279,7 +281,7 @@ func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 
 // watch turns changes of the kernel's network state and of tailscaled into passes, and keeps sessions armed.
 func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
-	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes} {
+	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes, d.hostFirewall.Changes} {
 		wg.Go(func() { d.watchKernel(ctx, changes) })
 	}
 	addresses := []string{hostPort(d.cfg.Headscale.URL)}

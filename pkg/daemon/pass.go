@@ -14,6 +14,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -102,7 +103,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return nil, s.refused
 		}},
 		{Name: partFirewall, Needs: []string{partConfig}, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.tables.Sync(ctx, s.plan.firewall)
+			done, err := d.tables.Sync(ctx, s.plan.firewall)
+			more, err2 := d.hostFirewall.Sync(ctx, hostfirewall.Config{TunName: s.plan.firewall.TunName})
+			return append(done, more...), errors.Join(err, err2)
 		}},
 		{Name: partRoutes, Needs: []string{partFirewall}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.node.Sync(ctx, s.plan.node)
@@ -149,7 +152,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 
 // foreignDrops says which firewalls of others drop what pods send and get, and what to do about it.
 func (d *Daemon) foreignDrops(tun string) error {
-	drops, err := d.tables.ForeignDrops()
+	drops, err := d.hostFirewall.ForeignDrops()
 	if err != nil || len(drops) == 0 {
 		return err
 	}

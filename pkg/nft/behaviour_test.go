@@ -12,6 +12,7 @@ import (
 
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/hostfirewall"
 )
 
 func TestSourcesAsSeenByTheReceiver(t *testing.T) {
@@ -306,4 +307,43 @@ var nftFamily = map[string]string{"IPv4": "ip", "IPv6": "ip6"}
 func isTimeout(err error) bool {
 	var n net.Error
 	return errors.As(err, &n) && n.Timeout()
+}
+
+func TestPodsTalkThoughForwardDrops(t *testing.T) {
+	t.Parallel()
+	for backend, programs := range map[string][]string{
+		"iptables-nft":    {"iptables-nft", "ip6tables-nft"},
+		"iptables-legacy": {"iptables-legacy", "ip6tables-legacy"},
+	} {
+		t.Run(backend, func(t *testing.T) {
+			w := newWorld(t)
+			for _, p := range programs {
+				w.node.Run(t, p, "-P", "FORWARD", "DROP")
+			}
+			for family, a := range worldAddrs {
+				paths := map[string]packet{
+					"pod to pod":        {from: w.podA, src: a.podA, to: w.podB, dst: a.podB},
+					"pod to LAN":        {from: w.podA, src: a.podA, to: w.lan, dst: a.lan},
+					"pod to remote pod": {from: w.podA, src: a.podA, to: w.tn, dst: a.remote},
+					"remote pod to pod": {from: w.tn, src: a.remote, to: w.podA, dst: a.podA},
+					"NodePort to tun":   {from: w.lan, src: a.lan, to: w.tn, dst: a.remote},
+				}
+				firewall := hostfirewall.New()
+				if w.heard(paths["pod to pod"]).IsValid() {
+					t.Fatalf("%s: FORWARD does not drop: this test cannot fail", family)
+				}
+				w.sync(typical())
+				w.node.Do(t, func() error {
+					_, err := firewall.Sync(t.Context(), hostfirewall.Config{TunName: typical().TunName})
+					return err
+				})
+				for name, p := range paths {
+					if !w.waitFor(p).IsValid() {
+						t.Errorf("%s: %s: nothing arrives", family, name)
+					}
+				}
+				w.node.Do(t, func() error { return errors.Join(w.tables.Remove(t.Context()), firewall.Remove(t.Context())) })
+			}
+		})
+	}
 }

@@ -6,11 +6,9 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
-	"golang.org/x/sys/unix"
 )
 
 // Config is what the tables are made from. Its zero value closes the node: no pod network at all.
@@ -35,7 +33,7 @@ type Config struct {
 // Validate returns all faults joined.
 func (c Config) Validate() error {
 	var errs []error
-	if err := checkTunName(c.TunName); err != nil {
+	if err := names.CheckTun(c.TunName); err != nil {
 		errs = append(errs, err)
 	}
 	switch c.TailnetEgress {
@@ -56,24 +54,6 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("node address %s: want an IPv6 address without zone", a))
 	}
 	return errors.Join(errs...)
-}
-
-// checkTunName keeps a name out of the rules that could end its quotes, match other links or be one of our pods'.
-func checkTunName(name string) error {
-	if name == "" {
-		return nil
-	}
-	bad := strings.IndexFunc(name, func(r rune) bool {
-		return r <= ' ' || r > '~' || strings.ContainsRune(`"\/*:;{}`, r)
-	}) >= 0
-	if bad || len(name) >= unix.IFNAMSIZ {
-		return fmt.Errorf("tun name %q: want up to %d characters, only letters, digits and - _ . among them", name, unix.IFNAMSIZ-1)
-	}
-	if strings.HasPrefix(name, names.PodLinkPrefix) {
-		return fmt.Errorf("tun name %q: must not begin with %q, which begins the names of pods' links",
-			name, names.PodLinkPrefix)
-	}
-	return nil
 }
 
 // compact returns the prefixes of one family in order, without those inside another: nft refuses overlapping intervals.

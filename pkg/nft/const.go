@@ -1,14 +1,11 @@
 package nft
 
 import (
-	"github.com/headcni/headcni/pkg/config/names"
 	"sigs.k8s.io/knftables"
 )
 
 // Every name, priority, mark and address of the rules, with its reason.
 const (
-	podLinks = names.PodLinkPrefix + "*"
-
 	// setCluster holds the pod CIDRs of all clusters: what must use the tunnel or nothing.
 	setCluster = "cluster"
 	// setKeepSource holds the destinations towards which pods keep their source: the cluster set and services.

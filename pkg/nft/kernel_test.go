@@ -3,13 +3,18 @@ package nft
 import (
 	"context"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/internal/golden"
+	"github.com/headcni/headcni/internal/nfnl"
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 )
@@ -43,7 +48,7 @@ func TestSteadyStateWritesNothing(t *testing.T) {
 		t.Fatal("the first sync reports no change")
 	}
 	gen := func() (g uint32) {
-		ns.Do(t, func() (err error) { g, err = generation(); return })
+		ns.Do(t, func() (err error) { g, err = nfnl.Generation(); return })
 		return g
 	}
 	before := gen()
@@ -169,28 +174,32 @@ func firstHandle(t *testing.T, ns *nstest.NS, chain string) string {
 	return ""
 }
 
+func TestWithIPv6Disabled(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Do(t, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0) })
+	mustSync(t, ns, New(), typical())
+	if out := ns.Run(t, "nft", "list", "tables"); out != "table ip headcni\ntable ip6 headcni\n" {
+		t.Errorf("tables: %s", out)
+	}
+}
+
 func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
 	for name, setUp := range map[string]string{
 		"empty host":   "true",
 		"other tables": `nft add table ip other; nft add table ip6 headcni2; nft 'add chain ip other c { type filter hook forward priority 0 ; policy drop ; }'`,
-		"Docker with iptables-nft": "iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -i docker0 -j ACCEPT; " +
-			"ip6tables-nft -A FORWARD -i docker0 -j ACCEPT",
-		"Docker with iptables-legacy": "iptables-legacy -P FORWARD DROP; iptables-legacy -A FORWARD -i docker0 -j ACCEPT; " +
-			"ip6tables-legacy -P FORWARD DROP",
 	} {
 		t.Run(name, func(t *testing.T) {
 			ns := nstest.New(t)
 			ns.Run(t, "sh", "-c", setUp)
-			state := func() string { return ruleset(t, ns) + legacyState(t, ns) }
-			before := state()
+			before := ruleset(t, ns)
 			tables := New()
 			mustSync(t, ns, tables, typical())
-			if state() == before {
+			if ruleset(t, ns) == before {
 				t.Fatal("sync did nothing")
 			}
 			for range 2 {
 				ns.Do(t, func() error { return tables.Remove(t.Context()) })
-				if d := cmp.Diff(before, state()); d != "" {
+				if d := cmp.Diff(before, ruleset(t, ns)); d != "" {
 					t.Errorf("not as before (-before +after):\n%s", d)
 				}
 			}
@@ -201,21 +210,8 @@ func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
 	}
 }
 
-// legacyState is the legacy filter tables, without making them.
-func legacyState(t *testing.T, ns *nstest.NS) string {
-	t.Helper()
-	out := ""
-	for _, f := range legacyFamilies {
-		if strings.Contains(ns.Run(t, "cat", strings.Replace(f.tables, "thread-self", "self", 1)), filterTable) {
-			out += ns.Run(t, f.program, "-S")
-		}
-	}
-	return out
-}
-
 func TestChangesAreSeenWithinASecond(t *testing.T) {
 	ns := nstest.New(t)
-	ns.Run(t, "iptables-nft", "-P", "FORWARD", "DROP")
 	tables := New()
 	mustSync(t, ns, tables, typical())
 	ctx, cancel := context.WithCancel(t.Context())
@@ -231,9 +227,9 @@ func TestChangesAreSeenWithinASecond(t *testing.T) {
 	}
 	for _, c := range []string{
 		"flush ruleset", "add table ip headcni", "add set ip6 headcni own { type ipv6_addr ; flags interval ; }",
-		"add element ip6 headcni own { fd00::/64 }", "add rule ip filter FORWARD drop", "delete table ip headcni",
+		"add element ip6 headcni own { fd00::/64 }", "delete table ip headcni",
 	} {
-		ns.Run(t, "nft", "add table ip filter; add chain ip filter FORWARD; add table ip6 headcni")
+		ns.Run(t, "nft", "add table ip6 headcni")
 		for seen(200 * time.Millisecond) {
 		}
 		ns.Run(t, "nft", c)
@@ -243,7 +239,7 @@ func TestChangesAreSeenWithinASecond(t *testing.T) {
 		for seen(200 * time.Millisecond) {
 		}
 	}
-	ns.Run(t, "nft", "add table ip filter; add chain ip filter OTHER; add rule ip filter OTHER accept; add table ip kube-proxy")
+	ns.Run(t, "nft", "add table ip filter; add chain ip filter FORWARD; add rule ip filter FORWARD accept; add table ip kube-proxy")
 	if seen(300 * time.Millisecond) {
 		t.Error("a change that is not ours woke us")
 	}
@@ -253,11 +249,51 @@ func TestChangesAreSeenWithinASecond(t *testing.T) {
 	}
 }
 
-func TestWithIPv6Disabled(t *testing.T) {
+func TestMissingProgramIsNamed(t *testing.T) {
 	ns := nstest.New(t)
-	ns.Do(t, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0) })
-	mustSync(t, ns, New(), typical())
-	if out := ns.Run(t, "nft", "list", "tables"); out != "table ip headcni\ntable ip6 headcni\n" {
-		t.Errorf("tables: %s", out)
+	nft, err := exec.LookPath("nft")
+	if err != nil {
+		t.Fatal(err)
 	}
+	bin := t.TempDir()
+	t.Setenv("PATH", bin)
+	tables := New()
+	ns.Do(t, func() error { _, err = tables.Sync(t.Context(), typical()); return nil })
+	if err == nil || !strings.Contains(err.Error(), "install the package nftables") {
+		t.Errorf("error %v", err)
+	}
+	// Installed in the meantime: the next try finds it.
+	if err := os.Symlink(nft, filepath.Join(bin, "nft")); err != nil {
+		t.Fatal(err)
+	}
+	mustSync(t, ns, tables, typical())
+	ns.Do(t, func() error {
+		for _, f := range families {
+			if l, err := list(f); err != nil || len(l) == 0 {
+				t.Errorf("table %s was not made (%v)", f, err)
+			}
+		}
+		return nil
+	})
+}
+
+func TestWithoutPermission(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Do(t, func() error {
+		// The thread ends with the test, and with it the loss.
+		var none [2]unix.CapUserData
+		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+			return err
+		}
+		for name, try := range map[string]func() error{
+			"sync":    func() error { _, err := New().Sync(t.Context(), typical()); return err },
+			"remove":  func() error { return New().Remove(t.Context()) },
+			"changes": func() error { _, err := New().Changes(t.Context()); return err },
+		} {
+			if err := try(); err == nil || !strings.Contains(err.Error(), "run as root or with CAP_NET_ADMIN") {
+				t.Errorf("%s: error %v", name, err)
+			}
+		}
+		return nil
+	})
 }

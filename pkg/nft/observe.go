@@ -2,29 +2,24 @@ package nft
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
 
-	"github.com/headcni/headcni/pkg/config/names"
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
+
+	"github.com/headcni/headcni/internal/nfnl"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // Writing goes through the nft program; looking goes through netlink, because it costs microseconds and shows every
 // attribute, so that no change by hand is missed.
 
-const (
-	// dumpTries bounds the repeats of a dump that a concurrent change interrupted (NLM_F_DUMP_INTR).
-	dumpTries = 10
-	// attrMask takes the flags (nested, byte order) off an attribute's type.
-	attrMask = 0x3fff
-)
+// observeTries bounds the repeats of a look that others disturbed.
+const observeTries = 10
 
 var nfproto = map[knftables.Family]uint8{knftables.IPv4Family: unix.NFPROTO_IPV4, knftables.IPv6Family: unix.NFPROTO_IPV6}
 
@@ -34,88 +29,16 @@ var families = []knftables.Family{knftables.IPv4Family, knftables.IPv6Family}
 // out, because they change when the same content is written again. Empty: there is no table.
 type listing map[string]string
 
-// nfMsg is struct nfgenmsg with attributes behind it.
-type nfMsg []byte
-
-func (m nfMsg) Len() int          { return len(m) }
-func (m nfMsg) Serialize() []byte { return m }
-
-// request sends one nf_tables message and returns the answers' attributes.
-func request(family uint8, msg, flags int, attrs ...*nl.RtAttr) ([][]byte, error) {
-	for try := 0; ; try++ {
-		req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|msg, flags)
-		req.AddData(nfMsg{family, unix.NFNETLINK_V0, 0, 0})
-		for _, a := range attrs {
-			req.AddData(a)
-		}
-		res, err := req.Execute(unix.NETLINK_NETFILTER, 0)
-		if errors.Is(err, netlink.ErrDumpInterrupted) && try < dumpTries {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		for i := range res {
-			res[i] = res[i][4:] // struct nfgenmsg
-		}
-		return res, nil
-	}
-}
-
-// generation returns the number of nf_tables transactions in this network namespace so far: the same number means the
-// same rules. All tables of all owners count.
-func generation() (uint32, error) {
-	res, err := request(unix.AF_UNSPEC, unix.NFT_MSG_GETGEN, 0)
-	if errors.Is(err, unix.EINVAL) { // nfnetlink knows no such subsystem and could not load it
-		err = fmt.Errorf("%w (%w)", unix.EPROTONOSUPPORT, err)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("ask for the nf_tables generation: %w", err)
-	}
-	for _, r := range res {
-		a, err := attributes(r)
-		if err != nil {
-			return 0, err
-		}
-		if id := a[unix.NFTA_GEN_ID]; len(id) == 4 {
-			return binary.BigEndian.Uint32(id), nil
-		}
-	}
-	return 0, errors.New("ask for the nf_tables generation: the kernel's answer has none")
-}
-
-// attributes returns the last value of each attribute.
-func attributes(b []byte) (map[int][]byte, error) {
-	list, err := nl.ParseRouteAttr(b)
-	if err != nil {
-		return nil, fmt.Errorf("read an nf_tables message: %w", err)
-	}
-	out := map[int][]byte{}
-	for _, a := range list {
-		out[int(a.Attr.Type)&attrMask] = a.Value
-	}
-	return out, nil
-}
-
-func zstring(b []byte) string {
-	if i := slices.Index(b, 0); i >= 0 {
-		b = b[:i]
-	}
-	return string(b)
-}
-
-func nameAttr(typ int, name string) *nl.RtAttr { return nl.NewRtAttr(typ, nl.ZeroTerminated(name)) }
-
 // flatten renders all attributes but those in skip, in the kernel's order.
 func flatten(b []byte, skip ...int) (string, error) {
-	list, err := nl.ParseRouteAttr(b)
+	list, err := nfnl.List(b)
 	if err != nil {
-		return "", fmt.Errorf("read an nf_tables message: %w", err)
+		return "", err
 	}
 	out := ""
 	for _, a := range list {
-		if typ := int(a.Attr.Type) & attrMask; !slices.Contains(skip, typ) {
-			out += fmt.Sprintf("%d=%x;", typ, a.Value)
+		if !slices.Contains(skip, a.Type) {
+			out += fmt.Sprintf("%d=%x;", a.Type, a.Value)
 		}
 	}
 	return out, nil
@@ -139,7 +62,7 @@ const (
 func list(family knftables.Family) (listing, error) {
 	fam := nfproto[family]
 	out := listing{}
-	res, err := request(fam, unix.NFT_MSG_GETTABLE, 0, nameAttr(unix.NFTA_TABLE_NAME, names.NFTTable))
+	res, err := nfnl.Request(fam, unix.NFT_MSG_GETTABLE, 0, nfnl.Name(unix.NFTA_TABLE_NAME, names.NFTTable))
 	if errors.Is(err, unix.ENOENT) {
 		return out, nil
 	}
@@ -161,30 +84,30 @@ func list(family knftables.Family) (listing, error) {
 }
 
 func listChains(fam uint8, out listing) error {
-	chains, err := request(fam, unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP) // no filter by table before kernel 6.x
+	chains, err := nfnl.Request(fam, unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP) // no filter by table before kernel 6.x
 	if err != nil {
 		return err
 	}
 	for _, c := range chains {
-		a, err := attributes(c)
+		a, err := nfnl.Attributes(c)
 		if err != nil {
 			return err
 		}
-		if zstring(a[unix.NFTA_CHAIN_TABLE]) != names.NFTTable {
+		if nfnl.Text(a[unix.NFTA_CHAIN_TABLE]) != names.NFTTable {
 			continue
 		}
-		out["chain "+zstring(a[unix.NFTA_CHAIN_NAME])], err =
+		out["chain "+nfnl.Text(a[unix.NFTA_CHAIN_NAME])], err =
 			flatten(c, unix.NFTA_CHAIN_HANDLE, unix.NFTA_CHAIN_USE, unix.NFTA_CHAIN_COUNTERS, nftaChainID)
 		if err != nil {
 			return err
 		}
 	}
-	rules, err := request(fam, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, nameAttr(unix.NFTA_RULE_TABLE, names.NFTTable))
+	rules, err := nfnl.Request(fam, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_RULE_TABLE, names.NFTTable))
 	if err != nil {
 		return err
 	}
 	for _, r := range rules {
-		a, err := attributes(r)
+		a, err := nfnl.Attributes(r)
 		if err != nil {
 			return err
 		}
@@ -192,32 +115,32 @@ func listChains(fam uint8, out listing) error {
 		if err != nil {
 			return err
 		}
-		out["rules of chain "+zstring(a[unix.NFTA_RULE_CHAIN])] += text + "\n"
+		out["rules of chain "+nfnl.Text(a[unix.NFTA_RULE_CHAIN])] += text + "\n"
 	}
 	return nil
 }
 
 func listSets(fam uint8, out listing) error {
-	sets, err := request(fam, unix.NFT_MSG_GETSET, unix.NLM_F_DUMP, nameAttr(unix.NFTA_SET_TABLE, names.NFTTable))
+	sets, err := nfnl.Request(fam, unix.NFT_MSG_GETSET, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_SET_TABLE, names.NFTTable))
 	if err != nil {
 		return err
 	}
 	for _, s := range sets {
-		a, err := attributes(s)
+		a, err := nfnl.Attributes(s)
 		if err != nil {
 			return err
 		}
-		name := zstring(a[unix.NFTA_SET_NAME])
+		name := nfnl.Text(a[unix.NFTA_SET_NAME])
 		if out["set "+name], err = flatten(s, nftaSetHandle, unix.NFTA_SET_ID, nftaSetCount); err != nil {
 			return err
 		}
-		elements, err := request(fam, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
-			nameAttr(unix.NFTA_SET_ELEM_LIST_TABLE, names.NFTTable), nameAttr(unix.NFTA_SET_ELEM_LIST_SET, name))
+		elements, err := nfnl.Request(fam, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
+			nfnl.Name(unix.NFTA_SET_ELEM_LIST_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_SET_ELEM_LIST_SET, name))
 		if err != nil {
 			return err
 		}
 		for _, e := range elements {
-			a, err := attributes(e)
+			a, err := nfnl.Attributes(e)
 			if err != nil {
 				return err
 			}
@@ -235,17 +158,17 @@ func listSets(fam uint8, out listing) error {
 // elementsText renders a list of set elements. An interval is an element at its begin and an "end" element behind it.
 // An end at address 0 means nothing (nft adds one when it fills a set that it knows as used), and is left out.
 func elementsText(list []byte) (string, error) {
-	elements, err := nl.ParseRouteAttr(list)
+	elements, err := nfnl.List(list)
 	if err != nil {
 		return "", fmt.Errorf("read set elements: %w", err)
 	}
 	out := ""
 	for _, e := range elements {
-		a, err := attributes(e.Value)
+		a, err := nfnl.Attributes(e.Value)
 		if err != nil {
 			return "", err
 		}
-		key, err := attributes(a[unix.NFTA_SET_ELEM_KEY])
+		key, err := nfnl.Attributes(a[unix.NFTA_SET_ELEM_KEY])
 		if err != nil {
 			return "", err
 		}
@@ -268,9 +191,9 @@ type observed struct {
 // mixture cannot equal a listing that is right unless our tables were.
 func observe() (observed, error) {
 	var o observed
-	for range dumpTries {
+	for range observeTries {
 		var err error
-		if o.gen, err = generation(); err != nil {
+		if o.gen, err = nfnl.Generation(); err != nil {
 			return observed{}, err
 		}
 		o.tables = map[knftables.Family]listing{}
@@ -279,7 +202,7 @@ func observe() (observed, error) {
 				return observed{}, err
 			}
 		}
-		if now, err := generation(); err != nil || now == o.gen {
+		if now, err := nfnl.Generation(); err != nil || now == o.gen {
 			return o, err
 		}
 	}

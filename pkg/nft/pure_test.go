@@ -1,23 +1,19 @@
 package nft
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
-	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/headcni/headcni/pkg/config"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
 
 	"github.com/headcni/headcni/internal/golden"
+	"github.com/headcni/headcni/pkg/config"
 )
 
 // variants are the configurations whose rules differ in kind.
@@ -160,109 +156,14 @@ func TestPayload(t *testing.T) {
 	}
 }
 
-func TestPlanAccepts(t *testing.T) {
-	ours := func(texts ...string) (out []forwardRule) {
-		for i, s := range texts {
-			out = append(out, forwardRule{ours: true, text: s, handle: i + 1})
-		}
-		return out
-	}
-	foreign := []forwardRule{{text: "jump DOCKER", handle: 9}}
-	want := []string{"a", "b"}
-	for name, c := range map[string]struct {
-		have   forward
-		want   []string
-		insert []string
-		remove []forwardRule
-	}{
-		"no chain":           {forward{}, want, nil, nil},
-		"open and empty":     {forward{exists: true}, want, nil, nil},
-		"drops":              {forward{exists: true, drops: true}, want, want, nil},
-		"rules of others":    {forward{exists: true, rules: foreign}, want, want, nil},
-		"right":              {forward{exists: true, drops: true, rules: append(ours("a", "b"), foreign...)}, want, nil, nil},
-		"not at the head":    {forward{exists: true, rules: append(foreign, ours("a", "b")...)}, want, want, ours("a", "b")},
-		"other order":        {forward{exists: true, drops: true, rules: ours("b", "a")}, want, want, ours("b", "a")},
-		"one is gone":        {forward{exists: true, drops: true, rules: ours("a")}, want, want, ours("a")},
-		"one too many":       {forward{exists: true, drops: true, rules: ours("a", "b", "b")}, want, want, ours("a", "b", "b")},
-		"earlier tun":        {forward{exists: true, drops: true, rules: ours("a", "c")}, want, want, ours("a", "c")},
-		"not needed anymore": {forward{exists: true, rules: ours("a", "b")}, want, nil, ours("a", "b")},
-		"remove":             {forward{exists: true, drops: true, rules: append(ours("a"), foreign...)}, nil, nil, ours("a")},
-		"removed":            {forward{exists: true, drops: true, rules: foreign}, nil, nil, nil},
-	} {
-		insert, remove := planAccepts(c.have, c.want)
-		if d := cmp.Diff(c.insert, insert) + cmp.Diff(c.remove, remove, cmp.AllowUnexported(forwardRule{})); d != "" {
-			t.Errorf("%s: %s", name, d)
-		}
-	}
-}
-
-func TestParseLegacy(t *testing.T) {
-	got := parseLegacy("-P FORWARD DROP\n-A FORWARD -i hc+ -m comment --comment headcni -j ACCEPT\n" +
-		"-A FORWARD -m comment --comment \"headcni is bad\" -j DROP\n-A FORWARD -m comment --comment headcni2 -j DROP\n")
-	want := forward{exists: true, drops: true, rules: []forwardRule{
-		{ours: true, text: acceptRules("")[0].iptables()},
-		{text: `-A FORWARD -m comment --comment "headcni is bad" -j DROP`},
-		{text: `-A FORWARD -m comment --comment headcni2 -j DROP`},
-	}}
-	if d := cmp.Diff(want, got, cmp.AllowUnexported(forward{}, forwardRule{})); d != "" {
-		t.Error(d)
-	}
-}
-
-func TestExplain(t *testing.T) {
-	stderr := "/dev/stdin:4:1-30: Error: Could not process rule: %s\nadd chain ip headcni guard\n^^^^^^^^^^^^\n/dev/stdin:5:1-3: Error: more\n"
-	for want, err := range map[string]error{
-		"install the package nftables":    fmt.Errorf("could not find nftables binary: %w", exec.ErrNotFound),
-		"CAP_NET_ADMIN":                   fmt.Errorf(stderr, "Operation not permitted"),
-		"run as root":                     fmt.Errorf("list: %w", unix.EPERM),
-		"upgrade the package nftables":    errors.New("nft version must be v1.0.1 or later (got nftables v0.9.8)"),
-		"load the modules nf_tables":      fmt.Errorf(stderr, "No such file or directory"),
-		"load the module nf_tables":       fmt.Errorf("ask: %w", unix.EPROTONOSUPPORT),
-		"rule: Device or resource busy: ": fmt.Errorf(stderr, "Device or resource busy"),
-	} {
-		got := explain(err).Error()
-		if !strings.Contains(got, want) || strings.ContainsAny(got, "\n^") || strings.Contains(got, "more") {
-			t.Errorf("%q: want one line with %q", got, want)
-		}
-		if !errors.Is(explain(err), err) {
-			t.Errorf("%q does not wrap", got)
-		}
-	}
-	if explain(nil) != nil {
-		t.Error("an error out of none")
-	}
-}
-
 func TestConcernsUs(t *testing.T) {
-	msg := func(attrs ...*nl.RtAttr) []byte {
-		b := []byte{unix.NFPROTO_IPV4, 0, 0, 0}
-		for _, a := range attrs {
-			b = append(b, a.Serialize()...)
+	for table, want := range map[string]bool{"headcni": true, "headcni2": false, "filter": false, "": false} {
+		attrs := map[int][]byte{unix.NFTA_TABLE_NAME: append([]byte(table), 0)}
+		if got := concernsUs(unix.NFT_MSG_NEWTABLE, attrs); got != want {
+			t.Errorf("%q: %v", table, got)
 		}
-		return b
 	}
-	hook := func(n uint32) *nl.RtAttr {
-		a := nl.NewRtAttr(unix.NFTA_CHAIN_HOOK|unix.NLA_F_NESTED, nil)
-		a.AddRtAttr(unix.NFTA_HOOK_HOOKNUM, binary.BigEndian.AppendUint32(nil, n))
-		return a
-	}
-	for _, c := range []struct {
-		what string
-		msg  []byte
-		want bool
-	}{
-		{"our rule", msg(nameAttr(unix.NFTA_RULE_TABLE, "headcni"), nameAttr(unix.NFTA_RULE_CHAIN, "guard")), true},
-		{"kube-proxy's rule", msg(nameAttr(unix.NFTA_RULE_TABLE, "filter"), nameAttr(unix.NFTA_RULE_CHAIN, "KUBE-SERVICES")), false},
-		{"a FORWARD rule", msg(nameAttr(unix.NFTA_RULE_TABLE, "filter"), nameAttr(unix.NFTA_RULE_CHAIN, "FORWARD")), true},
-		{"the FORWARD chain", msg(nameAttr(unix.NFTA_CHAIN_TABLE, "filter"), nameAttr(unix.NFTA_CHAIN_NAME, "FORWARD")), true},
-		{"another table", msg(nameAttr(unix.NFTA_TABLE_NAME, "headcni2")), false},
-		{"generation", msg(nl.NewRtAttr(unix.NFTA_GEN_ID, binary.BigEndian.AppendUint32(nil, 7))), false},
-		{"nothing", nil, false},
-		{"another's chain for forwarding", msg(nameAttr(unix.NFTA_CHAIN_TABLE, "firewalld"), hook(hookForward)), true},
-		{"another's chain for input", msg(nameAttr(unix.NFTA_CHAIN_TABLE, "firewalld"), hook(1)), false},
-	} {
-		if got := concernsUs(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWCHAIN, c.msg); got != c.want {
-			t.Errorf("%s: %v", c.what, got)
-		}
+	if concernsUs(unix.NFT_MSG_NEWGEN, map[int][]byte{unix.NFTA_GEN_ID: {0, 0, 0, 7}}) || concernsUs(unix.NFT_MSG_NEWTABLE, nil) {
+		t.Error("woken by a generation, or by nothing")
 	}
 }

@@ -6,9 +6,10 @@ import (
 	"slices"
 	"strings"
 
+	"sigs.k8s.io/knftables"
+
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
-	"sigs.k8s.io/knftables"
 )
 
 // table is the whole wanted content of our table in one family.
@@ -62,18 +63,18 @@ func antispoof(family knftables.Family) []string {
 	if family == knftables.IPv6Family {
 		rules = append(rules,
 			// A pod that announces itself as router would give the node, and its neighbours, a default route.
-			rule(`iifname "%s" icmpv6 type nd-router-advert drop`, podLinks),
-			rule(`iifname "%s" icmpv6 type nd-redirect drop`, podLinks),
+			rule(`iifname "%s" icmpv6 type nd-router-advert drop`, names.PodLinks),
+			rule(`iifname "%s" icmpv6 type nd-redirect drop`, names.PodLinks),
 			// Before an address is usable the source is ::, which no fib lookup can find.
-			rule(`iifname "%s" ip6 saddr :: icmpv6 type nd-neighbor-solicit accept`, podLinks),
-			rule(`iifname "%s" ip6 saddr :: icmpv6 type mld2-listener-report accept`, podLinks),
+			rule(`iifname "%s" ip6 saddr :: icmpv6 type nd-neighbor-solicit accept`, names.PodLinks),
+			rule(`iifname "%s" ip6 saddr :: icmpv6 type mld2-listener-report accept`, names.PodLinks),
 		)
 	}
 	return append(rules,
 		// "missing": the way back to the source does not lead over the interface that the packet came in by.
-		rule(`iifname "%s" fib saddr . iif oif missing drop`, podLinks),
+		rule(`iifname "%s" fib saddr . iif oif missing drop`, names.PodLinks),
 		// A pod's packet has passed this check already: that it is not looked up again is for speed.
-		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing drop`, podLinks, family, setCluster),
+		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing drop`, names.PodLinks, family, setCluster),
 	)
 }
 
@@ -100,7 +101,7 @@ func guard(family knftables.Family, cfg Config) []string {
 				family, setOwn, cfg.TunName, setKeepSource, quad100[family]))
 		}
 	}
-	notIn := rule(`%soifname != "%s" oifname != "lo"`, notTun, podLinks)
+	notIn := rule(`%soifname != "%s" oifname != "lo"`, notTun, names.PodLinks)
 	return append(rules, rule(`%s %s drop`, notIn, toTailnet(family)), rule(`%s %s daddr @%s drop`, notIn, family, setCluster))
 }
 
@@ -132,7 +133,7 @@ func nat(family knftables.Family, cfg Config) []string {
 	if cfg.Masquerade {
 		// The outside, other nodes' underlay addresses, tailnet devices. fully-random: a plain masquerade keeps a pod's
 		// port, and with port 41641 takes the node's tailscaled its endpoint.
-		rules = append(rules, rule(`%s saddr @%s oifname != "%s" masquerade fully-random`, fam, setOwn, podLinks))
+		rules = append(rules, rule(`%s saddr @%s oifname != "%s" masquerade fully-random`, fam, setOwn, names.PodLinks))
 	}
 	if tun != "" {
 		fromTun := rule(`meta mark & %s == %s`, markMask, markFromTunnel)
@@ -145,7 +146,7 @@ func nat(family knftables.Family, cfg Config) []string {
 		if cfg.HostMode {
 			// What the NoSNAT pref takes from a user's exit node or subnet router.
 			rules = append(rules, rule(`%s oifname != "%s" %s daddr != @%s masquerade fully-random`,
-				fromTun, podLinks, fam, setCluster))
+				fromTun, names.PodLinks, fam, setCluster))
 		}
 	}
 	node := cfg.NodeAddr4
@@ -155,7 +156,7 @@ func nat(family knftables.Family, cfg Config) []string {
 	if node.IsValid() {
 		// Node -> own pod: the kernel may choose any address of the node, and a `src` in the pod's route would make the
 		// kernel delete the route when the address goes.
-		rules = append(rules, rule(`oifname "%s" fib saddr type local %s saddr != %s snat to %s`, podLinks, fam, node, node))
+		rules = append(rules, rule(`oifname "%s" fib saddr type local %s saddr != %s snat to %s`, names.PodLinks, fam, node, node))
 	}
 	return rules
 }
@@ -170,7 +171,7 @@ func patience(family knftables.Family, cluster []netip.Prefix) []string {
 	}
 	var rules []string
 	for _, p := range cluster {
-		rules = append(rules, rule(`oifname "%s" %s %s drop`, podLinks, match, payload(at, p)))
+		rules = append(rules, rule(`oifname "%s" %s %s drop`, names.PodLinks, match, payload(at, p)))
 	}
 	return rules
 }

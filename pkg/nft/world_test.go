@@ -10,8 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/headcni/headcni/internal/nstest"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/nstest"
 )
 
 // world is a node with two pods, a LAN behind eth0 and a tailnet behind headcni01. A veth plays the tun: the rules know

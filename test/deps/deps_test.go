@@ -22,6 +22,8 @@ var level = map[string]int{
 	"internal/jsonw":      0,
 	"internal/nearest":    0,
 	"internal/netset":     0,
+	"internal/nfcmd":      0,
+	"internal/nfnl":       0,
 	"internal/procfs":     0,
 	"internal/rtnl":       0,
 	"internal/version":    0,
@@ -37,6 +39,7 @@ var level = map[string]int{
 
 	"pkg/dns":                   3,
 	"pkg/headscale":             3,
+	"pkg/hostfirewall":          3,
 	"pkg/ipam":                  3,
 	"pkg/kube":                  3,
 	"pkg/monitoring":            3,

@@ -1,15 +1,41 @@
 // Package names holds the names in the kernel that more than one package must know.
 package names
 
+import (
+	"fmt"
+	"strings"
+)
+
 const (
 	// PodLinkPrefix begins the host name of every pod's veth. It must never begin a tun's name, nor a tun's name it:
 	// tailscaled's nft chains and ours match by prefix.
 	PodLinkPrefix = "hc"
+	// PodLinks matches the host names of all pods' veths in nft's rules.
+	PodLinks = PodLinkPrefix + "*"
 	// NFTTable is our table in the families ip and ip6. The gate of ADD asks for both.
 	NFTTable = "headcni"
 	// RuleComment marks the few rules of ours that stand in someone else's chain.
 	RuleComment = "headcni"
 )
+
+// CheckTun keeps a name of a tun out of firewall rules that could end its quotes, match other links or be one of our pods'.
+// Nothing is fine: there is no tun yet.
+func CheckTun(name string) error {
+	if name == "" {
+		return nil
+	}
+	const ifnamsiz = 16 // linux/if.h: IFNAMSIZ, with the final zero
+	bad := strings.IndexFunc(name, func(r rune) bool {
+		return r <= ' ' || r > '~' || strings.ContainsRune(`"\/*:;{}`, r)
+	}) >= 0
+	if bad || len(name) >= ifnamsiz {
+		return fmt.Errorf("tun name %q: want up to %d characters, only letters, digits and - _ . among them", name, ifnamsiz-1)
+	}
+	if strings.HasPrefix(name, PodLinkPrefix) {
+		return fmt.Errorf("tun name %q: must not begin with %q, which begins the names of pods' links", name, PodLinkPrefix)
+	}
+	return nil
+}
 
 // Valid holds for what the specification calls alphanumeric with special characters: container IDs and network names.
 func Valid(s string) bool {

@@ -1,4 +1,4 @@
-package nft
+package hostfirewall
 
 import (
 	"bytes"
@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/headcni/headcni/pkg/config/names"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
+
+	"github.com/headcni/headcni/internal/nfcmd"
+	"github.com/headcni/headcni/internal/nfnl"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // An accept in our own table cannot overrule a drop in another one, so where the host's FORWARD chain drops, our accepts
@@ -31,7 +33,7 @@ type accept struct {
 
 // acceptRules says what must stand in a FORWARD chain that drops.
 func acceptRules(tun string) []accept {
-	links := []string{podLinks}
+	links := []string{names.PodLinks}
 	if tun != "" {
 		links = append(links, tun)
 	}
@@ -86,36 +88,10 @@ func planAccepts(have forward, want []string) (insert []string, remove []forward
 	return want, remove
 }
 
-// syncAccepts puts want into each FORWARD chain that may drop; a nil want takes ours out of all.
-func (t *Tables) syncAccepts(ctx context.Context, want []accept) ([]string, error) {
-	done, err := t.syncLegacy(ctx, want)
-	errs := []error{err}
-	gen, err := generation()
+func (f *Firewall) syncForward(ctx context.Context, fam family, want []accept) ([]string, error) {
+	have, err := readForward(fam)
 	if err != nil {
-		return done, errors.Join(append(errs, explain(err))...)
-	}
-	key := fmt.Sprint(want)
-	if t.acceptOK && t.acceptGen == gen && t.acceptTun == key {
-		return done, errors.Join(errs...)
-	}
-	ok := true
-	for _, f := range families {
-		more, err := t.syncForward(ctx, f, want)
-		done = append(done, more...)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("keep accepts in chain %s %s %s: %w", f, filterTable, forwardChain, err))
-		}
-		// After a change, look again next time before trusting the generation.
-		ok = ok && err == nil && len(more) == 0
-	}
-	t.acceptOK, t.acceptGen, t.acceptTun = ok, gen, key
-	return done, errors.Join(errs...)
-}
-
-func (t *Tables) syncForward(ctx context.Context, family knftables.Family, want []accept) ([]string, error) {
-	have, err := readForward(family)
-	if err != nil {
-		return nil, explain(err)
+		return nil, nfcmd.Explain(err)
 	}
 	var texts []string
 	for _, a := range want {
@@ -125,25 +101,23 @@ func (t *Tables) syncForward(ctx context.Context, family knftables.Family, want 
 	if len(insert)+len(remove) == 0 {
 		return nil, nil
 	}
-	if err := t.open(); err != nil {
+	err = f.nft.Write(ctx, func(tx *knftables.Transaction) {
+		in := knftables.Rule{Family: fam.name, Table: filterTable, Chain: forwardChain}
+		for i := range insert { // each goes to the head: the last one first
+			r := in
+			r.Rule, r.Comment = insert[len(insert)-1-i], knftables.PtrTo(names.RuleComment)
+			tx.Insert(&r)
+		}
+		for _, old := range remove {
+			r := in
+			r.Handle = &old.handle
+			tx.Delete(&r)
+		}
+	})
+	if err != nil {
 		return nil, err
 	}
-	tx := t.nft.NewTransaction()
-	in := knftables.Rule{Family: family, Table: filterTable, Chain: forwardChain}
-	for i := range insert { // each goes to the head: the last one first
-		r := in
-		r.Rule, r.Comment = insert[len(insert)-1-i], knftables.PtrTo(names.RuleComment)
-		tx.Insert(&r)
-	}
-	for _, old := range remove {
-		r := in
-		r.Handle = &old.handle
-		tx.Delete(&r)
-	}
-	if err := t.run(ctx, tx); err != nil {
-		return nil, err
-	}
-	return describeAccepts(fmt.Sprintf("%s %s %s", family, filterTable, forwardChain), insert, remove), nil
+	return describeAccepts(fmt.Sprintf("%s %s %s", fam.name, filterTable, forwardChain), insert, remove), nil
 }
 
 func describeAccepts(chain string, insert []string, remove []forwardRule) []string {
@@ -158,11 +132,10 @@ func describeAccepts(chain string, insert []string, remove []forwardRule) []stri
 }
 
 // readForward reads the FORWARD chain of iptables-nft.
-func readForward(family knftables.Family) (forward, error) {
+func readForward(fam family) (forward, error) {
 	var f forward
-	fam := nfproto[family]
-	res, err := request(fam, unix.NFT_MSG_GETCHAIN, 0,
-		nameAttr(unix.NFTA_CHAIN_TABLE, filterTable), nameAttr(unix.NFTA_CHAIN_NAME, forwardChain))
+	res, err := nfnl.Request(fam.number, unix.NFT_MSG_GETCHAIN, 0,
+		nfnl.Name(unix.NFTA_CHAIN_TABLE, filterTable), nfnl.Name(unix.NFTA_CHAIN_NAME, forwardChain))
 	if errors.Is(err, unix.ENOENT) {
 		return f, nil
 	}
@@ -170,7 +143,7 @@ func readForward(family knftables.Family) (forward, error) {
 		return f, fmt.Errorf("read chain: %w", err)
 	}
 	for _, r := range res {
-		a, err := attributes(r)
+		a, err := nfnl.Attributes(r)
 		if err != nil {
 			return f, err
 		}
@@ -178,8 +151,8 @@ func readForward(family knftables.Family) (forward, error) {
 		p := a[unix.NFTA_CHAIN_POLICY]
 		f.drops = len(p) == 4 && binary.BigEndian.Uint32(p) == nfDrop
 	}
-	rules, err := request(fam, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
-		nameAttr(unix.NFTA_RULE_TABLE, filterTable), nameAttr(unix.NFTA_RULE_CHAIN, forwardChain))
+	rules, err := nfnl.Request(fam.number, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
+		nfnl.Name(unix.NFTA_RULE_TABLE, filterTable), nfnl.Name(unix.NFTA_RULE_CHAIN, forwardChain))
 	if err != nil {
 		return f, fmt.Errorf("read rules: %w", err)
 	}
@@ -202,7 +175,7 @@ const (
 )
 
 func readRule(msg []byte) (forwardRule, error) {
-	a, err := attributes(msg)
+	a, err := nfnl.Attributes(msg)
 	if err != nil {
 		return forwardRule{}, err
 	}
@@ -211,28 +184,28 @@ func readRule(msg []byte) (forwardRule, error) {
 		r.handle = int(binary.BigEndian.Uint64(h))
 	}
 	if u := a[unix.NFTA_RULE_USERDATA]; len(u) > 2 && u[0] == udataComment {
-		r.ours = zstring(u[2:]) == names.RuleComment
+		r.ours = nfnl.Text(u[2:]) == names.RuleComment
 	}
-	exprs, err := nl.ParseRouteAttr(a[unix.NFTA_RULE_EXPRESSIONS])
+	exprs, err := nfnl.List(a[unix.NFTA_RULE_EXPRESSIONS])
 	if err != nil {
 		return r, fmt.Errorf("read a rule's expressions: %w", err)
 	}
 	var parts []string
 	for _, e := range exprs {
-		x, err := attributes(e.Value)
+		x, err := nfnl.Attributes(e.Value)
 		if err != nil {
 			return r, err
 		}
-		name := zstring(x[unix.NFTA_EXPR_NAME])
-		data, err := attributes(x[unix.NFTA_EXPR_DATA])
+		name := nfnl.Text(x[unix.NFTA_EXPR_NAME])
+		data, err := nfnl.Attributes(x[unix.NFTA_EXPR_DATA])
 		if err != nil {
 			return r, err
 		}
 		switch {
 		case name == "counter", name == "log": // iptables adds a counter to each rule it restores
-		case name == "match" && zstring(data[unix.NFTA_MATCH_NAME]) == xtComment:
+		case name == "match" && nfnl.Text(data[unix.NFTA_MATCH_NAME]) == xtComment:
 			// After iptables-save and -restore our comment is an iptables match.
-			r.ours = r.ours || zstring(data[unix.NFTA_MATCH_INFO]) == names.RuleComment
+			r.ours = r.ours || nfnl.Text(data[unix.NFTA_MATCH_INFO]) == names.RuleComment
 		default:
 			parts = append(parts, exprText(name, data))
 		}
@@ -258,20 +231,20 @@ func exprText(name string, data map[int][]byte) string {
 			return "oifname "
 		}
 	case "cmp":
-		value, err := attributes(data[unix.NFTA_CMP_DATA])
+		value, err := nfnl.Attributes(data[unix.NFTA_CMP_DATA])
 		if err == nil && num(data[unix.NFTA_CMP_OP]) == unix.NFT_CMP_EQ {
 			link := value[unix.NFTA_DATA_VALUE]
 			if bytes.IndexByte(link, 0) < 0 { // not the whole name: a prefix
 				return fmt.Sprintf(`"%s*" `, link)
 			}
-			return fmt.Sprintf(`"%s" `, zstring(link))
+			return fmt.Sprintf(`"%s" `, nfnl.Text(link))
 		}
 	case "immediate":
-		value, err := attributes(data[unix.NFTA_IMMEDIATE_DATA])
+		value, err := nfnl.Attributes(data[unix.NFTA_IMMEDIATE_DATA])
 		if err != nil {
 			break
 		}
-		verdict, err := attributes(value[unix.NFTA_DATA_VERDICT])
+		verdict, err := nfnl.Attributes(value[unix.NFTA_DATA_VERDICT])
 		if err != nil {
 			break
 		}

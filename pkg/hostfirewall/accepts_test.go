@@ -1,15 +1,18 @@
-package nft
+package hostfirewall
 
 import (
+	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/headcni/headcni/internal/nstest"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/nstest"
 )
 
 // The hosts on which FORWARD drops, by the program that made it so.
@@ -24,6 +27,21 @@ const wantedHead = `-A FORWARD -i hc+ -m comment --comment headcni -j ACCEPT
 -A FORWARD -o headcni01 -m comment --comment headcni -j ACCEPT
 `
 
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+func typical() Config { return Config{TunName: "headcni01"} }
+
+// mustSync syncs inside ns and returns the changes.
+func mustSync(t *testing.T, ns *nstest.NS, firewall *Firewall, cfg Config) []string {
+	t.Helper()
+	var changes []string
+	ns.Do(t, func() (err error) {
+		changes, err = firewall.Sync(t.Context(), cfg)
+		return err
+	})
+	return changes
+}
+
 func TestAcceptsStandAtTheHead(t *testing.T) {
 	t.Parallel()
 	for _, programs := range backends {
@@ -35,8 +53,8 @@ func TestAcceptsStandAtTheHead(t *testing.T) {
 					return ns.Run(t, "sh", "-ec", strings.ReplaceAll(script, "IPT", program))
 				}
 				run("IPT -P FORWARD DROP; IPT -A FORWARD -i br0 -j ACCEPT")
-				tables := New()
-				mustSync(t, ns, tables, typical())
+				firewall := New()
+				mustSync(t, ns, firewall, typical())
 				want := "-P FORWARD DROP\n" + wantedHead + "-A FORWARD -i br0 -j ACCEPT\n"
 				if d := cmp.Diff(want, run("IPT -S FORWARD")); d != "" {
 					t.Fatalf("(-want +got)\n%s", d)
@@ -51,30 +69,30 @@ func TestAcceptsStandAtTheHead(t *testing.T) {
 					"widened to every source": "IPT -R FORWARD 1 -m comment --comment headcni -j ACCEPT",
 				} {
 					run(damage)
-					if got := mustSync(t, ns, tables, typical()); len(got) == 0 {
+					if got := mustSync(t, ns, firewall, typical()); len(got) == 0 {
 						t.Errorf("%s: no change reported", name)
 					}
 					if d := cmp.Diff(want, run("IPT -S FORWARD")); d != "" {
 						t.Errorf("%s: not repaired (-want +got)\n%s", name, d)
 					}
-					if got := mustSync(t, ns, tables, typical()); len(got) != 0 {
+					if got := mustSync(t, ns, firewall, typical()); len(got) != 0 {
 						t.Errorf("%s: not steady: %q", name, got)
 					}
 				}
 				saved := filepath.Join(t.TempDir(), "saved")
 				// A save and restore, as of a firewall script, changes how nft sees the rules, and not what they do.
 				run("IPT-save > " + saved + "; IPT-restore < " + saved)
-				if got := mustSync(t, ns, tables, typical()); len(got) != 0 {
+				if got := mustSync(t, ns, firewall, typical()); len(got) != 0 {
 					t.Errorf("after save and restore: %q", got)
 				}
 				other := typical()
 				other.TunName = "tailscale0"
-				mustSync(t, ns, tables, other)
+				mustSync(t, ns, firewall, other)
 				if out := run("IPT -S FORWARD"); strings.Contains(out, "headcni01") || !strings.Contains(out, "-i tailscale0") {
 					t.Errorf("after another tun:\n%s", out)
 				}
 				run("IPT -P FORWARD ACCEPT; IPT -D FORWARD -i br0 -j ACCEPT")
-				mustSync(t, ns, tables, typical())
+				mustSync(t, ns, firewall, typical())
 				if out := run("IPT -S FORWARD"); out != "-P FORWARD ACCEPT\n" {
 					t.Errorf("nothing drops any more:\n%s", out)
 				}
@@ -83,42 +101,13 @@ func TestAcceptsStandAtTheHead(t *testing.T) {
 	}
 }
 
-func TestPodsTalkThoughForwardDrops(t *testing.T) {
-	t.Parallel()
-	for backend, programs := range backends {
-		t.Run(backend, func(t *testing.T) {
-			w := newWorld(t)
-			for _, p := range programs {
-				w.node.Run(t, p, "-P", "FORWARD", "DROP")
-			}
-			for family, a := range worldAddrs {
-				paths := map[string]packet{
-					"pod to pod":        {from: w.podA, src: a.podA, to: w.podB, dst: a.podB},
-					"pod to LAN":        {from: w.podA, src: a.podA, to: w.lan, dst: a.lan},
-					"pod to remote pod": {from: w.podA, src: a.podA, to: w.tn, dst: a.remote},
-					"remote pod to pod": {from: w.tn, src: a.remote, to: w.podA, dst: a.podA},
-					"NodePort to tun":   {from: w.lan, src: a.lan, to: w.tn, dst: a.remote},
-				}
-				if w.heard(paths["pod to pod"]).IsValid() {
-					t.Fatalf("%s: FORWARD does not drop: this test cannot fail", family)
-				}
-				w.sync(typical())
-				for name, p := range paths {
-					if !w.waitFor(p).IsValid() {
-						t.Errorf("%s: %s: nothing arrives", family, name)
-					}
-				}
-				w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
-			}
-		})
-	}
-}
-
 func TestForeignDrops(t *testing.T) {
 	ns := nstest.New(t)
 	ns.Run(t, "iptables-nft", "-P", "FORWARD", "DROP")
 	mustSync(t, ns, New(), typical())
 	ns.Run(t, "nft", `
+		table ip headcni { chain ours { type filter hook forward priority 3; policy drop; }
+		}
 		table inet firewalld {
 			chain filter_FORWARD { type filter hook forward priority filter + 10; policy accept;
 				ct state established accept; iifname "lo" accept; log prefix "x" reject with icmpx admin-prohibited; }
@@ -135,12 +124,12 @@ func TestForeignDrops(t *testing.T) {
 		}
 		table ip late { chain pass { type filter hook forward priority 6; policy accept; counter drop; }
 		}`)
-	tables := New()
+	firewall := New()
 	look := func(want ...string) {
 		t.Helper()
 		for range 2 { // the second finds that nothing has changed
 			ns.Do(t, func() error {
-				got, err := tables.ForeignDrops()
+				got, err := firewall.ForeignDrops()
 				if d := cmp.Diff(want, got); d != "" {
 					t.Error(d)
 				}
@@ -164,21 +153,103 @@ func TestNoLegacyTableIsMade(t *testing.T) {
 	}
 }
 
+// state is all tables of the host, without making legacy ones.
+func state(t *testing.T, ns *nstest.NS) string {
+	t.Helper()
+	out := ns.Run(t, "nft", "list", "ruleset")
+	for _, f := range legacyFamilies {
+		if strings.Contains(ns.Run(t, "cat", strings.Replace(f.tables, "thread-self", "self", 1)), filterTable) {
+			out += ns.Run(t, f.program, "-S")
+		}
+	}
+	return out
+}
+
+func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
+	for name, setUp := range map[string]string{
+		"Docker with iptables-nft": "iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -i docker0 -j ACCEPT; " +
+			"ip6tables-nft -A FORWARD -i docker0 -j ACCEPT",
+		"Docker with iptables-legacy": "iptables-legacy -P FORWARD DROP; iptables-legacy -A FORWARD -i docker0 -j ACCEPT; " +
+			"ip6tables-legacy -P FORWARD DROP",
+	} {
+		t.Run(name, func(t *testing.T) {
+			ns := nstest.New(t)
+			ns.Run(t, "sh", "-c", setUp)
+			before := state(t, ns)
+			firewall := New()
+			mustSync(t, ns, firewall, typical())
+			if state(t, ns) == before {
+				t.Fatal("sync did nothing")
+			}
+			for range 2 {
+				ns.Do(t, func() error { return firewall.Remove(t.Context()) })
+				if d := cmp.Diff(before, state(t, ns)); d != "" {
+					t.Errorf("not as before (-before +after):\n%s", d)
+				}
+			}
+			if got := mustSync(t, ns, firewall, typical()); len(got) == 0 {
+				t.Error("a sync after the removal did nothing")
+			}
+		})
+	}
+}
+
+func TestChangesAreSeenWithinASecond(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "iptables-nft", "-P", "FORWARD", "DROP")
+	firewall := New()
+	mustSync(t, ns, firewall, typical())
+	ctx, cancel := context.WithCancel(t.Context())
+	var signals <-chan struct{}
+	ns.Do(t, func() (err error) { signals, err = firewall.Changes(ctx); return })
+	seen := func(wait time.Duration) bool {
+		select {
+		case _, ok := <-signals:
+			return ok
+		case <-time.After(wait):
+			return false
+		}
+	}
+	for _, c := range []string{
+		"flush ruleset", "add rule ip filter FORWARD drop", "delete chain ip filter FORWARD",
+		"add chain inet firewalld f { type filter hook forward priority 0 ; policy drop ; }",
+	} {
+		ns.Run(t, "nft", "add table ip filter; add chain ip filter FORWARD; add table inet firewalld")
+		for seen(200 * time.Millisecond) {
+		}
+		ns.Run(t, "nft", c)
+		if !seen(time.Second) {
+			t.Errorf("%s: not seen", c)
+		}
+		for seen(200 * time.Millisecond) {
+		}
+	}
+	ns.Run(t, "nft", "add table ip filter; add chain ip filter OTHER; add rule ip filter OTHER accept; add table ip kube-proxy; add table ip headcni; add chain ip headcni tunnel { type filter hook forward priority 0 ; }")
+	if seen(300 * time.Millisecond) {
+		t.Error("a change that is not ours woke us")
+	}
+	cancel()
+	if _, ok := <-signals; ok {
+		t.Error("a signal after the end")
+	}
+}
+
 func TestMissingProgramsAreNamed(t *testing.T) {
 	ns := nstest.New(t)
 	ns.Run(t, "iptables-legacy", "-P", "FORWARD", "DROP")
+	ns.Run(t, "iptables-nft", "-P", "FORWARD", "DROP")
 	nft, err := exec.LookPath("nft")
 	if err != nil {
 		t.Fatal(err)
 	}
 	bin := t.TempDir()
 	t.Setenv("PATH", bin)
-	sync := func(tables *Tables) (err error) {
-		ns.Do(t, func() error { _, err = tables.Sync(t.Context(), typical()); return nil })
+	sync := func(firewall *Firewall) (err error) {
+		ns.Do(t, func() error { _, err = firewall.Sync(t.Context(), typical()); return nil })
 		return err
 	}
-	tables := New()
-	err = sync(tables)
+	firewall := New()
+	err = sync(firewall)
 	for _, want := range []string{"install the package nftables", "install the package iptables"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("error %v, want %q", err, want)
@@ -188,17 +259,16 @@ func TestMissingProgramsAreNamed(t *testing.T) {
 	if err := os.Symlink(nft, filepath.Join(bin, "nft")); err != nil {
 		t.Fatal(err)
 	}
-	err = sync(tables)
+	err = sync(firewall)
 	if err == nil || strings.Contains(err.Error(), "nftables") || !strings.Contains(err.Error(), "install the package iptables") {
 		t.Errorf("error %v", err)
 	}
 	ns.Do(t, func() error {
-		for _, f := range families {
-			if l, err := list(f); err != nil || len(l) == 0 {
-				t.Errorf("table %s was not made for want of iptables (%v)", f, err)
-			}
+		have, err := readForward(families[0])
+		if len(have.rules) != len(acceptRules(typical().TunName)) {
+			t.Errorf("for want of iptables-legacy that of nft has %v", have)
 		}
-		return nil
+		return err
 	})
 }
 

@@ -1,16 +1,24 @@
-package nft
+package hostfirewall
 
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"strings"
 
-	"github.com/headcni/headcni/pkg/config/names"
 	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+
+	"github.com/headcni/headcni/internal/nfcmd"
+	"github.com/headcni/headcni/internal/nfnl"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // hookForward is NF_INET_FORWARD (include/uapi/linux/netfilter.h).
 const hookForward = 2
+
+// inet is the family of tables for both kinds of addresses. iptables has none there.
+var inet = family{knftables.InetFamily, unix.NFPROTO_INET}
 
 // ForeignDrops names what in other programs' tables drops forwarded packets that nobody allowed there, such as
 // firewalld's: a drop is final in nftables, so no accept of ours can help, and pods stay cut off until the owner lets
@@ -18,42 +26,39 @@ const hookForward = 2
 // among it, since Sync puts accepts there. A drop deeper than a base chain's policy or last rule is not found.
 //
 // While nobody changes any table it asks the kernel for no more than that: kube-proxy has a chain for each Service.
-func (t *Tables) ForeignDrops() ([]string, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	gen, err := generation()
+func (f *Firewall) ForeignDrops() ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	gen, err := nfnl.Generation()
 	if err != nil {
-		return nil, explain(err)
+		return nil, nfcmd.Explain(err)
 	}
-	if t.dropsOK && t.dropsGen == gen {
-		return t.drops, nil
+	if f.dropsOK && f.dropsGen == gen {
+		return f.drops, nil
 	}
-	t.drops, err = foreignDrops()
-	t.dropsGen, t.dropsOK = gen, err == nil
-	return t.drops, err
+	f.drops, err = foreignDrops()
+	f.dropsGen, f.dropsOK = gen, err == nil
+	return f.drops, err
 }
 
 func foreignDrops() ([]string, error) {
 	var out []string
-	for _, f := range []struct {
-		name   string
-		number uint8
-	}{{"inet", unix.NFPROTO_INET}, {"ip", unix.NFPROTO_IPV4}, {"ip6", unix.NFPROTO_IPV6}} {
-		chains, err := request(f.number, unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP)
+	for _, f := range slices.Concat([]family{inet}, families) {
+		chains, err := nfnl.Request(f.number, unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP)
 		if err != nil {
-			return out, fmt.Errorf("list %s chains: %w", f.name, explain(err))
+			return out, fmt.Errorf("list %s chains: %w", f.name, nfcmd.Explain(err))
 		}
 		for _, c := range chains {
 			how, table, chain, err := foreignDrop(f.number, c)
 			if err != nil {
-				return out, fmt.Errorf("list %s chains: %w", f.name, explain(err))
+				return out, fmt.Errorf("list %s chains: %w", f.name, nfcmd.Explain(err))
 			}
 			if how == "" {
 				continue
 			}
 			knows, err := knowsPods(f.number, table)
 			if err != nil {
-				return out, fmt.Errorf("list rules of table %s %s: %w", f.name, table, explain(err))
+				return out, fmt.Errorf("list rules of table %s %s: %w", f.name, table, nfcmd.Explain(err))
 			}
 			if !knows {
 				out = append(out, fmt.Sprintf("chain %s %s %s %s", f.name, table, chain, how))
@@ -65,11 +70,11 @@ func foreignDrops() ([]string, error) {
 
 // foreignDrop says how a chain drops, or "".
 func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error) {
-	a, err := attributes(msg)
+	a, err := nfnl.Attributes(msg)
 	if err != nil {
 		return "", "", "", err
 	}
-	table, chain = zstring(a[unix.NFTA_CHAIN_TABLE]), zstring(a[unix.NFTA_CHAIN_NAME])
+	table, chain = nfnl.Text(a[unix.NFTA_CHAIN_TABLE]), nfnl.Text(a[unix.NFTA_CHAIN_NAME])
 	if !inForward(a) || table == names.NFTTable ||
 		table == filterTable && chain == forwardChain && family != unix.NFPROTO_INET {
 		return "", "", "", nil
@@ -77,8 +82,8 @@ func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error)
 	if p := a[unix.NFTA_CHAIN_POLICY]; len(p) == 4 && binary.BigEndian.Uint32(p) == nfDrop {
 		return "has the policy drop", table, chain, nil
 	}
-	rules, err := request(family, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
-		nameAttr(unix.NFTA_RULE_TABLE, table), nameAttr(unix.NFTA_RULE_CHAIN, chain))
+	rules, err := nfnl.Request(family, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
+		nfnl.Name(unix.NFTA_RULE_TABLE, table), nfnl.Name(unix.NFTA_RULE_CHAIN, chain))
 	if err != nil || len(rules) == 0 {
 		return "", "", "", err
 	}
@@ -94,14 +99,14 @@ func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error)
 
 // inForward tells whether a chain sees forwarded packets.
 func inForward(chain map[int][]byte) bool {
-	hook, err := attributes(chain[unix.NFTA_CHAIN_HOOK])
+	hook, err := nfnl.Attributes(chain[unix.NFTA_CHAIN_HOOK])
 	num := hook[unix.NFTA_HOOK_HOOKNUM]
 	return err == nil && len(num) == 4 && binary.BigEndian.Uint32(num) == hookForward
 }
 
 // knowsPods tells whether a rule of a table matches the links of pods.
 func knowsPods(family uint8, table string) (bool, error) {
-	rules, err := request(family, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, nameAttr(unix.NFTA_RULE_TABLE, table))
+	rules, err := nfnl.Request(family, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_RULE_TABLE, table))
 	if err != nil {
 		return false, err
 	}
@@ -110,7 +115,7 @@ func knowsPods(family uint8, table string) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		if strings.Contains(rule.text, fmt.Sprintf("ifname %q", podLinks)) {
+		if strings.Contains(rule.text, fmt.Sprintf("ifname %q", names.PodLinks)) {
 			return true, nil
 		}
 	}

@@ -1,4 +1,4 @@
-package nft
+package hostfirewall
 
 import (
 	"bytes"
@@ -10,9 +10,11 @@ import (
 	"strings"
 	"time"
 
-	"github.com/headcni/headcni/pkg/config/names"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
+
+	"github.com/headcni/headcni/internal/nfcmd"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // legacyFamily is iptables-legacy in one family.
@@ -47,7 +49,7 @@ func (a accept) iptables() string {
 }
 
 // syncLegacy does for iptables-legacy what syncForward does for iptables-nft. A host without it costs one file read.
-func (t *Tables) syncLegacy(ctx context.Context, want []accept) ([]string, error) {
+func syncLegacy(ctx context.Context, want []accept) ([]string, error) {
 	var texts, done []string
 	for _, a := range want {
 		texts = append(texts, a.iptables())
@@ -72,7 +74,7 @@ func (f legacyFamily) sync(ctx context.Context, want []string) ([]string, error)
 	if err != nil {
 		return nil, err
 	}
-	out, err := runProgram(ctx, nil, program, "-w", legacyWait, "-S", forwardChain)
+	out, err := nfcmd.Run(ctx, nil, program, "-w", legacyWait, "-S", forwardChain)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +93,7 @@ func (f legacyFamily) sync(ctx context.Context, want []string) ([]string, error)
 		fmt.Fprintf(&in, "-I %s %d %s\n", forwardChain, i+1, strings.TrimPrefix(r, "-A "+forwardChain+" "))
 	}
 	fmt.Fprintln(&in, "COMMIT")
-	if _, err := runProgram(ctx, in.Bytes(), program+"-restore", "--noflush", "--wait", legacyWait); err != nil {
+	if _, err := nfcmd.Run(ctx, in.Bytes(), program+"-restore", "--noflush", "--wait", legacyWait); err != nil {
 		return nil, err
 	}
 	return describeAccepts(forwardChain+" of "+program, insert, remove), nil
@@ -131,11 +133,29 @@ func legacyChains(ctx context.Context) string {
 		if err != nil {
 			continue
 		}
-		if out, err := runProgram(ctx, nil, program, "-w", legacyWait, "-S", forwardChain); err == nil {
+		if out, err := nfcmd.Run(ctx, nil, program, "-w", legacyWait, "-S", forwardChain); err == nil {
 			all.WriteString(program + "\n" + out)
 		}
 	}
 	return all.String()
+}
+
+// pollLegacy signals changes of the FORWARD chains of iptables-legacy, of which the kernel tells nobody.
+func pollLegacy(ctx context.Context, out chan<- struct{}) {
+	tick := time.NewTicker(legacyPoll)
+	defer tick.Stop()
+	last := legacyChains(ctx)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if now := legacyChains(ctx); now != last && ctx.Err() == nil {
+			last = now
+			signal(out)
+		}
+	}
 }
 
 // find returns the program that speaks to the legacy tables.
@@ -143,7 +163,7 @@ func (f legacyFamily) find(ctx context.Context) (string, error) {
 	if _, err := exec.LookPath(f.program); err == nil {
 		return f.program, nil
 	}
-	if out, err := runProgram(ctx, nil, f.plain, "--version"); err == nil && !strings.Contains(out, "nf_tables") {
+	if out, err := nfcmd.Run(ctx, nil, f.plain, "--version"); err == nil && !strings.Contains(out, "nf_tables") {
 		return f.plain, nil
 	}
 	return "", fmt.Errorf("the host's FORWARD chain is in iptables-legacy and the program %s is missing: "+
@@ -164,19 +184,4 @@ func parseLegacy(out string) forward {
 		}
 	}
 	return f
-}
-
-// runProgram returns what a program printed. Its error has what it said on standard error.
-func runProgram(ctx context.Context, stdin []byte, name string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, execTimeout)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Stdin = bytes.NewReader(stdin)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil {
-		return "", fmt.Errorf("run %s: %w", name, oneLine{fmt.Errorf("%w: %s", err, bytes.TrimSpace(stderr.Bytes()))})
-	}
-	return string(out), nil
 }
