@@ -178,3 +178,12 @@ func TestPluginsLinkLittle(t *testing.T) {
 		}
 	}
 }
+
+// Who asks a node for its status links a few MB.
+func TestNodeStatusLinksLittle(t *testing.T) {
+	for _, p := range list(t, "-deps", "./pkg/nodestatus") {
+		if folder(p.ImportPath, []string{"k8s.io", "sigs.k8s.io", "tailscale.com", "github.com/prometheus", "github.com/vishvananda"}) != "" {
+			t.Errorf("pkg/nodestatus links %s", p.ImportPath)
+		}
+	}
+}
