@@ -11,11 +11,13 @@ import (
 	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
+var errNotReady = errors.New("the node is not ready")
+
 func statusCmd() *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show what the running daemon knows of its node",
+		Short: "Show what the running daemon knows of its node; exit 0 where the node is ready",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
@@ -28,9 +30,14 @@ func statusCmd() *cobra.Command {
 			if output == "json" {
 				e := json.NewEncoder(cmd.OutOrStdout())
 				e.SetIndent("", "  ")
-				return e.Encode(s)
+				err = e.Encode(s)
+			} else {
+				err = s.Print(cmd.OutOrStdout())
 			}
-			return s.Print(cmd.OutOrStdout())
+			if err == nil && !s.Ready {
+				err = errNotReady
+			}
+			return err
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
@@ -49,7 +56,7 @@ func healthCmd() *cobra.Command {
 			}
 			s.PrintParts(cmd.OutOrStdout())
 			if !s.Ready {
-				return errors.New("not ready")
+				return errNotReady
 			}
 			return nil
 		},

@@ -83,7 +83,7 @@ type Daemon struct {
 	// For status, from the last pass.
 	mu        sync.Mutex
 	last      observation
-	confirmed []netip.Prefix // routes that Headscale says it routes to us
+	confirmed *[]netip.Prefix // routes that Headscale says it routes to us, nil where it was not asked
 }
 
 // New checks what the daemon cannot do without and opens its handles. It changes nothing on the host.

@@ -29,7 +29,7 @@ const hostTun = "tailscale0"
 // and no error: the node is programmed from what was known before.
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	o = observation{
-		Seen: membership.Seen{Mode: d.cfg.Tailscale.Mode, Kubernetes: d.kubernetes.View()},
+		Seen: membership.Seen{Mode: d.cfg.Tailscale.Mode, Kubernetes: d.kubernetes.View(), PodCIDRs: d.cfg.Network.PodCIDRs.Prefixes()},
 		tun:  d.saved.TunName, tunMTU: d.saved.TunMTU, ipam: d.ipam, ranges: d.cfg.Network.Ranges(),
 	}
 	if o.Mode == config.ModeAuto {
@@ -105,6 +105,7 @@ func (d *Daemon) observeCluster(o *observation) error {
 		}
 	}
 	o.ranges, err = rangesInForce(d.cfg, l)
+	o.PodCIDRs = o.ranges.Pods
 	return err
 }
 

@@ -86,10 +86,18 @@ func (d *Daemon) pass(ctx context.Context) time.Duration {
 	if s.seen.Tailnet != nil {
 		d.metrics.Peers(s.seen.Tailnet.PathCounts())
 	}
+	if !s.seen.Running() {
+		d.board.Doubt(partTailnet, s.seen.NotRunning())
+	}
 	next := d.board.Run(ctx, &s)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.last, d.confirmed = s.seen, d.member.Routes()
+	d.last, d.confirmed = s.seen, nil
+	if s.seen.Tailnet != nil {
+		if routes, ok := d.member.Routes(s.seen.Tailnet.Self.NodeKey); ok {
+			d.confirmed = &routes
+		}
+	}
 	return next
 }
 

@@ -6,25 +6,33 @@ import (
 	"slices"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
-// status gathers it from the last pass and, for what changes by the second, from tailscaled.
+// status gathers it from the last pass and, for what changes by the second, from tailscaled. What tailscaled says now counts: a
+// node that was logged out a moment ago is not ready, although no pass has come to that yet.
 func (d *Daemon) status(ctx context.Context) nodestatus.Status {
-	ready, parts := d.board.Ready()
 	d.mu.Lock()
-	s := nodestatus.Status{Version: d.version, Ready: ready, Parts: parts, Mode: d.last.Mode, Tun: d.last.tun, TunMTU: d.last.tunMTU}
-	approved := slices.Clone(d.confirmed)
-	ranges := d.last.ranges
+	last, confirmed := d.last, d.confirmed
 	d.mu.Unlock()
-	own := ranges.Pods
+	s := nodestatus.Status{Version: d.version, Mode: last.Mode, Tun: last.tun, TunMTU: last.tunMTU}
 	t, prefs := d.member.Look(ctx)
+	var approved []netip.Prefix
 	if t != nil {
-		approved = append(approved, t.Self.Routes...)
-		s.Tailnet = tailnetStatus(*t, prefs, netset.Union(own, ranges.Cluster, ranges.Remote))
+		approved = t.Self.Routes
+		s.Tailnet = tailnetStatus(*t, prefs, netset.Union(last.ranges.Pods, last.ranges.Cluster, last.ranges.Remote))
 	}
-	for _, p := range own {
+	if confirmed != nil {
+		approved = *confirmed // Headscale's own word; tailscaled may learn of it hours later
+	}
+	if now := (membership.Seen{Tailnet: t}); !now.Running() {
+		d.board.Doubt(partTailnet, now.NotRunning())
+		d.loop.Wake()
+	}
+	s.Ready, s.Parts = d.board.Ready()
+	for _, p := range last.ranges.Pods {
 		s.PodCIDRs = append(s.PodCIDRs, nodestatus.PodCIDR{
 			CIDR: p, Advertised: slices.Contains(prefs.AdvertiseRoutes, p), Approved: slices.Contains(approved, p),
 		})

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -37,6 +38,9 @@ func (m *Member) Check(ctx context.Context, s Seen) ([]string, error) {
 	if err == nil {
 		err = keysAndClock(ctx, api)
 	}
+	if gone := netset.Without(s.PodCIDRs, m.confirmed.routes); err == nil && len(gone) > 0 {
+		return changes, reconcile.Waiting(fmt.Sprintf("Headscale does not route %v to this node", gone)) // Approve comes next
+	}
 	// What stands for long is not asked for with each pass: Headscale would tell nothing new, and it costs it the hash of a key.
 	if err == nil || errors.As(err, new(reconcile.Warning)) {
 		m.checkedAt, m.warned = time.Now(), err
@@ -59,6 +63,7 @@ func (m *Member) known(ctx context.Context, api *headscale.Client, s Seen) ([]st
 	case err != nil:
 		return nil, err
 	}
+	m.confirmed = confirmation{key: node.NodeKey, routes: node.Primary, at: time.Now()}
 	if expiry := node.Expiry; !expiry.IsZero() && time.Until(expiry) < headscale.NodeKeyRescue {
 		if err := api.DisableExpiry(ctx, node.ID); err != nil {
 			return nil, errors.Join(keyExpiry(expiry, time.Now()), err)

@@ -57,7 +57,16 @@ func (m *Member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix
 	return reconcile.Waiting("headcni-controller is about to approve " + fmt.Sprint(missing))
 }
 
-// checkByView is check where the controller asks Headscale for us.
+// contradicted is what the controller says where it knows that routes which tailscaled believes in lead to this node no longer.
+func (m *Member) contradicted(c *nodeview.View, key string, routes []netip.Prefix) error {
+	v, err := c.Controller(key)
+	if err != nil || v == nil || v.State != kube.StatePending && v.State != kube.StateRefused {
+		return nil // a view that cannot be read contradicts nothing
+	}
+	return m.approvedBy(c, key, routes)
+}
+
+// checkByView is Check where the controller asks Headscale for us.
 func (m *Member) checkByView(ctx context.Context, s Seen) ([]string, error) {
 	self := s.Tailnet.Self
 	v, err := s.Kubernetes.Controller(self.NodeKey)

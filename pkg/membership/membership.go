@@ -75,10 +75,20 @@ type Seen struct {
 	TailnetErr error
 	// Kubernetes is nil without Kubernetes.
 	Kubernetes *nodeview.View
+	// PodCIDRs are this node's.
+	PodCIDRs []netip.Prefix
 }
 
 // Running reports whether the tailnet carries traffic.
 func (s Seen) Running() bool { return s.Tailnet != nil && s.Tailnet.State == tailscale.Running }
+
+// NotRunning says how tailscaled stands that is not Running.
+func (s Seen) NotRunning() string {
+	if s.Tailnet == nil {
+		return "tailscaled does not answer"
+	}
+	return "tailscaled says " + s.Tailnet.State
+}
 
 // confirmation is what Headscale said that it routes to the node with a node key.
 type confirmation struct {
@@ -190,13 +200,19 @@ func (m *Member) loginWith(ctx context.Context, opts tailscale.LoginOptions) err
 	if err != nil {
 		return err
 	}
-	opts.AuthKey = cred.Key
-	if api != nil {
-		if opts.AuthKey, err = m.mint(ctx, api); err != nil {
-			return err
-		}
+	if api == nil {
+		opts.AuthKey = cred.Key
+		return m.client.Login(ctx, opts)
 	}
-	return m.client.Login(ctx, opts)
+	if opts.AuthKey, err = m.mint(ctx, api); err != nil {
+		return err
+	}
+	err = m.client.Login(ctx, opts)
+	if errors.Is(err, tailscale.ErrKeyRefused) {
+		// Headscale may have been restored from a backup that is older than the key.
+		m.mintedUntil = time.Time{}
+	}
+	return err
 }
 
 // mint makes a key to join with. It can be used more than once, since the retries of a join that fails use the same one.
@@ -214,15 +230,17 @@ func (m *Member) mint(ctx context.Context, api *headscale.Client) (secret.Secret
 	return m.minted, nil
 }
 
-// Approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what
-// the policy lacks. While tailscaled says that they are routed, Headscale is not asked.
+// Approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what the policy
+// lacks. Headscale is asked where tailscaled or Headscale's last answer, which Check renews, says that they are not routed.
 func (m *Member) Approve(ctx context.Context, s Seen, spec tailscale.PrefsSpec) (changed []string, err error) {
 	self := s.Tailnet.Self
 	missing := netset.Without(spec.AdvertiseRoutes, self.Routes)
-	// Headscale tells the peers of an approval at once, the node itself with its next change.
-	confirmed := m.confirmed.key == self.NodeKey && len(netset.Without(missing, m.confirmed.routes)) == 0
-	if len(spec.DropRoutes) == 0 && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < lookInterval) {
-		return nil, nil
+	// Headscale tells the peers of an approval, and of its end, at once, the node itself with its next change. Its own word counts.
+	answered := m.confirmed.key == self.NodeKey
+	withdrawn := answered && len(netset.Without(spec.AdvertiseRoutes, m.confirmed.routes)) > 0
+	confirmed := answered && !withdrawn
+	if len(spec.DropRoutes) == 0 && !withdrawn && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < lookInterval) {
+		return nil, m.contradicted(s.Kubernetes, self.NodeKey, spec.AdvertiseRoutes)
 	}
 	if m.cfg.Headscale.URL == "" && s.Kubernetes == nil {
 		return nil, m.cannotTell(missing, config.ErrNoCredential)
@@ -239,7 +257,7 @@ func (m *Member) Approve(ctx context.Context, s Seen, spec tailscale.PrefsSpec) 
 	case confirmed && errors.Is(err, headscale.ErrUnreachable):
 		return nil, nil // nothing says that it is otherwise now
 	case err != nil:
-		return nil, notApproved(missing, err)
+		return nil, notApproved(spec.AdvertiseRoutes, err)
 	case api == nil:
 		return nil, m.cannotTell(missing, errors.New("a pre-auth key can neither see nor approve them"))
 	}
@@ -354,8 +372,10 @@ func (m *Member) EnsurePrefs(ctx context.Context, spec tailscale.PrefsSpec) ([]s
 	return changes, err
 }
 
-// Routes are what Headscale last said that it routes to this node; nil where it was not asked.
-func (m *Member) Routes() []netip.Prefix { return m.confirmed.routes }
+// Routes are what Headscale last said that it routes to the node with this key; ok is false where it was not asked.
+func (m *Member) Routes(nodeKey string) (routes []netip.Prefix, ok bool) {
+	return m.confirmed.routes, m.confirmed.key == nodeKey && nodeKey != ""
+}
 
 // errStopped: the user's `tailscale down` is theirs to undo.
 var errStopped = errors.New("tailscaled is stopped: run `tailscale up`")

@@ -171,6 +171,17 @@ func (b *Board[S]) record(p Part[S], changes []string, err error) {
 	}
 }
 
+// Doubt takes back that a part is as it should be, until the pass under way comes to it: that may take seconds, in which the
+// part must not count as ready.
+func (b *Board[S]) Doubt(part, why string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if o := b.last[part]; o.text == "" {
+		o.text = why
+		b.last[part] = o
+	}
+}
+
 // Ready reports whether every part that is not optional is as it should be, and how each stands.
 func (b *Board[S]) Ready() (bool, []Status) {
 	b.mu.Lock()

@@ -118,6 +118,23 @@ func TestUnseen(t *testing.T) {
 	}
 }
 
+// What is known before a part's turn counts at once, and is no news by itself.
+func TestDoubt(t *testing.T) {
+	var out bytes.Buffer
+	b := NewBoard(Options{Log: slog.New(slog.NewTextHandler(&out, nil))}, []Part[outcomes]{part("a")})
+	b.Run(t.Context(), nil)
+	out.Reset()
+	b.Doubt("a", "logged out")
+	if ready, got := b.Ready(); ready || got[0].Error != "logged out" {
+		t.Error(ready, got)
+	}
+	b.Run(t.Context(), outcomes{"a": errors.New("wrong")})
+	b.Doubt("a", "logged out")
+	if _, got := b.Ready(); got[0].Error != "wrong" || !strings.Contains(out.String(), "wrong") {
+		t.Error(got, out.String())
+	}
+}
+
 func TestOptional(t *testing.T) {
 	p := part("a")
 	p.Optional = true

@@ -337,7 +337,7 @@ func testDeadman(t *testing.T, l *lab.Lab) {
 		t.Fatal(err)
 	}
 	labtest.Eventually(t, "after a restart", func() error {
-		if _, err := n.Run(labtest.Within(t), "headcni-daemon", "status"); err != nil {
+		if _, err := n.Run(labtest.Within(t), "sh", "-c", "headcni-daemon status | grep ^node"); err != nil {
 			return err // not up yet
 		}
 		return takenBack()

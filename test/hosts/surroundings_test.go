@@ -247,7 +247,7 @@ func testForeignFirewall(t *testing.T, w *world) {
 func partOf(t *testing.T, n *lab.Node, name string) (text string, ready bool) {
 	t.Helper()
 	var s nodestatus.Status
-	if err := json.Unmarshal([]byte(sh(t, n.Machine, "headcni-daemon status -o json")), &s); err != nil {
+	if err := json.Unmarshal([]byte(sh(t, n.Machine, "headcni-daemon status -o json || :")), &s); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range s.Parts {

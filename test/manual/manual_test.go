@@ -102,6 +102,16 @@ func (w *world) follow(m *machine, parts ...string) {
 	}
 }
 
+// status is the README's look at the node, which fails until the node is ready.
+func (w *world) status(m *machine) {
+	m.t.Helper()
+	labtest.Eventually(m.t, "headcni-daemon status", func() error {
+		out, err := m.try(m.t.Context(), admin, w.on(m).step("status"))
+		m.t.Logf("%s: status: %s", m.Name, out)
+		return err
+	})
+}
+
 func (w *world) install(t *testing.T) {
 	w.host.t, w.daemon.t = t, t
 	yaml := func(m *machine) { m.write("/etc/headcni/daemon.yaml", w.on(m).step("podCIDRs"), 0o644) }
@@ -110,7 +120,8 @@ func (w *world) install(t *testing.T) {
 	w.follow(w.host, "tailscale up", "make build")
 	w.before[w.host] = w.host.state()
 	yaml(w.host)
-	w.follow(w.host, "make install", "config validate", "enable --now headcni-daemon", "status")
+	w.follow(w.host, "make install", "config validate", "enable --now headcni-daemon")
+	w.status(w.host)
 
 	w.follow(w.daemon, "make build")
 	w.before[w.daemon] = w.daemon.state()
@@ -118,7 +129,8 @@ func (w *world) install(t *testing.T) {
 	w.alone(w.daemon)
 	yaml(w.daemon)
 	w.daemon.write("/etc/headcni/env", "HEADSCALE_API_KEY="+w.Control.APIKey, 0o600)
-	w.follow(w.daemon, "config validate", "enable --now headcni-tailscaled", "enable --now headcni-daemon", "status")
+	w.follow(w.daemon, "config validate", "enable --now headcni-tailscaled", "enable --now headcni-daemon")
+	w.status(w.daemon)
 	w.ready(t)
 }
 
