@@ -1,7 +1,6 @@
 package conflist
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,20 +24,24 @@ func Sweep(confDir string) error {
 // originalPath is where a conflist that a person had put in our place is kept for uninstall.
 func originalPath() string { return filepath.Join(paths.StateDir, "conflist.orig") }
 
-// Write puts want in place, if it is not there already. A conflist of that name that is not ours is kept for Restore, after
-// remember has stored its mode.
+// Write puts want in place, if it is not there already, and leaves what other programs have added to ours. A conflist of that name
+// that is not ours is kept for Restore, after remember has stored its mode.
 func Write(dir string, want []byte, remember func(os.FileMode) error) (changed bool, err error) {
 	path := Path(dir)
 	have, err := os.ReadFile(path)
 	switch {
-	case err == nil && bytes.Equal(have, want):
-		return false, nil
-	case err == nil && !isOurs(have):
+	case err == nil && isOurs(have):
+		if want, err = keepOthers(have, want); err != nil {
+			return false, fmt.Errorf("keep what others have added to %s: %w", path, err)
+		}
+		if sameJSON(have, want) {
+			return false, nil
+		}
+	case err == nil:
 		if err := keepOriginal(path, have, remember); err != nil {
 			return false, err
 		}
-	case err == nil || errors.Is(err, fs.ErrNotExist):
-	default:
+	case !errors.Is(err, fs.ErrNotExist):
 		return false, fmt.Errorf("read the conflist: %w", err)
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {

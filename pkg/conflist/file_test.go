@@ -5,6 +5,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -159,4 +160,77 @@ func TestUninstallAndTheConflistOfOthers(t *testing.T) {
 		t.Errorf("where ours was replaced: %q, %v", b, err)
 	}
 	nstest.WantFiles(t, paths.StateDir)
+}
+
+// Meshes append themselves to our list. Their entries stay, in their order, when ours changes and when it does not.
+func TestOthersInOurList(t *testing.T) {
+	nstest.FreshState(t)
+	dir := t.TempDir()
+	c := config.Default()
+	c.Network.PodCIDRs = config.CIDRs{"10.244.1.0/24"}
+	render := func(mtu int) []byte {
+		t.Helper()
+		b, err := Render(input(c, nil, mtu))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	write := func(mtu int, want bool) {
+		t.Helper()
+		if changed, err := Write(dir, render(mtu), nil); err != nil || changed != want {
+			t.Fatalf("changed %v, %v", changed, err)
+		}
+	}
+	types := func() (out []string) {
+		t.Helper()
+		b, err := os.ReadFile(Path(dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := libcni.ConfListFromBytes(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range l.Plugins {
+			out = append(out, p.Network.Type)
+		}
+		return out
+	}
+	write(1280, true)
+	// As istio-cni does it: every key read, its plugin appended, every key written in an order of its own.
+	var file map[string]any
+	if err := json.Unmarshal(render(1280), &file); err != nil {
+		t.Fatal(err)
+	}
+	own := file["plugins"].([]any)
+	file["plugins"] = append([]any{map[string]any{"type": "tuning"}}, append(own, map[string]any{"type": "istio-cni", "log_level": "info"})...)
+	file["disableCheck"] = true
+	b, err := json.Marshal(file)
+	if err == nil {
+		err = os.WriteFile(Path(dir), b, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"tuning", "headcni", "istio-cni"}
+	for range 2 { // two writers do not fight
+		write(1280, false)
+	}
+	write(1400, true)
+	write(1400, false)
+	if got := types(); !slices.Equal(got, want) {
+		t.Errorf("plugins %v, want %v", got, want)
+	}
+	b, err = os.ReadFile(Path(dir))
+	if err != nil || !strings.Contains(string(b), `"mtu": 1400`) || !strings.Contains(string(b), `"disableCheck": true`) || !strings.Contains(string(b), `"log_level": "info"`) {
+		t.Errorf("%s, %v", b, err)
+	}
+	if adopted, _, err := Adopt(config.Config{CNI: config.CNI{ConfDir: dir}}, false); err != nil || len(adopted.Network.PodCIDRs) > 0 {
+		t.Errorf("adopted from our own list: %v, %v", adopted.Network.PodCIDRs, err)
+	}
+	if err := Restore(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	nstest.WantFiles(t, dir)
 }
