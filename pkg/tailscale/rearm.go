@@ -28,8 +28,9 @@ import (
 const (
 	// rearmTimeout bounds a status and a ping. No retry: nothing that heals starts within 5 s.
 	rearmTimeout = 2 * time.Second
-	// rearmInterval is the least time between two pings to one peer.
-	rearmInterval = 2 * time.Second
+	// rearmInterval is the least time between a ping to a peer and the last but one: a node that has pinged a peer may
+	// have to heal the session at once, when it hears that the peer has restarted too.
+	rearmInterval = 5 * time.Second
 	// rearmParallel bounds the pings in flight, rearmGap is between two pings: 500 peers take 5 s where all answer.
 	rearmParallel = 32
 	rearmGap      = 10 * time.Millisecond
@@ -85,8 +86,8 @@ type rearmer struct {
 
 	mu     sync.Mutex
 	s      sessions
-	last   map[string]time.Time // of the last ping by peer
-	conn   context.Context      // ends with the connection to the bus
+	last   map[string][2]time.Time // of the last but one and the last ping by peer
+	conn   context.Context         // ends with the connection to the bus
 	cancel context.CancelFunc
 }
 
@@ -99,7 +100,7 @@ func newRearmer(ctx context.Context, net tailnet, o RearmOptions) *rearmer {
 	}
 	r := &rearmer{
 		net: net, opts: o, ctx: ctx, limit: limiter{slots: make(chan struct{}, rearmParallel)},
-		wake: make(chan struct{}, 1), last: map[string]time.Time{},
+		wake: make(chan struct{}, 1), last: map[string][2]time.Time{},
 	}
 	r.conn, r.cancel = context.WithCancel(ctx)
 	r.wg.Go(r.run)
@@ -123,7 +124,7 @@ func (r *rearmer) forget() {
 	r.conn, r.cancel = context.WithCancel(r.ctx)
 	r.s = sessions{}
 	for id, t := range r.last {
-		if time.Since(t) > rearmInterval {
+		if time.Since(t[1]) > rearmInterval {
 			delete(r.last, id)
 		}
 	}
@@ -133,10 +134,7 @@ func (r *rearmer) observe(first bool, n notify) {
 	r.mu.Lock()
 	r.s.observe(first, n, time.Now())
 	r.mu.Unlock()
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
+	r.poke()
 }
 
 // run asks for the status when something is due, and for nothing else.
@@ -196,15 +194,29 @@ func (r *rearmer) ping(conn context.Context, p ping) {
 	r.opts.Log.Debug("session re-armed", "node", p.name, "why", p.why, "err", err)
 }
 
-// claim reports whether a peer still needs its ping and may have one, and counts it.
+// claim reports whether a peer still needs its ping and may have one, and counts it. Where it is too soon it is put off.
 func (r *rearmer) claim(conn context.Context, p ping) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if conn.Err() != nil || !r.s.wants(p) || time.Since(r.last[p.id]) < rearmInterval {
+	if conn.Err() != nil || !r.s.wants(p) {
 		return false
 	}
-	r.last[p.id] = time.Now()
+	last := r.last[p.id]
+	if again := last[0].Add(rearmInterval); time.Until(again) > 0 {
+		r.s.putOff(p, again)
+		r.poke()
+		return false
+	}
+	r.last[p.id] = [2]time.Time{last[1], time.Now()}
 	return true
+}
+
+// poke has run look for what is due next.
+func (r *rearmer) poke() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
 }
 
 // limiter bounds pings, whatever they are for: how many are in flight and how soon one follows another.

@@ -12,6 +12,8 @@ const (
 	// rearmDelay and rearmJitter: after 150 to 250 ms a session that was lost is back, if the other side has started one.
 	rearmDelay  = 150 * time.Millisecond
 	rearmJitter = 100 * time.Millisecond
+	// announceDelay is the same for a tailscaled that has just started.
+	announceDelay = 550 * time.Millisecond
 	// offlineDelay has peers that control takes for offline wait for the others.
 	offlineDelay = time.Second
 	// armJitter spreads the pings of the node that goes first.
@@ -265,6 +267,13 @@ func (s *sessions) wants(p ping) bool {
 	return known != nil && (known.needs() || p.why == taskKeep || p.why == taskConfirm)
 }
 
+// putOff plans a ping again that may not be sent yet.
+func (s *sessions) putOff(p ping, until time.Time) {
+	if known := s.peers[p.id]; known.todo == taskNone {
+		known.plan(p.why, until)
+	}
+}
+
 // slack is how long before its time a task may be done.
 func (p *session) slack() time.Duration {
 	if p.todo == taskKeep && p.state == sessionEstablished {
@@ -421,7 +430,7 @@ func (s *sessions) announce(p *session, peer Peer, now time.Time) {
 		s.resume(p, peer, now)
 		return
 	}
-	after := rearmDelay + jitter(rearmJitter)
+	after := announceDelay + jitter(rearmJitter)
 	if !peer.Online {
 		after += offlineDelay
 	}

@@ -85,11 +85,14 @@ func bothRestart(t *testing.T, pods []*lab.Pod, trial int) []restarted {
 	return out
 }
 
-// pairFlows are streams between two pods: there, back, or both.
+// bothWays is a kind of pairFlows.
+const bothWays = 2
+
+// pairFlows are streams between two pods: there, back, or both ways.
 func pairFlows(ctx context.Context, t *testing.T, a, b *lab.Pod, kind int) (flows []*lab.Stream) {
 	t.Helper()
 	for way, p := range [][2]*lab.Pod{{a, b}, {b, a}} {
-		if kind%3 == 1-way {
+		if kind%3 == 1-way { // 0: there, 1: back
 			continue
 		}
 		s, err := lab.StartStream(ctx, p[0].Node.Name+" to "+p[1].Node.Name, p[0], p[1], p[1].Addr(kind%2 == 1))
