@@ -34,7 +34,8 @@ func (c *Cluster) Keep() error {
 	if err := os.WriteFile(filepath.Join(c.Dir, "enter"), []byte(enter), 0o700); err != nil {
 		return err
 	}
-	return c.lab.Keep(kind, nil)
+	_, err := c.lab.Keep(kind, "", nil)
+	return err
 }
 
 // Down ends the clusters that were kept, and what is left of those that were killed. It returns how many were kept.

@@ -8,12 +8,16 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/atomicfile"
 )
 
 // stateFile is in the folder of a world that was kept.
@@ -25,6 +29,8 @@ type World struct {
 	Made time.Time
 	// Kind says what the world is for, so that each program lists and ends its own only.
 	Kind string
+	// Name tells the world from the others of its kind and user.
+	Name string
 	// Path is the PATH on its machines.
 	Path     string
 	Machines []Inhabitant
@@ -39,19 +45,19 @@ type Inhabitant struct {
 	Started uint64
 }
 
-// Keep lets the world go on without us, until Down. pods are those to be found again by Enter. The Lab must not be used
-// any more.
-func (l *Lab) Keep(kind string, pods []*Pod) error {
+// Keep lets the world go on without us, until Down. pods are those to be found again by Enter. Where no name is given, or another
+// has it, the world gets one. The Lab must not be used any more.
+func (l *Lab) Keep(kind, name string, pods []*Pod) (World, error) {
 	for _, n := range l.Nodes {
 		if n.line != nil {
-			return fmt.Errorf("keep the lab: the wire of %s has a delay, which ends with this process", n.Name)
+			return World{}, fmt.Errorf("keep the lab: the wire of %s has a delay, which ends with this process", n.Name)
 		}
 	}
 	w := World{Dir: l.Dir, Made: time.Now(), Kind: kind, Path: l.opt.path()}
 	for _, m := range l.machines() {
 		in, err := inhabitant(m.Name, m.holder.Process.Pid)
 		if err != nil {
-			return err
+			return w, err
 		}
 		w.Machines = append(w.Machines, in)
 	}
@@ -61,23 +67,45 @@ func (l *Lab) Keep(kind string, pods []*Pod) error {
 		}
 		in, err := inhabitant(p.Name, p.Server.PID())
 		if err != nil {
-			return err
+			return w, err
 		}
 		w.Pods = append(w.Pods, in)
+	}
+	if err := w.enlist(name); err != nil {
+		return w, fmt.Errorf("write down that the lab is kept: %w", err)
+	}
+	for _, m := range l.machines() {
+		if _, err := m.stdin.Write([]byte("keep\n")); err != nil {
+			return w, fmt.Errorf("keep %s: %w", m.Name, err)
+		}
+	}
+	return w, nil
+}
+
+// enlist gives the world a name that no other of its kind has, and writes it down. Another may be at the same.
+func (w *World) enlist(name string) error {
+	base := filepath.Dir(w.Dir)
+	lock, err := lockFile(filepath.Join(base, "lock"), unix.LOCK_EX)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	others, err := kept(base, w.Kind)
+	if err != nil {
+		return err
+	}
+	taken := func(name string) bool {
+		return slices.ContainsFunc(others, func(w World) bool { return w.Name == name })
+	}
+	w.Name = name
+	for i := 1; w.Name == "" || taken(w.Name); i++ {
+		w.Name = fmt.Sprintf("%s-%d", w.Kind, i)
 	}
 	b, err := json.MarshalIndent(w, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(l.Dir, stateFile), b, 0o600); err != nil {
-		return err
-	}
-	for _, m := range l.machines() {
-		if _, err := m.stdin.Write([]byte("keep\n")); err != nil {
-			return fmt.Errorf("keep %s: %w", m.Name, err)
-		}
-	}
-	return nil
+	return atomicfile.WriteUnsynced(filepath.Join(w.Dir, stateFile), b, 0o600)
 }
 
 func inhabitant(name string, pid int) (Inhabitant, error) {
@@ -99,10 +127,12 @@ func startTime(pid int) (uint64, error) {
 	return strconv.ParseUint(fields[19], 10, 64)
 }
 
-// Kept lists the worlds of this user and of one kind that were kept, the newest last.
-func Kept(kind string) ([]World, error) {
+// Kept lists the worlds of this user and of one kind that were kept and have not ended, the newest last.
+func Kept(kind string) ([]World, error) { return kept(BaseDir(), kind) }
+
+func kept(base, kind string) ([]World, error) {
 	var worlds []World
-	for _, dir := range worldDirs(BaseDir()) {
+	for _, dir := range worldDirs(base) {
 		b, err := os.ReadFile(filepath.Join(dir, stateFile))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // a lab that somebody is using
@@ -114,23 +144,45 @@ func Kept(kind string) ([]World, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read a kept world: %w", err)
 		}
-		if w.Kind != kind {
+		if w.Kind == kind && inUse(dir) {
+			worlds = append(worlds, w)
+		}
+	}
+	slices.SortFunc(worlds, func(a, b World) int { return a.Made.Compare(b.Made) })
+	return worlds, nil
+}
+
+// inUse tells whether a machine of a world lives: all hold its lock.
+func inUse(dir string) bool {
+	lock, err := lockFile(filepath.Join(dir, "lock"), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		lock.Close()
+	}
+	return err != nil
+}
+
+// KeptByOthers says which users keep worlds of one kind, where this one may look into their folders.
+func KeptByOthers(kind string) (users []string) {
+	dirs, _ := filepath.Glob(baseDir("*")) // the pattern is well-formed
+	for _, dir := range dirs {
+		worlds, err := kept(dir, kind)
+		if dir == BaseDir() || err != nil || len(worlds) == 0 {
 			continue
 		}
-		i := len(worlds)
-		for i > 0 && worlds[i-1].Made.After(w.Made) {
-			i--
+		name := strings.TrimPrefix(dir, baseDir(""))
+		if u, err := user.LookupId(name); err == nil {
+			name = u.Username
 		}
-		worlds = append(worlds[:i], append([]World{w}, worlds[i:]...)...)
+		users = append(users, name)
 	}
-	return worlds, nil
+	return users
 }
 
 // Down ends every process of the world and removes its folder.
 func (w World) Down(ctx context.Context) error {
 	var errs []error
 	for _, m := range w.Machines {
-		errs = append(errs, m.kill())
+		errs = append(errs, m.kill(ctx))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -146,8 +198,8 @@ func (w World) Down(ctx context.Context) error {
 	})
 }
 
-// kill ends the process, if it is still the one that was meant.
-func (in Inhabitant) kill() error {
+// kill ends the process, if it is still the one that was meant, and waits until it has ended.
+func (in Inhabitant) kill(ctx context.Context) error {
 	fd, err := unix.PidfdOpen(in.PID, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
@@ -163,7 +215,14 @@ func (in Inhabitant) kill() error {
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("end %s: %w", in.Name, err)
 	}
-	return nil
+	return until(ctx, 5*time.Millisecond, nil, func() error {
+		// A pidfd can be read when its process has ended (pidfd_open(2)).
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		if err == nil && n == 0 {
+			err = fmt.Errorf("%s has not ended yet", in.Name)
+		}
+		return err
+	})
 }
 
 // Names are those that Enter takes.
@@ -187,7 +246,7 @@ func (w World) Enter(name string, argv []string) error {
 		return fmt.Errorf("no pod or machine named %q: there are %s", name, strings.Join(w.Names(), ", "))
 	}
 	if started, err := startTime(at.PID); err != nil || started != at.Started {
-		return fmt.Errorf("%s has ended; `headcnictl demo down` removes what is left", name)
+		return fmt.Errorf("%s of %s has ended; `headcnictl demo down %s` removes what is left", name, w.Name, w.Name)
 	}
 	nsenter, err := exec.LookPath("nsenter")
 	if err != nil {

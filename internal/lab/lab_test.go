@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +23,9 @@ import (
 
 // victimEnv makes the test binary build a lab and wait to be killed.
 const victimEnv = "HEADCNI_LAB_TEST_VICTIM"
+
+// victimNameEnv is the name under which it keeps the lab.
+const victimNameEnv = "HEADCNI_LAB_TEST_NAME"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(victimEnv) != "" {
@@ -41,7 +45,7 @@ func victim() {
 		fmt.Println(m.holder.Process.Pid)
 	}
 	if os.Getenv(victimEnv) == "keep" {
-		if err := l.Keep("test", nil); err != nil {
+		if _, err := l.Keep("test", os.Getenv(victimNameEnv), nil); err != nil {
 			fmt.Println(err)
 		}
 		os.Exit(0)
@@ -317,7 +321,7 @@ func TestKeptLabStaysUntilDown(t *testing.T) {
 	// A number that belongs to somebody else now.
 	stranger := w
 	stranger.Machines = []Inhabitant{{Name: "node-1", PID: os.Getpid(), Started: 1}}
-	if err := stranger.Machines[0].kill(); err != nil {
+	if err := stranger.Machines[0].kill(t.Context()); err != nil {
 		t.Errorf("end a process that is not there any more: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -332,6 +336,76 @@ func TestKeptLabStaysUntilDown(t *testing.T) {
 	}
 	if worlds, err := Kept("test"); err != nil || len(worlds) > 0 {
 		t.Errorf("after down: %+v, %v", worlds, err)
+	}
+}
+
+// TestSeveralKept: each has a name of its own, also where two are kept at the same moment, and one that is ended leaves the others.
+func TestSeveralKept(t *testing.T) {
+	nstest.Require(t)
+	t.Setenv(DirEnv, t.TempDir())
+	running := bare(t) // in use, but not kept
+	keep := func(names ...string) {
+		t.Helper()
+		var cmds []*exec.Cmd
+		for _, name := range names {
+			t.Setenv(victimNameEnv, name)
+			cmd, _, _ := startVictim(t, "keep")
+			cmds = append(cmds, cmd)
+		}
+		for _, cmd := range cmds {
+			if err := cmd.Wait(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	names := func() (list []string) {
+		t.Helper()
+		worlds, err := Kept("test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range worlds {
+			list = append(list, w.Name)
+		}
+		slices.Sort(list)
+		return list
+	}
+	keep("", "mine", "")
+	if got := names(); !slices.Equal(got, []string{"mine", "test-1", "test-2"}) {
+		t.Errorf("kept: %s", got)
+	}
+	down := func(name string) {
+		t.Helper()
+		worlds, err := Kept("test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		for _, w := range worlds {
+			if w.Name == name {
+				if err := w.Down(ctx); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}
+	down("test-1")
+	if got := names(); !slices.Equal(got, []string{"mine", "test-2"}) {
+		t.Errorf("after one ended: %s", got)
+	}
+	keep("mine")
+	if got := names(); len(got) != 3 || slices.Index(got, "test-1") < 0 { // the name was taken
+		t.Errorf("a name twice: %s", got)
+	}
+	for _, name := range names() {
+		down(name)
+	}
+	if got := names(); len(got) > 0 {
+		t.Errorf("left: %s", got)
+	}
+	if _, err := os.Stat(running.Dir); err != nil || gone(strconv.Itoa(running.machines()[0].holder.Process.Pid)) == nil {
+		t.Errorf("a lab that was in use has suffered: %v", err)
 	}
 }
 

@@ -38,7 +38,7 @@ func TestLine(t *testing.T) {
 			t.Errorf("%s: %.0f bit/s, %v", far.Underlay[i], rate, err)
 		}
 	}
-	if err := l.Keep("test", nil); err == nil || !strings.Contains(err.Error(), "delay") {
+	if _, err := l.Keep("test", "", nil); err == nil || !strings.Contains(err.Error(), "delay") {
 		t.Errorf("a lab with lines was kept: %v", err)
 	}
 	if err := near.Crash(); err != nil {

@@ -22,8 +22,10 @@ func BaseDir() string {
 	if dir := os.Getenv(DirEnv); dir != "" {
 		return dir
 	}
-	return filepath.Join(os.TempDir(), "headcni-lab-"+strconv.Itoa(os.Getuid()))
+	return baseDir(strconv.Itoa(os.Getuid()))
 }
+
+func baseDir(user string) string { return filepath.Join(os.TempDir(), "headcni-lab-"+user) }
 
 // newWorldDir removes the leftovers of labs that ended and makes a folder for a new one. The lock file in it stays
 // locked for as long as the lab or one of its machines lives: it is inherited by them.
