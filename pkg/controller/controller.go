@@ -5,24 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
-	"net/netip"
 	"os"
-	"slices"
 	"sync"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/leaderelection"
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 	"k8s.io/klog/v2"
 
-	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -165,175 +158,6 @@ func (c *Controller) Run(ctx context.Context, listen string) error {
 	}
 	c.log.Info("stopped")
 	return nil
-}
-
-// watch keeps the Nodes, cut down to what counts, and asks for a pass where that changes.
-func (c *Controller) watch(ctx context.Context) {
-	factory := informers.NewSharedInformerFactoryWithOptions(c.client, 0, informers.WithTransform(func(obj any) (any, error) {
-		if n, ok := obj.(*corev1.Node); ok {
-			return few(n), nil
-		}
-		return obj, nil
-	}))
-	informer := factory.Core().V1().Nodes().Informer()
-	set := func(obj any) {
-		if n, ok := obj.(*corev1.Node); ok {
-			c.setNode(nodeOf(n))
-		}
-	}
-	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc: set, UpdateFunc: func(_, obj any) { set(obj) },
-		DeleteFunc: func(obj any) {
-			if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
-				obj = gone.Obj
-			}
-			if n, ok := obj.(*corev1.Node); ok {
-				c.dropNode(n.Name)
-			}
-		},
-	})
-	if err != nil {
-		c.log.Error("watch Nodes", "err", err) // only of an informer that was stopped
-		return
-	}
-	factory.StartWithContext(klog.NewContext(ctx, klog.New(nil)))
-	go func() {
-		if cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
-			c.mu.Lock()
-			c.synced = true
-			c.mu.Unlock()
-			c.poke()
-		}
-	}()
-}
-
-// few keeps of a Node what the controller uses: a whole one is 10 kB.
-func few(n *corev1.Node) *corev1.Node {
-	out := &corev1.Node{Spec: corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs}}
-	for _, a := range n.Status.Addresses {
-		if ip, err := netip.ParseAddr(a.Address); err == nil && netset.TailnetIPv4.Contains(ip) {
-			out.Status.Addresses = append(out.Status.Addresses, a)
-		}
-	}
-	out.Name, out.UID, out.ResourceVersion, out.CreationTimestamp = n.Name, n.UID, n.ResourceVersion, n.CreationTimestamp
-	for _, key := range []string{kube.NodeKey, kube.Mode, kube.Headscale, kube.Allocated, kube.Uninstall} {
-		if v, ok := n.Annotations[key]; ok {
-			if out.Annotations == nil {
-				out.Annotations = map[string]string{}
-			}
-			out.Annotations[key] = v
-		}
-	}
-	return out
-}
-
-func (c *Controller) setNode(n node) {
-	c.mu.Lock()
-	old, had := c.nodes[n.name]
-	c.nodes[n.name] = n
-	c.mu.Unlock()
-	same := had && old.key == n.key && old.mode == n.mode && old.viewText == n.viewText && old.leaving == n.leaving &&
-		slices.Equal(old.cidrs, n.cidrs)
-	if !same {
-		c.poke()
-	}
-}
-
-func (c *Controller) dropNode(name string) {
-	c.mu.Lock()
-	delete(c.nodes, name)
-	c.mu.Unlock()
-	c.poke()
-}
-
-// poke asks for a pass. It never blocks: one that is asked for already will see everything.
-func (c *Controller) poke() {
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
-}
-
-// Nodes that the informer knows, by name.
-func (c *Controller) snapshot() (nodes []node, synced bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, name := range slices.Sorted(maps.Keys(c.nodes)) {
-		nodes = append(nodes, c.nodes[name])
-	}
-	return nodes, c.synced
-}
-
-// lead runs passes until ctx ends, or held: the lead is lost.
-func (c *Controller) lead(ctx, held context.Context) {
-	c.leading.Lock()
-	defer c.leading.Unlock()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(held, cancel)()
-	if held.Err() != nil || ctx.Err() != nil {
-		return
-	}
-	c.log.Info("leads")
-	c.lean(true)
-	defer c.lean(false)
-	retry, again := retryMin, soon
-	for ctx.Err() == nil {
-		began := time.Now()
-		pending, err := c.pass(ctx)
-		took := time.Since(began)
-		wait := fullCheck + rand.N(fullCheck/5)
-		result := "right"
-		switch {
-		case ctx.Err() != nil:
-			return
-		case err != nil:
-			wait, retry = retry, min(2*retry, retryMax)
-			result = "failed"
-		case pending:
-			wait, again, retry = again, min(again*3/2, fullCheck), retryMin
-		default:
-			again, retry = soon, retryMin
-		}
-		c.metrics.passes.WithLabelValues(result).Inc()
-		c.outcome(err)
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(wait):
-		case <-c.wake:
-			again = soon
-			select { // let a burst pass, and let nobody who changes his Node all the time keep us busy
-			case <-ctx.Done():
-				return
-			case <-time.After(max(settle, took)):
-			}
-		}
-	}
-}
-
-func (c *Controller) lean(leads bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.leads = leads
-	c.metrics.leader.Set(0)
-	if leads {
-		c.metrics.leader.Set(1)
-	}
-}
-
-// outcome logs what is news.
-func (c *Controller) outcome(err error) {
-	c.mu.Lock()
-	before := c.last
-	c.last = err
-	c.mu.Unlock()
-	switch {
-	case err == nil && before != nil:
-		c.log.Info("right again")
-	case err != nil && (before == nil || before.Error() != err.Error()):
-		c.log.Error("pass", "err", err)
-	}
 }
 
 // Ready implements monitoring.Readiness. A controller is ready when it sees the Nodes: that Headscale is down makes
