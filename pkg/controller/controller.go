@@ -10,36 +10,13 @@ import (
 	"sync"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/leaderelection"
-	"k8s.io/client-go/tools/leaderelection/resourcelock"
-	"k8s.io/klog/v2"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/reconcile"
-)
-
-const (
-	// fullCheck is how often Headscale is asked although nothing changed in Kubernetes.
-	fullCheck = 30 * time.Second
-	// soon is how often while something is under way; where nothing comes of it, ever less often.
-	soon = 2 * time.Second
-	// settle is how long a burst of events is gathered before a pass.
-	settle = 200 * time.Millisecond
-	// retryMin and retryMax bound the wait after a pass that failed.
-	retryMin = time.Second
-	retryMax = time.Minute
-	// slowCheck is how often the policy and our own API key are looked at.
-	slowCheck = 5 * time.Minute
-
-	// The Lease. Another leader takes over at the latest after leaseDuration; one that cannot renew stops before that.
-	leaseDuration = 15 * time.Second
-	renewDeadline = 10 * time.Second
-	retryPeriod   = 2 * time.Second
 )
 
 // Controller is one of the cluster's controllers. Make it with New.
@@ -52,11 +29,9 @@ type Controller struct {
 	identity  string
 	metrics   *metrics
 	now       func() time.Time
-	wake      chan struct{}
+	loop      *reconcile.Loop
 	news      news
 
-	// leading is held by the leader's loop.
-	leading sync.Mutex
 	// Of the leader's loop: api is the client that slowAt and findings are of.
 	api      *headscale.Client
 	slowAt   time.Time
@@ -95,7 +70,7 @@ func newController(c config.Config, log *slog.Logger, getenv func(string) string
 	return &Controller{
 		cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), client: client, namespace: kube.Namespace(),
 		identity: fmt.Sprintf("%s_%08x", identity, rand.Uint32()), metrics: newMetrics(version), now: time.Now,
-		wake: make(chan struct{}, 1), news: news{said: map[string]string{}}, nodes: map[string]node{},
+		loop: reconcile.NewLoop(), news: news{said: map[string]string{}}, nodes: map[string]node{},
 	}
 }
 
@@ -103,61 +78,32 @@ func newController(c config.Config, log *slog.Logger, getenv func(string) string
 // surest way to know nothing that is no longer true.
 func (c *Controller) Run(ctx context.Context, listen string) error {
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var served func() error
+	var wg sync.WaitGroup
+	var served error
 	if listen != "" {
 		wait, err := monitoring.Serve(ctx, listen, c.metrics.registry, c)
 		if err != nil {
+			cancel()
 			return err
 		}
-		served = wait
-	}
-	c.watch(ctx)
-	lost := make(chan struct{})
-	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Lock: &resourcelock.LeaseLock{
-			LeaseMeta: metav1.ObjectMeta{Name: kube.Lease, Namespace: c.namespace}, Client: c.client.CoordinationV1(),
-			LockConfig: resourcelock.ResourceLockConfig{Identity: c.identity},
-		},
-		LeaseDuration: leaseDuration, RenewDeadline: renewDeadline, RetryPeriod: retryPeriod, ReleaseOnCancel: true,
-		Callbacks: leaderelection.LeaderCallbacks{OnStartedLeading: func(held context.Context) { c.lead(ctx, held) }, OnStoppedLeading: func() { close(lost) }},
-		Name:      kube.Lease,
-	})
-	if err != nil {
-		return err
-	}
-	c.log.Info("started", "identity", c.identity, "headscale", c.cfg.Headscale.URL)
-	failed := make(chan error, 1)
-	if served != nil {
-		go func() {
-			if err := served(); err != nil {
-				failed <- err
+		wg.Go(func() {
+			if served = wait(); served != nil {
 				cancel()
 			}
-		}()
+		})
 	}
-	stopping := ctx
-	// The Lease is given up only when the loop has ended: else two would lead for a moment.
-	held, release := context.WithCancel(klog.NewContext(context.WithoutCancel(ctx), klog.New(nil)))
-	defer release()
-	go func() {
-		<-ctx.Done()
-		c.leading.Lock()
-		release()
-		c.leading.Unlock()
-	}()
-	elector.Run(held)
-	<-lost
-	select {
-	case err := <-failed:
-		return err
-	default:
+	wg.Go(func() { c.watch(ctx) })
+	c.log.Info("started", "identity", c.identity, "headscale", c.cfg.Headscale.URL)
+	err := c.campaign(ctx)
+	cancel()
+	wg.Wait()
+	if served != nil {
+		return served
 	}
-	if stopping.Err() == nil {
-		return errors.New("lost the lead: the API server did not take the renewal of the Lease in time; starting anew")
+	if err == nil {
+		c.log.Info("stopped")
 	}
-	c.log.Info("stopped")
-	return nil
+	return err
 }
 
 // Ready implements monitoring.Readiness. A controller is ready when it sees the Nodes: that Headscale is down makes

@@ -15,7 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/kube"
 )
 
-// watch keeps the Nodes, cut down to what counts, and asks for a pass where that changes.
+// watch keeps the Nodes, cut down to what counts, and asks for a pass where that changes, until ctx ends.
 func (c *Controller) watch(ctx context.Context) {
 	factory := informers.NewSharedInformerFactoryWithOptions(c.client, 0, informers.WithTransform(func(obj any) (any, error) {
 		if n, ok := obj.(*corev1.Node); ok {
@@ -45,14 +45,14 @@ func (c *Controller) watch(ctx context.Context) {
 		return
 	}
 	factory.StartWithContext(klog.NewContext(ctx, klog.New(nil)))
-	go func() {
-		if cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
-			c.mu.Lock()
-			c.synced = true
-			c.mu.Unlock()
-			c.poke()
-		}
-	}()
+	defer factory.Shutdown() // waits for what it has started
+	if cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
+		c.mu.Lock()
+		c.synced = true
+		c.mu.Unlock()
+		c.loop.Wake()
+	}
+	<-ctx.Done()
 }
 
 // few keeps of a Node what the controller uses: a whole one is 10 kB.
@@ -83,7 +83,7 @@ func (c *Controller) setNode(n node) {
 	same := had && old.key == n.key && old.mode == n.mode && old.viewText == n.viewText && old.leaving == n.leaving &&
 		slices.Equal(old.cidrs, n.cidrs)
 	if !same {
-		c.poke()
+		c.loop.Wake()
 	}
 }
 
@@ -91,15 +91,7 @@ func (c *Controller) dropNode(name string) {
 	c.mu.Lock()
 	delete(c.nodes, name)
 	c.mu.Unlock()
-	c.poke()
-}
-
-// poke asks for a pass. It never blocks: one that is asked for already will see everything.
-func (c *Controller) poke() {
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
+	c.loop.Wake()
 }
 
 // Nodes that the informer knows, by name.

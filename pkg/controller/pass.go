@@ -20,8 +20,12 @@ import (
 	"github.com/headcni/headcni/pkg/kube"
 )
 
-// apiTimeout bounds one write to the API server.
-const apiTimeout = 10 * time.Second
+const (
+	// apiTimeout bounds one write to the API server.
+	apiTimeout = 10 * time.Second
+	// slowCheck is how often the policy and our own API key are looked at.
+	slowCheck = 5 * time.Minute
+)
 
 // pass observes, plans and applies once. pending means that something is under way.
 func (c *Controller) pass(ctx context.Context) (pending bool, err error) {

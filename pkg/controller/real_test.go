@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -49,8 +50,9 @@ func newTestCluster(t *testing.T, w *realparts.World, nodes ...runtime.Object) *
 	}
 	c.api = api
 	ctx, cancel := context.WithCancel(t.Context())
-	t.Cleanup(cancel)
-	c.watch(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { c.watch(ctx) })
+	t.Cleanup(func() { cancel(); wg.Wait() })
 	c.until("the Nodes are known", func() bool { _, synced := c.snapshot(); return synced })
 	return c
 }

@@ -2,11 +2,13 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/http"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -14,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config"
@@ -37,6 +40,12 @@ func (b *busy) delay(_ http.ResponseWriter, r *http.Request) bool {
 	return false
 }
 
+func leads(c *Controller) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.leads
+}
+
 // TestOneLeads: of two controllers one works; when it is told to stop it ends its pass, and only then does the other begin.
 func TestOneLeads(t *testing.T) {
 	t.Setenv("POD_NAMESPACE", "kube-system")
@@ -56,7 +65,6 @@ func TestOneLeads(t *testing.T) {
 		go func() { done <- c.Run(ctx, "") }()
 		return c, cancel, done
 	}
-	leads := func(c *Controller) bool { c.mu.Lock(); defer c.mu.Unlock(); return c.leads }
 	until := func(what string, ok func() bool) {
 		t.Helper()
 		for end := time.Now().Add(2 * leaseDuration); !ok(); time.Sleep(5 * time.Millisecond) {
@@ -88,6 +96,43 @@ func TestOneLeads(t *testing.T) {
 	stopTwo()
 	if err := <-doneTwo; err != nil {
 		t.Error(err)
+	}
+}
+
+// Run ends with an error where the Lease is lost, and without one where it is told to end. Nothing that it started goes on:
+// else the test would not end.
+func TestRunEnds(t *testing.T) {
+	t.Setenv("POD_NAMESPACE", "kube-system")
+	cfg := config.Default()
+	cfg.Headscale.URL = "https://headscale.example.com" // which nobody asks without a key
+	for name, lost := range map[string]bool{"lost": true, "told": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
+				var away atomic.Bool
+				client.PrependReactor("update", "leases", func(clienttesting.Action) (bool, runtime.Object, error) {
+					return away.Load(), nil, errors.New("the API server is away")
+				})
+				c := newController(cfg, slog.New(slog.DiscardHandler), func(string) string { return "" }, client, "test")
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				done := make(chan error, 1)
+				go func() { done <- c.Run(ctx, "") }()
+				time.Sleep(fullCheck)
+				if n := counter(t, c, "headcni_controller_passes_total"); n == 0 || !leads(c) {
+					t.Errorf("%v passes, leads: %v", n, leads(c))
+				}
+				if away.Store(lost); !lost {
+					cancel()
+				}
+				if err := <-done; (err != nil) != lost {
+					t.Error(err)
+				}
+				if leads(c) {
+					t.Error("leads although Run has ended")
+				}
+			})
+		})
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
@@ -72,8 +73,8 @@ func (c *Controller) stopControllers(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("wait for the controllers to stop: %w", err)
 		}
-		if err := sleep(ctx, poll); err != nil {
-			return err
+		if reconcile.Sleep(ctx, poll); ctx.Err() != nil {
+			return ctx.Err()
 		}
 	}
 }
@@ -111,8 +112,8 @@ func (c *Controller) askNodes(ctx context.Context) error {
 			}
 			return nil
 		}
-		if err := sleep(ctx, poll); err != nil {
-			return err
+		if reconcile.Sleep(ctx, poll); ctx.Err() != nil {
+			return ctx.Err()
 		}
 	}
 }
@@ -191,13 +192,4 @@ func ourAnnotations(n *corev1.Node) map[string]any {
 // annotate merges annotations into a Node; nil removes one.
 func (c *Controller) annotate(ctx context.Context, node string, change map[string]any) error {
 	return c.patch(ctx, node, types.MergePatchType, map[string]any{"metadata": map[string]any{"annotations": change}})
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(d):
-		return nil
-	}
 }
