@@ -1,5 +1,5 @@
-// Package config is the configuration of the daemon and the controller: decoded strictly over defaults, then checked
-// as a whole. Environment variables are read here and nowhere else.
+// Package config is the configuration of the daemon and the controller: a file, then environment variables and flags, decoded
+// strictly over defaults and then checked as a whole.
 package config
 
 import (

@@ -68,7 +68,7 @@ func newController(c config.Config, log *slog.Logger, getenv func(string) string
 		identity, _ = os.Hostname() // only to tell leaders apart, with the number behind it
 	}
 	return &Controller{
-		cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), client: client, namespace: kube.Namespace(),
+		cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), client: client, namespace: kube.Namespace(getenv),
 		identity: fmt.Sprintf("%s_%08x", identity, rand.Uint32()), metrics: newMetrics(version), now: time.Now,
 		loop: reconcile.NewLoop(), news: news{said: map[string]string{}}, nodes: map[string]node{},
 	}

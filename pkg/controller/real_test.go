@@ -36,7 +36,6 @@ type cluster struct {
 
 func newTestCluster(t *testing.T, w *realparts.World, nodes ...runtime.Object) *cluster {
 	t.Helper()
-	t.Setenv("POD_NAMESPACE", "kube-system")
 	cfg := config.Default()
 	cfg.Headscale.URL = w.URL
 	cfg.Network.ClusterCIDRs = config.CIDRs{"10.244.0.0/16"}

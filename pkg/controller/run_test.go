@@ -48,7 +48,6 @@ func leads(c *Controller) bool {
 
 // TestOneLeads: of two controllers one works; when it is told to stop it ends its pass, and only then does the other begin.
 func TestOneLeads(t *testing.T) {
-	t.Setenv("POD_NAMESPACE", "kube-system")
 	s := headscaletest.New(t)
 	keys := map[string]string{"1": s.APIKey(), "2": s.APIKey()}
 	b := &busy{key2: keys["2"]}
@@ -102,7 +101,6 @@ func TestOneLeads(t *testing.T) {
 // Run ends with an error where the Lease is lost, and without one where it is told to end. Nothing that it started goes on:
 // else the test would not end.
 func TestRunEnds(t *testing.T) {
-	t.Setenv("POD_NAMESPACE", "kube-system")
 	cfg := config.Default()
 	cfg.Headscale.URL = "https://headscale.example.com" // which nobody asks without a key
 	for name, lost := range map[string]bool{"lost": true, "told": false} {
@@ -138,7 +136,6 @@ func TestRunEnds(t *testing.T) {
 
 // TestUninstall: a node that answers, and one that is dead.
 func TestUninstall(t *testing.T) {
-	t.Setenv("POD_NAMESPACE", "kube-system")
 	s := headscaletest.New(t)
 	key := s.APIKey()
 	for range 3 {
@@ -203,7 +200,6 @@ func TestUninstall(t *testing.T) {
 
 // TestUninstallWithoutHeadscale: it is dead for good. Everything else goes, and what stays there is named.
 func TestUninstallWithoutHeadscale(t *testing.T) {
-	t.Setenv("POD_NAMESPACE", "kube-system")
 	cfg := config.Default()
 	cfg.Headscale.URL = headscaletest.New(t).URL // which refuses every key
 	log := &strings.Builder{}

@@ -110,7 +110,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	var forMember *membership.Kubernetes
 	if k != nil {
-		forMember = &membership.Kubernetes{Node: k.Node(), JoinKey: k.JoinKey}
+		forMember = &membership.Kubernetes{Node: k.Node(), Namespace: k.Namespace(), JoinKey: k.JoinKey}
 	}
 	d.member = membership.New(c, log, getenv, forMember)
 	d.board = d.newBoard(d.parts())

@@ -123,13 +123,13 @@ var ErrNotInCluster = errors.New("no Kubernetes API server: neither in a pod (KU
 func Config(kubeconfig, userAgent string) (*rest.Config, error) {
 	var c *rest.Config
 	var err error
-	switch {
-	case kubeconfig != "":
+	if kubeconfig != "" {
 		c, err = clientcmd.BuildConfigFromFlags("", kubeconfig)
-	case os.Getenv("KUBERNETES_SERVICE_HOST") == "":
-		return nil, ErrNotInCluster
-	default:
+	} else {
 		c, err = rest.InClusterConfig()
+	}
+	if errors.Is(err, rest.ErrNotInCluster) {
+		return nil, ErrNotInCluster
 	}
 	if err != nil {
 		return nil, fmt.Errorf("find the Kubernetes API server: %w", err)
@@ -141,9 +141,12 @@ func Config(kubeconfig, userAgent string) (*rest.Config, error) {
 	return c, nil
 }
 
-// Namespace is the one our own objects are in: POD_NAMESPACE, the pod's own, else kube-system.
-func Namespace() string {
-	if ns := os.Getenv("POD_NAMESPACE"); ns != "" {
+// DefaultNamespace is the one our own objects are in where nothing says otherwise.
+const DefaultNamespace = "kube-system"
+
+// Namespace is the one our own objects are in: POD_NAMESPACE, the pod's own, else the default.
+func Namespace(getenv func(string) string) string {
+	if ns := getenv("POD_NAMESPACE"); ns != "" {
 		return ns
 	}
 	if b, err := os.ReadFile("/var/run/secrets/kubernetes.io/serviceaccount/namespace"); err == nil {
@@ -151,5 +154,5 @@ func Namespace() string {
 			return ns
 		}
 	}
-	return "kube-system"
+	return DefaultNamespace
 }

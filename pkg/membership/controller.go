@@ -44,7 +44,7 @@ func (m *Member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix
 	case v == nil && time.Since(m.advertisedAt) < viewPatience:
 		return reconcile.Waiting("headcni-controller has not looked at this node yet")
 	case v == nil:
-		return fmt.Errorf("%v: headcni-controller has said nothing of this node: see `kubectl -n %s logs deploy/headcni-controller`", missing, kube.Namespace())
+		return fmt.Errorf("%v: headcni-controller has said nothing of this node: see `kubectl -n %s logs deploy/headcni-controller`", missing, m.kubernetes.Namespace)
 	case v.State == kube.StateUnseen:
 		return m.cannotTell(missing, errors.New("headcni-controller has a pre-auth key, which can neither see nor approve them"))
 	case v.State == kube.StateRouted && len(netset.Without(missing, v.Routes)) == 0:

@@ -61,6 +61,8 @@ type Member struct {
 type Kubernetes struct {
 	// Node is the name of our Node object.
 	Node string
+	// Namespace is that of our own objects.
+	Namespace string
 	// JoinKey reads the key that the controller has made for nodes to join with.
 	JoinKey func(context.Context) (secret.Secret, error)
 }

@@ -78,17 +78,20 @@ func New(c config.Kubernetes, log *slog.Logger, getenv func(string) string, vers
 		return nil, err
 	}
 	w := Of(client, node, log)
-	w.server = rc.Host
+	w.server, w.namespace = rc.Host, kube.Namespace(getenv)
 	return w, nil
 }
 
 // Of makes the watch of a node with a client that is there already.
 func Of(client kubernetes.Interface, node string, log *slog.Logger) *Watch {
-	return &Watch{client: client, node: node, namespace: kube.Namespace(), log: log, changed: func() {}, cidrs: map[string][]netip.Prefix{}}
+	return &Watch{client: client, node: node, namespace: kube.DefaultNamespace, log: log, changed: func() {}, cidrs: map[string][]netip.Prefix{}}
 }
 
 // Node is our Node's name.
 func (w *Watch) Node() string { return w.node }
+
+// Namespace is that of our own objects.
+func (w *Watch) Namespace() string { return w.namespace }
 
 // Server is the API server's URL, or what may stand in its place in a kubeconfig; "" where it is not known.
 func (w *Watch) Server() string { return w.server }
