@@ -57,6 +57,11 @@ func Without(list, drop []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(list), func(p netip.Prefix) bool { return slices.Contains(drop, p) })
 }
 
+// OfFamily returns the IPv4 or the IPv6 prefixes of list, in list's order.
+func OfFamily(list []netip.Prefix, ipv6 bool) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(list), func(p netip.Prefix) bool { return p.Addr().Is6() != ipv6 })
+}
+
 // Covers reports whether one prefix of set contains all of p.
 func Covers(set []netip.Prefix, p netip.Prefix) bool {
 	return slices.ContainsFunc(set, func(s netip.Prefix) bool { return s.Bits() <= p.Bits() && s.Contains(p.Addr()) })

@@ -58,6 +58,13 @@ func TestWithout(t *testing.T) {
 	}
 }
 
+func TestOfFamily(t *testing.T) {
+	all := prefixes("10.2.0.0/16 fd00::/32 10.1.0.0/16")
+	if v4, v6 := text(OfFamily(all, false)), text(OfFamily(all, true)); v4 != "10.2.0.0/16 10.1.0.0/16" || v6 != "fd00::/32" {
+		t.Error(v4, v6)
+	}
+}
+
 func TestCovers(t *testing.T) {
 	set := prefixes("10.244.0.0/16 fd00::/32")
 	for p, want := range map[string]bool{

@@ -12,6 +12,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
@@ -189,7 +190,7 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 // Default is what holds where nothing is said.
 func Default() Config {
 	return Config{
-		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: "headcni01", Tags: []string{"tag:headcni"}, Port: 41641},
+		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
 		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},

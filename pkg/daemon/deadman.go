@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -23,8 +24,6 @@ const (
 	deadmanPatience = time.Minute
 	deadmanInterval = 10 * time.Second
 	deadmanDial     = 3 * time.Second
-	// bypassMark is tailscaled's own: packets that carry it follow the host's routes as if neither of us were there.
-	bypassMark = 0x80000
 )
 
 // deadman watches whether it is our rules, or routes that we made tailscaled accept, that cut the node off from
@@ -41,7 +40,7 @@ func newDeadman(address string) *deadman {
 
 // look reports whether the node has been cut off for too long.
 func (m *deadman) look(ctx context.Context) bool {
-	if m.reach(ctx, 0) == nil || m.reach(ctx, bypassMark) != nil {
+	if m.reach(ctx, 0) == nil || m.reach(ctx, names.BypassMark) != nil {
 		m.since = time.Time{}
 		return false
 	}

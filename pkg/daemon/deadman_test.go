@@ -12,6 +12,7 @@ import (
 
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -20,7 +21,7 @@ func TestDeadman(t *testing.T) {
 	var normal, past error
 	now := time.Now()
 	m := &deadman{now: func() time.Time { return now }, reach: func(_ context.Context, mark int) error {
-		if mark == bypassMark {
+		if mark == names.BypassMark {
 			return past
 		}
 		return normal
@@ -54,7 +55,7 @@ func TestDeadman(t *testing.T) {
 func TestDeadmanReportsAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &deadman{now: time.Now, reach: func(_ context.Context, mark int) error {
-			if mark == bypassMark {
+			if mark == names.BypassMark {
 				return nil
 			}
 			return errors.New("unreachable")
@@ -111,7 +112,7 @@ func TestDialPastRules(t *testing.T) {
 	}
 	defer l.Close()
 	address := l.Addr().String()
-	if err := errors.Join(dialMarked(t.Context(), address, 0), dialMarked(t.Context(), address, bypassMark)); err != nil {
+	if err := errors.Join(dialMarked(t.Context(), address, 0), dialMarked(t.Context(), address, names.BypassMark)); err != nil {
 		t.Fatal(err)
 	}
 	// As a foreign route would: unmarked packets to the server go nowhere. The local table stands before all rules
@@ -131,7 +132,7 @@ func TestDialPastRules(t *testing.T) {
 	if err := dialMarked(t.Context(), address, 0); err == nil {
 		t.Error("reached through a rule that forbids it")
 	}
-	if err := dialMarked(t.Context(), address, bypassMark); err != nil {
+	if err := dialMarked(t.Context(), address, names.BypassMark); err != nil {
 		t.Errorf("past the rule: %v", err)
 	}
 }

@@ -22,9 +22,6 @@ import (
 	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
-// hostTun is what a host's own tailscaled calls its interface unless told otherwise.
-const hostTun = "tailscale0"
-
 // observe looks at the host and at tailscaled. That tailscaled does not answer is an observation, kept in tailnetErr,
 // and no error: the node is programmed from what was known before.
 func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
@@ -38,7 +35,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.Mode == config.ModeDaemon || o.tun == "" {
 		o.tun = d.cfg.Tailscale.InterfaceName
 		if o.Mode == config.ModeHost {
-			o.tun = hostTun
+			o.tun = names.HostTun
 		}
 	}
 	d.member.Use(tailscaled.Socket(d.cfg.Tailscale, o.Mode))

@@ -10,15 +10,13 @@ import (
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
-
-// defaultMTU is tailscaled's own where there is no tun yet, in bytes.
-const defaultMTU = 1280
 
 // observation is what a plan is made from: the host and the tailnet as they are now.
 type observation struct {
@@ -78,7 +76,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	}
 	var err error
 	p.conflist, err = conflist.Render(conflist.Input{
-		PodCIDRs: own, ServiceCIDRs: o.ranges.Services, MTU: cmp.Or(c.Network.MTU, o.tunMTU, defaultMTU),
+		PodCIDRs: own, ServiceCIDRs: o.ranges.Services, MTU: cmp.Or(c.Network.MTU, o.tunMTU, names.TunMTU),
 		IPAM: c.IPAM, AdoptedIPAM: o.ipam, MagicDNS: c.DNS.MagicDNS,
 	})
 	return p, err

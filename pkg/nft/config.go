@@ -1,7 +1,6 @@
 package nft
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -54,24 +53,4 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("node address %s: want an IPv6 address without zone", a))
 	}
 	return errors.Join(errs...)
-}
-
-// compact returns the prefixes of one family in order, without those inside another: nft refuses overlapping intervals.
-func compact(is6 bool, lists ...[]netip.Prefix) []netip.Prefix {
-	var all []netip.Prefix
-	for _, p := range slices.Concat(lists...) {
-		if p.Addr().Is6() == is6 {
-			all = append(all, p.Masked())
-		}
-	}
-	slices.SortFunc(all, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
-	var out []netip.Prefix
-	for _, p := range all {
-		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
-			out = append(out, p)
-		}
-	}
-	return out
 }

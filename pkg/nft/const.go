@@ -1,7 +1,11 @@
 package nft
 
 import (
+	"net/netip"
+
 	"sigs.k8s.io/knftables"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // Every name, priority, mark and address of the rules, with its reason.
@@ -39,8 +43,6 @@ const (
 
 	// markMask are the fwmark bits that tailscaled uses (its linuxfw package: 0xff0000).
 	markMask = "0x00ff0000"
-	// markBypass is on packets of tailscaled itself, which must not enter the tunnel.
-	markBypass = "0x00080000"
 	// markFromTunnel is what tailscaled itself sets in its forward chain on packets that came from its tun ("subnet
 	// route mark"). We set it as well, because with --netfilter-mode=off it does not; no bit is taken from anybody else.
 	markFromTunnel = "0x00040000"
@@ -49,9 +51,9 @@ const (
 )
 
 // tailnet are all tailnet addresses.
-var tailnet = map[knftables.Family]string{
-	knftables.IPv4Family: "100.64.0.0/10",
-	knftables.IPv6Family: "fd7a:115c:a1e0::/48",
+var tailnet = map[knftables.Family]netip.Prefix{
+	knftables.IPv4Family: netset.TailnetIPv4,
+	knftables.IPv6Family: netset.TailnetIPv6,
 }
 
 // quad100 is tailscaled's own resolver and web server inside the tun: the node itself rather than a tailnet device.

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
 
@@ -128,13 +127,6 @@ func TestValidate(t *testing.T) {
 	}
 	if _, err := New().Sync(t.Context(), both); err == nil {
 		t.Error("sync takes a wrong configuration")
-	}
-}
-
-func TestCompact(t *testing.T) {
-	got := compact(false, prefixes("10.244.3.0/24", "10.0.0.0/30", "10.244.0.7/16", "fd00::/8"), prefixes("10.244.0.0/16", "10.0.0.4/30"))
-	if d := cmp.Diff(fmt.Sprint(prefixes("10.0.0.0/30", "10.0.0.4/30", "10.244.0.0/16")), fmt.Sprint(got)); d != "" {
-		t.Error(d)
 	}
 }
 

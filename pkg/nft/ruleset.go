@@ -8,6 +8,7 @@ import (
 
 	"sigs.k8s.io/knftables"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 )
@@ -38,23 +39,25 @@ func rulesetOf(cfg Config) []table {
 }
 
 func tableOf(family knftables.Family, cfg Config) table {
-	is6 := family == knftables.IPv6Family
+	cluster := setOf(family, setCluster, cfg.Cluster, cfg.Own)
 	return table{
 		family: family,
 		sets: []set{
-			{setCluster, compact(is6, cfg.Cluster, cfg.Own)},
-			{setKeepSource, compact(is6, cfg.Cluster, cfg.Own, cfg.KeepSource)},
-			{setOwn, compact(is6, cfg.Own)},
+			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 		},
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family)},
 			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, tunnel(cfg)},
 			{chainGuard, knftables.FilterType, knftables.PostroutingHook, prioGuard, guard(family, cfg)},
-			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience,
-				patience(family, compact(is6, cfg.Cluster, cfg.Own))},
+			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience, patience(family, cluster.elements)},
 			{chainNAT, knftables.NATType, knftables.PostroutingHook, prioNAT, nat(family, cfg)},
 		},
 	}
+}
+
+// setOf has no prefix inside another: nft refuses overlapping intervals.
+func setOf(family knftables.Family, name string, lists ...[]netip.Prefix) set {
+	return set{name, netset.OfFamily(netset.Union(lists...), family == knftables.IPv6Family)}
 }
 
 // antispoof: a pod sends from its own address only, and nobody outside sends from a pod's.
@@ -93,7 +96,7 @@ func guard(family knftables.Family, cfg Config) []string {
 	notTun := ""
 	if cfg.TunName != "" {
 		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
-		rules = append(rules, rule(`oifname "%s" meta mark & %s == %s drop`, cfg.TunName, markMask, markBypass))
+		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x drop`, cfg.TunName, markMask, names.BypassMark))
 		notTun = rule(`oifname != "%s" `, cfg.TunName)
 		if cfg.TailnetEgress == config.EgressDeny {
 			// Only what a pod begins: an answer to a device that may reach the pod goes out.

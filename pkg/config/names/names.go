@@ -1,4 +1,4 @@
-// Package names holds the names in the kernel that more than one package must know.
+// Package names holds the names and numbers in the kernel that more than one package must know.
 package names
 
 import (
@@ -16,6 +16,15 @@ const (
 	NFTTable = "headcni"
 	// RuleComment marks the few rules of ours that stand in someone else's chain.
 	RuleComment = "headcni"
+
+	// DaemonTun is what the dedicated tailscaled calls its interface unless told otherwise, HostTun what a host's own does.
+	DaemonTun = "headcni01"
+	HostTun   = "tailscale0"
+	// TunMTU is tailscaled's own MTU in bytes, for as long as there is no tun to ask.
+	TunMTU = 1280
+	// BypassMark is the fwmark bit that tailscaled sets on its own packets: they must not enter its tunnel, and follow the
+	// host's routes as if neither it nor we were there.
+	BypassMark = 0x80000
 )
 
 // CheckTun keeps a name of a tun out of firewall rules that could end its quotes, match other links or be one of our pods'.

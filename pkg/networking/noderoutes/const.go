@@ -5,7 +5,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/internal/sysctl"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // Every number of the node's rules and routes, with its reason.
@@ -35,7 +37,7 @@ const (
 	tailscaleTable = 52
 	// bypassMark is the fwmark bit of packets of tailscaled itself: no rule of ours may send them into the tunnel. The
 	// rules match "this bit is 0"; `not fwmark` would invert the whole rule.
-	bypassMark = 0x80000
+	bypassMark = names.BypassMark
 
 	// unreachableMetric makes the route to a cluster CIDR the last choice in main, behind any route of anybody, and
 	// recognisable. It is the third line of defence: without it pod traffic takes the default route when the rules are
@@ -60,8 +62,11 @@ type family struct {
 }
 
 var families = []family{
-	{"IPv4", unix.AF_INET, netip.MustParsePrefix("100.64.0.0/10"), "net/ipv4/conf", sysctl.IPv4Forwarding},
-	{"IPv6", unix.AF_INET6, netip.MustParsePrefix("fd7a:115c:a1e0::/48"), "net/ipv6/conf", sysctl.IPv6Forwarding},
+	{"IPv4", unix.AF_INET, netset.TailnetIPv4, "net/ipv4/conf", sysctl.IPv4Forwarding},
+	{"IPv6", unix.AF_INET6, netset.TailnetIPv6, "net/ipv6/conf", sysctl.IPv6Forwarding},
 }
 
-func (f family) has(p netip.Prefix) bool { return p.Addr().Is4() == (f.af == unix.AF_INET) }
+// of returns the prefixes of the family.
+func (f family) of(list []netip.Prefix) []netip.Prefix {
+	return netset.OfFamily(list, f.af == unix.AF_INET6)
+}

@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/names"
 )
@@ -134,14 +135,14 @@ func wantedRules(f family, cfg Config) []rule {
 	}
 	unreachable := func(r *rule) { r.action, r.table = nl.FR_ACT_UNREACHABLE, 0 }
 	tunnel := func(r *rule) { r.table = tailscaleTable }
-	for _, p := range ofFamily(f, cfg.Own) {
+	for _, p := range f.of(netset.Union(cfg.Own)) {
 		add(prefOwn, p, func(r *rule) { r.suppress = int32(p.Bits()) })
 		add(prefOwnElse, p, unreachable)
 	}
-	for _, p := range ofFamily(f, cfg.Leaving) {
+	for _, p := range f.of(netset.Union(cfg.Leaving)) {
 		add(prefOwn, p, func(r *rule) { r.suppress = int32(p.Bits()) })
 	}
-	for _, p := range ofFamily(f, cfg.Cluster, cfg.Own) {
+	for _, p := range f.of(netset.Union(cfg.Cluster, cfg.Own)) {
 		add(prefCluster, p, tunnel)
 		add(prefClusterElse, p, unreachable)
 	}
@@ -154,29 +155,9 @@ func wantedRules(f family, cfg Config) []rule {
 	return out
 }
 
-// ofFamily returns the prefixes of one family in order, without those inside another.
-func ofFamily(f family, lists ...[]netip.Prefix) []netip.Prefix {
-	var all []netip.Prefix
-	for _, p := range slices.Concat(lists...) {
-		if p = p.Masked(); p.IsValid() && f.has(p) {
-			all = append(all, p)
-		}
-	}
-	slices.SortFunc(all, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
-	var out []netip.Prefix
-	for _, p := range all {
-		if n := len(out); n == 0 || !out[n-1].Contains(p.Addr()) {
-			out = append(out, p)
-		}
-	}
-	return out
-}
-
 func wantedRoutes(f family, cfg Config) []route {
 	var out []route
-	for _, p := range ofFamily(f, cfg.Cluster, cfg.Own) {
+	for _, p := range f.of(netset.Union(cfg.Cluster, cfg.Own)) {
 		out = append(out, route{to: p, kind: unix.RTN_UNREACHABLE, proto: protocol})
 	}
 	return out
@@ -235,7 +216,7 @@ func planRoutes(have, want []route, f family) (add, del []step) {
 		}
 	}
 	for _, r := range have {
-		if f.has(r.to) && !kept[r.to] {
+		if r.to.Addr().Is6() == (f.af == unix.AF_INET6) && !kept[r.to] {
 			del = append(del, step{delete: true, route: &r})
 		}
 	}

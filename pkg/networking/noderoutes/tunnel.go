@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // Untunnelled returns those of the prefixes for which tailscaled's table has no route over tun. A family in which tun has
@@ -28,7 +30,7 @@ func (n *Routes) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefi
 	}
 	var out []netip.Prefix
 	for _, f := range families {
-		want := slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return !f.has(p) })
+		want := f.of(prefixes)
 		if len(want) == 0 || !hasFamily(f) {
 			continue
 		}
@@ -44,8 +46,7 @@ func (n *Routes) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefi
 			return nil, err
 		}
 		for _, p := range want {
-			covers := func(r netip.Prefix) bool { return r.Bits() <= p.Bits() && r.Contains(p.Addr()) }
-			if !slices.ContainsFunc(have, covers) {
+			if !netset.Covers(have, p) {
 				out = append(out, p)
 			}
 		}

@@ -31,9 +31,6 @@ var (
 )
 
 const (
-	// DefaultMTU is the MTU in bytes where there is no tunnel to take it from: tailscaled's own.
-	DefaultMTU = 1280
-
 	// metricBase is above the kernel's default for IPv4 (0) and IPv6 (1024); an interface's index makes it unique in the pod.
 	metricBase = 1024
 
@@ -41,7 +38,7 @@ const (
 )
 
 // tunNames are the tuns that a pod's packets may have to pass, in order: daemon mode's, tailscaled's default.
-var tunNames = []string{"headcni01", "tailscale0"}
+var tunNames = []string{names.DaemonTun, names.HostTun}
 
 // Faults that a caller tells apart.
 var (
@@ -88,7 +85,7 @@ type Pod struct {
 	ContainerID string
 	IfName      string
 	Label       string // whose it is, for people: namespace/name; may be empty
-	MTU         int    // bytes; 0: the tun's, or DefaultMTU where there is none
+	MTU         int    // bytes; 0: the tun's, or names.TunMTU where there is none
 	MAC         net.HardwareAddr
 	Addrs       []netip.Addr
 	Routes      []Route // in the pod
@@ -264,7 +261,7 @@ func tunMTU(host *rtnl.Conn) int {
 			return l.MTU
 		}
 	}
-	return DefaultMTU
+	return names.TunMTU
 }
 
 // setUpHost programs the host's end. Everything hangs on the link and goes with it.
