@@ -9,12 +9,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/jsonw"
+	"github.com/headcni/headcni/internal/unixsock"
 )
 
 // Record is one finished plugin command: a file of JSON in the spool.
@@ -75,33 +75,17 @@ func wake(socket string) error {
 	return nil
 }
 
-// Serve listens on socket (mode 0600) and calls woken after each Send, one call at a time, until ctx ends. A stale socket
-// file is replaced.
-func Serve(ctx context.Context, socket string, woken func()) error {
-	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
-	if err != nil {
-		return err
-	}
-	// The next daemon may have put its own socket in place by the time this one ends.
-	l.SetUnlinkOnClose(false)
-	if err := os.Chmod(socket, 0o600); err != nil {
-		l.Close()
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for {
-		c, err := l.AcceptUnix()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
+// Serve listens on socket (mode 0600) and calls woken after each Send, one call at a time, until ctx ends. A stale socket file is
+// replaced, and so is one that somebody has removed; failed gets what keeps it from being replaced.
+func Serve(ctx context.Context, socket string, woken func(), failed func(error)) error {
+	return unixsock.Serve(ctx, "unixpacket", socket, func(l *net.UnixListener) error {
+		for {
+			c, err := l.AcceptUnix()
+			if err != nil {
+				return err
 			}
-			return err
+			c.Close() // what an older plugin says on it stands in the spool too
+			woken()
 		}
-		c.Close() // what an older plugin says on it stands in the spool too
-		woken()
-	}
+	}, failed)
 }

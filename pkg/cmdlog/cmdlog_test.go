@@ -67,7 +67,7 @@ func TestServeIsWoken(t *testing.T) {
 	socket, dir := spoolFor(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	woken, ended := make(chan struct{}, 1), make(chan error, 1)
-	go func() { ended <- Serve(ctx, socket, func() { woken <- struct{}{} }) }()
+	go func() { ended <- Serve(ctx, socket, func() { woken <- struct{}{} }, func(err error) { t.Error(err) }) }()
 	for {
 		if err := wake(socket); err == nil {
 			break

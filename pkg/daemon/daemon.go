@@ -6,18 +6,15 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/headcni/headcni/internal/atomicfile"
-	"github.com/headcni/headcni/internal/filelock"
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -151,11 +148,11 @@ func prerequisites(c config.Config, kubernetes bool) error {
 
 // Run keeps the node right until ctx ends. Then it stops and leaves the network working.
 func (d *Daemon) Run(ctx context.Context) error {
-	unlock, err := lock(ctx, lockPath())
+	held, err := lock(ctx, lockPath())
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer held.Close()
 	if err := errors.Join(atomicfile.Sweep(statePath()), atomicfile.Sweep(totalsPath()), conflist.Sweep(d.cfg.CNI.ConfDir)); err != nil {
 		d.log.Warn("remove what an earlier daemon did not finish writing", "err", err)
 	}
@@ -171,6 +168,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 			}
 		})
 	}
+	socketErr := func(err error) { d.log.Warn("put a socket back that somebody has removed", "err", err) }
 	spoolErr := func(err error) { d.log.Warn("count what the plugin did", "err", err) }
 	if err := d.metrics.Keep(totalsPath(), cmdlog.Spool(paths.DaemonSocket), spoolErr); err != nil {
 		spoolErr(err) // pods matter more than their number
@@ -189,7 +187,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 			if err := tellSystemd(d.getenv("NOTIFY_SOCKET"), "READY=1"); err != nil {
 				d.log.Warn("tell systemd that the daemon is up", "err", err)
 			}
-		})
+		}, socketErr)
 	})
 	finished := make(chan struct{}, 1)
 	vital(func() error {
@@ -198,9 +196,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 			case finished <- struct{}{}:
 			default: // one is waiting already
 			}
-		})
+		}, socketErr)
 	})
 	wg.Go(func() { d.count(ctx, finished) })
+	vital(func() error { return held.keep(ctx) })
 	d.watch(ctx, &wg)
 	if d.kubernetes != nil {
 		vital(func() error { return tailscaled.WatchMount(ctx) })
@@ -322,37 +321,4 @@ func (d *Daemon) watchKernel(ctx context.Context, changes func(context.Context) 
 		}
 		reconcile.Sleep(ctx, debounce)
 	}
-}
-
-// lockPath is the file that the running daemon locks.
-func lockPath() string { return filepath.Join(paths.RunDir, "daemon.lock") }
-
-// lockWait is how long the lock of a daemon that was killed may stay: a child that it was about to start has it until that
-// is another program.
-const lockWait = time.Second
-
-// lock makes sure that one daemon runs in this mount namespace. The kernel drops the lock with the process.
-func lock(ctx context.Context, path string) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := filelock.Lock(ctx, f, lockWait); err != nil {
-		holder, _ := os.ReadFile(path) // only for the message
-		f.Close()
-		return nil, fmt.Errorf("another headcni-daemon runs already (pid %s): stop it first", strings.TrimSpace(string(holder)))
-	}
-	have, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	if there, err := os.Stat(path); err != nil || !os.SameFile(have, there) {
-		f.Close()
-		return lock(ctx, path) // an uninstall had it, which has removed it
-	}
-	if f.Truncate(0) == nil {
-		_, _ = fmt.Fprintf(f, "%d\n", os.Getpid()) // only for the message: a full /run must not keep a daemon from starting
-	}
-	return func() { f.Close() }, nil
 }

@@ -14,8 +14,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
 // The daemon works in the namespaces of its process: these tests have those of the test binary for themselves, one
@@ -171,6 +173,19 @@ func TestRunOnceAndStop(t *testing.T) {
 	waitUntil(t, func() bool { return strings.Contains(run(t, "ip", "-6", "rule"), "5189:") })
 	run(t, "nft", "delete", "table", "ip6", "headcni")
 	waitUntil(t, func() bool { return exec.Command("nft", "list", "table", "ip6", "headcni").Run() == nil })
+
+	// And so does what it made in /run: somebody wipes it, and the plugin and people find the daemon again.
+	if err := os.RemoveAll(paths.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	waitUntil(t, func() bool {
+		_, err := nodestatus.Ask(t.Context(), paths.APISocket)
+		return err == nil && cmdlog.Send(paths.DaemonSocket, cmdlog.Record{Command: "ADD"}) == nil
+	})
+	waitUntil(t, func() bool { l, err := os.ReadFile(lockPath()); return err == nil && len(l) > 0 })
+	if err := newDaemon(t, c).Run(t.Context()); err == nil || !strings.Contains(err.Error(), "another headcni-daemon runs") {
+		t.Errorf("second daemon after a wipe: %v", err)
+	}
 
 	programmed := hostState(t)
 	cancel()

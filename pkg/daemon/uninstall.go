@@ -40,11 +40,11 @@ func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
 	if err := os.MkdirAll(paths.RunDir, 0o755); err != nil {
 		return err
 	}
-	unlock, err := lock(ctx, lockPath())
+	held, err := lock(ctx, lockPath())
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer held.Close()
 	s, err := loadState()
 	if err != nil {
 		return err

@@ -225,20 +225,20 @@ func TestUninstallRemovesLeasesElsewhere(t *testing.T) {
 // A child that a killed daemon was about to start has its lock for a moment; an uninstall that had it removes its file.
 func TestLockOfTheDead(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
-	unlock, err := lock(t.Context(), path)
+	first, err := lock(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	go func() {
 		time.Sleep(lockWait / 4)
 		_ = os.Remove(path)
-		unlock()
+		first.Close()
 	}()
-	unlock2, err := lock(t.Context(), path)
+	second, err := lock(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unlock2()
+	defer second.Close()
 	if _, err := lock(t.Context(), path); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("(pid %d): stop it first", os.Getpid())) {
 		t.Errorf("a second one: %v", err)
 	}

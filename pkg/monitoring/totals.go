@@ -79,8 +79,8 @@ func (b *book) open(path, spool string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.path, b.spool = path, spool
-	if err := os.MkdirAll(spool, 0o700); err != nil {
-		return fmt.Errorf("make the spool of records: %w", err)
+	if err := b.makeSpool(); err != nil {
+		return err
 	}
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -96,11 +96,25 @@ func (b *book) open(path, spool string) error {
 	return nil
 }
 
+// makeSpool makes the folder that the plugin puts records into, also where somebody has wiped /run.
+func (b *book) makeSpool() error {
+	if b.spool == "" {
+		return nil
+	}
+	if err := os.MkdirAll(b.spool, 0o700); err != nil {
+		return fmt.Errorf("make the spool of records: %w", err)
+	}
+	return nil
+}
+
 // fold counts what is in the spool. Killed between any two steps it counts nothing twice and leaves out nothing: a record is
 // in the kept totals from the rename on, and its name beside it until its file is gone.
 func (b *book) fold() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if err := b.makeSpool(); err != nil {
+		return err
+	}
 	for b.spool != "" {
 		if err := cmdlog.RemoveSpooled(b.spool, b.t.Counted); err != nil {
 			return fmt.Errorf("take records out of the spool: %w", err)

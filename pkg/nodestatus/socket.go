@@ -8,42 +8,30 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync"
 	"time"
 
-	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/unixsock"
 )
 
 // askTimeout bounds Ask: the daemon asks tailscaled, which may be slow.
 const askTimeout = 15 * time.Second
 
-// Serve answers GET /status on a Unix socket that only root can open, until ctx ends. It calls listening once somebody who asks
-// is answered.
-func Serve(ctx context.Context, socket string, status func(context.Context) Status, listening func()) error {
-	if err := atomicfile.Remove(socket); err != nil {
-		return err
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
-	if err != nil {
-		return err
-	}
-	l.SetUnlinkOnClose(false) // the next daemon's may be there by then
-	if err := os.Chmod(socket, 0o600); err != nil {
-		l.Close()
-		return err
-	}
+// Serve answers GET /status on a Unix socket that only root can open, until ctx ends. It calls listening once somebody who asks is
+// answered, and failed with what keeps a socket that somebody has removed from being replaced.
+func Serve(ctx context.Context, socket string, status func(context.Context) Status, listening func(), failed func(error)) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(status(r.Context())) // the client has gone
 	})
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	stop := context.AfterFunc(ctx, func() { srv.Close() })
-	defer stop()
-	listening()
-	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
+	defer srv.Close() // the connections that are left
+	var once sync.Once
+	return unixsock.Serve(ctx, "unix", socket, func(l *net.UnixListener) error {
+		once.Do(listening)
+		return srv.Serve(l)
+	}, failed)
 }
 
 // Ask asks the daemon that listens on socket.

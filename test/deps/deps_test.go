@@ -27,6 +27,7 @@ var level = map[string]int{
 	"internal/procfs":     0,
 	"internal/rtnl":       0,
 	"internal/version":    0,
+	"internal/unixsock":   1,
 
 	"internal/sysctl": 1,
 	"pkg/config":      1,
