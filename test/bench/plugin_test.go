@@ -181,7 +181,7 @@ func listen(b *testing.B, socket string) {
 			b.Error(err)
 		}
 	}
-	go func() { done <- cmdlog.Serve(ctx, socket, take) }()
+	go func() { done <- cmdlog.Serve(ctx, socket, take, func(error) {}) }()
 	b.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil || heard == 0 {
