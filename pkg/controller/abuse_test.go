@@ -43,7 +43,7 @@ func TestExpiredNodeStaysOut(t *testing.T) {
 	stolen := headscale.Node{ID: 1, Name: "b", NodeKey: "nodekey:b", Tags: tags, Method: "REGISTER_METHOD_AUTH_KEY", Expiry: now.Add(-time.Second)}
 	b := node{name: "b", key: "nodekey:b", mode: config.ModeDaemon, cidrs: prefixes("10.244.2.0/24"), created: now}
 	p := makePlan(observation{now: now, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{b}, tailnet: []headscale.Node{stolen}})
-	if len(p.lasting) > 0 {
+	if len(p.disableExpiry) > 0 {
 		t.Error("the expired node's key is made to last for ever")
 	}
 }
@@ -53,7 +53,7 @@ func TestForeignExpiryStays(t *testing.T) {
 	laptop := headscale.Node{ID: 7, Name: "laptop", NodeKey: "nodekey:laptop", User: "alice", Method: "REGISTER_METHOD_OIDC", Online: true, Expiry: now.Add(time.Hour)}
 	b := node{name: "b", key: "nodekey:laptop", mode: config.ModeDaemon, cidrs: prefixes("10.244.2.0/24"), created: now}
 	p := makePlan(observation{now: now, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{b}, tailnet: []headscale.Node{laptop}})
-	if len(p.lasting) > 0 {
+	if len(p.disableExpiry) > 0 {
 		t.Error("the laptop's key is made to last for ever")
 	}
 }

@@ -42,7 +42,7 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 	}
 	if len(other) > 0 {
 		return nil, fmt.Errorf("Nodes without a pod CIDR (%s) get none: %s has one that is not from headcni-controller, and whoever gave it "+
-			"(kube-controller-manager --allocate-node-cidrs) has to give all", some(nodeNames(needy)), some(other))
+			"(kube-controller-manager --allocate-node-cidrs) has to give all", abridge(nodeNames(needy)), abridge(other))
 	}
 	for _, t := range o.tailnet {
 		for _, r := range t.Approved {

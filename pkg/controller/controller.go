@@ -30,18 +30,19 @@ type Controller struct {
 	metrics   *metrics
 	now       func() time.Time
 	loop      *reconcile.Loop
-	news      news
+	// announced are the texts that were announced last, by what they are about: only news is.
+	announced map[string]string
 
 	// Of the leader's loop: api is the client that slowAt and findings are of.
 	api      *headscale.Client
 	slowAt   time.Time
 	findings []finding // of the slow check
 
-	mu     sync.Mutex
-	nodes  map[string]node
-	synced bool
-	last   error // of the leader's last pass
-	leads  bool
+	mu      sync.Mutex
+	nodes   map[string]node
+	synced  bool
+	last    error // of the leader's last pass
+	leading bool
 }
 
 // New checks what the controller cannot do without. It does not connect.
@@ -70,7 +71,7 @@ func newController(c config.Config, log *slog.Logger, getenv func(string) string
 	return &Controller{
 		cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), client: client, namespace: kube.Namespace(getenv),
 		identity: fmt.Sprintf("%s_%08x", identity, rand.Uint32()), metrics: newMetrics(version), now: time.Now,
-		loop: reconcile.NewLoop(), news: news{said: map[string]string{}}, nodes: map[string]node{},
+		loop: reconcile.NewLoop(), announced: map[string]string{}, nodes: map[string]node{},
 	}
 }
 
@@ -115,7 +116,7 @@ func (c *Controller) Ready() (bool, []reconcile.Status) {
 	if !c.synced {
 		parts[0].Error = "has not read the Nodes yet"
 	}
-	if c.leads {
+	if c.leading {
 		last := reconcile.Status{Name: "leader", OK: c.last == nil}
 		if c.last != nil {
 			last.Error = c.last.Error()

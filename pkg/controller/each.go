@@ -13,8 +13,8 @@ import (
 const (
 	// parallel is how many calls are under way at most.
 	parallel = 8
-	// fewErrors is how many are spelled out: a thousand nodes can have one trouble.
-	fewErrors = 5
+	// maxListed is how many of many errors or names are spelled out: a thousand nodes can have one trouble.
+	maxListed = 5
 )
 
 // errNotTried stands for a call that was left for the next pass.
@@ -45,23 +45,23 @@ func each[T any](list []T, f func(T) error) []error {
 	return errs
 }
 
-// joined makes one error of those of each.
-func joined(errs []error) error {
-	var few []error
+// joinErrors makes one error of those of each.
+func joinErrors(errs []error) error {
+	var listed []error
 	more := 0
 	for _, err := range errs {
 		switch {
 		case err == nil, err == errNotTried: // what kept it from being tried is among the errors
-		case len(few) < fewErrors:
-			few = append(few, err)
+		case len(listed) < maxListed:
+			listed = append(listed, err)
 		default:
 			more++
 		}
 	}
 	if more > 0 {
-		few = append(few, fmt.Errorf("and %d more like these", more))
+		listed = append(listed, fmt.Errorf("and %d more like these", more))
 	}
-	return errors.Join(few...)
+	return errors.Join(listed...)
 }
 
 // unlessGone forgives that something is not there any more: it went since the list was made.

@@ -154,11 +154,11 @@ func TestNobodyAnswers(t *testing.T) {
 	if n > parallel {
 		t.Errorf("%d calls were made", n)
 	}
-	if err := joined(errs); !errors.Is(err, headscale.ErrUnreachable) || strings.Contains(err.Error(), errNotTried.Error()) {
+	if err := joinErrors(errs); !errors.Is(err, headscale.ErrUnreachable) || strings.Contains(err.Error(), errNotTried.Error()) {
 		t.Errorf("the error: %v", err)
 	}
 	errs = each(list, func(i int) error { return fmt.Errorf("node %d: no", i) })
-	if text := joined(errs).Error(); strings.Count(text, "\n") != fewErrors || !strings.HasSuffix(text, "and 995 more like these") {
+	if text := joinErrors(errs).Error(); strings.Count(text, "\n") != maxListed || !strings.HasSuffix(text, "and 995 more like these") {
 		t.Errorf("many errors: %s", text)
 	}
 }

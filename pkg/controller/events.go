@@ -9,12 +9,9 @@ import (
 	"github.com/headcni/headcni/pkg/kube"
 )
 
-// news is what was said already, by what it is about: only what is new is said.
-type news struct{ said map[string]string }
-
-// tell counts the Nodes by state, and makes events and log lines of findings and of Nodes that are refused. nodes as they
-// were observed: what a pass has just written is told by the next. whole is false where not everything could be looked at.
-func (c *Controller) tell(ctx context.Context, nodes []node, findings []finding, whole bool) {
+// report counts the Nodes by state, and makes events and log lines of findings and of Nodes that are refused. nodes as they
+// were observed: what a pass has just written is reported by the next. whole is false where not everything could be looked at.
+func (c *Controller) report(ctx context.Context, nodes []node, findings []finding, whole bool) {
 	texts := map[string]string{}
 	for _, f := range findings {
 		texts[f.check] = strings.TrimPrefix(texts[f.check]+"; "+f.text, "; ")
@@ -26,7 +23,7 @@ func (c *Controller) tell(ctx context.Context, nodes []node, findings []finding,
 		} else if !whole {
 			continue
 		}
-		c.say(ctx, check, texts[check], c.about())
+		c.announce(ctx, check, texts[check], c.about())
 	}
 	if !whole {
 		return
@@ -41,7 +38,7 @@ func (c *Controller) tell(ctx context.Context, nodes []node, findings []finding,
 		if state == kube.StateRefused {
 			text = n.view.Message
 		}
-		c.say(ctx, "node/"+n.name, text, kube.AboutNode(n.name))
+		c.announce(ctx, "node/"+n.name, text, kube.AboutNode(n.name))
 	}
 	for state, n := range states {
 		c.metrics.nodes.WithLabelValues(state).Set(float64(n))
@@ -53,21 +50,21 @@ func (c *Controller) about() corev1.ObjectReference {
 	return corev1.ObjectReference{Kind: "Deployment", APIVersion: "apps/v1", Namespace: c.namespace, Name: kube.Controller}
 }
 
-// say logs and writes an event, where text is news about key. No text means that all is well again.
-func (c *Controller) say(ctx context.Context, key, text string, about corev1.ObjectReference) {
-	if c.news.said[key] == text {
+// announce logs and writes an event, where text is news about key. No text means that all is well again.
+func (c *Controller) announce(ctx context.Context, key, text string, about corev1.ObjectReference) {
+	if c.announced[key] == text {
 		return
 	}
 	e := kube.Event{Time: c.now(), About: about, What: key, Note: text}
 	if text == "" {
-		e.Note, e.Right = "right again", true
-		c.log.Info("right again", "what", key)
+		e.Note, e.Right = "works again", true
+		c.log.Info("works again", "what", key)
 	} else {
 		c.log.Warn("to be changed", "what", key, "text", text)
 	}
 	if err := (kube.Reporter{Client: c.client, Program: "controller", Instance: c.identity}).Write(ctx, e); err != nil {
 		c.log.Debug("write an event", "err", err)
-		return // said again with the next pass
+		return // announced again with the next pass
 	}
-	c.news.said[key] = text
+	c.announced[key] = text
 }

@@ -81,9 +81,9 @@ func (c *Controller) lead(ctx, held context.Context) {
 	if held.Err() != nil || ctx.Err() != nil {
 		return
 	}
-	c.log.Info("leads")
-	c.lean(true)
-	defer c.lean(false)
+	c.log.Info("leading")
+	c.setLeading(true)
+	defer c.setLeading(false)
 	p := pace{retryMin, soon}
 	c.loop.Pass = func(ctx context.Context, woken bool) time.Duration {
 		pending, err := c.pass(ctx)
@@ -123,12 +123,12 @@ func (p *pace) next(woken, pending bool, err error) time.Duration {
 	return wait
 }
 
-func (c *Controller) lean(leads bool) {
+func (c *Controller) setLeading(leading bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.leads = leads
+	c.leading = leading
 	c.metrics.leader.Set(0)
-	if leads {
+	if leading {
 		c.metrics.leader.Set(1)
 	}
 }
@@ -141,7 +141,7 @@ func (c *Controller) outcome(err error) {
 	c.mu.Unlock()
 	switch {
 	case err == nil && before != nil:
-		c.log.Info("right again")
+		c.log.Info("works again")
 	case err != nil && (before == nil || before.Error() != err.Error()):
 		c.log.Error("pass", "err", err)
 	}

@@ -19,7 +19,7 @@ import (
 func (c *Controller) watch(ctx context.Context) {
 	factory := informers.NewSharedInformerFactoryWithOptions(c.client, 0, informers.WithTransform(func(obj any) (any, error) {
 		if n, ok := obj.(*corev1.Node); ok {
-			return few(n), nil
+			return trim(n), nil
 		}
 		return obj, nil
 	}))
@@ -55,8 +55,8 @@ func (c *Controller) watch(ctx context.Context) {
 	<-ctx.Done()
 }
 
-// few keeps of a Node what the controller uses: a whole one is 10 kB.
-func few(n *corev1.Node) *corev1.Node {
+// trim keeps only what the controller uses of a Node: a whole one is 10 kB.
+func trim(n *corev1.Node) *corev1.Node {
 	out := &corev1.Node{Spec: corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs}}
 	for _, a := range n.Status.Addresses {
 		if ip, err := netip.ParseAddr(a.Address); err == nil && netset.TailnetIPv4.Contains(ip) {

@@ -40,7 +40,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	api, cred, err := c.connect(ctx)
 	if err != nil {
 		if !errors.Is(err, headscale.ErrUnreachable) {
-			c.tell(ctx, nil, []finding{{checkKey, err.Error()}}, false)
+			c.report(ctx, nil, []finding{{checkKey, err.Error()}}, false)
 		}
 		return false, err
 	}
@@ -56,7 +56,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	}
 	tailnet, err := api.Nodes(ctx)
 	if errors.Is(err, headscale.ErrUnauthorized) {
-		c.tell(ctx, nil, []finding{{checkKey, fmt.Sprintf("%s: %v", cred.Source, err)}}, false)
+		c.report(ctx, nil, []finding{{checkKey, fmt.Sprintf("%s: %v", cred.Source, err)}}, false)
 		return false, err // the join key's error says the same
 	}
 	if err != nil {
@@ -83,7 +83,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	if p.full != nil {
 		findings = append(slices.Clone(findings), finding{checkRanges, p.full.Error()})
 	}
-	c.tell(ctx, withViews(nodes, p.views), findings, true)
+	c.report(ctx, withViews(nodes, p.views), findings, true)
 	return p.pending, errors.Join(keyErr, err)
 }
 
@@ -99,8 +99,8 @@ func (c *Controller) connect(ctx context.Context) (*headscale.Client, config.Cre
 // apply makes the differences, going on past errors.
 func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observation, p plan) error {
 	errs := []error{c.approve(ctx, api, p.approvals)}
-	errs = append(errs, joined(each(p.lasting, func(id headscale.ID) error { return unlessGone(api.DisableExpiry(ctx, id)) })))
-	errs = append(errs, joined(each(p.remove, func(id headscale.ID) error {
+	errs = append(errs, joinErrors(each(p.disableExpiry, func(id headscale.ID) error { return unlessGone(api.DisableExpiry(ctx, id)) })))
+	errs = append(errs, joinErrors(each(p.remove, func(id headscale.ID) error {
 		err := api.DeleteNode(ctx, id)
 		if err == nil {
 			c.log.Info("removed a node of the tailnet whose Node is gone", "node", id)
@@ -132,12 +132,12 @@ func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []
 		return len(a.own) == 0 || slices.ContainsFunc(a.own, func(p netip.Prefix) bool { return slices.ContainsFunc(kept, p.Overlaps) })
 	})
 	given := each(giving, func(a approval) error { return set(a.id, a.own, nil) })
-	return errors.Join(joined(taken), joined(given))
+	return errors.Join(joinErrors(taken), joinErrors(given))
 }
 
 func (c *Controller) showAll(ctx context.Context, nodes []node, views map[string]kube.View) error {
 	changed := slices.DeleteFunc(slices.Clone(nodes), func(n node) bool { _, ok := views[n.name]; return !ok })
-	return joined(each(changed, func(n node) error { return c.show(ctx, n, views[n.name]) }))
+	return joinErrors(each(changed, func(n node) error { return c.show(ctx, n, views[n.name]) }))
 }
 
 // show writes a view on a Node.
@@ -152,7 +152,7 @@ func (c *Controller) show(ctx context.Context, n node, v kube.View) error {
 }
 
 func (c *Controller) giveAll(ctx context.Context, given map[string][]netip.Prefix) error {
-	return joined(each(slices.Sorted(maps.Keys(given)), func(name string) error { return c.give(ctx, name, given[name]) }))
+	return joinErrors(each(slices.Sorted(maps.Keys(given)), func(name string) error { return c.give(ctx, name, given[name]) }))
 }
 
 // give writes pod CIDRs on a Node that has none. The API server takes them once.
@@ -204,7 +204,7 @@ func (c *Controller) unseen(ctx context.Context, nodes []node) error {
 	if full != nil {
 		findings = append(findings, finding{checkRanges, full.Error()})
 	}
-	c.tell(ctx, withViews(nodes, views), findings, true)
+	c.report(ctx, withViews(nodes, views), findings, true)
 	return err
 }
 

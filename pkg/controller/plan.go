@@ -19,9 +19,9 @@ type plan struct {
 	// views by name of the Node.
 	views map[string]kube.View
 	// approvals change what is approved for a node of the tailnet.
-	approvals []approval
-	remove    []headscale.ID // from Headscale
-	lasting   []headscale.ID // whose node key is to expire no more
+	approvals     []approval
+	remove        []headscale.ID // from Headscale
+	disableExpiry []headscale.ID // whose node key is to expire no more
 	// allocate gives pod CIDRs to Nodes.
 	allocate map[string][]netip.Prefix
 	// full: there is no range left to give to a Node.
@@ -132,10 +132,10 @@ func (o observation) expiring(claims map[string]headscale.Node) string {
 		"tags. Expiring: " + strings.Join(out, ", ")
 }
 
-// some names a few of many.
-func some(list []string) string {
-	if more := len(list) - fewErrors; more > 0 {
-		return fmt.Sprintf("%s and %d more", strings.Join(list[:fewErrors], ", "), more)
+// abridge lists the first of many.
+func abridge(list []string) string {
+	if more := len(list) - maxListed; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(list[:maxListed], ", "), more)
 	}
 	return strings.Join(list, ", ")
 }
@@ -292,7 +292,7 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		})
 		// Not one that has expired: `headscale nodes expire` is how an administrator shuts a node out.
 		if n.mode == config.ModeDaemon && o.joined(t) && t.Expiry.After(o.now) && t.Expiry.Sub(o.now) < headscale.NodeKeyRescue {
-			p.lasting = append(p.lasting, t.ID)
+			p.disableExpiry = append(p.disableExpiry, t.ID)
 		}
 	}
 	for _, m := range o.memory.Members {
@@ -300,13 +300,13 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		if claimed[m.ID] || i < 0 {
 			continue
 		}
-		p.forsake(o, m, o.tailnet[i], inUse)
+		p.retire(o, m, o.tailnet[i], inUse)
 	}
 	sortMembers(p.memory.Members)
 }
 
-// forsake deals with a node of the tailnet whose Node is gone, or has joined anew under another key.
-func (p *plan) forsake(o observation, m member, t headscale.Node, inUse []netip.Prefix) {
+// retire deals with a node of the tailnet whose Node is gone, or has joined anew under another key.
+func (p *plan) retire(o observation, m member, t headscale.Node, inUse []netip.Prefix) {
 	if m.Gone.IsZero() {
 		m.Gone = o.now
 	}

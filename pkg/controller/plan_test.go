@@ -62,10 +62,10 @@ func TestPlan(t *testing.T) {
 		memory  []member
 		ranges  []string
 		// What follows: the state and a part of the message by Node; approvals as text; what is removed and made to last.
-		views     map[string]string
-		approvals []string
-		remove    []headscale.ID
-		lasting   []headscale.ID
+		views         map[string]string
+		approvals     []string
+		remove        []headscale.ID
+		disableExpiry []headscale.ID
 	}{
 		{
 			name: "own routes are approved, the user's stay", nodes: []node{kn("one", "a", "10.244.1.0/24", "fd00:244:1::/64")},
@@ -180,7 +180,7 @@ func TestPlan(t *testing.T) {
 		},
 		{
 			name: "a node key that ends", nodes: []node{kn("one", "a", "10.244.1.0/24")}, tailnet: []headscale.Node{expiring},
-			views: map[string]string{"one": "routed"}, lasting: []headscale.ID{1},
+			views: map[string]string{"one": "routed"}, disableExpiry: []headscale.ID{1},
 		},
 		{
 			name: "a person's node key is theirs", nodes: []node{host}, tailnet: []headscale.Node{expiring}, views: map[string]string{"one": "routed"},
@@ -207,7 +207,7 @@ func TestPlan(t *testing.T) {
 			if diff := cmp.Diff(test.approvals, approvals); diff != "" {
 				t.Error(diff)
 			}
-			if diff := cmp.Diff([][]headscale.ID{test.remove, test.lasting}, [][]headscale.ID{p.remove, p.lasting}); diff != "" {
+			if diff := cmp.Diff([][]headscale.ID{test.remove, test.disableExpiry}, [][]headscale.ID{p.remove, p.disableExpiry}); diff != "" {
 				t.Error(diff)
 			}
 		})

@@ -93,7 +93,7 @@ func checkPolicy(text string, n needs) ([]finding, error) {
 	}
 	if !n.starCovers && len(n.sharing) > 0 && !p.hasAttr(checkCGNAT, n.tags) {
 		found = append(found, finding{checkCGNAT, fmt.Sprintf("%s: a network of the host's own is in the tailnet's range %s too, and tailscaled's firewall "+
-			`drops what the host gets from there: add to the policy "nodeAttrs": [{"target": ["*"], "attr": [%q]}]`, some(n.sharing), netset.TailnetIPv4, checkCGNAT)})
+			`drops what the host gets from there: add to the policy "nodeAttrs": [{"target": ["*"], "attr": [%q]}]`, abridge(n.sharing), netset.TailnetIPv4, checkCGNAT)})
 	}
 	return found, nil
 }

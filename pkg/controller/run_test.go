@@ -43,7 +43,7 @@ func (b *busy) delay(_ http.ResponseWriter, r *http.Request) bool {
 func leads(c *Controller) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.leads
+	return c.leading
 }
 
 // TestOneLeads: of two controllers one works; when it is told to stop it ends its pass, and only then does the other begin.
