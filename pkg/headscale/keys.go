@@ -13,7 +13,7 @@ import (
 // defaultUser owns the pre-auth keys that we make where the server wants an owner.
 const defaultUser = "headcni"
 
-// How long before its end a key is spoken of, or made to last.
+// How long before its end a key is warned of, or made to last.
 const (
 	// NodeKeyWarning is of a node key, with which a node's network ends.
 	NodeKeyWarning = 7 * 24 * time.Hour

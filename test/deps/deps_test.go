@@ -35,7 +35,7 @@ var level = map[string]int{
 	"internal/cnimain": 2,
 	"pkg/logging":      2,
 	"pkg/reconcile":    2,
-	// What the plugin tells the daemon: a type that more than one package speaks.
+	// Records of finished commands: a type that more than one package speaks.
 	"pkg/cmdlog": 2,
 
 	"pkg/dns":                   3,
