@@ -205,7 +205,7 @@ func demoShellCmd() *cobra.Command {
 			return w.Names(), cobra.ShellCompDirectiveNoFileComp
 		},
 	}
-	cmd.Flags().StringVar(&name, "name", "", "of which demo, where several are running (`headcnictl demo list`)")
+	cmd.Flags().StringVar(&name, "name", "", "of which demo, where several are running (see headcnictl demo list)")
 	cmd.Flags().SetInterspersed(false) // flags behind the name are the command's
 	return cmd
 }

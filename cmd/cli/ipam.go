@@ -105,25 +105,25 @@ func ipamListCmd(f *ipamFlags) *cobra.Command {
 				}
 				return err
 			})
-			return printLeases(cmd.OutOrStdout(), f.output, leases, err)
+			return printLeases(cmd.OutOrStdout(), f.output, "no leases", leases, err)
 		},
 	}
 }
 
-// printLeases prints the leases and passes err on, which says that there may be more.
-func printLeases(out io.Writer, format string, leases []networkLease, err error) error {
+// printLeases prints the leases, or in a table's place the word for none, and passes err on, which says that there may be more.
+func printLeases(out io.Writer, format, none string, leases []networkLease, err error) error {
 	if err != nil && len(leases) == 0 {
 		return err
 	}
-	return errors.Join(renderLeases(out, format, leases), err)
+	return errors.Join(renderLeases(out, format, none, leases), err)
 }
 
-func renderLeases(out io.Writer, format string, leases []networkLease) error {
+func renderLeases(out io.Writer, format, none string, leases []networkLease) error {
 	if format == "json" {
 		return printJSON(out, leases)
 	}
 	if len(leases) == 0 {
-		_, err := fmt.Fprintln(out, "no leases")
+		_, err := fmt.Fprintln(out, none)
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
@@ -229,7 +229,7 @@ func ipamGCCmd(f *ipamFlags) *cobra.Command {
 				}
 				return err
 			})
-			return printLeases(cmd.OutOrStdout(), f.output, gone, err)
+			return printLeases(cmd.OutOrStdout(), f.output, "nothing to free", gone, err)
 		},
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only list them")

@@ -79,7 +79,7 @@ func clusterCmd() *cobra.Command {
 			return c.run(ctx, time.Second)
 		},
 	}
-	cmd.Flags().StringVar(&daemonSet, "daemonset", "headcni-test", "DaemonSet whose pods run `headcnictl probe answer`")
+	cmd.Flags().StringVar(&daemonSet, "daemonset", "headcni-test", "DaemonSet whose pods run headcnictl probe answer")
 	cmd.Flags().DurationVar(&timeout, "timeout", 3*time.Minute, "how long pods may take")
 	return cmd
 }

@@ -55,7 +55,7 @@ func installCmd(f *flags) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&from, "from", "", "folder to take the plugins from (default "+paths.ImageCNIDir+", else the folder of this program)")
 	cmd.Flags().StringVar(&to, "to", "", "folder to put them into (default cni.binDir)")
-	cmd.Flags().BoolVar(&remove, "remove", false, "take away what was installed, and nothing else; `headcni-daemon uninstall` does that too")
+	cmd.Flags().BoolVar(&remove, "remove", false, "take away what was installed, and nothing else; headcni-daemon uninstall does that too")
 	cmd.MarkFlagsMutuallyExclusive("remove", "from")
 	cmd.MarkFlagsMutuallyExclusive("remove", "to")
 	return cmd
