@@ -13,7 +13,7 @@ import (
 // errEnvironment marks a CNI variable that cannot be used (CNI error code 4).
 var errEnvironment = errors.New("invalid environment variable")
 
-// Args is what CNI_ARGS says. Keys that we do not know are other plugins' and are ignored.
+// Args holds the values of CNI_ARGS. It ignores keys that are unknown here: they are for other plugins.
 type Args struct {
 	PodNamespace, PodName string
 	IPs                   []netip.Addr

@@ -62,8 +62,8 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, delegateWait)
 	defer cancel()
 	var inherited []*os.File
-	if d.r.turn != nil {
-		inherited = append(inherited, d.r.turn)
+	if d.r.locked != nil {
+		inherited = append(inherited, d.r.locked)
 	}
 	var stdout, stderr bytes.Buffer
 	var err error
@@ -107,20 +107,20 @@ func delegateEnv(env []string, command string) []string {
 	return append(out, "CNI_COMMAND="+command)
 }
 
-func (d *delegate) Add(ctx context.Context) (Given, error) {
+func (d *delegate) Add(ctx context.Context) (IPAMResult, error) {
 	out, err := d.run(ctx, "ADD")
 	if err != nil {
-		return Given{}, err
+		return IPAMResult{}, err
 	}
 	result, err := parseResult(out, d.r.Config.CNIVersion)
 	if err != nil {
-		return Given{}, fmt.Errorf("read result of IPAM plugin %s: %w", d.name, err)
+		return IPAMResult{}, fmt.Errorf("read result of IPAM plugin %s: %w", d.name, err)
 	}
-	given, err := givenBy(result)
+	assigned, err := readIPAMResult(result)
 	if err != nil {
-		return Given{}, fmt.Errorf("IPAM plugin %s: %w", d.name, err)
+		return IPAMResult{}, fmt.Errorf("IPAM plugin %s: %w", d.name, err)
 	}
-	return given, nil
+	return assigned, nil
 }
 
 // parseResult reads a result of any version. IPAM plugins may leave the version out.

@@ -11,7 +11,7 @@ import (
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
-// stage is what a command was about when it failed. It also labels the daemon's metrics.
+// stage names the step at which a command failed. It also labels the daemon's metrics.
 type stage string
 
 const (
@@ -97,7 +97,7 @@ func onlyUnknownKeys(err error) bool {
 }
 
 // coded is cniError for a step among others; nil stays nil.
-func coded(s stage, err error) error {
+func withCode(s stage, err error) error {
 	if err == nil {
 		return nil
 	}

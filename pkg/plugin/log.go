@@ -31,7 +31,7 @@ func newLogger(stderr io.Writer, c netconf.Config) *slog.Logger {
 
 func openLog(path string) (*os.File, error) {
 	if info, err := os.Stat(path); err == nil && info.Size() >= logLimit {
-		// Of two processes that rotate at once the second moves a young file over the old one. Some log lines are lost then,
+		// If two processes rotate at once, the second moves a young file over the old one. Some log lines are lost then,
 		// which is better than a lock on the way of every pod.
 		if err := os.Rename(path, path+".1"); err != nil {
 			return nil, err

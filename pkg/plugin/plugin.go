@@ -44,8 +44,8 @@ type Node interface {
 type Plugin struct {
 	Links Links
 	Node  Node
-	// Addresses chooses the IPAM plugin for a request.
-	Addresses func(*Request) (Addresses, error)
+	// ChooseIPAM returns the IPAM plugin that a request needs.
+	ChooseIPAM func(*Request) (IPAM, error)
 	// Record tells the daemon of a finished command. Its failure changes nothing.
 	Record func(socket string, r cmdlog.Record) error
 	Stdout io.Writer
@@ -57,7 +57,7 @@ type Plugin struct {
 func New(start time.Time) *Plugin {
 	kernel := &podlink.Handle{} // open until the program ends
 	return &Plugin{
-		Links: kernel, Node: kernel, Addresses: addressesFor(kernel, kernel), Record: cmdlog.Send,
+		Links: kernel, Node: kernel, ChooseIPAM: chooseIPAM(kernel, kernel), Record: cmdlog.Send,
 		Stdout: os.Stdout, Stderr: os.Stderr, Start: start,
 	}
 }
@@ -76,7 +76,7 @@ type Request struct {
 
 	stage  stage
 	record cmdlog.Record
-	turn   *os.File // nil: none is needed
+	locked *os.File // the attachment's lock; nil: not taken
 }
 
 // begin reads the configuration and CNI_ARGS. On an error the Request is still good for what DEL needs.
@@ -126,14 +126,14 @@ func (p *Plugin) finish(r *Request, err error) error {
 // passes their result on with its own appended.
 func (p *Plugin) Add(ctx context.Context, a cnimain.Call) error {
 	r, faults := p.begin("ADD", a)
-	addresses, err := p.Addresses(r)
+	ipamPlugin, err := p.ChooseIPAM(r)
 	if err = errors.Join(faults, err); err == nil {
-		err = p.add(ctx, r, addresses)
+		err = p.add(ctx, r, ipamPlugin)
 	}
 	return p.finish(r, err)
 }
 
-func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err error) {
+func (p *Plugin) add(ctx context.Context, r *Request, ipamPlugin IPAM) (err error) {
 	previous, err := r.previous()
 	if err != nil {
 		return err
@@ -148,8 +148,8 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 	if err := checkIfName(r.IfName); err != nil {
 		return err
 	}
-	defer r.endTurn()
-	if err := r.takeTurn(ctx); err != nil {
+	defer r.unlock()
+	if err := r.lock(ctx); err != nil {
 		return err
 	}
 	// Before anything is taken: where the interface exists, the attachment may be alive, and undoing would end it.
@@ -162,7 +162,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		if err != nil {
 			failed := r.stage
 			// The caller may have given up; what was made must go all the same.
-			undo := p.detachAndRelease(context.WithoutCancel(ctx), r, addresses)
+			undo := p.detachAndRelease(context.WithoutCancel(ctx), r, ipamPlugin)
 			if undo != nil {
 				undo = fmt.Errorf("undo: %w", undo)
 			}
@@ -171,11 +171,11 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 		}
 	}()
 	r.stage = stageIPAM
-	given, err := addresses.Add(ctx)
+	assigned, err := ipamPlugin.Add(ctx)
 	if err != nil {
 		return err
 	}
-	pod, err := planPod(r, given)
+	pod, err := planPod(r, assigned)
 	if err != nil {
 		return err
 	}
@@ -185,7 +185,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, addresses Addresses) (err 
 	if err != nil {
 		return err
 	}
-	result := buildResult(r, previous, pod, links, given)
+	result := buildResult(r, previous, pod, links, assigned)
 	if err := r.ports(ctx, "ADD", result); err != nil {
 		return err
 	}
@@ -201,37 +201,37 @@ func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 	if faults != nil {
 		r.Log.Warn("the configuration has faults; deleting all the same", "err", faults)
 	}
-	defer r.endTurn()
-	if err := r.takeTurn(ctx); err != nil {
+	defer r.unlock()
+	if err := r.lock(ctx); err != nil {
 		r.Log.Warn("going on all the same", "err", err) // DEL must delete as much as it can
 	}
 	r.stage = stageIPAM
-	addresses, err := p.Addresses(r)
+	ipamPlugin, err := p.ChooseIPAM(r)
 	if err != nil {
 		// Without an IPAM plugin to ask, the link can go all the same. The runtime comes again for the address.
 		_, stuck := p.Links.Detach(r.ContainerID, r.IfName)
-		return p.finish(r, errors.Join(coded(stageDetach, stuck), coded(stageIPAM, err)))
+		return p.finish(r, errors.Join(withCode(stageDetach, stuck), withCode(stageIPAM, err)))
 	}
-	return p.finish(r, p.detachAndRelease(ctx, r, addresses))
+	return p.finish(r, p.detachAndRelease(ctx, r, ipamPlugin))
 }
 
 // detachAndRelease is DEL, and the undoing of ADD. An address is never free while a pod still has it, or while a port of the
 // node still leads to it.
-func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, addresses Addresses) error {
+func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, ipamPlugin IPAM) error {
 	mapped := r.ports(ctx, "DEL", nil)
 	if errors.Is(mapped, errNoDelegate) {
 		r.Log.Warn("cannot take the pod's ports of the node back, if it had any", "err", mapped)
 		mapped = nil
 	}
-	mapped = coded(stagePorts, mapped)
+	mapped = withCode(stagePorts, mapped)
 	r.stage = stageDetach
 	removed, err := p.Links.Detach(r.ContainerID, r.IfName)
 	if err != nil || mapped != nil {
-		err = errors.Join(coded(stageDetach, err), mapped)
+		err = errors.Join(withCode(stageDetach, err), mapped)
 		return fmt.Errorf("detach %s of container %s (its address stays taken): %w", r.IfName, r.ContainerID, err)
 	}
 	r.stage = stageIPAM
-	released, err := addresses.Del(ctx)
+	released, err := ipamPlugin.Del(ctx)
 	if r.record.Addrs = released; len(released) == 0 && removed && err == nil {
 		r.record.Addrs = r.previousAddrs() // what the IPAM plugin does not tell
 	}
@@ -259,17 +259,17 @@ func (p *Plugin) check(ctx context.Context, r *Request) error {
 		}
 	}
 	r.stage = stageIPAM
-	addresses, err := p.Addresses(r)
+	ipamPlugin, err := p.ChooseIPAM(r)
 	if err != nil {
 		return err
 	}
-	leased := coded(stageIPAM, addresses.Check(ctx, state.Addrs))
+	leased := withCode(stageIPAM, ipamPlugin.Check(ctx, state.Addrs))
 	previous, err := r.previous()
 	if err != nil {
 		return err
 	}
-	mapped := coded(stagePorts, r.ports(ctx, "CHECK", previous))
-	return errors.Join(coded(stageCheck, p.Links.Check(state)), leased, mapped)
+	mapped := withCode(stagePorts, r.ports(ctx, "CHECK", previous))
+	return errors.Join(withCode(stageCheck, p.Links.Check(state)), leased, mapped)
 }
 
 // GC removes links and leases of attachments that are not in cni.dev/valid-attachments (specification section 2, GC). It
@@ -299,11 +299,11 @@ func (p *Plugin) gc(ctx context.Context, r *Request) error {
 		valid[name] = true // its address stays taken
 	}
 	r.stage = stageIPAM
-	addresses, err := p.Addresses(r)
+	ipamPlugin, err := p.ChooseIPAM(r)
 	if err != nil {
-		return errors.Join(coded(stageDetach, linkErr), err)
+		return errors.Join(withCode(stageDetach, linkErr), err)
 	}
-	return errors.Join(coded(stageDetach, linkErr), addresses.GC(ctx, func(containerID, ifName string) bool {
+	return errors.Join(withCode(stageDetach, linkErr), ipamPlugin.GC(ctx, func(containerID, ifName string) bool {
 		return valid[podlink.Name(containerID, ifName)]
 	}))
 }
@@ -328,9 +328,9 @@ func (p *Plugin) status(ctx context.Context, r *Request) error {
 			return err
 		}
 	}
-	addresses, err := p.Addresses(r)
+	ipamPlugin, err := p.ChooseIPAM(r)
 	if err != nil {
 		return err
 	}
-	return addresses.Status(ctx)
+	return ipamPlugin.Status(ctx)
 }

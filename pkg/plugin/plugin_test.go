@@ -101,7 +101,7 @@ func newBench(t *testing.T) *bench {
 	k := &fakeKernel{links: map[string]podlink.Pod{}, fail: map[string]error{}}
 	b := &bench{kernel: k, dir: t.TempDir(), out: &bytes.Buffer{}, log: &bytes.Buffer{}}
 	b.Plugin = &Plugin{
-		Links: k, Node: k, Addresses: addressesFor(k, k), Stdout: b.out, Stderr: b.log, Start: time.Now(),
+		Links: k, Node: k, ChooseIPAM: chooseIPAM(k, k), Stdout: b.out, Stderr: b.log, Start: time.Now(),
 		Record: func(_ string, r cmdlog.Record) error {
 			b.records = append(b.records, r)
 			return errors.New("no daemon")
@@ -337,17 +337,17 @@ func TestLeaseOfAnInterruptedAddIsReplaced(t *testing.T) {
 	}
 }
 
-// TestTurn: what another command on the attachment is about is not touched by ADD. DEL has to delete all the same.
-func TestTurn(t *testing.T) {
+// TestLock: what another command on the attachment is about is not touched by ADD. DEL has to delete all the same.
+func TestLock(t *testing.T) {
 	b := newBench(t)
 	if err := b.Add(bg, b.args(t, "c1", "")); err != nil {
 		t.Fatal(err)
 	}
 	other := &Request{ContainerID: "c1", IfName: "eth0"}
-	if err := other.takeTurn(bg); err != nil {
+	if err := other.lock(bg); err != nil {
 		t.Fatal(err)
 	}
-	defer other.endTurn()
+	defer other.unlock()
 	soon, cancel := context.WithTimeout(bg, 20*time.Millisecond)
 	defer cancel()
 	fails(t, b.Add(soon, b.args(t, "c1", "")), types.ErrTryAgainLater)
@@ -361,7 +361,7 @@ func TestTurn(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.empty(t)
-	other.endTurn()
+	other.unlock()
 	if err := b.Add(soon, b.args(t, "c1", "")); err != nil {
 		t.Errorf("the other has ended: %v", err)
 	}

@@ -27,7 +27,7 @@ type pool struct {
 
 // newPool is strict for ADD and STATUS. Everything else goes on with whatever tells where the leases are: the ranges may
 // have changed since they were given.
-func newPool(r *Request, links Links, node Node) (Addresses, error) {
+func newPool(r *Request, links Links, node Node) (IPAM, error) {
 	cfg, err := poolConfig(r.Config)
 	if err != nil && (r.Command == "ADD" || r.Command == "STATUS") {
 		return nil, err
@@ -44,7 +44,7 @@ func newPool(r *Request, links Links, node Node) (Addresses, error) {
 	return &pool{r: r, pool: p, links: links, node: node}, nil
 }
 
-// poolConfig is what the configuration says of the pool, with the ranges that the runtime asks for.
+// poolConfig returns the configuration of the pool, with the ranges that the runtime asks for.
 func poolConfig(c netconf.Config) (ipam.Config, error) {
 	raw, err := ipam.WithRanges(c.IPAM.Raw, c.Runtime.IPRanges)
 	if err != nil {
@@ -64,7 +64,7 @@ func dataDir(raw json.RawMessage) string {
 	return c.DataDir
 }
 
-func (p *pool) Add(ctx context.Context) (Given, error) {
+func (p *pool) Add(ctx context.Context) (IPAMResult, error) {
 	owner := ipam.Owner{
 		ContainerID: p.r.ContainerID, IfName: p.r.IfName,
 		PodNamespace: p.r.Args.PodNamespace, PodName: p.r.Args.PodName,
@@ -72,7 +72,7 @@ func (p *pool) Add(ctx context.Context) (Given, error) {
 	lease, err := p.pool.Allocate(ctx, owner, p.r.requestedIPs())
 	if errors.Is(err, ipam.ErrCorrupt) {
 		if err := p.rebuild(ctx); err != nil {
-			return Given{}, err
+			return IPAMResult{}, err
 		}
 		lease, err = p.pool.Allocate(ctx, owner, p.r.requestedIPs())
 	}
@@ -80,21 +80,21 @@ func (p *pool) Add(ctx context.Context) (Given, error) {
 		// The pod has no such interface (that was looked up before): an ADD was killed half-way.
 		p.r.Log.Warn("removing what an interrupted ADD of this attachment left", "lease", lease.Addrs)
 		if _, err := p.links.Detach(p.r.ContainerID, p.r.IfName); err != nil {
-			return Given{}, fmt.Errorf("remove the link that an interrupted ADD left: %w", err)
+			return IPAMResult{}, fmt.Errorf("remove the link that an interrupted ADD left: %w", err)
 		}
 		if _, err := p.pool.Release(ctx, p.r.ContainerID, p.r.IfName); err != nil {
-			return Given{}, err
+			return IPAMResult{}, err
 		}
 		lease, err = p.pool.Allocate(ctx, owner, p.r.requestedIPs())
 	}
 	if err != nil {
-		return Given{}, err
+		return IPAMResult{}, err
 	}
 	result, err := p.pool.Config().Result(lease)
 	if err != nil {
-		return Given{}, err
+		return IPAMResult{}, err
 	}
-	return givenBy(result)
+	return readIPAMResult(result)
 }
 
 // rebuild replaces a corrupt store by one with the leases of the pods that live. Every lease of ours has a link in the
@@ -111,7 +111,7 @@ func (p *pool) rebuild(ctx context.Context) error {
 	return err
 }
 
-// liveLeases says which leases the pods that live must have had.
+// liveLeases returns the leases that the live pods must have had.
 func liveLeases(pods []podlink.LivePod, cfg ipam.Config, now time.Time) []ipam.Lease {
 	var leases []ipam.Lease
 	for _, pod := range pods {
@@ -134,18 +134,18 @@ func liveLeases(pods []podlink.LivePod, cfg ipam.Config, now time.Time) []ipam.L
 	return leases
 }
 
-// givenBy reads an IPAM result.
-func givenBy(result *types100.Result) (Given, error) {
-	given := Given{Routes: result.Routes, DNS: result.DNS}
+// readIPAMResult reads an IPAM result.
+func readIPAMResult(result *types100.Result) (IPAMResult, error) {
+	assigned := IPAMResult{Routes: result.Routes, DNS: result.DNS}
 	for _, ip := range result.IPs {
 		addr, ok := netip.AddrFromSlice(ip.Address.IP)
 		if addr = addr.Unmap(); !ok || addr.IsUnspecified() || addr.IsLoopback() || addr.IsMulticast() {
-			return Given{}, fmt.Errorf("read the addresses given: a pod cannot have %s", addr)
+			return IPAMResult{}, fmt.Errorf("read the addresses given: a pod cannot have %s", addr)
 		}
 		gateway, _ := netip.AddrFromSlice(ip.Gateway) // zero: none
-		given.IPs = append(given.IPs, GivenIP{Addr: addr, Gateway: gateway.Unmap()})
+		assigned.IPs = append(assigned.IPs, IPAMAddress{Addr: addr, Gateway: gateway.Unmap()})
 	}
-	return given, nil
+	return assigned, nil
 }
 
 func (p *pool) Del(ctx context.Context) ([]netip.Addr, error) {

@@ -16,16 +16,16 @@ import (
 )
 
 // planPod says what the pod's link shall be. It is pure.
-func planPod(r *Request, given Given) (podlink.Pod, error) {
+func planPod(r *Request, assigned IPAMResult) (podlink.Pod, error) {
 	pod := podlink.Pod{
 		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, Label: r.podLabel(),
 		MTU: r.Config.MTU, MAC: r.requestedMAC(), Forward: r.Config.Gate == nil,
 	}
-	if len(given.IPs) == 0 {
+	if len(assigned.IPs) == 0 {
 		return pod, errors.New("take an address: the IPAM plugin gave none; check its configuration")
 	}
 	gateways := map[int]netip.Addr{} // by address length in bits: the family
-	for _, ip := range given.IPs {
+	for _, ip := range assigned.IPs {
 		pod.Addrs = append(pod.Addrs, ip.Addr)
 		if bits := ip.Addr.BitLen(); !gateways[bits].IsValid() {
 			gateways[bits] = nextHop(r.Config.IPAM, ip)
@@ -35,7 +35,7 @@ func planPod(r *Request, given Given) (podlink.Pod, error) {
 		return pod, err
 	}
 	var explicit [129]bool // families with routes of their own
-	for _, route := range given.Routes {
+	for _, route := range assigned.Routes {
 		planned, err := planRoute(route, gateways)
 		if err != nil {
 			return pod, err
@@ -58,7 +58,7 @@ func planPod(r *Request, given Given) (podlink.Pod, error) {
 
 // nextHop is the link-local gateway, unless a person has named one. host-local and headcni-ipam make one up where the
 // configuration has none; what other plugins answer they were told.
-func nextHop(ipam netconf.IPAM, ip GivenIP) netip.Addr {
+func nextHop(ipam netconf.IPAM, ip IPAMAddress) netip.Addr {
 	own := ipam.Type == netconf.IPAMType || ipam.Type == "host-local"
 	if g := ip.Gateway; g.IsValid() && g.BitLen() == ip.Addr.BitLen() && (!own || slices.Contains(ipam.Gateways, g)) {
 		return g
@@ -155,7 +155,7 @@ func (r *Request) previousAddrs() []netip.Addr {
 }
 
 // buildResult says what the kernel has now: /32 and /128 addresses, the host's end first. It extends previous, if any.
-func buildResult(r *Request, previous *types100.Result, pod podlink.Pod, links podlink.Pair, given Given) *types100.Result {
+func buildResult(r *Request, previous *types100.Result, pod podlink.Pod, links podlink.Pair, assigned IPAMResult) *types100.Result {
 	result := previous
 	if result == nil {
 		result = &types100.Result{CNIVersion: types100.ImplementedSpecVersion}
@@ -186,7 +186,7 @@ func buildResult(r *Request, previous *types100.Result, pod podlink.Pod, links p
 			MTU: route.MTU, AdvMSS: route.AdvMSS, Priority: cmp.Or(route.Priority, links.Metric), Table: route.Table, Scope: route.Scope,
 		})
 	}
-	if dns := mergeDNS(r.Config, given.DNS); !dns.IsEmpty() {
+	if dns := mergeDNS(r.Config, assigned.DNS); !dns.IsEmpty() {
 		result.DNS = dns
 	}
 	return result
