@@ -135,7 +135,7 @@ func demoDownCmd() *cobra.Command {
 				fmt.Fprintln(cmd.OutOrStdout(), "nothing to end: no demo of yours is running"+othersHint())
 				return lab.Sweep()
 			}
-			if worlds, err = toEnd(worlds, args, all); err != nil {
+			if worlds, err = selectWorlds(worlds, args, all); err != nil {
 				return err
 			}
 			var errs []error
@@ -153,19 +153,19 @@ func demoDownCmd() *cobra.Command {
 	return cmd
 }
 
-// toEnd chooses among the demos that run.
-func toEnd(worlds []lab.World, wanted []string, all bool) (chosen []lab.World, err error) {
+// selectWorlds chooses among the demos that run.
+func selectWorlds(worlds []lab.World, wanted []string, all bool) (chosen []lab.World, err error) {
 	switch {
 	case all && len(wanted) > 0:
 		return nil, errors.New("want names or --all, not both")
 	case all:
 		return worlds, nil
 	case len(wanted) == 0:
-		w, err := one(worlds, "", "name those to end, or say --all")
+		w, err := selectWorld(worlds, "", "name those to end, or say --all")
 		return []lab.World{w}, err
 	}
 	for _, name := range slices.Compact(slices.Sorted(slices.Values(wanted))) {
-		w, err := one(worlds, name, "")
+		w, err := selectWorld(worlds, name, "")
 		if err != nil {
 			return nil, err
 		}
@@ -215,11 +215,11 @@ func find(name string) (lab.World, error) {
 	if err != nil {
 		return lab.World{}, err
 	}
-	return one(worlds, name, "say which by --name")
+	return selectWorld(worlds, name, "say which by --name")
 }
 
-// one is the world of a name, or the only one; help is what to do where there are several.
-func one(worlds []lab.World, name, help string) (lab.World, error) {
+// selectWorld returns the world of a name, or the only one; help is what to do where there are several.
+func selectWorld(worlds []lab.World, name, help string) (lab.World, error) {
 	list := strings.Join(worldNames(worlds), ", ")
 	switch i := slices.Index(worldNames(worlds), name); {
 	case len(worlds) == 0:

@@ -32,7 +32,7 @@ type demo struct {
 	pods []*lab.Pod
 }
 
-// podNames are those of the pods, two for each node.
+// podNames names the pods, two for each node.
 var podNames = []string{"web", "shop", "cart", "stock"}
 
 func (d *demo) setUp(ctx context.Context) (err error) {
@@ -160,7 +160,7 @@ func (d *demo) throughput(ctx context.Context) error {
 		{name: "node to node over tailscale", from: a, to: b, addr: tailnet[0]},
 		{name: "node to node, bare underlay", from: a, to: b, addr: b.Underlay[0]},
 	}
-	// In turns, and the best of each: other work on the machine slows now the one, now the other.
+	// The paths take turns and the best of each counts: other work on the machine slows now the one, now the other.
 	for range rounds {
 		for i := range paths {
 			p := &paths[i]

@@ -171,7 +171,7 @@ func TestDemosOfOthers(t *testing.T) {
 	wantOutput(t, true, []string{"no demo of yours"}, "demo", "list")
 }
 
-func TestToEnd(t *testing.T) {
+func TestSelectWorlds(t *testing.T) {
 	worlds := []lab.World{{Name: "a"}, {Name: "b"}}
 	for _, tt := range []struct {
 		worlds []lab.World
@@ -183,7 +183,7 @@ func TestToEnd(t *testing.T) {
 		{worlds, []string{"b"}, false, []string{"b"}}, {worlds, []string{"b", "a", "b"}, false, []string{"a", "b"}},
 		{worlds, []string{"c"}, false, nil}, {worlds, []string{"a"}, true, nil}, {worlds[:1], []string{"b"}, false, nil},
 	} {
-		got, err := toEnd(tt.worlds, tt.wanted, tt.all)
+		got, err := selectWorlds(tt.worlds, tt.wanted, tt.all)
 		if (err == nil) != (tt.want != nil) || err == nil && !slices.Equal(worldNames(got), tt.want) {
 			t.Errorf("%v of %v, all %v: got %v, %v; want %v", tt.wanted, worldNames(tt.worlds), tt.all, worldNames(got), err, tt.want)
 		}

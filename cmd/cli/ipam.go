@@ -21,7 +21,7 @@ import (
 // gcGrace is how old a lease without a link must be for gc: an ADD has the lease before the link.
 const gcGrace = time.Minute
 
-// ipamFlags are those of all ipam commands.
+// ipamFlags are the flags that all ipam commands have.
 type ipamFlags struct {
 	dataDir, output string
 }
@@ -59,7 +59,7 @@ func (f *ipamFlags) each(fn func(network string, p *ipam.Pool) error) error {
 	}
 	networks, err := ipam.Networks(f.dataDir)
 	if err != nil {
-		return advised(err)
+		return withAdvice(err)
 	}
 	var errs []error
 	for _, n := range networks {
@@ -68,14 +68,14 @@ func (f *ipamFlags) each(fn func(network string, p *ipam.Pool) error) error {
 			err = fn(n, p)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("network %s: %w", n, advised(err)))
+			errs = append(errs, fmt.Errorf("network %s: %w", n, withAdvice(err)))
 		}
 	}
 	return errors.Join(errs...)
 }
 
 // advised says what to do about an error.
-func advised(err error) error {
+func withAdvice(err error) error {
 	for _, known := range []struct {
 		is     error
 		advice string

@@ -12,7 +12,7 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 )
 
-// probeCmd is what runs in the pods of a lab and of `helm test`.
+// probeCmd runs in the pods of a lab and of `helm test`.
 func probeCmd() *cobra.Command {
 	cmd := &cobra.Command{Use: "probe", Short: "What runs in the pods of a lab and of helm test", Hidden: true}
 	var name, node string

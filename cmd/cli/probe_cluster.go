@@ -22,7 +22,7 @@ import (
 )
 
 const (
-	// answerPort is what the pods of `helm test` listen on: beyond 1024, so they need no rights.
+	// answerPort is the port on which the pods of `helm test` listen: beyond 1024, so they need no rights.
 	answerPort = "8080"
 	// serviceAccount is where kubelet puts a pod's token and the API server's certificate.
 	serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -47,7 +47,7 @@ func answerCmd() *cobra.Command {
 	}
 }
 
-// answer is what one pod says to another.
+// answer is a pod's answer to another.
 type answer struct {
 	Node string     `json:"node"`
 	You  netip.Addr `json:"you"`

@@ -112,7 +112,7 @@ func ParseConfig(network string, ipamJSON []byte) (Config, error) {
 // parser turns text into addresses and gathers the faults.
 type parser struct {
 	faults  []error
-	unknown int // of them, those that are unknown keys
+	unknown int // the number of faults that are unknown keys
 }
 
 func (p *parser) fault(field, format string, args ...any) {
@@ -325,8 +325,8 @@ func WithRanges(ipamJSON, ipRanges json.RawMessage) (json.RawMessage, error) {
 		return ipamJSON, nil
 	}
 	keys := jsonobj.Object{}
-	var asked, own []json.RawMessage
-	if err := json.Unmarshal(ipRanges, &asked); err != nil {
+	var requested, own []json.RawMessage
+	if err := json.Unmarshal(ipRanges, &requested); err != nil {
 		return nil, fmt.Errorf("%w: runtimeConfig.ipRanges: want a list of range sets", ErrConfig)
 	}
 	if len(ipamJSON) > 0 {
@@ -339,7 +339,7 @@ func WithRanges(ipamJSON, ipRanges json.RawMessage) (json.RawMessage, error) {
 			return nil, fmt.Errorf("%w: ipam.ranges: want a list of range sets", ErrConfig)
 		}
 	}
-	all, err := json.Marshal(append(asked, own...))
+	all, err := json.Marshal(append(requested, own...))
 	if err != nil {
 		return nil, err
 	}

@@ -70,7 +70,7 @@ func (s span) contains(a netip.Addr) bool { return s.lo.Compare(a) <= 0 && a.Com
 // size is at most 2^127: a span of all of IPv6 is not possible, its network address is reserved.
 func (s span) size() number { return numberOf(s.hi).sub(numberOf(s.lo)).add(number{lo: 1}) }
 
-// piece is what a span has of one window of the index: offsets lo to hi, inclusive.
+// piece is the part of a span that lies in one window of the index: offsets lo to hi, inclusive.
 type piece struct {
 	window netip.Addr
 	lo, hi uint32
@@ -93,7 +93,7 @@ func (s span) pieces(yield func(piece) bool) {
 	}
 }
 
-// spans is what of the range may be given, in ascending order.
+// spans returns the parts of the range that may be given, in ascending order.
 func (r *Range) spans() []span {
 	var out []span
 	from, more := r.Start, true
@@ -123,7 +123,7 @@ func minAddr(a, b netip.Addr) netip.Addr {
 	return a
 }
 
-// reserved is what of the range must not be given, sorted by address. The IPv4 broadcast address is nobody's; nor is the
+// reserved returns the parts of the range that must not be given, sorted by address. The IPv4 broadcast address is nobody's; nor is the
 // network address, which for IPv6 means any router (RFC 4291, section 2.6.1).
 func (r *Range) reserved() []netip.Prefix {
 	one := func(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
@@ -141,7 +141,7 @@ func (r *Range) reserved() []netip.Prefix {
 	return out
 }
 
-// space is all that one range set may give, in the order of the configuration.
+// space holds the addresses that one range set may give, in the order of the configuration.
 type space []span
 
 func newSpace(set []Range) space {
@@ -160,7 +160,7 @@ func (s space) size() number {
 	return n
 }
 
-// without is the space less one address.
+// without returns the space less one address.
 func (s space) without(a netip.Addr) space {
 	out := make(space, 0, len(s)+1)
 	for _, sp := range s {

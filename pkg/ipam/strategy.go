@@ -6,7 +6,7 @@ import (
 	"github.com/headcni/headcni/pkg/ipam/store"
 )
 
-// taken is what the strategies ask. The store answers from its index, tests from memory.
+// taken tells the strategies which addresses are taken. The store answers from its index, tests from memory.
 type taken interface {
 	Bitmap(window netip.Addr) (*store.Bitmap, error)
 	Linked(netip.Addr) (bool, error)
@@ -29,7 +29,7 @@ func pick(s Strategy, from space, last netip.Addr, t taken, d draw) (choice, err
 	case s == Random && from.small():
 		return anyFree(from, t, d)
 	case s == Random:
-		return drawn(from, t, d)
+		return randomFree(from, t, d)
 	}
 	return next(from, last, t)
 }
@@ -142,9 +142,9 @@ func (s space) pieces(yield func(piece) bool) {
 // maxDraws bounds the search in a space of more than 2^24 addresses. Only one that is nearly full gets there.
 const maxDraws = 64
 
-// drawn draws until an address is free, which makes it uniform over the free ones without an index. A space that is
+// randomFree draws until an address is free, which makes it uniform over the free ones without an index. A space that is
 // nearly full is searched from the last draw on.
-func drawn(from space, t taken, d draw) (choice, error) {
+func randomFree(from space, t taken, d draw) (choice, error) {
 	size := from.size()
 	var c choice
 	for range maxDraws {

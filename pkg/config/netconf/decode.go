@@ -25,7 +25,7 @@ var injected = []string{"deviceID", "pciBusID"}
 type decoder struct {
 	c       *Config
 	faults  []error
-	unknown int // how many of the faults are unknown keys
+	unknown int // the number of faults that are unknown keys
 }
 
 func (d *decoder) fault(key, format string, args ...any) {
@@ -80,7 +80,7 @@ func (d *decoder) strict(prefix string, o jsonobj.Object, known readers) {
 }
 
 // lenient is object where programs write too: a meta-plugin may put keys of its own there, as multus does. Only what is like one
-// of our keys is a fault, since somebody has mistyped that; of the rest the keys are noted.
+// of our keys is a fault, since somebody has mistyped that; Ignored gets the other unknown keys.
 func (d *decoder) lenient(o jsonobj.Object, known readers) {
 	d.object("", o, known, func(key string, v json.RawMessage) {
 		if strings.HasPrefix(key, reserved) || slices.Contains(injected, key) {
@@ -96,30 +96,30 @@ func (d *decoder) lenient(o jsonobj.Object, known readers) {
 
 func (d *decoder) unknownKey(key string, v json.RawMessage, help string) {
 	d.unknown++
-	d.fault(key, "unknown key (value %s), %s", shown(key, v), help)
+	d.fault(key, "unknown key (value %s), %s", redacted(key, v), help)
 }
 
-const shownMax = 60 // bytes
+const valueMax = 60 // bytes
 
-// secretive are parts of the names of what others must not see.
-var secretive = []string{"key", "secret", "token", "pass", "auth", "cred"}
+// secretWords are parts of the names of keys whose values others must not see.
+var secretWords = []string{"key", "secret", "token", "pass", "auth", "cred"}
 
-// shown is the value of an unknown key, which the error must contain (specification section 5, code 2). One that may be a
+// redacted is the value of an unknown key, which the error must contain (specification section 5, code 2). One that may be a
 // secret under a misspelled key is left out.
-func shown(key string, v json.RawMessage) string {
+func redacted(key string, v json.RawMessage) string {
 	text := strings.ToLower(key + string(v))
-	if slices.ContainsFunc(secretive, func(s string) bool { return strings.Contains(text, s) }) {
+	if slices.ContainsFunc(secretWords, func(s string) bool { return strings.Contains(text, s) }) {
 		return secret.New(text).String()
 	}
 	text = strings.ToValidUTF8(strings.Join(strings.Fields(string(v)), " "), "?")
-	if len(text) > shownMax {
-		return strings.ToValidUTF8(text[:shownMax], "") + "..."
+	if len(text) > valueMax {
+		return strings.ToValidUTF8(text[:valueMax], "") + "..."
 	}
 	return text
 }
 
-// to decodes v into p. The fault says what was wanted and never repeats the input.
-func (d *decoder) to(key string, v json.RawMessage, p any, want string) bool {
+// decode reads v into p. The fault says what was wanted and never repeats the input.
+func (d *decoder) decode(key string, v json.RawMessage, p any, want string) bool {
 	if err := json.Unmarshal(v, p); err != nil {
 		var typ *json.UnmarshalTypeError
 		if errors.As(err, &typ) {
@@ -132,16 +132,16 @@ func (d *decoder) to(key string, v json.RawMessage, p any, want string) bool {
 	return true
 }
 
-// into reads a value into p.
-func (d *decoder) into(p any, want string) reader {
-	return func(key string, v json.RawMessage) { d.to(key, v, p, want) }
+// decodeInto returns a reader that decodes into p.
+func (d *decoder) decodeInto(p any, want string) reader {
+	return func(key string, v json.RawMessage) { d.decode(key, v, p, want) }
 }
 
 // checked is for a value of another reader: people see its faults, the plugin needs none of it.
-func checked[T any](d *decoder, want string) reader { return d.into(new(T), want) }
+func checked[T any](d *decoder, want string) reader { return d.decodeInto(new(T), want) }
 
-// ofRuntime is for what runtimes write for themselves.
-func ofRuntime(string, json.RawMessage) {}
+// ignore is for what runtimes write for themselves.
+func ignore(string, json.RawMessage) {}
 
 // validAttachments is the list that GC gets. Unlike any other key it means the same where it is null as where it is empty: a
 // runtime that knows of no attachment may have a nil list.
@@ -153,24 +153,24 @@ func (d *decoder) top(o jsonobj.Object) {
 		c.ValidAttachments = []Attachment{}
 	}
 	d.lenient(o, readers{
-		"cniVersion": d.into(&c.CNIVersion, "a string"), "name": d.into(&c.Name, "a string"), "type": checked[string](d, "a string"),
-		"cniVersions": ofRuntime, "capabilities": ofRuntime, "disableCheck": ofRuntime, "disableGC": ofRuntime, "loadOnlyInlinedPlugins": ofRuntime,
+		"cniVersion": d.decodeInto(&c.CNIVersion, "a string"), "name": d.decodeInto(&c.Name, "a string"), "type": checked[string](d, "a string"),
+		"cniVersions": ignore, "capabilities": ignore, "disableCheck": ignore, "disableGC": ignore, "loadOnlyInlinedPlugins": ignore,
 		"args": d.args, "runtimeConfig": d.runtime, validAttachments: d.attachments,
 		"prevResult": func(_ string, v json.RawMessage) { c.PrevResult = v },
-		"dns":        d.into(&c.DNS, "{nameservers, domain, search, options}"),
+		"dns":        d.decodeInto(&c.DNS, "{nameservers, domain, search, options}"),
 		"ipam":       d.ipam, "magic_dns": d.magicDNS, "gate": d.gate,
-		"portmap":   d.into(&c.PortMap, "an object of the plugin portmap's own keys"),
+		"portmap":   d.decodeInto(&c.PortMap, "an object of the plugin portmap's own keys"),
 		"log_level": d.logLevel, "log_file": d.absolute(&c.LogFile), "daemon_socket": d.absolute(&c.DaemonSocket),
 		"headscale_url": d.url, "tailscale_socket": d.absolute(new(string)), "auth_key": d.authKey,
-		"pod_cidr": d.cidr(&c.PodCIDR), "service_cidr": d.cidr(&c.ServiceCIDR), "mtu": d.into(&c.MTU, "a whole number of bytes"),
-		"enable_ipv6":           d.into(&c.EnableIPv6, "true or false"),
+		"pod_cidr": d.cidr(&c.PodCIDR), "service_cidr": d.cidr(&c.ServiceCIDR), "mtu": d.decodeInto(&c.MTU, "a whole number of bytes"),
+		"enable_ipv6":           d.decodeInto(&c.EnableIPv6, "true or false"),
 		"enable_network_policy": checked[bool](d, "true or false"), // the daemon's
 		"ipMasq":                d.ipMasq,
 	})
 }
 
 func (d *decoder) attachments(key string, v json.RawMessage) {
-	d.to(key, v, &d.c.ValidAttachments, "a list of {containerID, ifname}")
+	d.decode(key, v, &d.c.ValidAttachments, "a list of {containerID, ifname}")
 	for i, a := range d.c.ValidAttachments {
 		if a.ContainerID == "" || a.IfName == "" { // GC would end an attachment that lives
 			d.fault(key, "[%d]: want containerID and ifname", i)
@@ -180,7 +180,7 @@ func (d *decoder) attachments(key string, v json.RawMessage) {
 
 func (d *decoder) logLevel(key string, v json.RawMessage) {
 	var s string
-	if d.to(key, v, &s, "a string") && s != "" && d.c.LogLevel.UnmarshalText([]byte(s)) != nil {
+	if d.decode(key, v, &s, "a string") && s != "" && d.c.LogLevel.UnmarshalText([]byte(s)) != nil {
 		d.fault(key, "%q: want debug, info, warn or error", s)
 	}
 }
@@ -188,7 +188,7 @@ func (d *decoder) logLevel(key string, v json.RawMessage) {
 // url is of Headscale. The daemon needs it; a wrong one is told here because a person put it into this file.
 func (d *decoder) url(key string, v json.RawMessage) {
 	var s string
-	if d.to(key, v, &s, "a URL") && s != "" && !strings.HasPrefix(s, "https://") && !strings.HasPrefix(s, "http://") {
+	if d.decode(key, v, &s, "a URL") && s != "" && !strings.HasPrefix(s, "https://") && !strings.HasPrefix(s, "http://") {
 		d.fault(key, "want a URL that begins with https:// or http://")
 	}
 }
@@ -205,7 +205,7 @@ func (d *decoder) authKey(key string, v json.RawMessage) {
 
 func (d *decoder) ipMasq(key string, v json.RawMessage) {
 	var b bool
-	if d.to(key, v, &b, "false") && b {
+	if d.decode(key, v, &b, "false") && b {
 		d.fault(key, "true: headcni-daemon masquerades (network.masquerade in daemon.yaml); leave the key out")
 	}
 }
@@ -236,7 +236,7 @@ func (d *decoder) runtime(key string, v json.RawMessage) {
 		IPRanges []json.RawMessage `json:"ipRanges"`
 		Ports    []json.RawMessage `json:"portMappings"`
 	}
-	if !d.to(key, v, &r, "an object as CNI's conventions describe it") {
+	if !d.decode(key, v, &r, "an object as CNI's conventions describe it") {
 		return
 	}
 	if len(r.IPs) > 0 {
@@ -302,7 +302,7 @@ func ParseMAC(s string) (net.HardwareAddr, error) {
 
 func (d *decoder) nested(key string, v json.RawMessage, known readers) {
 	var o jsonobj.Object
-	if d.to(key, v, &o, "an object") {
+	if d.decode(key, v, &o, "an object") {
 		d.strict(key+".", o, known)
 	}
 }
@@ -310,8 +310,8 @@ func (d *decoder) nested(key string, v json.RawMessage, known readers) {
 func (d *decoder) magicDNS(key string, v json.RawMessage) {
 	m := &d.c.MagicDNS
 	d.nested(key, v, readers{
-		"enable": d.into(&m.Enable, "true or false"), "base_domain": d.into(&m.BaseDomain, "a string"),
-		"nameservers": d.into(&m.Nameservers, "a list of IP addresses"), "search_domains": d.into(&m.SearchDomains, "a list of strings"),
+		"enable": d.decodeInto(&m.Enable, "true or false"), "base_domain": d.decodeInto(&m.BaseDomain, "a string"),
+		"nameservers": d.decodeInto(&m.Nameservers, "a list of IP addresses"), "search_domains": d.decodeInto(&m.SearchDomains, "a list of strings"),
 	})
 }
 
@@ -319,7 +319,7 @@ func (d *decoder) gate(key string, v json.RawMessage) {
 	d.c.Gate = &Gate{}
 	d.nested(key, v, readers{"podCIDRs": func(key string, v json.RawMessage) {
 		var list []string
-		d.to(key, v, &list, "a list of CIDRs")
+		d.decode(key, v, &list, "a list of CIDRs")
 		for _, s := range list {
 			if p, err := parseCIDR(s); err != nil {
 				d.fault(key, "%v", err)
@@ -334,7 +334,7 @@ func (d *decoder) absolute(to *string) reader {
 	return func(key string, v json.RawMessage) {
 		var s string
 		switch {
-		case !d.to(key, v, &s, "an absolute path") || s == "":
+		case !d.decode(key, v, &s, "an absolute path") || s == "":
 		case !strings.HasPrefix(s, "/"):
 			d.fault(key, "%q: want an absolute path", s)
 		default:
@@ -346,7 +346,7 @@ func (d *decoder) absolute(to *string) reader {
 func (d *decoder) cidr(to *netip.Prefix) reader {
 	return func(key string, v json.RawMessage) {
 		var s string
-		if !d.to(key, v, &s, "a CIDR") || s == "" {
+		if !d.decode(key, v, &s, "a CIDR") || s == "" {
 			return
 		}
 		p, err := parseCIDR(s)

@@ -16,13 +16,13 @@ var hostLocalKeys = []string{
 
 func (d *decoder) ipam(key string, v json.RawMessage) {
 	var o jsonobj.Object
-	if !d.to(key, v, &o, "an object") {
+	if !d.decode(key, v, &o, "an object") {
 		return
 	}
 	i := &d.c.IPAM
 	i.Raw = v
 	if t := o["type"]; t != nil {
-		d.to("ipam.type", t, &i.Type, "a string")
+		d.decode("ipam.type", t, &i.Type, "a string")
 	}
 	if strings.ContainsAny(i.Type, "/\\") {
 		d.fault("ipam.type", "%q: want the name of a program in CNI_PATH, without a folder", i.Type)
@@ -54,12 +54,12 @@ func (d *decoder) hostLocal(o jsonobj.Object) {
 // rest.
 func (d *decoder) ranges(o jsonobj.Object) {
 	var sets [][]jsonobj.Object
-	if v := o["ranges"]; v != nil && !d.to("ipam.ranges", v, &sets, "a list of lists of ranges") {
+	if v := o["ranges"]; v != nil && !d.decode("ipam.ranges", v, &sets, "a list of lists of ranges") {
 		return
 	}
 	for _, r := range slices.Concat([]jsonobj.Object{o}, slices.Concat(sets...)) {
 		var subnet, gateway string
-		if v := r["subnet"]; v != nil && d.to("ipam subnet", v, &subnet, "a CIDR") && subnet != "" {
+		if v := r["subnet"]; v != nil && d.decode("ipam subnet", v, &subnet, "a CIDR") && subnet != "" {
 			// Bits behind the prefix are allowed here: host-local takes them, so existing files have them.
 			p, err := netip.ParsePrefix(subnet)
 			if err != nil {
@@ -68,7 +68,7 @@ func (d *decoder) ranges(o jsonobj.Object) {
 				d.c.IPAM.Subnets = append(d.c.IPAM.Subnets, p.Masked())
 			}
 		}
-		if v := r["gateway"]; v != nil && d.to("ipam gateway", v, &gateway, "an IP address") && gateway != "" {
+		if v := r["gateway"]; v != nil && d.decode("ipam gateway", v, &gateway, "an IP address") && gateway != "" {
 			a, err := netip.ParseAddr(gateway)
 			if err != nil {
 				d.fault("ipam gateway", "%q: want an IP address", gateway)

@@ -12,9 +12,9 @@ import (
 // to the tailnet.
 var tailnet = []netip.Prefix{netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("fd7a:115c:a1e0::/48")}
 
-// notRouted are ranges of which no address can be a pod's: this network, loopback, link-local, where pods have their gateways, and
+// unusable are the ranges whose addresses no pod can have: this network, loopback, link-local, where pods have their gateways, and
 // multicast (RFC 6890, RFC 4291).
-var notRouted = []netip.Prefix{
+var unusable = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"),
 	netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("255.255.255.255/32"),
 	netip.MustParsePrefix("::/127"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
@@ -27,8 +27,8 @@ const (
 	maxMTU  = 65535 // veth's
 )
 
-// named is a CIDR and the key it stands under.
-type named struct {
+// keyedCIDR is a CIDR and the key it stands under.
+type keyedCIDR struct {
 	key  string
 	cidr netip.Prefix
 }
@@ -46,7 +46,7 @@ func (d *decoder) validate() {
 				d.fault(p.key, "%s: overlaps %s, the tailnet's own addresses; choose a range outside it", p.cidr, t)
 			}
 		}
-		for _, n := range notRouted {
+		for _, n := range unusable {
 			if p.cidr.Overlaps(n) {
 				d.fault(p.key, "%s: overlaps %s, whose addresses no pod can have; choose a range outside it", p.cidr, n)
 			}
@@ -85,14 +85,14 @@ func (d *decoder) defaultRange() {
 	c.IPAM.Raw, c.IPAM.Subnets = raw, []netip.Prefix{c.PodCIDR}
 }
 
-func (d *decoder) podRanges() []named {
-	var list []named
+func (d *decoder) podRanges() []keyedCIDR {
+	var list []keyedCIDR
 	if d.c.PodCIDR.IsValid() {
-		list = append(list, named{"pod_cidr", d.c.PodCIDR})
+		list = append(list, keyedCIDR{"pod_cidr", d.c.PodCIDR})
 	}
 	for _, s := range d.c.IPAM.Subnets {
 		if s != d.c.PodCIDR {
-			list = append(list, named{"ipam subnet", s})
+			list = append(list, keyedCIDR{"ipam subnet", s})
 		}
 	}
 	return list
