@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"strconv"
-	"strings"
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/netconf"
@@ -72,10 +71,6 @@ func checkPlugins(list []byte) error {
 			return err
 		}
 		c, err := netconf.Parse(conf)
-		if err == nil && len(c.Ignored) > 0 {
-			// The plugin lets them pass, since a meta-plugin may have put them in. This file people write.
-			err = fmt.Errorf("%s: unknown, and ignored by the plugin; take it out", strings.Join(c.Ignored, ", "))
-		}
 		if err == nil && c.IPAM.Type == netconf.IPAMType {
 			if c.IPAM.Raw == nil {
 				c.IPAM.Raw = json.RawMessage("{}")

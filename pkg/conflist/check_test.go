@@ -20,7 +20,6 @@ func TestCheck(t *testing.T) {
 		`{"type":"headcni","ipam":{"type":"host-local","subnet":"10.1.0.0/24"}}`: "",
 		`{"type":"portmap","mut":1}`:                                             "",
 		`{"type":"headcni","mut":1,"ipam":{"subnet":"10.1.0.0/24"}}`:             "mut: unknown key",
-		`{"type":"headcni","vlan":7,"ipam":{"subnet":"10.1.0.0/24"}}`:            "vlan: unknown",
 		`{"type":"headcni"}`: "no ranges",
 		`{"type":"headcni","ipam":{"subnet":"10.1.0.0/24","strategy":"best"}}`:       "ipam.strategy",
 		`{"type":"headcni","auth_key":["s3cret"],"ipam":{"subnet":"10.1.0.0/24"}}`:   "auth_key: a secret must be a string",

@@ -92,9 +92,6 @@ func (p *Plugin) begin(command string, a cnimain.Call) (*Request, error) {
 	for _, w := range r.Config.Warnings {
 		r.Log.Warn(w)
 	}
-	if ignored := r.Config.Ignored; len(ignored) > 0 {
-		r.Log.Info("ignored keys of the configuration that are not headcni's", "keys", ignored)
-	}
 	r.record = cmdlog.Record{
 		Command: command, ContainerID: a.ContainerID, IfName: a.IfName,
 		PodNamespace: r.Args.PodNamespace, PodName: r.Args.PodName,

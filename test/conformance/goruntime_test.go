@@ -137,5 +137,6 @@ func TestInjected(t *testing.T) {
 	} {
 		n.fails(attach("ADD", "c1", pod, beside(n.conf(""), member)), 2, "unknown key", "did you mean "+like+"?")
 	}
+	n.fails(attach("ADD", "c1", pod, beside(n.conf(""), `"vlan":7`)), 2, "vlan: unknown key (value 7)")
 	n.empty()
 }

@@ -34,8 +34,8 @@ var rules = []rule{
 	{"1 Configuration", "ipMasq: the daemon masquerades, so true is refused with those words", plugin, []string{"pkg/config/netconf.TestFaults"}},
 	{"1 Configuration", "dns is respected", plugin, []string{"TestDNS", "pkg/plugin.TestMergeDNS"}},
 	{"1 Configuration", "ipam belongs to the IPAM plugin and reaches it whole", plugin, []string{"TestDelegation"}},
-	{"1 Configuration", "an unknown key that is like one of ours is an error (which the specification allows), named with its value and the key that was meant", plugin, []string{"TestErrorResults", "TestInjected", "pkg/config/netconf.TestFaults"}},
-	{"1 Configuration", "other unknown keys are those of meta-plugins, such as multus's deviceID and pciBusID, and no error", plugin, []string{"TestInjected", "pkg/config/netconf.TestWhatOthersInject"}},
+	{"1 Configuration", "an unknown key is an error (which the specification allows), named with its value and the key that was meant, if it is like one", plugin, []string{"TestErrorResults", "TestInjected", "pkg/config/netconf.TestFaults"}},
+	{"1 Configuration", "what meta-plugins put in is no error: multus's deviceID and pciBusID, and keys with a domain in their name", plugin, []string{"TestInjected", "pkg/config/netconf.TestWhatOthersInject"}},
 	{"1 Configuration", "unknown keys of ipam are an error; the others are the calling plugin's", ipams, []string{"pkg/ipam.TestParseConfigFaults"}},
 
 	{"2 Parameters", "CNI_COMMAND: none, or an unknown one, is error 4; where there is none, standard error says who we are", both, []string{"TestErrorResults", "internal/cnimain.TestErrors", "internal/cnimain.TestByHand", "internal/cnimain.TestInputThatDoesNotEnd"}},

@@ -15,11 +15,12 @@ import (
 	"github.com/headcni/headcni/pkg/config/secret"
 )
 
-// reserved begins the keys of the protocol (specification section 1): what a later version adds must not fail here.
+// reserved begins the keys of the protocol (specification section 1).
 const reserved = "cni.dev/"
 
-// injected are keys that meta-plugins put into the configuration of every plugin that they run: a device of the pod, by multus.
-var injected = []string{"deviceID", "pciBusID"}
+// injected are keys that meta-plugins put into the configuration of every plugin that they run: a device of the pod, by multus, and
+// arguments. Others have a domain in their name, as the protocol's own have: what a later version adds must not fail here.
+var injected = []string{"deviceID", "pciBusID", "cniArgs", "ipamConfig"}
 
 // decoder gathers all faults instead of stopping at the first.
 type decoder struct {
@@ -67,31 +68,20 @@ func (d *decoder) object(prefix string, o jsonobj.Object, known readers, unknown
 	}
 }
 
-// strict is object where only people write: every unknown key is a fault.
+// strict is object where every unknown key is a fault, with the key that was meant, or all that are known.
 func (d *decoder) strict(prefix string, o jsonobj.Object, known readers) {
 	d.object(prefix, o, known, func(key string, v json.RawMessage) {
-		like := nearest.Key(strings.TrimPrefix(key, prefix), slices.Collect(maps.Keys(known)))
 		help := "known keys are " + strings.Join(slices.Sorted(maps.Keys(known)), ", ")
-		if like != "" {
+		if like := nearest.Key(strings.TrimPrefix(key, prefix), slices.Collect(maps.Keys(known))); like != "" {
 			help = "did you mean " + like + "?"
 		}
 		d.unknownKey(key, v, help)
 	})
 }
 
-// lenient is object where programs write too: a meta-plugin may put keys of its own there, as multus does. Only what is like one
-// of our keys is a fault, since somebody has mistyped that; Ignored gets the other unknown keys.
-func (d *decoder) lenient(o jsonobj.Object, known readers) {
-	d.object("", o, known, func(key string, v json.RawMessage) {
-		if strings.HasPrefix(key, reserved) || slices.Contains(injected, key) {
-			return
-		}
-		if like := nearest.Key(key, slices.Collect(maps.Keys(known))); like != "" {
-			d.unknownKey(key, v, "did you mean "+like+"?")
-		} else {
-			d.c.Ignored = append(d.c.Ignored, key)
-		}
-	})
+// ofOthers tells the keys that programs put beside what people wrote.
+func ofOthers(key string) bool {
+	return slices.Contains(injected, key) || strings.ContainsAny(key, "./")
 }
 
 func (d *decoder) unknownKey(key string, v json.RawMessage, help string) {
@@ -152,7 +142,9 @@ func (d *decoder) top(o jsonobj.Object) {
 	if _, c.HasValidAttachments = o[validAttachments]; c.HasValidAttachments {
 		c.ValidAttachments = []Attachment{}
 	}
-	d.lenient(o, readers{
+	o = maps.Clone(o)
+	maps.DeleteFunc(o, func(key string, _ json.RawMessage) bool { return key != validAttachments && ofOthers(key) })
+	d.strict("", o, readers{
 		"cniVersion": d.decodeInto(&c.CNIVersion, "a string"), "name": d.decodeInto(&c.Name, "a string"), "type": checked[string](d, "a string"),
 		"cniVersions": ignore, "capabilities": ignore, "disableCheck": ignore, "disableGC": ignore, "loadOnlyInlinedPlugins": ignore,
 		"args": d.args, "runtimeConfig": d.runtime, validAttachments: d.attachments,

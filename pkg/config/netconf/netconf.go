@@ -67,8 +67,6 @@ type Config struct {
 	AuthKey secret.Secret
 	// Warnings are for the log. They hold no secret.
 	Warnings []string
-	// Ignored are keys that are like none of ours: in what a runtime gives, a meta-plugin's own; in a file, perhaps a mistake.
-	Ignored []string
 }
 
 // IPAM is the part for the IPAM plugin.

@@ -84,6 +84,7 @@ func TestFaults(t *testing.T) {
 		{`{"gate":{"podCidrs":[]}}`, "gate.podCidrs: unknown key"},
 		{`{"ipam":{"type":"host-local","subnet":"10.244.1.0/24","strategy":"random"}}`, "ipam.strategy: host-local has no such setting"},
 		{`{"ipam":{"type":"host-local","subnet":"10.244.1.0/24","rangestart":"10.244.1.9"}}`, "ipam.rangestart: unknown key (value \"10.244.1.9\"), did you mean rangeStart?"},
+		{`{"vlan":7}`, "vlan: unknown key (value 7), known keys are args, auth_key, "},
 		{`{"podCIDR":"10.244.1.0/24"}`, "did you mean pod_cidr?"},
 		{`{"log-level":"info"}`, "did you mean log_level?"},
 		{`{"ipam":{"type":"../host-local"}}`, "ipam.type: \"../host-local\": want the name of a program"},
@@ -188,18 +189,16 @@ func TestNullIsNotGiven(t *testing.T) {
 	}
 }
 
-// TestWhatOthersInject: a meta-plugin's keys are no reason to refuse a pod. What nobody is known to inject is noted, and what is like
-// one of our keys is a mistake (TestFaults).
+// TestWhatOthersInject: a meta-plugin's keys are no reason to refuse a pod. Any other unknown key is (TestFaults).
 func TestWhatOthersInject(t *testing.T) {
-	for keys, want := range map[string][]string{
-		`{"deviceID":"0000:03:00.0","pciBusID":"0000:03:00.0"}`:                                                             nil, // multus
-		`{"args":{"cni":{"pod":"x"},"io.kubernetes":[1]},"runtimeConfig":{"deviceID":"x","CNIDeviceInfoFile":"/x","a":{}}}`: nil,
-		`{"cni.dev/attachments":[{"containerID":"a","ifname":"b"}],"cni.dev/later":{"a":1}}`:                                nil,
-		`{"cniArgs":{"a":"b"},"ipamConfig":{"x":1},"k8s.v1.cni.cncf.io/x":1,"vlan":7}`:                                      {"cniArgs", "ipamConfig", "k8s.v1.cni.cncf.io/x", "vlan"},
+	for _, keys := range []string{
+		`{"deviceID":"0000:03:00.0","pciBusID":"0000:03:00.0"}`, // multus
+		`{"args":{"cni":{"pod":"x"},"io.kubernetes":[1]},"runtimeConfig":{"deviceID":"x","CNIDeviceInfoFile":"/x","a":{}}}`,
+		`{"cni.dev/attachments":[{"containerID":"a","ifname":"b"}],"cni.dev/later":{"a":1}}`,
+		`{"cniArgs":{"a":"b"},"ipamConfig":{"x":1},"k8s.v1.cni.cncf.io/x":1,"org.example.y":2}`,
 	} {
-		c, err := netconf.Parse(with(t, keys))
-		if diff := cmp.Diff(want, c.Ignored); err != nil || diff != "" {
-			t.Errorf("%s: %v %s", keys, err, diff)
+		if _, err := netconf.Parse(with(t, keys)); err != nil {
+			t.Errorf("%s: %v", keys, err)
 		}
 	}
 }
