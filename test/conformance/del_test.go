@@ -38,8 +38,8 @@ func TestDelIsLenient(t *testing.T) {
 		"store removed by hand":   func(n *node, _ *nstest.NS, _ *call) { remove(t, filepath.Join(n.dataDir, "net")) },
 		"an older cniVersion":     func(n *node, _ *nstest.NS, c *call) { c.conf = n.with(c.conf, `{"cniVersion":"0.3.1"}`) },
 		"after a reboot": func(n *node, pod *nstest.NS, _ *call) {
+			n.host.Run(t, "ip", "link", "del", n.links()[0]) // first: the kernel removes it soon after its pod's end
 			end(t, pod)
-			n.host.Run(t, "ip", "link", "del", n.links()[0])
 			remove(t, n.dataDir)
 		},
 	} {
