@@ -78,6 +78,19 @@ func newSimNet(t *testing.T, oneWay time.Duration) (*simNet, func()) {
 	}
 }
 
+// pinged is how many pings there were, refused how many handshakes were.
+func (n *simNet) pinged() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.pings
+}
+
+func (n *simNet) refused() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.crossed
+}
+
 func (n *simNet) add(o simOptions) *simNode {
 	i := len(n.nodes)
 	node := &simNode{net: n, cfg: o, up: true, starts: 1, seen: map[*simNode]*simSession{}, peer: Peer{

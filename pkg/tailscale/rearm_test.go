@@ -56,6 +56,7 @@ func (f *fakeTailnet) ping(ctx context.Context, to netip.Addr) error {
 	f.pings = append(f.pings, fmt.Sprintf("p%d", int(a[2])*256+int(a[3])))
 	f.flying++
 	f.highest = max(f.highest, f.flying)
+	took := f.took
 	f.mu.Unlock()
 	defer func() {
 		f.mu.Lock()
@@ -63,7 +64,7 @@ func (f *fakeTailnet) ping(ctx context.Context, to netip.Addr) error {
 		f.mu.Unlock()
 	}()
 	select {
-	case <-time.After(f.took):
+	case <-time.After(took):
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -72,9 +73,18 @@ func (f *fakeTailnet) ping(ctx context.Context, to netip.Addr) error {
 
 // restart is another tailscaled: it knows of no session.
 func (f *fakeTailnet) restart() {
-	for i := range f.peers {
-		f.peers[i].Handshake = time.Time{}
-	}
+	f.set(func() {
+		for i := range f.peers {
+			f.peers[i].Handshake = time.Time{}
+		}
+	})
+}
+
+// set changes it while a rearmer uses it.
+func (f *fakeTailnet) set(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
 }
 
 func (f *fakeTailnet) sent() []string {
@@ -158,7 +168,7 @@ func TestNoPingWhenNotNeeded(t *testing.T) {
 				for _, n := range messages {
 					r.observe(false, n)
 				}
-				f.peers[0].Handshake = time.Now().AddDate(100, 0, 0) // whatever comes is confirmed
+				f.set(func() { f.peers[0].Handshake = time.Now().AddDate(100, 0, 0) }) // whatever comes is confirmed
 				time.Sleep(10 * time.Second)
 				if got := f.sent(); len(got) != 0 {
 					t.Errorf("sent %v", got)
@@ -184,7 +194,7 @@ func TestOnePingPerInterval(t *testing.T) {
 
 func TestHealingIsBounded(t *testing.T) {
 	rearmTest(t, 300, func(t *testing.T, f *fakeTailnet, r *rearmer) {
-		f.took = time.Hour // nobody answers
+		f.set(func() { f.took = time.Hour }) // nobody answers
 		var all, none []string
 		for _, p := range f.peers {
 			all, none = append(all, p.ID, sessionEstablished), append(none, p.ID, sessionNone)
@@ -218,7 +228,7 @@ func TestAnnounce(t *testing.T) {
 		}
 		r.observe(false, state(stateStarting))
 		r.observe(false, sessionsAre(0, "p3", sessionHandshake, "p4", sessionEstablished))
-		f.peers[4].Handshake = time.Now()
+		f.set(func() { f.peers[4].Handshake = time.Now() })
 		r.observe(false, state(stateRunning))
 		time.Sleep(rearmDelay - time.Millisecond)
 		if got := f.sent(); len(got) != 0 {
@@ -240,7 +250,7 @@ func TestAnnounce(t *testing.T) {
 		}
 		// tailscale down and up: it has forgotten its sessions, its peers have not.
 		r.observe(false, sessionsAre(0, "p3", sessionEstablished, "p5", sessionEstablished))
-		f.peers[3].Handshake, f.peers[5].Handshake = time.Now(), time.Now()
+		f.set(func() { f.peers[3].Handshake, f.peers[5].Handshake = time.Now(), time.Now() })
 		r.observe(false, state(4))
 		r.observe(false, sessionsAre(0, "p3", sessionNone, "p4", sessionNone))
 		time.Sleep(10 * time.Second)

@@ -20,9 +20,9 @@ func TestFirstContact(t *testing.T) {
 			join(randomly(time.Second), a, b)
 			took = connected(a, b)
 			stop()
-			crossed = n.crossed
-			if n.pings > 2 && !o.blind {
-				t.Errorf("%d pings", n.pings)
+			crossed = n.refused()
+			if n.pinged() > 2 && !o.blind {
+				t.Errorf("%d pings", n.pinged())
 			}
 		})
 		return took, crossed
@@ -59,8 +59,8 @@ func TestFirstContactOfMany(t *testing.T) {
 					}
 				}
 			}
-			if n.crossed > 0 || n.pings > 50 {
-				t.Errorf("%d handshakes refused, %d pings for 45 pairs", n.crossed, n.pings)
+			if n.refused() > 0 || n.pinged() > 50 {
+				t.Errorf("%d handshakes refused, %d pings for 45 pairs", n.refused(), n.pinged())
 			}
 			stop()
 		})
@@ -82,8 +82,8 @@ func TestSecondGoes(t *testing.T) {
 			t.Errorf("a session after %v", took)
 		}
 		time.Sleep(10 * time.Minute)
-		if n.pings != 4 || !a.usable(b) {
-			t.Errorf("%d pings in 10 minutes, a session: %v", n.pings, a.usable(b))
+		if n.pinged() != 4 || !a.usable(b) {
+			t.Errorf("%d pings in 10 minutes, a session: %v", n.pinged(), a.usable(b))
 		}
 		stop()
 	})
@@ -97,14 +97,14 @@ func TestKeep(t *testing.T) {
 		a, b := n.add(simOptions{routes: true}), n.add(simOptions{routes: true})
 		join(0, a, b)
 		connected(a, b)
-		before := n.pings
+		before := n.pinged()
 		for range 3600 {
 			time.Sleep(time.Second)
 			if !a.usable(b) || !b.usable(a) {
 				t.Fatal("no session")
 			}
 		}
-		if got := n.pings - before; got < 3600/160-1 || got > 3600/150+1 {
+		if got := n.pinged() - before; got < 3600/160-1 || got > 3600/150+1 {
 			t.Errorf("%d pings in an hour", got)
 		}
 		stop()
@@ -126,10 +126,10 @@ func TestKeepOfMany(t *testing.T) {
 		fastest, before := 0, 0
 		for range 30 {
 			time.Sleep(time.Second)
-			fastest, before = max(fastest, n.pings-before), n.pings
+			fastest, before = max(fastest, n.pinged()-before), n.pinged()
 		}
-		if n.pings != peers || fastest > int(time.Second/rearmGap)+1 {
-			t.Errorf("%d pings for %d peers, %d in a second", n.pings, peers, fastest)
+		if n.pinged() != peers || fastest > int(time.Second/rearmGap)+1 {
+			t.Errorf("%d pings for %d peers, %d in a second", n.pinged(), peers, fastest)
 		}
 		traffic := func(d time.Duration) {
 			for range d / time.Minute {
@@ -142,9 +142,9 @@ func TestKeepOfMany(t *testing.T) {
 			}
 		}
 		traffic(keepFor + 10*time.Minute)
-		before = n.pings
+		before = n.pinged()
 		traffic(time.Hour)
-		if got := n.pings - before; got < busy*3600/160-busy || got > busy*3600/150+busy {
+		if got := n.pinged() - before; got < busy*3600/160-busy || got > busy*3600/150+busy {
 			t.Errorf("%d pings in an hour for %d peers with traffic", got, busy)
 		}
 		for _, b := range n.nodes[1 : 1+busy] {
@@ -154,9 +154,9 @@ func TestKeepOfMany(t *testing.T) {
 		}
 		// And at their end they have an hour.
 		time.Sleep(keepFor + 10*time.Minute)
-		before = n.pings
+		before = n.pinged()
 		time.Sleep(time.Hour)
-		if got := n.pings - before; got != 0 {
+		if got := n.pinged() - before; got != 0 {
 			t.Errorf("%d pings in an hour for nobody", got)
 		}
 		stop()
@@ -245,13 +245,13 @@ func TestUnconfirmed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rearmTest(t, 1, func(t *testing.T, f *fakeTailnet, r *rearmer) {
-				f.self.IPs = []netip.Addr{tt.self}
+				f.set(func() { f.self.IPs = []netip.Addr{tt.self} })
 				r.observe(false, notify{PeersChanged: true})
 				time.Sleep(time.Minute)
 				r.observe(false, sessionsAre(0, "p0", sessionExpired))
 				r.observe(false, sessionsAre(0, "p0", sessionEstablished))
 				if tt.confirmed {
-					f.peers[0].Handshake = time.Now().Add(100 * time.Millisecond)
+					f.set(func() { f.peers[0].Handshake = time.Now().Add(100 * time.Millisecond) })
 				}
 				time.Sleep(tt.from - time.Millisecond)
 				if got := f.sent(); len(got) != 0 {
@@ -283,7 +283,7 @@ func TestDeadPeerIsLeftAlone(t *testing.T) {
 		if got := f.sent(); len(got) != 1 {
 			t.Errorf("%d pings to a peer that is dead", len(got))
 		}
-		f.peers[0].Online = false
+		f.set(func() { f.peers[0].Online = false })
 		r.observe(false, notify{PeersChanged: true})
 		time.Sleep(time.Minute)
 		if got := f.sent(); len(got) != 1 {
@@ -298,7 +298,7 @@ func TestBackOnline(t *testing.T) {
 		t.Run(state, func(t *testing.T) {
 			rearmTest(t, 1, func(t *testing.T, f *fakeTailnet, r *rearmer) {
 				online := func(yes bool) {
-					f.peers[0].Online = yes
+					f.set(func() { f.peers[0].Online = yes })
 					r.observe(false, notify{PeersChanged: true})
 					time.Sleep(time.Second)
 				}
@@ -330,9 +330,9 @@ func TestOldTailscaled(t *testing.T) {
 		f.peers = f.peers[:2]
 		r.observe(true, state(stateRunning)) // p1 has a session
 		time.Sleep(time.Minute)
-		f.peers = append(f.peers, late)
+		f.set(func() { f.peers = append(f.peers, late) })
 		for i := range 10 {
-			f.peers[0].Online = i%2 == 0
+			f.set(func() { f.peers[0].Online = i%2 == 0 })
 			r.observe(false, notify{NetMap: true})
 			time.Sleep(time.Minute)
 		}
@@ -365,14 +365,14 @@ func TestNewPeers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rearmTest(t, 1, func(t *testing.T, f *fakeTailnet, r *rearmer) {
-				f.self.Tags = []string{"tag:headcni"}
+				f.set(func() { f.self.Tags = []string{"tag:headcni"} })
 				if tt.peer.ID == "p0" {
-					f.peers = nil
+					f.set(func() { f.peers = nil })
 					if tt.want > 0 { // tailscaled tells of the old one's end
 						r.observe(false, sessionsAre(0, "p0", sessionExpired))
 					}
 				}
-				f.peers = append(f.peers, tt.peer)
+				f.set(func() { f.peers = append(f.peers, tt.peer) })
 				for range 3 {
 					r.observe(false, notify{PeersChanged: true})
 					time.Sleep(10 * time.Second)
@@ -384,7 +384,7 @@ func TestNewPeers(t *testing.T) {
 					return
 				}
 				yes := true
-				f.peers[1].Online = true
+				f.set(func() { f.peers[1].Online = true })
 				r.observe(false, notify{PeerChangedPatch: []wirePeerPatch{{Online: &yes}}})
 				time.Sleep(time.Second)
 				if got := f.sent(); len(got) != 1 {
@@ -424,7 +424,7 @@ func TestClockIsSet(t *testing.T) {
 	for _, jump := range []time.Duration{time.Hour, -time.Hour} {
 		rearmTest(t, 1, func(t *testing.T, f *fakeTailnet, r *rearmer) {
 			for range 20 {
-				f.peers[0].Handshake = time.Now().Add(jump)
+				f.set(func() { f.peers[0].Handshake = time.Now().Add(jump) })
 				r.observe(false, notify{PeersChanged: true})
 				time.Sleep(30 * time.Second)
 			}

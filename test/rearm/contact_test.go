@@ -48,7 +48,7 @@ func TestContact(t *testing.T) {
 			var meetings []*meeting
 			for _, rtt := range roundTrips() {
 				m := newMeeting(t, bin, rtt)
-				found.add(m.name("first contact"), m.contacts(t, true))
+				found.add(m.name("first contact"), m.contacts(t, "first contact", true))
 				meetings = append(meetings, m)
 			}
 			if *silence == 0 {
@@ -56,7 +56,7 @@ func TestContact(t *testing.T) {
 			}
 			beQuiet(t, meetings)
 			for _, m := range meetings {
-				found.add(m.name("after silence"), m.contacts(t, false))
+				found.add(m.name("after silence"), m.contacts(t, "after silence", false))
 			}
 		})
 	}
@@ -148,8 +148,8 @@ func newMeeting(t *testing.T, bin string, rtt time.Duration) *meeting {
 
 func (m *meeting) name(what string) string { return fmt.Sprintf("%s, %v", what, m.rtt) }
 
-// contacts has each pair talk, at first as soon as their nodes have joined.
-func (m *meeting) contacts(t *testing.T, join bool) []contact {
+// contacts has each pair talk, where they are to join as soon as their nodes have.
+func (m *meeting) contacts(t *testing.T, what string, join bool) []contact {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
@@ -179,6 +179,7 @@ func (m *meeting) contacts(t *testing.T, join bool) []contact {
 				if err != nil {
 					t.Error(err)
 				}
+				t.Logf("%s: %s dark for %v, the underlay for %v", m.name(what), c.pair, c.dark.Round(time.Millisecond), c.control.Round(time.Millisecond))
 				mu.Lock()
 				defer mu.Unlock()
 				all = append(all, c)
@@ -299,7 +300,6 @@ func (found table) report(t *testing.T) {
 		var dark, excess []float64
 		trapped := 0
 		for _, c := range all {
-			t.Logf("%s: %s dark for %v, the underlay for %v", kind, c.pair, c.dark.Round(time.Millisecond), c.control.Round(time.Millisecond))
 			dark, excess = append(dark, c.dark.Seconds()), append(excess, (c.dark-c.control).Seconds())
 			if c.dark-c.control > uncured {
 				trapped++
