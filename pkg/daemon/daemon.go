@@ -60,8 +60,8 @@ type Daemon struct {
 	tables       *nft.Tables
 	hostFirewall *hostfirewall.Firewall
 	member       *membership.Member
-	kubernetes   *nodeview.Watch // nil without Kubernetes
-	tunnel       tunnel          // of the loop alone
+	kubernetes   *nodeview.Watch     // nil without Kubernetes
+	table52      *noderoutes.Table52 // of the loop alone
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -102,7 +102,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), hostFirewall: hostfirewall.New(), saved: saved, kept: saved, kubernetes: k,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), saved: saved, kept: saved, kubernetes: k,
 		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
 	var forMember *membership.Kubernetes

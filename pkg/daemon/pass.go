@@ -125,7 +125,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return d.syncPrefs(ctx, s.plan)
 		}},
 		{Name: partTunnel, Needs: []string{partPrefs}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return d.tunnel.sync(d.node, s.seen)
+			return d.table52.Sync(s.seen.accepted())
 		}},
 		{Name: partApproval, Needs: []string{partPrefs}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Approve(ctx, s.seen.Seen, s.plan.prefs)

@@ -111,6 +111,14 @@ func duplicate(own []netip.Prefix, o observation) error {
 	return errors.Join(errs...)
 }
 
+// accepted are the routes that tailscaled speaks of: none while it does not run, or before the part prefs has it accept any.
+func (o observation) accepted() noderoutes.Accepted {
+	if !o.Running() || o.prefs == nil || !o.prefs.RouteAll {
+		return noderoutes.Accepted{}
+	}
+	return noderoutes.Accepted{TunName: o.tun, Routes: o.Tailnet.TunnelRoutes()}
+}
+
 func (o observation) peers() []tailscale.Peer {
 	if o.Tailnet == nil {
 		return nil

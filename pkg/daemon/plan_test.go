@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -142,5 +143,21 @@ func TestRefuse(t *testing.T) {
 				t.Errorf("want %q in %v", tt.want, err)
 			}
 		})
+	}
+}
+
+func TestAccepted(t *testing.T) {
+	running := membership.Seen{Tailnet: &tailscale.Status{
+		State: tailscale.Running, Self: tailscale.Peer{IPs: []netip.Addr{netip.MustParseAddr("100.64.0.1")}},
+	}}
+	accepts := &tailscale.SavedPrefs{RouteAll: true}
+	got := observation{tun: "tun", Seen: running, prefs: accepts}.accepted()
+	if want := running.Tailnet.TunnelRoutes(); got.TunName != "tun" || len(want) == 0 || !slices.Equal(got.Routes, want) {
+		t.Errorf("got %v, want %v over tun", got, want)
+	}
+	for _, o := range []observation{{}, {Seen: running}, {Seen: running, prefs: &tailscale.SavedPrefs{}}, {Seen: membership.Seen{Tailnet: &tailscale.Status{}}, prefs: accepts}} {
+		if got := o.accepted(); got.TunName != "" || got.Routes != nil {
+			t.Errorf("%+v: %v", o, got)
+		}
 	}
 }

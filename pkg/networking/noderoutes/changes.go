@@ -19,7 +19,7 @@ import (
 // settle gathers the events of one cause (a link that goes takes its routes along) into one signal.
 const settle = 50 * time.Millisecond
 
-// Changes signals soon after anything changed, by anybody, that Sync, DefaultSource or Untunnelled looks at: our rules and
+// Changes signals soon after anything changed, by anybody, that Sync, DefaultSource or Table52 looks at: our rules and
 // routes, the default routes, a loss of tailscaled's routes, links and addresses other than pods', and the switches for
 // forwarding. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the kernel's events
 // cannot be read any more.

@@ -21,7 +21,7 @@ func TestTunnelRoutesComeBack(t *testing.T) {
 	lacks := func(what string, want []netip.Prefix, of ...netip.Prefix) {
 		t.Helper()
 		ns.Do(t, func() error {
-			got, err := n.Untunnelled("tun", of)
+			got, err := kernelTable{}.missing("tun", of)
 			if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmpopts.EquateEmpty()); diff != "" {
 				t.Errorf("%s: %s", what, diff)
 			}
@@ -57,7 +57,7 @@ func TestTunnelRoutesComeBack(t *testing.T) {
 		t.Error("nobody was told of the flush")
 	}
 	ns.Do(t, func() error {
-		_, err := n.Tunnel("tun", want)
+		_, err := kernelTable{}.add("tun", want)
 		return err
 	})
 	if diff := cmp.Diff(before, ns.Run(t, "sh", "-c", show)); diff != "" {

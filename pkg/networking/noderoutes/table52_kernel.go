@@ -13,11 +13,14 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 )
 
-// Untunnelled returns those of the prefixes for which tailscaled's table has no route over tun. A family in which tun has
+// kernelTable is the table of the network namespace of its callers.
+type kernelTable struct{}
+
+// missing returns those of the prefixes for which tailscaled's table has no route over tun. A family in which tun has
 // no address is left out: tailscaled has no routes there. So is everything while tun is down or gone.
 //
 // tailscaled puts each route there once. Whoever flushes the table takes them for good.
-func (n *Routes) Untunnelled(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error) {
+func (kernelTable) missing(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error) {
 	link, err := netlink.LinkByName(tun)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		return nil, nil
@@ -81,8 +84,8 @@ func tunnelRoutes(link netlink.Link, f family) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// Tunnel puts routes into tailscaled's table as tailscaled itself does, which takes them for its own from then on.
-func (n *Routes) Tunnel(tun string, prefixes []netip.Prefix) (added []string, err error) {
+// add puts routes into tailscaled's table as tailscaled itself does, which takes them for its own from then on.
+func (kernelTable) add(tun string, prefixes []netip.Prefix) (added []string, err error) {
 	link, err := netlink.LinkByName(tun)
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", tun, err)
