@@ -9,12 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// settle gathers the events of one transaction, or of one person's commands, into one signal.
-const settle = 50 * time.Millisecond
+// debounce gathers the events of one transaction, or of one person's commands, into one signal.
+const debounce = 50 * time.Millisecond
 
-// Watch signals soon after anybody, ourselves included, changed an object that concerns is true for. msg is unix.NFT_MSG_*. The
+// Watch signals soon after anybody, ourselves included, changed an object that relevant accepts. msg is unix.NFT_MSG_*. The
 // channel is closed when ctx ends or the kernel's events cannot be read any more.
-func Watch(ctx context.Context, concerns func(msg int, attrs map[int][]byte) bool) (<-chan struct{}, error) {
+func Watch(ctx context.Context, relevant func(msg int, attrs map[int][]byte) bool) (<-chan struct{}, error) {
 	// Ask for permission first: where the library may not bind its socket, it closes the descriptor twice, once at a
 	// time when it is somebody else's.
 	if _, err := Generation(); err != nil {
@@ -30,13 +30,13 @@ func Watch(ctx context.Context, concerns func(msg int, attrs map[int][]byte) boo
 		defer close(out)
 		defer stop()
 		defer s.Close()
-		receive(ctx, s, concerns, out)
+		receive(ctx, s, relevant, out)
 	}()
 	return out, nil
 }
 
 // receive signals events until they cannot be read any more.
-func receive(ctx context.Context, s *nl.NetlinkSocket, concerns func(msg int, attrs map[int][]byte) bool, out chan<- struct{}) {
+func receive(ctx context.Context, s *nl.NetlinkSocket, relevant func(msg int, attrs map[int][]byte) bool, out chan<- struct{}) {
 	for {
 		msgs, _, err := s.Receive()
 		wanted := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
@@ -44,7 +44,7 @@ func receive(ctx context.Context, s *nl.NetlinkSocket, concerns func(msg int, at
 			return
 		}
 		for _, m := range msgs {
-			wanted = wanted || wants(m.Header.Type, m.Data, concerns)
+			wanted = wanted || isRelevant(m.Header.Type, m.Data, relevant)
 		}
 		if wanted {
 			signalLater(ctx, out)
@@ -52,19 +52,19 @@ func receive(ctx context.Context, s *nl.NetlinkSocket, concerns func(msg int, at
 	}
 }
 
-// wants is true for what cannot be read, too.
-func wants(typ uint16, msg []byte, concerns func(msg int, attrs map[int][]byte) bool) bool {
+// isRelevant counts what cannot be read as relevant.
+func isRelevant(typ uint16, msg []byte, relevant func(msg int, attrs map[int][]byte) bool) bool {
 	if len(msg) < headerLen {
 		return false
 	}
 	attrs, err := Attributes(msg[headerLen:])
-	return err != nil || concerns(int(typ&0xff), attrs)
+	return err != nil || relevant(int(typ&0xff), attrs)
 }
 
 // signalLater lets more events of the same cause arrive in the socket's buffer first.
 func signalLater(ctx context.Context, out chan<- struct{}) {
 	select {
-	case <-time.After(settle):
+	case <-time.After(debounce):
 	case <-ctx.Done():
 		return
 	}

@@ -7,7 +7,7 @@ import (
 )
 
 // What cannot be read may have been anything.
-func TestWants(t *testing.T) {
+func TestIsRelevant(t *testing.T) {
 	const typ = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWCHAIN
 	header := []byte{unix.NFPROTO_IPV4, 0, 0, 0}
 	for _, c := range []struct {
@@ -21,7 +21,7 @@ func TestWants(t *testing.T) {
 		{"malformed", append(header, 200, 0, 1, 0), false, true},
 	} {
 		asked := false
-		got := wants(typ, c.msg, func(msg int, attrs map[int][]byte) bool {
+		got := isRelevant(typ, c.msg, func(msg int, attrs map[int][]byte) bool {
 			asked = true
 			return msg == unix.NFT_MSG_NEWCHAIN && Text(attrs[unix.NFTA_CHAIN_TABLE]) == "wants"
 		})

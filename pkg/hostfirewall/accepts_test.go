@@ -118,7 +118,7 @@ func TestForeignDrops(t *testing.T) {
 		}
 		table ip fine { chain pass { type filter hook forward priority 5; policy accept; ip saddr 192.0.2.9 drop; }
 		}
-		table inet told {
+		table inet allows {
 			chain zones { iifname "hc*" counter accept; }
 			chain pass { type filter hook forward priority 7; policy accept; jump zones; drop; }
 		}

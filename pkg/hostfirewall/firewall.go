@@ -98,7 +98,7 @@ func (f *Firewall) sync(ctx context.Context, want []accept) ([]string, error) {
 // every few seconds.
 func (f *Firewall) Changes(ctx context.Context) (<-chan struct{}, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	events, err := nfnl.Watch(ctx, concernsUs)
+	events, err := nfnl.Watch(ctx, relevant)
 	if err != nil {
 		cancel()
 		return nil, fmt.Errorf("subscribe to nf_tables events: %w", nfcmd.Explain(err))
@@ -126,10 +126,10 @@ func signal(out chan<- struct{}) {
 	}
 }
 
-// concernsUs looks at an event's table, which is attribute 1 of every kind of object, and for the host's filter table at the
+// relevant looks at an event's table, which is attribute 1 of every kind of object, and for the host's filter table at the
 // chain, so that kube-proxy's thousands of changes wake nobody. Of others, a new chain in the forward hook may be one that
 // drops (ForeignDrops).
-func concernsUs(msg int, attrs map[int][]byte) bool {
+func relevant(msg int, attrs map[int][]byte) bool {
 	switch nfnl.Text(attrs[unix.NFTA_RULE_TABLE]) {
 	case names.NFTTable:
 		return false // nft.Tables'
@@ -137,5 +137,5 @@ func concernsUs(msg int, attrs map[int][]byte) bool {
 		// NFTA_RULE_CHAIN is 2, NFTA_CHAIN_NAME is 3; both as text only where they are what we take them for.
 		return nfnl.Text(attrs[unix.NFTA_RULE_CHAIN]) == forwardChain || nfnl.Text(attrs[unix.NFTA_CHAIN_NAME]) == forwardChain
 	}
-	return msg == unix.NFT_MSG_NEWCHAIN && inForward(attrs)
+	return msg == unix.NFT_MSG_NEWCHAIN && hooksForward(attrs)
 }

@@ -56,7 +56,7 @@ func foreignDrops() ([]string, error) {
 			if how == "" {
 				continue
 			}
-			knows, err := knowsPods(f.number, table)
+			knows, err := mentionsPods(f.number, table)
 			if err != nil {
 				return out, fmt.Errorf("list rules of table %s %s: %w", f.name, table, nfcmd.Explain(err))
 			}
@@ -75,7 +75,7 @@ func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error)
 		return "", "", "", err
 	}
 	table, chain = nfnl.Text(a[unix.NFTA_CHAIN_TABLE]), nfnl.Text(a[unix.NFTA_CHAIN_NAME])
-	if !inForward(a) || table == names.NFTTable ||
+	if !hooksForward(a) || table == names.NFTTable ||
 		table == filterTable && chain == forwardChain && family != unix.NFPROTO_INET {
 		return "", "", "", nil
 	}
@@ -97,15 +97,15 @@ func foreignDrop(family uint8, msg []byte) (how, table, chain string, err error)
 	return "", "", "", nil
 }
 
-// inForward tells whether a chain sees forwarded packets.
-func inForward(chain map[int][]byte) bool {
+// hooksForward reports whether a chain is in the forward hook.
+func hooksForward(chain map[int][]byte) bool {
 	hook, err := nfnl.Attributes(chain[unix.NFTA_CHAIN_HOOK])
 	num := hook[unix.NFTA_HOOK_HOOKNUM]
 	return err == nil && len(num) == 4 && binary.BigEndian.Uint32(num) == hookForward
 }
 
-// knowsPods tells whether a rule of a table matches the links of pods.
-func knowsPods(family uint8, table string) (bool, error) {
+// mentionsPods reports whether a rule of a table matches the links of pods.
+func mentionsPods(family uint8, table string) (bool, error) {
 	rules, err := nfnl.Request(family, unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_RULE_TABLE, table))
 	if err != nil {
 		return false, err

@@ -65,8 +65,8 @@ type forwardRule struct {
 	handle int    // nft only
 }
 
-// planAccepts says what to do to a chain: put all of want at its head, and take out these rules of it. Both empty: it is
-// right as it is.
+// planAccepts says what to do to a chain: put all of want at its head, and take out these rules of it. Both empty: the
+// chain needs no change.
 func planAccepts(have forward, want []string) (insert []string, remove []forwardRule) {
 	foreign, head := 0, 0
 	for i, r := range have.rules {

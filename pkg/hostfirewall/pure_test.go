@@ -59,7 +59,7 @@ func TestParseLegacy(t *testing.T) {
 	}
 }
 
-func TestConcernsUs(t *testing.T) {
+func TestRelevant(t *testing.T) {
 	type attrs = map[int][]byte
 	text := func(s string) []byte { return append([]byte(s), 0) }
 	hook := func(n uint32) []byte {
@@ -80,7 +80,7 @@ func TestConcernsUs(t *testing.T) {
 		{"another's chain for input", attrs{unix.NFTA_CHAIN_TABLE: text("firewalld"), unix.NFTA_CHAIN_HOOK: hook(1)}, false},
 		{"our own chain for forwarding", attrs{unix.NFTA_CHAIN_TABLE: text("headcni"), unix.NFTA_CHAIN_HOOK: hook(hookForward)}, false},
 	} {
-		if got := concernsUs(unix.NFT_MSG_NEWCHAIN, c.attrs); got != c.want {
+		if got := relevant(unix.NFT_MSG_NEWCHAIN, c.attrs); got != c.want {
 			t.Errorf("%s: %v", c.what, got)
 		}
 	}

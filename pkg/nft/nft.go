@@ -112,9 +112,9 @@ func (t *Tables) write(ctx context.Context, want []table, have observed) error {
 	return errors.Join(errs...)
 }
 
-// replace fills the table, or makes it anew where it has foreign parts.
+// replace fills the table, or makes it anew where it has parts that filling cannot put right.
 func (t table) replace(tx *knftables.Transaction, have listing) {
-	if t.foreign(have) {
+	if t.mustRecreate(have) {
 		t.recreate(tx)
 		return
 	}
@@ -157,16 +157,16 @@ func (t *Tables) Remove(ctx context.Context) error {
 // Changes signals soon after anybody, ourselves included, changed our tables. The channel is closed when ctx ends or the
 // kernel's events cannot be read any more.
 func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
-	ch, err := nfnl.Watch(ctx, concernsUs)
+	ch, err := nfnl.Watch(ctx, relevant)
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to nf_tables events: %w", nfcmd.Explain(err))
 	}
 	return ch, nil
 }
 
-// concernsUs looks at an event's table, which is attribute 1 of every kind of object, so that kube-proxy's thousands of
+// relevant looks at an event's table, which is attribute 1 of every kind of object, so that kube-proxy's thousands of
 // changes wake nobody.
-func concernsUs(_ int, attrs map[int][]byte) bool {
+func relevant(_ int, attrs map[int][]byte) bool {
 	return nfnl.Text(attrs[unix.NFTA_RULE_TABLE]) == names.NFTTable
 }
 

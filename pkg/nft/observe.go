@@ -246,9 +246,9 @@ func changes(before, after observed) []string {
 	return out
 }
 
-// foreign says whether a table holds what filling it cannot put right: objects that t does not have, or sets of another
+// mustRecreate says whether a table holds what filling it cannot put right: objects that t does not have, or sets of another
 // kind. (A chain of another kind makes the kernel refuse the transaction.)
-func (t table) foreign(have listing) bool {
+func (t table) mustRecreate(have listing) bool {
 	known := map[string]bool{"table": true}
 	for _, c := range t.chains {
 		known["chain "+c.name], known["rules of chain "+c.name] = true, true

@@ -148,14 +148,14 @@ func TestPayload(t *testing.T) {
 	}
 }
 
-func TestConcernsUs(t *testing.T) {
+func TestRelevant(t *testing.T) {
 	for table, want := range map[string]bool{"headcni": true, "headcni2": false, "filter": false, "": false} {
 		attrs := map[int][]byte{unix.NFTA_TABLE_NAME: append([]byte(table), 0)}
-		if got := concernsUs(unix.NFT_MSG_NEWTABLE, attrs); got != want {
+		if got := relevant(unix.NFT_MSG_NEWTABLE, attrs); got != want {
 			t.Errorf("%q: %v", table, got)
 		}
 	}
-	if concernsUs(unix.NFT_MSG_NEWGEN, map[int][]byte{unix.NFTA_GEN_ID: {0, 0, 0, 7}}) || concernsUs(unix.NFT_MSG_NEWTABLE, nil) {
+	if relevant(unix.NFT_MSG_NEWGEN, map[int][]byte{unix.NFTA_GEN_ID: {0, 0, 0, 7}}) || relevant(unix.NFT_MSG_NEWTABLE, nil) {
 		t.Error("woken by a generation, or by nothing")
 	}
 }

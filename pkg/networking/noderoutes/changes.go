@@ -16,8 +16,8 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
-// settle gathers the events of one cause (a link that goes takes its routes along) into one signal.
-const settle = 50 * time.Millisecond
+// debounce gathers the events of one cause (a link that goes takes its routes along) into one signal.
+const debounce = 50 * time.Millisecond
 
 // Changes signals soon after anything changed, by anybody, that Sync, DefaultSource or Table52 looks at: our rules and
 // routes, the default routes, a loss of tailscaled's routes, links and addresses other than pods', and the switches for
@@ -38,18 +38,18 @@ func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 		defer s.Close()
 		for {
 			msgs, _, err := s.Receive()
-			concerns := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
-			if err != nil && !concerns {
+			wanted := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
+			if err != nil && !wanted {
 				return
 			}
 			for _, m := range msgs {
-				concerns = concerns || concernsUs(m.Header.Type, m.Data)
+				wanted = wanted || relevant(m.Header.Type, m.Data)
 			}
-			if !concerns {
+			if !wanted {
 				continue
 			}
 			select {
-			case <-time.After(settle):
+			case <-time.After(debounce):
 			case <-ctx.Done():
 				return
 			}
@@ -62,14 +62,14 @@ func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 	return out, nil
 }
 
-// concernsUs keeps the events of pods coming and going, and of other programs' routes, from waking us.
-func concernsUs(typ uint16, msg []byte) bool {
+// relevant keeps the events of pods coming and going, and of other programs' routes, from waking us.
+func relevant(typ uint16, msg []byte) bool {
 	switch typ {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		r, err := decodeRule(msg)
 		return err != nil || r.pref >= prefFirst && r.pref <= prefLast
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		return routeConcerns(msg) || typ == unix.RTM_DELROUTE && tableOf(msg) == tailscaleTable
+		return routeRelevant(msg) || typ == unix.RTM_DELROUTE && tableOf(msg) == tailscaleTable
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		name, ok := attribute(msg, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)
 		return !ok || !strings.HasPrefix(string(bytes.TrimRight(name, "\x00")), names.PodLinkPrefix)
@@ -93,7 +93,7 @@ const (
 	rtmDelNetconf  = 81
 )
 
-func routeConcerns(msg []byte) bool {
+func routeRelevant(msg []byte) bool {
 	if len(msg) < unix.SizeofRtMsg {
 		return true
 	}

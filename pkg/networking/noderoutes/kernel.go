@@ -21,8 +21,8 @@ import (
 // dumpTries bounds the repeats of a dump that a concurrent change interrupted (NLM_F_DUMP_INTR).
 const dumpTries = 10
 
-// untilWhole repeats a dump until it was not interrupted.
-func untilWhole[T any](dump func() (T, error)) (T, error) {
+// retryInterrupted repeats a dump until it was not interrupted.
+func retryInterrupted[T any](dump func() (T, error)) (T, error) {
 	for try := 1; ; try++ {
 		v, err := dump()
 		if !errors.Is(err, netlink.ErrDumpInterrupted) || try == dumpTries {
@@ -31,8 +31,8 @@ func untilWhole[T any](dump func() (T, error)) (T, error) {
 	}
 }
 
-// The rules are coded here, because netlink.Rule does not read a rule's action ("unreachable" looks like a lookup in no
-// table) nor everything that a rule changed by hand may have.
+// We encode and decode the rules ourselves, because netlink.Rule does not read a rule's action ("unreachable" looks like
+// a lookup in no table) nor everything that a rule changed by hand may have.
 
 // ruleMsgLen is the size of struct fib_rule_hdr.
 const ruleMsgLen = 12
@@ -45,7 +45,7 @@ func (m rawRule) Serialize() []byte { return m }
 
 // listRules returns the rules of our numbers, with the raw message of each.
 func listRules(f family) ([]rule, []rawRule, error) {
-	msgs, err := untilWhole(func() ([][]byte, error) {
+	msgs, err := retryInterrupted(func() ([][]byte, error) {
 		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
 		hdr := make(rawRule, ruleMsgLen)
 		hdr[0] = byte(f.af)
@@ -81,7 +81,7 @@ func decodeRule(m []byte) (rule, error) {
 	r := rule{af: int(m[0]), table: uint32(m[4]), action: m[7], suppress: noSuppress}
 	const unresolvedGoto = 0x4
 	if flags := binary.NativeEndian.Uint32(m[8:]); flags&^unresolvedGoto != 0 || m[2] != 0 || m[3] != 0 {
-		r.rest = fmt.Sprintf(" flags %#x from /%d tos %#x", flags, m[2], m[3])
+		r.extra = fmt.Sprintf(" flags %#x from /%d tos %#x", flags, m[2], m[3])
 	}
 	for _, a := range attrs {
 		v := a.Value
@@ -111,7 +111,7 @@ func decodeRule(m []byte) (rule, error) {
 			}
 			r.to = netip.PrefixFrom(addr, int(m[1]))
 		default:
-			r.rest += fmt.Sprintf(" attribute %d=%x", a.Attr.Type, v)
+			r.extra += fmt.Sprintf(" attribute %d=%x", a.Attr.Type, v)
 		}
 	}
 	return r, nil
@@ -162,10 +162,10 @@ func deleteRule(raw rawRule) error {
 	return err
 }
 
-// listRoutes returns what stands in main at our metric.
+// listRoutes returns the routes of our metric in main.
 func listRoutes(f family) ([]route, error) {
 	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
-	routes, err := untilWhole(func() ([]netlink.Route, error) {
+	routes, err := retryInterrupted(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
@@ -219,7 +219,7 @@ func deleteRoute(r route) error {
 
 // listLinks returns the links over which router advertisements may come.
 func listLinks() ([]link, error) {
-	links, err := untilWhole(netlink.LinkList)
+	links, err := retryInterrupted(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -240,7 +240,7 @@ func listLinks() ([]link, error) {
 	for _, l := range links {
 		name := l.Attrs().Name
 		if strings.HasPrefix(name, names.PodLinkPrefix) {
-			continue // hundreds, and none of them concerned
+			continue // there are hundreds, and no router advertises on them
 		}
 		ra, err := sysctl.Read(sysctl.IPv6Link(name, "accept_ra"))
 		if err != nil {
@@ -251,12 +251,12 @@ func listLinks() ([]link, error) {
 			continue
 		}
 		out = append(out, link{name: name, acceptRA: ra, forwards: forwarding == "1",
-			raDefault: viaRA[l.Attrs().Index], hardware: isUplink(l)})
+			raDefault: viaRA[l.Attrs().Index], uplink: isUplink(l)})
 	}
 	return out, nil
 }
 
-// isUplink: what carries a host to its network, rather than what container engines make.
+// isUplink reports whether a link can connect the host to its network. Container engines make links of other types.
 func isUplink(l netlink.Link) bool {
 	switch l.Type() {
 	case "device", "vlan", "bond", "team":
@@ -268,7 +268,7 @@ func isUplink(l netlink.Link) bool {
 // listDefaults returns main's default routes.
 func listDefaults(af int) ([]netlink.Route, error) {
 	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}
-	routes, err := untilWhole(func() ([]netlink.Route, error) {
+	routes, err := retryInterrupted(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
 	})
 	if err != nil {

@@ -410,7 +410,7 @@ func TestDefaultSource(t *testing.T) {
 			t.Errorf("%s without routes: %v", f.name, err)
 		}
 	}
-	// docker0 comes first, as on node-network.md's host g.
+	// The host has docker0 with its address before the uplink, so the kernel would take docker0's for the source.
 	ns.Run(t, "sh", "-c", "ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0; "+
 		"ip link add u0 type veth peer name u1; ip addr add 198.51.100.7/24 dev u0; ip addr add 192.0.2.7/24 dev u0; "+
 		"ip addr add fd00:17::1/64 dev docker0 nodad; ip addr add 2001:db8::7/64 dev u0 nodad; "+

@@ -52,7 +52,7 @@ func New(saved Saved, save func(Saved) error) *Routes {
 func (n *Routes) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if err := n.freshBoot(); err != nil {
+	if err := n.forgetEarlierBoot(); err != nil {
 		return nil, err
 	}
 	var done []string
@@ -144,7 +144,7 @@ func (n *Routes) apply(s step, raws map[rule]rawRule) error {
 func (n *Routes) Remove(ctx context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	errs := []error{n.freshBoot()}
+	errs := []error{n.forgetEarlierBoot()}
 	// The way into the network is closed first: without rules nothing may be forwarded.
 	errs = append(errs, n.restore())
 	have, raws, err := observe()

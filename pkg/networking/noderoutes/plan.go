@@ -26,7 +26,7 @@ type rule struct {
 	table    uint32
 	suppress int32 // noSuppress, or the longest prefix length that does not count
 	proto    uint8
-	rest     string // everything that no rule of ours has
+	extra    string // attributes that our rules do not have
 }
 
 // String is the rule as `ip rule add pref` takes it.
@@ -53,7 +53,7 @@ func (r rule) String() string {
 	if r.proto != protocol {
 		fmt.Fprintf(&b, " protocol %d", r.proto)
 	}
-	return b.String() + r.rest
+	return b.String() + r.extra
 }
 
 func tableName(t uint32) string {
@@ -85,7 +85,7 @@ type link struct {
 	acceptRA  string // its sysctl
 	forwards  bool   // its sysctl "forwarding"
 	raDefault bool   // an RA gave the host a default route over it
-	hardware  bool   // no veth, tunnel or bridge: an RA may be what it waits for
+	uplink    bool   // no veth, tunnel or bridge: an RA may be what it waits for
 }
 
 // state is what the kernel has of what the node network needs.
@@ -232,7 +232,7 @@ func planRA(links []link, tun string) []step {
 		if l.acceptRA != "1" || l.name == "lo" || l.name == tun || strings.HasPrefix(l.name, names.PodLinkPrefix) {
 			continue
 		}
-		if l.raDefault || l.hardware && !l.forwards {
+		if l.raDefault || l.uplink && !l.forwards {
 			out = append(out, step{sysctl: sysctl.IPv6Link(l.name, "accept_ra"), value: sysctl.AcceptRAWithForwarding})
 		}
 	}

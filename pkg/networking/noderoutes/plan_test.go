@@ -16,8 +16,8 @@ import (
 	"github.com/headcni/headcni/internal/golden"
 )
 
-// right is the state of a node that has all that cfg asks for.
-func right(cfg Config) state {
+// complete is the state of a node that has all that cfg asks for.
+func complete(cfg Config) state {
 	s := state{families: families, sysctls: map[string]string{}}
 	for _, f := range families {
 		s.rules = append(s.rules, wantedRules(f, cfg)...)
@@ -38,7 +38,7 @@ func planText(have state, cfg Config) string {
 func TestPlanGolden(t *testing.T) {
 	fresh := state{families: families, links: []link{{name: "eth0", acceptRA: "1", raDefault: true}}}
 	golden.Check(t, "testdata/plan-fresh.golden", planText(fresh, typical()))
-	golden.Check(t, "testdata/plan-change.golden", planText(right(typical()), Config{
+	golden.Check(t, "testdata/plan-change.golden", planText(complete(typical()), Config{
 		Own: prefixes("10.244.7.0/24"), Cluster: prefixes("10.244.0.0/16"), TunName: "headcni01"}))
 }
 
@@ -56,7 +56,7 @@ func TestPlan(t *testing.T) {
 			"add " + first + "\ndelete rule 5188: to 10.244.1.0/24 fwmark 0x0/0x80000 lookup main\n"},
 		"rule of another origin": {func(s *state) { s.rules[0].proto = unix.RTPROT_STATIC },
 			"add " + first + "\ndelete " + first + " protocol 4\n"},
-		"rule with more": {func(s *state) { s.rules[0].rest = " attribute 22=06" },
+		"rule with more": {func(s *state) { s.rules[0].extra = " attribute 22=06" },
 			"add " + first + "\ndelete " + first + " attribute 22=06\n"},
 		"route missing": {func(s *state) { s.routes = nil }, "add route unreachable 10.244.0.0/16 metric 4278\n"},
 		"route of another kind is replaced": {func(s *state) { s.routes[0].kind = unix.RTN_UNICAST },
@@ -73,7 +73,7 @@ func TestPlan(t *testing.T) {
 			s.sysctls["net/ipv6/conf/all/forwarding"] = "0"
 		}, "set net.ipv4.ip_forward=1\nset net.ipv6.conf.all.forwarding=1\n"},
 	} {
-		have := right(cfg)
+		have := complete(cfg)
 		c.change(&have)
 		if d := cmp.Diff(c.want, planText(have, cfg)); d != "" {
 			t.Errorf("%s (-want +got):\n%s", name, d)
@@ -89,14 +89,14 @@ func TestPlanRA(t *testing.T) {
 	}{
 		{"gave a default route", link{name: "br0", acceptRA: "1", raDefault: true}, true},
 		{"gave one, and forwards already", link{name: "br0", acceptRA: "1", raDefault: true, forwards: true}, true},
-		{"a card that still waits", link{name: "eth0", acceptRA: "1", hardware: true}, true},
-		{"a card that forwarded before us", link{name: "eth0", acceptRA: "1", hardware: true, forwards: true}, false},
+		{"a card that still waits", link{name: "eth0", acceptRA: "1", uplink: true}, true},
+		{"a card that forwarded before us", link{name: "eth0", acceptRA: "1", uplink: true, forwards: true}, false},
 		{"a container engine's bridge", link{name: "docker0", acceptRA: "1"}, false},
-		{"networkd does it itself", link{name: "eth0", acceptRA: "0", hardware: true, raDefault: true}, false},
-		{"done", link{name: "eth0", acceptRA: "2", hardware: true, raDefault: true}, false},
+		{"networkd does it itself", link{name: "eth0", acceptRA: "0", uplink: true, raDefault: true}, false},
+		{"done", link{name: "eth0", acceptRA: "2", uplink: true, raDefault: true}, false},
 		{"a pod's link", link{name: "hc0123456789", acceptRA: "1", raDefault: true}, false},
-		{"the tun", link{name: "headcni01", acceptRA: "1", raDefault: true, hardware: true}, false},
-		{"loopback", link{name: "lo", acceptRA: "1", hardware: true}, false},
+		{"the tun", link{name: "headcni01", acceptRA: "1", raDefault: true, uplink: true}, false},
+		{"loopback", link{name: "lo", acceptRA: "1", uplink: true}, false},
 	} {
 		if got := len(planRA([]link{c.link}, "headcni01")) == 1; got != c.want {
 			t.Errorf("%s: %v", c.what, got)
@@ -122,7 +122,7 @@ func TestRuleCodec(t *testing.T) {
 	}
 }
 
-func TestConcernsUs(t *testing.T) {
+func TestRelevant(t *testing.T) {
 	rule := func(pref uint32) []byte {
 		return encodeRule(rule{af: unix.AF_INET, pref: pref, suppress: noSuppress}).Serialize()[unix.NLMSG_HDRLEN:]
 	}
@@ -152,7 +152,7 @@ func TestConcernsUs(t *testing.T) {
 		{"a neighbour", unix.RTM_NEWNEIGH, nil, false},
 		{"cut short", unix.RTM_NEWROUTE, nil, true},
 	} {
-		if got := concernsUs(c.typ, c.msg); got != c.want {
+		if got := relevant(c.typ, c.msg); got != c.want {
 			t.Errorf("%s: %v", c.what, got)
 		}
 	}

@@ -37,8 +37,8 @@ func (s Saved) clone() Saved {
 	return s
 }
 
-// freshBoot forgets what was saved in an earlier boot.
-func (n *Routes) freshBoot() error {
+// forgetEarlierBoot forgets what was saved in an earlier boot.
+func (n *Routes) forgetEarlierBoot() error {
 	id, err := procfs.Read(paths.BootID)
 	if err != nil {
 		return fmt.Errorf("read the boot ID: %w", err)
@@ -49,20 +49,20 @@ func (n *Routes) freshBoot() error {
 	return nil
 }
 
-// setSysctl changes a value after what it was is safe.
+// setSysctl changes a value after what it was is saved.
 func (n *Routes) setSysctl(key, value string) error {
 	if _, known := n.saved.Set[key]; !known {
 		next := n.saved.clone()
 		if next.Sysctls == nil {
 			next.Sysctls, next.Set = map[string]string{}, map[string]string{}
 		}
-		for _, k := range append(followers(key), key) {
+		for _, k := range append(dependentSysctls(key), key) {
 			v, err := sysctl.Read(k)
 			if err != nil {
 				if k == key {
 					return err
 				}
-				continue // its link is just going
+				continue // its link has just been deleted
 			}
 			if _, known := next.Sysctls[k]; !known {
 				next.Sysctls[k] = v
@@ -77,9 +77,9 @@ func (n *Routes) setSysctl(key, value string) error {
 	return sysctl.Write(key, value)
 }
 
-// followers are the sysctls that the kernel changes along with a switch for forwarding: each link's own switch, the one
+// dependentSysctls are the sysctls that the kernel changes along with a switch for forwarding: each link's own switch, the one
 // for links to come, and in IPv4 whether redirects are accepted (ip-sysctl.rst, ip_forward).
-func followers(key string) []string {
+func dependentSysctls(key string) []string {
 	var out []string
 	for _, f := range families {
 		if key != f.forwarding {
@@ -102,7 +102,7 @@ func followers(key string) []string {
 func (n *Routes) restore() error {
 	var errs []error
 	kept := map[string]bool{}
-	// Switches for forwarding first: writing them changes their followers.
+	// Switches for forwarding first: writing them changes the sysctls that depend on them.
 	for _, key := range slices.SortedFunc(maps.Keys(n.saved.Set), forwardingFirst) {
 		now, err := sysctl.Read(key)
 		switch {
@@ -110,7 +110,7 @@ func (n *Routes) restore() error {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("read sysctl: %w", err))
 		case now != n.saved.Set[key]:
-			for _, k := range followers(key) {
+			for _, k := range dependentSysctls(key) {
 				kept[k] = true
 			}
 		case now != n.saved.Sysctls[key]:

@@ -14,8 +14,8 @@ import (
 // ErrNoSource means that the node has no default route, or no address to use it with.
 var ErrNoSource = errors.New("no default route with a source address")
 
-// DefaultSource returns the address that the node uses towards the world outside by main's default route: what pods are
-// to see when their node speaks to them and nobody names another address. family is unix.AF_INET or unix.AF_INET6.
+// DefaultSource returns the address that the node uses towards the world outside by main's default route: pods see it as
+// their node's address unless the configuration names another. family is unix.AF_INET or unix.AF_INET6.
 // Without one the error is ErrNoSource.
 func DefaultSource(family int) (netip.Addr, error) {
 	for _, f := range families {
@@ -27,7 +27,7 @@ func DefaultSource(family int) (netip.Addr, error) {
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("find the node's address: %w", err)
 	}
-	addrs, err := untilWhole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
+	addrs, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("find the node's address: list addresses: %w", err)
 	}
@@ -47,9 +47,9 @@ type hop struct {
 
 // hostAddr is an address of the node of global scope.
 type hostAddr struct {
-	link   int
-	prefix netip.Prefix
-	second bool // not what the kernel would choose first: secondary, temporary, deprecated or not yet usable
+	link         int
+	prefix       netip.Prefix
+	notPreferred bool // not what the kernel would choose first: secondary, temporary, deprecated or not yet usable
 }
 
 // defaultHops returns the next hops, best metric first.
@@ -84,13 +84,13 @@ func hostAddrs(addrs []netlink.Addr) []hostAddr {
 }
 
 // sourceOf chooses as the kernel does: the route's own source; else the link's first address in the gateway's network;
-// else the link's first; else, for a link without addresses, the node's first that is not of the tailnet.
+// else the link's first; else, for a link without addresses, the first address of the node outside the tailnet.
 func sourceOf(hops []hop, addrs []hostAddr) (netip.Addr, bool) {
 	slices.SortStableFunc(addrs, func(a, b hostAddr) int {
 		switch {
-		case a.second == b.second:
+		case a.notPreferred == b.notPreferred:
 			return 0
-		case b.second:
+		case b.notPreferred:
 			return -1
 		}
 		return 1

@@ -8,8 +8,8 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// tailscaledMayTake is how long tailscaled may take to make a route that it speaks of.
-const tailscaledMayTake = 500 * time.Millisecond
+// routeGrace is how long tailscaled may take to add a route that its status names.
+const routeGrace = 500 * time.Millisecond
 
 // Table52 puts back what somebody else has taken out of tailscaled's routing table (`ip route flush table 52`, programs
 // that clean routes up): tailscaled makes its routes once. Having it drop and accept its peers' routes again would bring
@@ -19,7 +19,7 @@ type Table52 struct {
 	kernel  table
 }
 
-// Accepted are the routes that tailscaled speaks of.
+// Accepted are the routes that tailscaled accepts from its peers, by its status.
 type Accepted struct {
 	// TunName is tailscaled's interface.
 	TunName string
@@ -36,7 +36,7 @@ type table interface {
 // NewTable52 returns a Table52 that has looked at nothing yet.
 func NewTable52() *Table52 { return &Table52{kernel: kernelTable{}} }
 
-// Sync looks, and acts on what has been missing for a while in which tailscaled has still spoken of it.
+// Sync adds the routes that have been missing for longer than routeGrace, while tailscaled's status still names them.
 func (t *Table52) Sync(a Accepted) ([]string, error) {
 	if len(a.Routes) == 0 {
 		t.missing = nil // the next look may be at other routes
@@ -54,7 +54,7 @@ func (t *Table52) Sync(a Accepted) ([]string, error) {
 		switch {
 		case !known:
 			since[p] = now
-		case now.Sub(first) < tailscaledMayTake:
+		case now.Sub(first) < routeGrace:
 			since[p] = first
 		default:
 			due = append(due, p)

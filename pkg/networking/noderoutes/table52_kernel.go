@@ -57,19 +57,19 @@ func (kernelTable) missing(tun string, prefixes []netip.Prefix) ([]netip.Prefix,
 	return out, nil
 }
 
-// hasGlobal tells whether a link has an address of a family beside the one that every link has.
+// hasGlobal reports whether a link has an address of a family that is not link-local.
 func hasGlobal(link netlink.Link, f family) (bool, error) {
-	addrs, err := untilWhole(func() ([]netlink.Addr, error) { return netlink.AddrList(link, f.af) })
+	addrs, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(link, f.af) })
 	if err != nil {
 		return false, fmt.Errorf("list %s addresses of %s: %w", f.name, link.Attrs().Name, err)
 	}
 	return slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return !a.IP.IsLinkLocalUnicast() }), nil
 }
 
-// tunnelRoutes are those of tailscaled's table that lead into its interface.
+// tunnelRoutes returns the routes of tailscaled's table over its interface.
 func tunnelRoutes(link netlink.Link, f family) ([]netip.Prefix, error) {
 	filter := &netlink.Route{Table: tailscaleTable, LinkIndex: link.Attrs().Index}
-	routes, err := untilWhole(func() ([]netlink.Route, error) {
+	routes, err := retryInterrupted(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF)
 	})
 	if err != nil {

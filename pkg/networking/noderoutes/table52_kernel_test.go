@@ -54,7 +54,7 @@ func TestTunnelRoutesComeBack(t *testing.T) {
 	select {
 	case <-events:
 	case <-time.After(10 * time.Second):
-		t.Error("nobody was told of the flush")
+		t.Error("the flush gave no signal")
 	}
 	ns.Do(t, func() error {
 		_, err := kernelTable{}.add("tun", want)

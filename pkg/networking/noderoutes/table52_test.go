@@ -43,28 +43,28 @@ func TestTable52WaitsForTailscaled(t *testing.T) {
 		kernel.lacks = []netip.Prefix{pods}
 		sync()
 		kernel.lacks = nil
-		time.Sleep(tailscaledMayTake)
+		time.Sleep(routeGrace)
 		sync() // tailscaled was only slow
 		kernel.lacks = []netip.Prefix{pods}
 		sync()
-		time.Sleep(tailscaledMayTake - 1)
+		time.Sleep(routeGrace - 1)
 		kernel.lacks = []netip.Prefix{pods, other}
 		sync()
 		time.Sleep(time.Nanosecond)
 		sync("tun[10.244.2.0/24]")
-		time.Sleep(tailscaledMayTake)
+		time.Sleep(routeGrace)
 		sync("tun[10.244.3.0/24]")
 		sync()
 
 		// While tailscaled accepts none, nothing is missing, and no time counts.
 		kernel.lacks = []netip.Prefix{pods}
 		sync()
-		time.Sleep(tailscaledMayTake)
+		time.Sleep(routeGrace)
 		for range 2 {
 			if done, err := table.Sync(Accepted{}); done != nil || err != nil {
 				t.Errorf("nothing accepted: %v, %v", done, err)
 			}
-			time.Sleep(tailscaledMayTake)
+			time.Sleep(routeGrace)
 		}
 		sync()
 	})

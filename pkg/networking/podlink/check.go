@@ -98,7 +98,7 @@ func (c *check) links() {
 	}
 }
 
-// hostSide looks at the ways to the pod.
+// hostSide checks the node's routes and neighbours for the pod.
 func (c *check) hostSide() {
 	neighs, err := listNeighs(c.host, c.hostLink.Index)
 	if err != nil {
@@ -115,15 +115,15 @@ func (c *check) hostSide() {
 	}
 }
 
-// byOther: the kernel forgets a link's neighbours when somebody sets its hardware address.
-const byOther = "if another plugin set the pod's hardware address, give the capability mac to headcni instead"
+// macHint: the kernel forgets a link's neighbours when somebody sets its hardware address.
+const macHint = "if another plugin set the pod's hardware address, give the capability mac to headcni instead"
 
 func (c *check) neigh(side string, have map[netip.Addr]net.HardwareAddr, a netip.Addr, mac net.HardwareAddr) {
 	got, ok := have[a]
 	if !ok {
-		c.fault("%s neighbour %s is missing; %s", side, a, byOther)
+		c.fault("%s neighbour %s is missing; %s", side, a, macHint)
 	} else if got.String() != mac.String() {
-		c.fault("%s neighbour %s has hardware address %s, not %s; %s", side, a, got, mac, byOther)
+		c.fault("%s neighbour %s has hardware address %s, not %s; %s", side, a, got, mac, macHint)
 	}
 }
 

@@ -31,7 +31,7 @@ func enableForwarding(addrs []netip.Addr) error {
 			continue
 		}
 		if f.ipv6 {
-			if err := keepAdvertised(); err != nil {
+			if err := keepRADefaultRoutes(); err != nil {
 				return err
 			}
 		}
@@ -42,9 +42,9 @@ func enableForwarding(addrs []netip.Addr) error {
 	return nil
 }
 
-// keepAdvertised lets links go on taking router advertisements that have given the node a default route: once it
+// keepRADefaultRoutes lets links go on taking router advertisements that have given the node a default route: once it
 // forwards, the kernel would drop that route unless accept_ra is 2.
-func keepAdvertised() error {
+func keepRADefaultRoutes() error {
 	table, err := os.ReadFile("/proc/net/ipv6_route")
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -52,7 +52,7 @@ func keepAdvertised() error {
 	if err != nil {
 		return fmt.Errorf("look for default routes by router advertisement: %w", err)
 	}
-	for _, link := range advertisedOver(string(table)) {
+	for _, link := range linksWithRADefault(string(table)) {
 		key := sysctl.IPv6Link(link, "accept_ra")
 		if ra, err := sysctl.Read(key); err != nil || ra != "1" {
 			continue // the link is gone, or somebody has chosen
@@ -64,9 +64,9 @@ func keepAdvertised() error {
 	return nil
 }
 
-// advertisedOver finds the links of default routes by router advertisement in /proc/net/ipv6_route: ten fields a line,
+// linksWithRADefault finds the links of default routes by router advertisement in /proc/net/ipv6_route: ten fields a line,
 // the destination, its length, four of no interest, metric, two counters, flags and link (net/ipv6/route.c).
-func advertisedOver(table string) (links []string) {
+func linksWithRADefault(table string) (links []string) {
 	const rtfAddrconf = 0x00040000 // linux/ipv6_route.h: RTF_ADDRCONF, learned by router advertisement
 	for line := range strings.Lines(table) {
 		f := strings.Fields(line)

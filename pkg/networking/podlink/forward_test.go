@@ -12,14 +12,14 @@ import (
 	"github.com/headcni/headcni/internal/sysctl"
 )
 
-func TestAdvertisedOver(t *testing.T) {
+func TestLinksWithRADefault(t *testing.T) {
 	const none, any = "00000000000000000000000000000000", "fe800000000000000000000000000001"
 	table := "" +
 		none + " 00 " + none + " 00 " + any + " 00000400 00000001 00000000 00450003     eth0\n" + // by advertisement
 		none + " 00 " + none + " 00 " + any + " 00000400 00000001 00000000 00000003     eth1\n" + // by hand
 		any + " 40 " + none + " 00 " + none + " 00000100 00000001 00000000 00440001     eth2\n" + // advertised, no default
 		none + " 00 " + none + " 00 " + none + " ffffffff 00000001 00000000 00200200       lo\n"
-	if d := cmp.Diff([]string{"eth0"}, advertisedOver(table)); d != "" {
+	if d := cmp.Diff([]string{"eth0"}, linksWithRADefault(table)); d != "" {
 		t.Error(d)
 	}
 }

@@ -36,7 +36,7 @@ func (h *Handle) OpenVacant(path, ifName string) (*Netns, error) {
 }
 
 func openNetns(path string) (*Netns, error) {
-	fd, err := openForeign(path)
+	fd, err := openOtherNetns(path)
 	if err != nil {
 		return nil, err
 	}
@@ -52,8 +52,8 @@ func openNetns(path string) (*Netns, error) {
 	return n, nil
 }
 
-// openForeign opens a network namespace that is not the caller's own.
-func openForeign(path string) (fd int, err error) {
+// openOtherNetns opens a network namespace that is not the caller's own.
+func openOtherNetns(path string) (fd int, err error) {
 	fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("open %s: %w: %w", path, ErrNetns, err)

@@ -40,7 +40,7 @@ const (
 // tunNames are the tuns that a pod's packets may have to pass, in order: daemon mode's, tailscaled's default.
 var tunNames = []string{names.DaemonTun, names.HostTun}
 
-// Faults that a caller tells apart.
+// Errors that callers distinguish.
 var (
 	// ErrNetns: the path is no network namespace, has gone, or is the caller's own.
 	ErrNetns = errors.New("invalid network namespace")
@@ -79,7 +79,7 @@ func (h *Handle) Close() {
 	}
 }
 
-// Pod is the interface of one pod as it shall be.
+// Pod describes the wanted interface of one pod.
 type Pod struct {
 	Network     string // CNI network name
 	ContainerID string
@@ -194,7 +194,7 @@ func (h *Handle) Attach(log *slog.Logger, ns *Netns, pod Pod) (Pair, error) {
 	return links, ns.stillThere()
 }
 
-// create makes the veth pair, with the pod's end born inside its namespace.
+// create makes the veth pair, and creates the pod's end directly in its namespace.
 func (h *Handle) create(host *rtnl.Conn, pod Pod, ns *Netns) (Pair, error) {
 	l := Pair{HostName: Name(pod.ContainerID, pod.IfName), HostMAC: randomMAC(), PodMAC: pod.MAC}
 	if l.PodMAC == nil {
@@ -393,7 +393,7 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-// hostSysctls makes the host's end deaf to router advertisements: a pod must not give the node a default route. It
+// hostSysctls makes the host's end ignore router advertisements: a pod must not give the node a default route. It
 // reports whether the kernel has IPv6 on the link.
 func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err error) {
 	if err := h.step("sysctl host accept_ra"); err != nil {
@@ -449,7 +449,7 @@ func writeSysctl(link, key, value string) error {
 
 // Detach removes the pod's link and returns when it is gone. It needs neither the pod's namespace nor an earlier result:
 // the pod's end, and every route and neighbour, goes with the host's end. A link that is not there is no error; removed
-// tells the two apart.
+// says whether there was one.
 func (h *Handle) Detach(containerID, ifName string) (removed bool, err error) {
 	if err := h.step("detach"); err != nil {
 		return false, err
