@@ -24,6 +24,7 @@ import (
 )
 
 const (
+	// insideEnv tells the process inside that it is, by the path of a folder that ends with it.
 	insideEnv = "HEADCNI_NSTEST_INSIDE"
 	// RequireEnv, when set, turns the skip of a kernel or tailnet test into a failure.
 	RequireEnv = "HEADCNI_TEST_REQUIRE"
@@ -49,6 +50,10 @@ func Main(m *testing.M) {
 	skipReason = fmt.Sprintf("no namespaces here: %v; run as root or allow unprivileged user namespaces", err)
 	os.Exit(m.Run())
 }
+
+// Dir is a folder for what outlives a test. It ends with the test's process, however that ends. It is empty where there are
+// no namespaces: os.MkdirTemp takes that for the usual folder.
+func Dir() string { return os.Getenv(insideEnv) }
 
 // Require skips the test where namespaces are not to be had, or fails it where RequireEnv is set.
 func Require(t testing.TB) {
@@ -92,8 +97,13 @@ func reexec() (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	dir, err := os.MkdirTemp("", "Test")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(dir) // also after a panic inside, or a time-out
 	cmd := exec.Command(self, os.Args[1:]...)
-	cmd.Env = append(os.Environ(), insideEnv+"=1")
+	cmd.Env = append(os.Environ(), insideEnv+"="+dir)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = attr
 	// go test's SIGQUIT on a time-out must reach the process that has the goroutines to show.
