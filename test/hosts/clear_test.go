@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -19,23 +18,18 @@ import (
 type wire struct {
 	*world
 	lure    *lab.Node
-	streams []*lab.Stream
+	flows   labtest.Flows
 	replies []*reply
 }
 
-// testNeverInClear breaks nodes in every way and looks at the wire.
-func testNeverInClear(t *testing.T, bin string) {
-	w := newWorld(t, lab.Options{Nodes: 3, Spare: 1, Modes: []string{host, daemon, host}, Bin: bin})
+// neverInClear is a world whose tests break nodes in every way and look at the wire.
+var neverInClear = labtest.OneByOne(func(t testing.TB) *wire {
+	w := newWorld(t, lab.Options{Nodes: 3, Spare: 1, Modes: []string{host, daemon, host}})
 	w.works(t)
 	c := &wire{world: w, lure: w.Nodes[2]}
+	t.Cleanup(c.stop)
 	for _, pair := range [][2]*lab.Pod{{w.a1, w.b1}, {w.b1, w.a1}} {
-		for _, v6 := range []bool{false, true} {
-			s, err := lab.StartStream(labtest.Within(t), fmt.Sprintf("%s to %s, %s", pair[0].Name, pair[1].Name, family(v6)), pair[0], pair[1], pair[1].Addr(v6))
-			if err != nil {
-				t.Fatal(err)
-			}
-			c.streams = append(c.streams, s)
-		}
+		c.flows = append(c.flows, labtest.StartFlows(t, pair[0], pair[1])...)
 	}
 	for _, to := range []*lab.Pod{w.a1, w.b1} {
 		for _, v6 := range []bool{false, true} {
@@ -46,34 +40,14 @@ func testNeverInClear(t *testing.T, bin string) {
 			c.replies = append(c.replies, askForReplies(t, from, to, v6))
 		}
 	}
-	defer c.stop()
 	labtest.StartTailscaled(t, c.lure)
-	up(t, c.Lab, c.lure)
-	for _, f := range []struct {
-		name string
-		test func(*testing.T)
-	}{
-		{"daemon stopped", c.testDaemonStopped},
-		{"rules flushed", c.testRulesFlushed},
-		{"table 52 flushed", c.testTableFlushed},
-		{"tun deleted", c.testTunDeleted},
-		{"wider routes", c.testWiderRoutes},
-		{"own range advertised elsewhere", c.testTaken},
-		{"only nftables and the last route left", func(t *testing.T) { c.testLeft(t, true, false, true) }},
-		{"only the rules left", func(t *testing.T) { c.testLeft(t, false, true, false) }},
-		{"only nftables left", func(t *testing.T) { c.testLeft(t, true, false, false) }},
-		{"only the last route left", func(t *testing.T) { c.testLeft(t, false, false, true) }},
-		{"nothing left", c.testNothingLeft},
-	} {
-		t.Run(f.name, f.test)
-	}
-}
+	labtest.Up(t, c.Lab, c.lure, labtest.AuthKey(t, c.Lab))
+	return c
+})
 
 func (c *wire) stop() {
-	for _, s := range c.streams {
-		s.Stop()
-	}
-	c.streams = nil
+	c.flows.Stop()
+	c.flows = nil
 	for _, r := range c.replies {
 		r.stop()
 	}
@@ -90,9 +64,9 @@ type reply struct {
 	ended    chan struct{}
 }
 
-func askForReplies(t *testing.T, from *lab.Node, to *lab.Pod, v6 bool) *reply {
+func askForReplies(t testing.TB, from *lab.Node, to *lab.Pod, v6 bool) *reply {
 	t.Helper()
-	r := &reply{name: fmt.Sprintf("%s to a process of %s, %s", to.Name, from.Name, family(v6)), ended: make(chan struct{})}
+	r := &reply{name: fmt.Sprintf("%s to a process of %s, %s", to.Name, from.Name, labtest.Family(v6)), ended: make(chan struct{})}
 	err := to.Do(func() (err error) {
 		r.pod, err = net.ListenPacket("udp", netip.AddrPortFrom(to.Addr(v6), 0).String())
 		return err
@@ -105,7 +79,7 @@ func askForReplies(t *testing.T, from *lab.Node, to *lab.Pod, v6 bool) *reply {
 	}
 	labtest.Eventually(t, r.name, func() error {
 		_, _ = r.question.Write([]byte("say something")) // lost is no worse
-		if err := r.pod.SetReadDeadline(time.Now().Add(moment)); err != nil {
+		if err := r.pod.SetReadDeadline(time.Now().Add(labtest.Moment)); err != nil {
 			return err
 		}
 		_, r.to, err = r.pod.ReadFrom(make([]byte, 64))
@@ -142,26 +116,17 @@ func (c *wire) never(t *testing.T, do func()) {
 			}
 		}
 	})
-	if got.Clear > 0 || got.Total == 0 {
-		t.Errorf("%d of %d packets in clear: %v", got.Clear, got.Total, got.Examples)
-	}
+	labtest.NoneInClear(t, got)
 }
 
 func (c *wire) watch(t *testing.T, do, send func()) lab.Captured {
 	t.Helper()
-	capture, err := c.CaptureUnderlay()
-	if err != nil {
-		t.Fatal(err)
-	}
+	stop := labtest.Capture(t, c.Lab)
 	do()
-	for end := time.Now().Add(moment); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(labtest.Moment); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		send()
 	}
-	got, err := capture.Stop()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return got
+	return stop()
 }
 
 // sender sends to a pod of the other node.
@@ -182,33 +147,13 @@ func (s sender) burst(ctx context.Context, v6 bool) {
 		{netip.MustParseAddr("10.244.1.250"), netip.MustParseAddr("fd00:244:1::fa")},
 		{netip.MustParseAddr("10.244.200.1"), netip.MustParseAddr("fd00:244:c8::1")},
 	}
-	for _, to := range []netip.Addr{s.to.Addr(v6), nobody[0][index(v6)], nobody[1][index(v6)]} {
+	for _, to := range []netip.Addr{s.to.Addr(v6), nobody[0][labtest.Index(v6)], nobody[1][labtest.Index(v6)]} {
 		conn, err := s.from.Dial(ctx, "udp", netip.AddrPortFrom(to, lab.EchoPort).String())
 		if err != nil {
 			continue // "network is unreachable" is as good as nothing on the wire
 		}
 		_, _ = conn.Write([]byte("secret")) // the same
 		conn.Close()
-	}
-}
-
-// dark says that the fault was one: nothing flows.
-func (c *wire) dark(t *testing.T, since time.Time) {
-	t.Helper()
-	for _, s := range c.streams {
-		if back, ok := s.Back(since.Add(moment / 2)); ok { // what was on its way is no matter
-			t.Errorf("%s flows, after %v", s.Name, back)
-		}
-	}
-}
-
-// flows waits until all flows that is sent from now on.
-func (c *wire) flows(t *testing.T) {
-	t.Helper()
-	for _, s := range c.streams {
-		if _, err := s.WaitBack(labtest.Within(t), time.Now()); err != nil {
-			t.Error(err)
-		}
 	}
 }
 
@@ -228,41 +173,35 @@ func (c *wire) mend(t *testing.T) {
 	for _, n := range c.nodes() {
 		labtest.Ready(t, n)
 	}
-	c.flows(t)
+	c.flows.WaitBack(t, time.Now())
 	c.works(t)
 }
 
 func (c *wire) each(t *testing.T, format string, args ...any) {
 	t.Helper()
 	for _, n := range c.nodes() {
-		sh(t, n.Machine, format, args...)
+		labtest.Sh(t, n.Machine, format, args...)
 	}
 }
 
-func (c *wire) testDaemonStopped(t *testing.T) {
+func TestNeverInClearDaemonStopped(t *testing.T) {
+	c := neverInClear.Enter(t)
 	c.never(t, func() {
 		for _, n := range c.nodes() {
-			if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
-				t.Fatal(err)
-			}
+			labtest.Stop(t, n.Daemon)
 		}
 	})
-	c.flows(t)
+	c.flows.WaitBack(t, time.Now())
 	c.never(t, func() { c.mend(t) })
 }
 
-const (
-	flushRules  = `for f in -4 -6; do for pref in 5188 5189 519{1..5}; do while ip $f rule delete pref $pref 2>/dev/null; do :; done; done; done`
-	flushTables = `for f in ip ip6; do nft delete table $f headcni; done`
-	flushRoutes = `for f in -4 -6; do ip $f route flush metric 4278 type unreachable; done`
-)
-
-func (c *wire) testRulesFlushed(t *testing.T) {
-	before := sh(t, c.a.Machine, "ip rule; ip -6 rule")
+func TestNeverInClearRulesFlushed(t *testing.T) {
+	c := neverInClear.Enter(t)
+	before := labtest.Sh(t, c.a.Machine, "ip rule; ip -6 rule")
 	c.never(t, func() {
-		c.each(t, "%s", flushRules)
+		c.each(t, "%s", labtest.FlushRules)
 		labtest.Eventually(t, "wait for the rules", func() error {
-			if now := sh(t, c.a.Machine, "ip rule; ip -6 rule"); now != before {
+			if now := labtest.Sh(t, c.a.Machine, "ip rule; ip -6 rule"); now != before {
 				return fmt.Errorf("before:\n%s\nnow:\n%s", before, now)
 			}
 			return nil
@@ -272,7 +211,8 @@ func (c *wire) testRulesFlushed(t *testing.T) {
 }
 
 // tailscaled makes its routes once. The daemon puts back what it still speaks of.
-func (c *wire) testTableFlushed(t *testing.T) {
+func TestNeverInClearTableFlushed(t *testing.T) {
+	c := neverInClear.Enter(t)
 	before := map[*lab.Node]string{}
 	for _, n := range c.nodes() {
 		before[n] = tunnelTable(t, n)
@@ -280,12 +220,12 @@ func (c *wire) testTableFlushed(t *testing.T) {
 	flush := func() { c.each(t, "ip route flush table 52; ip -6 route flush table 52") }
 	c.never(t, func() {
 		for _, n := range c.nodes() {
-			kill(t, n.Daemon)
+			labtest.Kill(t, n.Daemon)
 		}
 		flush()
 		since := time.Now()
-		time.Sleep(moment)
-		c.dark(t, since)
+		time.Sleep(labtest.Moment)
+		c.flows.Dark(t, since)
 	})
 	back := func() {
 		for _, n := range c.nodes() {
@@ -296,7 +236,7 @@ func (c *wire) testTableFlushed(t *testing.T) {
 				return nil
 			})
 		}
-		c.flows(t)
+		c.flows.WaitBack(t, time.Now())
 	}
 	c.never(t, func() {
 		c.mend(t)
@@ -312,37 +252,39 @@ func (c *wire) testTableFlushed(t *testing.T) {
 // tunnelTable is tailscaled's routing table.
 func tunnelTable(t *testing.T, n *lab.Node) string {
 	t.Helper()
-	return sh(t, n.Machine, "ip -4 -d route show table 52 | sort; ip -6 -d route show table 52 | sort")
+	return labtest.Sh(t, n.Machine, "ip -4 -d route show table 52 | sort; ip -6 -d route show table 52 | sort")
 }
 
-func (c *wire) testTunDeleted(t *testing.T) {
+func TestNeverInClearTunDeleted(t *testing.T) {
+	c := neverInClear.Enter(t)
 	c.never(t, func() {
 		for _, n := range c.nodes() {
-			sh(t, n.Machine, "ip link delete %s", n.Tun)
+			labtest.Sh(t, n.Machine, "ip link delete %s", n.Tun)
 		}
 		since := time.Now()
-		time.Sleep(moment)
-		c.dark(t, since)
+		time.Sleep(labtest.Moment)
+		c.flows.Dark(t, since)
 		for _, n := range c.nodes() {
-			kill(t, n.Tailscaled) // where it has not ended by itself
+			labtest.Kill(t, n.Tailscaled) // where it has not ended by itself
 		}
 	})
 	c.never(t, func() { c.mend(t) })
 }
 
 // A route in main that is wider than ours, by a neighbour, does not get what it covers: with a tunnel or without.
-func (c *wire) testWiderRoutes(t *testing.T) {
+func TestNeverInClearWiderRoutes(t *testing.T) {
+	c := neverInClear.Enter(t)
 	for i, v6 := range []bool{false, true} {
 		c.each(t, "%s route add %s via %s", ip(v6), []string{"10.0.0.0/8", "fd00::/8"}[i], c.lure.Underlay[i])
 	}
 	c.never(t, func() { c.works(t) })
 	c.never(t, func() {
 		for _, n := range c.nodes() {
-			kill(t, n.Tailscaled)
+			labtest.Kill(t, n.Tailscaled)
 		}
 		since := time.Now()
-		time.Sleep(moment)
-		c.dark(t, since)
+		time.Sleep(labtest.Moment)
+		c.flows.Dark(t, since)
 	})
 	c.never(t, func() { c.mend(t) })
 	for i, v6 := range []bool{false, true} {
@@ -352,20 +294,37 @@ func (c *wire) testWiderRoutes(t *testing.T) {
 
 // A peer that advertises a part of a node's range gets nothing of the node's own traffic. What others send is Headscale's
 // decision, which approved it; it still stays in the tunnel.
-func (c *wire) testTaken(t *testing.T) {
+func TestNeverInClearRangeTaken(t *testing.T) {
+	c := neverInClear.Enter(t)
 	parts := []string{"10.244.1.0/25", "fd00:244:1::/65"}
 	c.never(t, func() {
 		advertise(t, c.Lab, c.lure, parts...)
 		accepted(t, c.a, parts...)
 		for i, v6 := range []bool{false, true} {
-			wants(t, "pod to pod of its node", c.a1, echo(c.a2, v6), c.a1.Addr(v6))
-			wants(t, "node to its pod", c.a, echo(c.a1, v6), c.a.Underlay[i])
+			labtest.WantTCP(t, "pod to pod of its node", c.a1, labtest.Echo(c.a2, v6), c.a1.Addr(v6))
+			labtest.WantTCP(t, "node to its pod", c.a, labtest.Echo(c.a1, v6), c.a.Underlay[i])
 		}
 	})
 	if _, err := c.lure.Run(labtest.Within(t), "tailscale", "set", "--advertise-routes="); err != nil {
 		t.Fatal(err)
 	}
 	c.mend(t)
+}
+
+// Each of our defences does alone what it can.
+func TestNeverInClearLeft(t *testing.T) {
+	c := neverInClear.Enter(t)
+	for _, f := range []struct {
+		name                  string
+		tables, rules, routes bool
+	}{
+		{"only nftables and the last route", true, false, true},
+		{"only the rules", false, true, false},
+		{"only nftables", true, false, false},
+		{"only the last route", false, false, true},
+	} {
+		t.Run(f.name, func(t *testing.T) { c.testLeft(t, f.tables, f.rules, f.routes) })
+	}
 }
 
 // testLeft leaves some of our defences while the daemon and the tunnel are dead. Only nftables can tell a pod's answer to a
@@ -386,26 +345,27 @@ func (c *wire) testLeft(t *testing.T, tables, rules, routes bool) {
 func (c *wire) strip(t *testing.T, tables, rules, routes bool) {
 	t.Helper()
 	for _, n := range c.nodes() {
-		kill(t, n.Daemon)
+		labtest.Kill(t, n.Daemon)
 		for _, d := range []struct {
 			stays bool
 			flush string
-		}{{rules, flushRules}, {tables, flushTables}, {routes, flushRoutes}} {
+		}{{rules, labtest.FlushRules}, {tables, labtest.FlushTables}, {routes, labtest.FlushRoutes}} {
 			if !d.stays {
-				sh(t, n.Machine, "%s", d.flush)
+				labtest.Sh(t, n.Machine, "%s", d.flush)
 			}
 		}
 	}
 	for _, n := range c.nodes() {
-		kill(t, n.Tailscaled)
+		labtest.Kill(t, n.Tailscaled)
 	}
 	since := time.Now()
-	time.Sleep(moment)
-	c.dark(t, since)
+	time.Sleep(labtest.Moment)
+	c.flows.Dark(t, since)
 }
 
 // The proof that all the captures above would have seen something, in both families, from pods and from nodes.
-func (c *wire) testNothingLeft(t *testing.T) {
+func TestNeverInClearNegativeControl(t *testing.T) {
+	c := neverInClear.EnterLast(t)
 	c.strip(t, false, false, false)
 	replies := c.replies
 	c.replies = nil // to go on
@@ -421,7 +381,7 @@ func (c *wire) testNothingLeft(t *testing.T) {
 		for _, v6 := range []bool{false, true} {
 			got := c.watch(t, func() {}, func() { s.burst(t.Context(), v6) })
 			if got.Clear == 0 {
-				t.Errorf("from %s to a pod of %s, %s: none of %d packets is in clear", s.name, s.to.Node.Name, family(v6), got.Total)
+				t.Errorf("from %s to a pod of %s, %s: none of %d packets is in clear", s.name, s.to.Node.Name, labtest.Family(v6), got.Total)
 			}
 		}
 	}

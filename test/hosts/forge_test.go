@@ -140,7 +140,7 @@ func speak(t *testing.T, s scene) {
 			return nil
 		})
 	}
-	time.Sleep(moment)
+	time.Sleep(labtest.Moment)
 }
 
 func silent(t *testing.T, to []*ear) {
@@ -163,9 +163,9 @@ type scene struct {
 // deceived is the proof that the forged packets would arrive without our rules.
 func deceived(t *testing.T, n *lab.Node, scenes []scene) {
 	t.Helper()
-	kill(t, n.Daemon)
+	labtest.Kill(t, n.Daemon)
 	for _, f := range []string{"ip", "ip6"} {
-		sh(t, n.Machine, "nft flush chain %s headcni antispoof", f)
+		labtest.Sh(t, n.Machine, "nft flush chain %s headcni antispoof", f)
 	}
 	for _, s := range scenes {
 		speak(t, s)
@@ -175,24 +175,25 @@ func deceived(t *testing.T, n *lab.Node, scenes []scene) {
 			}
 		}
 	}
-	startDaemon(t, n)
+	labtest.StartDaemon(t, n)
 }
 
 // A pod sends from its own address and from no other.
-func testForgingPod(t *testing.T, w *world) {
+func TestForgingPod(t *testing.T) {
+	w := surroundings.Enter(t)
 	var scenes []scene
 	for i, v6 := range []bool{false, true} {
 		s := scene{from: w.a1, own: w.a1.Addr(v6), forged: []netip.Addr{
-			w.a2.Addr(v6), w.b1.Addr(v6), w.a.Underlay[i], w.b.Underlay[i], controlAddr(w.Lab, v6),
-			tailnetAddrs(t, w.a)[i], tailnetAddrs(t, w.b)[i], w.a.PodCIDRs[i].Addr().Next(),
+			w.a2.Addr(v6), w.b1.Addr(v6), w.a.Underlay[i], w.b.Underlay[i], labtest.ControlAddr(w.Lab, v6),
+			labtest.TailnetAddrs(t, w.a)[i], labtest.TailnetAddrs(t, w.b)[i], w.a.PodCIDRs[i].Addr().Next(),
 			[]netip.Addr{netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("2001:db8::9")}[i],
 			[]netip.Addr{netip.MustParseAddr("169.254.1.1"), netip.MustParseAddr("fe80::1")}[i],
 		}}
-		near := listen(t, "a pod of its node, "+family(v6), w.a2, w.a2.Addr(v6))
+		near := listen(t, "a pod of its node, "+labtest.Family(v6), w.a2, w.a2.Addr(v6))
 		s.to = []*ear{
-			near, listen(t, "a pod of another node, "+family(v6), w.b1, w.b1.Addr(v6)),
-			listen(t, "its node, "+family(v6), w.a, w.a.Underlay[i]),
-			listen(t, "the outside, "+family(v6), w.Control, controlAddr(w.Lab, v6)),
+			near, listen(t, "a pod of another node, "+labtest.Family(v6), w.b1, w.b1.Addr(v6)),
+			listen(t, "its node, "+labtest.Family(v6), w.a, w.a.Underlay[i]),
+			listen(t, "the outside, "+labtest.Family(v6), w.Control, labtest.ControlAddr(w.Lab, v6)),
 		}
 		speak(t, s)
 		silent(t, s.to)
@@ -203,16 +204,17 @@ func testForgingPod(t *testing.T, w *world) {
 }
 
 // A host on the LAN does not pass for a pod.
-func testForgingNeighbour(t *testing.T, w *world) {
+func TestForgingLANHost(t *testing.T) {
+	w := surroundings.Enter(t)
 	var scenes []scene
 	for i, v6 := range []bool{false, true} {
 		// Nodes forward what the LAN sends to pods, so that one could be asked to.
-		sh(t, w.Control.Machine, "%s route add %s via %s", ip(v6), w.a.PodCIDRs[i], w.a.Underlay[i])
+		labtest.Sh(t, w.Control.Machine, "%s route add %s via %s", ip(v6), w.a.PodCIDRs[i], w.a.Underlay[i])
 		s := scene{
-			from: w.Control, own: controlAddr(w.Lab, v6),
+			from: w.Control, own: labtest.ControlAddr(w.Lab, v6),
 			forged: []netip.Addr{w.a2.Addr(v6), w.b1.Addr(v6), w.b2.Addr(v6), w.b.PodCIDRs[i].Addr().Next()},
 			to: []*ear{
-				listen(t, "a pod, "+family(v6), w.a1, w.a1.Addr(v6)), listen(t, "a node, "+family(v6), w.a, w.a.Underlay[i]),
+				listen(t, "a pod, "+labtest.Family(v6), w.a1, w.a1.Addr(v6)), listen(t, "a node, "+labtest.Family(v6), w.a, w.a.Underlay[i]),
 			},
 		}
 		speak(t, s)
@@ -221,6 +223,6 @@ func testForgingNeighbour(t *testing.T, w *world) {
 	}
 	deceived(t, w.a, scenes)
 	for i, v6 := range []bool{false, true} {
-		sh(t, w.Control.Machine, "%s route delete %s", ip(v6), w.a.PodCIDRs[i])
+		labtest.Sh(t, w.Control.Machine, "%s route delete %s", ip(v6), w.a.PodCIDRs[i])
 	}
 }

@@ -1,14 +1,12 @@
 package hosts
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -19,7 +17,7 @@ import (
 	"github.com/headcni/headcni/pkg/headscale"
 )
 
-// Machines of testMembership, all left alone at first.
+// Machines of the lab of membership, all left alone at first.
 const (
 	users = iota // a host whose user has made tailscaled their own
 	laptop
@@ -41,33 +39,16 @@ var (
 	headscaleAt = [2]netip.Addr{netip.MustParseAddr("192.168.99.1"), netip.MustParseAddr("fd99::1")}
 )
 
-func testMembership(t *testing.T, bin string) {
+// membership is a lab each of whose tests takes machines of its own.
+var membership = labtest.SideBySide(func(t testing.TB) *lab.Lab {
 	l := labtest.New(t, lab.Options{
-		Nodes: memberNodes, Spare: memberNodes, Modes: []string{host, host, host, host, daemon}, Bin: bin, Policy: allowAll,
+		Nodes: memberNodes, Spare: memberNodes, Modes: []string{host, host, host, host, daemon}, Bin: labtest.Programs(t), Policy: allowAll,
 	})
 	for _, a := range [][2]netip.Addr{usersLAN, outside, headscaleAt} {
-		sh(t, l.Control.Machine, "ip address add %s/32 dev lo; ip address add %s/128 dev lo nodad", a[0], a[1])
+		labtest.Sh(t, l.Control.Machine, "ip address add %s/32 dev lo; ip address add %s/128 dev lo nodad", a[0], a[1])
 	}
-	for name, test := range map[string]func(*testing.T, *lab.Lab){
-		"host mode": testHostMode, "deadman": testDeadman, "forgotten by Headscale": testForgotten,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			test(t, l)
-		})
-	}
-}
-
-// prefs are a tailscaled's, without its keys.
-func prefs(t *testing.T, n *lab.Node) map[string]any {
-	t.Helper()
-	var p map[string]any
-	if err := json.Unmarshal([]byte(sh(t, n.Machine, "tailscale debug prefs")), &p); err != nil {
-		t.Fatal(err)
-	}
-	delete(p, "Config")
-	return p
-}
+	return l
+})
 
 // withOurs is what a user's prefs are while the daemon runs.
 func withOurs(p map[string]any, n *lab.Node) map[string]any {
@@ -85,7 +66,7 @@ func withOurs(p map[string]any, n *lab.Node) map[string]any {
 func wantPrefs(t *testing.T, what string, n *lab.Node, want map[string]any) {
 	t.Helper()
 	labtest.Eventually(t, what+": prefs, - want, + got", func() error {
-		d := cmp.Diff(sortedRoutes(want), sortedRoutes(prefs(t, n)))
+		d := cmp.Diff(sortedRoutes(want), sortedRoutes(labtest.Prefs(t, n)))
 		if d != "" {
 			return errors.New(d)
 		}
@@ -119,12 +100,12 @@ func newHousehold(t *testing.T, l *lab.Lab) *household {
 		h.lan[i] = labtest.Service(t, l.Control, netip.AddrPortFrom(usersLAN[i], 0))
 		h.outside[i] = labtest.Service(t, l.Control, netip.AddrPortFrom(outside[i], 0))
 	}
-	sh(t, h.host.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+	labtest.Sh(t, h.host.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
 	labtest.StartTailscaled(t, h.host)
-	up(t, l, h.host, "--hostname=users-own", "--advertise-routes="+lanRoutes, "--advertise-exit-node", "--ssh")
-	approve(t, l, h.host, append(strings.Split(lanRoutes, ","), "0.0.0.0/0", "::/0")...)
+	labtest.Up(t, l, h.host, labtest.AuthKey(t, l), "--hostname=users-own", "--advertise-routes="+lanRoutes, "--advertise-exit-node", "--ssh")
+	labtest.Approve(t, l, h.host, append(strings.Split(lanRoutes, ","), "0.0.0.0/0", "::/0")...)
 	labtest.StartTailscaled(t, h.laptop)
-	up(t, l, h.laptop, "--accept-routes")
+	labtest.Up(t, l, h.laptop, labtest.AuthKey(t, l), "--accept-routes")
 	return h
 }
 
@@ -135,8 +116,8 @@ func (h *household) functions(t *testing.T) {
 	t.Helper()
 	accepted(t, h.laptop, strings.Split(lanRoutes, ",")...)
 	for i := range 2 {
-		wants(t, "laptop to the LAN", h.laptop, h.lan[i], h.host.Underlay[i])
-		wants(t, "laptop to the world without exit node", h.laptop, h.outside[i], h.laptop.Underlay[i])
+		labtest.WantTCP(t, "laptop to the LAN", h.laptop, h.lan[i], h.host.Underlay[i])
+		labtest.WantTCP(t, "laptop to the world without exit node", h.laptop, h.outside[i], h.laptop.Underlay[i])
 	}
 	h.usesExitNode(t, h.laptop, h.host)
 }
@@ -147,7 +128,7 @@ func (h *household) usesExitNode(t *testing.T, device, exit *lab.Node) {
 	for _, c := range []struct {
 		node string
 		seen *lab.Node
-	}{{tailnetAddrs(t, exit)[0].String(), exit}, {"", device}} {
+	}{{labtest.TailnetAddrs(t, exit)[0].String(), exit}, {"", device}} {
 		labtest.Eventually(t, "choose the exit node", func() error { // of which the device may still have to hear
 			_, err := device.Run(labtest.Within(t), "tailscale", "set", "--exit-node="+c.node)
 			return err
@@ -165,26 +146,25 @@ func (h *household) usesExitNode(t *testing.T, device, exit *lab.Node) {
 }
 
 // What a user has made of their host's tailscaled stays as it is, and works as before, from start to uninstall.
-func testHostMode(t *testing.T, l *lab.Lab) {
+func TestHostMode(t *testing.T) {
+	l := membership.Enter(t)
 	h := newHousehold(t, l)
 	n := h.host
 	h.functions(t)
-	before := prefs(t, n)
+	before := labtest.Prefs(t, n)
 	if before["NoSNAT"] != false || before["RunSSH"] != true || before["Hostname"] != "users-own" {
 		t.Fatalf("the user's prefs are not what they set: %v", before)
 	}
 	if err := n.ConfigureDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
-	startDaemon(t, n)
+	labtest.StartDaemon(t, n)
 	wantPrefs(t, "daemon started", n, withOurs(before, n))
 	h.functions(t)
 	t.Run("by our masquerade", func(t *testing.T) { h.testOurMasquerade(t) })
-	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	labtest.Stop(t, n.Daemon)
 	wantPrefs(t, "daemon stopped", n, withOurs(before, n))
-	startDaemon(t, n)
+	labtest.StartDaemon(t, n)
 	wantPrefs(t, "daemon started again", n, withOurs(before, n))
 
 	before = h.testUserChanges(t, before)
@@ -192,9 +172,7 @@ func testHostMode(t *testing.T, l *lab.Lab) {
 	t.Run("with the laptop as exit node", func(t *testing.T) { h.testTurned(t) })
 	wantPrefs(t, "the exit node again", n, withOurs(before, n))
 
-	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	labtest.Stop(t, n.Daemon)
 	if out, err := n.Run(labtest.Within(t), "headcni-daemon", "uninstall"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -204,23 +182,23 @@ func testHostMode(t *testing.T, l *lab.Lab) {
 
 // NoSNAT, which pods need, takes the function of the user's router; our rules give it back.
 func (h *household) testOurMasquerade(t *testing.T) {
-	kill(t, h.host.Daemon)
+	labtest.Kill(t, h.host.Daemon)
 	for i, v6 := range []bool{false, true} {
-		sh(t, h.host.Machine, "nft flush chain %s headcni postrouting", []string{"ip", "ip6"}[i])
-		refused(t, "without it, "+family(v6), h.laptop, h.lan[i])
+		labtest.Sh(t, h.host.Machine, "nft flush chain %s headcni postrouting", []string{"ip", "ip6"}[i])
+		labtest.WantRefused(t, "without it, "+labtest.Family(v6), h.laptop, h.lan[i])
 	}
-	startDaemon(t, h.host)
+	labtest.StartDaemon(t, h.host)
 	h.functions(t)
 }
 
 // testTurned has the host use the laptop as its exit node. tailscaled allows nobody to be one and use one.
 func (h *household) testTurned(t *testing.T) {
-	sh(t, h.host.Machine, "tailscale set --advertise-exit-node=false")
-	sh(t, h.laptop.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1; tailscale set --advertise-exit-node")
-	approve(t, h.Lab, h.laptop, "0.0.0.0/0", "::/0")
+	labtest.Sh(t, h.host.Machine, "tailscale set --advertise-exit-node=false")
+	labtest.Sh(t, h.laptop.Machine, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1; tailscale set --advertise-exit-node")
+	labtest.Approve(t, h.Lab, h.laptop, "0.0.0.0/0", "::/0")
 	h.usesExitNode(t, h.host, h.laptop)
-	sh(t, h.laptop.Machine, "tailscale set --advertise-exit-node=false")
-	sh(t, h.host.Machine, "tailscale set --advertise-exit-node")
+	labtest.Sh(t, h.laptop.Machine, "tailscale set --advertise-exit-node=false")
+	labtest.Sh(t, h.host.Machine, "tailscale set --advertise-exit-node")
 }
 
 // testUserChanges has the user change their mind while the daemon runs, and returns what is theirs in the end.
@@ -244,7 +222,7 @@ func (h *household) testUserChanges(t *testing.T, before map[string]any) map[str
 		{"tailscale up --reset --login-server=" + h.Control.URL + " --accept-dns=false --advertise-exit-node --advertise-routes=" + lanRoutes,
 			theirs(map[string]any{"Hostname": "", "RunSSH": false})},
 	} {
-		sh(t, n.Machine, "%s", c.command)
+		labtest.Sh(t, n.Machine, "%s", c.command)
 		wantPrefs(t, c.command, n, withOurs(c.now, n))
 		before = c.now
 	}
@@ -252,11 +230,12 @@ func (h *household) testUserChanges(t *testing.T, before map[string]any) map[str
 }
 
 // A node that was deleted in Headscale goes on saying Running. The daemon notices within a minute and joins anew.
-func testForgotten(t *testing.T, l *lab.Lab) {
+func TestForgotten(t *testing.T) {
+	l := membership.Enter(t)
 	n := l.Nodes[forgotten]
 	labtest.Start(t, n, nil)
 	labtest.Ready(t, n)
-	old, err := registered(t, l, n)
+	old, err := labtest.Registered(t, l, n)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +245,7 @@ func testForgotten(t *testing.T, l *lab.Lab) {
 	again := func(what string, ok func(headscale.Node) bool) {
 		t.Helper()
 		for deadline := time.Now().Add(minutes); ; time.Sleep(time.Second) {
-			node, err := registered(t, l, n)
+			node, err := labtest.Registered(t, l, n)
 			if err == nil && node.NodeKey != old.NodeKey && ok(node) {
 				return
 			}
@@ -287,33 +266,34 @@ func testForgotten(t *testing.T, l *lab.Lab) {
 // restartForRoutes restarts Headscale 0.27 and 0.28: to them a deleted node serves its routes until they end.
 func restartForRoutes(t *testing.T, l *lab.Lab) {
 	t.Helper()
-	h, err := headscaleAPI(t, l).Health(labtest.Within(t))
+	h, err := labtest.Headscale(t, l).Health(labtest.Within(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !strings.HasPrefix(h.Version, "v0.27.") && !strings.HasPrefix(h.Version, "v0.28.") {
 		return
 	}
-	kill(t, l.Control.Headscale)
+	labtest.Kill(t, l.Control.Headscale)
 	if err := l.Control.StartHeadscale(labtest.Within(t)); err != nil {
 		t.Fatal(err)
 	}
 }
 
 // Where it is our doing that a node cannot reach Headscale, it is taken back.
-func testDeadman(t *testing.T, l *lab.Lab) {
+func TestDeadman(t *testing.T) {
+	l := membership.Enter(t)
 	n, peer := l.Nodes[cutOff], l.Nodes[router]
 	at := netip.AddrPortFrom(headscaleAt[0], netip.MustParseAddrPort(strings.TrimPrefix(l.Control.URL, "http://")).Port())
 	configure := func(lanFirst string) func(*lab.Node, map[string]any) {
 		return func(_ *lab.Node, c map[string]any) {
-			section(c, "headscale")["url"] = "http://" + at.String()
-			section(c, "network")["lanFirst"] = lanFirst
+			labtest.Section(c, "headscale")["url"] = "http://" + at.String()
+			labtest.Section(c, "network")["lanFirst"] = lanFirst
 		}
 	}
 	labtest.Start(t, n, configure("false"))
 	labtest.Ready(t, n)
 	labtest.StartTailscaled(t, peer)
-	up(t, l, peer)
+	labtest.Up(t, l, peer, labtest.AuthKey(t, l))
 	advertise(t, l, peer, "192.168.99.0/24")
 	accepted(t, n, "192.168.99.0/24")
 	if err := dialTCP(n, at); err == nil {
@@ -332,7 +312,7 @@ func testDeadman(t *testing.T, l *lab.Lab) {
 	}
 	wantTakenBack(t, n, at)
 	// Not tried again by a restart, but with another configuration.
-	kill(t, n.Daemon)
+	labtest.Kill(t, n.Daemon)
 	if err := n.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}
@@ -343,11 +323,11 @@ func testDeadman(t *testing.T, l *lab.Lab) {
 		return takenBack()
 	})
 	wantTakenBack(t, n, at)
-	kill(t, n.Daemon)
+	labtest.Kill(t, n.Daemon)
 	if err := n.ConfigureDaemon(configure("true")); err != nil {
 		t.Fatal(err)
 	}
-	startDaemon(t, n)
+	labtest.StartDaemon(t, n)
 	accepted(t, n, "192.168.99.0/24")
 	if err := dialTCP(n, at); err != nil {
 		t.Error(err)
@@ -358,13 +338,13 @@ func testDeadman(t *testing.T, l *lab.Lab) {
 func wantTakenBack(t *testing.T, n *lab.Node, at netip.AddrPort) {
 	t.Helper()
 	labtest.Eventually(t, "reach Headscale again", func() error { return dialTCP(n, at) })
-	if rules := sh(t, n.Machine, "ip rule; ip -6 rule"); strings.Contains(rules, "\n51") {
+	if rules := labtest.Sh(t, n.Machine, "ip rule; ip -6 rule"); strings.Contains(rules, "\n51") {
 		t.Errorf("rules of ours are left:\n%s", rules)
 	}
-	if p := prefs(t, n); p["RouteAll"] != false || p["AdvertiseRoutes"] != nil && len(p["AdvertiseRoutes"].([]any)) > 0 {
+	if p := labtest.Prefs(t, n); p["RouteAll"] != false || p["AdvertiseRoutes"] != nil && len(p["AdvertiseRoutes"].([]any)) > 0 {
 		t.Errorf("prefs of ours are left: %v", p)
 	}
-	if guard := sh(t, n.Machine, "nft list chain ip headcni guard"); !strings.Contains(guard, "drop") {
+	if guard := labtest.Sh(t, n.Machine, "nft list chain ip headcni guard"); !strings.Contains(guard, "drop") {
 		t.Errorf("the guard is gone:\n%s", guard)
 	}
 }

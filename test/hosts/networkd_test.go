@@ -46,19 +46,19 @@ done`
 // startNetworkd has systemd-networkd manage a node's uplink as it is, until the test ends.
 func startNetworkd(t *testing.T, l *lab.Lab, n *lab.Node) {
 	t.Helper()
-	gateway := func(i int) string { return controlAddr(l, i == 1).String() }
+	gateway := func(i int) string { return labtest.ControlAddr(l, i == 1).String() }
 	config := fmt.Sprintf("[Match]\nName=eth0\n[Network]\nIPv6AcceptRA=no\nAddress=%s/24\nGateway=%s\nAddress=%s/64\nGateway=%s\n",
 		n.Underlay[0], gateway(0), n.Underlay[1], gateway(1))
 	// With a read-only /sys it does not wait for udev, of which there is none.
-	sh(t, n.Machine, `mkdir -p /run/dbus /run/systemd/network /run/systemd/netif && chown systemd-network: /run/systemd/netif
+	labtest.Sh(t, n.Machine, `mkdir -p /run/dbus /run/systemd/network /run/systemd/netif && chown systemd-network: /run/systemd/netif
 		echo '%s' > /run/systemd/network/eth0.network; mount -o remount,bind,ro /sys`, config)
 	bus, err := n.Start("dbus-daemon", nil, "--system", "--nofork", "--nopidfile")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		kill(t, bus)
-		sh(t, n.Machine, "mount -o remount,bind,rw /sys; rm -r /run/systemd/network")
+		labtest.Kill(t, bus)
+		labtest.Sh(t, n.Machine, "mount -o remount,bind,rw /sys; rm -r /run/systemd/network")
 	})
 	labtest.Eventually(t, "wait for the bus", func() error {
 		_, err := os.Stat(n.Path("/run/dbus/system_bus_socket"))
@@ -68,7 +68,7 @@ func startNetworkd(t *testing.T, l *lab.Lab, n *lab.Node) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { kill(t, manager) })
+	t.Cleanup(func() { labtest.Kill(t, manager) })
 	configured(t, n)
 }
 
@@ -87,13 +87,13 @@ func configured(t *testing.T, n *lab.Node) {
 func startNetworkds(t *testing.T, w *world) (reconfigure func(*lab.Node)) {
 	t.Helper()
 	if !realNetworkd(t) {
-		return func(n *lab.Node) { sh(t, n.Machine, "%s", imitation) }
+		return func(n *lab.Node) { labtest.Sh(t, n.Machine, "%s", imitation) }
 	}
 	for _, n := range w.nodes() {
 		startNetworkd(t, w.Lab, n)
 	}
 	return func(n *lab.Node) {
-		sh(t, n.Machine, "networkctl reconfigure eth0")
+		labtest.Sh(t, n.Machine, "networkctl reconfigure eth0")
 		labtest.Eventually(t, "wait until networkd has deleted what it does not know", func() error { return strangers(t, n) })
 		configured(t, n)
 	}
@@ -101,7 +101,7 @@ func startNetworkds(t *testing.T, w *world) (reconfigure func(*lab.Node)) {
 
 // strangers are a rule and a route that only networkd minds.
 func strangers(t *testing.T, n *lab.Node) error {
-	if have := sh(t, n.Machine, "ip rule; ip route"); strings.Contains(have, "198.51.100") {
+	if have := labtest.Sh(t, n.Machine, "ip rule; ip route"); strings.Contains(have, "198.51.100") {
 		return fmt.Errorf("still there:\n%s", have)
 	}
 	return nil
@@ -109,7 +109,8 @@ func strangers(t *testing.T, n *lab.Node) error {
 
 // systemd-networkd deletes all rules, and all routes of links that it manages, that neither it nor the kernel made.
 // Ours stay; tailscaled's come back.
-func testNetworkd(t *testing.T, w *world) {
+func TestNetworkd(t *testing.T) {
+	w := surroundings.Enter(t)
 	reconfigure := startNetworkds(t, w)
 	for _, n := range w.nodes() {
 		near, far := w.a1, w.b1
@@ -122,24 +123,15 @@ func testNetworkd(t *testing.T, w *world) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer kill(t, monitor)
-		var within, across []*lab.Stream
-		for _, v6 := range []bool{false, true} {
-			for to, list := range map[*lab.Pod]*[]*lab.Stream{second: &within, far: &across} {
-				s, err := lab.StartStream(labtest.Within(t), near.Name+" to "+to.Name+", "+family(v6), near, to, to.Addr(v6))
-				if err != nil {
-					t.Fatal(err)
-				}
-				*list = append(*list, s)
-			}
-		}
+		defer labtest.Kill(t, monitor)
+		within, across := labtest.StartFlows(t, near, second), labtest.StartFlows(t, near, far)
 		// Strangers, as the proof that it deletes.
-		sh(t, n.Machine, "ip rule add pref 4000 to 198.51.100.0/24 lookup main; ip route add unreachable 198.51.100.0/24")
+		labtest.Sh(t, n.Machine, "ip rule add pref 4000 to 198.51.100.0/24 lookup main; ip route add unreachable 198.51.100.0/24")
 		labtest.Eventually(t, "wait until the monitor sees them", func() error {
 			log, err := os.ReadFile(monitor.Log)
 			if err == nil && !strings.Contains(string(log), "198.51.100") {
 				err = fmt.Errorf("it shows:\n%s", log)
-				sh(t, n.Machine, "ip rule delete pref 4000; ip rule add pref 4000 to 198.51.100.0/24 lookup main")
+				labtest.Sh(t, n.Machine, "ip rule delete pref 4000; ip rule add pref 4000 to 198.51.100.0/24 lookup main")
 			}
 			return err
 		})
@@ -154,14 +146,14 @@ func testNetworkd(t *testing.T, w *world) {
 			return nil
 		})
 		w.works(t)
-		for _, s := range within {
-			if r := s.Stop(); r.Lost > 0 {
-				t.Errorf("%s: %+v", s.Name, r)
+		for i, r := range within.Stop() {
+			if r.Lost > 0 {
+				t.Errorf("%s: %+v", within[i].Name, r)
 			}
 		}
-		for _, s := range across { // networkd takes the uplink's addresses away for a moment
-			if r := s.Stop(); r.Longest > blink {
-				t.Errorf("%s: %+v", s.Name, r)
+		for i, r := range across.Stop() { // networkd takes the uplink's addresses away for a moment
+			if r.Longest > blink {
+				t.Errorf("%s: %+v", across[i].Name, r)
 			}
 		}
 		deletedByNetworkd(t, monitor)
@@ -190,5 +182,5 @@ func deletedByNetworkd(t *testing.T, monitor *lab.Process) {
 // rulesAndRoutes are what pods need of a node's, tailscaled's too.
 func rulesAndRoutes(t *testing.T, n *lab.Node) string {
 	t.Helper()
-	return sh(t, n.Machine, "for f in -4 -6; do ip $f rule; ip $f route show table 52 | sort; ip $f route | grep -E ' dev hc|metric 4278'; done")
+	return labtest.Sh(t, n.Machine, "for f in -4 -6; do ip $f rule; ip $f route show table 52 | sort; ip $f route | grep -E ' dev hc|metric 4278'; done")
 }

@@ -32,13 +32,13 @@ func serve(t *testing.T, w *world) {
 		}
 		for i, v6 := range []bool{false, true} {
 			fam := map[bool]string{false: "ip", true: "ip6"}[v6]
-			cluster := fmt.Sprintf("%s daddr %s tcp dport %d dnat to %s", fam, clusterIPs[i].Addr(), servicePort, echo(far, v6))
-			sh(t, n.Machine, `nft 'table %s services {
+			cluster := fmt.Sprintf("%s daddr %s tcp dport %d dnat to %s", fam, clusterIPs[i].Addr(), servicePort, labtest.Echo(far, v6))
+			labtest.Sh(t, n.Machine, `nft 'table %s services {
 				chain output { type nat hook output priority -100; %[2]s; }
 				chain prerouting { type nat hook prerouting priority -100; %[2]s;
 					fib daddr type local tcp dport %d dnat to %s; fib daddr type local tcp dport %d dnat to %s; }
-			}'`, fam, cluster, farNodePort, echo(far, v6), ownNodePort, echo(own, v6))
-			t.Cleanup(func() { sh(t, n.Machine, "nft delete table %s services", fam) })
+			}'`, fam, cluster, farNodePort, labtest.Echo(far, v6), ownNodePort, labtest.Echo(own, v6))
+			t.Cleanup(func() { labtest.Sh(t, n.Machine, "nft delete table %s services", fam) })
 		}
 	}
 }
@@ -52,33 +52,35 @@ func (w *world) servicesWork(t *testing.T) {
 			if n == w.b {
 				pod = w.b2
 			}
-			wants(t, n.Name+" to a service", n, clusterIPs[i], tailnetAddrs(t, n)[i])
-			wants(t, pod.Name+" to a service", pod, clusterIPs[i], pod.Addr(v6))
-			wants(t, "LAN host to a far pod's NodePort of "+n.Name, w.Control, netip.AddrPortFrom(n.Underlay[i], farNodePort), tailnetAddrs(t, n)[i])
-			wants(t, "LAN host to an own pod's NodePort of "+n.Name, w.Control, netip.AddrPortFrom(n.Underlay[i], ownNodePort), controlAddr(w.Lab, v6))
+			labtest.WantTCP(t, n.Name+" to a service", n, clusterIPs[i], labtest.TailnetAddrs(t, n)[i])
+			labtest.WantTCP(t, pod.Name+" to a service", pod, clusterIPs[i], pod.Addr(v6))
+			labtest.WantTCP(t, "LAN host to a far pod's NodePort of "+n.Name, w.Control, netip.AddrPortFrom(n.Underlay[i], farNodePort), labtest.TailnetAddrs(t, n)[i])
+			labtest.WantTCP(t, "LAN host to an own pod's NodePort of "+n.Name, w.Control, netip.AddrPortFrom(n.Underlay[i], ownNodePort), labtest.ControlAddr(w.Lab, v6))
 		}
 	}
 }
 
-func testServices(t *testing.T, w *world) {
+func TestServices(t *testing.T) {
+	w := surroundings.Enter(t)
 	serve(t, w)
 	w.servicesWork(t)
 }
 
 // A pod that connects while tailscaled is away waits for it, instead of being told that there is no network.
-func testConnectWaits(t *testing.T, w *world) {
+func TestConnectWaits(t *testing.T) {
+	w := surroundings.Enter(t)
 	for _, c := range []struct{ from, to *lab.Pod }{{w.a1, w.b1}, {w.b1, w.a1}} {
 		n := c.from.Node
 		t.Run(n.Mode, func(t *testing.T) {
-			kill(t, n.Tailscaled)
+			labtest.Kill(t, n.Tailscaled)
 			results := make(chan error)
 			for _, v6 := range []bool{false, true} {
-				go func() { results <- connect(c.from, echo(c.to, v6)) }()
+				go func() { results <- connect(c.from, labtest.Echo(c.to, v6)) }()
 			}
 			select {
 			case err := <-results:
 				t.Errorf("ended while tailscaled was away: %v", err)
-			case <-time.After(moment):
+			case <-time.After(labtest.Moment):
 			}
 			labtest.StartTailscaled(t, n)
 			for range 2 {
@@ -90,16 +92,16 @@ func testConnectWaits(t *testing.T, w *world) {
 		})
 	}
 	t.Run("because of our rules", func(t *testing.T) {
-		kill(t, w.a.Daemon, w.a.Tailscaled)
+		labtest.Kill(t, w.a.Daemon, w.a.Tailscaled)
 		for i, v6 := range []bool{false, true} {
-			sh(t, w.a.Machine, "nft flush chain %s headcni patience", []string{"ip", "ip6"}[i])
+			labtest.Sh(t, w.a.Machine, "nft flush chain %s headcni patience", []string{"ip", "ip6"}[i])
 			began := time.Now()
-			if err := connect(w.a1, echo(w.b1, v6)); err == nil || time.Since(began) > labtest.Soon/2 {
-				t.Errorf("%s: without them: %v after %v", family(v6), err, time.Since(began))
+			if err := connect(w.a1, labtest.Echo(w.b1, v6)); err == nil || time.Since(began) > labtest.Soon/2 {
+				t.Errorf("%s: without them: %v after %v", labtest.Family(v6), err, time.Since(began))
 			}
 		}
 		labtest.StartTailscaled(t, w.a)
-		startDaemon(t, w.a)
+		labtest.StartDaemon(t, w.a)
 	})
 	w.works(t)
 }

@@ -9,7 +9,6 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -95,14 +94,16 @@ func linkLocal(t *testing.T, n *lab.Node) (addr netip.Addr) {
 }
 
 // A host that has its IPv6 default route from router advertisements keeps it, although it forwards from now on.
-func testRouterAdvertisements(t *testing.T, w *world, n *lab.Node) {
+func TestUplinkRouterAdvertisements(t *testing.T) {
+	w := surroundings.Enter(t)
+	n := w.Nodes[behindRouter]
 	far := netip.MustParseAddr("fd98::1")
-	sh(t, w.Control.Machine, "ip address add %s/128 dev lo nodad", far)
+	labtest.Sh(t, w.Control.Machine, "ip address add %s/128 dev lo nodad", far)
 	target := labtest.Service(t, w.Control, netip.AddrPortFrom(far, 0))
-	sh(t, n.Machine, "ip -6 route delete default")
+	labtest.Sh(t, n.Machine, "ip -6 route delete default")
 	router := startRouter(t, w, n)
 	byRA := func() error {
-		if routes := sh(t, n.Machine, "ip -6 route show default"); !strings.Contains(routes, "proto ra") {
+		if routes := labtest.Sh(t, n.Machine, "ip -6 route show default"); !strings.Contains(routes, "proto ra") {
 			return fmt.Errorf("default routes: %q", routes)
 		}
 		return nil
@@ -112,9 +113,9 @@ func testRouterAdvertisements(t *testing.T, w *world, n *lab.Node) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer kill(t, monitor)
+	defer labtest.Kill(t, monitor)
 	sysctls := func() string {
-		return sh(t, n.Machine, "cd /proc/sys/net/ipv6/conf; echo $(<eth0/accept_ra) $(<eth0/forwarding) $(<all/forwarding)")
+		return labtest.Sh(t, n.Machine, "cd /proc/sys/net/ipv6/conf; echo $(<eth0/accept_ra) $(<eth0/forwarding) $(<all/forwarding)")
 	}
 	before := sysctls()
 	if before != "1 0 0\n" {
@@ -126,31 +127,29 @@ func testRouterAdvertisements(t *testing.T, w *world, n *lab.Node) {
 	if now := sysctls(); now != "2 1 1\n" {
 		t.Errorf("accept_ra and forwarding: %q", now)
 	}
-	p := addPod(t, n, "p")
+	p := labtest.AddPod(t, n, "p", lab.PodOptions{})
 	works := func(what string) {
-		wants(t, "pod to outside, "+what, p, target, n.Underlay[1])
-		wants(t, "node to outside, "+what, n, target, n.Underlay[1])
+		labtest.WantTCP(t, "pod to outside, "+what, p, target, n.Underlay[1])
+		labtest.WantTCP(t, "node to outside, "+what, n, target, n.Underlay[1])
 	}
 	works("at first")
 	for _, v6 := range []bool{false, true} {
-		wants(t, "to a pod of another node", p, echo(w.a1, v6), p.Addr(v6))
-		wants(t, "from a pod of another node", w.b1, echo(p, v6), w.b1.Addr(v6))
-		wants(t, "node to its pod", n, echo(p, v6), n.Underlay[index(v6)])
+		labtest.WantTCP(t, "to a pod of another node", p, labtest.Echo(w.a1, v6), p.Addr(v6))
+		labtest.WantTCP(t, "from a pod of another node", w.b1, labtest.Echo(p, v6), w.b1.Addr(v6))
+		labtest.WantTCP(t, "node to its pod", n, labtest.Echo(p, v6), n.Underlay[labtest.Index(v6)])
 	}
 	hangsOnAdvertisements(t, n, router, monitor, target, byRA, works)
 
 	if err := p.Remove(labtest.Within(t)); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	sh(t, n.Machine, "headcni-daemon uninstall")
+	labtest.Stop(t, n.Daemon)
+	labtest.Sh(t, n.Machine, "headcni-daemon uninstall")
 	if now := sysctls(); now != before {
 		t.Errorf("after uninstall: %q, want %q", now, before)
 	}
 	labtest.Eventually(t, "wait for a default route without us", byRA)
-	wants(t, "node to outside, without us", n, target, n.Underlay[1])
+	labtest.WantTCP(t, "node to outside, without us", n, target, n.Underlay[1])
 }
 
 // hangsOnAdvertisements says that the default route outlives the first advertisement, has always been there, and goes
@@ -159,7 +158,7 @@ func hangsOnAdvertisements(t *testing.T, n *lab.Node, router *advertiser, monito
 	byRA func() error, works func(string),
 ) {
 	t.Helper()
-	time.Sleep(raLifetime + moment)
+	time.Sleep(raLifetime + labtest.Moment)
 	if err := byRA(); err != nil {
 		t.Errorf("when the first advertisement has run out: %v", err)
 	}
@@ -184,15 +183,17 @@ func hangsOnAdvertisements(t *testing.T, n *lab.Node, router *advertiser, monito
 }
 
 // A host whose only resolver is the tailnet's own: nothing that makes the tailnet may need it.
-func testOwnResolver(t *testing.T, w *world, n *lab.Node) {
-	resolv := func(n *lab.Node) { sh(t, n.Machine, "echo nameserver 100.100.100.100 > /etc/resolv.conf") }
+func TestUplinkOwnResolver(t *testing.T) {
+	w := surroundings.Enter(t)
+	n := w.Nodes[ownResolver]
+	resolv := func(n *lab.Node) { labtest.Sh(t, n.Machine, "echo nameserver 100.100.100.100 > /etc/resolv.conf") }
 	names := func(what string, from *lab.Pod) {
 		labtest.Eventually(t, what+": ask MagicDNS", func() error {
 			addrs, err := lab.Lookup(t.Context(), from, w.a.Name+"."+lab.BaseDomain)
 			if err != nil {
 				return err
 			}
-			if want := tailnetAddrs(t, w.a)[0]; len(addrs) == 0 || addrs[0] != want {
+			if want := labtest.TailnetAddrs(t, w.a)[0]; len(addrs) == 0 || addrs[0] != want {
 				return fmt.Errorf("%s is %v, want %v", w.a.Name, addrs, want)
 			}
 			return nil
@@ -201,26 +202,28 @@ func testOwnResolver(t *testing.T, w *world, n *lab.Node) {
 	resolv(n)
 	labtest.Start(t, n, nil) // joins
 	labtest.Ready(t, n)
-	p := addPod(t, n, "p")
+	p := labtest.AddPod(t, n, "p", lab.PodOptions{})
 	flows := func() {
 		for _, v6 := range []bool{false, true} {
-			wants(t, "to a pod of another node", p, echo(w.b1, v6), p.Addr(v6))
-			wants(t, "from a pod of another node", w.b1, echo(p, v6), w.b1.Addr(v6))
-			wants(t, "pod to outside", p, w.outside[index(v6)], n.Underlay[index(v6)])
+			labtest.WantTCP(t, "to a pod of another node", p, labtest.Echo(w.b1, v6), p.Addr(v6))
+			labtest.WantTCP(t, "from a pod of another node", w.b1, labtest.Echo(p, v6), w.b1.Addr(v6))
+			labtest.WantTCP(t, "pod to outside", p, w.outside[labtest.Index(v6)], n.Underlay[labtest.Index(v6)])
 		}
 		names("pod of "+n.Name, p)
 	}
 	flows()
 	// The process that asks the host's resolver, as every program does.
-	if got, want := sh(t, n.Machine, "getent ahostsv4 %s.%s", w.b.Name, lab.BaseDomain), tailnetAddrs(t, w.b)[0].String(); !strings.HasPrefix(got, want+" ") {
+	if got, want := labtest.Sh(t, n.Machine, "getent ahostsv4 %s.%s", w.b.Name, lab.BaseDomain), labtest.TailnetAddrs(t, w.b)[0].String(); !strings.HasPrefix(got, want+" ") {
 		t.Errorf("the host's resolver says %q, want %s", got, want)
 	}
+	labtest.Sh(t, w.b.Machine, "cp /etc/resolv.conf /etc/resolv.conf.before")
+	t.Cleanup(func() { labtest.Sh(t, w.b.Machine, "mv /etc/resolv.conf.before /etc/resolv.conf") })
 	resolv(w.b)
 	for _, m := range []*lab.Node{n, w.b} {
-		kill(t, m.Daemon, m.Tailscaled)
+		labtest.Kill(t, m.Daemon, m.Tailscaled)
 		resolv(m) // whatever tailscaled had made of it
 		labtest.StartTailscaled(t, m)
-		startDaemon(t, m)
+		labtest.StartDaemon(t, m)
 	}
 	flows()
 	names("daemon mode", w.b1)
@@ -228,13 +231,15 @@ func testOwnResolver(t *testing.T, w *world, n *lab.Node) {
 }
 
 // Hosts with a network of their own inside 100.64.0.0/10, which the tailnet has too.
-func testOwnCGNAT(t *testing.T, w *world) {
+func TestUplinkOwnCGNAT(t *testing.T) {
+	w := surroundings.Enter(t)
 	const neighbour = "100.64.200.9"
-	sh(t, w.Control.Machine, "ip address add %s/24 dev underlay", neighbour)
+	labtest.Sh(t, w.Control.Machine, "ip address add %s/24 dev underlay", neighbour)
+	t.Cleanup(func() { labtest.Sh(t, w.Control.Machine, "ip address delete %s/24 dev underlay", neighbour) })
 	own := []netip.Addr{netip.MustParseAddr("100.64.200.1"), netip.MustParseAddr("100.64.200.2")}
 	for i, n := range w.nodes() {
-		sh(t, n.Machine, "ip address add %s/24 dev eth0", own[i])
-		defer sh(t, n.Machine, "ip address delete %s/24 dev eth0", own[i])
+		labtest.Sh(t, n.Machine, "ip address add %s/24 dev eth0", own[i])
+		defer labtest.Sh(t, n.Machine, "ip address delete %s/24 dev eth0", own[i])
 	}
 	at := labtest.Service(t, w.Control, netip.AddrPortFrom(netip.MustParseAddr(neighbour), 0))
 	said := func(n *lab.Node, want bool) func() error {
@@ -258,22 +263,22 @@ func testOwnCGNAT(t *testing.T, w *world) {
 	w.works(t)
 	pods := []*lab.Pod{w.a1, w.b1}
 	for i, n := range w.nodes() {
-		wants(t, "pod to its host's neighbour", pods[i], at, own[i])
-		refused(t, "host to its neighbour, by tailscaled's firewall", n, at)
+		labtest.WantTCP(t, "pod to its host's neighbour", pods[i], at, own[i])
+		labtest.WantRefused(t, "host to its neighbour, by tailscaled's firewall", n, at)
 	}
 	allowCGNAT(t, w)
 	for i, n := range w.nodes() {
-		wants(t, "host to its neighbour", n, at, own[i])
-		wants(t, "pod to its host's neighbour", pods[i], at, own[i])
+		labtest.WantTCP(t, "host to its neighbour", n, at, own[i])
+		labtest.WantTCP(t, "pod to its host's neighbour", pods[i], at, own[i])
 		here := labtest.Service(t, n, netip.AddrPortFrom(own[i], 0))
-		wants(t, "neighbour to host", w.Control, here, netip.MustParseAddr(neighbour))
+		labtest.WantTCP(t, "neighbour to host", w.Control, here, netip.MustParseAddr(neighbour))
 		labtest.Eventually(t, "wait until the daemon is content", said(n, false))
 	}
 	w.works(t)
 }
 
 // allowCGNAT has Headscale's policy tell all tailscaleds to leave 100.64.0.0/10 of other interfaces alone, as the daemon
-// advises.
+// advises, until the test ends.
 func allowCGNAT(t *testing.T, w *world) {
 	t.Helper()
 	path := w.Control.Path("/etc/headscale/policy.hujson")
@@ -285,15 +290,20 @@ func allowCGNAT(t *testing.T, w *world) {
 	if err := json.Unmarshal(b, &policy); err != nil {
 		t.Fatal(err)
 	}
+	set := func(text []byte) {
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		// Headscale reads its policy again.
+		if err := unix.Kill(w.Control.Headscale.PID(), unix.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { set(b) })
 	policy["nodeAttrs"] = []map[string]any{{"target": []string{"*"}, "attr": []string{"disable-linux-cgnat-drop-rule"}}}
-	if b, err = json.Marshal(policy); err != nil {
+	allowing, err := json.Marshal(policy)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	// Headscale reads its policy again.
-	if err := unix.Kill(w.Control.Headscale.PID(), unix.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
+	set(allowing)
 }
