@@ -11,34 +11,33 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
 )
 
 // Without an API key, where Headscale's policy approves the routes. Of that the node may hear late.
-func testPreAuthKey(t *testing.T, l *lab.Lab) {
+func TestPreAuthKey(t *testing.T) {
+	l := steady.Enter(t)
 	n, peer := l.Nodes[keyOnly], l.Nodes[nodeA]
-	key := authKey(t, l, "--tags", tagAuto)
+	key := labtest.AuthKey(t, l, "--tags", tagAuto)
 	if err := n.ConfigureDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
 	setKey(t, n, key)
 	labtest.StartTailscaled(t, n)
-	startDaemon(t, n)
-	a, b := addPod(t, n, "key-1", lab.PodOptions{}), addPod(t, peer, "key-2", lab.PodOptions{})
+	labtest.StartDaemon(t, n)
+	a, b := labtest.AddPod(t, n, "key-1", lab.PodOptions{}), labtest.AddPod(t, peer, "key-2", lab.PodOptions{})
 	for _, v6 := range []bool{false, true} {
 		if err := peer.WaitRoute(labtest.Within(t), a.Addr(v6)); err != nil {
 			t.Fatal(err)
 		}
-		wantTCP(t, family(v6), b, echo(a, v6), b.Addr(v6))
-		wantTCP(t, family(v6), a, echo(b, v6), a.Addr(v6))
+		labtest.WantTCP(t, labtest.Family(v6), b, labtest.Echo(a, v6), b.Addr(v6))
+		labtest.WantTCP(t, labtest.Family(v6), a, labtest.Echo(b, v6), a.Addr(v6))
 	}
 }
 
@@ -55,18 +54,19 @@ func setKey(t *testing.T, n *lab.Node, key string) {
 }
 
 // Each fault on the way to a working node, repaired one after the other.
-func testBadInput(t *testing.T, l *lab.Lab) {
+func TestBadInput(t *testing.T) {
+	l := steady.Enter(t)
 	n := l.Nodes[faulty]
 	t.Run("range of the tailnet", func(t *testing.T) {
 		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) {
-			section(c, "network")["podCIDRs"] = []string{"100.64.7.0/24"}
+			labtest.Section(c, "network")["podCIDRs"] = []string{"100.64.7.0/24"}
 		}); err != nil {
 			t.Fatal(err)
 		}
 		refuses(t, n, `network.podCIDRs: "100.64.7.0/24": overlaps 100.64.0.0/10`)
 	})
 	t.Run("unknown key", func(t *testing.T) {
-		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) { section(c, "network")["podCidr"] = "10.244.9.0/24" }); err != nil {
+		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) { labtest.Section(c, "network")["podCidr"] = "10.244.9.0/24" }); err != nil {
 			t.Fatal(err)
 		}
 		refuses(t, n, `unknown field "podCidr"`)
@@ -86,7 +86,7 @@ func testBadInput(t *testing.T, l *lab.Lab) {
 			setKey(t, n, "hskey-api-abcdefghijkl-"+strings.Repeat("x", 64))
 			labtest.StartTailscaled(t, n)
 		}, "tailnet", "headscale apikeys create"},
-		{"expired API key", func() { setKey(t, n, lastWord(t, expired)) }, "tailnet", "headscale apikeys create"},
+		{"expired API key", func() { setKey(t, n, labtest.LastWord(t, expired)) }, "tailnet", "headscale apikeys create"},
 		{"wrong pre-auth key", func() { setKey(t, n, "hskey-auth-abcdefghijkl-"+strings.Repeat("x", 64)) }, "tailnet", "headscale preauthkeys create"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -106,23 +106,15 @@ func testBadInput(t *testing.T, l *lab.Lab) {
 				t.Errorf("logged:\n%s\nwant one line with %q, however often it is tried", said, c.complaint)
 			}
 			if c.name != "wrong pre-auth key" {
-				stop(t, n)
+				labtest.Stop(t, n.Daemon)
 			}
 		})
 	}
 	t.Run("repaired", func(t *testing.T) {
 		setKey(t, n, l.Control.APIKey)
 		labtest.Ready(t, n)
-		addPod(t, n, "repaired", lab.PodOptions{})
+		labtest.AddPod(t, n, "repaired", lab.PodOptions{})
 	})
-}
-
-// stop ends the daemon as systemd does.
-func stop(t *testing.T, n *lab.Node) {
-	t.Helper()
-	if err := n.Daemon.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // refuses starts the daemon, which must end with one line that holds want.
@@ -246,14 +238,7 @@ func noConflist(t *testing.T, n *lab.Node) {
 
 func headscaleNodes(t *testing.T, l *lab.Lab) []headscale.Node {
 	t.Helper()
-	api, err := headscale.New(headscale.Options{
-		URL: l.Control.URL, Key: secret.New(l.Control.APIKey),
-		Transport: &http.Transport{DialContext: l.Control.Dial, DisableKeepAlives: true},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	nodes, err := api.Nodes(labtest.Within(t))
+	nodes, err := labtest.Headscale(t, l).Nodes(labtest.Within(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,9 +246,10 @@ func headscaleNodes(t *testing.T, l *lab.Lab) []headscale.Node {
 }
 
 // A node with another one's pod range.
-func testDuplicate(t *testing.T, l *lab.Lab) {
+func TestDuplicateCIDR(t *testing.T) {
+	l := steady.Enter(t)
 	n, owner := l.Nodes[duplicate], l.Nodes[nodeA]
-	labtest.Start(t, n, func(_ *lab.Node, c map[string]any) { section(c, "network")["podCIDRs"] = owner.PodCIDRs })
+	labtest.Start(t, n, func(_ *lab.Node, c map[string]any) { labtest.Section(c, "network")["podCIDRs"] = owner.PodCIDRs })
 	complains(t, n, "prefs", owner.Name+" advertises")
 	noConflist(t, n)
 	for _, node := range headscaleNodes(t, l) {
@@ -274,12 +260,12 @@ func testDuplicate(t *testing.T, l *lab.Lab) {
 			t.Errorf("the owner has %v", node.Primary)
 		}
 	}
-	stop(t, n)
+	labtest.Stop(t, n.Daemon)
 	if err := n.ConfigureDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
-	startDaemon(t, n)
-	addPod(t, n, "after-duplicate", lab.PodOptions{})
+	labtest.StartDaemon(t, n)
+	labtest.AddPod(t, n, "after-duplicate", lab.PodOptions{})
 }
 
 func sorted(p []netip.Prefix) []netip.Prefix {

@@ -24,7 +24,8 @@ import (
 // As many pods as a kubelet runs by default, all at once.
 const crowd = 100
 
-func testCrowd(t *testing.T, l *lab.Lab) {
+func TestCrowd(t *testing.T) {
+	l := steady.Enter(t)
 	n := l.Nodes[crowded]
 	labtest.Start(t, n, nil)
 	labtest.Ready(t, n)
@@ -59,8 +60,8 @@ func testCrowd(t *testing.T, l *lab.Lab) {
 	if left := leases(t, n); len(left) > 0 {
 		t.Errorf("leases left: %v", left)
 	}
-	p := addPod(t, n, "after-crowd", lab.PodOptions{})
-	wantTCP(t, "after the crowd", n, echo(p, false), n.Underlay[0])
+	p := labtest.AddPod(t, n, "after-crowd", lab.PodOptions{})
+	labtest.WantTCP(t, "after the crowd", n, labtest.Echo(p, false), n.Underlay[0])
 }
 
 // atOnce calls do for each pod of a crowd.
@@ -136,12 +137,13 @@ func leases(t *testing.T, n *lab.Node) (all []ipam.Lease) {
 }
 
 // The reference address manager in place of ours, by a line in daemon.yaml.
-func testHostLocal(t *testing.T, l *lab.Lab) {
+func TestHostLocal(t *testing.T) {
+	l := steady.Enter(t)
 	n, peer := l.Nodes[hostLocal], l.Nodes[nodeA]
-	labtest.Start(t, n, func(_ *lab.Node, c map[string]any) { section(c, "ipam")["type"] = "host-local" })
+	labtest.Start(t, n, func(_ *lab.Node, c map[string]any) { labtest.Section(c, "ipam")["type"] = "host-local" })
 	labtest.Ready(t, n)
-	a, b := addPod(t, n, "hl-1", lab.PodOptions{}), addPod(t, n, "hl-2", lab.PodOptions{})
-	far := addPod(t, peer, "hl-far", lab.PodOptions{})
+	a, b := labtest.AddPod(t, n, "hl-1", lab.PodOptions{}), labtest.AddPod(t, n, "hl-2", lab.PodOptions{})
+	far := labtest.AddPod(t, peer, "hl-far", lab.PodOptions{})
 	for _, to := range []*lab.Pod{b, far} {
 		for _, v6 := range []bool{false, true} {
 			if err := peer.WaitRoute(labtest.Within(t), a.Addr(v6)); err != nil {
@@ -150,7 +152,7 @@ func testHostLocal(t *testing.T, l *lab.Lab) {
 			if err := n.WaitRoute(labtest.Within(t), far.Addr(v6)); err != nil {
 				t.Fatal(err)
 			}
-			wantTCP(t, fmt.Sprintf("%s to %s, %s", a.Name, to.Name, family(v6)), a, echo(to, v6), a.Addr(v6))
+			labtest.WantTCP(t, fmt.Sprintf("%s to %s, %s", a.Name, to.Name, labtest.Family(v6)), a, labtest.Echo(to, v6), a.Addr(v6))
 		}
 	}
 	if err := a.Check(labtest.Within(t)); err != nil {
@@ -179,7 +181,8 @@ func testHostLocal(t *testing.T, l *lab.Lab) {
 }
 
 // The specification's own example, to the letter, with no daemon on the node.
-func testFlat(t *testing.T, l *lab.Lab) {
+func TestFlat(t *testing.T) {
+	l := steady.Enter(t)
 	n := l.Nodes[flat]
 	text, err := os.ReadFile("testdata/spec.conf")
 	if err != nil {
@@ -199,7 +202,7 @@ func testFlat(t *testing.T, l *lab.Lab) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, b := addPod(t, n, "flat-1", lab.PodOptions{Config: list}), addPod(t, n, "flat-2", lab.PodOptions{Config: list})
+	a, b := labtest.AddPod(t, n, "flat-1", lab.PodOptions{Config: list}), labtest.AddPod(t, n, "flat-2", lab.PodOptions{Config: list})
 	for i, want := range []string{"10.244.0.10", "10.244.0.11"} {
 		if got := fmt.Sprint([]*lab.Pod{a, b}[i].Addrs); got != "["+want+"]" {
 			t.Errorf("addresses %s, want %s alone", got, want)
@@ -208,10 +211,10 @@ func testFlat(t *testing.T, l *lab.Lab) {
 	if got := a.Result.IPs[0].Gateway.String(); got != "10.244.0.1" {
 		t.Errorf("gateway %s", got)
 	}
-	wantUDP(t, "a full packet", a, b.Addr(false), 1280-headers[false], a.Addr(false))
-	wantTCP(t, "pod to pod", b, echo(a, false), b.Addr(false))
-	wantTCP(t, "node to pod", n, echo(a, false), n.Underlay[0])
-	wantTCP(t, "pod to node", a, labtest.Service(t, n, netip.AddrPortFrom(n.Underlay[0], 0)), a.Addr(false))
+	labtest.WantUDP(t, "a full packet", a, b.Addr(false), 1280-headers[false], a.Addr(false))
+	labtest.WantTCP(t, "pod to pod", b, labtest.Echo(a, false), b.Addr(false))
+	labtest.WantTCP(t, "node to pod", n, labtest.Echo(a, false), n.Underlay[0])
+	labtest.WantTCP(t, "pod to node", a, labtest.Service(t, n, netip.AddrPortFrom(n.Underlay[0], 0)), a.Addr(false))
 	for _, p := range []*lab.Pod{a, b} {
 		if err := p.Check(labtest.Within(t)); err != nil {
 			t.Errorf("CHECK: %v", err)

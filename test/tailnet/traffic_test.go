@@ -2,7 +2,6 @@ package tailnet
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"net/netip"
 	"strconv"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -25,13 +23,14 @@ func fourPods(t *testing.T, l *lab.Lab, name string) []*lab.Pod {
 	var pods []*lab.Pod
 	for i, n := range l.Nodes[:2] {
 		for j := range 2 {
-			pods = append(pods, addPod(t, n, fmt.Sprintf("%s-%d%d", name, i+1, j+1), lab.PodOptions{}))
+			pods = append(pods, labtest.AddPod(t, n, fmt.Sprintf("%s-%d%d", name, i+1, j+1), lab.PodOptions{}))
 		}
 	}
 	return pods
 }
 
-func testTraffic(t *testing.T, l *lab.Lab) {
+func TestTraffic(t *testing.T) {
+	l := steady.Enter(t)
 	pods := fourPods(t, l, "traffic")
 	t.Run("pod to pod", func(t *testing.T) { testPodToPod(t, pods) })
 	t.Run("node and pod", func(t *testing.T) { testNodeAndPod(t, l, pods) })
@@ -44,9 +43,9 @@ func testPodToPod(t *testing.T, pods []*lab.Pod) {
 	for _, from := range pods {
 		for _, to := range pods {
 			for _, v6 := range []bool{false, true} {
-				what := fmt.Sprintf("%s to %s, %s", from.Name, to.Name, family(v6))
-				wantUDP(t, what+", UDP", from, to.Addr(v6), 64, from.Addr(v6))
-				wantTCP(t, what+", TCP", from, echo(to, v6), from.Addr(v6))
+				what := fmt.Sprintf("%s to %s, %s", from.Name, to.Name, labtest.Family(v6))
+				labtest.WantUDP(t, what+", UDP", from, to.Addr(v6), 64, from.Addr(v6))
+				labtest.WantTCP(t, what+", TCP", from, labtest.Echo(to, v6), from.Addr(v6))
 				if out, err := from.Run(labtest.Within(t), "ping", "-n", "-c", "1", "-W", "10", to.Addr(v6).String()); err != nil {
 					t.Errorf("%s, ping: %v\n%s", what, err, out)
 				}
@@ -57,7 +56,7 @@ func testPodToPod(t *testing.T, pods []*lab.Pod) {
 
 func testNodeAndPod(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	for _, n := range l.Nodes[:2] {
-		tailnet := tailnetAddrs(t, n)
+		tailnet := labtest.TailnetAddrs(t, n)
 		for i, v6 := range []bool{false, true} {
 			for _, p := range pods {
 				own := p.Node == n
@@ -66,17 +65,17 @@ func testNodeAndPod(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 				if own {
 					want = n.Underlay[i]
 				}
-				wantTCP(t, fmt.Sprintf("%s to %s, %s", n.Name, p.Name, family(v6)), n, echo(p, v6), want)
+				labtest.WantTCP(t, fmt.Sprintf("%s to %s, %s", n.Name, p.Name, labtest.Family(v6)), n, labtest.Echo(p, v6), want)
 				for _, addr := range []netip.Addr{n.Underlay[i], tailnet[i]} {
 					want := p.Addr(v6)
 					switch {
 					case own:
 					case addr == tailnet[i]:
-						want = tailnetAddrs(t, p.Node)[i]
+						want = labtest.TailnetAddrs(t, p.Node)[i]
 					default:
 						want = p.Node.Underlay[i]
 					}
-					wantTCP(t, fmt.Sprintf("%s to %s of %s", p.Name, addr, n.Name), p, labtest.Service(t, n, netip.AddrPortFrom(addr, 0)), want)
+					labtest.WantTCP(t, fmt.Sprintf("%s to %s of %s", p.Name, addr, n.Name), p, labtest.Service(t, n, netip.AddrPortFrom(addr, 0)), want)
 				}
 			}
 		}
@@ -86,14 +85,10 @@ func testNodeAndPod(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 // Strangers see the node, not the pod.
 func testOutside(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	for i := range 2 {
-		// The control host is 1 where the nodes are 11 and up.
-		addr := l.Nodes[0].Underlay[i]
-		b := addr.AsSlice()
-		b[len(b)-1] = 1
-		control, _ := netip.AddrFromSlice(b)
+		control := labtest.ControlAddr(l, i == 1)
 		to := labtest.Service(t, l.Control, netip.AddrPortFrom(control, 0))
 		for _, p := range pods {
-			wantTCP(t, fmt.Sprintf("%s to %s", p.Name, control), p, to, p.Node.Underlay[i])
+			labtest.WantTCP(t, fmt.Sprintf("%s to %s", p.Name, control), p, to, p.Node.Underlay[i])
 		}
 	}
 }
@@ -102,19 +97,16 @@ func testOutside(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 func testLaptop(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	n := l.Nodes[laptop]
 	labtest.StartTailscaled(t, n)
-	up := []string{"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l), "--accept-routes", "--accept-dns=false"}
-	if _, err := n.Run(labtest.Within(t), "tailscale", up...); err != nil {
-		t.Fatal(err)
-	}
-	tailnet := tailnetAddrs(t, n)
+	labtest.Up(t, l, n, labtest.AuthKey(t, l), "--accept-routes")
+	tailnet := labtest.TailnetAddrs(t, n)
 	for i, v6 := range []bool{false, true} {
 		to := labtest.Service(t, n, netip.AddrPortFrom(tailnet[i], 0))
 		for _, p := range pods {
 			if err := n.WaitRoute(labtest.Within(t), p.Addr(v6)); err != nil {
 				t.Fatal(err)
 			}
-			wantTCP(t, fmt.Sprintf("laptop to %s, %s", p.Name, family(v6)), n, echo(p, v6), tailnet[i])
-			wantTCP(t, fmt.Sprintf("%s to laptop, %s", p.Name, family(v6)), p, to, tailnetAddrs(t, p.Node)[i])
+			labtest.WantTCP(t, fmt.Sprintf("laptop to %s, %s", p.Name, labtest.Family(v6)), n, labtest.Echo(p, v6), tailnet[i])
+			labtest.WantTCP(t, fmt.Sprintf("%s to laptop, %s", p.Name, labtest.Family(v6)), p, to, labtest.TailnetAddrs(t, p.Node)[i])
 		}
 	}
 	// A name, too: pods need no more than MagicDNS's address.
@@ -126,68 +118,19 @@ func testLaptop(t *testing.T, l *lab.Lab, pods []*lab.Pod) {
 	}
 }
 
-// echo is a pod's server that tells where a connection comes from.
-func echo(p *lab.Pod, v6 bool) netip.AddrPort { return netip.AddrPortFrom(p.Addr(v6), lab.EchoPort) }
-
-// wantTCP connects to a server that tells whom it sees.
-func wantTCP(t *testing.T, what string, from lab.Place, to netip.AddrPort, want netip.Addr) {
-	t.Helper()
-	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) { return lab.Ask(ctx, from, to) })
-}
-
-// wantUDP sends one packet that must not be fragmented, to a pod that sends it back.
-func wantUDP(t *testing.T, what string, from lab.Place, to netip.Addr, size int, want netip.Addr) {
-	t.Helper()
-	wantSource(t, what, want, func(ctx context.Context) (netip.Addr, error) {
-		seen, _, err := lab.Echo(ctx, from, to, size)
-		return seen, err
-	})
-}
-
-// wantSource asks until there is an answer: the first handshake with a node that has just joined takes seconds where it
-// goes wrong. A wrong answer is one.
-func wantSource(t *testing.T, what string, want netip.Addr, ask func(context.Context) (netip.Addr, error)) {
-	t.Helper()
-	deadline := time.Now().Add(labtest.Soon)
-	for {
-		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-		seen, err := ask(ctx)
-		cancel()
-		switch {
-		case err == nil && seen == want:
-			return
-		case err == nil:
-			t.Errorf("%s: came from %v, want %v", what, seen, want)
-			return
-		case time.Now().After(deadline):
-			t.Errorf("%s: %v", what, err)
-			return
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-}
-
-func tailnetAddrs(t *testing.T, n *lab.Node) []netip.Addr {
-	t.Helper()
-	addrs, err := n.TailnetAddrs()
-	if err != nil || len(addrs) != 2 {
-		t.Fatalf("tailnet addresses of %s: %v, %v", n.Name, addrs, err)
-	}
-	return addrs
-}
-
 // headers of IP and UDP, in bytes.
 var headers = map[bool]int{false: 20 + 8, true: 40 + 8}
 
-func testMTU(t *testing.T, l *lab.Lab) {
+func TestMTU(t *testing.T) {
+	l := steady.Enter(t)
 	pods := fourPods(t, l, "mtu")
 	for _, pair := range [][2]*lab.Pod{{pods[0], pods[1]}, {pods[0], pods[2]}, {pods[2], pods[0]}} {
 		from, to := pair[0], pair[1]
 		mtu := linkMTU(t, from.Node, from.Node.Tun)
 		for _, v6 := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s to %s, %s", from.Name, to.Name, family(v6)), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s to %s, %s", from.Name, to.Name, labtest.Family(v6)), func(t *testing.T) {
 				full := mtu - headers[v6]
-				wantUDP(t, fmt.Sprintf("a packet of %d bytes", mtu), from, to.Addr(v6), full, from.Addr(v6))
+				labtest.WantUDP(t, fmt.Sprintf("a packet of %d bytes", mtu), from, to.Addr(v6), full, from.Addr(v6))
 				if _, _, err := lab.Echo(labtest.Within(t), from, to.Addr(v6), full+1); !errors.Is(err, unix.EMSGSIZE) {
 					t.Errorf("a packet of %d bytes: %v, want %v", mtu+1, err, unix.EMSGSIZE)
 				}
@@ -216,9 +159,9 @@ func testDiscovery(t *testing.T, from, to *lab.Pod) {
 		// The first one may be lost: it is what the node answers.
 		_, _, _ = lab.Echo(labtest.Within(t), from, to.Addr(v6), belief-headers[v6])
 		if _, _, err := lab.Echo(labtest.Within(t), from, to.Addr(v6), tunnel+1-headers[v6]); !errors.Is(err, unix.EMSGSIZE) {
-			t.Errorf("%s: a packet of %d bytes into a tunnel of %d: %v, want %v", family(v6), tunnel+1, tunnel, err, unix.EMSGSIZE)
+			t.Errorf("%s: a packet of %d bytes into a tunnel of %d: %v, want %v", labtest.Family(v6), tunnel+1, tunnel, err, unix.EMSGSIZE)
 		}
-		wantUDP(t, family(v6)+", a full packet", from, to.Addr(v6), tunnel-headers[v6], from.Addr(v6))
+		labtest.WantUDP(t, labtest.Family(v6)+", a full packet", from, to.Addr(v6), tunnel-headers[v6], from.Addr(v6))
 		transfer(t, from, to, to.Addr(v6))
 		transfer(t, to, from, from.Addr(v6))
 	}

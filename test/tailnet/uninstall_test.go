@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -23,30 +22,26 @@ import (
 const usersRoute = "192.168.99.0/24"
 
 // A host whose user has a tailscaled with a route and settings of their own.
-func testUninstallHost(t *testing.T, l *lab.Lab) {
+func TestUninstallHost(t *testing.T) {
+	l := steady.Enter(t)
 	n := l.Nodes[leavingHost]
 	if err := n.ConfigureDaemon(nil); err != nil {
 		t.Fatal(err)
 	}
 	labtest.StartTailscaled(t, n)
-	up := []string{
-		"up", "--login-server=" + l.Control.URL, "--auth-key=" + authKey(t, l, "--tags", lab.Tag), "--accept-dns=false",
-		"--advertise-routes=" + usersRoute,
-	}
-	if _, err := n.Run(labtest.Within(t), "tailscale", up...); err != nil {
-		t.Fatal(err)
-	}
-	approve(t, l, n)
+	labtest.Up(t, l, n, labtest.AuthKey(t, l, "--tags", lab.Tag), "--advertise-routes="+usersRoute)
+	labtest.Approve(t, l, n, usersRoute)
 	before := hostState(t, n)
 	liveAndLeave(t, l, n)
 	if got := approved(t, l, n.Name); !slices.Contains(got, netip.MustParsePrefix(usersRoute)) {
 		t.Errorf("the user's route is not approved any more; these are: %v", got)
 	}
-	// tailscaled takes a moment to follow its prefs.
+	// tailscaled takes a labtest.Moment to follow its prefs.
 	labtest.Eventually(t, "the host after uninstall, - before, + after", func() error { return same(before, hostState(t, n)) })
 }
 
-func testUninstallDaemon(t *testing.T, l *lab.Lab) {
+func TestUninstallDaemon(t *testing.T) {
+	l := steady.Enter(t)
 	n := l.Nodes[leavingDaemon]
 	if err := n.ConfigureDaemon(nil); err != nil {
 		t.Fatal(err)
@@ -54,9 +49,7 @@ func testUninstallDaemon(t *testing.T, l *lab.Lab) {
 	before := hostState(t, n)
 	labtest.StartTailscaled(t, n)
 	liveAndLeave(t, l, n)
-	if err := n.Tailscaled.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
+	labtest.Stop(t, n.Tailscaled)
 	after := hostState(t, n)
 	// tailscaled sets this one and leaves it so. Without marks on packets it changes nothing (ip-sysctl.rst).
 	const mark = "/proc/sys/net/ipv4/conf/all/src_valid_mark"
@@ -88,20 +81,6 @@ func same(before, after map[string]string) error {
 	return nil
 }
 
-// approve approves the user's route, as the user would.
-func approve(t *testing.T, l *lab.Lab, n *lab.Node) {
-	t.Helper()
-	for _, node := range headscaleNodes(t, l) {
-		if node.Hostname == n.Name {
-			if _, err := l.Control.Run(labtest.Within(t), "headscale", "nodes", "approve-routes", "-i", node.ID.String(), "-r", usersRoute); err != nil {
-				t.Fatal(err)
-			}
-			return
-		}
-	}
-	t.Fatalf("%s is not in Headscale", n.Name)
-}
-
 func approved(t *testing.T, l *lab.Lab, name string) []netip.Prefix {
 	t.Helper()
 	for _, node := range headscaleNodes(t, l) {
@@ -115,17 +94,17 @@ func approved(t *testing.T, l *lab.Lab, name string) []netip.Prefix {
 // liveAndLeave runs the daemon, has a pod, and uninstalls.
 func liveAndLeave(t *testing.T, l *lab.Lab, n *lab.Node) {
 	t.Helper()
-	startDaemon(t, n)
+	labtest.StartDaemon(t, n)
 	p, err := n.AddPod(labtest.Within(t), "leaving", lab.PodOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	far := addPod(t, l.Nodes[nodeA], "far-from-"+n.Name, lab.PodOptions{})
+	far := labtest.AddPod(t, l.Nodes[nodeA], "far-from-"+n.Name, lab.PodOptions{})
 	for _, v6 := range []bool{false, true} {
 		if err := n.WaitRoute(labtest.Within(t), far.Addr(v6)); err != nil {
 			t.Fatal(err)
 		}
-		wantTCP(t, "to "+far.Name, p, echo(far, v6), p.Addr(v6))
+		labtest.WantTCP(t, "to "+far.Name, p, labtest.Echo(far, v6), p.Addr(v6))
 	}
 	if err := p.Remove(labtest.Within(t)); err != nil {
 		t.Fatal(err)
@@ -133,7 +112,7 @@ func liveAndLeave(t *testing.T, l *lab.Lab, n *lab.Node) {
 	if _, err := n.Run(labtest.Within(t), "headcni-daemon", "uninstall"); err == nil || !strings.Contains(err.Error(), "stop it first") {
 		t.Errorf("uninstall beside a running daemon: %v", err)
 	}
-	stop(t, n)
+	labtest.Stop(t, n.Daemon)
 	for range 2 { // the second finds nothing to do
 		if _, err := n.Run(labtest.Within(t), "headcni-daemon", "uninstall"); err != nil {
 			t.Fatal(err)
@@ -164,7 +143,11 @@ func hostState(t *testing.T, n *lab.Node) map[string]string {
 	}
 	sysctls(t, n, state)
 	if n.Tailscaled != nil && n.Tailscaled.Alive() {
-		state["prefs"] = prefs(t, n)
+		prefs, err := json.MarshalIndent(labtest.Prefs(t, n), "", " ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		state["prefs"] = string(prefs)
 	}
 	return state
 }
@@ -210,23 +193,4 @@ func sysctls(t *testing.T, n *lab.Node, into map[string]string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// prefs are tailscaled's, without its keys.
-func prefs(t *testing.T, n *lab.Node) string {
-	t.Helper()
-	out, err := n.Run(labtest.Within(t), "tailscale", "--socket="+n.Socket(), "debug", "prefs")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all map[string]any
-	if err := json.Unmarshal([]byte(out), &all); err != nil {
-		t.Fatal(err)
-	}
-	delete(all, "Config")
-	b, err := json.MarshalIndent(all, "", " ")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
 }
