@@ -75,7 +75,7 @@ func headscaleDead(t *testing.T, w *world) []row {
 	rows := f.rows("")
 	t.Run("Headscale", func(t *testing.T) {
 		for _, dead := range []time.Duration{*outage, *cutFor, *cutFor} {
-			f.strike = func(t *testing.T, w *world, _ *lab.Node, _ []*lab.Stream) {
+			f.strike = func(t *testing.T, w *world, _ *lab.Node, _ labtest.Flows) {
 				must(t, w.Control.Headscale.Kill())
 				time.Sleep(dead)
 			}
@@ -86,8 +86,8 @@ func headscaleDead(t *testing.T, w *world) []row {
 }
 
 func daemonFaults() []fault {
-	end := func(sig syscall.Signal) func(*testing.T, *world, *lab.Node, []*lab.Stream) {
-		return func(t *testing.T, _ *world, n *lab.Node, _ []*lab.Stream) {
+	end := func(sig syscall.Signal) func(*testing.T, *world, *lab.Node, labtest.Flows) {
+		return func(t *testing.T, _ *world, n *lab.Node, _ labtest.Flows) {
 			must(t, n.Daemon.Signal(sig))
 			time.Sleep(settled)
 			must(t, n.StartDaemon())
@@ -102,7 +102,7 @@ func daemonFaults() []fault {
 }
 
 // upgrade puts another version in the daemon's place under the living one, as a package manager does, and restarts it.
-func upgrade(t *testing.T, w *world, n *lab.Node, _ []*lab.Stream) {
+func upgrade(t *testing.T, w *world, n *lab.Node, _ labtest.Flows) {
 	program := filepath.Join(w.bin, "headcni-daemon")
 	const version = "v9.9.9-upgraded"
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", program+".new",
@@ -125,7 +125,7 @@ func tailscaledFaults(also string) []fault {
 	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
 		faults = append(faults, fault{
 			name: "tailscaled: " + name(sig) + also, oneWay: true, repeats: *repeats,
-			strike: func(t *testing.T, _ *world, n *lab.Node, _ []*lab.Stream) {
+			strike: func(t *testing.T, _ *world, n *lab.Node, _ labtest.Flows) {
 				must(t, n.Tailscaled.Signal(sig))
 				must(t, n.StartTailscaled())
 			},
@@ -138,7 +138,7 @@ func tailscaledFaults(also string) []fault {
 func alone(sig syscall.Signal) fault {
 	return fault{
 		name: "tailscaled: " + name(sig) + " while Headscale is dead, cached maps, relay apart", oneWay: true, repeats: *repeats,
-		strike: func(t *testing.T, w *world, n *lab.Node, _ []*lab.Stream) {
+		strike: func(t *testing.T, w *world, n *lab.Node, _ labtest.Flows) {
 			must(t, w.Control.Headscale.Kill())
 			must(t, n.Tailscaled.Signal(sig))
 			must(t, n.StartTailscaled())
@@ -153,7 +153,7 @@ func cutOff(also string) fault {
 	const wait = 15 * time.Second
 	return fault{
 		name: fmt.Sprintf("tailscaled: kill -9 while Headscale is dead for %v more, %s", wait, also),
-		strike: func(t *testing.T, w *world, n *lab.Node, streams []*lab.Stream) {
+		strike: func(t *testing.T, w *world, n *lab.Node, streams labtest.Flows) {
 			must(t, w.Control.Headscale.Kill())
 			must(t, n.Tailscaled.Kill())
 			must(t, n.StartTailscaled())
@@ -184,12 +184,12 @@ func name(sig syscall.Signal) string {
 
 func underlayFaults() []fault {
 	return []fault{
-		{name: fmt.Sprintf("cable pulled for %v", *cutFor), oneWay: true, strike: func(t *testing.T, w *world, n *lab.Node, _ []*lab.Stream) {
+		{name: fmt.Sprintf("cable pulled for %v", *cutFor), oneWay: true, strike: func(t *testing.T, w *world, n *lab.Node, _ labtest.Flows) {
 			port(t, w, n, "down")
 			time.Sleep(*cutFor)
 			port(t, w, n, "up")
 		}},
-		{name: fmt.Sprintf("underlay silent for %v", *cutFor), oneWay: true, strike: func(t *testing.T, w *world, n *lab.Node, _ []*lab.Stream) {
+		{name: fmt.Sprintf("underlay silent for %v", *cutFor), oneWay: true, strike: func(t *testing.T, w *world, n *lab.Node, _ labtest.Flows) {
 			port(t, w, n, "nomaster")
 			time.Sleep(*cutFor)
 			port(t, w, n, "master", "underlay")
@@ -207,7 +207,7 @@ func port(t *testing.T, w *world, n *lab.Node, how ...string) {
 
 // blockUDP lets no UDP pass between the nodes until their pods talk through the relay, and then waits until they are
 // back to a direct path. The drop is where packets arrive: the sender is not told, as with a firewall on the way.
-func blockUDP(t *testing.T, w *world, _ *lab.Node, streams []*lab.Stream) {
+func blockUDP(t *testing.T, w *world, _ *lab.Node, streams labtest.Flows) {
 	for i, at := range w.Nodes {
 		other := w.Nodes[1-i].Underlay
 		_, err := at.Run(labtest.Within(t), "nft", fmt.Sprintf(`table inet firewall {
@@ -220,7 +220,7 @@ func blockUDP(t *testing.T, w *world, _ *lab.Node, streams []*lab.Stream) {
 		must(t, err)
 	}
 	w.waitPath(t, false)
-	waitBack(t, streams, time.Now())
+	streams.WaitBack(t, time.Now())
 	time.Sleep(settled)
 	for _, at := range w.Nodes {
 		_, err := at.Run(labtest.Within(t), "nft", "delete", "table", "inet", "firewall")
@@ -265,7 +265,7 @@ func reboot(t *testing.T, w *world, n *lab.Node, off time.Duration) row {
 		}
 		r.gaps[d] = append(r.gaps[d], worst)
 	}
-	stopAll(slices.Concat(flows[from], flows[to], old[from], old[to]))
+	slices.Concat(flows[from], flows[to], old[from], old[to]).Stop()
 	r.clear = inClear()
 	w.calm(t)
 	w.unchanged(t, r.name, before)
@@ -316,22 +316,13 @@ func leak(t *testing.T, w *world) row {
 	flows := w.flows(t, 0, from)
 	must(t, n.Daemon.Kill())
 	must(t, n.Tailscaled.Kill())
-	c, err := w.CaptureUnderlay()
-	must(t, err)
-	_, err = n.Run(labtest.Within(t), "bash", "-euo", "pipefail", "-c", `for f in -4 -6; do
-	prefs=$(ip $f rule | sed -n 's/^\(51[89][0-9]\):.*/\1/p')
-	for pref in $prefs; do ip $f rule del pref "$pref"; done
-	ip $f route flush metric 4278 type unreachable
-done
-nft delete table ip headcni
-nft delete table ip6 headcni`)
-	must(t, err)
+	stop := labtest.Capture(t, w.Lab)
+	labtest.Flush(t, n)
 	time.Sleep(settled / 2)
-	got, err := c.Stop()
-	must(t, err)
+	got := stop()
 	if r.clear = got.Clear; r.clear == 0 {
 		t.Errorf("none of %d packets is in clear", got.Total)
 	}
-	stopAll(flows[from])
+	flows[from].Stop()
 	return r
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -33,7 +32,7 @@ type fault struct {
 	// repeats is how often it strikes each node, in each direction where oneWay is set; 0 is once.
 	repeats int
 	// strike breaks the node and mends it.
-	strike func(t *testing.T, w *world, n *lab.Node, f []*lab.Stream)
+	strike func(t *testing.T, w *world, n *lab.Node, f labtest.Flows)
 	// after, if any, is what is measured next, in a row of its own: Headscale returns.
 	after     func(t *testing.T, w *world)
 	afterName string
@@ -99,7 +98,7 @@ func (w *world) strike(t *testing.T, rows []row, f fault, i, direction int) {
 // measurement is of the flows during one stroke.
 type measurement struct {
 	began time.Time
-	flows [2][]*lab.Stream // per direction
+	flows [2]labtest.Flows // per direction
 }
 
 // watch starts a measurement.
@@ -111,18 +110,19 @@ func (w *world) watch(t *testing.T, i, direction int) *measurement {
 	return m
 }
 
-func (m *measurement) streams() []*lab.Stream { return slices.Concat(m.flows[from], m.flows[to]) }
+func (m *measurement) streams() labtest.Flows { return slices.Concat(m.flows[from], m.flows[to]) }
 
 // end waits until everything flows and adds what happened to a row.
 func (m *measurement) end(t *testing.T, r *row, harmless bool) {
 	t.Helper()
-	waitBack(t, m.streams(), time.Now())
+	m.streams().WaitBack(t, time.Now())
 	time.Sleep(settled)
-	reports := stopAll(m.streams())
+	reports := m.streams().Stop()
 	for d := range m.flows {
 		var worst time.Duration
 		for _, s := range m.flows[d] {
-			got := reports[s]
+			got := reports[0]
+			reports = reports[1:]
 			r.sent, r.lost, worst = r.sent+got.Sent, r.lost+got.Lost, max(worst, got.Longest)
 			t.Logf("%s: %s lost %d of %d, was dark for %v from %v on", r.name, s.Name, got.Lost, got.Sent,
 				got.Longest.Round(time.Millisecond), got.Dark.Sub(m.began).Round(time.Millisecond))
@@ -137,46 +137,28 @@ func (m *measurement) end(t *testing.T, r *row, harmless bool) {
 }
 
 // flows starts streams of both families between the pod of node number i and the other.
-func (w *world) flows(t *testing.T, i, direction int) (flows [2][]*lab.Stream) {
+func (w *world) flows(t *testing.T, i, direction int) (flows [2]labtest.Flows) {
 	t.Helper()
 	struck, other := w.pods[i], w.pods[1-i]
 	for d, ends := range [][2]*lab.Pod{from: {struck, other}, to: {other, struck}} {
-		if direction != both && direction != d {
-			continue
-		}
-		for _, v6 := range []bool{false, true} {
-			a, b := ends[0], ends[1]
-			s, err := lab.StartStream(labtest.Within(t), fmt.Sprintf("%s to %s", a.Addr(v6), b.Addr(v6)), a, b, b.Addr(v6))
-			must(t, err)
-			flows[d] = append(flows[d], s)
+		if direction == both || direction == d {
+			flows[d] = labtest.StartFlows(t, ends[0], ends[1])
 		}
 	}
-	for d := range flows {
-		waitBack(t, flows[d], time.Time{})
+	for _, f := range flows {
+		f.WaitBack(t, time.Time{})
 	}
 	return flows
-}
-
-func waitBack(t *testing.T, streams []*lab.Stream, since time.Time) {
-	t.Helper()
-	for _, s := range streams {
-		_, err := s.WaitBack(labtest.Within(t), since)
-		must(t, err)
-	}
 }
 
 // capture looks for packets in clear until the function that it returns is called, which fails where there is one.
 func (w *world) capture(t *testing.T) (stop func() int) {
 	t.Helper()
-	c, err := w.CaptureUnderlay()
-	must(t, err)
+	captured := labtest.Capture(t, w.Lab)
 	return func() int {
 		t.Helper()
-		got, err := c.Stop()
-		must(t, err)
-		if got.Clear > 0 || got.Total == 0 {
-			t.Errorf("%d of %d packets in clear: %v", got.Clear, got.Total, got.Examples)
-		}
+		got := captured()
+		labtest.NoneInClear(t, got)
 		return got.Clear
 	}
 }
@@ -191,22 +173,7 @@ func (w *world) calm(t *testing.T) {
 	}
 	flows := w.flows(t, 0, both)
 	w.waitPath(t, true)
-	stopAll(slices.Concat(flows[from], flows[to]))
-}
-
-// stopAll ends streams, all at once: each waits for what is under way.
-func stopAll(streams []*lab.Stream) map[*lab.Stream]lab.Report {
-	reports := make([]lab.Report, len(streams))
-	var wg sync.WaitGroup
-	for i, s := range streams {
-		wg.Go(func() { reports[i] = s.Stop() })
-	}
-	wg.Wait()
-	got := map[*lab.Stream]lab.Report{}
-	for i, s := range streams {
-		got[s] = reports[i]
-	}
-	return got
+	slices.Concat(flows[from], flows[to]).Stop()
 }
 
 // waitPath waits until each node sends to the other by a direct path, or by the relay. Something has to be sent.
