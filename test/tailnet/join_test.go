@@ -101,7 +101,7 @@ func TestBadInput(t *testing.T) {
 			complains(t, n, c.part, c.complaint)
 			nothingDone(t, l, n)
 			time.Sleep(1500 * time.Millisecond) // it tries again
-			said := keepLines(logSince(t, n, from), `msg="not right" part=`+c.part)
+			said := keepLines(logSince(t, n, from), `msg=failed part=`+c.part)
 			if strings.Count(said, "\n") != 1 || !strings.Contains(said, c.complaint) {
 				t.Errorf("logged:\n%s\nwant one line with %q, however often it is tried", said, c.complaint)
 			}
