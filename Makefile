@@ -17,6 +17,10 @@ UNITS    ?= $(PREFIX)/lib/systemd/system
 
 PROGRAMS := headcni headcni-ipam headcni-daemon headcni-controller
 PLUGINS  := host-local loopback portmap
+# What `make compile` compiles: some of the above and of headcnictl.
+BUILD    ?= $(PROGRAMS) headcnictl $(PLUGINS)
+# What the nodes of internal/lab run of ours.
+LAB      := headcni headcni-ipam headcni-daemon headcnictl
 LDFLAGS  := -s -w -X github.com/headcni/headcni/internal/version.Version=$(VERSION)
 
 # The work tree may belong to another user than the one who builds (sudo), in which case Git refuses to tell go about it.
@@ -24,18 +28,20 @@ export GOFLAGS += -buildvcs=false
 export CGO_ENABLED = 0
 export PATH := $(PATH):$(shell . test/tools/lib.sh && go_dir)
 
-# One shell per recipe line: these lines begin those that need the pinned real parts or system programs.
-# (`export X=$(...)` and `eval "$(...)"` would go on after a failure.)
-WITH_TOOLS = HEADCNI_TOOLS="$${HEADCNI_TOOLS:-$$(test/tools/ensure)}"; export HEADCNI_TOOLS HEADCNI_BIN="$(CURDIR)/bin";
+# One shell per recipe line: these lines begin those that need programs of ours, pinned real parts or system programs, and no more
+# of them than the recipe runs. (`export X=$(...)` and `eval "$(...)"` would go on after a failure.)
+PREPARE = prepared=$$(VERSION='$(VERSION)' test/tools/prepare $(1) '$(2)' $(3)); eval "$$prepared";
 WITH_PACKAGES = programs=$$(test/tools/packages $(1)); eval "$$programs";
+# One tailscaled, daemon mode's, is that of every node, and `tailscale` as well.
+TRIMMED = HEADCNI_TOOLS="$$HEADCNI_TOOLS/trimmed:$$HEADCNI_TOOLS";
 
 .PHONY: help
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: build ## Two nodes, four pods, real Headscale and tailscaled, on this machine; ARGS=--keep leaves it running
-	@$(call WITH_PACKAGES,demo) $(WITH_TOOLS) bin/headcnictl demo $(ARGS)
+demo: need-go ## Two nodes, four pods, real Headscale and tailscaled, on this machine; ARGS=--keep leaves it running
+	@$(call PREPARE,demo,$(LAB),headscale tailscale-trimmed) $(TRIMMED) bin/headcnictl demo $(ARGS)
 
 .PHONY: build
 build: need-go ## Compile everything into bin/, with host-local, loopback and portmap
@@ -44,14 +50,12 @@ build: need-go ## Compile everything into bin/, with host-local, loopback and po
 .PHONY: compile
 compile:
 	@mkdir -p $(BIN)
-	@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGRAMS))
-	@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/headcnictl ./cmd/cli
-	@cd test/tools/cni-plugins && \
+	$(if $(filter $(PROGRAMS),$(BUILD)),@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(filter $(PROGRAMS),$(BUILD))))
+	$(if $(filter headcnictl,$(BUILD)),@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/headcnictl ./cmd/cli)
+	$(if $(filter $(PLUGINS),$(BUILD)),@cd test/tools/cni-plugins && \
 		release=$$(sed -n 's/^\tgithub\.com\/containernetworking\/plugins \(v[^ ]*\).*/\1/p' go.mod) && \
 		go build -trimpath -ldflags "-s -w -X github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=$$release" -o $(abspath $(BIN))/ \
-		github.com/containernetworking/plugins/plugins/ipam/host-local \
-		github.com/containernetworking/plugins/plugins/main/loopback \
-		github.com/containernetworking/plugins/plugins/meta/portmap
+		$(addprefix github.com/containernetworking/plugins/plugins/,ipam/host-local main/loopback meta/portmap))
 
 ARCH     ?= $(shell . test/tools/lib.sh && find_go && go env GOARCH)
 IMAGE    ?= ghcr.io/headcni/headcni:$(shell scripts/version --release)
@@ -60,21 +64,26 @@ IMAGE    ?= ghcr.io/headcni/headcni:$(shell scripts/version --release)
 image: need-go ## The container image bin/headcni-image-ARCH.tar, without a container engine; ARCH=amd64|arm64 IMAGE=name:tag
 	@test/tools/as-user env VERSION='$(VERSION)' REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" scripts/image '$(ARCH)' '$(IMAGE)'
 
+.PHONY: image-at
+image-at: need-go ## The image of another commit, by that commit's scripts, and its chart, in bin/; COMMIT=... ARCH= IMAGE=
+	@if [[ -z '$(COMMIT)' ]]; then echo "make image-at: name a commit or a tag, such as COMMIT=v0.1.0" >&2; exit 1; fi
+	@test/tools/as-user scripts/image-at '$(COMMIT)' '$(ARCH)' $(if $(filter command line environment,$(origin IMAGE)),'$(IMAGE)')
+
 # test/deploy's stand-ins for kubectl and helm are the test binary itself: with the race detector it takes a second to start.
 .PHONY: test
 test: need-go ## All tests but e2e's and test-manual's, with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
-	@$(call WITH_PACKAGES,test) $(MAKE) build; $(WITH_TOOLS) \
+	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm) \
 		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		cd test/tools/oci; go vet ./...; go test ./...
 
 .PHONY: test-manual
-test-manual: build ## README's "Install by hand", command by command, on two machines with systemd; needs root, takes 2 minutes
+test-manual: need-go ## README's "Install by hand", command by command, on two machines with systemd; needs root, takes 2 minutes
 	@if ((EUID != 0)); then echo "make test-manual: needs root: run 'sudo make test-manual'" >&2; exit 1; fi
-	@$(call WITH_PACKAGES,manual) $(WITH_TOOLS) HEADCNI_MACHINE=$$(test/manual/rootfs); export HEADCNI_MACHINE HEADCNI_TEST_REQUIRE=1; \
+	@$(call PREPARE,manual,$(PROGRAMS) headcnictl $(PLUGINS),headscale tailscale) HEADCNI_MACHINE=$$(test/manual/rootfs); export HEADCNI_MACHINE HEADCNI_TEST_REQUIRE=1; \
 		go test -v -count 1 -timeout 20m ./test/manual/
 
 MATRIX := 0.26 0.27 0.28
@@ -82,21 +91,20 @@ MATRIX := 0.26 0.27 0.28
 .PHONY: test-matrix
 test-matrix: need-go ## What depends on Headscale against older real ones too (MATRIX), with a table at the end; needs root
 	@if ((EUID != 0)); then echo "make test-matrix: needs root: run 'sudo make test-matrix'" >&2; exit 1; fi
-	@$(call WITH_PACKAGES,demo) $(MAKE) build; \
-		HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale tailscale-trimmed cni-plugins $(addprefix headscale-,$(MATRIX))); \
-		export HEADCNI_TOOLS HEADCNI_BIN="$(abspath $(BIN))"; \
+	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins $(addprefix headscale-,$(MATRIX))) \
 		scripts/test-matrix headscale $(addprefix headscale-,$(MATRIX))
 
 # Programs, images and our own image for a Kubernetes cluster on this machine.
-KUBERNETES = containerd kubernetes kubernetes-e2e
-WITH_CLUSTER = $(call WITH_PACKAGES,e2e) \
-	HEADCNI_TOOLS=$$(test/tools/ensure headscale tailscale cni-plugins helm coredns $(KUBERNETES)); \
-	HEADCNI_IMAGES=$$(test/tools/images); export HEADCNI_TOOLS HEADCNI_IMAGES HEADCNI_BIN="$(CURDIR)/bin"; \
+KUBERNETES = containerd kubernetes
+TAILSCALE = tailscale
+WITH_CLUSTER = $(call PREPARE,e2e,$(LAB),headscale $(TAILSCALE) cni-plugins helm coredns oci $(KUBERNETES)) \
+	HEADCNI_IMAGES=$$(test/tools/images); export HEADCNI_IMAGES; \
 	$(MAKE) image IMAGE=headcni.local/headcni:e2e; export HEADCNI_IMAGE="$(CURDIR)/bin/headcni-image-$(ARCH).tar"; \
 	export HEADCNI_TEST_REQUIRE=1;
 
 .PHONY: e2e
-e2e: build ## The chart on a real Kubernetes, with upstream's network conformance tests; needs root, E2EFLAGS=-help
+e2e: KUBERNETES = containerd kubernetes kubernetes-e2e
+e2e: need-go ## The chart on a real Kubernetes, with upstream's network conformance tests; needs root, E2EFLAGS=-help
 	@if ((EUID != 0)); then echo "make e2e: needs root: run 'sudo make e2e'" >&2; exit 1; fi
 	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m -run 'TestSmoke$$' ./test/e2e/ -args -conformance '$(CONFORMANCE)' $(E2EFLAGS)
 
@@ -104,21 +112,22 @@ CONFORMANCE ?= \[sig-network\].*\[Conformance\]
 
 .PHONY: e2e-old
 e2e-old: KUBERNETES = kubernetes-1.34
-e2e-old: build ## The chart on an older Kubernetes (1.34) with Debian's containerd (1.6); needs root
+e2e-old: need-go ## The chart on an older Kubernetes (1.34) with Debian's containerd (1.6); needs root
 	@if ((EUID != 0)); then echo "make e2e-old: needs root: run 'sudo make e2e-old'" >&2; exit 1; fi
 	@$(WITH_CLUSTER) containerd=$$(test/tools/packages unpack containerd); \
 		export HEADCNI_TOOLS="$$HEADCNI_TOOLS/kubernetes-1.34:$$containerd/usr/bin:$$HEADCNI_TOOLS"; \
 		go test -v -count 1 -timeout 40m -run 'TestSmoke$$' ./test/e2e/ -args -versions 'kubelet v1\.34\..*containerd://1\.' $(E2EFLAGS)
 
 .PHONY: e2e-faults
-e2e-faults: build ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
+e2e-faults: need-go ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
 	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
 	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-up
-e2e-up: build ## A Kubernetes with HeadCNI on this machine, left running to look at; needs root, E2EFLAGS=-help
+e2e-up: TAILSCALE = tailscale-trimmed
+e2e-up: need-go ## A Kubernetes with HeadCNI on this machine, left running to look at; needs root, E2EFLAGS=-help
 	@if ((EUID != 0)); then echo "make e2e-up: needs root: run 'sudo make e2e-up'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go run ./test/e2e/up -image "$$HEADCNI_IMAGE" $(E2EFLAGS)
+	@$(WITH_CLUSTER) $(TRIMMED) go run ./test/e2e/up -image "$$HEADCNI_IMAGE" $(E2EFLAGS)
 
 .PHONY: e2e-down
 e2e-down: need-go ## End what e2e-up left running
@@ -129,34 +138,38 @@ BENCH ?= .
 SCALE ?= 1
 
 .PHONY: bench
-bench: build ## Speed beside the reference plugins and the kernel alone, as tables; needs root, 12 minutes; BENCH=regexp SCALE=0.1
+bench: need-go ## Speed beside the reference plugins and the kernel alone, as tables; needs root, 12 minutes; BENCH=regexp SCALE=0.1
 	@if ((EUID != 0)); then echo "make bench: needs root: run 'sudo make bench'" >&2; exit 1; fi
-	@$(call WITH_PACKAGES,bench) $(WITH_TOOLS) export HEADCNI_TEST_REQUIRE=1; rm -f bin/bench.md; \
+	@$(call PREPARE,bench,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) export HEADCNI_TEST_REQUIRE=1; rm -f bin/bench.md; \
 		go test -run '^$$' -bench '$(BENCH)' -benchtime 0.3s $(BENCHFLAGS) ./pkg/ipam/; \
 		go test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 30m $(BENCHFLAGS) ./test/bench/ -args -scale '$(SCALE)' -table '$(CURDIR)/bin/bench.md'
 	@if [[ -e bin/bench.md ]]; then echo "the tables are in bin/bench.md, as Markdown"; fi
+
+.PHONY: bench-cold
+bench-cold: need-go ## How long the first `make demo` takes on a clean clone, with no cache at all; TARGET=demo
+	@scripts/bench-cold '$(or $(TARGET),demo)'
 
 .PHONY: bench-profile
 bench-profile: ## Where the time of one ADD goes, by strace; needs root
 	@$(MAKE) bench BENCH=Profile
 
 .PHONY: bench-rearm
-bench-rearm: build ## How long pods are dark on first contact, after silence and after restarts of tailscaled, as tables; needs root, takes 100 minutes; TRIALS=10 REARM=Contact
+bench-rearm: need-go ## How long pods are dark on first contact, after silence and after restarts of tailscaled, as tables; needs root, takes 100 minutes; TRIALS=10 REARM=Contact
 	@if ((EUID != 0)); then echo "make bench-rearm: needs root: run 'sudo make bench-rearm'" >&2; exit 1; fi
-	@$(WITH_PACKAGES) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 3h -run '$(REARM)' ./test/rearm/ -args \
+	@$(call PREPARE,demo,$(LAB),headscale tailscale-trimmed) $(TRIMMED) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 3h -run '$(REARM)' ./test/rearm/ -args \
 		-trials $(or $(TRIALS),100) -joining 10 -silence 200s
 
 .PHONY: bench-faults
-bench-faults: build ## What pods lose when one part after another breaks, as in docs/reliability.md; needs root, takes 25 minutes
+bench-faults: need-go ## What pods lose when one part after another breaks, as in docs/reliability.md; needs root, takes 25 minutes
 	@if ((EUID != 0)); then echo "make bench-faults: needs root: run 'sudo make bench-faults'" >&2; exit 1; fi
-	@$(call WITH_PACKAGES,demo) $(WITH_TOOLS) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
+	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
 
 .PHONY: lint
 lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against README_CN.md
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
 	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
-	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$(git ls-files -- '*.sh' .ci/run test/tools/ensure test/tools/packages test/tools/images test/tools/as-user internal/cluster/node.sh scripts/install scripts/uninstall scripts/image scripts/image-rootfs scripts/test-matrix scripts/version test/manual/rootfs)
+	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$({ git ls-files -- '*.sh'; git grep -l '^#!/usr/bin/env bash'; } | sort -u)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 .PHONY: vet

@@ -44,6 +44,9 @@ const (
 	DNSAddress   = "10.96.0.10"
 )
 
+// hostPlugins are on every node before HeadCNI comes, as the package kubernetes-cni has it.
+var hostPlugins = []string{"host-local", "portmap", "ptp", "bridge"}
+
 // Options say what a cluster is to be. The zero value has two workers and kube-proxy in nftables mode.
 type Options struct {
 	// Workers is how many nodes there are beside the control plane's, 0 = 2. They are worker-1 and so on.
@@ -179,7 +182,7 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 		names = append(names, fmt.Sprintf("worker-%d", i+1))
 	}
 	c.lab, err = lab.New(ctx, lab.Options{
-		Nodes: len(names), Names: names, Spare: len(names), Modes: []string{"host"},
+		Nodes: len(names), Names: names, Spare: len(names), Modes: []string{"host"}, Plugins: hostPlugins,
 		Bin: c.opt.Bin, Tools: c.opt.Tools, Relay: true, Policy: c.opt.Policy,
 	})
 	if err != nil {

@@ -28,6 +28,8 @@ type Options struct {
 	Bin string
 	// Tools are the folders of the real parts, separated by colons; empty means $HEADCNI_TOOLS.
 	Tools string
+	// Plugins are the reference plugins that nodes have beside ours, such as "host-local".
+	Plugins []string
 	// UnderlayMTU in bytes, 0 = 1500.
 	UnderlayMTU int
 	// Delays are how long a frame is on a node's wire, in either direction, of the nodes in turn: a round trip between two

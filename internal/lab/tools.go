@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -22,7 +23,7 @@ var ErrMissing = errors.New("the lab lacks")
 
 var (
 	ourPrograms = []string{"headcni", "headcni-ipam", "headcni-daemon", "headcnictl"}
-	realParts   = []string{"headscale", "tailscaled", "tailscale", "host-local", "portmap", "ptp", "bridge"}
+	realParts   = []string{"headscale", "tailscaled", "tailscale"}
 	// sbin holds what an ordinary user's PATH often lacks.
 	sbin = []string{"/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin"}
 )
@@ -37,7 +38,7 @@ func (o Options) Check() error {
 }
 
 func (o Options) checkTools() error {
-	if missing := haveAll(o.path(), realParts...); len(missing) > 0 {
+	if missing := haveAll(o.path(), slices.Concat(realParts, o.Plugins)...); len(missing) > 0 {
 		return fmt.Errorf("%w %s; `make` has them built; by hand, set %s to what test/tools/ensure prints", ErrMissing, strings.Join(missing, ", "), ToolsEnv)
 	}
 	if missing := haveAll(o.path(), "bash", "ip", "nft", "mount", "find"); len(missing) > 0 {
@@ -110,7 +111,7 @@ func (l *Lab) dedicatedTailscaled() string {
 func (l *Lab) plugins() map[string]string {
 	out := map[string]string{"headcni": l.ours("headcni"), "headcni-ipam": l.ours("headcni-ipam")}
 	m := Machine{env: []string{"PATH=" + l.opt.path()}}
-	for _, name := range []string{"host-local", "portmap", "ptp", "bridge"} {
+	for _, name := range l.opt.Plugins {
 		out[name] = m.find(name)
 	}
 	return out

@@ -4,6 +4,7 @@ package labtest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -21,6 +22,9 @@ func New(t testing.TB, opt lab.Options) *lab.Lab {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*Soon)
 	defer cancel()
 	l, err := lab.New(ctx, opt)
+	if errors.Is(err, lab.ErrMissing) {
+		nstest.Skip(t, err.Error())
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

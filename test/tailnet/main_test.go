@@ -42,7 +42,7 @@ var steady = labtest.SideBySide(func(t testing.TB) *lab.Lab {
 		modes[i] = daemon
 	}
 	return labtest.New(t, lab.Options{
-		Nodes: steadyNodes, Spare: steadyNodes - 2, Modes: modes, Bin: labtest.Programs(t), Policy: autoApprove,
+		Nodes: steadyNodes, Spare: steadyNodes - 2, Modes: modes, Bin: labtest.Programs(t), Plugins: []string{"host-local"}, Policy: autoApprove,
 		Batch: 500 * time.Millisecond, // Headscale's own default, which changes what nodes get to know and when
 	})
 })

@@ -10,6 +10,27 @@ die() {
 	exit 1
 }
 
+# progress says what goes on, and for how long: one line that moves on a terminal, elsewhere a line every half minute.
+next_line=0
+progress() {
+	local text=$1 end=" ... $SECONDS s" width
+	if [[ -t 2 ]]; then
+		# A line that wraps could not be overwritten.
+		width=$(stty size <&2 2>/dev/null | cut -d' ' -f2)
+		printf '\r\033[K%s%s' "${text:0:$((${width:-80} - ${#end} - 1))}" "$end" >&2
+	elif ((SECONDS >= next_line)); then
+		say "$text$end"
+		next_line=$((SECONDS + 30))
+	fi
+}
+
+# progress_end takes the moving line away.
+progress_end() {
+	if [[ -t 2 ]]; then
+		printf '\r\033[K' >&2
+	fi
+}
+
 # home_of prints the home folder of a user.
 home_of() { getent passwd "$1" | cut -d: -f6; }
 
