@@ -212,7 +212,7 @@ func Load(path string, optional bool, environ, sets []string) (Config, error) {
 			return Config{}, fmt.Errorf("read %s: more than one YAML document, of which only the first would count; keep one", path)
 		}
 		if err := yaml.UnmarshalStrict(b, &c); err != nil {
-			return Config{}, fmt.Errorf("read %s: %s; see docs/daemon.yaml for every key", path, plain(err))
+			return Config{}, fmt.Errorf("read %s: %s; https://github.com/headcni/headcni/blob/main/docs/daemon.yaml has every key", path, plain(err))
 		}
 	case optional && errors.Is(err, fs.ErrNotExist):
 	default:

@@ -75,7 +75,7 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"README.md", "README_CN.md", "CHANGELOG.md", "chart/README.md", "docs/architecture.md"} {
+	for _, name := range []string{"README.md", "README_CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "chart/README.md", "docs/architecture.md"} {
 		docs = append(docs, filepath.Join(root, name))
 	}
 	for _, doc := range docs {
@@ -105,12 +105,65 @@ func TestDecisionsAreListed(t *testing.T) {
 	}
 }
 
-func TestREADMENamesTargetsThatExist(t *testing.T) {
+func TestDocumentsNameTargetsThatExist(t *testing.T) {
 	makefile := read(t, "Makefile")
-	for _, m := range regexp.MustCompile("(?m)(?:^|`|sudo )make ([a-z]+)\\b").FindAllStringSubmatch(read(t, "README.md"), -1) {
-		if !strings.Contains(makefile, "\n"+m[1]+":") {
-			t.Errorf("README.md says `make %s`, which the Makefile does not have", m[1])
+	for _, name := range []string{"README.md", "CONTRIBUTING.md"} {
+		for _, m := range regexp.MustCompile("(?m)(?:^|`|sudo )make ([a-z0-9-]+)\\b").FindAllStringSubmatch(read(t, name), -1) {
+			if !strings.Contains(makefile, "\n"+m[1]+":") {
+				t.Errorf("%s says `make %s`, which the Makefile does not have", name, m[1])
+			}
 		}
+	}
+}
+
+// TestContributingLeadsSomewhere: what CONTRIBUTING.md tells a newcomer to open, or to run, is there.
+func TestContributingLeadsSomewhere(t *testing.T) {
+	text := read(t, "CONTRIBUTING.md")
+	paths := 0
+	for _, m := range regexp.MustCompile("`((?:\\.ci|chart|cmd|docs|internal|pkg|scripts|systemd|test)/[^` ]*)`").FindAllStringSubmatch(text, -1) {
+		paths++
+		if _, err := os.Stat(filepath.Join(root, m[1])); err != nil {
+			t.Errorf("CONTRIBUTING.md names %s, which is not there", m[1])
+		}
+	}
+	if paths < 40 {
+		t.Errorf("found %d paths: is the pattern right?", paths)
+	}
+	for _, m := range regexp.MustCompile(`-run (Test\w+) \./([\w/]+)`).FindAllStringSubmatch(text, -1) {
+		files, err := filepath.Glob(filepath.Join(root, m[2], "*_test.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.ContainsFunc(files, func(f string) bool { return strings.Contains(read(t, f[len(root)+1:]), "\nfunc "+m[1]+"(") }) {
+			t.Errorf("CONTRIBUTING.md says to run %s of %s, which has no such test", m[1], m[2])
+		}
+	}
+}
+
+// TestErrorsLeadSomewhere: an address of ours in a message is that of a file in this repository.
+func TestErrorsLeadSomewhere(t *testing.T) {
+	link := regexp.MustCompile(`"[^"\n]*https://github\.com/headcni/headcni/blob/main/([\w./-]+)`)
+	found := 0
+	for _, dir := range []string{"cmd", "pkg", "internal"} {
+		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			for _, m := range link.FindAllSubmatch(b, -1) {
+				found++
+				if _, err := os.Stat(filepath.Join(root, string(m[1]))); err != nil {
+					t.Errorf("%s points to %s, which is not there", path, m[1])
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if found == 0 {
+		t.Error("found no address: is the pattern right?")
 	}
 }
 
