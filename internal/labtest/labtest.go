@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/nstest"
 )
 
 // Soon bounds what takes a moment on an idle machine. No test measures speed by it.
