@@ -2,7 +2,9 @@ package plugin
 
 import (
 	"errors"
+	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -104,7 +106,22 @@ func withCode(s stage, err error) error {
 	return cniError(s, err)
 }
 
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+// oneLine puts an error's lines on one line. What a terminal or a log would not print as a character is escaped as in Go:
+// the text may hold what somebody put into the input.
+func oneLine(err error) string {
+	var b strings.Builder
+	for _, r := range err.Error() {
+		switch {
+		case r == '\n':
+			b.WriteString("; ")
+		case unicode.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+		}
+	}
+	return b.String()
+}
 
 // newError puts the whole story on one line.
 func newError(code uint, msg string, err error) *types.Error {

@@ -237,6 +237,11 @@ func (s *sessions) act(st Status, now time.Time) []ping {
 		if p == nil || p.todo == taskNone || p.due.After(now.Add(p.slack())) {
 			continue
 		}
+		if p.key != "" && p.key != peer.NodeKey { // the task was for the node before; the look arms this one
+			p.todo = taskNone
+			s.lookSoon(now)
+			continue
+		}
 		order := ping{p.due, peer.ID, peer.Name, target(st.Self, peer), p.todo}
 		if s.settle(p, peer, now) && order.to.IsValid() {
 			due = append(due, order)

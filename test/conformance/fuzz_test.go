@@ -114,6 +114,7 @@ func (n *node) oddities() []string {
 		`{"cniVersion":"0.2.0",` + n.conf("")[1:], n.conf("")[:len(n.conf(""))-1] + `,"cniVersion":"0.3.1"}`, `{"name":"../x",` + n.conf("")[1:],
 		strings.Replace(n.conf(""), `"net"`, "\"n\xffet\"", 1), n.conf(`{"prevResult":` + deep + `}`), n.conf(`{"dns":{"domain":"` + strings.Repeat("ä", 1<<20) + `"}}`),
 		n.conf(`{"ipam":{"type":"headcni-ipam","dataDir":"/proc"}}`), n.conf(`{"ipam":{"type":"headcni-ipam","dataDir":"/dev/null"}}`),
+		n.conf(`{"prevResult":{"cniVersion":"1.1.0","routes":[{"dst":"0.0.0.0/0","gw":"\u0000\u001b[2J\r"}]}}`), n.conf(`{"\u0000\u001b[2J":1}`),
 		n.conf(`{"log_file":"/dev/full","log_level":"debug"}`), n.conf(`{"log_file":"/proc/self/mem"}`), n.conf(`{"daemon_socket":"/dev/null"}`),
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -212,7 +213,7 @@ func (c call) answer(t testing.TB) (string, *fault) {
 	if c.exit < 0 || c.exit >= 126 {
 		t.Errorf("%s was ended by a signal or never ran: exit code %d, %q", c.verb, c.exit, c.stderr)
 	}
-	if f.CNIVersion == "" || f.Code == 0 || f.Msg == "" || strings.ContainsAny(f.Msg+f.Details, "\n\x00") {
+	if f.CNIVersion == "" || f.Code == 0 || f.Msg == "" || strings.ContainsFunc(f.Msg+f.Details, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		t.Errorf("%s: malformed error %q", c.verb, c.out)
 	}
 	if strings.Contains(c.stderr, "goroutine ") || strings.Contains(f.Error(), "internal fault") {
