@@ -22,6 +22,8 @@ BUILD    ?= $(PROGRAMS) headcnictl $(PLUGINS)
 # What the nodes of internal/lab run of ours.
 LAB      := headcni headcni-ipam headcni-daemon headcnictl
 LDFLAGS  := -s -w -X github.com/headcni/headcni/internal/version.Version=$(VERSION)
+# With -w the linker throws away what it costs the compiler a tenth of its time to make.
+GCFLAGS  := all=-dwarf=false
 
 # The work tree may belong to another user than the one who builds (sudo), in which case Git refuses to tell go about it.
 export GOFLAGS += -buildvcs=false
@@ -50,11 +52,11 @@ build: need-go ## Compile everything into bin/, with host-local, loopback and po
 .PHONY: compile
 compile:
 	@mkdir -p $(BIN)
-	$(if $(filter $(PROGRAMS),$(BUILD)),@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(filter $(PROGRAMS),$(BUILD))))
-	$(if $(filter headcnictl,$(BUILD)),@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/headcnictl ./cmd/cli)
+	$(if $(filter $(PROGRAMS),$(BUILD)),@go build -trimpath -gcflags '$(GCFLAGS)' -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(filter $(PROGRAMS),$(BUILD))))
+	$(if $(filter headcnictl,$(BUILD)),@go build -trimpath -gcflags '$(GCFLAGS)' -ldflags '$(LDFLAGS)' -o $(BIN)/headcnictl ./cmd/cli)
 	$(if $(filter $(PLUGINS),$(BUILD)),@cd test/tools/cni-plugins && \
 		release=$$(sed -n 's/^\tgithub\.com\/containernetworking\/plugins \(v[^ ]*\).*/\1/p' go.mod) && \
-		go build -trimpath -ldflags "-s -w -X github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=$$release" -o $(abspath $(BIN))/ \
+		go build -trimpath -gcflags '$(GCFLAGS)' -ldflags "-s -w -X github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=$$release" -o $(abspath $(BIN))/ \
 		$(addprefix github.com/containernetworking/plugins/plugins/,ipam/host-local main/loopback meta/portmap))
 
 ARCH     ?= $(shell . test/tools/lib.sh && find_go && go env GOARCH)

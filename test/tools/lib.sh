@@ -31,6 +31,16 @@ progress_end() {
 	fi
 }
 
+# spend_memory has Go's compiler collect garbage above 800 MiB only, which saves a seventh
+# of its time, where there is that much for each of four at once.
+spend_memory() {
+	local free
+	free=$(sed -n 's/^MemAvailable: *\([0-9]*\) kB$/\1/p' /proc/meminfo)
+	if [[ -z ${GOGC-} ]] && ((${free:-0} >> 20 >= 5)); then
+		export GOGC=off GOMEMLIMIT=800MiB
+	fi
+}
+
 # home_of prints the home folder of a user.
 home_of() { getent passwd "$1" | cut -d: -f6; }
 
