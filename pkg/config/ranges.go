@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // Ranges are the networks of a node and its clusters, from the configuration alone (Network.Ranges) or with what Kubernetes says.
@@ -19,6 +21,16 @@ func (n Network) Ranges() Ranges {
 	return Ranges{
 		Pods: n.PodCIDRs.Prefixes(), Cluster: n.ClusterCIDRs.Prefixes(), Remote: n.RemoteCIDRs.Prefixes(), Services: n.ServiceCIDRs.Prefixes(),
 	}
+}
+
+// Outside are those of a node's pod CIDRs that the cluster CIDRs, where there are any, do not cover: other nodes would take them
+// for strangers, and send to them in clear.
+func (n Network) Outside(pods []netip.Prefix) []netip.Prefix {
+	if len(n.ClusterCIDRs) == 0 {
+		return nil
+	}
+	cluster := n.ClusterCIDRs.Prefixes()
+	return slices.DeleteFunc(slices.Clone(pods), func(p netip.Prefix) bool { return netset.Covers(cluster, p) })
 }
 
 // ValidateRanges returns all faults that the configuration has with these ranges, joined, each with the key that it belongs to.
@@ -42,6 +54,13 @@ func (c Config) validateRanges(v *faults, r Ranges) {
 	}
 	if mtu := c.Network.MTU; mtu != 0 && mtu < 1280 && slices.ContainsFunc(r.Pods, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
 		v.add("network.mtu", strconv.Itoa(mtu), "IPv6 pod CIDRs need at least 1280 bytes (RFC 8200 section 5)")
+	}
+	for _, s := range r.Remote {
+		for _, p := range r.Pods {
+			if netset.Covers([]netip.Prefix{p}, s) {
+				v.add("network.remoteCIDRs", s.String(), "is inside network.podCIDRs "+p.String()+", whose addresses are this node's own pods'; no other cluster can have them")
+			}
+		}
 	}
 	for i, a := range r.Pods {
 		for _, b := range r.Pods[:i] {

@@ -112,6 +112,10 @@ func (c Config) validateNetwork(v *faults) {
 			v.cidr(l.key, s)
 		}
 	}
+	for _, p := range n.Outside(n.PodCIDRs.Prefixes()) {
+		v.add("network.podCIDRs", p.String(), fmt.Sprintf("is outside network.clusterCIDRs %v: other nodes would send to it in clear or not at all; "+
+			"choose a range inside, or widen network.clusterCIDRs on every node", []string(n.ClusterCIDRs)))
+	}
 	c.validateRanges(v, n.Ranges())
 }
 

@@ -101,6 +101,11 @@ func (d *Daemon) observeCluster(o *observation) error {
 				"kubelet register it again for another one", p, name))
 		}
 	}
+	for _, p := range d.cfg.Network.Outside(l.PodCIDRs) {
+		o.held = append(o.held, fmt.Errorf("pod range %s: Kubernetes gives it to this Node (Node.spec.podCIDRs), but it is outside network.clusterCIDRs %v: "+
+			"make kube-controller-manager's --cluster-cidr and network.clusterCIDRs (Helm: config.network.clusterCIDRs) agree on every node",
+			p, []string(d.cfg.Network.ClusterCIDRs)))
+	}
 	o.ranges, err = rangesInForce(d.cfg, l)
 	o.PodCIDRs = o.ranges.Pods
 	return err

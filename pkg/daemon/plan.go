@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -37,7 +38,7 @@ type observation struct {
 	ranges config.Ranges
 	// leaving are former pod CIDRs whose pods still run here.
 	leaving []netip.Prefix
-	// held are the pod CIDRs of ours that Kubernetes has given to other Nodes too.
+	// held is why pod CIDRs that Kubernetes gave us must not be used: another Node has them too, or they are outside the cluster's.
 	held []error
 }
 
@@ -109,6 +110,34 @@ func duplicate(own []netip.Prefix, o observation) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// strangers names nodes of our own tags that have routes of a family and none of them inside our ranges: theirs or ours are
+// configured wrongly. Such routes are never pods here. Nodes that share their LAN besides their pods are none of these.
+func strangers(o observation) error {
+	if o.Tailnet == nil {
+		return nil
+	}
+	cluster := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
+	var errs []error
+	for _, p := range o.Tailnet.Peers {
+		if !slices.ContainsFunc(p.Tags, func(t string) bool { return slices.Contains(o.Tailnet.Self.Tags, t) }) {
+			continue
+		}
+		for _, ipv6 := range []bool{false, true} {
+			routes := slices.DeleteFunc(netset.OfFamily(p.Routes, ipv6), func(r netip.Prefix) bool { return r.Bits() == 0 })
+			inside := func(r netip.Prefix) bool { return netset.Covers(cluster, r) }
+			if len(routes) > 0 && !slices.ContainsFunc(routes, inside) {
+				errs = append(errs, fmt.Errorf("%s, which has a tag of ours, advertises %v, outside our network.clusterCIDRs and network.remoteCIDRs %v: it gets "+
+					"nothing from this node as pods; if they are pods, make network.clusterCIDRs the same on both nodes, or name them in network.remoteCIDRs",
+					p.Name, routes, netset.OfFamily(cluster, ipv6)))
+			}
+		}
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return reconcile.Warning{Err: errors.Join(errs...)}
 }
 
 // accepted are the routes that tailscaled speaks of: none while it does not run, or before the part prefs has it accept any.

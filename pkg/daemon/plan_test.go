@@ -161,3 +161,38 @@ func TestAccepted(t *testing.T) {
 		}
 	}
 }
+
+// What a peer advertises outside our ranges is told, and widens nothing, whatever it is.
+func TestStrangers(t *testing.T) {
+	c, o := typical()
+	o.Tailnet.Self.Tags = []string{"tag:headcni"}
+	want, err := makePlan(c, o, state{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		name, tag string
+		routes    []netip.Prefix
+		told      bool
+	}{
+		{"other pods", "tag:headcni", prefixes("10.99.1.0/24"), true},
+		{"other pods of one family", "tag:headcni", prefixes("10.244.2.0/24", "fd99::/64"), true},
+		{"pods", "tag:headcni", prefixes("10.244.2.0/24", "fd00:244:2::/64"), false},
+		{"pods and the LAN", "tag:headcni", prefixes("10.244.2.0/24", "192.168.7.0/24"), false},
+		{"exit node", "tag:headcni", prefixes("0.0.0.0/0", "::/0"), false},
+		{"stolen, wide", "tag:headcni", prefixes("192.168.0.0/16"), true},
+		{"site router", "tag:site", prefixes("192.168.0.0/16"), false},
+	} {
+		o.Tailnet.Peers = []tailscale.Peer{{Name: "b", Online: true, Tags: []string{test.tag}, Routes: test.routes}}
+		if err := strangers(o); (err != nil) != test.told {
+			t.Errorf("%s: %v; told: want %v", test.name, err, test.told)
+		}
+		got, err := makePlan(c, o, state{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
+			t.Errorf("%s changes the plan:\n%s", test.name, diff)
+		}
+	}
+}

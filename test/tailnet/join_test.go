@@ -65,6 +65,14 @@ func TestBadInput(t *testing.T) {
 		}
 		refuses(t, n, `network.podCIDRs: "100.64.7.0/24": overlaps 100.64.0.0/10`)
 	})
+	t.Run("range outside the cluster's", func(t *testing.T) {
+		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) {
+			labtest.Section(c, "network")["podCIDRs"] = []string{"10.99.7.0/24"}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		refuses(t, n, `network.podCIDRs: "10.99.7.0/24": is outside network.clusterCIDRs`)
+	})
 	t.Run("unknown key", func(t *testing.T) {
 		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) { labtest.Section(c, "network")["podCidr"] = "10.244.9.0/24" }); err != nil {
 			t.Fatal(err)
