@@ -253,6 +253,26 @@ func (h *Headscale) Start() {
 	})
 }
 
+// Backup stops the server, copies its database and starts it again. What it returns puts the copy back in the same way.
+func (h *Headscale) Backup() (restore func()) {
+	h.t.Helper()
+	dir, backup := filepath.Dir(h.config), tempDir(h.t)
+	move := func(from, to string) {
+		h.t.Helper()
+		h.Kill()
+		old, _ := filepath.Glob(filepath.Join(to, "db.sqlite*"))
+		for _, name := range old {
+			if err := os.Remove(name); err != nil {
+				h.t.Fatal(err)
+			}
+		}
+		run(h.t, "sh", "-c", "cp "+filepath.Join(from, "db.sqlite")+"* "+to)
+		h.Start()
+	}
+	move(dir, backup)
+	return func() { h.t.Helper(); move(backup, dir) }
+}
+
 // CLI runs the server's own client as its administrator does, and returns what it prints.
 func (h *Headscale) CLI(args ...string) string {
 	h.t.Helper()

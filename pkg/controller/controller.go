@@ -33,8 +33,9 @@ type Controller struct {
 	// announced are the texts that were announced last, by what they are about: only news is.
 	announced map[string]string
 
-	// Of the leader's loop: api is the client that slowAt and findings are of.
+	// Of the leader's loop: api is the client that keyAt, slowAt and findings are of. keyAt is when the join key was looked for.
 	api      *headscale.Client
+	keyAt    time.Time
 	slowAt   time.Time
 	findings []finding // of the slow check
 

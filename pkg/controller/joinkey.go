@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -22,7 +23,10 @@ const (
 	// joinKeyRenew is when another is made: a node that has just read the old one has this long to use it.
 	joinKeyRenew = joinKeyLife / 2
 
-	// joinKeyTimeout bounds the three calls that it takes.
+	// joinKeyLook is how often Headscale is asked whether it still has the key.
+	joinKeyLook = time.Minute
+
+	// joinKeyTimeout bounds the calls that it takes.
 	joinKeyTimeout = 30 * time.Second
 
 	// Annotations of the Secret: what its key is good for.
@@ -31,6 +35,8 @@ const (
 	joinTags    = "headcni.io/tags"
 	// joinMinter tells API keys apart: a Headscale that was set up anew knows neither the old API key nor what it made.
 	joinMinter = "headcni.io/made-with"
+	// joinID is Headscale's number of the key.
+	joinID = "headcni.io/key-id"
 )
 
 // joinKey makes sure that the Secret holds a key that nodes can join with, and returns when the one there expires, also with
@@ -69,7 +75,8 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 		}
 		key, expires = credential.Reveal(), time.Time{}
 		delete(next.Annotations, joinExpires)
-	case err == nil && key != "" && same && expires.Sub(c.now()) > joinKeyRenew:
+		delete(next.Annotations, joinID)
+	case err == nil && key != "" && same && expires.Sub(c.now()) > joinKeyRenew && !c.joinKeyForgotten(ctx, api, next.Annotations[joinID], expires):
 		return expires, nil
 	default:
 		expires = c.now().Add(joinKeyLife).UTC().Truncate(time.Second)
@@ -79,6 +86,7 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 		}
 		key = made.Key.Reveal()
 		next.Annotations[joinExpires] = expires.Format(time.RFC3339)
+		next.Annotations[joinID] = fmt.Sprint(made.ID)
 	}
 	next.Annotations[joinServer], next.Annotations[joinTags], next.Annotations[joinMinter] = c.cfg.Headscale.URL, tags, minter
 	next.Data = map[string][]byte{kube.JoinSecretKey: []byte(key)}
@@ -93,4 +101,24 @@ func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credent
 	}
 	c.log.Info("wrote the join key", "secret", kube.JoinSecret, "expires", expires)
 	return expires, nil
+}
+
+// joinKeyForgotten reports whether Headscale no longer has the key with this number: somebody expired or deleted it, or
+// restored Headscale from a backup that is older than the key. It asks once a minute; without an answer the key counts as good.
+func (c *Controller) joinKeyForgotten(ctx context.Context, api *headscale.Client, number string, expires time.Time) bool {
+	id, err := strconv.ParseUint(number, 10, 64)
+	if err != nil || c.now().Sub(c.keyAt) < joinKeyLook {
+		return false
+	}
+	known, err := api.KnowsPreAuthKey(ctx, headscale.ID(id), expires)
+	if err != nil {
+		c.log.Warn("look for the join key in Headscale", "err", err)
+		return false
+	}
+	c.keyAt = c.now()
+	if !known {
+		c.log.Warn("Headscale no longer has the join key: it was expired or deleted there, or Headscale was restored from a backup; making another",
+			"key", id)
+	}
+	return !known
 }

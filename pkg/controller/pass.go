@@ -91,7 +91,7 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 func (c *Controller) connect(ctx context.Context) (*headscale.Client, config.Credential, error) {
 	api, cred, err := c.headscale.Connect(ctx)
 	if api != nil && api != c.api {
-		c.api, c.slowAt = api, time.Time{}
+		c.api, c.keyAt, c.slowAt = api, time.Time{}, time.Time{}
 	}
 	return api, cred, err
 }

@@ -78,11 +78,16 @@ func (c *cluster) until(what string, ok func() bool) {
 // joinKeyNow is what a node would join with.
 func (c *cluster) joinKeyNow() string {
 	c.t.Helper()
+	return string(c.joinSecret().Data[kube.JoinSecretKey])
+}
+
+func (c *cluster) joinSecret() *corev1.Secret {
+	c.t.Helper()
 	s, err := c.client.CoreV1().Secrets("kube-system").Get(c.t.Context(), kube.JoinSecret, metav1.GetOptions{})
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	return string(s.Data[kube.JoinSecretKey])
+	return s
 }
 
 // says writes what a node's daemon writes, and waits until the controller knows.
@@ -229,6 +234,46 @@ func TestJoinKey(t *testing.T) {
 	c.key = "hskey-api-abcdefghijkl-wrong"
 	if _, err := c.pass(t.Context()); !errors.Is(err, headscale.ErrUnauthorized) || strings.Contains(err.Error(), c.key) {
 		t.Errorf("a wrong key: %v", err)
+	}
+}
+
+// TestJoinKeyForgotten: a key that Headscale lost in a backup, or that somebody expired, is replaced within a minute, by one that
+// nodes can join with; one that it knows is not.
+func TestJoinKeyForgotten(t *testing.T) {
+	w := realparts.New(t, 10*time.Millisecond)
+	c := newTestCluster(t, w)
+	later := time.Duration(0)
+	c.now = func() time.Time { return time.Now().Add(later) }
+	next := func() string { later += joinKeyLook; c.must(); return c.joinKeyNow() }
+	restore := w.Backup()
+	c.must()
+	first := c.joinKeyNow()
+	for range 3 {
+		if next() != first {
+			t.Fatal("a key that Headscale knows was replaced")
+		}
+	}
+	restore()
+	c.must()
+	if c.joinKeyNow() != first {
+		t.Error("looked for the key before a minute had passed")
+	}
+	// After the restore somebody else's key has the number of ours.
+	w.AuthKey("tag:other")
+	second := next()
+	if second == first {
+		t.Fatal("Headscale does not know the key any more, and it stays")
+	}
+	d := w.Node()
+	d.CLI("up", "--login-server="+w.URL, "--auth-key="+second)
+	if next() != second {
+		t.Error("a key that Headscale knows was replaced after the restore")
+	}
+	if w.Since(28) {
+		w.CLI("preauthkeys", "expire", "--id", c.joinSecret().Annotations[joinID], "--force")
+		if next() == second {
+			t.Error("a key that was expired stays")
+		}
 	}
 }
 

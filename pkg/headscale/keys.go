@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/headcni/headcni/pkg/config/secret"
@@ -25,9 +26,10 @@ const (
 
 // PreAuthKey is a key that nodes join with.
 type PreAuthKey struct {
-	ID   ID
-	Key  secret.Secret
-	User User
+	ID         ID
+	Key        secret.Secret
+	User       User
+	Expiration time.Time
 }
 
 // User owns nodes and keys.
@@ -74,6 +76,34 @@ func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user
 		err = errors.New("the answer holds no key")
 	}
 	return out.PreAuthKey, err
+}
+
+// KnowsPreAuthKey reports whether the server still has a key of ours that can be used until the given time, to the second. It has
+// not where somebody expired or deleted it, or the server was restored from a backup that is older: then another key may bear
+// the same ID.
+func (c *Client) KnowsPreAuthKey(ctx context.Context, id ID, expires time.Time) (bool, error) {
+	known := func(query string) (bool, error) {
+		var list struct{ PreAuthKeys []PreAuthKey }
+		if err := c.do(ctx, call{method: "GET", path: "/api/v1/preauthkey" + query, out: &list}); err != nil {
+			return false, err
+		}
+		return slices.ContainsFunc(list.PreAuthKeys, func(k PreAuthKey) bool {
+			return k.ID == id && k.Expiration.Sub(expires).Abs() < time.Second
+		}), nil
+	}
+	yes, err := known("")
+	if yes || err != nil && !errors.As(err, new(*Error)) {
+		return yes, wrap(err, "look for pre-auth key %d", id)
+	}
+	// Up to 0.27 the server lists the keys of one user.
+	u, userErr := c.user(ctx, defaultUser)
+	if errors.Is(userErr, ErrNotFound) {
+		return false, wrap(err, "look for pre-auth key %d", id)
+	}
+	if err = userErr; err == nil {
+		yes, err = known(fmt.Sprintf("?user=%d", u.ID))
+	}
+	return yes, wrap(err, "look for pre-auth key %d", id)
 }
 
 // ensureUser finds a user or makes it.
