@@ -3,10 +3,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -41,6 +43,22 @@ type flags struct {
 // load reads the configuration. Without --config the file may be missing: flags and environment can say it all.
 func (f *flags) load() (config.Config, error) {
 	return config.Load(f.file, !f.given(), os.Environ(), f.sets)
+}
+
+// loadAsUnit is load with the variables that the systemd units have. It returns those variables too.
+func (f *flags) loadAsUnit() (config.Config, func(string) string, error) {
+	environ, exposed := config.ReadEnvFile(paths.EnvFile)
+	environ = append(environ, os.Environ()...)
+	c, err := config.Load(f.file, !f.given(), environ, f.sets)
+	getenv := func(name string) (value string) {
+		for _, e := range environ {
+			if v, ok := strings.CutPrefix(e, name+"="); ok {
+				value = v
+			}
+		}
+		return value
+	}
+	return c, getenv, errors.Join(err, exposed)
 }
 
 // loadAndLog is load, with the log that the configuration asks for.
@@ -126,12 +144,16 @@ func configCmd(f *flags) *cobra.Command {
 		Short: "Check the configuration and name every fault",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.load()
+			c, getenv, err := f.loadAsUnit()
 			if err != nil {
 				return err
 			}
-			if err := conflist.Check(conflist.Path(c.CNI.ConfDir)); err != nil {
+			note, err := daemon.CheckConfig(c, getenv, f.file)
+			if err = errors.Join(conflist.Check(conflist.Path(c.CNI.ConfDir)), err); err != nil {
 				return err
+			}
+			if note != "" {
+				fmt.Fprintln(cmd.ErrOrStderr(), "note:", note)
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), "the configuration is valid")
 			return nil
@@ -157,7 +179,7 @@ func configCmd(f *flags) *cobra.Command {
 		Short: "Print the configuration in force, secrets masked",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.load()
+			c, _, err := f.loadAsUnit()
 			if err != nil {
 				return err
 			}

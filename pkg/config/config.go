@@ -8,10 +8,12 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"regexp"
 	"strings"
 
 	"sigs.k8s.io/yaml"
 
+	"github.com/headcni/headcni/internal/nearest"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/config/secret"
@@ -208,11 +210,8 @@ func Load(path string, optional bool, environ, sets []string) (Config, error) {
 	b, err := os.ReadFile(path)
 	switch {
 	case err == nil:
-		if severalDocuments(b) {
-			return Config{}, fmt.Errorf("read %s: more than one YAML document, of which only the first would count; keep one", path)
-		}
-		if err := yaml.UnmarshalStrict(b, &c); err != nil {
-			return Config{}, fmt.Errorf("read %s: %s; https://github.com/headcni/headcni/blob/main/docs/daemon.yaml has every key", path, plain(err))
+		if err := decodeFile(path, b, &c); err != nil {
+			return Config{}, err
 		}
 	case optional && errors.Is(err, fs.ErrNotExist):
 	default:
@@ -239,31 +238,6 @@ func (c *CNI) find(root string) {
 	}
 }
 
-// severalDocuments reports whether a line of three dashes comes after content (YAML 1.2, section 9.2).
-func severalDocuments(b []byte) bool {
-	content := false
-	for line := range strings.Lines(string(b)) {
-		switch line = strings.TrimRight(line, " \t\r\n"); {
-		case line == "---" || strings.HasPrefix(line, "--- "):
-			if content {
-				return true
-			}
-		case line != "" && line[0] != '#' && line[0] != '%':
-			content = true
-		}
-	}
-	return false
-}
-
-// plain drops the layers of the YAML library from its error.
-func plain(err error) string {
-	s := err.Error()
-	for _, p := range []string{"error unmarshaling JSON: ", "while decoding JSON: ", "error converting YAML to JSON: ", "json: "} {
-		s = strings.TrimPrefix(s, p)
-	}
-	return s
-}
-
 // override applies HEADCNI_SECTION_KEY variables and then key=value settings, for instance
 // HEADCNI_NETWORK_PODCIDRS=10.244.1.0/24,fd00:244:1::/64 or network.podCIDRs=10.244.1.0/24.
 func (c *Config) override(environ, sets []string) error {
@@ -278,6 +252,8 @@ func (c *Config) override(environ, sets []string) error {
 			if err := c.Set(key, value); err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", name, err))
 			}
+		} else if meant := mistypedEnv(name); meant != "" {
+			errs = append(errs, fmt.Errorf("%s: no such variable; did you mean %s?", name, meant))
 		}
 	}
 	for _, s := range sets {
@@ -302,6 +278,29 @@ func EnvName(key string) string {
 	return "HEADCNI_" + strings.ToUpper(strings.ReplaceAll(key, ".", "_"))
 }
 
+// ofService matches the variables that Kubernetes gives a container for each Service, after the Service's name.
+var ofService = regexp.MustCompile(`_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
+
+// mistypedEnv returns the variable that somebody probably meant by one that is none of ours, or "". Other programs have variables
+// that begin with HEADCNI_ too (our tests, Kubernetes for a Service called headcni-...): only what looks like a key is taken for one.
+func mistypedEnv(name string) string {
+	rest, ours := strings.CutPrefix(name, "HEADCNI_")
+	if !ours || !strings.Contains(rest, "_") || ofService.MatchString(name) || name == authKeyVariable || name == authKeyFileVariable {
+		return ""
+	}
+	known := []string{authKeyVariable, authKeyFileVariable}
+	for _, key := range Keys() {
+		known = append(known, EnvName(key))
+	}
+	for i, name := range known {
+		known[i] = strings.TrimPrefix(name, "HEADCNI_")
+	}
+	if meant := nearest.Key(rest, known); meant != "" {
+		return "HEADCNI_" + meant
+	}
+	return ""
+}
+
 // Keys lists every key as section.key, in the order of the file.
 func Keys() []string {
 	var keys []string
@@ -324,7 +323,7 @@ func (c *Config) Set(key, value string) error {
 		return false
 	})
 	if !found {
-		return fmt.Errorf("no such key; the keys are %s", strings.Join(Keys(), ", "))
+		return fmt.Errorf("no such key%s", didYouMean(key, Keys()))
 	}
 	return err
 }

@@ -3,6 +3,7 @@ package config
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -52,7 +53,15 @@ func TestLoadFaults(t *testing.T) {
 		sets       []string
 		want       []string // all must be in the error
 	}{
-		{"unknown key", "netwrk: {}", nil, []string{`unknown field "netwrk"`, "docs/daemon.yaml"}},
+		{"unknown key", "netwrk: {}", nil, []string{"line 1: netwrk: no such key; did you mean network?", "docs/daemon.yaml"}},
+		{"unknown key below", "network:\n  mtu: 1400\n  podCIDR: [10.244.1.0/24]\n  bridge: x", nil,
+			[]string{"line 3: network.podCIDR: no such key; did you mean podCIDRs?", "line 4: network.bridge: no such key; the keys here are ", "clusterCIDRs"}},
+		{"wrong type", "network:\n  mtu: big", nil, []string{"line 2: network.mtu: is a string, want a whole number"}},
+		{"wrong type of a list", "network:\n\n  podCIDRs: 10.244.1.0/24", nil, []string{"line 3: network.podCIDRs: is a string, want a list"}},
+		{"wrong type of a section", "network: 7", nil, []string{"line 1: network: is a number, want other keys below it"}},
+		{"broken line", "network:\n  mtu: 1400\n podCIDRs: []", nil, []string{"line 2: did not find expected key"}},
+		{"twice", "network:\n  mtu: 1400\n  mtu: 1300", nil, []string{"line 3", "mtu"}},
+		{"secret of the wrong type", "headscale:\n  authKey: [s3cret]", nil, []string{"a secret must be a string"}},
 		{"two documents", "# mine\n---\nlogging: {level: debug}\n---\nnetwork: {mtu: 1400}", nil, []string{"more than one YAML document"}},
 		{"not yaml", "a: [", nil, []string{"read "}},
 		{"tailnet range", "network: {podCIDRs: [100.64.3.0/24]}", nil, []string{"network.podCIDRs", "100.64.0.0/10", "10.244.0.0/16"}},
@@ -101,6 +110,24 @@ func TestLoadFaults(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A variable that only looks like one of ours is refused with the one that was meant. Others are none of our business.
+func TestLoadMistypedVariable(t *testing.T) {
+	for name, meant := range map[string]string{
+		"HEADCNI_NETWORK_PODCIDR": "HEADCNI_NETWORK_PODCIDRS", "HEADCNI_NETWORK_POD_CIDRS": "HEADCNI_NETWORK_PODCIDRS", "HEADCNI_NETWRK_MTU": "HEADCNI_NETWORK_MTU",
+		"HEADCNI_AUTHKEY_FILE": "HEADCNI_AUTH_KEY_FILE", "HEADCNI_HEADSCALE_ULR": "HEADCNI_HEADSCALE_URL",
+		"HEADCNI_AUTH_KEY": "", "HEADCNI_AUTH_KEY_FILE": "", "HEADCNI_TAILSCALED": "", "HEADCNI_CACHE": "", "HEADCNI_TEST_REQUIRE": "", "HEADCNI_TOOLS": "",
+		"HEADCNI_LOG_LEVEL": "", "HEADCNI_TAILSCALE_SERVICE_HOST": "", "HEADCNI_MONITORING_PORT_9669_TCP_ADDR": "", "HEADCNI_NETWORK_PORT": "", "HEADSCALE_API_KEY": "",
+	} {
+		_, err := Load(write(t, ""), false, []string{name + "=s3cret"}, nil)
+		switch {
+		case meant == "" && err != nil:
+			t.Errorf("%s: %v", name, err)
+		case meant != "" && (err == nil || !strings.Contains(err.Error(), "did you mean "+meant+"?") || strings.Contains(err.Error(), "s3cret")):
+			t.Errorf("%s: want %s in %v", name, meant, err)
+		}
 	}
 }
 
@@ -175,5 +202,25 @@ func TestCNIFoldersAreFound(t *testing.T) {
 		if got != tc.want {
 			t.Errorf("%+v becomes %+v; want %+v", tc.have, got, tc.want)
 		}
+	}
+}
+
+func TestReadEnvFile(t *testing.T) {
+	path := write(t, "# mine\n; too\nHEADSCALE_API_KEY=\"s3cret\"\n\n HEADCNI_NETWORK_MTU = 1300 \nno variable\nX='a b'\nEMPTY=\n")
+	want := []string{"HEADSCALE_API_KEY=s3cret", "HEADCNI_NETWORK_MTU=1300", "X=a b", "EMPTY="}
+	for mode, exposed := range map[os.FileMode]bool{0o600: false, 0o640: false, 0o644: true} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadEnvFile(path)
+		if exposed != (err != nil) || exposed && (!strings.Contains(err.Error(), "chmod 0600 "+path) || strings.Contains(err.Error(), "s3cret")) {
+			t.Errorf("mode %o: %v", mode, err)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	if got, err := ReadEnvFile(path + ".missing"); got != nil || err != nil {
+		t.Errorf("missing: %v, %v", got, err)
 	}
 }

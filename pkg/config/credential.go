@@ -14,25 +14,34 @@ type Credential struct {
 	Key secret.Secret
 	// Source names the variable, file or field.
 	Source string
-	// Plain is true where the key stands in the configuration file itself.
+	// File holds the key, "" where it is in a variable or in the configuration file itself, of which Plain tells.
+	File  string
 	Plain bool
 }
 
 // ErrNoCredential means that no source holds a key.
 var ErrNoCredential = errors.New("no Headscale key: set HEADSCALE_API_KEY_FILE or headscale.apiKeyFile to a file that holds an API key or a pre-auth key")
 
+// Variables that hold a key, and those that name a file which does, in the order in which they count.
+const (
+	apiKeyVariable      = "HEADSCALE_API_KEY"
+	authKeyVariable     = "HEADCNI_AUTH_KEY"
+	apiKeyFileVariable  = "HEADSCALE_API_KEY_FILE"
+	authKeyFileVariable = "HEADCNI_AUTH_KEY_FILE"
+)
+
 // Credential finds the key. The order is the specification's: HEADSCALE_API_KEY, HEADCNI_AUTH_KEY,
 // HEADSCALE_API_KEY_FILE, HEADCNI_AUTH_KEY_FILE, then headscale.apiKeyFile, headscale.authKeyFile and headscale.authKey.
 // A source that is set but cannot be read is an error, never skipped: falling through would use a key nobody meant.
 func (h Headscale) Credential(getenv func(string) string) (Credential, error) {
-	for _, name := range []string{"HEADSCALE_API_KEY", "HEADCNI_AUTH_KEY"} {
+	for _, name := range []string{apiKeyVariable, authKeyVariable} {
 		if v := strings.TrimSpace(getenv(name)); v != "" {
 			return Credential{Key: secret.New(v), Source: name}, nil
 		}
 	}
 	files := []struct{ source, path string }{
-		{"HEADSCALE_API_KEY_FILE", getenv("HEADSCALE_API_KEY_FILE")},
-		{"HEADCNI_AUTH_KEY_FILE", getenv("HEADCNI_AUTH_KEY_FILE")},
+		{apiKeyFileVariable, getenv(apiKeyFileVariable)},
+		{authKeyFileVariable, getenv(authKeyFileVariable)},
 		{"headscale.apiKeyFile", h.APIKeyFile},
 		{"headscale.authKeyFile", h.AuthKeyFile},
 	}
@@ -44,12 +53,29 @@ func (h Headscale) Credential(getenv func(string) string) (Credential, error) {
 		if err != nil {
 			return Credential{}, fmt.Errorf("%s: %w", f.source, err)
 		}
-		return Credential{Key: key, Source: f.source}, nil
+		return Credential{Key: key, Source: f.source, File: f.path}, nil
 	}
 	if v := strings.TrimSpace(h.AuthKey.Reveal()); v != "" {
 		return Credential{Key: secret.New(v), Source: "headscale.authKey", Plain: true}, nil
 	}
 	return Credential{}, ErrNoCredential
+}
+
+// Exposed says what to do where everybody on this machine can read the key. configFile is where a plain one may stand.
+func (c Credential) Exposed(configFile string) error {
+	path := c.File
+	if c.Plain {
+		path = configFile
+	}
+	info, err := os.Stat(path)
+	if path == "" || err != nil || info.Mode().Perm()&0o004 == 0 {
+		return nil // an error is for whoever reads it
+	}
+	if c.Plain {
+		return fmt.Errorf("%s: everybody can read %s (mode %04o), which holds the key: move it to a file of mode 0600 and name that in headscale.authKeyFile",
+			c.Source, path, info.Mode().Perm())
+	}
+	return fmt.Errorf("%s: everybody can read %s (mode %04o): chmod 0600 %[2]s", c.Source, path, info.Mode().Perm())
 }
 
 // readKey reads a file of one line.

@@ -126,6 +126,47 @@ func (d *Daemon) newBoard(parts []reconcile.Part[*pass]) *reconcile.Board[*pass]
 	return reconcile.NewBoard(opt, parts)
 }
 
+// errNoPodCIDRs is for a node that nobody gives any.
+var errNoPodCIDRs = errors.New("network.podCIDRs: none; give this node a range of its own, such as 10.244.1.0/24")
+
+// CheckConfig finds what makes a valid configuration useless on this machine, joined: no pod CIDRs, no key to join with, a key that
+// cannot be read, or that everybody can. It uses what a conflist of the user's says where the configuration is silent, as New
+// does. file is where the configuration was read from. A note is of what works only if something else is as it should.
+func CheckConfig(c config.Config, getenv func(string) string, file string) (note string, err error) {
+	kubernetes := c.InKubernetes(getenv)
+	plain := c.Headscale.AuthKey
+	c, _, err = conflist.Adopt(c, kubernetes)
+	if err != nil {
+		return "", err
+	}
+	if plain.Empty() {
+		file = conflist.Path(c.CNI.ConfDir)
+	}
+	var errs []error
+	if len(c.Network.PodCIDRs) == 0 && !kubernetes {
+		errs = append(errs, errNoPodCIDRs)
+	}
+	mode := c.Tailscale.Mode
+	if mode == config.ModeAuto {
+		mode = tailscaled.Mode(c.Tailscale, "")
+	}
+	if c.Headscale.URL == "" && mode != config.ModeHost {
+		errs = append(errs, errors.New("headscale.url: none; give the control server's, such as https://headscale.example.com"))
+	}
+	cred, err := c.Headscale.Credential(getenv)
+	switch {
+	case err == nil && !kubernetes: // a Secret's files can be read by everybody in the pod
+		errs = append(errs, cred.Exposed(file))
+	case errors.Is(err, config.ErrNoCredential) && kubernetes: // the controller has it
+	case errors.Is(err, config.ErrNoCredential) && mode == config.ModeHost:
+		note = "there is no Headscale key: tailscaled must be logged in (tailscale up --login-server=URL), and the pod CIDRs be approved in Headscale, " +
+			"by hand or by autoApprovers"
+	default:
+		errs = append(errs, err)
+	}
+	return note, errors.Join(errs...)
+}
+
 // prerequisites names everything that is missing at once, each with its remedy.
 func prerequisites(c config.Config, kubernetes bool) error {
 	var errs []error
@@ -136,7 +177,7 @@ func prerequisites(c config.Config, kubernetes bool) error {
 		errs = append(errs, errors.New("needs the nft program (1.0.1 or later); install nftables (apt-get install nftables)"))
 	}
 	if len(c.Network.PodCIDRs) == 0 && !kubernetes {
-		errs = append(errs, errors.New("network.podCIDRs: none; give this node a range of its own, such as 10.244.1.0/24"))
+		errs = append(errs, errNoPodCIDRs)
 	}
 	for _, dir := range []string{paths.StateDir, paths.RunDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
@@ -232,5 +233,50 @@ func TestStateIsWrittenBeforeAndReadBack(t *testing.T) {
 	}
 	if _, err := loadState(); err == nil || !strings.Contains(err.Error(), "move the file away") {
 		t.Errorf("corrupt: %v", err)
+	}
+}
+
+// TestCheckConfig: what stands in the way of a daemon with a valid configuration is named, and nothing else.
+func TestCheckConfig(t *testing.T) {
+	file := func(mode os.FileMode) string {
+		path := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(path, []byte("s3cret\n"), mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	private, public := file(0o600), file(0o644)
+	for name, tt := range map[string]struct {
+		change func(*config.Config)
+		env    map[string]string
+		want   []string // all in the error, none: valid
+		note   bool
+	}{
+		"a key file":         {func(c *config.Config) { c.Headscale.APIKeyFile = private }, nil, nil, false},
+		"a variable":         {func(*config.Config) {}, map[string]string{"HEADSCALE_API_KEY": "s3cret"}, nil, false},
+		"no key":             {func(*config.Config) {}, nil, []string{"no Headscale key"}, false},
+		"no key, host mode":  {func(c *config.Config) { c.Tailscale.Mode = config.ModeHost }, nil, nil, true},
+		"no key, Kubernetes": {func(c *config.Config) { c.Network.PodCIDRs, c.Kubernetes.Enable = nil, "true" }, nil, nil, false},
+		"no such file":       {func(c *config.Config) { c.Headscale.APIKeyFile = "/no/such" }, nil, []string{"headscale.apiKeyFile", "/no/such", "0600"}, false},
+		"public file":        {func(c *config.Config) { c.Headscale.APIKeyFile = public }, nil, []string{"chmod 0600 " + public}, false},
+		"key in a public configuration": {func(c *config.Config) { c.Headscale.AuthKey = secret.New("s3cret") }, nil,
+			[]string{"everybody can read " + public, "headscale.authKeyFile"}, false},
+		"nothing at all": {func(c *config.Config) { *c = config.Default(); c.CNI.ConfDir = "/no/such" }, nil,
+			[]string{"network.podCIDRs", "headscale.url", "no Headscale key"}, false},
+	} {
+		c := config.Default()
+		c.Tailscale.Mode = config.ModeDaemon
+		c.Headscale.URL, c.CNI.ConfDir, c.Network.PodCIDRs = "https://headscale.example", t.TempDir(), config.CIDRs{"10.244.1.0/24"}
+		tt.change(&c)
+		note, err := CheckConfig(c, func(name string) string { return tt.env[name] }, public)
+		if len(tt.want) == 0 && err != nil || len(tt.want) > 0 && err == nil || tt.note != (note != "") {
+			t.Errorf("%s: note %q, %v", name, note, err)
+			continue
+		}
+		for _, w := range tt.want {
+			if !strings.Contains(err.Error(), w) || strings.Contains(err.Error(), "s3cret") {
+				t.Errorf("%s: want %q in %v", name, w, err)
+			}
+		}
 	}
 }

@@ -278,6 +278,9 @@ func (d *Daemon) syncConflist(p plan) (done []string, err error) {
 		return d.remember(func(s *state) { s.Hidden = slices.Compact(slices.Sorted(slices.Values(append(s.Hidden, names...)))) })
 	})
 	if changed {
+		if want := d.cfg.Network.MTU; want > p.mtu {
+			d.log.Warn("network.mtu is more than the tailnet carries: pods get what it carries", "network.mtu", want, "mtu", p.mtu)
+		}
 		done = append(done, "write "+conflist.Path(d.cfg.CNI.ConfDir))
 	}
 	return done, err

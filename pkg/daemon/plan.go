@@ -48,6 +48,8 @@ type plan struct {
 	firewall nft.Config
 	prefs    tailscale.PrefsSpec
 	conflist []byte
+	// mtu of pods in bytes.
+	mtu int
 	// duplicate is why our CIDRs must not be advertised: another node has them. The node's own pods go on.
 	duplicate error
 }
@@ -71,16 +73,26 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},
 		duplicate: errors.Join(append(o.held, duplicate(own, o))...),
 	}
+	p.mtu = podMTU(c, o)
 	if o.Mode == config.ModeDaemon {
 		// The dedicated tailscaled must not take the host's resolver over.
 		p.prefs.CorpDNS = new(bool)
 	}
 	var err error
 	p.conflist, err = conflist.Render(conflist.Input{
-		PodCIDRs: own, ServiceCIDRs: o.ranges.Services, MTU: cmp.Or(c.Network.MTU, o.tunMTU, names.TunMTU),
+		PodCIDRs: own, ServiceCIDRs: o.ranges.Services, MTU: p.mtu,
 		IPAM: c.IPAM, AdoptedIPAM: o.ipam, MagicDNS: c.DNS.MagicDNS,
 	})
 	return p, err
+}
+
+// podMTU is what is configured, where the tun carries it, else the tun's.
+func podMTU(c config.Config, o observation) int {
+	tun := cmp.Or(o.tunMTU, names.TunMTU)
+	if c.Network.MTU == 0 {
+		return tun
+	}
+	return min(c.Network.MTU, tun)
 }
 
 // refuse names the reasons why the node's pod CIDRs cannot be used here.
@@ -92,9 +104,6 @@ func refuse(c config.Config, clusterCIDRs []netip.Prefix, o observation) error {
 				errs = append(errs, fmt.Errorf("pod range %s overlaps %s, which an interface of this host has: choose another range", p, h))
 			}
 		}
-	}
-	if mtu := c.Network.MTU; mtu != 0 && o.tunMTU != 0 && mtu > o.tunMTU {
-		errs = append(errs, fmt.Errorf("network.mtu %d is more than the %d of %s: larger packets would not pass; use 0", mtu, o.tunMTU, o.tun))
 	}
 	return errors.Join(errs...)
 }

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -59,6 +60,7 @@ func TestMakePlan(t *testing.T) {
 		},
 		prefs:    tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: prefixes("10.244.9.0/24"), CorpDNS: &off},
 		conflist: got.conflist, // golden in TestPlanConflist
+		mtu:      1280,
 	}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
 		t.Error(diff)
@@ -128,7 +130,6 @@ func TestRefuse(t *testing.T) {
 			o.Tailnet = peer(true, "10.244.1.0/25")
 			o.Tailnet.Self.Routes = prefixes("10.244.1.0/24")
 		}, ""},
-		{"mtu above the tun's", func(c *config.Config, _ *observation) { c.Network.MTU = 1400 }, "network.mtu 1400"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -143,6 +144,20 @@ func TestRefuse(t *testing.T) {
 				t.Errorf("want %q in %v", tt.want, err)
 			}
 		})
+	}
+}
+
+// Pods get no larger packets than the tun carries, whatever is configured.
+func TestPodMTU(t *testing.T) {
+	for _, tt := range []struct{ configured, tun, want int }{
+		{0, 1280, 1280}, {0, 1400, 1400}, {0, 0, 1280}, {1200, 1280, 1200}, {9000, 1280, 1280}, {9000, 1400, 1400}, {9000, 0, 1280},
+	} {
+		c, o := typical()
+		c.Network.MTU, o.tunMTU = tt.configured, tt.tun
+		p, err := makePlan(c, o, state{})
+		if err != nil || p.mtu != tt.want || !strings.Contains(string(p.conflist), fmt.Sprintf(`"mtu": %d`, tt.want)) {
+			t.Errorf("%+v: got %d, %v in\n%s", tt, p.mtu, err, p.conflist)
+		}
 	}
 }
 

@@ -4,6 +4,8 @@ package paths
 const (
 	// ConfigFile is the daemon's configuration.
 	ConfigFile = "/etc/headcni/daemon.yaml"
+	// EnvFile holds the variables that the systemd units give the daemon.
+	EnvFile = "/etc/headcni/env"
 
 	// StateDir holds what must survive a restart of any of our processes.
 	StateDir = "/var/lib/headcni"
