@@ -113,6 +113,10 @@ func (c Config) validateNetwork(v *faults) {
 		}
 	}
 	for _, p := range n.Outside(n.PodCIDRs.Prefixes()) {
+		var unusable faults
+		if unusable.prefix("network.podCIDRs", p); len(unusable) > 0 {
+			continue // wherever it lies, which validateRanges says
+		}
 		v.add("network.podCIDRs", p.String(), fmt.Sprintf("is outside network.clusterCIDRs %v: other nodes would send to it in clear or not at all; "+
 			"choose a range inside, or widen network.clusterCIDRs on every node", []string(n.ClusterCIDRs)))
 	}
