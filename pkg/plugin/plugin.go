@@ -24,7 +24,7 @@ type Links interface {
 	OpenVacant(netns, ifName string) (*podlink.Netns, error)
 	Attach(*slog.Logger, *podlink.Netns, podlink.Pod) (podlink.Pair, error)
 	// Detach tells whether there was a link to remove.
-	Detach(containerID, ifName string) (removed bool, err error)
+	Detach(containerID, ifName, netns string) (removed bool, err error)
 	Check(podlink.State) error
 }
 
@@ -206,7 +206,7 @@ func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 	ipamPlugin, err := p.ChooseIPAM(r)
 	if err != nil {
 		// Without an IPAM plugin to ask, the link can go all the same. The runtime comes again for the address.
-		_, stuck := p.Links.Detach(r.ContainerID, r.IfName)
+		_, stuck := p.Links.Detach(r.ContainerID, r.IfName, r.Netns)
 		return p.finish(r, errors.Join(withCode(stageDetach, stuck), withCode(stageIPAM, err)))
 	}
 	return p.finish(r, p.detachAndRelease(ctx, r, ipamPlugin))
@@ -222,7 +222,7 @@ func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, ipamPlugin IP
 	}
 	mapped = withCode(stagePorts, mapped)
 	r.stage = stageDetach
-	removed, err := p.Links.Detach(r.ContainerID, r.IfName)
+	removed, err := p.Links.Detach(r.ContainerID, r.IfName, r.Netns)
 	if err != nil || mapped != nil {
 		err = errors.Join(withCode(stageDetach, err), mapped)
 		return fmt.Errorf("detach %s of container %s (its address stays taken): %w", r.IfName, r.ContainerID, err)

@@ -52,7 +52,7 @@ func (k *fakeKernel) Attach(_ *slog.Logger, _ *podlink.Netns, pod podlink.Pod) (
 	}, nil
 }
 
-func (k *fakeKernel) Detach(containerID, ifName string) (removed bool, err error) {
+func (k *fakeKernel) Detach(containerID, ifName, _ string) (removed bool, err error) {
 	if err := k.fail["detach"]; err != nil {
 		return false, err
 	}

@@ -79,7 +79,7 @@ func (p *pool) Add(ctx context.Context) (IPAMResult, error) {
 	if errors.Is(err, ipam.ErrOwnerHasLease) {
 		// The pod has no such interface (that was looked up before): an ADD was killed half-way.
 		p.r.Log.Warn("removing what an interrupted ADD of this attachment left", "lease", lease.Addrs)
-		if _, err := p.links.Detach(p.r.ContainerID, p.r.IfName); err != nil {
+		if _, err := p.links.Detach(p.r.ContainerID, p.r.IfName, p.r.Netns); err != nil {
 			return IPAMResult{}, fmt.Errorf("remove the link that an interrupted ADD left: %w", err)
 		}
 		if _, err := p.pool.Release(ctx, p.r.ContainerID, p.r.IfName); err != nil {

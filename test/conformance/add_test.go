@@ -123,9 +123,13 @@ func TestRouteScope(t *testing.T) {
 	n.empty()
 }
 
-// TestSecondInterface: one container, two attachments; each ends for itself.
+// TestSecondInterface: one container, two attachments; each answers by its own link, in each family, and ends for itself. The node
+// takes a pod's packets by the link of their source only, as the daemon's rules have it.
 func TestSecondInterface(t *testing.T) {
 	n, pod := newNode(t), nstest.New(t)
+	n.host.Run(t, "nft", `add table inet strict
+		add chain inet strict in { type filter hook prerouting priority raw; }
+		add rule inet strict in iifname "hc*" meta l4proto { icmp, icmpv6 } fib saddr . iif oif missing drop`)
 	conf := n.conf("")
 	first, second := attach("ADD", "c1", pod, conf), attach("ADD", "c1", pod, conf)
 	second.ifName = "net1"
@@ -138,8 +142,17 @@ func TestSecondInterface(t *testing.T) {
 	n.must(first)
 	n.must(second)
 	ping(t, n.host, parse(t, out2).addrs()...)
+	first.verb = "ADD"
+	ping(t, n.host, slices.Concat(parse(t, n.must(first)).addrs(), parse(t, out2).addrs())...)
+	first.verb = "DEL"
+	n.must(first)
 	second.verb = "DEL"
 	n.must(second)
+	for _, family := range []string{"-4", "-6"} {
+		if rules := pod.Run(t, "ip", family, "rule"); strings.Count(rules, "\n") > 3 {
+			t.Errorf("rules are left:\n%s", rules)
+		}
+	}
 	n.empty()
 }
 

@@ -23,7 +23,7 @@ func BenchmarkAttach(b *testing.B) {
 			}
 			ns.Close()
 			b.StopTimer()
-			if _, err := h.Detach("c1", "eth0"); err != nil {
+			if _, err := h.Detach("c1", "eth0", n.pod.Path); err != nil {
 				return err
 			}
 			h.Close()

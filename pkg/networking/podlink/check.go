@@ -47,6 +47,7 @@ func (h *Handle) Check(want State) error {
 	c.hostSide()
 	c.podAddrs()
 	c.podRoutes()
+	c.podRules()
 	return errors.Join(c.faults...)
 }
 

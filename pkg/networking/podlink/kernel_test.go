@@ -74,7 +74,7 @@ func (n node) attach(t *testing.T, inject func(string) error, pod Pod) (Pair, er
 
 func (n node) detach(t *testing.T) (err error) {
 	on(t, n.host, func(h *Handle) error {
-		_, err = h.Detach("c1", "eth0")
+		_, err = h.Detach("c1", "eth0", n.pod.Path)
 		return nil
 	})
 	return err
@@ -237,12 +237,15 @@ func TestSecondInterface(t *testing.T) {
 	}
 	metric := fmt.Sprint(second.Metric)
 	for args, want := range map[string]string{
-		"route get 1.1.1.1 from 10.244.1.2":    "dev eth0",
-		"-6 route get 2001:db8::1":             "dev eth0",
-		"route show default dev eth1":          "default via 169.254.1.1 proto static metric " + metric + " onlink",
-		"-6 route show default dev eth1":       "default via fe80::1 proto static metric " + metric + " onlink pref medium",
-		"route show 192.0.2.0/24":              "192.0.2.0/24 via 169.254.1.1 dev eth1 proto static metric " + metric + " onlink",
-		"route show default dev eth0 metric 0": "default via 169.254.1.1 proto static onlink",
+		"route get 1.1.1.1 from 10.244.1.2":                "dev eth0",
+		"-6 route get 2001:db8::1":                         "dev eth0",
+		"route show default dev eth1":                      "default via 169.254.1.1 proto static metric " + metric + " onlink",
+		"-6 route show default dev eth1":                   "default via fe80::1 proto static metric " + metric + " onlink pref medium",
+		"route show 192.0.2.0/24":                          "192.0.2.0/24 via 169.254.1.1 dev eth1 proto static metric " + metric + " onlink",
+		"route show default dev eth0 metric 0":             "default via 169.254.1.1 proto static onlink",
+		"route get 1.1.1.1 from 10.244.1.3":                "dev eth1",
+		"-6 route get 2001:db8::1 from " + other6.String(): "dev eth1",
+		"-6 route get 2001:db8::1 from " + addr6.String():  "dev eth0",
 	} {
 		if got := strings.Join(strings.Fields(n.pod.Run(t, "ip", strings.Fields(args)...)), " "); !strings.Contains(got, want) || strings.Count(got, " via ") > 1 {
 			t.Errorf("ip %s\ngot  %s\nwant %s", args, got, want)
@@ -258,6 +261,28 @@ func TestSecondInterface(t *testing.T) {
 			PodMAC: c.l.PodMAC.String(), HostMTU: c.l.HostMTU, PodMTU: c.l.PodMTU, Addrs: c.addr, Routes: c.p.Routes,
 		}
 		on(t, n.host, func(h *Handle) error { return h.Check(want) })
+	}
+	// CHECK sees rules that somebody took away, and DEL takes what is left of them.
+	behind := State{ContainerID: "c1", IfName: "eth1", Netns: n.pod.Path, Addrs: []netip.Addr{other4, other6}, Routes: slices.Clone(pod.Routes)}
+	for i := range behind.Routes {
+		behind.Routes[i].Priority = second.Metric
+	}
+	on(t, n.host, func(h *Handle) error { return h.Check(behind) })
+	n.pod.Run(t, "ip", "-6", "rule", "delete", "table", metric)
+	on(t, n.host, func(h *Handle) error {
+		if err := h.Check(behind); err == nil || !strings.Contains(err.Error(), "pod rule from "+other6.String()+" is missing") || strings.Contains(err.Error(), other4.String()) {
+			t.Errorf("CHECK without a rule: %v", err)
+		}
+		_, err := h.Detach("c1", "eth1", n.pod.Path)
+		return err
+	})
+	for _, f := range []string{"-4", "-6"} {
+		if rules := n.pod.Run(t, "ip", f, "rule"); strings.Contains(rules, metric) {
+			t.Errorf("rules are left:\n%s", rules)
+		}
+	}
+	if second, err = n.attach(t, nil, pod); err != nil {
+		t.Fatal(err)
 	}
 	pod.Routes = append(pod.Routes, pod.Routes[0]) // the same route twice is a fault, with or without another interface
 	pod.IfName = "eth2"

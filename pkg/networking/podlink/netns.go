@@ -54,7 +54,7 @@ func openNetns(path string) (*Netns, error) {
 
 // openOtherNetns opens a network namespace that is not the caller's own.
 func openOtherNetns(path string) (fd int, err error) {
-	fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0) // a FIFO would block
 	if err != nil {
 		return -1, fmt.Errorf("open %s: %w: %w", path, ErrNetns, err)
 	}

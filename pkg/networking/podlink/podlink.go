@@ -315,7 +315,8 @@ func (h *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err e
 }
 
 // addRoutesBehind adds the pod's routes anew, behind those of another interface to the same destinations: a container may be
-// attached more than once (CNI specification section 2, ADD), and its first interface stays the way out.
+// attached more than once (CNI specification section 2, ADD), and its first interface stays the way out, but for what comes from
+// the new one's addresses.
 func (h *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) error {
 	for _, r := range pod.Routes {
 		// The kernel went on past the one that was refused. Only a route by our own interface matches.
@@ -329,6 +330,13 @@ func (h *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) 
 			r.Priority = metric
 		}
 		steps = append(steps, addRoute("pod", index, r))
+		if r.Table == nil {
+			r.Table, r.Priority = &metric, 0
+			steps = append(steps, addRoute("pod", index, r))
+		}
+	}
+	for _, a := range pod.Addrs {
+		steps = append(steps, sourceRule(a, metric))
 	}
 	_, err := h.do(inside, steps...)
 	return err
@@ -448,9 +456,9 @@ func writeSysctl(link, key, value string) error {
 }
 
 // Detach removes the pod's link and returns when it is gone. It needs neither the pod's namespace nor an earlier result:
-// the pod's end, and every route and neighbour, goes with the host's end. A link that is not there is no error; removed
-// says whether there was one.
-func (h *Handle) Detach(containerID, ifName string) (removed bool, err error) {
+// the pod's end, and every route and neighbour, goes with the host's end. Rules go if the namespace is given and still there. A
+// link that is not there is no error; removed says whether there was one.
+func (h *Handle) Detach(containerID, ifName, netns string) (removed bool, err error) {
 	if err := h.step("detach"); err != nil {
 		return false, err
 	}
@@ -467,6 +475,9 @@ func (h *Handle) Detach(containerID, ifName string) (removed bool, err error) {
 	}
 	if l.Kind != "veth" || !belongsTo(l.Alias, containerID, ifName) {
 		return false, nil // another's: Attach refuses to work beside it, so nothing of ours is there
+	}
+	if netns != "" { // before the link, so that whoever is killed in between finds it again
+		deleteRules(netns, l.Peer)
 	}
 	return true, deleteLink(host, l)
 }

@@ -1,0 +1,99 @@
+package podlink
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/rtnl"
+)
+
+// A pod with another way out answers by that one, whichever of its addresses was asked, and the node drops what comes from a
+// pod's address by a link that is not the address's. So where Attach finds another interface's routes in its way, packets of the
+// new interface's addresses get rules and a table of their own. Its number is that of the metric.
+const (
+	rulePref  = 5190 // before the main table's
+	ruleToTbl = 1    // FR_ACT_TO_TBL of linux/fib_rules.h
+)
+
+// fibRule is struct fib_rule_hdr of linux/fib_rules.h.
+type fibRule struct {
+	family, dstLen, srcLen, tos, table, _, _, action byte
+	flags                                            uint32
+}
+
+// sourceRule: ip rule add from ADDR lookup TABLE pref 5190
+func sourceRule(a netip.Addr, table int) rtnl.Request {
+	r := ruleRequest(rtnl.Family(a), table, byte(a.BitLen()))
+	r.What, r.Type, r.Flags = fmt.Sprintf("add pod rule from %s", a), unix.RTM_NEWRULE, rtnl.Create
+	r.Attr(unix.FRA_SRC, a.AsSlice())
+	return r
+}
+
+// deleteRule: ip rule del lookup TABLE pref 5190, of which the kernel deletes one.
+func deleteRule(family byte, table int) rtnl.Request {
+	r := ruleRequest(family, table, 0)
+	r.What, r.Type = "delete pod rule", unix.RTM_DELRULE
+	return r
+}
+
+func ruleRequest(family byte, table int, srcLen byte) (r rtnl.Request) {
+	r.Bytes(family, 0, srcLen, 0, unix.RT_TABLE_UNSPEC, 0, 0, ruleToTbl)
+	r.Uint32(0)
+	r.AttrUint32(unix.FRA_PRIORITY, rulePref)
+	r.AttrUint32(unix.FRA_TABLE, uint32(table))
+	return r
+}
+
+// deleteRules takes the rules of a pod's interface away, which do not go with it, where it can: a rule whose table is empty does
+// nothing, and must not keep a pod from being deleted.
+func deleteRules(netns string, index int) {
+	ns, err := openNetns(netns)
+	if err != nil {
+		return // mostly the namespace is gone, and its rules with it
+	}
+	defer ns.Close()
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		for err = nil; err == nil; { // ENOENT: no more
+			_, err = ns.conn.Do(deleteRule(family, metricBase+index))
+		}
+	}
+}
+
+// podRules checks that an interface behind another one has its rules.
+func (c *check) podRules() {
+	table, behind := metricBase+c.podLink.Index, false
+	for _, r := range c.want.Routes {
+		behind = behind || r.Priority == table
+	}
+	if !behind {
+		return
+	}
+	have := map[netip.Addr]bool{}
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		r := rtnl.Request{What: "list rules", Type: unix.RTM_GETRULE}
+		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
+		r.Uint32(0)
+		err := c.inside.Dump(r, func(b []byte) {
+			if len(b) < int(unsafe.Sizeof(fibRule{})) {
+				return
+			}
+			attrs := rtnl.Attrs(b[unsafe.Sizeof(fibRule{}):])
+			a, ok := netip.AddrFromSlice(attrs[unix.FRA_SRC])
+			if t := attrs[unix.FRA_TABLE]; ok && len(t) == 4 && *(*uint32)(unsafe.Pointer(&t[0])) == uint32(table) {
+				have[a] = true
+			}
+		})
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
+			c.faults = append(c.faults, err)
+		}
+	}
+	for _, a := range c.want.Addrs {
+		if !have[a] {
+			c.fault("pod rule from %s is missing: its answers would leave by another interface", a)
+		}
+	}
+}
