@@ -27,6 +27,7 @@ import (
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nodestatus"
+	"github.com/headcni/headcni/pkg/pathmtu"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 	"github.com/headcni/headcni/pkg/tailscaled"
@@ -37,6 +38,8 @@ const (
 	fullCheck = time.Minute
 	// debounce is how long a burst of events is gathered before a pass.
 	debounce = 100 * time.Millisecond
+	// pathInterval is how often it is asked where peers are and what the paths to them carry.
+	pathInterval = 10 * time.Second
 	// spoolInterval is how often the spool of finished commands is looked at although nobody told of one.
 	spoolInterval = 10 * time.Second
 	// poolsTimeout bounds the counting of leases for a scrape.
@@ -60,7 +63,8 @@ type Daemon struct {
 	tables       *nft.Tables
 	hostFirewall *hostfirewall.Firewall
 	member       *membership.Member
-	kubernetes   *nodeview.Watch     // nil without Kubernetes
+	kubernetes   *nodeview.Watch // nil without Kubernetes
+	paths        *pathmtu.Watch
 	table52      *noderoutes.Table52 // of the loop alone
 
 	saved   state       // what we go by
@@ -102,7 +106,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), saved: saved, kept: saved, kubernetes: k,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), paths: pathmtu.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), saved: saved, kept: saved, kubernetes: k,
 		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
 	var forMember *membership.Kubernetes
@@ -334,8 +338,24 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 			wg.Go(func() { newDeadman(address).run(ctx, func() { d.reportCutOff(address) }) })
 		}
 	}
+	wg.Go(func() { d.paths.Run(ctx, d.loop.Wake) })
+	wg.Go(func() { d.watchPaths(ctx) })
 	wg.Go(func() { d.member.Watch(ctx, d.loop.Wake) })
 	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing) })
+}
+
+// watchPaths tells of peers' endpoints. Neither tailscaled's bus nor the kernel has an event for what changes here.
+func (d *Daemon) watchPaths(ctx context.Context) {
+	for ctx.Err() == nil {
+		reconcile.Sleep(ctx, pathInterval)
+		t, _ := d.member.Look(ctx)
+		d.mu.Lock()
+		o := d.last
+		d.mu.Unlock()
+		if o.Tailnet = t; o.Running() {
+			d.paths.Set(o.tun, o.tunMTU, o.directPeers())
+		}
+	}
 }
 
 // reportCutOff never blocks: one report is enough.

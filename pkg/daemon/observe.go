@@ -65,7 +65,11 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.nodeAddr6, err = sourceAddr(unix.AF_INET6); err != nil {
 		return o, err
 	}
-	return o, d.observeCluster(&o)
+	if err := d.observeCluster(&o); err != nil {
+		return o, err
+	}
+	o.path, _ = d.paths.Smallest()
+	return o, nil
 }
 
 // observeCluster takes the pod CIDRs and the rest of the network from Kubernetes, and keeps what it said.

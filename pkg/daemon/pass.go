@@ -139,7 +139,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return d.member.Check(ctx, s.seen.Seen)
 		}},
 		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), strangers(s.seen))
+			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), strangers(s.seen), smallPath(s.seen.path))
 		}},
 		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}

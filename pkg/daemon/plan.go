@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/pathmtu"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -38,6 +39,8 @@ type observation struct {
 	ranges config.Ranges
 	// leaving are former pod CIDRs whose pods still run here.
 	leaving []netip.Prefix
+	// path is the path to a peer that carries least, the zero Path where all carry the tun's MTU.
+	path pathmtu.Path
 	// held is why pod CIDRs that Kubernetes gave us must not be used: another Node has them too, or they are outside the cluster's.
 	held []error
 }
@@ -67,7 +70,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: clusterCIDRs, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
 			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, TunName: o.tun,
-			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6,
+			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},
 		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},
@@ -155,6 +158,29 @@ func (o observation) accepted() noderoutes.Accepted {
 		return noderoutes.Accepted{}
 	}
 	return noderoutes.Accepted{TunName: o.tun, Routes: o.Tailnet.TunnelRoutes()}
+}
+
+// directPeers are those with pods: their paths are worth knowing. Packets through a relay are a TCP stream, and fit.
+func (o observation) directPeers() []pathmtu.Peer {
+	cluster := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
+	var out []pathmtu.Peer
+	for _, p := range o.peers() {
+		if len(p.IPs) == 0 || !slices.ContainsFunc(p.Routes, func(r netip.Prefix) bool { return netset.Covers(cluster, r) }) {
+			continue
+		}
+		endpoint, _ := netip.ParseAddrPort(p.CurAddr) // "" is none
+		out = append(out, pathmtu.Peer{Name: p.Name, Addr: p.IPs[0], Endpoint: endpoint})
+	}
+	return out
+}
+
+// smallPath says that a path carries too little, where no router does: nothing but TCP is helped then.
+func smallPath(p pathmtu.Path) error {
+	if !p.Silent {
+		return nil
+	}
+	return reconcile.Warning{Err: fmt.Errorf("path to %s carries %d bytes, and no router says so: TCP of pods is clamped, but larger UDP packets vanish; let "+
+		"ICMP \"fragmentation needed\" pass on the way, or set network.mtu to %[2]d (IPv6 pods need 1280) on every node", p.Peer, p.Bytes)}
 }
 
 func (o observation) peers() []tailscale.Peer {

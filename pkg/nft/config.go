@@ -25,6 +25,8 @@ type Config struct {
 	Masquerade bool
 	// TailnetEgress is one of the Egress constants of package config; "" means EgressMasquerade.
 	TailnetEgress string
+	// PathMTU is the largest packet in bytes that passes the tunnel to all peers, 0 where that is the tun's MTU.
+	PathMTU int
 	// HostMode: tailscaled is the host's own, and may be a user's exit node or subnet router.
 	HostMode bool
 }
@@ -40,6 +42,9 @@ func (c Config) Validate() error {
 	default:
 		errs = append(errs, fmt.Errorf("tailnet egress %q: want %s, %s or %s",
 			c.TailnetEgress, config.EgressMasquerade, config.EgressPreserve, config.EgressDeny))
+	}
+	if c.PathMTU != 0 && c.PathMTU < 576 {
+		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
 	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource) {
 		if !p.IsValid() || p.Bits() == 0 {

@@ -27,6 +27,10 @@ const (
 	chainTunnel = "tunnel"
 	prioTunnel  = knftables.FilterPriority
 
+	// chainClamp is in forward, where SYN and SYN-ACK of pods pass in both directions: the pod's node clamps for both ends.
+	chainClamp = "clamp"
+	prioClamp  = knftables.ManglePriority
+
 	// chainGuard is in postrouting, not output: after DNAT only there the output interface is the final one, and it
 	// sees forwarded packets too. It runs before source NAT.
 	chainGuard = "guard"

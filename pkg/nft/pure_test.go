@@ -22,6 +22,7 @@ func variants() map[string]Config {
 		"typical":       typical(),
 		"preserve":      with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
 		"deny":          with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
+		"clamp":         with(func(c *Config) { c.PathMTU = 1232 }),
 		"no-masquerade": with(func(c *Config) { c.Masquerade = false; c.HostMode = false }),
 		"no-tun":        with(func(c *Config) { c.TunName = ""; c.NodeAddr4, c.NodeAddr6 = netip.Addr{}, netip.Addr{} }),
 		"empty":         {},
@@ -56,6 +57,8 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"masquerade": "3.18 nft_masq", "fully-random": "3.18", "snat": "3.13 nft_nat", "to": "3.13",
 		"fib": "4.10 nft_fib", "iif": "4.10 fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
 		"ct": "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
+		"tcp": "3.13", "flags": "3.13", "(syn": "3.13", "rst)": "3.13", "syn": "3.13", "option": "4.11 exthdr", "maxseg": "4.11 exthdr",
+		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
 	value := regexp.MustCompile(`^(@(cluster|keepsrc|own)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)

@@ -48,6 +48,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family)},
 			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, tunnel(cfg)},
+			{chainClamp, knftables.FilterType, knftables.ForwardHook, prioClamp, clamp(family, cfg)},
 			{chainGuard, knftables.FilterType, knftables.PostroutingHook, prioGuard, guard(family, cfg)},
 			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience, patience(family, cluster.elements)},
 			{chainNAT, knftables.NATType, knftables.PostroutingHook, prioNAT, nat(family, cfg)},
@@ -87,6 +88,23 @@ func tunnel(cfg Config) []string {
 		return nil
 	}
 	return []string{rule(`iifname "%s" meta mark set meta mark & %s | %s`, cfg.TunName, markKeep, markFromTunnel)}
+}
+
+// clamp has both ends of a pod's TCP connection through the tunnel send segments that its path carries. The kernel only ever
+// lowers the size. tailscaled loses whole batches of larger ones.
+func clamp(family knftables.Family, cfg Config) []string {
+	if cfg.TunName == "" || cfg.PathMTU == 0 {
+		return nil
+	}
+	mss := cfg.PathMTU - 20 - 20
+	if family == knftables.IPv6Family {
+		mss -= 20
+	}
+	var rules []string
+	for _, side := range []string{"oifname", "iifname"} {
+		rules = append(rules, rule(`%s "%s" tcp flags & (syn | rst) == syn tcp option maxseg size set %d`, side, cfg.TunName, mss))
+	}
+	return rules
 }
 
 // guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all. Links are compared first: that costs less

@@ -17,6 +17,9 @@ type Status struct {
 	// Tun is the tailnet's interface, TunMTU its MTU in bytes, 0 while it has not been seen.
 	Tun    string `json:"tun"`
 	TunMTU int    `json:"tunMTU"`
+	// SmallPath is the peer whose path carries least, SmallPathBytes how much inside the tunnel; "" and 0 where all carry TunMTU.
+	SmallPath      string `json:"smallPath,omitempty"`
+	SmallPathBytes int    `json:"smallPathBytes,omitempty"`
 	// Parts are those of the node, each with its error and remedy where it has one.
 	Parts    []reconcile.Status `json:"parts"`
 	PodCIDRs []PodCIDR          `json:"podCIDRs"`

@@ -20,6 +20,9 @@ func (s Status) Print(out io.Writer) error {
 		ready = "NOT READY"
 	}
 	fmt.Fprintf(w, "node\t%s, %s mode, %s (MTU %d), headcni %s\n", ready, orUnknown(s.Mode), orUnknown(s.Tun), s.TunMTU, s.Version)
+	if s.SmallPathBytes != 0 {
+		fmt.Fprintf(w, "path\tto %s carries %d bytes: TCP of pods is clamped\n", s.SmallPath, s.SmallPathBytes)
+	}
 	if t := s.Tailnet; t == nil {
 		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
 	} else {

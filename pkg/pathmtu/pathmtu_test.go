@@ -1,0 +1,79 @@
+package pathmtu
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// path is a wire to one peer: what the kernel knows of it, and what it carries inside the tunnel.
+type path struct {
+	known, carries int
+	dead           bool
+	probes         int
+}
+
+func TestWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := path{known: 1300, carries: 1232}
+		w := New()
+		w.ask = func(netip.Addr) (int, error) {
+			if p.known == 0 {
+				return 0, errors.New("no route")
+			}
+			return p.known, nil
+		}
+		w.echo = func(_ context.Context, _ string, _ netip.Addr, size int) bool {
+			p.probes++
+			return !p.dead && size <= p.carries
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		go w.Run(ctx, func() {})
+		peer := Peer{Name: "b", Addr: netip.MustParseAddr("100.64.0.2"), Endpoint: netip.MustParseAddrPort("192.0.2.2:41641")}
+		look := func(what string, want Path, probes int) {
+			t.Helper()
+			p.probes = 0
+			for range 30 { // half an hour
+				time.Sleep(time.Minute)
+				w.Set("tun", 1280, []Peer{peer})
+				synctest.Wait()
+			}
+			if got, _ := w.Smallest(); got != want {
+				t.Errorf("%s: %v, want %v", what, got, want)
+			}
+			if p.probes > probes {
+				t.Errorf("%s: %d probes in half an hour, want at most %d", what, p.probes, probes)
+			}
+		}
+		look("the kernel knows", Path{"b", 1232, false}, 0)
+		p.known, p.dead = 1500, true
+		look("it forgets, and nothing answers", Path{"b", 1232, false}, 9)
+		p.dead, p.carries = false, 1280
+		look("it carries all again", Path{}, 3)
+		look("and goes on to", Path{}, 0)
+		peer.Endpoint, p.carries = netip.MustParseAddrPort("192.0.2.3:41641"), 1100
+		look("another endpoint, routers are silent", Path{"b", 1024, true}, 30)
+		peer.Endpoint = netip.AddrPort{}
+		look("idle", Path{"b", 1024, true}, 0)
+		peer.Endpoint, p.known = netip.MustParseAddrPort("192.0.2.3:41641"), 68
+		look("a router lies", Path{"b", Floor, false}, 0)
+		peer.Endpoint, p.known, p.carries = netip.MustParseAddrPort("192.0.2.2:41641"), 1500, 1280
+		look("back", Path{}, 3)
+	})
+}
+
+func TestInside(t *testing.T) {
+	for _, test := range []struct {
+		mtu  int
+		ipv6 bool
+		want int
+	}{{1500, false, 1440}, {1340, false, 1280}, {1339, false, 1264}, {1300, false, 1232}, {1360, true, 1280}, {1280, true, 1200}, {68, false, Floor}} {
+		if got := Inside(test.mtu, test.ipv6); got != test.want {
+			t.Errorf("Inside(%d, IPv6 %v) = %d, want %d", test.mtu, test.ipv6, got, test.want)
+		}
+	}
+}
