@@ -48,6 +48,7 @@ var level = map[string]int{
 	"pkg/networking/podlink":    3,
 	"pkg/nft":                   3,
 	"pkg/nodestatus":            3,
+	"pkg/pathmtu":               3,
 	"pkg/policy":                3,
 	"pkg/tailscale":             3,
 	"pkg/tailscaled":            3,
