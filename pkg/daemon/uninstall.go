@@ -28,10 +28,10 @@ import (
 // it again finishes what it could not do, and it may be killed anywhere.
 //
 // Nothing waits for pods. Those that still run lose their network, since it is what goes; their addresses, which are links
-// and routes of their own, go with them. Keeping plugins and leases for their DELs would leave both on nearly every node
-// for good, and help nobody: containerd and CRI-O need a configuration to do a DEL by, and ours is gone. They wait for the
-// next CNI's, or for a reboot. The leases are of no use to a HeadCNI that comes back: it passes over addresses that are
-// live without a lease.
+// and routes of their own, go with them. The plugins stay where a runtime deletes by the configuration in its cache (CRI-O,
+// podman, multus) and still has such pods: they delete without a lease and without a node. containerd needs a
+// configuration to do a DEL by, and ours is gone: it waits for the next CNI's, or for a reboot, and plugins would not help it. The
+// leases are of no use to a HeadCNI that comes back: it passes over addresses that are live without a lease.
 //
 // The dedicated tailscaled leaves the tailnet, where it still runs and the control server answers; its keys are removed in
 // any case, because nobody could tell later whose they were. A host's own tailscaled stays logged in, with its prefs as
@@ -63,7 +63,7 @@ func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger) 
 	)
 	if err == nil {
 		// The plugins' own list goes with them; the state, which says what there was to put back, when all is done.
-		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
+		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx, log), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
 		err = errors.Join(atomicfile.Remove(statePath()), removeRunFiles())

@@ -59,6 +59,7 @@ var rules = []rule{
 	{"2 DEL", "whatever is missing or in the way, as much as possible is deleted without an error: the namespace, the link, the store, a valid configuration", plugin, []string{"TestDelIsLenient", "cmd/headcni.TestDelAfterTheSandbox", "pkg/plugin.TestDelIsLenient"}},
 	{"2 DEL", "an address is released although the namespace is gone and the ranges are others now", ipams, []string{"TestDelOfNothing", "cmd/headcni-ipam.TestErrorsAndUndo"}},
 	{"2 DEL", "any number of DELs succeed, also of what was never added, and leave no trace", both, []string{"TestDelIsLenient", "TestDelOfNothing"}},
+	{"2 DEL", "a runtime that deletes by its cache finds the plugin after uninstall too (docs/adr/0018-plugins-that-stay.md)", plugin, []string{"TestDelFromCacheAfterUninstall", "pkg/install.TestRemoveWaitsForDel"}},
 	{"2 DEL", "an address stays taken while its link cannot be removed (our own rule: nothing is given twice)", plugin, []string{"pkg/plugin.TestDelThatCannotDetachKeepsTheAddress"}},
 	{"2 CHECK", "prevResult says what to expect; without one it is an error", plugin, []string{"TestCheckNeedsPrevResult", "pkg/plugin.TestCheck"}},
 	{"2 CHECK", "what later plugins changed is allowed: more addresses, routes and interfaces, routes in other tables, a smaller MTU", plugin, []string{"TestCheckAllowsLaterPlugins", "TestTuning"}},
