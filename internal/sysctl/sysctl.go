@@ -34,6 +34,10 @@ const AcceptRAWithForwarding = "2"
 // IPv6Link is the key of a link's own IPv6 setting.
 func IPv6Link(link, name string) string { return "net/ipv6/conf/" + link + "/" + name }
 
+// IPv4LinkForwarding is the key of a link's own switch: what comes in by the link is forwarded only where it is 1, whatever
+// the host's switch says (kernel: ip-sysctl.rst, conf/interface/forwarding). IPv6 has no such switch.
+func IPv4LinkForwarding(link string) string { return "net/ipv4/conf/" + link + "/forwarding" }
+
 // Read returns a setting's value. Errors are as those of os.ReadFile.
 func Read(key string) (string, error) { return procfs.Read(filepath.Join(Root, key)) }
 

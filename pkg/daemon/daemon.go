@@ -66,6 +66,7 @@ type Daemon struct {
 	kubernetes   *nodeview.Watch // nil without Kubernetes
 	paths        *pathmtu.Watch
 	table52      *noderoutes.Table52 // of the loop alone
+	links        noderoutes.Links    // of the loop alone
 
 	saved   state       // what we go by
 	kept    state       // what is on disk

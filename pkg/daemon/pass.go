@@ -29,7 +29,10 @@ const (
 	partTailnet  = "tailnet"
 	partPrefs    = "prefs"
 	// partTunnel are tailscaled's routes to its peers, which it makes once and does not look at again.
-	partTunnel   = "tunnel"
+	partTunnel = "tunnel"
+	// partLinks are the links that pods' packets pass, as far as others can change them: the tun's state and addresses, and
+	// whether each link forwards.
+	partLinks    = "links"
 	partApproval = "approval"
 	partConflist = "conflist"
 	// partHeadscale is this node as Headscale sees it. Pods do not wait for it: Headscale may be down for hours.
@@ -117,6 +120,10 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		}},
 		{Name: partRoutes, Needs: []string{partFirewall}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.node.Sync(ctx, s.plan.node)
+		}},
+		// It does not wait for the tailnet: without its addresses the tun is not found, and the tailnet not either.
+		{Name: partLinks, Needs: []string{partRoutes}, Run: func(_ context.Context, s *pass) ([]string, error) {
+			return d.links.Sync(s.seen.tunLink())
 		}},
 		{Name: partTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Join(ctx, s.seen.Seen)

@@ -183,6 +183,15 @@ func smallPath(p pathmtu.Path) error {
 		"ICMP \"fragmentation needed\" pass on the way, or set network.mtu to %[2]d (IPv6 pods need 1280) on every node", p.Peer, p.Bytes)}
 }
 
+// tunLink is the tun as tailscaled says it is; without addresses while it does not run.
+func (o observation) tunLink() noderoutes.Tun {
+	t := noderoutes.Tun{Name: o.tun}
+	if o.Running() {
+		t.Addrs = o.Tailnet.Self.IPs
+	}
+	return t
+}
+
 func (o observation) peers() []tailscale.Peer {
 	if o.Tailnet == nil {
 		return nil

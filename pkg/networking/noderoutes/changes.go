@@ -21,7 +21,7 @@ const debounce = 50 * time.Millisecond
 
 // Changes signals soon after anything changed, by anybody, that Sync, DefaultSource or Table52 looks at: our rules and
 // routes, the default routes, a loss of tailscaled's routes, links and addresses other than pods', and the switches for
-// forwarding. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the kernel's events
+// forwarding, those of links too. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the kernel's events
 // cannot be read any more.
 func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK,
@@ -78,19 +78,22 @@ func relevant(typ uint16, msg []byte) bool {
 		addr, _ := netip.AddrFromSlice(a)
 		return !ok || !addr.IsLinkLocalUnicast() // every pod's link gets one of these
 	case unix.RTM_NEWNETCONF, rtmDelNetconf:
-		// A link of its own says so by its index; we want the host's switch.
+		// A link of its own says so by its index. We want the host's switch, and links that do not forward.
 		i, ok := attribute(msg, netconfLen, netconfIfindex)
-		return !ok || len(i) != 4 || int32(binary.NativeEndian.Uint32(i)) == netconfAll
+		f, _ := attribute(msg, netconfLen, netconfForwarding)
+		return !ok || len(i) != 4 || int32(binary.NativeEndian.Uint32(i)) == netconfAll ||
+			len(f) == 4 && binary.NativeEndian.Uint32(f) == 0
 	}
 	return false
 }
 
 // include/uapi/linux/netconf.h and rtnetlink.h, as far as golang.org/x/sys lacks them.
 const (
-	netconfLen     = 4 // struct netconfmsg {u8 family}, padded
-	netconfIfindex = 1
-	netconfAll     = -1
-	rtmDelNetconf  = 81
+	netconfLen        = 4 // struct netconfmsg {u8 family}, padded
+	netconfIfindex    = 1
+	netconfForwarding = 2
+	netconfAll        = -1
+	rtmDelNetconf     = 81
 )
 
 func routeRelevant(msg []byte) bool {

@@ -646,3 +646,13 @@ func TestAddressInUse(t *testing.T) {
 		})
 	}
 }
+
+// A host may forward and yet give new links a switch that says no: what a pod sends would go nowhere.
+func TestLinkForwards(t *testing.T) {
+	n := newNode(t)
+	n.host.Run(t, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 0 > /proc/sys/net/ipv4/conf/default/forwarding")
+	n.mustAttach(t, addr4)
+	if got := n.host.Run(t, "cat", "/proc/sys/net/ipv4/conf/"+hostEnd+"/forwarding"); strings.TrimSpace(got) != "1" {
+		t.Errorf("the pod's link forwards: %s", got)
+	}
+}

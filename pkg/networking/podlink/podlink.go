@@ -401,11 +401,23 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-// hostSysctls makes the host's end ignore router advertisements: a pod must not give the node a default route. It
+func isOne(key string) bool {
+	v, err := sysctl.Read(key)
+	return err == nil && v == "1"
+}
+
+// hostSysctls lets the host's end forward what the pod sends, and ignore router advertisements: a pod must not give the node
+// a default route. It
 // reports whether the kernel has IPv6 on the link.
 func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err error) {
 	if err := h.step("sysctl host accept_ra"); err != nil {
 		return false, err
+	}
+	// A new link takes net.ipv4.conf.default.forwarding, which may be 0 although the host forwards.
+	if key := sysctl.IPv4LinkForwarding(link); !isOne(key) {
+		if err := sysctl.Write(key, "1"); err != nil {
+			log.Warn("could not let the host's end of a pod's link forward; what the pod sends goes nowhere", "link", link, "err", err)
+		}
 	}
 	err = writeSysctl(link, "accept_ra", "0")
 	if errors.Is(err, os.ErrNotExist) {

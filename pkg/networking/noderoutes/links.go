@@ -1,0 +1,185 @@
+package noderoutes
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/sysctl"
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/pkg/reconcile"
+)
+
+// Tun is tailscaled's interface as its status says it is.
+type Tun struct {
+	Name string
+	// Addrs are none while tailscaled does not run.
+	Addrs []netip.Addr
+}
+
+// Links keep the links that pods' packets pass as they have to be, as far as others can change them: the tun up and with its
+// addresses, which tailscaled adds once (the kernel drops the IPv6 ones when a link goes down), and pods' links and the tun
+// forwarding. The zero value works. It is of the network namespace of its callers.
+type Links struct {
+	lacking time.Time // since when the tun lacks something
+}
+
+// Sync puts back what it can, and names what it cannot.
+func (l *Links) Sync(tun Tun) ([]string, error) {
+	done, tunErr := l.syncTun(tun)
+	more, err := syncForwarding(tun.Name)
+	return append(done, more...), errors.Join(tunErr, err)
+}
+
+// syncTun gives tailscaled routeGrace first: it may be at work.
+func (l *Links) syncTun(tun Tun) ([]string, error) {
+	link, err := netlink.LinkByName(tun.Name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) || err == nil && (link.Type() != "tuntap" || len(tun.Addrs) == 0) {
+		l.lacking = time.Time{}
+		return nil, nil // tailscaled does not run here, which others say
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look at %s: %w", tun.Name, err)
+	}
+	lacks, off, err := lackingAddrs(link, tun.Addrs)
+	down := link.Attrs().Flags&net.FlagUp == 0
+	if err != nil || !down && len(lacks) == 0 {
+		l.lacking = time.Time{}
+		return nil, errors.Join(err, off)
+	}
+	if l.lacking.IsZero() {
+		l.lacking = time.Now()
+	}
+	if time.Since(l.lacking) < routeGrace {
+		return nil, errors.Join(reconcile.Waiting(lackText(tun.Name, down, lacks)), off)
+	}
+	var done []string
+	if down {
+		if err := netlink.LinkSetUp(link); err != nil {
+			return nil, fmt.Errorf("%s: set it up: %w", lackText(tun.Name, down, lacks), explain(err))
+		}
+		done = append(done, "set "+tun.Name+" up")
+	}
+	for _, a := range lacks {
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}}
+		if a.Is6() {
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := netlink.AddrAdd(link, addr); err != nil && !errors.Is(err, unix.EEXIST) {
+			return done, fmt.Errorf("%s: add %s: %w; restart tailscaled", lackText(tun.Name, down, lacks), a, explain(err))
+		}
+		done = append(done, fmt.Sprintf("add address %s dev %s", a, tun.Name))
+	}
+	l.lacking = time.Time{}
+	return done, off
+}
+
+// lackText says which families are dark, and why.
+func lackText(tun string, down bool, lacks []netip.Addr) string {
+	if down {
+		return fmt.Sprintf("no pod reaches other nodes: %s is down", tun)
+	}
+	var parts []string
+	for _, a := range lacks {
+		family := families[0]
+		if a.Is6() {
+			family = families[1]
+		}
+		parts = append(parts, fmt.Sprintf("no pod reaches other nodes by %s: %s has lost its address %s", family.name, tun, a))
+	}
+	return strings.Join(parts, "; ")
+}
+
+// lackingAddrs returns the addresses that link lacks. off is an error where IPv6 is switched off on it alone: on a host without
+// IPv6, which says so for new links, tailscaled uses none.
+func lackingAddrs(link netlink.Link, want []netip.Addr) (lacks []netip.Addr, off, err error) {
+	name := link.Attrs().Name
+	for _, f := range families {
+		if !hasFamily(f) {
+			continue
+		}
+		if f.af == unix.AF_INET6 {
+			if isOn(sysctl.IPv6Link("default", "disable_ipv6")) || isOn(sysctl.IPv6Link("all", "disable_ipv6")) {
+				continue
+			}
+			if key := sysctl.IPv6Link(name, "disable_ipv6"); isOn(key) && slices.ContainsFunc(want, netip.Addr.Is6) {
+				off = fmt.Errorf("no pod reaches other nodes by IPv6: it is switched off on %s; run sysctl -w %s=0", name, key)
+				continue
+			}
+		}
+		have, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(link, f.af) })
+		if err != nil {
+			return nil, off, fmt.Errorf("list %s addresses of %s: %w", f.name, name, err)
+		}
+		for _, a := range want {
+			if a.Is6() == (f.af == unix.AF_INET6) && !slices.ContainsFunc(have, func(h netlink.Addr) bool { return h.IP.Equal(a.AsSlice()) }) {
+				lacks = append(lacks, a)
+			}
+		}
+	}
+	return lacks, off, nil
+}
+
+func isOn(key string) bool {
+	v, err := sysctl.Read(key)
+	return err == nil && v == "1"
+}
+
+// syncForwarding lets pods' links and the tun forward IPv4, and names the links of the default route that do not: answers
+// to pods come in by them, and they are others' to change.
+func syncForwarding(tun string) (done []string, err error) {
+	uplinks, err := uplinkNames()
+	if err != nil {
+		return nil, err
+	}
+	found, _ := filepath.Glob(filepath.Join(sysctl.Root, sysctl.IPv4LinkForwarding("*"))) // the pattern is well-formed
+	var errs []error
+	for _, path := range found {
+		key := strings.TrimPrefix(path, sysctl.Root+"/")
+		link := filepath.Base(filepath.Dir(path))
+		if v, err := sysctl.Read(key); err != nil || v == "1" {
+			continue // the link is gone, or right
+		}
+		switch {
+		case link == tun || strings.HasPrefix(link, names.PodLinkPrefix):
+			if err := sysctl.Write(key, "1"); err != nil {
+				errs = append(errs, fmt.Errorf("packets that come in by %s go nowhere: set %s=1: %w", link, key, explain(err)))
+				continue
+			}
+			done = append(done, fmt.Sprintf("set %s=1", key))
+		case uplinks[link]:
+			errs = append(errs, fmt.Errorf("pods get no IPv4 answers from outside: %s does not forward; run sysctl -w %s=1, and look in "+
+				"/etc/sysctl.d and the link's network configuration for what set it to 0", link, key))
+		}
+	}
+	return done, errors.Join(errs...)
+}
+
+// uplinkNames are the links of the IPv4 default routes.
+func uplinkNames() (map[string]bool, error) {
+	routes, err := listDefaults(unix.AF_INET)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]bool{}
+	for _, r := range routes {
+		indices := []int{r.LinkIndex}
+		for _, h := range r.MultiPath {
+			indices = append(indices, h.LinkIndex)
+		}
+		for _, i := range indices {
+			if l, err := netlink.LinkByIndex(i); err == nil { // or it has just gone
+				out[l.Attrs().Name] = true
+			}
+		}
+	}
+	return out, nil
+}
