@@ -107,7 +107,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), paths: pathmtu.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), saved: saved, kept: saved, kubernetes: k,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), paths: pathmtu.New(saved.Path), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), saved: saved, kept: saved, kubernetes: k,
 		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
 	var forMember *membership.Kubernetes

@@ -109,7 +109,10 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 	parts := []reconcile.Part[*pass]{
 		{Name: partConfig, Run: func(_ context.Context, s *pass) ([]string, error) {
 			if s.refused == nil {
-				d.note(func(saved *state) { saved.Mode, saved.TunName, saved.TunMTU = s.seen.lastKnown() })
+				d.note(func(saved *state) {
+					saved.Mode, saved.TunName, saved.TunMTU = s.seen.lastKnown()
+					saved.Path = s.seen.path
+				})
 			}
 			return nil, s.refused
 		}},

@@ -14,6 +14,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
+	"github.com/headcni/headcni/pkg/pathmtu"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -26,6 +27,8 @@ type state struct {
 	TunName string `json:"tunName,omitempty"`
 	// TunMTU was the tun's when it was last seen, in bytes.
 	TunMTU int `json:"tunMTU,omitempty"`
+	// Path was the one that carries least.
+	Path pathmtu.Path `json:"path,omitzero"`
 	// Advertised are the CIDRs that we put into AdvertiseRoutes.
 	Advertised []netip.Prefix `json:"advertised,omitempty"`
 	// Prefs are the tailscaled prefs that we change, as found.

@@ -36,11 +36,11 @@ type Peer struct {
 
 // Path is a path that carries less than the tunnel's MTU.
 type Path struct {
-	Peer string
+	Peer string `json:"peer"`
 	// Bytes of the largest packet inside the tunnel.
-	Bytes int
+	Bytes int `json:"bytes"`
 	// Silent: packets vanish and no router says why.
-	Silent bool
+	Silent bool `json:"silent,omitempty"`
 }
 
 type state struct {
@@ -62,11 +62,16 @@ type Watch struct {
 	tun    string
 	tunMTU int
 	peers  map[netip.Addr]*state
+	before Path // from before our start, until the first Set
 }
 
-// New returns a Watch without peers.
-func New() *Watch {
-	return &Watch{kick: make(chan struct{}, 1), echo: echo, ask: underlay, peers: map[netip.Addr]*state{}}
+// New returns a Watch without peers. It believes what was known before until it knows better, so that connections that are
+// made during a restart fit too.
+func New(before Path) *Watch {
+	if before.Bytes < Floor {
+		before = Path{}
+	}
+	return &Watch{before: before, kick: make(chan struct{}, 1), echo: echo, ask: underlay, peers: map[netip.Addr]*state{}}
 }
 
 // Set says which peers there are. What is known of one stays while its endpoint is the same or not known; of a new endpoint the
@@ -81,13 +86,16 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 		switch {
 		case !ok:
 			s = &state{Peer: p}
+			if p.Name == w.before.Peer {
+				s.bytes, s.silent = w.before.Bytes, w.before.Silent
+			}
 		case p.Endpoint.IsValid() && p.Endpoint != s.Endpoint:
 			s = &state{Peer: p, bytes: s.bytes, silent: s.silent}
 		}
 		s.idle = !p.Endpoint.IsValid()
 		now[p.Addr] = s
 	}
-	w.peers = now
+	w.peers, w.before = now, Path{}
 	select {
 	case w.kick <- struct{}{}:
 	default: // one is waiting already
@@ -98,7 +106,7 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 func (w *Watch) Smallest() (Path, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	var least Path
+	least := w.before
 	for _, s := range w.peers {
 		if s.bytes != 0 && (least.Bytes == 0 || s.bytes < least.Bytes || s.bytes == least.Bytes && s.Name < least.Peer) {
 			least = Path{s.Name, s.bytes, s.silent}

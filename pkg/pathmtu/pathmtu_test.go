@@ -19,7 +19,10 @@ type path struct {
 func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{known: 1300, carries: 1232}
-		w := New()
+		w := New(Path{"b", 1100, false})
+		if got, _ := w.Smallest(); got.Bytes != 1100 {
+			t.Errorf("after a restart: %v", got)
+		}
 		w.ask = func(netip.Addr) (int, error) {
 			if p.known == 0 {
 				return 0, errors.New("no route")

@@ -3,6 +3,8 @@ package tailnet
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -33,11 +35,16 @@ func TestSmallPath(t *testing.T) {
 	for _, n := range l.Nodes {
 		waitPath(t, n, inside...)
 	}
+	var took time.Duration
 	for _, v6 := range []bool{false, true} {
 		began := time.Now()
 		transfer(t, pods[0], pods[1], pods[1].Addr(v6))
 		transfer(t, pods[1], pods[0], pods[0].Addr(v6))
-		t.Logf("%s: 16 MiB in %v", labtest.Family(v6), time.Since(began))
+		took = max(took, time.Since(began))
+	}
+	unclamped(t, l, pods, took)
+	for _, n := range l.Nodes {
+		waitPath(t, n, inside...)
 	}
 	for _, n := range l.Nodes {
 		labtest.Sh(t, l.Control.Machine, "ip link set %s mtu 1500", n.Port)
@@ -48,6 +55,59 @@ func TestSmallPath(t *testing.T) {
 		waitPath(t, n, 0)
 	}
 	transfer(t, pods[0], pods[1], pods[1].Addr(false))
+	silent(t, l)
+}
+
+// unclamped shows that without the clamp TCP stands still: else the test would prove nothing. Then the daemons start again.
+func unclamped(t *testing.T, l *lab.Lab, pods []*lab.Pod, took time.Duration) {
+	t.Helper()
+	for _, n := range l.Nodes {
+		labtest.Stop(t, n.Daemon)
+		labtest.Sh(t, n.Machine, "nft flush chain ip headcni clamp; nft flush chain ip6 headcni clamp")
+	}
+	for _, v6 := range []bool{false, true} {
+		listener := labtest.Listen(t, pods[1], netip.AddrPortFrom(pods[1].Addr(v6), 0))
+		c, err := pods[0].Dial(labtest.Within(t), "tcp", listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		in, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		deadline := time.Now().Add(5 * took)
+		_, _ = c.SetDeadline(deadline), in.SetDeadline(deadline) // sockets that are open
+		go func() { _, _ = c.Write(make([]byte, 16<<20)) }()     // ends at the deadline
+		n, _ := io.Copy(io.Discard, in)                          // and so does this
+		t.Logf("%s: 16 MiB in %v with the clamp, %d bytes in %v without", labtest.Family(v6), took, n, 5*took)
+		if n > 16<<20/10 {
+			t.Errorf("%s: %d bytes went through without the clamp in 5 times the time that 16 MiB take with it", labtest.Family(v6), n)
+		}
+	}
+	for _, n := range l.Nodes {
+		if err := n.StartDaemon(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// silent has the underlay swallow large packets and tell nobody.
+func silent(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	labtest.Sh(t, l.Control.Machine, `nft add table bridge silent
+		nft 'add chain bridge silent forward { type filter hook forward priority 0; }'
+		nft add rule bridge silent forward meta l4proto udp meta length gt 1300 drop`)
+	n := l.Nodes[0]
+	labtest.Stop(t, n.Daemon) // it asks once for each endpoint
+	if err := n.StartDaemon(); err != nil {
+		t.Fatal(err)
+	}
+	waitPath(t, n, 1232, 1152)
+	if out := labtest.Sh(t, n.Machine, "headcni-daemon status || :"); !strings.Contains(out, "no router says so") {
+		t.Errorf("status does not say that packets vanish:\n%s", out)
+	}
 }
 
 // waitPath waits until a node says that its path carries one of these, 0 for the tun's MTU, and clamps accordingly.
