@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -80,6 +81,25 @@ func partErrors(d *Daemon) map[string]string {
 		m[p.Name] = p.Error
 	}
 	return m
+}
+
+// Beside a host's own tailscaled the dedicated one would not start: the node says what to choose, not to start it.
+func TestNoAdviceToStartBesideAHosts(t *testing.T) {
+	c := testConfig(t)
+	if err := os.MkdirAll(filepath.Dir(paths.HostTailscaleSocket), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", paths.HostTailscaleSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	d := newDaemon(t, c)
+	d.member.Use(paths.DaemonTailscaleSocket)
+	_, err = d.member.Status(t.Context(), config.ModeDaemon)
+	if got := fmt.Sprint(err); !strings.Contains(got, "tailscale.mode: host, or stop it first") || strings.Contains(got, "systemctl start") {
+		t.Errorf("got %q", got)
+	}
 }
 
 func TestNodeIsSafeBeforeTailscaledAnswers(t *testing.T) {

@@ -124,6 +124,9 @@ func (m *Member) Status(ctx context.Context, mode string) (*tailscale.Status, er
 	}
 	status, err := m.client.Status(ctx)
 	if errors.Is(err, tailscale.ErrUnreachable) && mode == config.ModeDaemon {
+		if refused := tailscaled.BesideHost(m.cfg.Tailscale); refused != nil {
+			return nil, fmt.Errorf("the dedicated tailscaled does not answer at %s and could not be started: %w", m.client.Socket(), refused)
+		}
 		return nil, fmt.Errorf("the dedicated tailscaled does not answer at %s: start it (systemctl start headcni-tailscaled, or run "+
 			"`headcni-daemon tailscaled`)", m.client.Socket())
 	}

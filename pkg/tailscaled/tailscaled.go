@@ -35,8 +35,8 @@ func Become(ctx context.Context, c config.Config, environ []string, savedMode fu
 			return err
 		}
 	}
-	if err := refuseBesideHost(Socket(c.Tailscale, config.ModeHost)); err != nil {
-		return err
+	if err := BesideHost(c.Tailscale); err != nil {
+		return fmt.Errorf("start tailscaled: %w", err)
 	}
 	bin, err := findTailscaled(environ)
 	if err != nil {
@@ -166,12 +166,14 @@ func tailscaledEnv(environ []string) []string {
 	)
 }
 
-// refuseBesideHost fails where the host's own tailscaled runs: both would fight over table 52 and rules 5210-5270.
-func refuseBesideHost(socket string) error {
+// BesideHost tells why the dedicated tailscaled cannot be started where the host's own runs: both would fight over table 52 and
+// rules 5210-5270.
+func BesideHost(c config.Tailscale) error {
+	socket := Socket(c, config.ModeHost)
 	if !Answers(socket) {
 		return nil
 	}
-	return fmt.Errorf("start tailscaled: the host's own tailscaled answers at %s and two in one network namespace break each other's routes; "+
+	return fmt.Errorf("the host's own tailscaled answers at %s and two in one network namespace break each other's routes; "+
 		"use it with tailscale.mode: host, or stop it first (systemctl disable --now tailscaled)", socket)
 }
 
