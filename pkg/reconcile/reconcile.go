@@ -29,6 +29,15 @@ type Waiting string
 
 func (w Waiting) Error() string { return string(w) }
 
+// Soon is Waiting where the part knows when its next look is due, which is sooner than the usual retry.
+type Soon struct {
+	Waiting
+	In time.Duration
+}
+
+// Unwrap returns what is waited for.
+func (s Soon) Unwrap() error { return s.Waiting }
+
 // Unseen is an error of a part of which nobody here can see whether anything is wrong with it. It is shown, and the part
 // counts as ready.
 type Unseen struct{ Err error }

@@ -188,6 +188,13 @@ func TestRetry(t *testing.T) {
 		run(2*time.Second, both)
 		run(time.Minute, nil)
 		run(time.Second, dead)
+		// A part that says when has its look then, and another's retry is not put off.
+		soon := outcomes{"a": dead["a"], "c": errors.Join(Soon{"soon", 300 * time.Millisecond}, errors.New("and this"))}
+		for range 3 {
+			run(300*time.Millisecond, soon)
+			time.Sleep(300 * time.Millisecond)
+		}
+		run(100*time.Millisecond, soon)
 	})
 }
 

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// retry is when a part with an error is to be tried again. The wait doubles each time that it has run out, and only then: an
+// retry is when a part with an error is to be tried again, unless the part says so itself (Soon). The wait doubles each time that it has run out, and only then: an
 // event that starts a pass before, or an error of another part, does not make it longer.
 type retry struct {
 	wait time.Duration // 0 = the part is as it should be
@@ -18,6 +18,10 @@ func (r *retry) after(err error, opt Options, now time.Time) (time.Duration, boo
 	if err == nil || errors.As(err, new(Warning)) {
 		*r = retry{}
 		return 0, false
+	}
+	var soon Soon
+	if errors.As(err, &soon) {
+		return soon.In, true // a look is no try that failed
 	}
 	switch {
 	case r.wait == 0:

@@ -58,8 +58,8 @@ func (l *Links) syncTun(tun Tun) ([]string, error) {
 	if l.lacking.IsZero() {
 		l.lacking = time.Now()
 	}
-	if time.Since(l.lacking) < routeGrace {
-		return nil, errors.Join(reconcile.Waiting(lackText(tun.Name, down, lacks)), off)
+	if rest := routeGrace - time.Since(l.lacking); rest > 0 {
+		return nil, errors.Join(reconcile.Soon{Waiting: reconcile.Waiting(lackText(tun.Name, down, lacks)), In: rest}, off)
 	}
 	var done []string
 	if down {

@@ -49,6 +49,7 @@ func (t *Table52) Sync(a Accepted) ([]string, error) {
 	now := time.Now()
 	since := map[netip.Prefix]time.Time{}
 	var due []netip.Prefix
+	next := routeGrace // until the first of the others is due
 	for _, p := range missing {
 		first, known := t.missing[p]
 		switch {
@@ -56,6 +57,7 @@ func (t *Table52) Sync(a Accepted) ([]string, error) {
 			since[p] = now
 		case now.Sub(first) < routeGrace:
 			since[p] = first
+			next = min(next, routeGrace-now.Sub(first))
 		default:
 			due = append(due, p)
 		}
@@ -68,7 +70,7 @@ func (t *Table52) Sync(a Accepted) ([]string, error) {
 		}
 	}
 	if len(since) > 0 {
-		return done, errRoutesMissing
+		return done, reconcile.Soon{Waiting: errRoutesMissing, In: next}
 	}
 	return done, nil
 }

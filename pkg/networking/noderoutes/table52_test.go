@@ -1,6 +1,7 @@
 package noderoutes
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // fakeTable is a table without the routes in lacks.
@@ -34,6 +36,9 @@ func TestTable52WaitsForTailscaled(t *testing.T) {
 			done, err := table.Sync(accepted)
 			if diff := cmp.Diff(want, done); diff != "" {
 				t.Errorf("error %v, %s", err, diff)
+			}
+			if soon := (reconcile.Soon{}); err != nil && (!errors.As(err, &soon) || soon.In <= 0 || soon.In > routeGrace) {
+				t.Errorf("error %v does not say when the first route is due", err)
 			}
 			if waits := err != nil; waits != (len(kernel.lacks) > 0 && len(table.missing) > 0) {
 				t.Errorf("error %v while %v is missing", err, kernel.lacks)
