@@ -4,10 +4,14 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
 )
+
+// dark is longer than routes are gone: half a second is for tailscaled to put them back, the rest for a busy machine.
+const dark = 2 * time.Second
 
 // A tun that somebody sets down and up, or whose addresses somebody deletes, carries both families again.
 func TestTunComesBack(t *testing.T) {
@@ -94,9 +98,40 @@ func TestLinksForward(t *testing.T) {
 		return nil
 	})
 	w.works(t)
+	// IPv6 asks the host's switch alone.
+	labtest.Sh(t, n.Machine, "for f in /proc/sys/net/ipv6/conf/{default,hc*,%s,eth0}/forwarding; do echo 0 > $f; done", n.Tun)
+	w.works(t)
+	labtest.Sh(t, n.Machine, "for f in /proc/sys/net/ipv6/conf/{default,hc*,%s,eth0}/forwarding; do echo 1 > $f; done", n.Tun)
 	set("eth0", "0")
 	wantLinks(t, n, "eth0 does not forward", "sysctl -w net/ipv4/conf/eth0/forwarding=1")
 	set("eth0", "1")
 	labtest.Eventually(t, "wait for the uplink", func() error { return linksRight(t, n) })
 	w.works(t)
+}
+
+// Programs that clean routes up take them one by one. Each is back soon, however long the others take.
+func TestTunnelRoutesOneByOne(t *testing.T) {
+	w := surroundings.Enter(t)
+	for _, n := range w.nodes() {
+		near, far := w.a1, w.b1
+		if n == w.b {
+			near, far = w.b1, w.a1
+		}
+		before := rulesAndRoutes(t, n)
+		flows := labtest.StartFlows(t, near, far)
+		labtest.Sh(t, n.Machine, `for f in -4 -6; do ip $f route show table 52 | grep dev | while read -r to _; do
+			ip $f route delete $to table 52; sleep 0.1; done; done`)
+		labtest.Eventually(t, "wait for the routes", func() error {
+			if now := rulesAndRoutes(t, n); now != before {
+				return fmt.Errorf("before:\n%s\nnow:\n%s", before, now)
+			}
+			return nil
+		})
+		for i, r := range flows.Stop() {
+			t.Logf("%s: %+v", flows[i].Name, r)
+			if r.Longest > dark {
+				t.Errorf("%s: %+v", flows[i].Name, r)
+			}
+		}
+	}
 }

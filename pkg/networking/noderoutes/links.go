@@ -18,6 +18,9 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
+// ipv6MinMTU in bytes: the kernel takes IPv6 away from a link with less (RFC 8200, section 5).
+const ipv6MinMTU = 1280
+
 // Tun is tailscaled's interface as its status says it is.
 type Tun struct {
 	Name string
@@ -108,6 +111,11 @@ func lackingAddrs(link netlink.Link, want []netip.Addr) (lacks []netip.Addr, off
 		}
 		if f.af == unix.AF_INET6 {
 			if isOn(sysctl.IPv6Link("default", "disable_ipv6")) || isOn(sysctl.IPv6Link("all", "disable_ipv6")) {
+				continue
+			}
+			if mtu := link.Attrs().MTU; mtu < ipv6MinMTU && slices.ContainsFunc(want, netip.Addr.Is6) {
+				off = fmt.Errorf("no pod reaches other nodes by IPv6: the MTU of %s is %d, and IPv6 needs %d; run ip link set %[1]s mtu %[3]d",
+					name, mtu, ipv6MinMTU)
 				continue
 			}
 			if key := sysctl.IPv6Link(name, "disable_ipv6"); isOn(key) && slices.ContainsFunc(want, netip.Addr.Is6) {

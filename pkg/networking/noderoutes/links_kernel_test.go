@@ -59,6 +59,14 @@ func TestLinksComeBack(t *testing.T) {
 	time.Sleep(routeGrace)
 	sync()
 
+	ns.Run(t, "ip", "link", "set", "tun", "mtu", "1200")
+	sync("the MTU of tun is 1200", "ip link set tun mtu 1280")
+	ns.Run(t, "ip", "link", "set", "tun", "mtu", "1280")
+	sync("by IPv6")
+	time.Sleep(routeGrace)
+	sync()
+	wants("after a small MTU", "ip -6 address show dev tun", "fd7a:115c:a1e0::1/128")
+
 	ns.Run(t, "sh", "-c", "for i in tun hc0123456789 up0; do echo 0 > /proc/sys/net/ipv4/conf/$i/forwarding; done")
 	sync("up0 does not forward", "sysctl -w net/ipv4/conf/up0/forwarding=1")
 	wants("pods' and the tun's switches", "cat /proc/sys/net/ipv4/conf/tun/forwarding /proc/sys/net/ipv4/conf/hc0123456789/forwarding", "1\n1")
