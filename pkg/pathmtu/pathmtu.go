@@ -47,7 +47,6 @@ type state struct {
 	Peer
 	bytes  int // 0: the tunnel's MTU passes, as far as is known
 	silent bool
-	probed bool
 	idle   bool      // its endpoint is not known now
 	next   time.Time // when it may be probed again
 }
@@ -164,14 +163,15 @@ func (w *Watch) look(ctx context.Context, s *state) {
 		w.learn(s, n, false)
 		return
 	}
-	if s.probed && s.bytes == 0 || time.Now().Before(s.next) {
+	if time.Now().Before(s.next) {
 		return
 	}
 	s.next = time.Now().Add(again)
 	passes := func(size int) bool { return w.echo(ctx, tun, s.Addr, size) }
 	switch {
-	case passes(full) || passes(full):
+	case passes(full) || passes(full) || passes(full):
 		if carries() == full { // else the packet went in pieces
+			s.next = time.Now().Add(patient) // it may shrink, and no router says so
 			w.learn(s, 0, false)
 		}
 	case carries() < full:
@@ -192,7 +192,7 @@ func (w *Watch) look(ctx context.Context, s *state) {
 func (w *Watch) learn(s *state, bytes int, silent bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	s.bytes, s.silent, s.probed = bytes, silent, true
+	s.bytes, s.silent = bytes, silent
 }
 
 // Inside is the largest packet in the tunnel of which the encrypted one is no larger than mtu: IP and UDP headers, 32 bytes of

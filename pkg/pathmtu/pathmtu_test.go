@@ -52,14 +52,17 @@ func TestWatch(t *testing.T) {
 				t.Errorf("%s: %d probes in half an hour, want at most %d", what, p.probes, probes)
 			}
 		}
+		// Of three rounds in half an hour each has up to three echoes of full size, one of Floor, two of each size that vanishes, one of the next.
 		look("the kernel knows", Path{"b", 1232, false}, 0)
 		p.known, p.dead = 1500, true
-		look("it forgets, and nothing answers", Path{"b", 1232, false}, 9)
+		look("it forgets, and nothing answers", Path{"b", 1232, false}, 3*4)
 		p.dead, p.carries = false, 1280
 		look("it carries all again", Path{}, 3)
-		look("and goes on to", Path{}, 0)
+		look("and goes on to", Path{}, 3)
+		p.carries = 1180
+		look("it shrinks, routers are silent", Path{"b", 1152, true}, 3*7)
 		peer.Endpoint, p.carries = netip.MustParseAddrPort("192.0.2.3:41641"), 1100
-		look("another endpoint, routers are silent", Path{"b", 1024, true}, 30)
+		look("another endpoint, routers are silent", Path{"b", 1024, true}, 3*9)
 		peer.Endpoint = netip.AddrPort{}
 		look("idle", Path{"b", 1024, true}, 0)
 		peer.Endpoint, p.known = netip.MustParseAddrPort("192.0.2.3:41641"), 68

@@ -100,7 +100,7 @@ func silent(t *testing.T, l *lab.Lab) {
 		nft 'add chain bridge silent forward { type filter hook forward priority 0; }'
 		nft add rule bridge silent forward meta l4proto udp meta length gt 1300 drop`)
 	n := l.Nodes[0]
-	labtest.Stop(t, n.Daemon) // it asks once for each endpoint
+	labtest.Stop(t, n.Daemon) // else it asks every ten minutes
 	if err := n.StartDaemon(); err != nil {
 		t.Fatal(err)
 	}

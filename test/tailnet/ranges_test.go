@@ -1,0 +1,60 @@
+package tailnet
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/pkg/nodestatus"
+	"github.com/headcni/headcni/pkg/reconcile"
+)
+
+// Two nodes whose cluster CIDRs contradict each other both say so, stay ready for their own pods, and take nothing of what the
+// other advertises for pods.
+func TestContradictingRanges(t *testing.T) {
+	l := narrow.EnterLast(t)
+	ours, theirs := l.Nodes[0], l.Nodes[1]
+	before := pathsOf(t, ours)
+	labtest.Stop(t, theirs.Daemon)
+	if err := theirs.ConfigureDaemon(func(_ *lab.Node, c map[string]any) {
+		n := labtest.Section(c, "network")
+		n["podCIDRs"], n["clusterCIDRs"] = []string{"10.99.1.0/24", "fd99:0:1::/64"}, []string{"10.99.0.0/16", "fd99::/32"}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := theirs.StartDaemon(); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		n, other *lab.Node
+		ranges   []string
+	}{{ours, theirs, []string{"10.99.1.0/24", "fd99:0:1::/64"}}, {theirs, ours, []string{"10.244.1.0/24", "fd00:244:1::/64"}}} {
+		labtest.Eventually(t, c.n.Name+" tells of the other's ranges", func() error {
+			var s nodestatus.Status
+			if err := json.Unmarshal([]byte(labtest.Sh(t, c.n.Machine, "headcni-daemon status -o json || :")), &s); err != nil {
+				return err
+			}
+			i := slices.IndexFunc(s.Parts, func(p reconcile.Status) bool { return p.Name == "foreign" })
+			for _, want := range append(c.ranges, c.other.Name, "network.clusterCIDRs") {
+				if !s.Ready || !strings.Contains(s.Parts[i].Error, want) {
+					return fmt.Errorf("ready: %v, foreign says %q; want %s in it", s.Ready, s.Parts[i].Error, want)
+				}
+			}
+			return nil
+		})
+	}
+	if after := pathsOf(t, ours); after != before {
+		t.Errorf("what a peer advertises has changed what is routed, accepted or kept from NAT:\n%s\nwas\n%s", after, before)
+	}
+}
+
+// pathsOf are a node's rules and the sets that its tables decide by.
+func pathsOf(t *testing.T, n *lab.Node) string {
+	t.Helper()
+	return labtest.Sh(t, n.Machine, `ip rule; ip -6 rule
+		for f in ip ip6; do for s in cluster keepsrc own; do nft list set $f headcni $s; done; done`)
+}
