@@ -156,6 +156,58 @@ func TestSecondInterface(t *testing.T) {
 	n.empty()
 }
 
+// TestBesideAnother: an attachment answers by its own link, in each family, whichever way out the pod has already, and whether its own
+// routes lead everywhere or not.
+func TestBesideAnother(t *testing.T) {
+	somebodys := func(n *node, pod *nstest.NS) {
+		for _, args := range []string{
+			"link add eth0 type veth peer name away", "link set away up", "link set eth0 up", "addr add 198.51.100.2/24 dev eth0",
+			"-6 addr add 2001:db8:9::2/64 dev eth0 nodad", "route add default via 198.51.100.1 metric 50", "-6 route add default via 2001:db8:9::1 metric 50",
+		} {
+			pod.Run(t, "ip", strings.Fields(args)...)
+		}
+	}
+	ours := func(n *node, pod *nstest.NS) { n.must(attach("ADD", "c1", pod, n.conf(""))) }
+	for name, tt := range map[string]struct {
+		first  func(*node, *nstest.NS)
+		routes string
+	}{
+		"somebody's":                {somebodys, ""},
+		"somebody's, narrow routes": {somebodys, `,"routes":[{"dst":"203.0.113.0/24"},{"dst":"2001:db8:3::/64"}]`},
+		"ours, narrow routes":       {ours, `,"routes":[{"dst":"203.0.113.0/24"},{"dst":"2001:db8:3::/64"}]`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, pod := newNode(t), nstest.New(t)
+			tt.first(n, pod)
+			conf := n.conf(`{"ipam":` + strings.TrimSuffix(n.dual(), "}") + tt.routes + `}}`)
+			c := attach("ADD", "c1", pod, conf)
+			c.ifName = "net1"
+			out := n.must(c)
+			addrs := parse(t, out).addrs()
+			if len(addrs) != 2 {
+				t.Fatalf("addresses %s", addrs)
+			}
+			for i, from := range []string{"192.0.2.1", "2001:db8::1"} {
+				if way := pod.Run(t, "ip", "route", "get", from, "from", addrs[i].String()); !strings.Contains(way, "dev net1") {
+					t.Errorf("answers to %s: %s", from, way)
+				}
+			}
+			ping(t, n.host, addrs...)
+			c.verb, c.conf = "CHECK", n.previous(conf, out)
+			n.must(c)
+			pod.Run(t, "ip", "rule", "del", "from", addrs[0].String())
+			n.fails(c, 103, "pod rule from "+addrs[0].String()+" is missing")
+			c.verb = "DEL"
+			n.must(c)
+			if rules := pod.Run(t, "ip", "rule") + pod.Run(t, "ip", "-6", "rule"); strings.Contains(rules, "5190") {
+				t.Errorf("rules are left:\n%s", rules)
+			}
+			n.must(attach("DEL", "c1", pod, conf))
+			n.empty()
+		})
+	}
+}
+
 // TestExistingInterface: what another has made is not touched, whoever that was.
 func TestExistingInterface(t *testing.T) {
 	n, pod := newNode(t), nstest.New(t)

@@ -52,7 +52,7 @@ var rules = []rule{
 	{"2 ADD", "a result is printed", both, []string{"TestResult", "cmd/headcni-ipam.TestVerbsInEveryVersion"}},
 	{"2 ADD", "prevResult is passed on, with what the plugin added", plugin, []string{"TestPrevResult", "pkg/plugin.TestChained"}},
 	{"2 ADD", "an interface of that name is an error, and is not touched", plugin, []string{"TestExistingInterface", "TestSecondInterface", "cmd/headcni.TestPods"}},
-	{"2 ADD", "a container may have more than one attachment, each by another interface name", plugin, []string{"TestSecondInterface", "pkg/networking/podlink.TestSecondInterface"}},
+	{"2 ADD", "a container may have more than one attachment, each by another interface name", plugin, []string{"TestSecondInterface", "TestBesideAnother", "pkg/networking/podlink.TestSecondInterface"}},
 	{"2 ADD", "ADD twice without DEL, which a runtime should not do, is an error and harms nothing", both, []string{"cmd/headcni.TestPods", "pkg/plugin.TestSecondAddTouchesNothing", "cmd/headcni-ipam.TestVerbsInEveryVersion"}},
 	{"2 DEL", "the interface is deleted, and is gone when DEL is over", plugin, []string{"cmd/headcni.TestPods"}},
 	{"2 DEL", "no prevResult is no error", both, []string{"TestDelIsLenient", "cmd/headcni-ipam.TestVerbsInEveryVersion"}},

@@ -42,7 +42,7 @@ func (h *Handle) Check(want State) error {
 	if hostErr != nil || podErr != nil {
 		return errors.Join(missing("host link", hostErr), missing("pod interface "+want.IfName, podErr))
 	}
-	c := check{want: want, host: host, inside: ns.conn, hostLink: hostLink, podLink: podLink}
+	c := check{want: want, host: host, inside: ns.conn, hostLink: hostLink, podLink: podLink, ownDefaults: map[byte]bool{}}
 	c.links()
 	c.hostSide()
 	c.podAddrs()
@@ -63,6 +63,8 @@ type check struct {
 	host, inside      *rtnl.Conn
 	hostLink, podLink rtnl.Link
 	faults            []error
+	// ownDefaults are the families that have a default route in the interface's own table (rules.go).
+	ownDefaults map[byte]bool
 }
 
 func (c *check) fault(format string, args ...any) {
@@ -180,7 +182,7 @@ func (c *check) podRoutes() {
 		r := rtnl.Request{What: "list routes", Type: unix.RTM_GETROUTE}
 		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
 		r.Uint32(0)
-		if err := c.inside.Dump(r, func(b []byte) { noteRoute(have, b) }); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+		if err := c.inside.Dump(r, func(b []byte) { c.noteRoute(have, b) }); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
 			c.faults = append(c.faults, err)
 			return
 		}
@@ -230,7 +232,7 @@ func (h routeTables) missing(want []Route) (list []Route) {
 	return list
 }
 
-func noteRoute(have routeTables, b []byte) {
+func (c *check) noteRoute(have routeTables, b []byte) {
 	if len(b) < unix.SizeofRtMsg {
 		return
 	}
@@ -249,6 +251,12 @@ func noteRoute(have routeTables, b []byte) {
 	}
 	if table == unix.RT_TABLE_LOCAL {
 		return // the kernel's own
+	}
+	if oif := attrs[unix.RTA_OIF]; len(oif) == 4 && table == metricBase+int(binary.NativeEndian.Uint32(oif)) {
+		if key.dst.Bits() == 0 && table == metricBase+c.podLink.Index {
+			c.ownDefaults[m.Family] = true
+		}
+		return // an interface's own table (rules.go): it stands in for no route of another
 	}
 	have.note(key, table)
 	if gw, ok := netip.AddrFromSlice(attrs[unix.RTA_GATEWAY]); ok {

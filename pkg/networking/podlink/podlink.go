@@ -294,21 +294,34 @@ func (h *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err e
 	for _, a := range pod.Addrs {
 		steps = append(steps, addAddr("pod", l.podIdx, netip.PrefixFrom(a, a.BitLen())))
 	}
+	beside, err := hasOthers(inside, l.podIdx)
+	if err != nil {
+		return 0, err
+	}
+	routes, table := pod.Routes, metricBase+l.podIdx
+	if beside {
+		routes = slices.Concat(routes, tableRoutes(pod, table))
+	}
 	known := map[netip.Addr]bool{}
-	for _, r := range pod.Routes {
+	for _, r := range routes {
 		if r.Gateway.IsValid() && !known[r.Gateway] {
 			known[r.Gateway] = true
 			steps = append(steps, addNeigh("pod", l.podIdx, r.Gateway, l.HostMAC))
 		}
 	}
-	for _, r := range pod.Routes {
+	for _, r := range routes {
 		steps = append(steps, addRoute("pod", l.podIdx, r))
+	}
+	if beside {
+		for _, a := range pod.Addrs {
+			steps = append(steps, sourceRule(a, table))
+		}
 	}
 	// The look-up makes the kernel carry through what the carrier brings (see awaitCarrier).
 	steps = append(steps, rtnl.GetLink(pod.IfName))
 	_, err = h.do(inside, steps...)
 	if errors.Is(err, unix.EEXIST) {
-		metric = metricBase + l.podIdx
+		metric = table
 		err = h.addRoutesBehind(inside, pod, l.podIdx, metric)
 	}
 	return metric, explainIPv6(err, "in the pod's network namespace", pod)
@@ -316,7 +329,7 @@ func (h *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err e
 
 // addRoutesBehind adds the pod's routes anew, behind those of another interface to the same destinations: a container may be
 // attached more than once (CNI specification section 2, ADD), and its first interface stays the way out, but for what comes from
-// the new one's addresses.
+// the new one's addresses (see tableRoutes).
 func (h *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) error {
 	for _, r := range pod.Routes {
 		// The kernel went on past the one that was refused. Only a route by our own interface matches.
@@ -330,13 +343,6 @@ func (h *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) 
 			r.Priority = metric
 		}
 		steps = append(steps, addRoute("pod", index, r))
-		if r.Table == nil {
-			r.Table, r.Priority = &metric, 0
-			steps = append(steps, addRoute("pod", index, r))
-		}
-	}
-	for _, a := range pod.Addrs {
-		steps = append(steps, sourceRule(a, metric))
 	}
 	_, err := h.do(inside, steps...)
 	return err

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -12,12 +13,51 @@ import (
 )
 
 // A pod with another way out answers by that one, whichever of its addresses was asked, and the node drops what comes from a
-// pod's address by a link that is not the address's. So where Attach finds another interface's routes in its way, packets of the
-// new interface's addresses get rules and a table of their own. Its number is that of the metric.
+// pod's address by a link that is not the address's. So where Attach finds another interface in the pod, whoever made it, packets
+// of the new interface's addresses get rules and a table of their own. Its number is that of the metric. A pod with one
+// interface has none: its look-ups stay as short as they are.
 const (
 	rulePref  = 5190 // before the main table's
 	ruleToTbl = 1    // FR_ACT_TO_TBL of linux/fib_rules.h
 )
+
+// hasOthers reports whether the pod has another interface that can be a way out. It lists the links of the pod, which has few; the
+// node's are never listed here.
+func hasOthers(inside *rtnl.Conn, index int) (others bool, err error) {
+	err = inside.Links(func(l rtnl.Link) {
+		others = others || l.Up && l.Index != index && l.Name != "lo"
+	})
+	return others, err
+}
+
+// tableRoutes are the routes of the interface's own table: those that it has in table main, and always a default route, since
+// an answer to anybody must leave by the interface that was asked.
+func tableRoutes(pod Pod, table int) (routes []Route) {
+	gateways := map[int]netip.Addr{32: Gateway4, 128: Gateway6} // by address length in bits: the family
+	whole := map[int]bool{}
+	for _, r := range pod.Routes {
+		bits := r.Dst.Addr().BitLen()
+		if r.Gateway.IsValid() {
+			gateways[bits] = r.Gateway
+		}
+		if r.Table == nil {
+			whole[bits] = whole[bits] || r.Dst.Bits() == 0
+			r.Table = &table
+			routes = append(routes, r)
+		}
+	}
+	for _, a := range pod.Addrs {
+		any := netip.IPv4Unspecified()
+		if a.Is6() {
+			any = netip.IPv6Unspecified()
+		}
+		if bits := a.BitLen(); !whole[bits] {
+			whole[bits] = true
+			routes = append(routes, Route{Dst: netip.PrefixFrom(any, 0), Gateway: gateways[bits], Table: &table})
+		}
+	}
+	return routes
+}
 
 // fibRule is struct fib_rule_hdr of linux/fib_rules.h.
 type fibRule struct {
@@ -63,15 +103,9 @@ func deleteRules(netns string, index int) {
 	}
 }
 
-// podRules checks that an interface behind another one has its rules.
+// podRules checks the rules and the table of an interface that got them: one of both is there, or its routes have its metric.
 func (c *check) podRules() {
-	table, behind := metricBase+c.podLink.Index, false
-	for _, r := range c.want.Routes {
-		behind = behind || r.Priority == table
-	}
-	if !behind {
-		return
-	}
+	table := metricBase + c.podLink.Index
 	have := map[netip.Addr]bool{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		r := rtnl.Request{What: "list rules", Type: unix.RTM_GETRULE}
@@ -91,7 +125,14 @@ func (c *check) podRules() {
 			c.faults = append(c.faults, err)
 		}
 	}
+	behind := func(r Route) bool { return r.Priority == table }
+	if len(have)+len(c.ownDefaults) == 0 && !slices.ContainsFunc(c.want.Routes, behind) {
+		return
+	}
 	for _, a := range c.want.Addrs {
+		if !c.ownDefaults[rtnl.Family(a)] {
+			c.fault("pod default route of %s in table %d is missing: its answers would leave by another interface", a, table)
+		}
 		if !have[a] {
 			c.fault("pod rule from %s is missing: its answers would leave by another interface", a)
 		}
