@@ -41,6 +41,12 @@ func IPv4LinkForwarding(link string) string { return "net/ipv4/conf/" + link + "
 // Read returns a setting's value. Errors are as those of os.ReadFile.
 func Read(key string) (string, error) { return procfs.Read(filepath.Join(Root, key)) }
 
+// IsOn reports whether a switch is 1. One that cannot be read is not.
+func IsOn(key string) bool {
+	v, err := Read(key)
+	return err == nil && v == "1"
+}
+
 // Write sets a value, from a container too.
 func Write(key, value string) error { return writeIn(Root, hostRoot, key, value) }
 

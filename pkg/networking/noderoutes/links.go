@@ -110,7 +110,7 @@ func lackingAddrs(link netlink.Link, want []netip.Addr) (lacks []netip.Addr, off
 			continue
 		}
 		if f.af == unix.AF_INET6 {
-			if isOn(sysctl.IPv6Link("default", "disable_ipv6")) || isOn(sysctl.IPv6Link("all", "disable_ipv6")) {
+			if sysctl.IsOn(sysctl.IPv6Link("default", "disable_ipv6")) || sysctl.IsOn(sysctl.IPv6Link("all", "disable_ipv6")) {
 				continue
 			}
 			if mtu := link.Attrs().MTU; mtu < ipv6MinMTU && slices.ContainsFunc(want, netip.Addr.Is6) {
@@ -118,7 +118,7 @@ func lackingAddrs(link netlink.Link, want []netip.Addr) (lacks []netip.Addr, off
 					name, mtu, ipv6MinMTU)
 				continue
 			}
-			if key := sysctl.IPv6Link(name, "disable_ipv6"); isOn(key) && slices.ContainsFunc(want, netip.Addr.Is6) {
+			if key := sysctl.IPv6Link(name, "disable_ipv6"); sysctl.IsOn(key) && slices.ContainsFunc(want, netip.Addr.Is6) {
 				off = fmt.Errorf("no pod reaches other nodes by IPv6: it is switched off on %s; run sysctl -w %s=0", name, key)
 				continue
 			}
@@ -134,11 +134,6 @@ func lackingAddrs(link netlink.Link, want []netip.Addr) (lacks []netip.Addr, off
 		}
 	}
 	return lacks, off, nil
-}
-
-func isOn(key string) bool {
-	v, err := sysctl.Read(key)
-	return err == nil && v == "1"
 }
 
 // syncForwarding lets pods' links and the tun forward IPv4, and names the links of the default route that do not: answers

@@ -27,7 +27,7 @@ func enableForwarding(addrs []netip.Addr) error {
 		if !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is6() == f.ipv6 }) {
 			continue
 		}
-		if on, err := sysctl.Read(f.key); err == nil && on == "1" {
+		if sysctl.IsOn(f.key) {
 			continue
 		}
 		if f.ipv6 {

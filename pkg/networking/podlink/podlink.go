@@ -407,11 +407,6 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-func isOne(key string) bool {
-	v, err := sysctl.Read(key)
-	return err == nil && v == "1"
-}
-
 // hostSysctls lets the host's end forward what the pod sends, and ignore router advertisements: a pod must not give the node
 // a default route. It
 // reports whether the kernel has IPv6 on the link.
@@ -420,7 +415,7 @@ func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err erro
 		return false, err
 	}
 	// A new link takes net.ipv4.conf.default.forwarding, which may be 0 although the host forwards.
-	if key := sysctl.IPv4LinkForwarding(link); !isOne(key) {
+	if key := sysctl.IPv4LinkForwarding(link); !sysctl.IsOn(key) {
 		if err := sysctl.Write(key, "1"); err != nil {
 			log.Warn("could not let the host's end of a pod's link forward; what the pod sends goes nowhere", "link", link, "err", err)
 		}
