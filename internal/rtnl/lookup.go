@@ -26,6 +26,8 @@ type Link struct {
 	MAC         net.HardwareAddr
 	Name        string
 	Kind, Alias string
+	// PeerNetns is this namespace's number for the other end's, -1 where that is the same.
+	PeerNetns int
 }
 
 // LinkByName looks a link up by name: never by a dump, which is slow with thousands of links. The error matches ENODEV if there
@@ -47,6 +49,21 @@ func GetLink(name string) Request {
 	return r
 }
 
+// PeerOf looks the other end of a link up, in its own namespace.
+func (c *Conn) PeerOf(l Link) (Link, error) {
+	r := Request{What: "look up the peer of link " + l.Name, Type: unix.RTM_GETLINK}
+	r.Ifinfo(l.Peer, 0, 0)
+	r.AttrUint32(unix.IFLA_EXT_MASK, skipStats)
+	if l.PeerNetns >= 0 {
+		r.AttrUint32(unix.IFLA_TARGET_NETNSID, uint32(l.PeerNetns))
+	}
+	replies, err := c.Do(r)
+	if err != nil {
+		return Link{}, err
+	}
+	return ParseLink(replies[0])
+}
+
 // ParseLink reads the answer to GetLink.
 func ParseLink(b []byte) (Link, error) {
 	if len(b) < unix.SizeofIfInfomsg {
@@ -64,6 +81,10 @@ func ParseLink(b []byte) (Link, error) {
 	}
 	if v := attrs[unix.IFLA_LINK]; len(v) == 4 {
 		l.Peer = int(binary.NativeEndian.Uint32(v))
+	}
+	l.PeerNetns = -1
+	if v := attrs[unix.IFLA_LINK_NETNSID]; len(v) == 4 {
+		l.PeerNetns = int(int32(binary.NativeEndian.Uint32(v)))
 	}
 	if v := attrs[unix.IFLA_OPERSTATE]; len(v) == 1 {
 		l.Operational = v[0] == operUp

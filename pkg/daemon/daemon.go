@@ -67,6 +67,7 @@ type Daemon struct {
 	paths        *pathmtu.Watch
 	table52      *noderoutes.Table52 // of the loop alone
 	links        noderoutes.Links    // of the loop alone
+	pods         *leases.Mender      // of the loop alone
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -107,7 +108,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), paths: pathmtu.New(saved.Path), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), saved: saved, kept: saved, kubernetes: k,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), paths: pathmtu.New(saved.Path), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), pods: leases.NewMender(c.CNI.ConfDir), saved: saved, kept: saved, kubernetes: k,
 		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
 	var forMember *membership.Kubernetes
@@ -327,8 +328,15 @@ func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 // watch turns changes of the kernel's network state and of tailscaled into passes, and keeps sessions armed.
 func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes, d.hostFirewall.Changes} {
-		wg.Go(func() { d.watchKernel(ctx, changes) })
+		wg.Go(func() { d.watchEvents(ctx, changes, d.loop.Wake) })
 	}
+	wg.Go(func() {
+		d.watchEvents(ctx, noderoutes.PodLinkLosses, func() {
+			if leases.Lacking(ctx, d.cfg.CNI.ConfDir) { // mostly a pod has ended
+				d.loop.Wake()
+			}
+		})
+	})
 	addresses := []string{hostPort(d.cfg.Headscale.URL)}
 	if d.kubernetes != nil {
 		addresses = append(addresses, hostPort(d.kubernetes.Server()))
@@ -368,8 +376,9 @@ func (d *Daemon) reportCutOff(address string) {
 	d.loop.Wake()
 }
 
-// watchKernel subscribes again whenever a subscription ends, and then looks at everything: events were missed.
-func (d *Daemon) watchKernel(ctx context.Context, changes func(context.Context) (<-chan struct{}, error)) {
+// watchEvents has act called for events of the kernel. It subscribes again whenever a subscription ends, and then acts: events were
+// missed.
+func (d *Daemon) watchEvents(ctx context.Context, changes func(context.Context) (<-chan struct{}, error), act func()) {
 	for ctx.Err() == nil {
 		ch, err := changes(ctx)
 		if err != nil {
@@ -377,9 +386,9 @@ func (d *Daemon) watchKernel(ctx context.Context, changes func(context.Context) 
 			reconcile.Sleep(ctx, retryMax)
 			continue
 		}
-		d.loop.Wake()
+		act()
 		for range ch {
-			d.loop.Wake()
+			act()
 		}
 		reconcile.Sleep(ctx, debounce)
 	}

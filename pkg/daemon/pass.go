@@ -26,8 +26,10 @@ const (
 	partConfig   = "config"
 	partFirewall = "firewall"
 	partRoutes   = "routes"
-	partTailnet  = "tailnet"
-	partPrefs    = "prefs"
+	// partPods are the host's ends of pods' links: what concerns one pod, and not the node.
+	partPods    = "pods"
+	partTailnet = "tailnet"
+	partPrefs   = "prefs"
 	// partTunnel are tailscaled's routes to its peers, which it makes once and does not look at again.
 	partTunnel = "tunnel"
 	// partLinks are the links that pods' packets pass, as far as others can change them: the tun's state and addresses, and
@@ -127,6 +129,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		// It does not wait for the tailnet: without its addresses the tun is not found, and the tailnet not either.
 		{Name: partLinks, Needs: []string{partRoutes}, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return d.links.Sync(s.seen.tunLink())
+		}},
+		{Name: partPods, Needs: []string{partRoutes}, Optional: true, Run: func(ctx context.Context, _ *pass) ([]string, error) {
+			return d.pods.Sync(ctx)
 		}},
 		{Name: partTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Join(ctx, s.seen.Seen)

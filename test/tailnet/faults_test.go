@@ -302,3 +302,34 @@ func (w *broken) testFlush(t *testing.T, n *lab.Node) {
 		t.Errorf("%d of %d packets in clear: %v", c.Clear, c.Total, c.Examples)
 	}
 }
+
+// What somebody takes from the host's end of a pod's link comes back by itself, and the pod with it, in both families.
+func TestPodLink(t *testing.T) {
+	w := faults.Enter(t)
+	for _, p := range w.pods() {
+		t.Run(p.Node.Mode, func(t *testing.T) { w.testPodLink(t, p) })
+	}
+}
+
+func (w *broken) testPodLink(t *testing.T, p *lab.Pod) {
+	f := w.startFlows(t)
+	link := regexp.MustCompile(`dev (hc\S+)`).FindStringSubmatch(labtest.Sh(t, p.Node.Machine, "ip route get %s", p.Addr(false)))
+	if link == nil {
+		t.Fatal("no link leads to the pod")
+	}
+	for _, damage := range []string{
+		"ip route flush dev LINK; ip -6 route flush dev LINK", "ip link set LINK down; ip link set LINK up", "ip link set LINK down",
+		"sysctl -qw net.ipv6.conf.LINK.disable_ipv6=1; sysctl -qw net.ipv6.conf.LINK.disable_ipv6=0",
+	} {
+		began := time.Now()
+		labtest.Sh(t, p.Node.Machine, "%s", strings.ReplaceAll(damage, "LINK", link[1]))
+		labtest.Eventually(t, damage, func() error {
+			_, err := p.Node.Run(labtest.Within(t), "sh", "-c", fmt.Sprintf("ip route get %s | grep -q %s && ip -6 route get %s | grep -q %[2]s", p.Addr(false), link[1], p.Addr(true)))
+			return err
+		})
+		f.WaitBack(t, began)
+		t.Logf("%s: back after %v", damage, time.Since(began).Round(time.Millisecond))
+		labtest.Ready(t, p.Node)
+	}
+	f.Stop()
+}

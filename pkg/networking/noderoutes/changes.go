@@ -24,9 +24,37 @@ const debounce = 50 * time.Millisecond
 // forwarding, those of links too. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the kernel's events
 // cannot be read any more.
 func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
-	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK,
+	return watch(ctx, debounce, relevant, unix.RTNLGRP_LINK,
 		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_NETCONF,
 		unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_NETCONF)
+}
+
+// PodLinkLosses signals soon after something was taken from a pod's link, by itself or because the pod has ended: a route to a
+// single address, an address, or that it is up.
+func PodLinkLosses(ctx context.Context) (<-chan struct{}, error) {
+	// The kernel takes a link's routes away first, and then the link.
+	return watch(ctx, 5*debounce, podLinkLoss, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR)
+}
+
+func podLinkLoss(typ uint16, msg []byte) bool {
+	const dstLen, flags = 1, 8 // in struct rtmsg, in struct ifinfomsg
+	switch typ {
+	case unix.RTM_DELROUTE:
+		return len(msg) > unix.SizeofRtMsg && (msg[dstLen] == 32 || msg[dstLen] == 128) && tableOf(msg) == unix.RT_TABLE_MAIN
+	case unix.RTM_NEWLINK:
+		name, ok := attribute(msg, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)
+		return ok && strings.HasPrefix(string(name), names.PodLinkPrefix) && binary.NativeEndian.Uint32(msg[flags:])&unix.IFF_UP == 0
+	case unix.RTM_DELADDR:
+		a, ok := attribute(msg, unix.SizeofIfAddrmsg, unix.IFA_ADDRESS)
+		addr, _ := netip.AddrFromSlice(a)
+		return ok && addr.IsLinkLocalUnicast()
+	}
+	return false
+}
+
+// watch signals, wait after the first of some messages, that there were such as are relevant.
+func watch(ctx context.Context, wait time.Duration, relevant func(typ uint16, msg []byte) bool, groups ...uint) (<-chan struct{}, error) {
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE, groups...)
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to network events: %w", explain(err))
 	}
@@ -49,7 +77,7 @@ func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 				continue
 			}
 			select {
-			case <-time.After(debounce):
+			case <-time.After(wait):
 			case <-ctx.Done():
 				return
 			}

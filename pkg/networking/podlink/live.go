@@ -30,21 +30,9 @@ func (h *Handle) Live(network string) ([]LivePod, error) {
 	if err != nil {
 		return nil, err
 	}
-	routes := map[int][]netip.Addr{}
-	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		r := rtnl.Request{What: "list routes", Type: unix.RTM_GETROUTE}
-		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
-		r.Uint32(0)
-		seen := map[netip.Addr]bool{} // a dump that is begun again comes twice
-		err := c.Dump(r, func(b []byte) {
-			if link, a, ok := hostRoute(b); ok && !seen[a] {
-				seen[a] = true
-				routes[link] = append(routes[link], a)
-			}
-		})
-		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
-			return nil, err
-		}
+	routes, err := hostRoutes(c)
+	if err != nil {
+		return nil, err
 	}
 	var live []LivePod
 	for _, l := range links {

@@ -449,14 +449,19 @@ func (h *Handle) podSysctls(log *slog.Logger, ns *Netns, pod Pod) error {
 		if !want6 {
 			return nil
 		}
-		if off, err := procfs.Read(sysctlPath(pod.IfName, "disable_ipv6")); err != nil || off == "0" {
-			return nil // adding the address tells what is wrong, if anything is
-		}
-		if err := writeSysctl(pod.IfName, "disable_ipv6", "0"); err != nil {
+		if err := switchIPv6On(pod.IfName); err != nil {
 			return fmt.Errorf("%w in the pod's network namespace and could not be enabled: %w", ErrNoIPv6, err)
 		}
 		return nil
 	})
+}
+
+// switchIPv6On does nothing where it is on, or where that cannot be told: adding the address says what is wrong, if anything is.
+func switchIPv6On(link string) error {
+	if off, err := procfs.Read(sysctlPath(link, "disable_ipv6")); err != nil || off == "0" {
+		return nil
+	}
+	return writeSysctl(link, "disable_ipv6", "0")
 }
 
 func sysctlPath(link, key string) string { return sysctl.Root + "/" + sysctl.IPv6Link(link, key) }

@@ -1,0 +1,160 @@
+package podlink
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/rtnl"
+)
+
+// Leased is a pod's attachment as its lease has it, which nobody but us can write.
+type Leased struct {
+	Network, ContainerID, IfName string
+	Addrs                        []netip.Addr
+}
+
+// Lack is what the host's end of one pod's link lacks of what Attach gave it: being up, the gateway's address, routes. Neighbours come
+// and go with these; one that is deleted alone the kernel finds again.
+type Lack struct {
+	link    rtnl.Link
+	pod     Leased
+	down    bool
+	gateway bool // the IPv6 one's address
+	routes  []netip.Addr
+}
+
+// String says what is lacking, for people.
+func (l Lack) String() string {
+	var what []string
+	if l.down {
+		what = append(what, "it is down")
+	}
+	if l.gateway {
+		what = append(what, "no address "+Gateway6.String())
+	}
+	for _, a := range l.routes {
+		what = append(what, "no route to "+a.String())
+	}
+	return fmt.Sprintf("link %s of container %s (%s): %s", l.link.Name, l.pod.ContainerID, l.pod.IfName, strings.Join(what, ", "))
+}
+
+// Lacks compares the links with the leases. A pod whose link is not there is not its matter. An ADD that is at work lacks something
+// too, for a moment.
+func (h *Handle) Lacks(pods []Leased) (found []Lack, err error) {
+	c, err := h.open()
+	if err != nil {
+		return nil, err
+	}
+	links, err := listLinks(c)
+	if err != nil {
+		return nil, err
+	}
+	routes, err := hostRoutes(c)
+	if err != nil {
+		return nil, err
+	}
+	gateways, err := linksWithGateway(c)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range pods {
+		link, ok := links[Name(p.ContainerID, p.IfName)]
+		if !ok || link.Alias == "" || !belongsTo(link.Alias, p.ContainerID, p.IfName) || !strings.HasPrefix(link.Alias, p.Network+" ") {
+			continue
+		}
+		l := Lack{link: link, pod: p, down: !link.Up}
+		for _, a := range p.Addrs {
+			if !slices.Contains(routes[link.Index], a) {
+				l.routes = append(l.routes, a)
+			}
+			l.gateway = l.gateway || a.Is6() && !gateways[link.Index]
+		}
+		if l.down || l.gateway || len(l.routes) > 0 {
+			found = append(found, l)
+		}
+	}
+	return found, nil
+}
+
+// Mend puts back what is lacking. It works by the link's index: where the pod has ended meanwhile, the index is nobody's, and there
+// is nothing to do.
+func (h *Handle) Mend(l Lack) error {
+	c, err := h.open()
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(l.pod.Addrs, netip.Addr.Is6) {
+		if err := switchIPv6On(l.link.Name); err != nil {
+			return err
+		}
+	}
+	steps := []rtnl.Request{linkUp("host", l.link.Index)}
+	if l.gateway {
+		steps = append(steps, addAddr("host", l.link.Index, netip.PrefixFrom(Gateway6, 64)))
+	}
+	for _, a := range l.routes {
+		steps = append(steps, addRoute("host", l.link.Index, Route{Dst: netip.PrefixFrom(a, a.BitLen())}))
+	}
+	// Neighbours go with a link that is set down, too. Without the pod's hardware address the kernel asks for it by itself.
+	if peer, err := c.PeerOf(l.link); err == nil {
+		for _, a := range l.pod.Addrs {
+			steps = append(steps, addNeigh("host", l.link.Index, a, peer.MAC))
+		}
+	}
+	_, err = h.do(c, steps...)
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return nil
+	case errors.Is(err, unix.EEXIST):
+		return fmt.Errorf("%w: something else on this node has the address; `ip route get` tells what", err)
+	}
+	return err
+}
+
+// hostRoutes are the addresses that the main table has a route of their own for, by link.
+func hostRoutes(c *rtnl.Conn) (map[int][]netip.Addr, error) {
+	routes := map[int][]netip.Addr{}
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		r := rtnl.Request{What: "list routes", Type: unix.RTM_GETROUTE}
+		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
+		r.Uint32(0)
+		seen := map[netip.Addr]bool{} // a dump that is begun again comes twice
+		err := c.Dump(r, func(b []byte) {
+			if link, a, ok := hostRoute(b); ok && !seen[a] {
+				seen[a] = true
+				routes[link] = append(routes[link], a)
+			}
+		})
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+			return nil, err
+		}
+	}
+	return routes, nil
+}
+
+// linksWithGateway are the links that have the address to which pods send IPv6.
+func linksWithGateway(c *rtnl.Conn) (map[int]bool, error) {
+	r := rtnl.Request{What: "list addresses", Type: unix.RTM_GETADDR}
+	r.Bytes(unix.AF_INET6, 0, 0, 0)
+	r.Uint32(0)
+	have := map[int]bool{}
+	err := c.Dump(r, func(b []byte) {
+		if len(b) < unix.SizeofIfAddrmsg {
+			return
+		}
+		m := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
+		if a, ok := netip.AddrFromSlice(rtnl.Attrs(b[unix.SizeofIfAddrmsg:])[unix.IFA_ADDRESS]); ok && a == Gateway6 {
+			have[int(m.Index)] = true
+		}
+	})
+	if errors.Is(err, unix.EAFNOSUPPORT) {
+		err = nil
+	}
+	return have, err
+}
