@@ -48,7 +48,7 @@ func (m *Mender) Sync(ctx context.Context) (done []string, err error) {
 		}
 		if time.Since(at) < mendAfter {
 			since[what] = at
-			errs = append(errs, reconcile.Waiting(what))
+			errs = append(errs, reconcile.Soon{Waiting: reconcile.Waiting(what), In: mendAfter})
 			continue
 		}
 		if err := m.links.Mend(l); err != nil {

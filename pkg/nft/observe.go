@@ -74,13 +74,16 @@ func list(family knftables.Family) (listing, error) {
 			return nil, err
 		}
 	}
-	if err := listChains(fam, out); err != nil {
-		return nil, fmt.Errorf("list chains of table %s %s: %w", family, names.NFTTable, err)
+	err = listChains(fam, out)
+	if err != nil {
+		err = fmt.Errorf("list chains of table %s %s: %w", family, names.NFTTable, err)
+	} else if err = listSets(fam, out); err != nil {
+		err = fmt.Errorf("list sets of table %s %s: %w", family, names.NFTTable, err)
 	}
-	if err := listSets(fam, out); err != nil {
-		return nil, fmt.Errorf("list sets of table %s %s: %w", family, names.NFTTable, err)
+	if errors.Is(err, unix.ENOENT) { // somebody has just deleted the table
+		return listing{}, nil
 	}
-	return out, nil
+	return out, err
 }
 
 func listChains(fam uint8, out listing) error {
