@@ -8,6 +8,7 @@ package pathmtu
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +20,10 @@ import (
 const (
 	// again is the least time between two probes of a peer, patient that between those that cannot tell more soon.
 	again, patient = time.Minute, 10 * time.Minute
+	// memory is how long a peer that is gone is remembered: Headscale's restart takes all their routes away for a while.
+	memory = 10 * time.Minute
+	// budget bounds the probes after one Set: with hundreds of peers that do not answer, the kernel shall be asked in between.
+	budget = 5 * time.Second
 	// Floor bounds what a forged answer of a router can do. TCP must live with it (RFC 9293: 536 bytes and headers).
 	Floor = 576
 )
@@ -48,6 +53,7 @@ type state struct {
 	bytes  int // 0: the tunnel's MTU passes, as far as is known
 	silent bool
 	idle   bool      // its endpoint is not known now
+	seen   time.Time // by Set
 	next   time.Time // when it may be probed again
 }
 
@@ -61,7 +67,8 @@ type Watch struct {
 	tun    string
 	tunMTU int
 	peers  map[netip.Addr]*state
-	before Path // from before our start, until the first Set
+	before Path // from before our start, until its peer is seen
+	began  time.Time
 }
 
 // New returns a Watch without peers. It believes what was known before until it knows better, so that connections that are
@@ -70,7 +77,7 @@ func New(before Path) *Watch {
 	if before.Bytes < Floor {
 		before = Path{}
 	}
-	return &Watch{before: before, kick: make(chan struct{}, 1), echo: echo, ask: underlay, peers: map[netip.Addr]*state{}}
+	return &Watch{before: before, began: time.Now(), kick: make(chan struct{}, 1), echo: echo, ask: underlay, peers: map[netip.Addr]*state{}}
 }
 
 // Set says which peers there are. What is known of one stays while its endpoint is the same or not known; of a new endpoint the
@@ -87,14 +94,24 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 			s = &state{Peer: p}
 			if p.Name == w.before.Peer {
 				s.bytes, s.silent = w.before.Bytes, w.before.Silent
+				w.before = Path{}
 			}
 		case p.Endpoint.IsValid() && p.Endpoint != s.Endpoint:
 			s = &state{Peer: p, bytes: s.bytes, silent: s.silent}
 		}
-		s.idle = !p.Endpoint.IsValid()
+		s.idle, s.seen = !p.Endpoint.IsValid(), time.Now()
 		now[p.Addr] = s
 	}
-	w.peers, w.before = now, Path{}
+	for addr, s := range w.peers {
+		if _, ok := now[addr]; !ok && time.Since(s.seen) < memory {
+			s.idle = true
+			now[addr] = s
+		}
+	}
+	if time.Since(w.began) > memory {
+		w.before = Path{}
+	}
+	w.peers = now
 	select {
 	case w.kick <- struct{}{}:
 	default: // one is waiting already
@@ -122,11 +139,11 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 			return
 		case <-w.kick:
 		}
-		for _, s := range w.list() {
-			before, _ := w.Smallest()
-			w.look(ctx, s)
-			if after, _ := w.Smallest(); after != before {
-				changed()
+		began, peers := time.Now(), w.list()
+		peers = slices.DeleteFunc(peers, func(s *state) bool { return w.learn(changed, s, w.carries(s)) })
+		for _, s := range peers {
+			if time.Since(began) < budget && ctx.Err() == nil {
+				w.probe(ctx, changed, s)
 			}
 		}
 	}
@@ -144,55 +161,63 @@ func (w *Watch) list() []*state {
 	return out
 }
 
-// look asks the kernel, and probes where that does not settle it. Only Run's goroutine changes a state, which Set merely moves.
-func (w *Watch) look(ctx context.Context, s *state) {
-	w.mu.Lock()
-	tun, full := w.tun, w.tunMTU
-	w.mu.Unlock()
-	if full == 0 {
+// carries is what the kernel knows of the path, at most the tun's MTU. Only Run's goroutine changes a state, which Set merely moves.
+func (w *Watch) carries(s *state) int {
+	_, full := w.tunnel()
+	mtu, err := w.ask(s.Endpoint.Addr())
+	if err != nil {
+		return full // no route now: nothing passes, of any size
+	}
+	return min(full, Inside(mtu, s.Endpoint.Addr().Is6()))
+}
+
+// probe looks whether a path carries as much as the kernel thinks.
+func (w *Watch) probe(ctx context.Context, changed func(), s *state) {
+	tun, full := w.tunnel()
+	if full == 0 || time.Now().Before(s.next) {
 		return
 	}
-	carries := func() int {
-		mtu, err := w.ask(s.Endpoint.Addr())
-		if err != nil {
-			return full // no route now: nothing passes, of any size
-		}
-		return min(full, Inside(mtu, s.Endpoint.Addr().Is6()))
-	}
-	if n := carries(); n < full {
-		w.learn(s, n, false)
-		return
-	}
-	if time.Now().Before(s.next) {
-		return
-	}
-	s.next = time.Now().Add(again)
+	s.next = time.Now().Add(patient)
 	passes := func(size int) bool { return w.echo(ctx, tun, s.Addr, size) }
+	whole := passes(full) || passes(full) || passes(full)
 	switch {
-	case passes(full) || passes(full) || passes(full):
-		if carries() == full { // else the packet went in pieces
-			s.next = time.Now().Add(patient) // it may shrink, and no router says so
-			w.learn(s, 0, false)
-		}
-	case carries() < full:
-		w.learn(s, carries(), false)
-	case !passes(Floor):
-		s.next = time.Now().Add(patient) // it answers nothing: this tells nothing of sizes
-	default:
-		s.next = time.Now().Add(patient)
+	case w.learn(changed, s, w.carries(s)): // a router has said so; what came back went in pieces
+		s.next = time.Now().Add(again)
+	case whole:
+		w.set(changed, s, 0, false)
+	case passes(Floor): // else it answers nothing, which tells nothing of sizes
 		for _, size := range ladder {
 			if size < full && (passes(size) || passes(size)) {
-				w.learn(s, size, true)
+				w.set(changed, s, size, true)
 				return
 			}
 		}
 	}
 }
 
-func (w *Watch) learn(s *state, bytes int, silent bool) {
+func (w *Watch) tunnel() (name string, mtu int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	return w.tun, w.tunMTU
+}
+
+// learn keeps a size that is less than the tun's MTU, and reports whether it is.
+func (w *Watch) learn(changed func(), s *state, bytes int) bool {
+	if _, full := w.tunnel(); bytes >= full {
+		return false
+	}
+	w.set(changed, s, bytes, false)
+	return true
+}
+
+func (w *Watch) set(changed func(), s *state, bytes int, silent bool) {
+	before, _ := w.Smallest()
+	w.mu.Lock()
 	s.bytes, s.silent = bytes, silent
+	w.mu.Unlock()
+	if after, _ := w.Smallest(); after != before {
+		changed()
+	}
 }
 
 // Inside is the largest packet in the tunnel of which the encrypted one is no larger than mtu: IP and UDP headers, 32 bytes of

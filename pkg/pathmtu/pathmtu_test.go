@@ -63,12 +63,24 @@ func TestWatch(t *testing.T) {
 		look("it shrinks, routers are silent", Path{"b", 1152, true}, 3*7)
 		peer.Endpoint, p.carries = netip.MustParseAddrPort("192.0.2.3:41641"), 1100
 		look("another endpoint, routers are silent", Path{"b", 1024, true}, 3*9)
+		w.Set("tun", 1280, nil) // Headscale's restart
+		synctest.Wait()
+		if got, _ := w.Smallest(); got != (Path{"b", 1024, true}) {
+			t.Errorf("its routes are gone for a moment: %v", got)
+		}
 		peer.Endpoint = netip.AddrPort{}
 		look("idle", Path{"b", 1024, true}, 0)
 		peer.Endpoint, p.known = netip.MustParseAddrPort("192.0.2.3:41641"), 68
 		look("a router lies", Path{"b", Floor, false}, 0)
 		peer.Endpoint, p.known, p.carries = netip.MustParseAddrPort("192.0.2.2:41641"), 1500, 1280
 		look("back", Path{}, 3)
+		p.known = 1300
+		look("small again", Path{"b", 1232, false}, 0)
+		time.Sleep(memory)
+		w.Set("tun", 1280, nil)
+		if got, _ := w.Smallest(); got != (Path{}) {
+			t.Errorf("the peer is gone for good: %v", got)
+		}
 	})
 }
 
