@@ -178,16 +178,24 @@ func (w *Watch) probe(ctx context.Context, changed func(), s *state) {
 		return
 	}
 	s.next = time.Now().Add(patient)
-	passes := func(size int) bool { return w.echo(ctx, tun, s.Addr, size) }
-	whole := passes(full) || passes(full) || passes(full)
+	// One echo may be lost for another reason than its size.
+	passes := func(size, tries int) bool {
+		for range tries {
+			if w.echo(ctx, tun, s.Addr, size) {
+				return true
+			}
+		}
+		return false
+	}
+	whole := passes(full, 3)
 	switch {
 	case w.learn(changed, s, w.carries(s)): // a router has said so; what came back went in pieces
 		s.next = time.Now().Add(again)
 	case whole:
 		w.set(changed, s, 0, false)
-	case passes(Floor): // else it answers nothing, which tells nothing of sizes
+	case passes(Floor, 1): // else it answers nothing, which tells nothing of sizes
 		for _, size := range ladder {
-			if size < full && (passes(size) || passes(size)) {
+			if size < full && passes(size, 2) {
 				w.set(changed, s, size, true)
 				return
 			}

@@ -1,11 +1,11 @@
 package podlink
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -59,11 +59,8 @@ func tableRoutes(pod Pod, table int) (routes []Route) {
 	return routes
 }
 
-// fibRule is struct fib_rule_hdr of linux/fib_rules.h.
-type fibRule struct {
-	family, dstLen, srcLen, tos, table, _, _, action byte
-	flags                                            uint32
-}
+// ruleLen is the size of struct fib_rule_hdr of linux/fib_rules.h: eight bytes from the family on, and the flags.
+const ruleLen = 12
 
 // sourceRule: ip rule add from ADDR lookup TABLE pref 5190
 func sourceRule(a netip.Addr, table int) rtnl.Request {
@@ -112,12 +109,12 @@ func (c *check) podRules() {
 		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
 		r.Uint32(0)
 		err := c.inside.Dump(r, func(b []byte) {
-			if len(b) < int(unsafe.Sizeof(fibRule{})) {
+			if len(b) < ruleLen {
 				return
 			}
-			attrs := rtnl.Attrs(b[unsafe.Sizeof(fibRule{}):])
+			attrs := rtnl.Attrs(b[ruleLen:])
 			a, ok := netip.AddrFromSlice(attrs[unix.FRA_SRC])
-			if t := attrs[unix.FRA_TABLE]; ok && len(t) == 4 && *(*uint32)(unsafe.Pointer(&t[0])) == uint32(table) {
+			if t := attrs[unix.FRA_TABLE]; ok && len(t) == 4 && binary.NativeEndian.Uint32(t) == uint32(table) {
 				have[a] = true
 			}
 		})
