@@ -196,7 +196,10 @@ func (w *Watch) probe(ctx context.Context, changed func(), s *state) {
 	case passes(Floor, 1): // else it answers nothing, which tells nothing of sizes
 		for _, size := range ladder {
 			if size < full && passes(size, 2) {
-				w.set(changed, s, size, true)
+				// A path that was dead for a moment looks the same, but for what comes after.
+				if !passes(full, 2) {
+					w.set(changed, s, size, true)
+				}
 				return
 			}
 		}

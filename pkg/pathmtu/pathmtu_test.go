@@ -52,7 +52,8 @@ func TestWatch(t *testing.T) {
 				t.Errorf("%s: %d probes in half an hour, want at most %d", what, p.probes, probes)
 			}
 		}
-		// Of three rounds in half an hour each has up to three echoes of full size, one of Floor, two of each size that vanishes, one of the next.
+		// Of three rounds in half an hour each has up to three echoes of full size, one of Floor, two of each size that vanishes, one of the next,
+		// and two more of full size.
 		look("the kernel knows", Path{"b", 1232, false}, 0)
 		p.known, p.dead = 1500, true
 		look("it forgets, and nothing answers", Path{"b", 1232, false}, 3*4)
@@ -60,9 +61,9 @@ func TestWatch(t *testing.T) {
 		look("it carries all again", Path{}, 3)
 		look("and goes on to", Path{}, 3)
 		p.carries = 1180
-		look("it shrinks, routers are silent", Path{"b", 1152, true}, 3*7)
+		look("it shrinks, routers are silent", Path{"b", 1152, true}, 3*9)
 		peer.Endpoint, p.carries = netip.MustParseAddrPort("192.0.2.3:41641"), 1100
-		look("another endpoint, routers are silent", Path{"b", 1024, true}, 3*9)
+		look("another endpoint, routers are silent", Path{"b", 1024, true}, 3*11)
 		w.Set("tun", 1280, nil) // Headscale's restart
 		synctest.Wait()
 		if got, _ := w.Smallest(); got != (Path{"b", 1024, true}) {
@@ -93,5 +94,28 @@ func TestInside(t *testing.T) {
 		if got := Inside(test.mtu, test.ipv6); got != test.want {
 			t.Errorf("Inside(%d, IPv6 %v) = %d, want %d", test.mtu, test.ipv6, got, test.want)
 		}
+	}
+}
+
+// TestDeadForAMoment: a path on which all was lost while the first echoes were under way is not a small one.
+func TestDeadForAMoment(t *testing.T) {
+	for lost := range 12 {
+		synctest.Test(t, func(t *testing.T) {
+			w := New(Path{})
+			w.ask = func(netip.Addr) (int, error) { return 1500, nil }
+			sent := 0
+			w.echo = func(context.Context, string, netip.Addr, int) bool {
+				sent++
+				return sent > lost
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			go w.Run(ctx, func() {})
+			w.Set("tun", 1280, []Peer{{Name: "b", Addr: netip.MustParseAddr("100.64.0.2"), Endpoint: netip.MustParseAddrPort("192.0.2.2:41641")}})
+			synctest.Wait()
+			if got, small := w.Smallest(); small {
+				t.Errorf("the first %d echoes were lost: %v", lost, got)
+			}
+		})
 	}
 }

@@ -77,7 +77,7 @@ func TestBadInput(t *testing.T) {
 		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) { labtest.Section(c, "network")["podCidr"] = "10.244.9.0/24" }); err != nil {
 			t.Fatal(err)
 		}
-		refuses(t, n, `unknown field "podCidr"`)
+		refuses(t, n, "network.podCidr: no such key; did you mean podCIDRs?")
 	})
 	expired, err := l.Control.Run(labtest.Within(t), "headscale", "apikeys", "create", "--expiration", "1ms")
 	if err != nil {
