@@ -52,7 +52,13 @@ func Within(t testing.TB) context.Context {
 // Eventually waits until try succeeds.
 func Eventually(t testing.TB, what string, try func() error) {
 	t.Helper()
-	deadline := time.Now().Add(Soon)
+	EventuallyWithin(t, Soon, what, try)
+}
+
+// EventuallyWithin is Eventually for what takes the daemon's minute.
+func EventuallyWithin(t testing.TB, bound time.Duration, what string, try func() error) {
+	t.Helper()
+	deadline := time.Now().Add(bound)
 	for {
 		err := try()
 		if err == nil {

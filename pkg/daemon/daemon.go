@@ -108,8 +108,10 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, tables: nft.New(), paths: pathmtu.New(saved.Path), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), pods: leases.NewMender(c.CNI.ConfDir), saved: saved, kept: saved, kubernetes: k,
-		loop: reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, kubernetes: k, saved: saved, kept: saved,
+		tables: nft.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), pods: leases.NewMender(c.CNI.ConfDir),
+		paths: pathmtu.New(saved.Path),
+		loop:  reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
 	var forMember *membership.Kubernetes
 	if k != nil {

@@ -7,6 +7,7 @@ package pathmtu
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"slices"
 	"sync"
@@ -244,8 +245,11 @@ func Inside(mtu int, ipv6 bool) int {
 // underlay is what the kernel knows of the way that tailscaled's packets to an endpoint take.
 func underlay(endpoint netip.Addr) (int, error) {
 	routes, err := netlink.RouteGetWithOptions(endpoint.AsSlice(), &netlink.RouteGetOptions{Mark: names.BypassMark})
-	if err != nil || len(routes) == 0 {
+	if err != nil {
 		return 0, err
+	}
+	if len(routes) == 0 {
+		return 0, errors.New("the kernel names no route")
 	}
 	if routes[0].MTU != 0 {
 		return routes[0].MTU, nil

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// retry is when a part with an error is to be tried again, unless the part says so itself (Soon). The wait doubles each time that it has run out, and only then: an
-// event that starts a pass before, or an error of another part, does not make it longer.
+// retry is when a part with an error is to be tried again, unless the part says so itself (Soon). The wait doubles each time that
+// it has run out, and only then: an event that starts a pass before, or an error of another part, does not make it longer.
 type retry struct {
 	wait time.Duration // 0 = the part is as it should be
 	due  time.Time

@@ -244,15 +244,13 @@ func TestForgotten(t *testing.T) {
 	}
 	again := func(what string, ok func(headscale.Node) bool) {
 		t.Helper()
-		for deadline := time.Now().Add(minutes); ; time.Sleep(time.Second) {
+		labtest.EventuallyWithin(t, minutes, what, func() error {
 			node, err := labtest.Registered(t, l, n)
-			if err == nil && node.NodeKey != old.NodeKey && ok(node) {
-				return
+			if err == nil && (node.NodeKey == old.NodeKey || !ok(node)) {
+				err = fmt.Errorf("Headscale has %+v", node)
 			}
-			if time.Now().After(deadline) {
-				t.Fatalf("not %s: Headscale has %+v, %v", what, node, err)
-			}
-		}
+			return err
+		})
 	}
 	has := func(routes []netip.Prefix) bool {
 		return slices.Contains(routes, n.PodCIDRs[0]) && slices.Contains(routes, n.PodCIDRs[1])
@@ -305,11 +303,7 @@ func TestDeadman(t *testing.T) {
 		}
 		return nil
 	}
-	for deadline := time.Now().Add(minutes); takenBack() != nil; time.Sleep(time.Second) {
-		if time.Now().After(deadline) {
-			t.Fatal(takenBack())
-		}
-	}
+	labtest.EventuallyWithin(t, minutes, "take the routes back", takenBack)
 	wantTakenBack(t, n, at)
 	// Not tried again by a restart, but with another configuration.
 	labtest.Kill(t, n.Daemon)

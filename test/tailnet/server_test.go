@@ -34,7 +34,7 @@ func TestServerForgets(t *testing.T) {
 	}
 	talk("before")
 	restore()
-	within(t, late.Name+" is back", func() error {
+	labtest.EventuallyWithin(t, minutes, late.Name+" is back", func() error {
 		_, err := labtest.Registered(t, l, late)
 		return err
 	})
@@ -51,7 +51,7 @@ func TestServerForgets(t *testing.T) {
 		labtest.Sh(t, l.Control.Machine, "headscale nodes approve-routes -i %s -r ''", node.ID)
 	}
 	for _, n := range l.Nodes {
-		within(t, n.Name+" has its routes", func() error {
+		labtest.EventuallyWithin(t, minutes, n.Name+" has its routes", func() error {
 			node, err := labtest.Registered(t, l, n)
 			if err == nil && len(node.Primary) != len(n.PodCIDRs) {
 				err = fmt.Errorf("Headscale has %+v", node)
@@ -63,23 +63,6 @@ func TestServerForgets(t *testing.T) {
 	flows.WaitBack(t, time.Now())
 	flows.Stop()
 	talk("after the approvals")
-}
-
-// within waits for what takes the daemon's minute.
-func within(t *testing.T, what string, try func() error) {
-	t.Helper()
-	began := time.Now()
-	for {
-		err := try()
-		if err == nil {
-			t.Logf("%s after %.1f s", what, time.Since(began).Seconds())
-			return
-		}
-		if time.Since(began) > minutes {
-			t.Fatalf("%s: %v", what, err)
-		}
-		time.Sleep(time.Second)
-	}
 }
 
 // backup stops Headscale, copies its database and starts it again. What it returns puts the copy back in the same way.

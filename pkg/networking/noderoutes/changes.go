@@ -19,10 +19,10 @@ import (
 // debounce gathers the events of one cause (a link that goes takes its routes along) into one signal.
 const debounce = 50 * time.Millisecond
 
-// Changes signals soon after anything changed, by anybody, that Sync, DefaultSource or Table52 looks at: our rules and
+// Changes signals soon after anything changed, by anybody, that Sync, DefaultSource, Links or Table52 looks at: our rules and
 // routes, the default routes, a loss of tailscaled's routes, links and addresses other than pods', and the switches for
-// forwarding, those of links too. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the kernel's events
-// cannot be read any more.
+// forwarding, those of links too. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the
+// kernel's events cannot be read any more.
 func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 	return watch(ctx, debounce, relevant, unix.RTNLGRP_LINK,
 		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_NETCONF,

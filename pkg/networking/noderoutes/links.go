@@ -1,16 +1,18 @@
 package noderoutes
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/sysctl"
@@ -139,21 +141,24 @@ func lackingAddrs(link netlink.Link, want []netip.Addr) (lacks []netip.Addr, off
 // syncForwarding lets pods' links and the tun forward IPv4, and names the links of the default route that do not: answers
 // to pods come in by them, and they are others' to change.
 func syncForwarding(tun string) (done []string, err error) {
+	links, err := notForwarding()
+	if err != nil || len(links) == 0 {
+		return nil, err
+	}
 	uplinks, err := uplinkNames()
 	if err != nil {
 		return nil, err
 	}
-	found, _ := filepath.Glob(filepath.Join(sysctl.Root, sysctl.IPv4LinkForwarding("*"))) // the pattern is well-formed
 	var errs []error
-	for _, path := range found {
-		key := strings.TrimPrefix(path, sysctl.Root+"/")
-		link := filepath.Base(filepath.Dir(path))
-		if v, err := sysctl.Read(key); err != nil || v == "1" {
-			continue // the link is gone, or right
-		}
+	for _, link := range links {
+		key := sysctl.IPv4LinkForwarding(link)
 		switch {
 		case link == tun || strings.HasPrefix(link, names.PodLinkPrefix):
-			if err := sysctl.Write(key, "1"); err != nil {
+			err := sysctl.Write(key, "1")
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // the link has just gone
+			}
+			if err != nil {
 				errs = append(errs, fmt.Errorf("packets that come in by %s go nowhere: set %s=1: %w", link, key, explain(err)))
 				continue
 			}
@@ -164,6 +169,28 @@ func syncForwarding(tun string) (done []string, err error) {
 		}
 	}
 	return done, errors.Join(errs...)
+}
+
+// notForwarding are the links whose own switch for IPv4 is off: one question, where /proc/sys would be one for each pod.
+func notForwarding() (links []string, err error) {
+	r := nl.NewNetlinkRequest(unix.RTM_GETNETCONF, unix.NLM_F_DUMP)
+	r.AddRawData([]byte{unix.AF_INET, 0, 0, 0})
+	msgs, err := retryInterrupted(func() ([][]byte, error) { return r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNETCONF) })
+	if err != nil {
+		return nil, fmt.Errorf("list the links that forward: %w", explain(err))
+	}
+	for _, m := range msgs {
+		i, ok := attribute(m, netconfLen, netconfIfindex)
+		f, told := attribute(m, netconfLen, netconfForwarding)
+		if !ok || !told || len(i) != 4 || len(f) != 4 || binary.NativeEndian.Uint32(f) != 0 {
+			continue
+		}
+		index := int32(binary.NativeEndian.Uint32(i)) // below 0: the host's switch, and that of links to come
+		if l, err := net.InterfaceByIndex(int(index)); index > 0 && err == nil {
+			links = append(links, l.Name)
+		}
+	}
+	return links, nil
 }
 
 // uplinkNames are the links of the IPv4 default routes.

@@ -131,21 +131,9 @@ func (c *check) neigh(side string, have map[netip.Addr]net.HardwareAddr, a netip
 }
 
 func (c *check) podAddrs() {
-	r := rtnl.Request{What: "list addresses", Type: unix.RTM_GETADDR}
-	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
-	r.Uint32(0)
 	have := map[netip.Addr]bool{}
-	err := c.inside.Dump(r, func(b []byte) {
-		if len(b) < unix.SizeofIfAddrmsg {
-			return
-		}
-		m := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
-		attrs := rtnl.Attrs(b[unix.SizeofIfAddrmsg:])
-		raw := attrs[unix.IFA_LOCAL]
-		if raw == nil {
-			raw = attrs[unix.IFA_ADDRESS]
-		}
-		if a, ok := netip.AddrFromSlice(raw); ok && int(m.Index) == c.podLink.Index {
+	err := listAddrs(c.inside, unix.AF_UNSPEC, func(link int, a netip.Addr) {
+		if link == c.podLink.Index {
 			have[a] = true
 		}
 	})
@@ -158,6 +146,27 @@ func (c *check) podAddrs() {
 			c.fault("pod address %s is missing on %s", a, c.want.IfName)
 		}
 	}
+}
+
+// listAddrs gives the addresses of a family and their links to take, perhaps twice: see Conn.Dump.
+func listAddrs(c *rtnl.Conn, family byte, take func(link int, a netip.Addr)) error {
+	r := rtnl.Request{What: "list addresses", Type: unix.RTM_GETADDR}
+	r.Bytes(family, 0, 0, 0)
+	r.Uint32(0)
+	return c.Dump(r, func(b []byte) {
+		if len(b) < unix.SizeofIfAddrmsg {
+			return
+		}
+		m := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
+		attrs := rtnl.Attrs(b[unix.SizeofIfAddrmsg:])
+		raw := attrs[unix.IFA_LOCAL]
+		if raw == nil {
+			raw = attrs[unix.IFA_ADDRESS]
+		}
+		if a, ok := netip.AddrFromSlice(raw); ok {
+			take(int(m.Index), a)
+		}
+	})
 }
 
 // routeKey tells routes of the same table apart.

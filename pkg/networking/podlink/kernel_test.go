@@ -291,6 +291,29 @@ func TestSecondInterface(t *testing.T) {
 	}
 }
 
+// TestDetachWithAnothersNamespace: what a runtime names as the namespace may be another pod's by now, whose rules have the same
+// numbers. They stay.
+func TestDetachWithAnothersNamespace(t *testing.T) {
+	n, other := newNode(t), nstest.New(t)
+	for i, at := range []struct{ id, path string }{{"c1", n.pod.Path}, {"c2", other.Path}} {
+		for _, ifName := range []string{"eth0", "eth1"} {
+			pod := n.spec(netip.AddrFrom4([4]byte{10, 244, 1, byte(10+10*i) + ifName[3] - '0'}))
+			pod.ContainerID, pod.IfName = at.id, ifName
+			if _, err := attach(t, n.host, at.path, nil, pod); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	before := other.Run(t, "ip", "rule")
+	if !strings.Contains(before, "5190:") || strings.Count(before, "5190:") != strings.Count(n.pod.Run(t, "ip", "rule"), "5190:") {
+		t.Fatalf("no rules of the same numbers:\n%s", before)
+	}
+	on(t, n.host, func(h *Handle) error { _, err := h.Detach("c1", "eth1", other.Path); return err })
+	if after := other.Run(t, "ip", "rule"); after != before {
+		t.Errorf("another pod's rules were\n%s\nand are\n%s", before, after)
+	}
+}
+
 // TestAttachFailsAtEachStep fails every step in turn: the error says which, and Detach leaves nothing behind.
 func TestAttachFailsAtEachStep(t *testing.T) {
 	n := newNode(t)

@@ -22,15 +22,7 @@ type LivePod struct {
 
 // Live lists the links of one network's pods with their addresses: the truth from which lost leases can be written anew.
 func (h *Handle) Live(network string) ([]LivePod, error) {
-	c, err := h.open()
-	if err != nil {
-		return nil, err
-	}
-	links, err := listLinks(c)
-	if err != nil {
-		return nil, err
-	}
-	routes, err := hostRoutes(c)
+	_, links, routes, err := h.podLinks()
 	if err != nil {
 		return nil, err
 	}

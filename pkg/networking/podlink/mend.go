@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -47,15 +46,7 @@ func (l Lack) String() string {
 // Lacks compares the links with the leases. A pod whose link is not there is not its matter. An ADD that is at work lacks something
 // too, for a moment.
 func (h *Handle) Lacks(pods []Leased) (found []Lack, err error) {
-	c, err := h.open()
-	if err != nil {
-		return nil, err
-	}
-	links, err := listLinks(c)
-	if err != nil {
-		return nil, err
-	}
-	routes, err := hostRoutes(c)
+	c, links, routes, err := h.podLinks()
 	if err != nil {
 		return nil, err
 	}
@@ -117,6 +108,18 @@ func (h *Handle) Mend(l Lack) error {
 	return err
 }
 
+// podLinks are the links of all pods by name, and the routes to them by index.
+func (h *Handle) podLinks() (c *rtnl.Conn, links map[string]rtnl.Link, routes map[int][]netip.Addr, err error) {
+	if c, err = h.open(); err != nil {
+		return nil, nil, nil, err
+	}
+	if links, err = listLinks(c); err != nil {
+		return nil, nil, nil, err
+	}
+	routes, err = hostRoutes(c)
+	return c, links, routes, err
+}
+
 // hostRoutes are the addresses that the main table has a route of their own for, by link.
 func hostRoutes(c *rtnl.Conn) (map[int][]netip.Addr, error) {
 	routes := map[int][]netip.Addr{}
@@ -140,19 +143,8 @@ func hostRoutes(c *rtnl.Conn) (map[int][]netip.Addr, error) {
 
 // linksWithGateway are the links that have the address to which pods send IPv6.
 func linksWithGateway(c *rtnl.Conn) (map[int]bool, error) {
-	r := rtnl.Request{What: "list addresses", Type: unix.RTM_GETADDR}
-	r.Bytes(unix.AF_INET6, 0, 0, 0)
-	r.Uint32(0)
 	have := map[int]bool{}
-	err := c.Dump(r, func(b []byte) {
-		if len(b) < unix.SizeofIfAddrmsg {
-			return
-		}
-		m := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
-		if a, ok := netip.AddrFromSlice(rtnl.Attrs(b[unix.SizeofIfAddrmsg:])[unix.IFA_ADDRESS]); ok && a == Gateway6 {
-			have[int(m.Index)] = true
-		}
-	})
+	err := listAddrs(c, unix.AF_INET6, func(link int, a netip.Addr) { have[link] = have[link] || a == Gateway6 })
 	if errors.Is(err, unix.EAFNOSUPPORT) {
 		err = nil
 	}

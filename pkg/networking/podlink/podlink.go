@@ -407,15 +407,14 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-// hostSysctls lets the host's end forward what the pod sends, and ignore router advertisements: a pod must not give the node
-// a default route. It
-// reports whether the kernel has IPv6 on the link.
+// hostSysctls lets the host's end forward what the pod sends, if the node forwards, and ignore router advertisements: a pod
+// must not give the node a default route. It reports whether the kernel has IPv6 on the link.
 func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err error) {
 	if err := h.step("sysctl host accept_ra"); err != nil {
 		return false, err
 	}
 	// A new link takes net.ipv4.conf.default.forwarding, which may be 0 although the host forwards.
-	if key := sysctl.IPv4LinkForwarding(link); !sysctl.IsOn(key) {
+	if key := sysctl.IPv4LinkForwarding(link); !sysctl.IsOn(key) && sysctl.IsOn(sysctl.IPv4Forwarding) {
 		if err := sysctl.Write(key, "1"); err != nil {
 			log.Warn("could not let the host's end of a pod's link forward; what the pod sends goes nowhere", "link", link, "err", err)
 		}
@@ -495,7 +494,7 @@ func (h *Handle) Detach(containerID, ifName, netns string) (removed bool, err er
 		return false, nil // another's: Attach refuses to work beside it, so nothing of ours is there
 	}
 	if netns != "" { // before the link, so that whoever is killed in between finds it again
-		deleteRules(netns, l.Peer)
+		deleteRules(netns, ifName, l)
 	}
 	return true, deleteLink(host, l)
 }

@@ -86,16 +86,20 @@ func ruleRequest(family byte, table int, srcLen byte) (r rtnl.Request) {
 }
 
 // deleteRules takes the rules of a pod's interface away, which do not go with it, where it can: a rule whose table is empty does
-// nothing, and must not keep a pod from being deleted.
-func deleteRules(netns string, index int) {
+// nothing, and must not keep a pod from being deleted. What a runtime names as the namespace may be another pod's by now, whose
+// rules have the same numbers: it counts only if the interface there is the other end of the host's.
+func deleteRules(netns, ifName string, host rtnl.Link) {
 	ns, err := openNetns(netns)
 	if err != nil {
 		return // mostly the namespace is gone, and its rules with it
 	}
 	defer ns.Close()
+	if l, err := ns.conn.LinkByName(ifName); err != nil || l.Index != host.Peer || l.Peer != host.Index {
+		return
+	}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		for err = nil; err == nil; { // ENOENT: no more
-			_, err = ns.conn.Do(deleteRule(family, metricBase+index))
+			_, err = ns.conn.Do(deleteRule(family, metricBase+host.Peer))
 		}
 	}
 }
