@@ -194,7 +194,7 @@ func Approve(t testing.TB, l *lab.Lab, n *lab.Node, routes ...string) {
 	for _, r := range routes {
 		want = append(want, netip.MustParsePrefix(r))
 	}
-	if _, err := Headscale(t, l).ApproveRoutes(Within(t), node.ID, want, nil); err != nil {
+	if _, err := Headscale(t, l).ApproveRoutes(Within(t), node, want, nil); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -83,6 +83,9 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	if p.full != nil {
 		findings = append(slices.Clone(findings), finding{checkRanges, p.full.Error()})
 	}
+	if p.held > 0 {
+		findings = append(slices.Clone(findings), finding{checkRemovals, p.heldText(o)})
+	}
 	c.report(ctx, withViews(nodes, p.views), findings, true)
 	return p.pending, errors.Join(keyErr, err)
 }
@@ -100,10 +103,10 @@ func (c *Controller) connect(ctx context.Context) (*headscale.Client, config.Cre
 func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observation, p plan) error {
 	errs := []error{c.approve(ctx, api, p.approvals)}
 	errs = append(errs, joinErrors(each(p.disableExpiry, func(id headscale.ID) error { return unlessGone(api.DisableExpiry(ctx, id)) })))
-	errs = append(errs, joinErrors(each(p.remove, func(id headscale.ID) error {
-		err := api.DeleteNode(ctx, id)
+	errs = append(errs, joinErrors(each(p.remove, func(t headscale.Node) error {
+		err := api.DeleteNode(ctx, t)
 		if err == nil {
-			c.log.Info("removed a node of the tailnet whose Node is gone", "node", id)
+			c.log.Info("removed a node of the tailnet whose Node is gone", "node", t.ID, "name", t.Name)
 		}
 		return unlessGone(err)
 	})))
@@ -113,15 +116,15 @@ func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observa
 // approve takes routes before it gives any, so that a range that moves is never approved for two: one that could not be
 // taken from a node is given to none. A node has one approval in the list, and so one call at a time.
 func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []approval) error {
-	set := func(id headscale.ID, own, stale []netip.Prefix) error {
-		changed, err := api.ApproveRoutes(ctx, id, own, stale)
+	set := func(t headscale.Node, own, stale []netip.Prefix) error {
+		changed, err := api.ApproveRoutes(ctx, t, own, stale)
 		if err == nil && changed {
-			c.log.Info("approved", "node", id, "routes", own, "taken back", stale)
+			c.log.Info("approved", "node", t.ID, "routes", own, "taken back", stale)
 		}
 		return unlessGone(err)
 	}
 	taking := slices.DeleteFunc(slices.Clone(list), func(a approval) bool { return len(a.stale) == 0 })
-	taken := each(taking, func(a approval) error { return set(a.id, nil, a.stale) })
+	taken := each(taking, func(a approval) error { return set(a.node, nil, a.stale) })
 	var kept []netip.Prefix
 	for i, a := range taking {
 		if taken[i] != nil {
@@ -131,7 +134,7 @@ func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []
 	giving := slices.DeleteFunc(slices.Clone(list), func(a approval) bool {
 		return len(a.own) == 0 || slices.ContainsFunc(a.own, func(p netip.Prefix) bool { return slices.ContainsFunc(kept, p.Overlaps) })
 	})
-	given := each(giving, func(a approval) error { return set(a.id, a.own, nil) })
+	given := each(giving, func(a approval) error { return set(a.node, a.own, nil) })
 	return errors.Join(joinErrors(taken), joinErrors(given))
 }
 

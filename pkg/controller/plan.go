@@ -20,8 +20,9 @@ type plan struct {
 	views map[string]kube.View
 	// approvals change what is approved for a node of the tailnet.
 	approvals     []approval
-	remove        []headscale.ID // from Headscale
-	disableExpiry []headscale.ID // whose node key is to expire no more
+	remove        []headscale.Node // from Headscale
+	held          int              // how many more would be removed, were it not so many within an hour
+	disableExpiry []headscale.ID   // whose node key is to expire no more
 	// allocate gives pod CIDRs to Nodes.
 	allocate map[string][]netip.Prefix
 	// full: there is no range left to give to a Node.
@@ -37,7 +38,7 @@ type plan struct {
 
 // approval makes own approved routes and takes stale ones back.
 type approval struct {
-	id         headscale.ID
+	node       headscale.Node
 	own, stale []netip.Prefix
 }
 
@@ -271,7 +272,7 @@ func (p *plan) approve(t headscale.Node, own, ranges []netip.Prefix) {
 		}
 	}
 	if len(stale) > 0 || len(netset.Without(own, t.Approved)) > 0 {
-		p.approvals = append(p.approvals, approval{id: t.ID, own: own, stale: stale})
+		p.approvals = append(p.approvals, approval{node: t, own: own, stale: stale})
 		p.pending = true
 	}
 }
@@ -295,27 +296,50 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 			p.disableExpiry = append(p.disableExpiry, t.ID)
 		}
 	}
+	p.memory.Removed = slices.DeleteFunc(slices.Clone(o.memory.Removed), func(r removal) bool { return o.now.Sub(r.At) >= time.Hour })
 	for _, m := range o.memory.Members {
-		i := slices.IndexFunc(o.tailnet, m.is)
-		if claimed[m.ID] || i < 0 {
-			continue
+		switch i := slices.IndexFunc(o.tailnet, m.is); {
+		case claimed[m.ID]:
+		case i < 0:
+			p.miss(o, m)
+		default:
+			p.retire(o, m, o.tailnet[i], inUse)
 		}
-		p.retire(o, m, o.tailnet[i], inUse)
 	}
 	sortMembers(p.memory.Members)
 }
 
+const (
+	// secondLook is how far apart two looks at Headscale are of which both must agree before something is removed or forgotten:
+	// one answer may be odd.
+	secondLook = time.Minute
+	// removals is how many nodes are removed from Headscale within an hour at most, or a tenth of all where that is more. What
+	// makes more of them look stale is rather a fault of Kubernetes or Headscale than so many nodes that went.
+	removals = 10
+)
+
+// miss forgets a node that Headscale does not list, once it has not done so for a while.
+func (p *plan) miss(o observation, m member) {
+	if m.Missing.IsZero() {
+		m.Missing, p.pending = o.now, true
+	}
+	if o.now.Sub(m.Missing) < secondLook {
+		p.memory.Members = append(p.memory.Members, m)
+	}
+}
+
 // retire deals with a node of the tailnet whose Node is gone, or has joined anew under another key.
 func (p *plan) retire(o observation, m member, t headscale.Node, inUse []netip.Prefix) {
+	m.Missing = time.Time{}
 	if m.Gone.IsZero() {
 		m.Gone = o.now
 	}
 	over := o.now.Sub(m.Gone) >= o.grace
 	if over && m.Daemon && !t.Online {
-		p.remove = append(p.remove, m.ID)
-		p.memory.Members = append(p.memory.Members, m) // until it is really gone
+		p.discard(o, m, t)
 		return
 	}
+	m.Due = time.Time{}
 	var stale []netip.Prefix
 	for _, r := range m.Routes {
 		// At once where somebody else has the range now: two nodes with one route are a lottery.
@@ -324,10 +348,38 @@ func (p *plan) retire(o observation, m member, t headscale.Node, inUse []netip.P
 		}
 	}
 	if len(stale) > 0 {
-		p.approvals = append(p.approvals, approval{id: m.ID, stale: stale})
+		p.approvals = append(p.approvals, approval{node: t, stale: stale})
 	}
 	if over && !m.Daemon && len(stale) == 0 {
 		return // forgotten: it is somebody's machine without a route of ours
 	}
 	p.memory.Members = append(p.memory.Members, m)
+}
+
+// discard removes a node of the tailnet whose Node is gone for good: at the second look, and not too many at once. It is
+// remembered until it is really gone.
+func (p *plan) discard(o observation, m member, t headscale.Node) {
+	again := slices.ContainsFunc(p.memory.Removed, func(r removal) bool { return r.ID == t.ID })
+	switch {
+	case m.Due.IsZero():
+		m.Due, p.pending = o.now, true
+	case o.now.Sub(m.Due) < secondLook:
+		p.pending = true
+	case again:
+		p.remove = append(p.remove, t)
+	case len(p.memory.Removed) >= o.maxRemovals():
+		p.held++
+	default:
+		p.remove = append(p.remove, t)
+		p.memory.Removed = append(p.memory.Removed, removal{t.ID, o.now})
+	}
+	p.memory.Members = append(p.memory.Members, m)
+}
+
+func (o observation) maxRemovals() int { return max(removals, len(o.memory.Members)/10) }
+
+// heldText says that more nodes look stale than are removed at once.
+func (p plan) heldText(o observation) string {
+	return fmt.Sprintf("%d more nodes in Headscale have no Node any more and are left for later: at most %d are removed within an hour. If their "+
+		"Nodes should be there, scale the Deployment headcni-controller to 0 and bring them back", p.held, o.maxRemovals())
 }

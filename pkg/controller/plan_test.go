@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -167,8 +168,12 @@ func TestPlan(t *testing.T) {
 		},
 		{
 			name: "a Node is gone for good", tailnet: []headscale.Node{offline},
-			memory: []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24"), Gone: now.Add(-grace)}},
+			memory: []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24"), Gone: now.Add(-grace), Due: now.Add(-secondLook)}},
 			remove: []headscale.ID{1},
+		},
+		{
+			name: "a Node is gone for good, at the first look", tailnet: []headscale.Node{offline},
+			memory: []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24"), Gone: now.Add(-grace)}},
 		},
 		{
 			name: "a person's machine stays", tailnet: []headscale.Node{offline},
@@ -202,12 +207,16 @@ func TestPlan(t *testing.T) {
 			}
 			var approvals []string
 			for _, a := range p.approvals {
-				approvals = append(approvals, strings.Join([]string{a.id.String(), "+" + text(a.own), "-" + text(a.stale)}, " "))
+				approvals = append(approvals, strings.Join([]string{a.node.ID.String(), "+" + text(a.own), "-" + text(a.stale)}, " "))
 			}
 			if diff := cmp.Diff(test.approvals, approvals); diff != "" {
 				t.Error(diff)
 			}
-			if diff := cmp.Diff([][]headscale.ID{test.remove, test.disableExpiry}, [][]headscale.ID{p.remove, p.disableExpiry}); diff != "" {
+			var removed []headscale.ID
+			for _, t := range p.remove {
+				removed = append(removed, t.ID)
+			}
+			if diff := cmp.Diff([][]headscale.ID{test.remove, test.disableExpiry}, [][]headscale.ID{removed, p.disableExpiry}); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -237,19 +246,62 @@ func TestMemory(t *testing.T) {
 		t.Errorf("gone: %+v", m)
 	}
 	o.now = now.Add(grace)
+	first := makePlan(o)
+	if len(first.remove) != 0 || !first.pending {
+		t.Errorf("removed at the first look: %+v", first)
+	}
+	o.memory, o.now = first.memory, o.now.Add(secondLook)
+	back := o
+	back.tailnet = []headscale.Node{ts(1, "a", nil)} // online
+	if p := makePlan(back); len(p.remove) != 0 || !p.memory.Members[0].Due.IsZero() {
+		t.Errorf("a node that is online again at the second look: %+v", p)
+	}
 	p := makePlan(o)
-	if len(p.remove) != 1 || len(p.memory.Members) != 1 {
+	if len(p.remove) != 1 || len(p.memory.Members) != 1 || len(p.memory.Removed) != 1 {
 		t.Errorf("to be removed: %+v", p)
 	}
-	o.tailnet = nil
-	if p := makePlan(o); len(p.memory.Members) != 0 {
+	// One list without it may be odd.
+	o.tailnet, o.memory = nil, p.memory
+	p = makePlan(o)
+	if m := p.memory.Members; len(m) != 1 || !m[0].Missing.Equal(o.now) {
 		t.Errorf("removed: %+v", p.memory)
+	}
+	o.memory, o.now = p.memory, o.now.Add(secondLook)
+	if p := makePlan(o); len(p.memory.Members) != 0 {
+		t.Errorf("missing at the second look: %+v", p.memory)
 	}
 	// A Node that comes back in time is no stranger.
 	o.tailnet = []headscale.Node{ts(1, "a", nil, "10.244.1.0/24")}
 	o.nodes = []node{kn("one", "a", "10.244.1.0/24")}
 	if p := makePlan(o); len(p.remove) != 0 || !p.memory.Members[0].Gone.IsZero() {
 		t.Errorf("back: %+v", p)
+	}
+}
+
+// TestManyAreStale: when many nodes look stale at once, some are removed within an hour, and the finding tells of the others.
+// A node that could not be removed is tried again, and not counted twice.
+func TestManyAreStale(t *testing.T) {
+	const stale = 25
+	o := observation{now: now, grace: grace, tags: tags}
+	for i := range stale {
+		n := ts(headscale.ID(i+1), fmt.Sprint(i), nil)
+		n.Online = false
+		o.tailnet = append(o.tailnet, n)
+		o.memory.Members = append(o.memory.Members, member{ID: n.ID, Node: fmt.Sprint(i), Daemon: true, Gone: now.Add(-grace), Due: now.Add(-secondLook)})
+	}
+	for pass := range 3 {
+		p := makePlan(o)
+		if len(p.remove) != removals || p.held != stale-removals || len(p.memory.Removed) != removals {
+			t.Fatalf("pass %d: %d removed, %d held, %d remembered", pass, len(p.remove), p.held, len(p.memory.Removed))
+		}
+		if text := p.heldText(o); !strings.Contains(text, "15 more nodes") {
+			t.Error(text)
+		}
+		o.memory, o.now = p.memory, o.now.Add(time.Minute)
+	}
+	o.tailnet, o.now = o.tailnet[removals:], now.Add(time.Hour)
+	if p := makePlan(o); len(p.remove) != removals || p.remove[0].ID != removals+1 {
+		t.Errorf("an hour later: %d are removed", len(p.remove))
 	}
 }
 

@@ -22,9 +22,10 @@ const (
 	checkCGNAT         = tailscale.AttrSharesCGNAT
 	checkRanges        = "ranges"    // pod CIDRs are left to give to Nodes
 	checkNodeKeys      = "node-keys" // of Nodes, that do not expire
+	checkRemovals      = "removals"  // few enough nodes are stale to be removed at once
 )
 
-var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkCGNAT, checkRanges, checkNodeKeys}
+var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkCGNAT, checkRanges, checkNodeKeys, checkRemovals}
 
 // finding is something that somebody should change.
 type finding struct {

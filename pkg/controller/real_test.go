@@ -151,7 +151,7 @@ func TestOnRealHeadscale(t *testing.T) {
 		t.Errorf("approved %v, tags %v, %v: want its own pod CIDR and the tag", n.Approved, n.Tags, err)
 	}
 	// What a person approves for it outside the pod ranges stays; what somebody slips in within them goes.
-	if _, err := c.api.ApproveRoutes(t.Context(), n.ID, prefixes("192.168.7.0/24", "10.244.2.0/24", "10.244.0.0/16"), nil); err != nil {
+	if _, err := c.api.ApproveRoutes(t.Context(), n, prefixes("192.168.7.0/24", "10.244.2.0/24", "10.244.0.0/16"), nil); err != nil {
 		t.Fatal(err)
 	}
 	c.must()

@@ -86,6 +86,14 @@ type observation struct {
 // memory is what the controller must know of the past: which node of the tailnet was which Node.
 type memory struct {
 	Members []member `json:"members,omitempty"`
+	// Removed are the nodes that were removed from Headscale within the last hour.
+	Removed []removal `json:"removed,omitempty"`
+}
+
+// removal is the first try to remove a node from Headscale.
+type removal struct {
+	ID headscale.ID `json:"id"`
+	At time.Time    `json:"at"`
 }
 
 // member is a node of the tailnet that a Node has claimed by its node key.
@@ -101,6 +109,9 @@ type member struct {
 	Created time.Time `json:"created,omitzero"`
 	// Gone is since when no Node claims it, zero while one does.
 	Gone time.Time `json:"gone,omitzero"`
+	// Due is since when it is to be removed, Missing since when Headscale does not list it. Zero where that is not so.
+	Due     time.Time `json:"due,omitzero"`
+	Missing time.Time `json:"missing,omitzero"`
 }
 
 // sharing names the Nodes that have an address in the tailnet's range which is not the tailnet's.

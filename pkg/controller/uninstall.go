@@ -155,9 +155,9 @@ func (c *Controller) forget(ctx context.Context, api *headscale.Client, m memory
 	case !ok:
 		return nil
 	case e.Daemon:
-		err = api.DeleteNode(ctx, t.ID)
+		err = api.DeleteNode(ctx, t)
 	default:
-		_, err = api.ApproveRoutes(ctx, t.ID, nil, e.Routes)
+		_, err = api.ApproveRoutes(ctx, t, nil, e.Routes)
 	}
 	return unlessGone(err)
 }

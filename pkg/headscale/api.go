@@ -67,7 +67,11 @@ type wireNode struct {
 	RegisterMethod                                string
 }
 
-func (w wireNode) node() Node {
+// node fails where what every node has is missing.
+func (w wireNode) node() (Node, error) {
+	if w.ID == 0 || !strings.HasPrefix(w.NodeKey, nodeKeyPrefix) {
+		return Node{}, fmt.Errorf("node %q (%s) has no number or no node key", w.GivenName, w.ID)
+	}
 	n := Node{
 		ID: w.ID, Name: w.GivenName, Hostname: w.Name, NodeKey: w.NodeKey, User: w.User.Name, IPs: w.IPAddresses,
 		Tags: slices.Concat(w.Tags, w.ForcedTags, w.ValidTags), Online: w.Online,
@@ -76,8 +80,11 @@ func (w wireNode) node() Node {
 	}
 	slices.Sort(n.Tags)
 	n.Tags = slices.Compact(n.Tags)
-	return n
+	return n, nil
 }
+
+// nodeKeyPrefix begins every node key.
+const nodeKeyPrefix = "nodekey:"
 
 // timeOf maps the ways to say "never" to the zero time.
 func timeOf(t *time.Time) time.Time {
@@ -98,16 +105,19 @@ type Health struct {
 // Health asks whether the server is up. It needs no key.
 func (c *Client) Health(ctx context.Context) (Health, error) {
 	var h Health
-	if err := c.do(ctx, call{method: "GET", path: "/health", skew: &h.Skew}); err != nil {
+	var status string
+	err := c.do(ctx, call{method: "GET", path: "/health", field: "status", out: &status, skew: &h.Skew})
+	if err == nil && status != "pass" {
+		err = c.odd(fmt.Errorf("it says of its health %q", status)) // one that is not well answers 500
+	}
+	if err != nil {
 		return h, fmt.Errorf("check Headscale: %w", err)
 	}
-	var v struct{ Version string }
-	err := c.do(ctx, call{method: "GET", path: "/version", out: &v})
+	err = c.do(ctx, call{method: "GET", path: "/version", field: "version", out: &h.Version})
 	if errors.Is(err, ErrUnreachable) || ctx.Err() != nil {
 		return h, fmt.Errorf("check Headscale: %w", err)
 	}
-	h.Version = v.Version // a server without the page is no less healthy
-	return h, nil
+	return h, nil // a server without the page is no less healthy
 }
 
 // Kind is what a key is good for.
@@ -150,24 +160,51 @@ func (c *Client) Kind(ctx context.Context) (Kind, error) {
 
 // Nodes lists all nodes.
 func (c *Client) Nodes(ctx context.Context) ([]Node, error) {
-	var out struct{ Nodes []wireNode }
-	if err := c.do(ctx, call{method: "GET", path: "/api/v1/node", out: &out}); err != nil {
-		return nil, fmt.Errorf("list Headscale's nodes: %w", err)
+	var list []wireNode
+	err := c.do(ctx, call{method: "GET", path: "/api/v1/node", field: "nodes", out: &list, list: true})
+	nodes := make([]Node, 0, len(list))
+	known := map[ID]bool{}
+	for _, w := range list {
+		if err != nil {
+			break
+		}
+		var n Node
+		if n, err = w.node(); err == nil && known[n.ID] {
+			err = fmt.Errorf("node %s is listed twice", n.ID)
+		}
+		if err != nil {
+			err = c.odd(err)
+		}
+		known[n.ID] = true
+		nodes = append(nodes, n)
 	}
-	nodes := make([]Node, 0, len(out.Nodes))
-	for _, w := range out.Nodes {
-		nodes = append(nodes, w.node())
+	if err != nil {
+		return nil, fmt.Errorf("list Headscale's nodes: %w", err)
 	}
 	return nodes, nil
 }
 
 // Node reads one node. ErrNotFound.
 func (c *Client) Node(ctx context.Context, id ID) (Node, error) {
-	var out struct{ Node wireNode }
-	if err := c.do(ctx, call{method: "GET", path: nodePath(id), out: &out}); err != nil {
-		return Node{}, fmt.Errorf("read node %s from Headscale: %w", id, err)
+	n, err := c.node(ctx, id, call{method: "GET", path: nodePath(id)})
+	return n, wrap(err, "read node %s from Headscale", id)
+}
+
+// node makes a call that the server answers with the node that it is about.
+func (c *Client) node(ctx context.Context, id ID, req call) (Node, error) {
+	var w wireNode
+	req.field, req.out = "node", &w
+	if err := c.do(ctx, req); err != nil {
+		return Node{}, err
 	}
-	return out.Node.node(), nil
+	n, err := w.node()
+	if err == nil && n.ID != id {
+		err = fmt.Errorf("asked about node %s, it speaks of node %s", id, n.ID)
+	}
+	if err != nil {
+		return Node{}, c.odd(err)
+	}
+	return n, nil
 }
 
 // NodeByKey finds the node with a node key as tailscaled's status has it. ErrNotFound: it was deleted there.
@@ -186,13 +223,13 @@ func (c *Client) NodeByKey(ctx context.Context, nodeKey string) (Node, error) {
 
 func nodePath(id ID) string { return "/api/v1/node/" + id.String() }
 
-// ApproveRoutes makes the own prefixes approved routes of a node and takes stale ones back, whatever else is approved
-// staying so. It reports whether it changed something. ErrNotFound.
+// ApproveRoutes makes the own prefixes approved routes of a node that Nodes or Node has told of, and takes stale ones back,
+// whatever else is approved staying so. It reports whether it changed something. ErrNotFound.
 //
 // The server knows only the whole set, so this is read, merge, write: a change by somebody else in between is lost, as
 // with every client.
-func (c *Client) ApproveRoutes(ctx context.Context, id ID, own, stale []netip.Prefix) (changed bool, err error) {
-	n, err := c.Node(ctx, id)
+func (c *Client) ApproveRoutes(ctx context.Context, of Node, own, stale []netip.Prefix) (changed bool, err error) {
+	n, err := c.same(ctx, of)
 	if err != nil {
 		return false, err
 	}
@@ -200,19 +237,25 @@ func (c *Client) ApproveRoutes(ctx context.Context, id ID, own, stale []netip.Pr
 	if !changed {
 		return false, nil
 	}
-	var out struct{ Node wireNode }
-	err = c.do(ctx, call{
-		method: "POST", path: nodePath(id) + "/approve_routes", body: map[string]any{"routes": want}, out: &out,
-	})
+	n, err = c.node(ctx, of.ID, call{method: "POST", path: nodePath(of.ID) + "/approve_routes", body: map[string]any{"routes": want}})
 	if err != nil {
-		return false, fmt.Errorf("approve %v for node %s: %w", own, n.Name, err)
+		return false, fmt.Errorf("approve %v for node %s: %w", own, of.ID, err)
 	}
 	for _, p := range own {
-		if !slices.Contains(out.Node.ApprovedRoutes, p) {
-			return true, fmt.Errorf("approve %v for node %s: Headscale took the request and approved only %v", own, n.Name, out.Node.ApprovedRoutes)
+		if !slices.Contains(n.Approved, p) {
+			return true, fmt.Errorf("approve %v for node %s: Headscale took the request and approved only %v", own, n.Name, n.Approved)
 		}
 	}
 	return true, nil
+}
+
+// same reads a node once more before it is changed: what the list of nodes said of it may be odd, or old.
+func (c *Client) same(ctx context.Context, of Node) (Node, error) {
+	n, err := c.Node(ctx, of.ID)
+	if err == nil && n.NodeKey != of.NodeKey {
+		err = fmt.Errorf("node %s has another node key than before: it is left alone", of.ID)
+	}
+	return n, err
 }
 
 // mergeRoutes is (have without stale) with own. It does no I/O.
@@ -231,19 +274,19 @@ func mergeRoutes(have, own, stale []netip.Prefix) ([]netip.Prefix, bool) {
 	return out, !slices.Equal(out, have)
 }
 
-// DeleteNode removes a node. ErrNotFound where it is gone.
+// DeleteNode removes a node that Nodes or Node has told of. ErrNotFound where it is gone.
 //
 // Its routes are taken from it first: to 0.27 and 0.28 a node that was connected when it was deleted stays the one that
 // serves them, and no other gets them until the server is restarted.
-func (c *Client) DeleteNode(ctx context.Context, id ID) error {
-	n, err := c.Node(ctx, id)
+func (c *Client) DeleteNode(ctx context.Context, of Node) error {
+	n, err := c.same(ctx, of)
 	if err == nil && len(n.Approved) > 0 {
-		_, err = c.ApproveRoutes(ctx, id, nil, n.Approved)
+		_, err = c.ApproveRoutes(ctx, n, nil, n.Approved)
 	}
 	if err != nil {
-		return fmt.Errorf("delete node %s: %w", id, err)
+		return fmt.Errorf("delete node %s: %w", of.ID, err)
 	}
-	return wrap(c.do(ctx, call{method: "DELETE", path: nodePath(id)}), "delete node %s", id)
+	return wrap(c.do(ctx, call{method: "DELETE", path: nodePath(of.ID)}), "delete node %s", of.ID)
 }
 
 // DisableExpiry makes a node's key valid for ever, also one that has expired. Since 0.29; an older server ignores the
@@ -274,8 +317,8 @@ func atLeast(version string, major, minor int) bool {
 
 // Policy reads the policy's HuJSON text. ErrNotFound where there is none.
 func (c *Client) Policy(ctx context.Context) (string, error) {
-	var out struct{ Policy string }
-	err := c.do(ctx, call{method: "GET", path: "/api/v1/policy", out: &out})
+	var text string
+	err := c.do(ctx, call{method: "GET", path: "/api/v1/policy", field: "policy", out: &text})
 	var e *Error
 	if errors.As(err, &e) && strings.Contains(e.Message, "policy not found") {
 		e.kind = ErrNotFound
@@ -283,7 +326,7 @@ func (c *Client) Policy(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("read Headscale's policy: %w", err)
 	}
-	return out.Policy, nil
+	return text, nil
 }
 
 // APIKey is the description of an API key, without its secret.
@@ -296,11 +339,11 @@ type APIKey struct {
 
 // APIKeys lists the API keys. The client's own is the one whose prefix it begins with; see OwnAPIKey.
 func (c *Client) APIKeys(ctx context.Context) ([]APIKey, error) {
-	var out struct{ APIKeys []APIKey }
-	if err := c.do(ctx, call{method: "GET", path: "/api/v1/apikey", out: &out}); err != nil {
+	var keys []APIKey
+	if err := c.do(ctx, call{method: "GET", path: "/api/v1/apikey", field: "apiKeys", out: &keys, list: true}); err != nil {
 		return nil, fmt.Errorf("list Headscale's API keys: %w", err)
 	}
-	return out.APIKeys, nil
+	return keys, nil
 }
 
 // OwnAPIKey finds the description of the client's own key, for its expiration. ErrNotFound.

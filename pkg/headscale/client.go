@@ -33,8 +33,9 @@ const (
 	tries = 4
 	// backoff before the second try; it doubles, and a random half of it is taken off so that nodes do not retry in step.
 	backoff = 300 * time.Millisecond
-	// maxBody bounds an answer, in bytes; 10,000 nodes are about 10 MB.
-	maxBody = 128 << 20
+	// maxBody bounds an answer, in bytes, and maxList that of a list; 10,000 nodes are about 10 MB.
+	maxBody = 2 << 20
+	maxList = 48 << 20
 )
 
 // Options make a Client.
@@ -77,7 +78,9 @@ func New(o Options) (*Client, error) {
 			return nil, err
 		}
 	}
-	return &Client{base: u.String(), key: o.Key, http: &http.Client{Transport: t}}, nil
+	// The key goes to the configured place and nowhere else: an answer that sends elsewhere is a refusal.
+	stay := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &Client{base: u.String(), key: o.Key, http: &http.Client{Transport: t, CheckRedirect: stay}}, nil
 }
 
 // readCA reads a PEM bundle; no file is no bundle.
@@ -120,7 +123,12 @@ func (c *Client) URL() string { return c.base }
 // call is one request to the API.
 type call struct {
 	method, path string
-	body, out    any
+	body         any
+	// field is the one of the answer's object that out takes, "" where the object itself is all that counts.
+	field string
+	out   any
+	// list: the answer lists all there are. Otherwise the path may name something that is not there.
+	list bool
 	// skew takes the server's clock minus ours, where it is not nil and the answer tells.
 	skew *time.Duration
 	// once forbids a second try after the server may have seen the first.
@@ -185,18 +193,43 @@ func (c *Client) try(ctx context.Context, req call) error {
 		// The header has whole seconds, cut off; the server looked at its clock somewhere between sent and now.
 		*req.skew = date.Add(time.Second / 2).Sub(sent.Add(time.Since(sent) / 2)).Round(time.Second)
 	}
-	b, err := io.ReadAll(io.LimitReader(res.Body, maxBody))
-	if err != nil {
+	limit := int64(maxBody)
+	if req.list {
+		limit = maxList
+	}
+	b, err := io.ReadAll(io.LimitReader(res.Body, limit+1))
+	switch {
+	case err != nil:
 		return c.unreachable(err)
+	case int64(len(b)) > limit:
+		return c.odd(fmt.Errorf("the answer is longer than %d MiB", limit>>20))
+	case res.StatusCode/100 == 3:
+		return c.redirected(res)
+	case res.StatusCode/100 != 2:
+		return c.refusal(res.StatusCode, b, req.list)
 	}
-	if res.StatusCode/100 != 2 {
-		return c.refusal(res.StatusCode, b)
+	return c.decode(b, req)
+}
+
+// decode takes the news out of an answer. One that lacks it is not "nothing": a proxy's page can be JSON too.
+func (c *Client) decode(body []byte, req call) error {
+	var object map[string]json.RawMessage
+	err := json.Unmarshal(body, &object)
+	if err == nil && object == nil {
+		err = errors.New("the answer is null")
 	}
-	if req.out == nil {
+	if err != nil {
+		return c.odd(err)
+	}
+	if req.field == "" {
 		return nil
 	}
-	if err := json.Unmarshal(b, req.out); err != nil {
-		return fmt.Errorf("%s does not answer like Headscale's API: %w; check headscale.url", c.base, err)
+	news, ok := object[req.field]
+	if !ok || string(news) == "null" {
+		return c.odd(fmt.Errorf("the answer has no %q", req.field))
+	}
+	if err := json.Unmarshal(news, req.out); err != nil {
+		return c.odd(fmt.Errorf("%q: %w", req.field, err))
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 )
 
@@ -57,9 +58,24 @@ const (
 	grpcUnavailable = 14
 )
 
+// odd is the error of an answer that Headscale does not give.
+func (c *Client) odd(why error) error {
+	return fmt.Errorf("%s does not answer like Headscale's API: %w; check headscale.url", c.base, why)
+}
+
+// redirected says where an answer sends to. The rest of that address may be anything, and is not shown.
+func (c *Client) redirected(res *http.Response) error {
+	to := "elsewhere"
+	if u, err := res.Location(); err == nil && u.Scheme+"://"+u.Host != c.base {
+		to = "to " + strconv.Quote(u.Scheme+"://"+u.Host)
+	}
+	return fmt.Errorf("%s sends %s (%d) instead of answering: set headscale.url to where Headscale itself answers; the API key is sent nowhere else",
+		c.base, to, res.StatusCode)
+}
+
 // refusal makes an Error of an answer that is not 2xx. Three formats are known: {"code","message"} of the gRPC gateway,
-// problem+json (RFC 7807) of 0.30, and plain text.
-func (c *Client) refusal(status int, body []byte) error {
+// problem+json (RFC 7807) of 0.30, and plain text. list: it was asked for a list, which is always there.
+func (c *Client) refusal(status int, body []byte, list bool) error {
 	var j struct {
 		Code    int
 		Message string
@@ -86,8 +102,9 @@ func (c *Client) refusal(status int, body []byte) error {
 	// Up to 0.27 a key that cannot be parsed is answered with 500 and this text.
 	case status == http.StatusUnauthorized, status == http.StatusForbidden, strings.TrimSpace(string(body)) == "Unauthorized":
 		e.kind = ErrUnauthorized
-	case status == http.StatusNotFound && !looksLikeAPI(body):
+	case status == http.StatusNotFound && (list || e.Message == "" || !looksLikeAPI(body)):
 		return fmt.Errorf("%s has no such page: this is not Headscale's API, or one older than 0.26; check headscale.url", c.base)
+	case list: // a list that is not found says nothing of what is on it
 	case status == http.StatusNotFound, e.Code == grpcNotFound, strings.Contains(e.Message, "record not found"),
 		strings.Contains(e.Message, "node not found"), strings.Contains(e.Message, "no longer exists"):
 		e.kind = ErrNotFound

@@ -187,7 +187,7 @@ func TestOldNode(t *testing.T) {
 	c := serve(t, headscaletest.Answer(200, `{"node":{"id":"9007199254740993","name":"host","givenName":"one","nodeKey":"nodekey:ab","ipAddresses":["100.64.0.1"],
 		"forcedTags":["tag:b"],"validTags":["tag:a","tag:b"],"invalidTags":["tag:c"],"expiry":"0001-01-01T00:00:00Z","lastSeen":null,
 		"approvedRoutes":["10.0.0.0/8"],"unknown":{"x":1},"user":{"id":"1","name":"u"}}}`))
-	n, err := c.Node(t.Context(), 1)
+	n, err := c.Node(t.Context(), 9007199254740993)
 	if err != nil || n.ID != 9007199254740993 || strings.Join(n.Tags, " ") != "tag:a tag:b" || !n.Expiry.IsZero() || n.User != "u" || n.Hostname != "host" {
 		t.Errorf("%+v, %v", n, err)
 	}
@@ -234,8 +234,8 @@ func TestDisableExpiryOnOldServer(t *testing.T) {
 
 // TestApprovalThatDoesNotTake: a server that answers well and does nothing.
 func TestApprovalThatDoesNotTake(t *testing.T) {
-	c := serve(t, headscaletest.Answer(200, `{"node":{"id":"1","givenName":"one","approvedRoutes":["192.168.0.0/24"]}}`))
-	if _, err := c.ApproveRoutes(t.Context(), 1, prefixes("10.244.1.0/24"), nil); err == nil || !strings.Contains(err.Error(), "approved only") {
+	c := serve(t, headscaletest.Answer(200, `{"node":{"id":"1","givenName":"one","nodeKey":"nodekey:ab","approvedRoutes":["192.168.0.0/24"]}}`))
+	if _, err := c.ApproveRoutes(t.Context(), Node{ID: 1, NodeKey: "nodekey:ab"}, prefixes("10.244.1.0/24"), nil); err == nil || !strings.Contains(err.Error(), "approved only") {
 		t.Errorf("got %v", err)
 	}
 }

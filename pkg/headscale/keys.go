@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"regexp"
 	"slices"
 	"time"
 
@@ -31,6 +32,9 @@ type PreAuthKey struct {
 	User       User
 	Expiration time.Time
 }
+
+// keyForm is that of every key that Headscale has made so far.
+var keyForm = regexp.MustCompile(`^[A-Za-z0-9_-]{16,256}$`)
 
 // User owns nodes and keys.
 type User struct {
@@ -70,12 +74,15 @@ func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user
 	if user != 0 {
 		body["user"] = user
 	}
-	var out struct{ PreAuthKey PreAuthKey }
-	err := c.do(ctx, call{method: "POST", path: "/api/v1/preauthkey", body: body, out: &out, once: true})
-	if err == nil && out.PreAuthKey.Key.Empty() {
-		err = errors.New("the answer holds no key")
+	var key PreAuthKey
+	err := c.do(ctx, call{method: "POST", path: "/api/v1/preauthkey", body: body, field: "preAuthKey", out: &key, once: true})
+	if err == nil && (key.ID == 0 || !keyForm.MatchString(key.Key.Reveal())) {
+		err = c.odd(errors.New("the answer holds no key"))
 	}
-	return out.PreAuthKey, err
+	if err != nil {
+		return PreAuthKey{}, err
+	}
+	return key, nil
 }
 
 // KnowsPreAuthKey reports whether the server still has a key of ours that can be used until the given time, to the second. It has
@@ -83,11 +90,11 @@ func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user
 // the same ID.
 func (c *Client) KnowsPreAuthKey(ctx context.Context, id ID, expires time.Time) (bool, error) {
 	known := func(query string) (bool, error) {
-		var list struct{ PreAuthKeys []PreAuthKey }
-		if err := c.do(ctx, call{method: "GET", path: "/api/v1/preauthkey" + query, out: &list}); err != nil {
+		var keys []PreAuthKey
+		if err := c.do(ctx, call{method: "GET", path: "/api/v1/preauthkey" + query, field: "preAuthKeys", out: &keys, list: true}); err != nil {
 			return false, err
 		}
-		return slices.ContainsFunc(list.PreAuthKeys, func(k PreAuthKey) bool {
+		return slices.ContainsFunc(keys, func(k PreAuthKey) bool {
 			return k.ID == id && k.Expiration.Sub(expires).Abs() < time.Second
 		}), nil
 	}
@@ -112,8 +119,10 @@ func (c *Client) ensureUser(ctx context.Context, name string) (User, error) {
 	if !errors.Is(err, ErrNotFound) {
 		return u, err
 	}
-	var out struct{ User User }
-	err = c.do(ctx, call{method: "POST", path: "/api/v1/user", body: map[string]string{"name": name}, out: &out, once: true})
+	err = c.do(ctx, call{method: "POST", path: "/api/v1/user", body: map[string]string{"name": name}, field: "user", out: &u, once: true})
+	if err == nil && (u.ID == 0 || u.Name != name) {
+		err = c.odd(errors.New("the answer holds no such user"))
+	}
 	var refused *Error
 	if errors.As(err, &refused) {
 		// Another node that joins at the same time may have been faster.
@@ -121,16 +130,16 @@ func (c *Client) ensureUser(ctx context.Context, name string) (User, error) {
 			return u, nil
 		}
 	}
-	return out.User, wrap(err, "make user %s", name)
+	return u, wrap(err, "make user %s", name)
 }
 
 // user finds a user. ErrNotFound.
 func (c *Client) user(ctx context.Context, name string) (User, error) {
-	var list struct{ Users []User }
-	if err := c.do(ctx, call{method: "GET", path: "/api/v1/user?name=" + url.QueryEscape(name), out: &list}); err != nil {
+	var users []User
+	if err := c.do(ctx, call{method: "GET", path: "/api/v1/user?name=" + url.QueryEscape(name), field: "users", out: &users, list: true}); err != nil {
 		return User{}, fmt.Errorf("find user %s: %w", name, err)
 	}
-	for _, u := range list.Users {
+	for _, u := range users {
 		if u.Name == name {
 			return u, nil
 		}

@@ -116,7 +116,7 @@ func walk(t *testing.T, w walked) {
 		n.Created.IsZero() || len(n.Available) != 5 || len(n.Approved) != 0 || n.Method != "REGISTER_METHOD_AUTH_KEY" {
 		t.Errorf("node: %+v", n)
 	}
-	t.Run("approve", func(t *testing.T) { testApprove(t, ctx, c, n.ID) })
+	t.Run("approve", func(t *testing.T) { testApprove(t, ctx, c, n) })
 	t.Run("keys", func(t *testing.T) { testListedKey(t, ctx, c, made) })
 	own, err := c.OwnAPIKey(ctx)
 	if left := time.Until(own.Expiration); err != nil || left < 23*time.Hour || left > 25*time.Hour {
@@ -134,14 +134,14 @@ func walk(t *testing.T, w walked) {
 	if got, err := c.Node(ctx, n.ID); err != nil || got.Name != "one" || !got.Expiry.IsZero() {
 		t.Errorf("by its number: %+v, %v", got, err)
 	}
-	if err := c.DeleteNode(ctx, n.ID); err != nil {
+	if err := c.DeleteNode(ctx, n); err != nil {
 		t.Error(err)
 	}
 	gone := map[string]error{
-		"delete twice": c.DeleteNode(ctx, n.ID),
+		"delete twice": c.DeleteNode(ctx, n),
 		"by key":       second(c.NodeByKey(ctx, nodeKey)),
 		"read":         second(c.Node(ctx, n.ID)),
-		"approve":      second(c.ApproveRoutes(ctx, n.ID, prefixes("10.244.1.0/24"), nil)),
+		"approve":      second(c.ApproveRoutes(ctx, n, prefixes("10.244.1.0/24"), nil)),
 	}
 	if w.Since(29) {
 		gone["expiry"] = c.DisableExpiry(ctx, n.ID)
@@ -184,7 +184,7 @@ func testHeir(t *testing.T, ctx context.Context, w walked, c *Client, key PreAut
 		if time.Now().After(end) {
 			t.Fatalf("the heir has no route: %+v", nodes[0])
 		}
-		if _, err := c.ApproveRoutes(ctx, nodes[0].ID, prefixes(route), nil); err != nil {
+		if _, err := c.ApproveRoutes(ctx, nodes[0], prefixes(route), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -215,10 +215,10 @@ func testKinds(t *testing.T, ctx context.Context, url, apiKey, authKey string) {
 	}
 }
 
-func testApprove(t *testing.T, ctx context.Context, c *Client, id ID) {
+func testApprove(t *testing.T, ctx context.Context, c *Client, node Node) {
 	approved := func() []netip.Prefix {
 		t.Helper()
-		n, err := c.Node(ctx, id)
+		n, err := c.Node(ctx, node.ID)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -227,7 +227,7 @@ func testApprove(t *testing.T, ctx context.Context, c *Client, id ID) {
 	}
 	step := func(what string, own, stale []netip.Prefix, wantChange bool, want ...string) {
 		t.Helper()
-		changed, err := c.ApproveRoutes(ctx, id, own, stale)
+		changed, err := c.ApproveRoutes(ctx, node, own, stale)
 		if err != nil || changed != wantChange {
 			t.Errorf("%s: %v, %v", what, changed, err)
 		}
@@ -238,7 +238,7 @@ func testApprove(t *testing.T, ctx context.Context, c *Client, id ID) {
 	own := prefixes("10.244.1.0/24", "fd00:244:1::/64")
 	step("ours only, not the LAN nor the exit", own, nil, true, "10.244.1.0/24", "fd00:244:1::/64")
 	step("again", own, nil, false, "10.244.1.0/24", "fd00:244:1::/64")
-	if _, err := c.ApproveRoutes(ctx, id, prefixes("192.168.7.0/24", "0.0.0.0/0"), nil); err != nil { // as an administrator would
+	if _, err := c.ApproveRoutes(ctx, node, prefixes("192.168.7.0/24", "0.0.0.0/0"), nil); err != nil { // as an administrator would
 		t.Fatal(err)
 	}
 	foreign := []string{"0.0.0.0/0", "192.168.7.0/24", "::/0"}
@@ -253,18 +253,16 @@ func testListedKey(t *testing.T, ctx context.Context, c *Client, made PreAuthKey
 	if made.User.ID != 0 {
 		path += "?user=" + made.User.ID.String() // up to 0.27 keys are listed by user only
 	}
-	var list struct {
-		PreAuthKeys []struct {
-			ID                  ID
-			Reusable, Ephemeral bool
-			ACLTags             []string
-			Expiration          time.Time
-		}
+	var list []struct {
+		ID                  ID
+		Reusable, Ephemeral bool
+		ACLTags             []string
+		Expiration          time.Time
 	}
-	if err := c.do(ctx, call{method: "GET", path: path, out: &list}); err != nil {
+	if err := c.do(ctx, call{method: "GET", path: path, field: "preAuthKeys", out: &list, list: true}); err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range list.PreAuthKeys {
+	for _, k := range list {
 		if k.ID != made.ID {
 			continue
 		}

@@ -55,14 +55,11 @@ func (m *Member) known(ctx context.Context, api *headscale.Client, s Seen) ([]st
 	case errors.Is(err, headscale.ErrNotFound) && !m.ours(s.Tailnet.Self):
 		return nil, errors.New("Headscale does not know this node any more: log it in again with `tailscale up --force-reauth`")
 	case errors.Is(err, headscale.ErrNotFound):
-		if err := m.login(ctx, true); err != nil {
-			return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
-		}
-		m.confirmed = confirmation{}
-		return []string{"joined anew: Headscale did not know this node any more"}, reconcile.Waiting("has just joined anew")
+		return m.joinAnew(ctx, secondLook, lookInterval)
 	case err != nil:
 		return nil, err
 	}
+	m.unknown = time.Time{}
 	m.confirmed = confirmation{key: node.NodeKey, routes: node.Primary, at: time.Now()}
 	if expiry := node.Expiry; !expiry.IsZero() && time.Until(expiry) < headscale.NodeKeyRescue {
 		if err := api.DisableExpiry(ctx, node.ID); err != nil {

@@ -2,11 +2,14 @@ package membership
 
 import (
 	"errors"
+	"log/slog"
 	"testing"
 	"time"
 
+	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/reconcile"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 // A warning stands until the next look: Headscale is not asked with each pass.
@@ -15,5 +18,42 @@ func TestCheckKeepsWarnings(t *testing.T) {
 	m := &Member{cfg: config.Config{Headscale: config.Headscale{URL: "http://127.0.0.1:1"}}, checkedAt: time.Now(), warned: warned}
 	if _, err := m.Check(t.Context(), Seen{}); !errors.Is(err, warned) {
 		t.Errorf("%v, want %v", err, warned)
+	}
+}
+
+// TestOneOddAnswer: a node joins anew when Headscale has told twice, some time apart, that it does not know it.
+func TestOneOddAnswer(t *testing.T) {
+	s := headscaletest.New(t)
+	cfg := config.Default()
+	cfg.Headscale.URL = s.URL
+	env := map[string]string{"HEADSCALE_API_KEY": s.APIKeyUntil(time.Now().Add(90 * 24 * time.Hour))}
+	m := New(cfg, slog.New(slog.DiscardHandler), func(name string) string { return env[name] }, nil)
+	m.Use(t.TempDir() + "/tailscaled.sock") // nobody answers there: what would join fails
+	seen := Seen{Mode: config.ModeDaemon, Tailnet: &tailscale.Status{State: tailscale.Running, Self: tailscale.Peer{NodeKey: "nodekey:ab", Tags: cfg.Tailscale.Tags}}}
+	looks := func() error {
+		t.Helper()
+		_, err := m.Check(t.Context(), seen)
+		return err
+	}
+	var soon reconcile.Soon
+	if err := looks(); !errors.As(err, &soon) || soon.In > secondLook {
+		t.Errorf("the first look: %v", err)
+	}
+	s.AddNode(headscaletest.Node{NodeKey: "nodekey:ab"})
+	if err := looks(); err != nil || !m.unknown.IsZero() {
+		t.Errorf("known again: %v, unknown since %v", err, m.unknown)
+	}
+	m.checkedAt = time.Time{}
+	s.Break(headscaletest.At("GET /api/v1/node", headscaletest.Answer(200, `{}`)))
+	if err := looks(); err == nil || errors.As(err, &soon) || !m.unknown.IsZero() {
+		t.Errorf("an answer without nodes: %v", err)
+	}
+	if n := len(s.Calls("POST ")); n != 0 {
+		t.Errorf("%d keys were made to join with", n)
+	}
+	s.Break(headscaletest.At("GET /api/v1/node", headscaletest.Answer(200, `{"nodes":[]}`)))
+	m.unknown = time.Now().Add(-secondLook)
+	if err := looks(); !errors.Is(err, tailscale.ErrUnreachable) || len(s.Calls("POST /api/v1/preauthkey")) != 1 {
+		t.Errorf("the second look does not join: %v", err)
 	}
 }

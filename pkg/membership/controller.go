@@ -16,9 +16,10 @@ import (
 )
 
 const (
-	// unknownPatience is how long Headscale must not know a node before it joins anew: the controller may have looked
-	// while the node was joining.
+	// unknownPatience is how long the controller must say that Headscale does not know a node before it joins anew: it may have
+	// looked while the node was joining. secondLook is the same for a node that asks Headscale itself.
 	unknownPatience = 30 * time.Second
+	secondLook      = 5 * time.Second
 	// rejoinInterval bounds how often that is done: each time leaves a node in Headscale where the controller is wrong.
 	rejoinInterval = 5 * time.Minute
 	// viewPatience is how long the controller may take to look at a node.
@@ -84,20 +85,25 @@ func (m *Member) checkByView(ctx context.Context, s Seen) ([]string, error) {
 		return nil, errors.New("Headscale does not know this node (deleted there, or another server than headcni-controller's): log it in " +
 			"again with `tailscale up --force-reauth`")
 	}
+	return m.joinAnew(ctx, unknownPatience, rejoinInterval)
+}
+
+// joinAnew joins a node again that Headscale has not known for as long as patience: one answer may be odd. It does so once
+// within interval.
+func (m *Member) joinAnew(ctx context.Context, patience, interval time.Duration) ([]string, error) {
 	if m.unknown.IsZero() {
 		m.unknown = time.Now()
 	}
-	if time.Since(m.unknown) < unknownPatience {
-		return nil, reconcile.Waiting("Headscale does not know this node; joins anew if it stays so")
+	if left := patience - time.Since(m.unknown); left > 0 {
+		return nil, reconcile.Soon{Waiting: "Headscale does not know this node; joins anew if it stays so", In: left}
 	}
-	if time.Since(m.rejoined) < rejoinInterval {
-		return nil, fmt.Errorf("Headscale does not know this node although it joined at %s: does headcni-controller ask the Headscale at "+
-			"headscale.url?", m.rejoined.UTC().Format(time.RFC3339))
+	if time.Since(m.rejoined) < interval {
+		return nil, fmt.Errorf("Headscale does not know this node although it joined at %s: is headscale.url, here and of headcni-controller, "+
+			"the Headscale that this node is in?", m.rejoined.UTC().Format(time.RFC3339))
 	}
-	m.rejoined = time.Now()
 	if err := m.login(ctx, true); err != nil {
 		return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
 	}
-	m.unknown, m.confirmed = time.Time{}, confirmation{}
+	m.rejoined, m.unknown, m.confirmed = time.Now(), time.Time{}, confirmation{}
 	return []string{"joined anew: Headscale did not know this node any more"}, reconcile.Waiting("has just joined anew")
 }

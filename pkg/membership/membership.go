@@ -49,7 +49,7 @@ type Member struct {
 	confirmed    confirmation
 	checkedAt    time.Time // when Check last had an answer, and
 	warned       error     // what it warned of
-	unknown      time.Time // since when the controller says that Headscale does not know us, and
+	unknown      time.Time // since when Headscale is said not to know us, and
 	rejoined     time.Time // when we last joined anew for that
 
 	mu      sync.Mutex
@@ -275,7 +275,7 @@ func (m *Member) approveBy(ctx context.Context, api *headscale.Client, key strin
 	if err != nil {
 		return nil, fmt.Errorf("approve our routes: %w", err)
 	}
-	approved, err := api.ApproveRoutes(ctx, node.ID, spec.AdvertiseRoutes, spec.DropRoutes)
+	approved, err := api.ApproveRoutes(ctx, node, spec.AdvertiseRoutes, spec.DropRoutes)
 	if err != nil {
 		return nil, fmt.Errorf("approve our routes: %w", err)
 	}
