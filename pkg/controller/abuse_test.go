@@ -12,9 +12,9 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes/fake"
 
 	"github.com/headcni/headcni/internal/headscaletest"
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -76,12 +76,12 @@ func TestMadRangeTakesNothing(t *testing.T) {
 }
 
 // world is a controller between a Headscale and an API server that are only imitated.
-func world(t *testing.T, s *headscaletest.Server, key string, nodes ...*corev1.Node) (*Controller, *fake.Clientset, *bytes.Buffer) {
+func world(t *testing.T, s *headscaletest.Server, key string, nodes ...*corev1.Node) (*Controller, kubetest.Client, *bytes.Buffer) {
 	t.Setenv("HEADSCALE_API_KEY", "")
 	cfg := config.Default()
 	cfg.Headscale.URL = s.URL
 	cfg.Network.ClusterCIDRs = config.CIDRs{"10.244.0.0/16"}
-	client := fake.NewClientset()
+	client := kubetest.New()
 	var log bytes.Buffer
 	env := func(name string) string {
 		if name == "HEADSCALE_API_KEY" {
@@ -286,10 +286,10 @@ func TestNothingOfANodesOwnIsRepeated(t *testing.T) {
 func TestPendingForLongIsLookedAtLess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		// Its Nodes were never read: every pass is pending.
-		c := newController(config.Default(), slog.New(slog.DiscardHandler), func(string) string { return "" }, fake.NewClientset(), "test")
+		c := newController(config.Default(), slog.New(slog.DiscardHandler), func(string) string { return "" }, kubetest.New(), "test")
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 		defer cancel()
-		c.lead(ctx, ctx)
+		c.lead(ctx)
 		if n := counter(t, c, "headcni_controller_passes_total"); n < 20 || n > 40 {
 			t.Errorf("%v passes in ten minutes", n)
 		}

@@ -10,8 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"k8s.io/client-go/kubernetes"
-
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -24,7 +22,7 @@ type Controller struct {
 	cfg       config.Config
 	log       *slog.Logger
 	headscale *headscale.Connector
-	client    kubernetes.Interface
+	client    kube.Client
 	namespace string
 	identity  string
 	metrics   *metrics
@@ -57,14 +55,14 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	// A thousand Nodes have their views written within seconds, not at the library's five a second.
 	rc.QPS, rc.Burst = 200, 400
-	client, err := kubernetes.NewForConfig(rc)
+	client, err := kube.NewClient(rc)
 	if err != nil {
 		return nil, err
 	}
 	return newController(c, log, getenv, client, version), nil
 }
 
-func newController(c config.Config, log *slog.Logger, getenv func(string) string, client kubernetes.Interface, version string) *Controller {
+func newController(c config.Config, log *slog.Logger, getenv func(string) string, client kube.Client, version string) *Controller {
 	identity := getenv("POD_NAME")
 	if identity == "" {
 		identity, _ = os.Hostname() // only to tell leaders apart, with the number behind it

@@ -13,9 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"k8s.io/client-go/kubernetes/fake"
-
 	"github.com/headcni/headcni/internal/headscaletest"
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
@@ -71,7 +70,7 @@ func newCrowd(t *testing.T, nodes int) (*crowd, *Controller, *headscale.Client) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s, newController(config.Default(), slog.New(slog.DiscardHandler), func(string) string { return "" }, fake.NewClientset(), "test"), api
+	return s, newController(config.Default(), slog.New(slog.DiscardHandler), func(string) string { return "" }, kubetest.New(), "test"), api
 }
 
 // crowded is a node of newCrowd's, as far as it is told apart.

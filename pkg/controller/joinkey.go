@@ -47,7 +47,7 @@ const (
 func (c *Controller) joinKey(ctx context.Context, api *headscale.Client, credential secret.Secret) (time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, joinKeyTimeout)
 	defer cancel()
-	secrets := c.client.CoreV1().Secrets(c.namespace)
+	secrets := c.client.Secrets(c.namespace)
 	have, err := secrets.Get(ctx, kube.JoinSecret, metav1.GetOptions{})
 	missing := apierrors.IsNotFound(err)
 	if err != nil && !missing {

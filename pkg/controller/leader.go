@@ -2,25 +2,15 @@ package controller
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"math/rand/v2"
-	"sync"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/tools/leaderelection"
-	"k8s.io/client-go/tools/leaderelection/resourcelock"
-	"k8s.io/klog/v2"
-
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/kube/election"
 )
 
 const (
-	// The Lease. Another leader takes over at the latest after leaseDuration; one that cannot renew stops before that.
-	leaseDuration = 15 * time.Second
-	renewDeadline = 10 * time.Second
-	retryPeriod   = 2 * time.Second
-
 	// fullCheck is how often Headscale is asked although nothing changed in Kubernetes.
 	fullCheck = 30 * time.Second
 	// soon is how often while something is under way; where nothing comes of it, ever less often.
@@ -34,51 +24,16 @@ const (
 
 // campaign waits for the Lease and leads while it is held, until ctx ends. It returns an error when the Lease is lost.
 func (c *Controller) campaign(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	// The Lease is given up only when the loop has ended: else two would lead for a moment.
-	held, release := context.WithCancel(klog.NewContext(context.WithoutCancel(ctx), klog.New(nil)))
-	defer release()
-	var loop sync.Mutex
-	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Lock: &resourcelock.LeaseLock{
-			LeaseMeta: metav1.ObjectMeta{Name: kube.Lease, Namespace: c.namespace}, Client: c.client.CoordinationV1(),
-			LockConfig: resourcelock.ResourceLockConfig{Identity: c.identity},
-		},
-		LeaseDuration: leaseDuration, RenewDeadline: renewDeadline, RetryPeriod: retryPeriod, ReleaseOnCancel: true,
-		Callbacks: leaderelection.LeaderCallbacks{OnStartedLeading: func(held context.Context) {
-			loop.Lock()
-			defer loop.Unlock()
-			c.lead(ctx, held)
-		}, OnStoppedLeading: func() {}},
-		Name: kube.Lease,
-	})
-	if err != nil {
-		return err
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		<-ctx.Done()
-		loop.Lock() // the loop has ended, or finds that it need not begin
-		defer loop.Unlock()
-		release()
-	})
-	elector.Run(held)
-	lost := ctx.Err() == nil
-	cancel()
-	wg.Wait()
-	if lost {
-		return errors.New("lost the lead: the API server did not take the renewal of the Lease in time; starting anew")
+	candidate := election.Candidate{Client: c.client, Namespace: c.namespace, Name: kube.Lease, Identity: c.identity}
+	if err := candidate.Run(ctx, c.lead); err != nil {
+		return fmt.Errorf("%w; starting anew", err)
 	}
 	return nil
 }
 
-// lead runs passes until ctx ends, or held: the lead is lost.
-func (c *Controller) lead(ctx, held context.Context) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(held, cancel)()
-	if held.Err() != nil || ctx.Err() != nil {
+// lead runs passes until ctx ends.
+func (c *Controller) lead(ctx context.Context) {
+	if ctx.Err() != nil {
 		return
 	}
 	c.log.Info("leading")

@@ -19,7 +19,7 @@ const memoryKey = "members.json"
 func (c *Controller) loadMemory(ctx context.Context) (m memory, found *corev1.ConfigMap, err error) {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	found, err = c.client.CoreV1().ConfigMaps(c.namespace).Get(ctx, kube.Memory, metav1.GetOptions{})
+	found, err = c.client.ConfigMaps(c.namespace).Get(ctx, kube.Memory, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return memory{}, nil, nil
 	}
@@ -46,7 +46,7 @@ func (c *Controller) saveMemory(ctx context.Context, m memory, found *corev1.Con
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	maps := c.client.CoreV1().ConfigMaps(c.namespace)
+	maps := c.client.ConfigMaps(c.namespace)
 	if found == nil {
 		_, err = maps.Create(ctx, &corev1.ConfigMap{
 			ObjectMeta: metav1.ObjectMeta{

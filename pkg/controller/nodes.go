@@ -7,52 +7,33 @@ import (
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/client-go/informers"
-	"k8s.io/client-go/tools/cache"
-	"k8s.io/klog/v2"
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/kube"
 )
 
 // watch keeps the Nodes, cut down to what counts, and asks for a pass where that changes, until ctx ends.
-func (c *Controller) watch(ctx context.Context) {
-	factory := informers.NewSharedInformerFactoryWithOptions(c.client, 0, informers.WithTransform(func(obj any) (any, error) {
-		if n, ok := obj.(*corev1.Node); ok {
-			return trim(n), nil
-		}
-		return obj, nil
-	}))
-	informer := factory.Core().V1().Nodes().Informer()
-	set := func(obj any) {
-		if n, ok := obj.(*corev1.Node); ok {
-			c.setNode(nodeOf(n))
-		}
+func (c *Controller) watch(ctx context.Context) { kube.WatchNodes(ctx, c.client, (*nodeStore)(c)) }
+
+// nodeStore is where the watch puts Nodes.
+type nodeStore Controller
+
+func (s *nodeStore) Trim(n *corev1.Node) *corev1.Node { return trim(n) }
+func (s *nodeStore) SetNode(n *corev1.Node)           { (*Controller)(s).setNode(nodeOf(n)) }
+func (s *nodeStore) RemoveNode(n *corev1.Node)        { (*Controller)(s).dropNode(n.Name) }
+
+// Answered need not tell: until the Nodes are read, Ready says so.
+func (s *nodeStore) Answered(error) {}
+
+func (s *nodeStore) ReplaceNodes(nodes []*corev1.Node) {
+	all := map[string]node{}
+	for _, n := range nodes {
+		all[n.Name] = nodeOf(n)
 	}
-	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc: set, UpdateFunc: func(_, obj any) { set(obj) },
-		DeleteFunc: func(obj any) {
-			if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
-				obj = gone.Obj
-			}
-			if n, ok := obj.(*corev1.Node); ok {
-				c.dropNode(n.Name)
-			}
-		},
-	})
-	if err != nil {
-		c.log.Error("watch Nodes", "err", err) // only of an informer that was stopped
-		return
-	}
-	factory.StartWithContext(klog.NewContext(ctx, klog.New(nil)))
-	defer factory.Shutdown() // waits for what it has started
-	if cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
-		c.mu.Lock()
-		c.synced = true
-		c.mu.Unlock()
-		c.loop.Wake()
-	}
-	<-ctx.Done()
+	s.mu.Lock()
+	s.nodes, s.synced = all, true
+	s.mu.Unlock()
+	s.loop.Wake()
 }
 
 // trim keeps only what the controller uses of a Node: a whole one is 10 kB.
@@ -94,7 +75,7 @@ func (c *Controller) dropNode(name string) {
 	c.loop.Wake()
 }
 
-// Nodes that the informer knows, by name.
+// snapshot is the Nodes that are known, by name.
 func (c *Controller) snapshot() (nodes []node, synced bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -181,7 +181,7 @@ func (c *Controller) patch(ctx context.Context, node string, kind types.PatchTyp
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	_, err = c.client.CoreV1().Nodes().Patch(ctx, node, kind, body, metav1.PatchOptions{})
+	_, err = c.client.Nodes().Patch(ctx, node, kind, body, metav1.PatchOptions{})
 	if apierrors.IsNotFound(err) {
 		return nil // gone since
 	}

@@ -14,9 +14,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/internal/realparts"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
@@ -42,7 +42,7 @@ func newTestCluster(t *testing.T, w *realparts.World, nodes ...runtime.Object) *
 	c := &cluster{t: t, log: &strings.Builder{}, key: w.APIKey()}
 	c.Controller = newController(cfg, slog.New(slog.NewTextHandler(c.log, nil)), func(name string) string {
 		return map[string]string{"HEADSCALE_API_KEY": c.key}[name]
-	}, fake.NewClientset(nodes...), "test")
+	}, kubetest.New(nodes...), "test")
 	api, err := headscale.New(headscale.Options{URL: w.URL, Key: secret.New(c.key)})
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +83,7 @@ func (c *cluster) joinKeyNow() string {
 
 func (c *cluster) joinSecret() *corev1.Secret {
 	c.t.Helper()
-	s, err := c.client.CoreV1().Secrets("kube-system").Get(c.t.Context(), kube.JoinSecret, metav1.GetOptions{})
+	s, err := c.client.Secrets("kube-system").Get(c.t.Context(), kube.JoinSecret, metav1.GetOptions{})
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func (c *cluster) says(name, nodeKey, mode string) {
 
 func (c *cluster) state(node string) kube.View {
 	c.t.Helper()
-	n, err := c.client.CoreV1().Nodes().Get(c.t.Context(), node, metav1.GetOptions{})
+	n, err := c.client.Nodes().Get(c.t.Context(), node, metav1.GetOptions{})
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -177,7 +177,7 @@ func TestOnRealHeadscale(t *testing.T) {
 func (c *cluster) testEnd(n headscale.Node, key string) {
 	c.t.Helper()
 	for _, name := range []string{"one", "thief"} {
-		if err := c.client.CoreV1().Nodes().Delete(c.t.Context(), name, metav1.DeleteOptions{}); err != nil {
+		if err := c.client.Nodes().Delete(c.t.Context(), name, metav1.DeleteOptions{}); err != nil {
 			c.t.Fatal(err)
 		}
 	}
@@ -205,7 +205,7 @@ func TestJoinKey(t *testing.T) {
 	}
 	c.now = func() time.Time { return time.Now().Add(joinKeyRenew + time.Minute) }
 	fails := true
-	c.client.(*fake.Clientset).PrependReactor("update", "secrets", func(clienttesting.Action) (bool, runtime.Object, error) {
+	c.client.(kubetest.Client).PrependReactor("update", "secrets", func(clienttesting.Action) (bool, runtime.Object, error) {
 		return fails, nil, errors.New("the API server is away")
 	})
 	if _, err := c.pass(t.Context()); err == nil || !strings.Contains(err.Error(), "write Secret kube-system/headcni-join") {

@@ -15,12 +15,13 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/headcni/headcni/internal/headscaletest"
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/kube/election"
 )
 
 // busy counts the calls of two keys that are under way, each of which takes its time.
@@ -54,7 +55,7 @@ func TestOneLeads(t *testing.T) {
 	s.Break(b.delay)
 	cfg := config.Default()
 	cfg.Headscale.URL = s.URL
-	client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
+	client := kubetest.New(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
 	run := func(digit string) (*Controller, context.CancelFunc, chan error) {
 		c := newController(cfg, slog.New(slog.DiscardHandler), func(name string) string {
 			return map[string]string{"HEADSCALE_API_KEY": keys[digit], "POD_NAME": digit}[name]
@@ -66,7 +67,7 @@ func TestOneLeads(t *testing.T) {
 	}
 	until := func(what string, ok func() bool) {
 		t.Helper()
-		for end := time.Now().Add(2 * leaseDuration); !ok(); time.Sleep(5 * time.Millisecond) {
+		for end := time.Now().Add(2 * election.LeaseDuration); !ok(); time.Sleep(5 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("waited in vain until %s", what)
 			}
@@ -86,7 +87,7 @@ func TestOneLeads(t *testing.T) {
 	if leads(one) {
 		t.Error("the second began before the first had ended")
 	}
-	if took := time.Since(began); took > leaseDuration {
+	if took := time.Since(began); took > election.LeaseDuration {
 		t.Errorf("the second waited %s: the Lease was not given up", took)
 	}
 	if err := <-doneOne; err != nil {
@@ -106,7 +107,7 @@ func TestRunEnds(t *testing.T) {
 	for name, lost := range map[string]bool{"lost": true, "told": false} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
+				client := kubetest.New(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
 				var away atomic.Bool
 				client.PrependReactor("update", "leases", func(clienttesting.Action) (bool, runtime.Object, error) {
 					return away.Load(), nil, errors.New("the API server is away")
@@ -154,12 +155,12 @@ func TestUninstall(t *testing.T) {
 	log := &strings.Builder{}
 	c := newController(cfg, slog.New(slog.NewTextHandler(log, nil)), func(name string) string {
 		return map[string]string{"HEADSCALE_API_KEY": key}[name]
-	}, fake.NewClientset(nodes...), "test")
+	}, kubetest.New(nodes...), "test")
 	start := time.Now()
 	c.now = func() time.Time { return start.Add(60 * time.Since(start)) } // two minutes are two seconds
 	go func() {
 		for t.Context().Err() == nil {
-			n, err := c.client.CoreV1().Nodes().Get(context.Background(), "alive", metav1.GetOptions{})
+			n, err := c.client.Nodes().Get(context.Background(), "alive", metav1.GetOptions{})
 			if err == nil && n.Annotations[kube.Uninstall] == "true" {
 				_ = c.annotate(context.Background(), "alive", map[string]any{kube.Uninstalled: "now"}) // the test sees the annotation or not
 				return
@@ -176,7 +177,7 @@ func TestUninstall(t *testing.T) {
 	if left := s.Nodes(); len(left) != 2 || left[0].ID != 2 || left[1].ID != 3 {
 		t.Errorf("Headscale still has %+v, want all but the one that joined for us", left)
 	}
-	list, err := c.client.CoreV1().Nodes().List(t.Context(), metav1.ListOptions{})
+	list, err := c.client.Nodes().List(t.Context(), metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +191,7 @@ func TestUninstall(t *testing.T) {
 			}
 		}
 	}
-	if _, err := c.client.CoreV1().Secrets("kube-system").Get(t.Context(), kube.JoinSecret, metav1.GetOptions{}); err == nil {
+	if _, err := c.client.Secrets("kube-system").Get(t.Context(), kube.JoinSecret, metav1.GetOptions{}); err == nil {
 		t.Error("the join key is still there")
 	}
 	if err := c.Uninstall(t.Context()); err != nil {
@@ -205,7 +206,7 @@ func TestUninstallWithoutHeadscale(t *testing.T) {
 	log := &strings.Builder{}
 	c := newController(cfg, slog.New(slog.NewTextHandler(log, nil)), func(name string) string {
 		return map[string]string{"HEADSCALE_API_KEY": "hskey-api-111111111111-x"}[name]
-	}, fake.NewClientset(&corev1.ConfigMap{
+	}, kubetest.New(&corev1.ConfigMap{
 		ObjectMeta: metav1.ObjectMeta{Name: kube.Memory, Namespace: "kube-system"}, Data: map[string]string{memoryKey: `{"members":[{"id":"17","node":"a","daemon":true}]}`},
 	}, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: testPod, Namespace: "kube-system"}}), "test")
 	if err := c.Uninstall(t.Context()); err != nil {
@@ -214,7 +215,7 @@ func TestUninstallWithoutHeadscale(t *testing.T) {
 	if !strings.Contains(log.String(), "headscale nodes delete") || !strings.Contains(log.String(), "ids=[17]") {
 		t.Errorf("the node that stays is not named:\n%s", log)
 	}
-	if _, err := c.client.CoreV1().Pods("kube-system").Get(t.Context(), testPod, metav1.GetOptions{}); err == nil {
+	if _, err := c.client.Pods("kube-system").Get(t.Context(), testPod, metav1.GetOptions{}); err == nil {
 		t.Error("the pod of `helm test` stays")
 	}
 }

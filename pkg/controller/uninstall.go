@@ -39,10 +39,10 @@ func (c *Controller) Uninstall(ctx context.Context) error {
 		kind, name string
 		remove     func(context.Context, string, metav1.DeleteOptions) error
 	}{
-		{"Secret", kube.JoinSecret, c.client.CoreV1().Secrets(c.namespace).Delete},
-		{"ConfigMap", kube.Memory, c.client.CoreV1().ConfigMaps(c.namespace).Delete},
-		{"Pod", testPod, c.client.CoreV1().Pods(c.namespace).Delete},
-		{"Lease", kube.Lease, c.client.CoordinationV1().Leases(c.namespace).Delete},
+		{"Secret", kube.JoinSecret, c.client.Secrets(c.namespace).Delete},
+		{"ConfigMap", kube.Memory, c.client.ConfigMaps(c.namespace).Delete},
+		{"Pod", testPod, c.client.Pods(c.namespace).Delete},
+		{"Lease", kube.Lease, c.client.Leases(c.namespace).Delete},
 	} {
 		if err := made.remove(ctx, made.name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 			errs = append(errs, fmt.Errorf("remove %s %s: %w", made.kind, made.name, err))
@@ -53,7 +53,7 @@ func (c *Controller) Uninstall(ctx context.Context) error {
 
 // stopControllers scales them to none: a leader would write again what is removed here.
 func (c *Controller) stopControllers(ctx context.Context) error {
-	deployments := c.client.AppsV1().Deployments(c.namespace)
+	deployments := c.client.Deployments(c.namespace)
 	_, err := deployments.Patch(ctx, kube.Controller, types.MergePatchType, []byte(`{"spec":{"replicas":0}}`), metav1.PatchOptions{})
 	if apierrors.IsNotFound(err) {
 		return nil
@@ -84,7 +84,7 @@ func (c *Controller) askNodes(ctx context.Context) error {
 	deadline := c.now().Add(nodesLeave)
 	asked := map[string]bool{}
 	for {
-		list, err := c.client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+		list, err := c.client.Nodes().List(ctx, metav1.ListOptions{})
 		if err != nil {
 			return fmt.Errorf("list the Nodes: %w", err)
 		}
@@ -164,7 +164,7 @@ func (c *Controller) forget(ctx context.Context, api *headscale.Client, m memory
 
 // cleanNodes removes our annotations.
 func (c *Controller) cleanNodes(ctx context.Context) error {
-	list, err := c.client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	list, err := c.client.Nodes().List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return fmt.Errorf("list the Nodes: %w", err)
 	}

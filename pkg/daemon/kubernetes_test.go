@@ -11,8 +11,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/kube"
@@ -44,9 +44,9 @@ func node(name string, cidrs ...string) *corev1.Node {
 }
 
 // startWatch watches a fake API server until the test ends.
-func startWatch(t *testing.T, objects ...runtime.Object) (*nodeview.Watch, *fake.Clientset) {
+func startWatch(t *testing.T, objects ...runtime.Object) (*nodeview.Watch, kubetest.Client) {
 	t.Helper()
-	client := fake.NewClientset(objects...)
+	client := kubetest.New(objects...)
 	w := nodeview.Of(client, "a", quiet)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})

@@ -10,8 +10,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes/fake"
 
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/membership"
@@ -26,7 +26,7 @@ var notReady = []string{
 		"No CNI configuration file in /etc/kubernetes/cni/net.d/. Has your network provider started?",
 }
 
-func setReady(t *testing.T, client *fake.Clientset, status corev1.ConditionStatus, message string) {
+func setReady(t *testing.T, client kubetest.Client, status corev1.ConditionStatus, message string) {
 	t.Helper()
 	n := node("a", "10.244.1.0/24")
 	n.Status.Conditions = []corev1.NodeCondition{

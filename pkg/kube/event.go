@@ -11,7 +11,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes"
 )
 
 // Reasons of our events.
@@ -41,7 +40,7 @@ type Event struct {
 // Reporter writes events in the name of one of our programs. The recorder of client-go would count different texts of one
 // thing as one event, and try for two minutes only.
 type Reporter struct {
-	Client kubernetes.Interface
+	Client Client
 	// Program is "daemon" or "controller", Instance the name of the one that speaks.
 	Program, Instance string
 }
@@ -68,7 +67,7 @@ func (r Reporter) Write(ctx context.Context, e Event) error {
 	if len(e.Note) > maxNote {
 		e.Note = strings.ToValidUTF8(e.Note[:maxNote-3], "") + "..."
 	}
-	_, err := r.Client.EventsV1().Events(namespace).Create(ctx, &eventsv1.Event{
+	_, err := r.Client.Events(namespace).Create(ctx, &eventsv1.Event{
 		ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", e.About.Name, e.Time.UnixNano()), Namespace: namespace},
 		EventTime:  metav1.NewMicroTime(e.Time.Truncate(time.Microsecond)), Type: kind, Reason: reason, Action: e.What, Note: e.Note,
 		Regarding: e.About, ReportingController: prefix + r.Program, ReportingInstance: r.Instance,

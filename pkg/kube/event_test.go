@@ -1,4 +1,4 @@
-package kube
+package kube_test
 
 import (
 	"strings"
@@ -8,20 +8,22 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/headcni/headcni/internal/kubetest"
+	"github.com/headcni/headcni/pkg/kube"
 )
 
 func TestWriteEvent(t *testing.T) {
-	client := fake.NewClientset()
-	r := Reporter{Client: client, Program: "daemon", Instance: "a"}
-	e := Event{Time: time.Now(), About: AboutNode("a"), What: "firewall", Note: strings.Repeat("é", maxNote)}
+	client := kubetest.New()
+	r := kube.Reporter{Client: client, Program: "daemon", Instance: "a"}
+	e := kube.Event{Time: time.Now(), About: kube.AboutNode("a"), What: "firewall", Note: strings.Repeat("é", 1024)}
 	for range 2 { // the second as after an answer that was lost
 		if err := r.Write(t.Context(), e); err != nil {
 			t.Fatal(err)
 		}
 	}
-	about := corev1.ObjectReference{Kind: "Deployment", Namespace: "kube-system", Name: Controller}
-	if err := r.Write(t.Context(), Event{Time: time.Now(), About: about, What: "policy", Note: "right again", Right: true}); err != nil {
+	about := corev1.ObjectReference{Kind: "Deployment", Namespace: "kube-system", Name: kube.Controller}
+	if err := r.Write(t.Context(), kube.Event{Time: time.Now(), About: about, What: "policy", Note: "right again", Right: true}); err != nil {
 		t.Fatal(err)
 	}
 	list, err := client.EventsV1().Events(metav1.NamespaceAll).List(t.Context(), metav1.ListOptions{})
@@ -34,12 +36,12 @@ func TestWriteEvent(t *testing.T) {
 		}
 		switch got.Regarding.Kind {
 		case "Node":
-			if got.Namespace != "default" || got.Type != corev1.EventTypeWarning || got.Reason != ReasonNotRight || got.Action != "firewall" ||
-				got.Regarding.UID != "a" || len(got.Note) > maxNote || !utf8.ValidString(got.Note) || !strings.HasSuffix(got.Note, "é...") {
+			if got.Namespace != "default" || got.Type != corev1.EventTypeWarning || got.Reason != kube.ReasonNotRight || got.Action != "firewall" ||
+				got.Regarding.UID != "a" || len(got.Note) > 1024 || !utf8.ValidString(got.Note) || !strings.HasSuffix(got.Note, "é...") {
 				t.Errorf("%+v", got)
 			}
 		default:
-			if got.Namespace != "kube-system" || got.Type != corev1.EventTypeNormal || got.Reason != ReasonRight || got.Note != "right again" {
+			if got.Namespace != "kube-system" || got.Type != corev1.EventTypeNormal || got.Reason != kube.ReasonRight || got.Note != "right again" {
 				t.Errorf("%+v", got)
 			}
 		}

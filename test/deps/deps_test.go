@@ -71,7 +71,7 @@ var level = map[string]int{
 }
 
 // testOnly packages import testing. Nothing that ships may.
-var testOnly = []string{"internal/cluster", "internal/golden", "internal/headscaletest", "internal/labtest", "internal/nstest", "internal/realparts", "test"}
+var testOnly = []string{"internal/cluster", "internal/golden", "internal/headscaletest", "internal/kubetest", "internal/labtest", "internal/nstest", "internal/realparts", "test"}
 
 // pkg is what `go list` tells of a package.
 type pkg struct {
@@ -187,5 +187,23 @@ func TestNodeStatusLinksLittle(t *testing.T) {
 		if folder(p.ImportPath, []string{"k8s.io", "sigs.k8s.io", "tailscale.com", "github.com/prometheus", "github.com/vishvananda"}) != "" {
 			t.Errorf("pkg/nodestatus links %s", p.ImportPath)
 		}
+	}
+}
+
+// Of Kubernetes' kinds of objects the programs link those that they use: all of them take longer to compile than the daemon.
+func TestProgramsLinkFewKinds(t *testing.T) {
+	allowed := []string{
+		"k8s.io/api/apps/v1", "k8s.io/api/coordination/v1", "k8s.io/api/core/v1", "k8s.io/api/events/v1", "k8s.io/api/networking/v1",
+	}
+	linked := false
+	for _, p := range list(t, "-deps", "./cmd/...") {
+		if folder(p.ImportPath, []string{"k8s.io/client-go/kubernetes", "k8s.io/client-go/gentype", "k8s.io/client-go/applyconfigurations"}) != "" ||
+			strings.HasPrefix(p.ImportPath, "k8s.io/api/") && !slices.Contains(allowed, p.ImportPath) {
+			t.Errorf("a program links %s: let pkg/kube's Client have the kind", p.ImportPath)
+		}
+		linked = linked || p.ImportPath == "k8s.io/api/core/v1"
+	}
+	if !linked {
+		t.Error("no program links k8s.io/api/core/v1: is the list right?")
 	}
 }

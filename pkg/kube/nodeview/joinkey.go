@@ -18,7 +18,7 @@ import (
 func (w *Watch) JoinKey(ctx context.Context) (secret.Secret, error) {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	s, err := w.client.CoreV1().Secrets(w.namespace).Get(ctx, kube.JoinSecret, metav1.GetOptions{})
+	s, err := w.client.Secrets(w.namespace).Get(ctx, kube.JoinSecret, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) || err == nil && len(s.Data[kube.JoinSecretKey]) == 0 {
 		return secret.Secret{}, fmt.Errorf("headcni-controller has not made a key to join with yet (Secret %s/%s): see `kubectl -n %[1]s logs "+
 			"deploy/headcni-controller`", w.namespace, kube.JoinSecret)

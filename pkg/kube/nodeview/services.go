@@ -47,7 +47,7 @@ func (w *Watch) askServices(ctx context.Context) ([]netip.Prefix, error) {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
 	var texts []string
-	list, err := w.client.NetworkingV1().ServiceCIDRs().List(ctx, metav1.ListOptions{})
+	list, err := w.client.ServiceCIDRs().List(ctx, metav1.ListOptions{})
 	if err == nil {
 		for _, s := range list.Items {
 			texts = append(texts, s.Spec.CIDRs...)
@@ -65,7 +65,7 @@ func (w *Watch) askServices(ctx context.Context) ([]netip.Prefix, error) {
 }
 
 func (w *Watch) askKubeadm(ctx context.Context) ([]string, error) {
-	cm, err := w.client.CoreV1().ConfigMaps("kube-system").Get(ctx, "kubeadm-config", metav1.GetOptions{})
+	cm, err := w.client.ConfigMaps("kube-system").Get(ctx, "kubeadm-config", metav1.GetOptions{})
 	if err != nil {
 		return nil, err
 	}

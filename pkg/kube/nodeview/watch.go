@@ -17,11 +17,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/cache"
-	"k8s.io/klog/v2"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/kube"
@@ -30,8 +25,6 @@ import (
 const (
 	// apiTimeout bounds each request to the API server but the watch.
 	apiTimeout = 5 * time.Second
-	// nodePage is how many Nodes are read at once where the server cannot stream them: one is 10 kB and more.
-	nodePage = 100
 	// serviceInterval is how often the cluster's service ranges are asked for. They are added to, if ever, by hand.
 	serviceInterval = 10 * time.Minute
 	// denialPatience is how long the API server may deny us what it has granted: one that has just started does so until it
@@ -41,7 +34,7 @@ const (
 
 // Watch follows the Nodes of a cluster and nothing else. Make it with New.
 type Watch struct {
-	client    kubernetes.Interface
+	client    kube.Client
 	node      string // our Node's name
 	namespace string // of our own objects
 	server    string // the API server's URL, "" where unknown
@@ -73,7 +66,7 @@ func New(c config.Kubernetes, log *slog.Logger, getenv func(string) string, vers
 	if err != nil {
 		return nil, fmt.Errorf("%w; set kubernetes.kubeconfig, or kubernetes.enable: false", err)
 	}
-	client, err := kubernetes.NewForConfig(rc)
+	client, err := kube.NewClient(rc)
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +76,7 @@ func New(c config.Kubernetes, log *slog.Logger, getenv func(string) string, vers
 }
 
 // Of makes the watch of a node with a client that is there already.
-func Of(client kubernetes.Interface, node string, log *slog.Logger) *Watch {
+func Of(client kube.Client, node string, log *slog.Logger) *Watch {
 	return &Watch{client: client, node: node, namespace: kube.DefaultNamespace, log: log, changed: func() {}, cidrs: map[string][]netip.Prefix{}}
 }
 
@@ -99,38 +92,9 @@ func (w *Watch) Server() string { return w.server }
 // Run watches until ctx ends. It calls changed for everything that concerns this node.
 func (w *Watch) Run(ctx context.Context, changed func()) {
 	w.changed = changed
-	// The library logs each failed try; the part kubernetes says it once.
-	ctx = klog.NewContext(ctx, klog.New(nil))
-	nodes := w.client.CoreV1().Nodes()
-	lw := &cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			// In pages also where the library would take everything at once from the server's cache.
-			if o.Limit = nodePage; o.ResourceVersion == "0" {
-				o.ResourceVersion = ""
-			}
-			ctx, cancel := context.WithTimeout(ctx, 6*apiTimeout)
-			defer cancel()
-			list, err := nodes.List(ctx, o)
-			w.answered(err)
-			if err != nil {
-				return nil, err
-			}
-			for i := range list.Items {
-				list.Items[i] = *w.trim(&list.Items[i])
-			}
-			return list, nil
-		},
-		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-			events, err := nodes.Watch(ctx, o)
-			w.answered(err)
-			return events, err
-		},
-	}
-	r := cache.NewReflectorWithOptions(cache.ToListWatcherWithWatchListSemantics(lw, w.client), &corev1.Node{}, (*nodeStore)(w),
-		cache.ReflectorOptions{Name: "nodes"})
 	var wg sync.WaitGroup
 	wg.Go(func() { w.watchServices(ctx) })
-	r.RunWithContext(ctx)
+	kube.WatchNodes(ctx, w.client, (*nodeStore)(w))
 	wg.Wait()
 }
 
@@ -186,27 +150,13 @@ func (w *Watch) trim(n *corev1.Node) *corev1.Node {
 // nodeStore is where the watch puts Nodes.
 type nodeStore Watch
 
-func (s *nodeStore) Add(obj any) error    { return s.Update(obj) }
-func (s *nodeStore) Resync() error        { return nil }
-func (s *nodeStore) watch() *Watch        { return (*Watch)(s) }
-func (s *nodeStore) Delete(obj any) error { return s.change(obj, (*Watch).remove) }
-func (s *nodeStore) Update(obj any) error { return s.change(obj, (*Watch).upsert) }
+func (s *nodeStore) watch() *Watch                    { return (*Watch)(s) }
+func (s *nodeStore) Trim(n *corev1.Node) *corev1.Node { return s.watch().trim(n) }
+func (s *nodeStore) Answered(err error)               { s.watch().answered(err) }
+func (s *nodeStore) SetNode(n *corev1.Node)           { s.change(n, (*Watch).upsert) }
+func (s *nodeStore) RemoveNode(n *corev1.Node)        { s.change(n, (*Watch).remove) }
 
-// Transformer keeps what the library gathers on its way to Replace small.
-func (s *nodeStore) Transformer() cache.TransformFunc {
-	return func(obj any) (any, error) {
-		if n, ok := obj.(*corev1.Node); ok {
-			return s.watch().trim(n), nil
-		}
-		return obj, nil
-	}
-}
-
-func (s *nodeStore) change(obj any, do func(*Watch, *corev1.Node) bool) error {
-	n, ok := obj.(*corev1.Node)
-	if !ok {
-		return fmt.Errorf("a %T among Nodes", obj)
-	}
+func (s *nodeStore) change(n *corev1.Node, do func(*Watch, *corev1.Node) bool) {
 	w := s.watch()
 	w.mu.Lock()
 	news := do(w, n)
@@ -214,19 +164,15 @@ func (s *nodeStore) change(obj any, do func(*Watch, *corev1.Node) bool) error {
 	if news {
 		w.changed()
 	}
-	return nil
 }
 
-// Replace takes the whole list, at the start and whenever events may have been missed.
-func (s *nodeStore) Replace(list []any, _ string) error {
+func (s *nodeStore) ReplaceNodes(nodes []*corev1.Node) {
 	w := s.watch()
 	w.mu.Lock()
 	seen := map[string]bool{}
-	for _, obj := range list {
-		if n, ok := obj.(*corev1.Node); ok {
-			seen[n.Name] = true
-			w.upsert(n)
-		}
+	for _, n := range nodes {
+		seen[n.Name] = true
+		w.upsert(n)
 	}
 	for name := range w.cidrs {
 		if !seen[name] {
@@ -239,12 +185,10 @@ func (s *nodeStore) Replace(list []any, _ string) error {
 	w.synced, w.err = true, nil
 	w.mu.Unlock()
 	w.changed()
-	return nil
 }
 
 // upsert keeps n and reports whether that is news to this node. The caller holds the lock.
 func (w *Watch) upsert(n *corev1.Node) bool {
-	n = w.trim(n)
 	cidrs, err := kube.PodCIDRs(n)
 	if err != nil && n.Name != w.node {
 		cidrs = nil // its own daemon says what is wrong with them

@@ -16,9 +16,9 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/kubernetes/fake"
 	kubetesting "k8s.io/client-go/testing"
 
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/kube"
 )
 
@@ -34,9 +34,9 @@ func prefixes(texts ...string) (out []netip.Prefix) {
 }
 
 // startWatch watches a fake API server until the test ends.
-func startWatch(t *testing.T, objects ...runtime.Object) (*Watch, *fake.Clientset, *atomic.Int64) {
+func startWatch(t *testing.T, objects ...runtime.Object) (*Watch, kubetest.Client, *atomic.Int64) {
 	t.Helper()
-	client := fake.NewClientset(objects...)
+	client := kubetest.New(objects...)
 	w := Of(client, "a", slog.New(slog.DiscardHandler))
 	var changes atomic.Int64
 	ctx, cancel := context.WithCancel(t.Context())
@@ -88,7 +88,7 @@ func TestWatchWatch(t *testing.T) {
 }
 
 func TestWatchAway(t *testing.T) {
-	client := fake.NewClientset()
+	client := kubetest.New()
 	away := errors.New("connection refused")
 	client.PrependReactor("*", "*", func(kubetesting.Action) (bool, runtime.Object, error) { return true, nil, away })
 	w := Of(client, "a", slog.New(slog.DiscardHandler))

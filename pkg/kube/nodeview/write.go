@@ -83,7 +83,7 @@ func (w *Watch) annotate(ctx context.Context, annotations map[string]any) error 
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	_, err = w.client.CoreV1().Nodes().Patch(ctx, w.node, types.MergePatchType, body, metav1.PatchOptions{})
+	_, err = w.client.Nodes().Patch(ctx, w.node, types.MergePatchType, body, metav1.PatchOptions{})
 	if err != nil {
 		return fmt.Errorf("annotate Node %s: %w", w.node, err)
 	}
@@ -98,7 +98,7 @@ func (w *Watch) condition(ctx context.Context, c any) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	_, err = w.client.CoreV1().Nodes().Patch(ctx, w.node, types.StrategicMergePatchType, body, metav1.PatchOptions{}, "status")
+	_, err = w.client.Nodes().Patch(ctx, w.node, types.StrategicMergePatchType, body, metav1.PatchOptions{}, "status")
 	if err != nil {
 		return fmt.Errorf("set the condition NetworkUnavailable of Node %s: %w", w.node, err)
 	}

@@ -15,9 +15,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/client-go/kubernetes/fake"
 	kubetesting "k8s.io/client-go/testing"
 
+	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
@@ -69,7 +69,7 @@ func TestEventsOnTheNode(t *testing.T) {
 // A watch that is denied just after the API server has started is no news; one that stays denied is.
 func TestDenialsPassOrAreTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		client := fake.NewClientset(node("a", "10.244.1.0/24"))
+		client := kubetest.New(node("a", "10.244.1.0/24"))
 		nodes := schema.GroupResource{Resource: "nodes"}
 		deny := true
 		client.PrependReactor("list", "nodes", func(kubetesting.Action) (bool, runtime.Object, error) {
@@ -106,7 +106,7 @@ func TestDenialsPassOrAreTold(t *testing.T) {
 
 // What an event meets with must not keep the annotations from the Node that the controller waits for.
 func TestDeniedEventsHoldNothingBack(t *testing.T) {
-	client := fake.NewClientset(node("a", "10.244.1.0/24"))
+	client := kubetest.New(node("a", "10.244.1.0/24"))
 	client.PrependReactor("create", "events", func(kubetesting.Action) (bool, runtime.Object, error) {
 		return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "events"}, "", errors.New("not granted"))
 	})
