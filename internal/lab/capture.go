@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 const (
@@ -17,7 +20,7 @@ const (
 	maxExamples = 5
 )
 
-// Capture counts packets in clear: those on the underlay whose outermost IP header has a pod's address in it.
+// Capture counts packets in clear: those on the underlay whose outermost IP header has a pod's or a tailnet address in it.
 type Capture struct {
 	lab    *Lab
 	before uint64 // frames on the underlay
@@ -100,7 +103,7 @@ func clearFilter() []unix.SockFilter {
 		{unix.ETH_P_IPV6, true, []uint32{offSource6, offDest6}},
 	} {
 		var body []unix.SockFilter
-		for _, c := range ClusterCIDRs {
+		for _, c := range inTunnel() {
 			for _, off := range f.offsets {
 				if c.Addr().Is6() == f.v6 {
 					body = append(append(body, inPrefix(off, c)...), ret(all))
@@ -154,7 +157,7 @@ func (c *Capture) count(frame []byte) {
 	src, dst, ok := outermost(frame)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !ok || !isPod(src) && !isPod(dst) {
+	if !ok || !belongsInTunnel(src) && !belongsInTunnel(dst) {
 		return
 	}
 	c.clear++
@@ -178,13 +181,13 @@ func outermost(frame []byte) (src, dst netip.Addr, ok bool) {
 	return src, dst, false
 }
 
-func isPod(a netip.Addr) bool {
-	for _, c := range ClusterCIDRs {
-		if c.Contains(a) {
-			return true
-		}
-	}
-	return false
+// inTunnel are the ranges whose packets are nowhere but in the tunnel and on their node.
+func inTunnel() []netip.Prefix {
+	return slices.Concat(ClusterCIDRs, []netip.Prefix{netset.TailnetIPv4, netset.TailnetIPv6})
+}
+
+func belongsInTunnel(a netip.Addr) bool {
+	return slices.ContainsFunc(inTunnel(), func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // Clear is the number of packets in clear so far.

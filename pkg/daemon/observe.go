@@ -59,6 +59,9 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.hostPrefixes, err = hostPrefixes(o.tun); err != nil {
 		return o, err
 	}
+	if o.shared, err = noderoutes.SharedWithTailnet(); err != nil {
+		return o, err
+	}
 	if o.nodeAddr4, err = sourceAddr(unix.AF_INET); err != nil {
 		return o, err
 	}

@@ -29,6 +29,8 @@ type observation struct {
 	tunMTU int
 	// hostPrefixes are the prefixes of the host's own addresses, without our links, the tun and lo.
 	hostPrefixes []netip.Prefix
+	// shared are networks that the host has inside the tailnet's IPv4 range.
+	shared []netip.Prefix
 	// nodeAddr4 and nodeAddr6 are the node's own addresses towards its pods; the zero Addr where it has none.
 	nodeAddr4, nodeAddr6 netip.Addr
 	// prefs are tailscaled's now, nil while it does not answer.
@@ -69,7 +71,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	p := plan{
 		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: clusterCIDRs, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, TunName: o.tun,
+			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Shared: o.shared, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},

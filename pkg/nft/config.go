@@ -16,6 +16,8 @@ type Config struct {
 	Own, Cluster []netip.Prefix
 	// KeepSource are the service CIDRs. Pods keep their source towards these and Cluster.
 	KeepSource []netip.Prefix
+	// Shared are networks that the host has inside the tailnet's 100.64.0.0/10, which is not the tailnet's alone.
+	Shared []netip.Prefix
 	// TunName is tailscaled's interface. While it is "" no packet may leave for another node's pod.
 	TunName string
 	// NodeAddr4 and NodeAddr6 are the source that pods see when their own node speaks to them. Without one the kernel's
@@ -46,7 +48,7 @@ func (c Config) Validate() error {
 	if c.PathMTU != 0 && c.PathMTU < 576 {
 		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
-	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource) {
+	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Shared) {
 		if !p.IsValid() || p.Bits() == 0 {
 			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))
 		}

@@ -16,6 +16,8 @@ const (
 	setKeepSource = "keepsrc"
 	// setOwn holds this node's pod CIDRs.
 	setOwn = "own"
+	// setShared holds what is the host's inside the tailnet's range.
+	setShared = "shared"
 
 	// chainAntispoof runs before conntrack, so that a forged packet never makes an entry.
 	chainAntispoof = "antispoof"

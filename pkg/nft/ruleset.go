@@ -44,6 +44,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 		family: family,
 		sets: []set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
+			setOf(family, setShared, cfg.Shared),
 		},
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family)},
@@ -126,14 +127,13 @@ func guard(family knftables.Family, cfg Config) []string {
 	return append(rules, rule(`%s %s drop`, notIn, toTailnet(family)), rule(`%s %s daddr @%s drop`, notIn, family, setCluster))
 }
 
-// toTailnet matches what pods send to the tailnet: they know processes of other nodes by tailnet addresses, and what they
-// answer them is the cluster's traffic too. In IPv4 it is no more than the answers to whoever has called a pod by its own
-// address: 100.64.0.0/10 is not the tailnet's alone, clouds have resolvers and load balancers there.
+// toTailnet matches what is for the tailnet. In IPv4 that is what pods send, as far as the host has no network of its own there:
+// 100.64.0.0/10 is not the tailnet's alone, clouds have resolvers in it, which hosts reach by their default route.
 func toTailnet(family knftables.Family) string {
 	if family == knftables.IPv6Family {
-		return rule(`ip6 saddr @%s ip6 daddr %s`, setOwn, tailnet[family])
+		return rule(`ip6 daddr %s`, tailnet[family])
 	}
-	return rule(`ip saddr @%s ip daddr %s ct original ip daddr @%[1]s`, setOwn, tailnet[family])
+	return rule(`ip saddr @%s ip daddr %s ip daddr != @%s`, setCluster, tailnet[family], setShared)
 }
 
 // nat: who sees which source.

@@ -20,6 +20,8 @@ type wire struct {
 	lure    *lab.Node
 	flows   labtest.Flows
 	replies []*reply
+	// quiet is true while pods are to send nothing to tailnet addresses.
+	quiet bool
 }
 
 // neverInClear is a world whose tests break nodes in every way and look at the wire.
@@ -129,15 +131,24 @@ func (c *wire) watch(t *testing.T, do, send func()) lab.Captured {
 	return stop()
 }
 
-// sender sends to a pod of the other node.
+// sender sends to a pod of the other node, a pod also to what a tailnet has.
 type sender struct {
-	name string
-	from lab.Place
-	to   *lab.Pod
+	name    string
+	from    lab.Place
+	to      *lab.Pod
+	tailnet bool
 }
 
 func (c *wire) senders() []sender {
-	return []sender{{"a pod", c.a1, c.b1}, {"a node", c.a, c.b1}, {"a pod", c.b1, c.a1}, {"a node", c.b, c.a1}}
+	return []sender{{"a pod", c.a1, c.b1, !c.quiet}, {"a node", c.a, c.b1, false}, {"a pod", c.b1, c.a1, !c.quiet}, {"a node", c.b, c.a1, false}}
+}
+
+// tailnetAddrs are those of the first devices, of tailscaled's own resolver, and of nobody.
+var tailnetAddrs = [][]netip.Addr{
+	{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("100.64.0.3"), netip.MustParseAddr("100.100.100.100"),
+		netip.MustParseAddr("100.127.3.4")},
+	{netip.MustParseAddr("fd7a:115c:a1e0::1"), netip.MustParseAddr("fd7a:115c:a1e0::2"), netip.MustParseAddr("fd7a:115c:a1e0::3"),
+		netip.MustParseAddr("fd7a:115c:a1e0::53"), netip.MustParseAddr("fd7a:115c:a1e0:77::4")},
 }
 
 // burst sends from new sockets, for which nothing is decided yet, to a pod and to addresses of the cluster's that nobody
@@ -147,7 +158,11 @@ func (s sender) burst(ctx context.Context, v6 bool) {
 		{netip.MustParseAddr("10.244.1.250"), netip.MustParseAddr("fd00:244:1::fa")},
 		{netip.MustParseAddr("10.244.200.1"), netip.MustParseAddr("fd00:244:c8::1")},
 	}
-	for _, to := range []netip.Addr{s.to.Addr(v6), nobody[0][labtest.Index(v6)], nobody[1][labtest.Index(v6)]} {
+	to := []netip.Addr{s.to.Addr(v6), nobody[0][labtest.Index(v6)], nobody[1][labtest.Index(v6)]}
+	if s.tailnet {
+		to = append(to, tailnetAddrs[labtest.Index(v6)]...)
+	}
+	for _, to := range to {
 		conn, err := s.from.Dial(ctx, "udp", netip.AddrPortFrom(to, lab.EchoPort).String())
 		if err != nil {
 			continue // "network is unreachable" is as good as nothing on the wire
@@ -327,15 +342,15 @@ func TestNeverInClearLeft(t *testing.T) {
 	}
 }
 
-// testLeft leaves some of our defences while the daemon and the tunnel are dead. Only nftables can tell a pod's answer to a
-// tailnet device from what it sends to others at such an address.
+// testLeft leaves some of our defences while the daemon and the tunnel are dead. The last route knows nothing of tailnet addresses.
 func (c *wire) testLeft(t *testing.T, tables, rules, routes bool) {
 	hush := func(quiet bool) {
 		for _, r := range c.replies {
 			r.quiet.Store(quiet)
 		}
+		c.quiet = quiet
 	}
-	hush(!tables)
+	hush(!tables && !rules)
 	c.never(t, func() { c.strip(t, tables, rules, routes) })
 	c.never(t, func() { c.mend(t) })
 	hush(false)

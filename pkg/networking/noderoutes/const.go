@@ -15,23 +15,29 @@ import (
 // The rules stand before tailscaled's (5210-5270). They are not in 5200-5299, since tailscaled takes the deletion of any
 // rule there for one of its own. Everything of these numbers is ours, whoever made it.
 const (
+	// prefTailnet: tailnet addresses, by tailscaled's table, before a wide static route in main (fd00::/8) takes them.
+	prefTailnet = 5187
 	// prefOwn: own pods, by main's routes that are longer than the pod CIDR: no peer can take them, and a hole in the
 	// CIDR does not find the default route.
 	prefOwn = 5188
 	// prefOwnElse: addresses of no pod go nowhere.
 	prefOwnElse = 5189
+	// prefTailnetHost: a network that the host has inside 100.64.0.0/10, which is not the tailnet's alone, by main's routes
+	// that are longer.
+	prefTailnetHost = 5190
 	// prefCluster: other nodes' pods, by tailscaled's table.
 	prefCluster = 5191
 	// prefClusterElse: or nowhere, whatever other routes there are.
 	prefClusterElse = 5192
-	// prefTailnet: tailnet addresses, before prefLAN, because a wide static route in main (fd00::/8) would take them.
-	prefTailnet = 5193
+	// prefTailnetElse: tailnet addresses else lead nowhere. In IPv4 that is for pods alone: clouds have resolvers in
+	// 100.64.0.0/10, which hosts reach by their default route.
+	prefTailnetElse = 5193
 	// prefLAN: main's routes but the default one, before foreign subnet routes: the node keeps its own networks.
 	prefLAN = 5194
 	// prefLANFirst: main's default route as well, where the user wants no foreign routes at all.
 	prefLANFirst = 5195
 
-	prefFirst, prefLast = prefOwn, prefLANFirst
+	prefFirst, prefLast = prefTailnet, prefLANFirst
 
 	// tailscaleTable is where tailscaled puts the routes that it accepted.
 	tailscaleTable = 52
@@ -57,13 +63,15 @@ type family struct {
 	name    string // in words
 	af      int
 	tailnet netip.Prefix // all tailnet addresses
+	// shared tells that others use the tailnet's range too.
+	shared bool
 	// conf is the sysctl folder, forwarding the switch for the whole host.
 	conf, forwarding string
 }
 
 var families = []family{
-	{"IPv4", unix.AF_INET, netset.TailnetIPv4, "net/ipv4/conf", sysctl.IPv4Forwarding},
-	{"IPv6", unix.AF_INET6, netset.TailnetIPv6, "net/ipv6/conf", sysctl.IPv6Forwarding},
+	{"IPv4", unix.AF_INET, netset.TailnetIPv4, true, "net/ipv4/conf", sysctl.IPv4Forwarding},
+	{"IPv6", unix.AF_INET6, netset.TailnetIPv6, false, "net/ipv6/conf", sysctl.IPv6Forwarding},
 }
 
 // of returns the prefixes of the family.

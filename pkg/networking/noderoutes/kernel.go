@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/names"
 )
@@ -80,8 +81,8 @@ func decodeRule(m []byte) (rule, error) {
 	}
 	r := rule{af: int(m[0]), table: uint32(m[4]), action: m[7], suppress: noSuppress}
 	const unresolvedGoto = 0x4
-	if flags := binary.NativeEndian.Uint32(m[8:]); flags&^unresolvedGoto != 0 || m[2] != 0 || m[3] != 0 {
-		r.extra = fmt.Sprintf(" flags %#x from /%d tos %#x", flags, m[2], m[3])
+	if flags := binary.NativeEndian.Uint32(m[8:]); flags&^unresolvedGoto != 0 || m[3] != 0 {
+		r.extra = fmt.Sprintf(" flags %#x tos %#x", flags, m[3])
 	}
 	for _, a := range attrs {
 		v := a.Value
@@ -104,12 +105,16 @@ func decodeRule(m []byte) (rule, error) {
 			r.suppress = int32(num())
 		case nl.FRA_PROTOCOL:
 			r.proto = v[0]
-		case nl.FRA_DST:
+		case nl.FRA_DST, nl.FRA_SRC:
 			addr, ok := netip.AddrFromSlice(v)
 			if !ok {
-				return r, errors.New("rule with a destination of odd length")
+				return r, errors.New("rule with an address of odd length")
 			}
-			r.to = netip.PrefixFrom(addr, int(m[1]))
+			if a.Attr.Type == nl.FRA_DST {
+				r.to = netip.PrefixFrom(addr, int(m[1]))
+			} else {
+				r.from = netip.PrefixFrom(addr, int(m[2]))
+			}
 		default:
 			r.extra += fmt.Sprintf(" attribute %d=%x", a.Attr.Type, v)
 		}
@@ -129,6 +134,10 @@ func encodeRule(r rule) *nl.NetlinkRequest {
 	if r.to.IsValid() {
 		hdr[1] = byte(r.to.Bits())
 		req.AddData(nl.NewRtAttr(nl.FRA_DST, r.to.Addr().AsSlice()))
+	}
+	if r.from.IsValid() {
+		hdr[2] = byte(r.from.Bits())
+		req.AddData(nl.NewRtAttr(nl.FRA_SRC, r.from.Addr().AsSlice()))
 	}
 	u32(nl.FRA_PRIORITY, r.pref)
 	u32(nl.FRA_FWMARK, r.mark)
@@ -179,6 +188,30 @@ func listRoutes(f family) ([]route, error) {
 		out = append(out, route{to: routeTo(r, f), kind: r.Type, proto: int(r.Protocol)})
 	}
 	return out, nil
+}
+
+// SharedWithTailnet are the parts of the tailnet's IPv4 range that main has routes to: networks of the host's own, which pods may
+// reach all the same (prefTailnetHost).
+func SharedWithTailnet() ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, f := range families {
+		if !f.shared {
+			continue
+		}
+		filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST}
+		routes, err := retryInterrupted(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list %s routes: %w", f.name, err)
+		}
+		for _, r := range routes {
+			if to := routeTo(r, f); f.tailnet.Contains(to.Addr()) && to.Bits() > f.tailnet.Bits() {
+				out = append(out, to)
+			}
+		}
+	}
+	return netset.Union(out), nil
 }
 
 // routeTo is a route's destination, which the library leaves out where it is everything.

@@ -19,7 +19,7 @@ import (
 type rule struct {
 	af       int
 	pref     uint32
-	to       netip.Prefix // zero: all
+	from, to netip.Prefix // zero: all
 	mark     uint32
 	mask     uint32
 	action   uint8 // nl.FR_ACT_*
@@ -33,6 +33,9 @@ type rule struct {
 func (r rule) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d:", r.pref)
+	if r.from.IsValid() {
+		fmt.Fprintf(&b, " from %s", r.from)
+	}
 	if r.to.IsValid() {
 		fmt.Fprintf(&b, " to %s", r.to)
 	}
@@ -147,6 +150,14 @@ func wantedRules(f family, cfg Config) []rule {
 		add(prefClusterElse, p, unreachable)
 	}
 	add(prefTailnet, f.tailnet, tunnel)
+	if f.shared {
+		add(prefTailnetHost, f.tailnet, func(r *rule) { r.suppress = int32(f.tailnet.Bits()) })
+		for _, p := range f.of(netset.Union(cfg.Cluster, cfg.Own, cfg.Leaving)) {
+			add(prefTailnetElse, f.tailnet, func(r *rule) { unreachable(r); r.from = p })
+		}
+	} else {
+		add(prefTailnetElse, f.tailnet, unreachable)
+	}
 	add(prefLAN, netip.Prefix{}, func(r *rule) { r.suppress = 0 })
 	if cfg.LANFirst {
 		add(prefLANFirst, netip.Prefix{}, func(*rule) {})

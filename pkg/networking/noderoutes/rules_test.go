@@ -1,6 +1,8 @@
 package noderoutes
 
 import (
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -20,14 +22,14 @@ ip rule add pref 5270 lookup 52
 for r in $remotenet $foreign $lannet $ownhalf $tailnet; do ip route add $r dev headcni01 table 52; done`
 
 var fibAddrs = map[string]*strings.Replacer{
-	"-4": strings.NewReplacer("$lan1", "192.168.88.1", "$lan2", "192.168.88.254", "$lan3", "192.168.88.7", "$lanbits", "24",
+	"-4": strings.NewReplacer("$frompod", "from 10.244.1.10 iif hca", "$lan1", "192.168.88.1", "$lan2", "192.168.88.254", "$lan3", "192.168.88.7", "$lanbits", "24",
 		"$lannet", "192.168.88.0/24", "$pod", "10.244.1.10", "$hole", "10.244.1.99", "$remotenet", "10.244.2.0/24",
 		"$remote", "10.244.2.20", "$foreign", "198.51.100.0/24", "$outside", "198.51.100.7", "$ownhalf", "10.244.1.0/25",
-		"$tailnet", "100.64.0.9", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$nodad", "", "ip ", "ip -4 "),
-	"-6": strings.NewReplacer("$lan1", "fd88::1", "$lan2", "fd88::254", "$lan3", "fd88::7", "$lanbits", "64",
+		"$tailnet", "100.64.0.9", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$cloudnet", "100.100.2.0/24", "$cloud", "100.100.2.136", "$nodad", "", "ip ", "ip -4 "),
+	"-6": strings.NewReplacer("$frompod", "from fd00:244:1::10 iif hca", "$lan1", "fd88::1", "$lan2", "fd88::254", "$lan3", "fd88::7", "$lanbits", "64",
 		"$lannet", "fd88::/64", "$pod", "fd00:244:1::10", "$hole", "fd00:244:1::99", "$remotenet", "fd00:244:2::/64",
 		"$remote", "fd00:244:2::20", "$foreign", "2001:db8:7::/48", "$outside", "2001:db8:7::7", "$ownhalf", "fd00:244:1::/65",
-		"$tailnet", "fd7a:115c:a1e0::9", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$nodad", "nodad", "ip ", "ip -6 "),
+		"$tailnet", "fd7a:115c:a1e0::9", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$cloudnet", "fd7a:115c:a1e0:2::/64", "$cloud", "fd7a:115c:a1e0:2::136", "$nodad", "nodad", "ip ", "ip -6 "),
 }
 
 // Where does a packet go? The kernel is asked, with our rules beside tailscaled's, in each of these calamities.
@@ -52,7 +54,11 @@ func TestRulesDecide(t *testing.T) {
 				"$remote": unreachable, "$hole": unreachable, "$pod": "hca"}},
 			{"a wider route over the tailnet's addresses", "ip route add $cgn via $lan2", true, map[string]string{
 				"$tailnet": "headcni01", "$remote": "headcni01"}},
-			{"our rules are gone and the tunnel is dead", "for p in 5188 5189 5191 5192 5193 5194 5195; do ip rule del pref $p; done; " +
+			{"what pods send to the tailnet", "true", true, map[string]string{
+				"$tailnet $frompod": "headcni01", "$cloud $frompod": unreachable}},
+			{"the same, and the tunnel is dead", "ip route flush table 52; ip route add $cgn via $lan2", true, map[string]string{
+				"$tailnet $frompod": unreachable, "$cloud $frompod": unreachable, "$outside $frompod": "eth0"}},
+			{"our rules are gone and the tunnel is dead", "for p in 5187 5188 5189 5190 5191 5192 5193 5194 5195; do while ip rule del pref $p 2>/dev/null; do :; done; done; " +
 				"ip route flush table 52", true, map[string]string{"$pod": "hca", "$remote": unreachable, "$hole": unreachable}},
 		} {
 			t.Run(flag+" "+c.name, func(t *testing.T) {
@@ -75,5 +81,43 @@ func TestRulesDecide(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// 100.64.0.0/10 is not the tailnet's alone, and fd7a:115c:a1e0::/48 is: hosts reach what their cloud has in the former, pods what the
+// host has a route of its own to.
+func TestRulesShareTheTailnetsRange(t *testing.T) {
+	ns := nstest.New(t)
+	for flag, c := range map[string]struct{ host, hostOwn, pod string }{
+		"-4": {host: "dev eth0 ", hostOwn: "dev eth0 ", pod: "dev eth0 "},
+		"-6": {host: "unreachable", hostOwn: "unreachable", pod: "unreachable"},
+	} {
+		addrs := fibAddrs[flag]
+		world := fibWorld
+		if flag == "-6" {
+			_, world, _ = strings.Cut(fibWorld, "\n") // the links are there
+		}
+		ns.Run(t, "sh", "-ec", addrs.Replace(world))
+		mustSync(t, ns, New(Saved{}, nil), Config{Own: prefixes("10.244.1.0/24", "fd00:244:1::/64"),
+			Cluster: prefixes("10.244.0.0/16", "fd00:244::/32"), TunName: "headcni01", LANFirst: true})
+		get := func(dst, want string) {
+			t.Helper()
+			out, _ := ns.Command("ip", strings.Fields("route get "+addrs.Replace(dst))...).CombinedOutput()
+			if got := string(out); !strings.Contains(strings.ReplaceAll(got, "No route to host", "unreachable"), want) {
+				t.Errorf("%s: %s; want %s", addrs.Replace(dst), strings.TrimSpace(got), want)
+			}
+		}
+		get("$cloud", c.host)
+		get("$cloud $frompod", "unreachable")
+		ns.Run(t, "sh", "-ec", addrs.Replace("ip route add $cloudnet via $lan2"))
+		get("$cloud", c.hostOwn)
+		get("$cloud $frompod", c.pod)
+	}
+	ns.Run(t, "ip", "route", "add", "100.64.0.0/10", "via", "192.168.88.254")
+	ns.Run(t, "ip", "route", "add", "unreachable", "100.65.0.0/16")
+	var shared []netip.Prefix
+	ns.Do(t, func() (err error) { shared, err = SharedWithTailnet(); return err })
+	if want := prefixes("100.100.2.0/24"); !slices.Equal(shared, want) {
+		t.Errorf("shared with the tailnet: %v, want %v", shared, want)
 	}
 }
