@@ -186,8 +186,11 @@ func inTunnel() []netip.Prefix {
 	return slices.Concat(ClusterCIDRs, []netip.Prefix{netset.TailnetIPv4, netset.TailnetIPv6})
 }
 
+// resolver is tailscaled's own, which is on each node. A tailscaled that has just begun asks it, by the default route.
+var resolver = netip.MustParseAddr("100.100.100.100")
+
 func belongsInTunnel(a netip.Addr) bool {
-	return slices.ContainsFunc(inTunnel(), func(p netip.Prefix) bool { return p.Contains(a) })
+	return a != resolver && slices.ContainsFunc(inTunnel(), func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // Clear is the number of packets in clear so far.
