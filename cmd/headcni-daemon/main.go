@@ -45,8 +45,9 @@ func (f *flags) load() (config.Config, error) {
 	return config.Load(f.file, !f.given(), os.Environ(), f.sets)
 }
 
-// loadAsUnit is load with the variables that the systemd units have. It returns those variables too.
-func (f *flags) loadAsUnit() (config.Config, func(string) string, error) {
+// loadAsUnit is load with the variables that the systemd units have. It returns those variables too. exposed is why their file,
+// which was read all the same, is not as it should be.
+func (f *flags) loadAsUnit() (_ config.Config, _ func(string) string, exposed, err error) {
 	environ, exposed := config.ReadEnvFile(paths.EnvFile)
 	environ = append(environ, os.Environ()...)
 	c, err := config.Load(f.file, !f.given(), environ, f.sets)
@@ -58,7 +59,7 @@ func (f *flags) loadAsUnit() (config.Config, func(string) string, error) {
 		}
 		return value
 	}
-	return c, getenv, errors.Join(err, exposed)
+	return c, getenv, exposed, err
 }
 
 // loadAndLog is load, with the log that the configuration asks for.
@@ -144,8 +145,8 @@ func configCmd(f *flags) *cobra.Command {
 		Short: "Check the configuration and name every fault",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, getenv, err := f.loadAsUnit()
-			if err != nil {
+			c, getenv, exposed, err := f.loadAsUnit()
+			if err = errors.Join(err, exposed); err != nil {
 				return err
 			}
 			note, err := daemon.CheckConfig(c, getenv, f.file)
@@ -179,9 +180,12 @@ func configCmd(f *flags) *cobra.Command {
 		Short: "Print the configuration in force, secrets masked",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, _, err := f.loadAsUnit()
+			c, _, exposed, err := f.loadAsUnit()
 			if err != nil {
-				return err
+				return errors.Join(err, exposed)
+			}
+			if exposed != nil {
+				fmt.Fprintln(cmd.ErrOrStderr(), "warning:", exposed)
 			}
 			fmt.Fprint(cmd.OutOrStdout(), c)
 			return nil

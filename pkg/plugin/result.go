@@ -228,7 +228,7 @@ func expectedState(r *Request) (podlink.State, error) {
 			if size == 32 {
 				dst = dst.Unmap()
 			}
-			s.Routes = append(s.Routes, podlink.Route{Dst: netip.PrefixFrom(dst, bits), Gateway: gw.Unmap(), Table: route.Table})
+			s.Routes = append(s.Routes, podlink.Route{Dst: netip.PrefixFrom(dst, bits), Gateway: gw.Unmap(), Priority: route.Priority, Table: route.Table})
 		}
 	}
 	return s, nil

@@ -4,7 +4,6 @@ package reconcile
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -54,6 +53,20 @@ func (w Warning) Error() string { return w.Err.Error() }
 
 // Unwrap returns what is warned of.
 func (w Warning) Unwrap() error { return w.Err }
+
+// every reports whether all that an error joins is a T: what passes by itself must not hide a fault beside it.
+func every[T error](err error) bool {
+	if _, ok := err.(T); ok {
+		return true
+	}
+	switch e := err.(type) {
+	case interface{ Unwrap() error }:
+		return every[T](e.Unwrap())
+	case interface{ Unwrap() []error }:
+		return !slices.ContainsFunc(e.Unwrap(), func(err error) bool { return !every[T](err) })
+	}
+	return false
+}
 
 // Status is one part as /readyz shows it.
 type Status struct {
@@ -136,9 +149,7 @@ func (b *Board[S]) Run(ctx context.Context, s S) time.Duration {
 func (b *Board[S]) record(p Part[S], changes []string, err error) {
 	name := p.Name
 	o := outcome{optional: p.Optional}
-	var unseen Unseen
-	var waiting Waiting
-	isUnseen, isWaiting := errors.As(err, &unseen), errors.As(err, &waiting)
+	isUnseen, isWaiting := every[Unseen](err), every[Waiting](err)
 	if err != nil {
 		o.text = strings.ReplaceAll(err.Error(), "\n", "; ") // joined errors; one part, one line
 		o.optional = o.optional || isUnseen

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -115,6 +116,33 @@ func TestUnseen(t *testing.T) {
 	b.Run(t.Context(), outcomes{"a": errors.New("wrong")})
 	if ready, _ := b.Ready(); ready {
 		t.Error("ready with a fault")
+	}
+}
+
+// A fault is one whatever it is joined with: it is logged and reported as such, the part is not ready, and it is tried again.
+func TestFaultBesideAnother(t *testing.T) {
+	fault := errors.New("wrong")
+	for name, beside := range map[string]error{
+		"waiting": Waiting("soon"), "soon": Soon{"soon", time.Hour}, "unseen": Unseen{errors.New("nobody told")}, "warning": Warning{errors.New("expires")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var out bytes.Buffer
+			var reported []string
+			b := NewBoard(Options{
+				Log: slog.New(slog.NewTextHandler(&out, nil)), Report: func(_ string, _ bool, text string) { reported = append(reported, text) },
+				FullCheck: time.Minute, RetryMin: time.Second, RetryMax: time.Second,
+			}, []Part[outcomes]{part("a")})
+			joined := fmt.Errorf("both: %w", errors.Join(beside, fault))
+			if next := b.Run(t.Context(), outcomes{"a": joined}); next != time.Second {
+				t.Errorf("tried again in %v", next)
+			}
+			if ready, _ := b.Ready(); ready {
+				t.Error("ready with a fault")
+			}
+			if !strings.Contains(out.String(), "level=ERROR") || len(reported) != 1 {
+				t.Errorf("reported %q, logged %s", reported, out.String())
+			}
+		})
 	}
 }
 

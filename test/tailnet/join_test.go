@@ -79,6 +79,7 @@ func TestBadInput(t *testing.T) {
 		}
 		refuses(t, n, "network.podCidr: no such key; did you mean podCIDRs?")
 	})
+	t.Run("variables that everybody can read", func(t *testing.T) { exposedVariables(t, n) })
 	expired, err := l.Control.Run(labtest.Within(t), "headscale", "apikeys", "create", "--expiration", "1ms")
 	if err != nil {
 		t.Fatal(err)
@@ -123,6 +124,22 @@ func TestBadInput(t *testing.T) {
 		labtest.Ready(t, n)
 		labtest.AddPod(t, n, "repaired", lab.PodOptions{})
 	})
+}
+
+// exposedVariables holds that a key in a file that everybody can read is a fault to validate, and no reason to show nothing.
+func exposedVariables(t *testing.T, n *lab.Node) {
+	if err := errors.Join(n.ConfigureDaemon(nil), os.WriteFile(n.Path(paths.EnvFile), []byte("HEADSCALE_API_KEY=s3cret\n"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(n.Path(paths.EnvFile))
+	remedy := "chmod 0600 " + paths.EnvFile
+	out, err := n.Run(labtest.Within(t), "sh", "-c", "headcni-daemon config show 2>&1")
+	if err != nil || !strings.Contains(out, "warning: ") || !strings.Contains(out, remedy) || !strings.Contains(out, "podCIDRs") || strings.Contains(out, "s3cret") {
+		t.Errorf("config show: %v\n%s", err, out)
+	}
+	if out, err := n.Run(labtest.Within(t), "headcni-daemon", "config", "validate"); err == nil || !strings.Contains(err.Error()+out, remedy) {
+		t.Errorf("config validate: %v\n%s", err, out)
+	}
 }
 
 // refuses starts the daemon, which must end with one line that holds want.

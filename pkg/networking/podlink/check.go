@@ -175,18 +175,21 @@ type routeKey struct {
 	gateway netip.Addr // zero: any
 }
 
-// routeTables are the tables that have a route.
-type routeTables map[routeKey]map[int]bool
+// routePlace is where the kernel has a route: more than one with the same key may be in one table, by metric.
+type routePlace struct{ table, metric int }
 
-func (h routeTables) note(key routeKey, table int) {
+// routePlaces are the places that have a route.
+type routePlaces map[routeKey]map[routePlace]bool
+
+func (h routePlaces) note(key routeKey, place routePlace) {
 	if h[key] == nil {
-		h[key] = map[int]bool{}
+		h[key] = map[routePlace]bool{}
 	}
-	h[key][table] = true
+	h[key][place] = true
 }
 
 func (c *check) podRoutes() {
-	have := routeTables{}
+	have := routePlaces{}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		r := rtnl.Request{What: "list routes", Type: unix.RTM_GETROUTE}
 		r.Bytes(family, 0, 0, 0, 0, 0, 0, 0)
@@ -214,34 +217,34 @@ func (c *check) podRoutes() {
 	}
 }
 
-// missing returns the routes that are in no table. What is found stands for one of them only.
-func (h routeTables) missing(want []Route) (list []Route) {
-	var elsewhere []Route // in another table than ours was, perhaps: a plugin after us (sbr) can have moved them
-	for _, r := range want {
-		table := unix.RT_TABLE_MAIN
-		if r.Table != nil {
-			table = *r.Table
+// missing returns the routes that are nowhere. What is found stands for one of them only, and first for the one that it is
+// like: a plugin after us can have moved others to another table (sbr), or given them another metric.
+func (h routePlaces) missing(want []Route) []Route {
+	for _, alike := range []func(Route, routePlace) bool{
+		func(r Route, p routePlace) bool { return p.table == r.table() && p.metric == r.Priority },
+		func(r Route, p routePlace) bool { return p.table == r.table() },
+		func(Route, routePlace) bool { return true },
+	} {
+		var left []Route
+		for _, r := range want {
+			places, found := h[routeKey{r.Dst, r.Gateway}], false
+			for p := range places {
+				if alike(r, p) {
+					delete(places, p)
+					found = true
+					break
+				}
+			}
+			if !found {
+				left = append(left, r)
+			}
 		}
-		tables := h[routeKey{r.Dst, r.Gateway}]
-		if !tables[table] {
-			elsewhere = append(elsewhere, r)
-		}
-		delete(tables, table)
+		want = left
 	}
-	for _, r := range elsewhere {
-		tables := h[routeKey{r.Dst, r.Gateway}]
-		if len(tables) == 0 {
-			list = append(list, r)
-		}
-		for table := range tables {
-			delete(tables, table)
-			break
-		}
-	}
-	return list
+	return want
 }
 
-func (c *check) noteRoute(have routeTables, b []byte) {
+func (c *check) noteRoute(have routePlaces, b []byte) {
 	if len(b) < unix.SizeofRtMsg {
 		return
 	}
@@ -267,10 +270,14 @@ func (c *check) noteRoute(have routeTables, b []byte) {
 		}
 		return // an interface's own table (rules.go): it stands in for no route of another
 	}
-	have.note(key, table)
+	place := routePlace{table: table}
+	if metric := attrs[unix.RTA_PRIORITY]; len(metric) == 4 {
+		place.metric = int(binary.NativeEndian.Uint32(metric))
+	}
+	have.note(key, place)
 	if gw, ok := netip.AddrFromSlice(attrs[unix.RTA_GATEWAY]); ok {
 		key.gateway = gw
-		have.note(key, table)
+		have.note(key, place)
 	}
 }
 

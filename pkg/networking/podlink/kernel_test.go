@@ -202,13 +202,17 @@ func TestRoutes(t *testing.T) {
 		{Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: gw4, MTU: 1300, AdvMSS: 1200, Priority: 7},
 		{Dst: netip.MustParsePrefix("192.0.2.0/24"), Gateway: gw4, Table: &table},
 		{Dst: netip.MustParsePrefix("::/0"), Gateway: gw6},
+		{Dst: netip.MustParsePrefix("198.51.100.0/24"), Gateway: gw4, Priority: 7},
+		{Dst: netip.MustParsePrefix("198.51.100.0/24"), Gateway: gw4},
+		{Dst: netip.MustParsePrefix("2001:db8::/32"), Gateway: gw6, Priority: 7},
+		{Dst: netip.MustParsePrefix("2001:db8::/32"), Gateway: gw6},
 	}
 	l, err := n.attach(t, nil, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for args, want := range map[string]string{
-		"route":                    "default via 10.244.1.1 dev eth0 proto static metric 7 onlink mtu 1300 advmss 1200",
+		"route show default":       "default via 10.244.1.1 dev eth0 proto static metric 7 onlink mtu 1300 advmss 1200",
 		"route show table 1000":    "192.0.2.0/24 via 10.244.1.1 dev eth0 proto static onlink",
 		"-6 route show default":    "default via fd00:244:1::1 dev eth0 proto static metric 1024 onlink pref medium",
 		"neigh show 10.244.1.1":    "10.244.1.1 dev eth0 lladdr " + l.HostMAC.String() + " PERMANENT",
@@ -217,6 +221,21 @@ func TestRoutes(t *testing.T) {
 		if got := strings.TrimSpace(n.pod.Run(t, "ip", strings.Fields(args)...)); strings.Join(strings.Fields(got), " ") != want {
 			t.Errorf("ip %s\ngot  %s\nwant %s", args, got, want)
 		}
+	}
+	state := State{ContainerID: "c1", IfName: "eth0", Netns: n.pod.Path, Addrs: []netip.Addr{addr4, addr6}, Routes: pod.Routes}
+	on(t, n.host, func(h *Handle) error { return h.Check(state) })
+	// Of two routes to one destination by one gateway each counts for itself.
+	for del, want := range map[string]string{
+		"route del 198.51.100.0/24 metric 7":     "pod route 198.51.100.0/24 via 10.244.1.1 is missing",
+		"-6 route del 2001:db8::/32 metric 1024": "pod route 2001:db8::/32 via fd00:244:1::1 is missing",
+	} {
+		n.pod.Run(t, "ip", strings.Fields(del)...)
+		on(t, n.host, func(h *Handle) error {
+			if err := h.Check(state); err == nil || strings.Count(err.Error(), want) != 1 {
+				t.Errorf("CHECK after ip %s: %v", del, err)
+			}
+			return nil
+		})
 	}
 }
 

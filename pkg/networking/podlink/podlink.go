@@ -103,6 +103,14 @@ type Route struct {
 	Scope    *int // nil: global
 }
 
+// table is the route's table by number.
+func (r Route) table() int {
+	if r.Table != nil {
+		return *r.Table
+	}
+	return unix.RT_TABLE_MAIN
+}
+
 // Pair is what Attach has made.
 type Pair struct {
 	HostName        string

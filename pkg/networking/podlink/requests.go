@@ -106,7 +106,7 @@ func deleteRoute(index int, route Route) rtnl.Request {
 // addRoute: ip route add DST [via GATEWAY onlink] dev LINK [mtu N] [advmss N] [metric N] [table N] [scope N]
 func addRoute(side string, index int, route Route) rtnl.Request {
 	r := rtnl.Request{What: fmt.Sprintf("add %s route %s", side, route.Dst), Type: unix.RTM_NEWROUTE, Flags: rtnl.Create}
-	table, scope := unix.RT_TABLE_MAIN, unix.RT_SCOPE_LINK
+	table, scope := route.table(), unix.RT_SCOPE_LINK
 	var flags uint32
 	if route.Gateway.IsValid() {
 		scope = unix.RT_SCOPE_UNIVERSE
@@ -117,9 +117,6 @@ func addRoute(side string, index int, route Route) rtnl.Request {
 	}
 	if route.Scope != nil {
 		scope = *route.Scope
-	}
-	if route.Table != nil {
-		table = *route.Table
 	}
 	short := table
 	if table > 255 {
