@@ -156,10 +156,10 @@ bench-profile: ## Where the time of one ADD goes, by strace; needs root
 	@$(MAKE) bench BENCH=Profile
 
 .PHONY: bench-rearm
-bench-rearm: need-go ## How long pods are dark on first contact, after silence and after restarts of tailscaled, as tables; needs root, takes 100 minutes; TRIALS=10 REARM=Contact
+bench-rearm: need-go ## How long pods are dark on first contact, after silence and after restarts of tailscaled, and without the daemon's pings, as tables; needs root, takes 40 minutes; TRIALS=45 JOINING=10 REARM=Contact
 	@if ((EUID != 0)); then echo "make bench-rearm: needs root: run 'sudo make bench-rearm'" >&2; exit 1; fi
 	@$(call PREPARE,demo,$(LAB),headscale tailscale-trimmed) $(TRIMMED) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 3h -run '$(REARM)' ./test/rearm/ -args \
-		-trials $(or $(TRIALS),100) -joining 10 -silence 200s
+		-trials $(or $(TRIALS),45) -joining $(or $(JOINING),10) -silence 200s -before 4
 
 .PHONY: bench-faults
 bench-faults: need-go ## What pods lose when one part after another breaks, as in docs/reliability.md; needs root, takes 25 minutes

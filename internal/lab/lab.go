@@ -41,6 +41,8 @@ type Options struct {
 	ServerURL string
 	// Relay has the relay (DERP server) run on the control host as a process of its own, instead of within Headscale.
 	Relay bool
+	// NoPings has the LocalAPI of daemon-mode nodes refuse pings, by which the daemon looks after sessions: so it is without.
+	NoPings bool
 	// Configure may change what is to be a node's daemon.yaml.
 	Configure func(n *Node, c map[string]any)
 	// Policy may change what is to be Headscale's policy.

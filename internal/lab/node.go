@@ -41,8 +41,9 @@ type Node struct {
 
 	lab   *Lab
 	index int
-	disk  *os.File // the mount namespace of a node that crashed
-	line  *line    // nil where the wire has no delay
+	disk  *os.File     // the mount namespace of a node that crashed
+	line  *line        // nil where the wire has no delay
+	front *http.Server // before the LocalAPI, where pings are refused
 }
 
 // plugIn says what node number i, from 0, is to be and plugs it into the underlay.
@@ -94,8 +95,12 @@ func (n *Node) delay() time.Duration {
 	return 0
 }
 
-// unplug ends what the lab itself does for the node's wire.
+// unplug ends what the lab itself does for the node.
 func (n *Node) unplug() {
+	if n.front != nil {
+		_ = n.front.Close() // connections that are going anyway
+		n.front = nil
+	}
 	if n.line != nil {
 		_ = n.line.close() // sockets that nothing was written to a file through
 		n.line = nil
@@ -152,6 +157,12 @@ func tailscaledEnv() []string {
 func (n *Node) StartTailscaled() (err error) {
 	if n.Mode == config.ModeDaemon {
 		env := append(tailscaledEnv(), "HEADCNI_TAILSCALED="+n.lab.dedicatedTailscaled())
+		if n.lab.opt.NoPings {
+			if err := n.refusePings(); err != nil {
+				return fmt.Errorf("put a proxy before the LocalAPI of %s: %w", n.Name, err)
+			}
+			env = append(env, "HEADCNI_TAILSCALE_SOCKET="+behindSocket)
+		}
 		n.Tailscaled, err = n.Start(n.lab.ours("headcni-daemon"), env, "tailscaled")
 		return err
 	}

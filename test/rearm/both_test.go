@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -19,45 +21,83 @@ import (
 // way, the other, and both ways.
 func TestBothRestart(t *testing.T) {
 	bin := labtest.Programs(t)
+	found := map[string]*restarts{}
 	for _, rtt := range roundTrips() {
 		t.Run(fmt.Sprintf("%v", rtt), func(t *testing.T) {
-			l := labtest.New(t, lab.Options{
-				Nodes: *nodes / 2 * 2, Modes: []string{config.ModeDaemon}, Bin: bin, Batch: 500 * time.Millisecond,
-				Delays: []time.Duration{rtt / 4},
-			})
-			pods := addPods(t, l)
-			var gaps, excess []float64
-			dark := 0
-			for trial := 0; trial < *trials; trial += len(pods) / 2 {
-				for _, r := range bothRestart(t, pods, trial) {
-					gaps, excess = append(gaps, r.gap.Seconds()), append(excess, (r.gap-r.up).Seconds())
-					if r.gap-r.up > uncured {
-						dark++
-					}
+			cured := newRestarts(t, bin, rtt, *nodes/2*2, true)
+			found[kind("both restarted", rtt, true)] = cured
+			worlds := []*restarts{cured}
+			if *before > 0 {
+				bare := newRestarts(t, bin, rtt, *before/2*2, false)
+				found[kind("both restarted", rtt, false)] = bare
+				worlds = append(worlds, bare)
+			}
+			for trial := 0; len(cured.all) < *trials; trial++ {
+				for _, w := range worlds {
+					w.all = append(w.all, w.restart(t, trial)...)
 				}
 			}
-			fmt.Printf("| both restarted, %v | %d | %.2f s, %.2f s, %.2f s | %.2f s, %.2f s, %.2f s | %d | %d |\n", rtt, len(gaps),
-				at(gaps, .5), at(gaps, .9), at(gaps, 1), at(excess, .5), at(excess, .9), at(excess, 1), over(excess, 1), dark)
-			if dark > len(gaps)/50 {
-				t.Errorf("%d of %d pairs were dark for %v longer than their tailscaleds", dark, len(gaps), uncured)
+			if dark := cured.dark(); dark > len(cured.all)/50 {
+				t.Errorf("%d of %d pairs were dark for %v longer than their tailscaleds", dark, len(cured.all), uncured)
 			}
 		})
+	}
+	for _, name := range slices.Sorted(maps.Keys(found)) {
+		found[name].report(name)
+	}
+}
+
+// restarts are those of the pairs of one lab.
+type restarts struct {
+	pods []*lab.Pod
+	// patience is how long a flow is waited for: one that is dark for longer counts as that.
+	patience time.Duration
+	all      []restarted
+}
+
+func newRestarts(t *testing.T, bin string, rtt time.Duration, nodes int, cured bool) *restarts {
+	t.Helper()
+	l := labtest.New(t, lab.Options{
+		Nodes: nodes, Modes: []string{config.ModeDaemon}, Bin: bin, Batch: 500 * time.Millisecond,
+		Delays: []time.Duration{rtt / 4}, NoPings: !cured,
+	})
+	return &restarts{pods: addPods(t, l), patience: (&meeting{cured: cured}).patience()}
+}
+
+func (r *restarts) dark() (n int) {
+	for _, one := range r.all {
+		if one.gap-one.up > uncured {
+			n++
+		}
+	}
+	return n
+}
+
+// report prints one line of the table: how long pairs were dark, and how much longer than their tailscaleds.
+func (r *restarts) report(name string) {
+	var gaps, excess []float64
+	for _, one := range r.all {
+		gaps, excess = append(gaps, one.gap.Seconds()), append(excess, (one.gap-one.up).Seconds())
+	}
+	if len(gaps) > 0 {
+		fmt.Printf("| %s | %d | %.2f s, %.2f s, %.2f s | %.2f s, %.2f s, %.2f s | %d | %d |\n", name, len(gaps),
+			at(gaps, .5), at(gaps, .9), at(gaps, 1), at(excess, .5), at(excess, .9), at(excess, 1), over(excess, 1), r.dark())
 	}
 }
 
 // restarted is how long a pair was dark, and how long until both its tailscaleds had their network map.
 type restarted struct{ gap, up time.Duration }
 
-// bothRestart restarts all pairs of pods at once: the first with the second, the third with the fourth and so on.
-func bothRestart(t *testing.T, pods []*lab.Pod, trial int) []restarted {
+// restart restarts all pairs of pods at once: the first with the second, the third with the fourth and so on.
+func (r *restarts) restart(t *testing.T, trial int) []restarted {
 	t.Helper()
+	pods := r.pods
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	out := make([]restarted, len(pods)/2)
 	flows := make([][]*lab.Stream, len(out))
 	for i := range flows {
 		flows[i] = pairFlows(ctx, t, pods[2*i], pods[2*i+1], trial+i)
-		waitAll(ctx, t, flows[i], time.Time{})
 	}
 	time.Sleep(settled)
 	var wg sync.WaitGroup
@@ -74,8 +114,11 @@ func bothRestart(t *testing.T, pods []*lab.Pod, trial int) []restarted {
 		})
 	}
 	wg.Wait()
+	back := time.Now()
 	for i, f := range flows {
-		waitAll(ctx, t, f, time.Now())
+		for _, s := range f {
+			darkFor(ctx, s, back, r.patience)
+		}
 		time.Sleep(settled / time.Duration(len(flows)))
 		for _, s := range f {
 			out[i].gap = max(out[i].gap, s.Stop().Longest)
@@ -88,7 +131,7 @@ func bothRestart(t *testing.T, pods []*lab.Pod, trial int) []restarted {
 // bothWays is a kind of pairFlows.
 const bothWays = 2
 
-// pairFlows are streams between two pods: there, back, or both ways.
+// pairFlows are streams between two pods: there, back, or both ways. Each begins when the one before arrives.
 func pairFlows(ctx context.Context, t *testing.T, a, b *lab.Pod, kind int) (flows []*lab.Stream) {
 	t.Helper()
 	for way, p := range [][2]*lab.Pod{{a, b}, {b, a}} {
@@ -99,6 +142,7 @@ func pairFlows(ctx context.Context, t *testing.T, a, b *lab.Pod, kind int) (flow
 		if err != nil {
 			t.Fatal(err)
 		}
+		waitAll(ctx, t, []*lab.Stream{s}, time.Time{})
 		flows = append(flows, s)
 	}
 	return flows
