@@ -84,3 +84,22 @@ func TestOverlapping(t *testing.T) {
 		}
 	}
 }
+
+// A Set says what the lists say that it stands for.
+func TestSet(t *testing.T) {
+	list := prefixes("10.0.0.0/8 10.1.2.0/24 10.1.2.128/25 192.168.7.0/24 0.0.0.0/5 fd00::/64 fd00:0:0:1::/64 2001:db8::1/128")
+	s := NewSet(append(list, netip.Prefix{}, netip.MustParsePrefix("192.168.7.9/24"))...)
+	for _, p := range prefixes("10.1.2.0/24 10.1.2.0/25 10.200.0.0/16 192.168.0.0/16 192.168.7.4/32 192.168.8.0/24 0.0.0.0/0 4.0.0.0/8 9.0.0.0/8 " +
+		"172.16.0.0/12 fd00::/48 fd00::5/128 fd01::/48 ::/0 2001:db8::1/128 2001:db8::2/128 ::ffff:10.0.0.0/104") {
+		_, want := Overlapping(list, p)
+		if got, ok := s.Overlapping(p); ok != want || ok && !got.Overlaps(p) {
+			t.Errorf("%s overlaps %s: %v, want %v", got, p, ok, want)
+		}
+		if got, ok := s.Covering(p); ok != Covers(list, p) || ok && (got.Bits() > p.Bits() || !got.Overlaps(p)) {
+			t.Errorf("%s covers %s: %v", got, p, ok)
+		}
+	}
+	if _, ok := NewSet().Overlapping(list[0]); ok {
+		t.Error("nothing overlaps something")
+	}
+}
