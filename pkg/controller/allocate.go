@@ -3,7 +3,6 @@ package controller
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/headcni/headcni/internal/netset"
@@ -23,7 +22,7 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 	if len(o.ranges) == 0 {
 		return nil, nil
 	}
-	taken := newTakenSet()
+	taken := takenRanges{netset.NewSet(), map[netip.Prefix]netip.Addr{}}
 	var needy []node
 	var other []string
 	for _, n := range o.nodes {
@@ -31,7 +30,7 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 		case n.cidrErr != nil, len(n.cidrs) > 0 && !n.allocated:
 			other = append(other, n.name)
 		case len(n.cidrs) > 0:
-			taken.add(n.cidrs...)
+			taken.Add(n.cidrs...)
 		case n.leaving:
 		case o.now.Sub(n.created) >= allocateAfter:
 			needy = append(needy, n)
@@ -47,7 +46,7 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 	for _, t := range o.tailnet {
 		for _, r := range t.Approved {
 			if netset.Covers(o.ranges, r) {
-				taken.add(r) // of a Node that is gone, or of another cluster
+				taken.Add(r) // of a Node that is gone, or of another cluster
 			}
 		}
 	}
@@ -58,13 +57,13 @@ func (o observation) allocate() (map[string][]netip.Prefix, error) {
 			return given, fmt.Errorf("give Node %s a pod CIDR: %w", n.name, err)
 		}
 		given[n.name] = cidrs
-		taken.add(cidrs...)
+		taken.Add(cidrs...)
 	}
 	return given, nil
 }
 
 // cut finds the lowest free range of each family.
-func (o observation) cut(taken *takenSet) ([]netip.Prefix, error) {
+func (o observation) cut(taken takenRanges) ([]netip.Prefix, error) {
 	var out []netip.Prefix
 	for _, v6 := range []bool{false, true} {
 		var of []netip.Prefix
@@ -99,7 +98,7 @@ func nodeBits(v6 bool) int {
 
 // firstFree goes through the ranges of a node's size within r. One step leaves what is taken behind, so there are no more
 // steps than taken ranges.
-func firstFree(r netip.Prefix, taken *takenSet) (netip.Prefix, bool) {
+func firstFree(r netip.Prefix, taken takenRanges) (netip.Prefix, bool) {
 	bits := nodeBits(r.Addr().Is6())
 	a, begun := taken.from[r]
 	if !begun {
@@ -110,7 +109,7 @@ func firstFree(r netip.Prefix, taken *takenSet) (netip.Prefix, bool) {
 		if c.Bits() < r.Bits() {
 			return netip.Prefix{}, false // r is smaller than one node's range
 		}
-		by, ok := taken.by(c)
+		by, ok := taken.Overlapping(c)
 		if !ok {
 			taken.from[r] = a
 			return c, true
@@ -127,38 +126,11 @@ func firstFree(r netip.Prefix, taken *takenSet) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// takenSet are ranges that are in use. Those of a node's own size, which nearly all are, are looked up: a thousand Nodes at
-// once would else be a billion comparisons.
-type takenSet struct {
-	exact map[netip.Prefix]bool
-	other []netip.Prefix
-	// from is where a range has something free at the earliest: a set only grows.
+// takenRanges are those that are in use.
+type takenRanges struct {
+	*netset.Set
+	// from is where a range has something free at the earliest: what is taken only grows.
 	from map[netip.Prefix]netip.Addr
-}
-
-func newTakenSet() *takenSet {
-	return &takenSet{exact: map[netip.Prefix]bool{}, from: map[netip.Prefix]netip.Addr{}}
-}
-
-func (s *takenSet) add(list ...netip.Prefix) {
-	for _, p := range list {
-		if p.Bits() == nodeBits(p.Addr().Is6()) {
-			s.exact[p.Masked()] = true
-		} else {
-			s.other = append(s.other, p)
-		}
-	}
-}
-
-// by is a range that overlaps c, which is of a node's size.
-func (s *takenSet) by(c netip.Prefix) (netip.Prefix, bool) {
-	if s.exact[c] {
-		return c, true
-	}
-	if i := slices.IndexFunc(s.other, c.Overlaps); i >= 0 {
-		return s.other[i], true
-	}
-	return netip.Prefix{}, false
 }
 
 // after is the address behind a prefix; ok is false at the end of the address space.

@@ -50,13 +50,14 @@ func makePlan(o observation) plan {
 			p.serving[r] = t
 		}
 	}
-	claims, refused := o.claims()
-	granted := o.grant(claims)
-	ranges := o.ranges
-	if len(ranges) == 0 {
+	known := o.memory.index()
+	claims, refused := o.claims(known)
+	granted := o.grant(claims, known)
+	ranges := netset.NewSet(o.ranges...)
+	if len(o.ranges) == 0 {
 		// Only what is granted: a Node with a range that is refused, 0.0.0.0/0 for instance, takes no route from anybody.
 		for _, g := range granted {
-			ranges = append(ranges, g.cidrs...)
+			ranges.Add(g.cidrs...)
 		}
 	}
 	for _, n := range o.nodes {
@@ -68,7 +69,7 @@ func makePlan(o observation) plan {
 			p.views[n.name] = v
 		}
 	}
-	p.remember(o, claims, granted, ranges)
+	p.remember(o, claims, granted)
 	p.expiring = o.expiring(claims)
 	p.allocate, p.full = o.allocate()
 	return p
@@ -88,7 +89,7 @@ func (o observation) podRanges() []netip.Prefix {
 
 // claims finds which node of the tailnet each Node is, by the node key that its daemon wrote. Where two Nodes have the
 // same key, the one that had it first keeps it: a node that was broken into could write another's.
-func (o observation) claims() (byNode map[string]headscale.Node, refused map[string]string) {
+func (o observation) claims(known memberIndex) (byNode map[string]headscale.Node, refused map[string]string) {
 	byNode, refused = map[string]headscale.Node{}, map[string]string{}
 	byKey := map[string][]node{}
 	for _, n := range o.nodes {
@@ -102,15 +103,16 @@ func (o observation) claims() (byNode map[string]headscale.Node, refused map[str
 			continue
 		}
 		holder := ""
-		if m, ok := o.memory.of(t); ok {
+		if m, ok := known.of(t); ok {
 			holder = m.Node
 		}
+		why := fmt.Sprintf("Nodes %s have the same node key: one of them is not what it says it is, or is the other's former name (then `kubectl delete node` that)",
+			strings.Join(nodeNames(nodes), " and "))
 		for _, n := range nodes {
-			switch {
-			case len(nodes) == 1, n.name == holder:
+			if len(nodes) == 1 || n.name == holder {
 				byNode[n.name] = t
-			default:
-				refused[n.name] = fmt.Sprintf("Nodes %s have the same node key: one of them is not what it says it is, or is the other's former name (then `kubectl delete node` that)", strings.Join(nodeNames(nodes), " and "))
+			} else {
+				refused[n.name] = why
 			}
 		}
 	}
@@ -159,11 +161,11 @@ type grant struct {
 
 // grant decides about ranges. Those approved already come first, then the older Node: a new one cannot take a range from
 // another by overlapping it.
-func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
+func (o observation) grant(claims map[string]headscale.Node, known memberIndex) map[string]grant {
 	order := slices.Clone(o.nodes)
 	rank := map[string]int{}
 	for _, n := range o.nodes {
-		if m, ok := o.memory.of(claims[n.name]); ok && m.Node == n.name && len(n.cidrs) > 0 && len(netset.Without(n.cidrs, m.Routes)) == 0 {
+		if m, ok := known.of(claims[n.name]); ok && m.Node == n.name && len(n.cidrs) > 0 && len(netset.Without(n.cidrs, m.Routes)) == 0 {
 			rank[n.name] = -1
 		}
 	}
@@ -174,12 +176,12 @@ func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
 		return cmp.Or(a.created.Compare(b.created), cmp.Compare(a.name, b.name))
 	})
 	out := map[string]grant{}
-	var taken []netip.Prefix
+	taken := netset.NewSet()
 	for _, n := range order {
 		g := grant{why: o.fault(n, taken)}
 		if g.why == "" {
 			g.cidrs = n.cidrs
-			taken = append(taken, n.cidrs...)
+			taken.Add(n.cidrs...)
 		}
 		out[n.name] = g
 	}
@@ -187,15 +189,16 @@ func (o observation) grant(claims map[string]headscale.Node) map[string]grant {
 }
 
 // fault says why a Node's pod CIDRs cannot be approved, "" where they can. taken are other Nodes'.
-func (o observation) fault(n node, taken []netip.Prefix) string {
+func (o observation) fault(n node, taken *netset.Set) string {
 	if n.cidrErr != nil {
 		return n.cidrErr.Error()
 	}
 	for _, c := range n.cidrs {
+		_, overlaps := taken.Overlapping(c)
 		switch {
 		case c.Overlaps(netset.TailnetIPv4), c.Overlaps(netset.TailnetIPv6):
 			return fmt.Sprintf("%s is in the tailnet's own range", c)
-		case slices.ContainsFunc(taken, c.Overlaps):
+		case overlaps:
 			return fmt.Sprintf("%s overlaps another Node's pod CIDR", c)
 		case slices.ContainsFunc(o.services, c.Overlaps):
 			return fmt.Sprintf("%s overlaps the service range %v: no Service there could be reached", c, o.services)
@@ -209,7 +212,7 @@ func (o observation) fault(n node, taken []netip.Prefix) string {
 }
 
 // view is the Node as Headscale sees it.
-func (p *plan) view(n node, ranges []netip.Prefix, claims map[string]headscale.Node, refused map[string]string, g grant) kube.View {
+func (p *plan) view(n node, ranges *netset.Set, claims map[string]headscale.Node, refused map[string]string, g grant) kube.View {
 	v := kube.View{NodeKey: n.key}
 	t, known := claims[n.name]
 	switch {
@@ -264,10 +267,10 @@ func (p *plan) why(t headscale.Node, missing []netip.Prefix) string {
 
 // approve plans what is to change among the approved routes of a node of the tailnet: within the pod ranges exactly own,
 // everything else stays as it is.
-func (p *plan) approve(t headscale.Node, own, ranges []netip.Prefix) {
+func (p *plan) approve(t headscale.Node, own []netip.Prefix, ranges *netset.Set) {
 	var stale []netip.Prefix
 	for _, r := range netset.Without(t.Approved, own) {
-		if netset.Covers(ranges, r) {
+		if _, ours := ranges.Covering(r); ours {
 			stale = append(stale, r)
 		}
 	}
@@ -278,16 +281,16 @@ func (p *plan) approve(t headscale.Node, own, ranges []netip.Prefix) {
 }
 
 // remember plans the memory, and what becomes of nodes of the tailnet that no Node claims any more.
-func (p *plan) remember(o observation, claims map[string]headscale.Node, granted map[string]grant, ranges []netip.Prefix) {
+func (p *plan) remember(o observation, claims map[string]headscale.Node, granted map[string]grant) {
 	claimed := map[headscale.ID]bool{}
-	var inUse []netip.Prefix
+	inUse := netset.NewSet()
 	for _, n := range o.nodes {
 		t, ok := claims[n.name]
 		if !ok {
 			continue
 		}
 		claimed[t.ID] = true
-		inUse = append(inUse, granted[n.name].cidrs...)
+		inUse.Add(granted[n.name].cidrs...)
 		p.memory.Members = append(p.memory.Members, member{
 			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t), Routes: granted[n.name].cidrs, Created: t.Created,
 		})
@@ -297,13 +300,17 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		}
 	}
 	p.memory.Removed = slices.DeleteFunc(slices.Clone(o.memory.Removed), func(r removal) bool { return o.now.Sub(r.At) >= time.Hour })
+	listed := map[headscale.ID][]headscale.Node{}
+	for _, t := range o.tailnet {
+		listed[t.ID] = append(listed[t.ID], t)
+	}
 	for _, m := range o.memory.Members {
-		switch i := slices.IndexFunc(o.tailnet, m.is); {
+		switch i := slices.IndexFunc(listed[m.ID], m.is); {
 		case claimed[m.ID]:
 		case i < 0:
 			p.miss(o, m)
 		default:
-			p.retire(o, m, o.tailnet[i], inUse)
+			p.retire(o, m, listed[m.ID][i], inUse)
 		}
 	}
 	sortMembers(p.memory.Members)
@@ -329,7 +336,7 @@ func (p *plan) miss(o observation, m member) {
 }
 
 // retire deals with a node of the tailnet whose Node is gone, or has joined anew under another key.
-func (p *plan) retire(o observation, m member, t headscale.Node, inUse []netip.Prefix) {
+func (p *plan) retire(o observation, m member, t headscale.Node, inUse *netset.Set) {
 	m.Missing = time.Time{}
 	if m.Gone.IsZero() {
 		m.Gone = o.now
@@ -343,7 +350,8 @@ func (p *plan) retire(o observation, m member, t headscale.Node, inUse []netip.P
 	var stale []netip.Prefix
 	for _, r := range m.Routes {
 		// At once where somebody else has the range now: two nodes with one route are a lottery.
-		if slices.Contains(t.Approved, r) && (over || slices.ContainsFunc(inUse, r.Overlaps)) {
+		_, others := inUse.Overlapping(r)
+		if slices.Contains(t.Approved, r) && (over || others) {
 			stale = append(stale, r)
 		}
 	}

@@ -344,3 +344,36 @@ func TestAllocate(t *testing.T) {
 		})
 	}
 }
+
+// BenchmarkMakePlan plans for clusters of several sizes, at rest and when every Node has just joined. The time for one Node should
+// not grow with their number.
+func BenchmarkMakePlan(b *testing.B) {
+	for _, size := range []int{250, 1000, 4000} {
+		rest := manyNodes(size)
+		rest.memory = makePlan(rest).memory
+		joining := manyNodes(size)
+		for i := range joining.tailnet {
+			joining.tailnet[i].Approved, joining.tailnet[i].Primary = prefixes("192.168.0.0/24"), nil
+		}
+		for name, o := range map[string]observation{"rest": rest, "joining": joining} {
+			b.Run(fmt.Sprintf("%s/nodes=%d", name, size), func(b *testing.B) {
+				for b.Loop() {
+					makePlan(o)
+				}
+				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*size), "ns/node")
+			})
+		}
+	}
+}
+
+// manyNodes are Nodes with a range of each family, which Headscale has and routes.
+func manyNodes(n int) observation {
+	o := observation{now: now, grace: grace, tags: tags}
+	for i := range n {
+		v4, v6 := fmt.Sprintf("10.%d.%d.0/24", i>>8, i&255), fmt.Sprintf("fd00:0:0:%x::/64", i)
+		key := fmt.Sprint(i)
+		o.nodes = append(o.nodes, kn("node-"+key, key, v4, v6))
+		o.tailnet = append(o.tailnet, ts(headscale.ID(i+1), key, []string{v4, v6}, v4, v6))
+	}
+	return o
+}

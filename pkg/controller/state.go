@@ -148,13 +148,25 @@ func (m member) is(t headscale.Node) bool {
 	return m.ID == t.ID && (m.Created.IsZero() || m.Created.Equal(t.Created))
 }
 
-// of is what is remembered of a node of the tailnet.
-func (m memory) of(t headscale.Node) (member, bool) {
-	i := slices.IndexFunc(m.Members, func(e member) bool { return e.is(t) })
-	if i < 0 {
-		return member{}, false
+// memberIndex finds members by their number.
+type memberIndex map[headscale.ID][]member
+
+func (m memory) index() memberIndex {
+	out := memberIndex{}
+	for _, e := range m.Members {
+		out[e.ID] = append(out[e.ID], e)
 	}
-	return m.Members[i], true
+	return out
+}
+
+// of is what is remembered of a node of the tailnet.
+func (x memberIndex) of(t headscale.Node) (member, bool) {
+	for _, e := range x[t.ID] {
+		if e.is(t) {
+			return e, true
+		}
+	}
+	return member{}, false
 }
 
 func sortMembers(members []member) {

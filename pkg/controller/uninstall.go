@@ -141,7 +141,8 @@ func (c *Controller) forgetNodes(ctx context.Context) error {
 		c.log.Warn("nodes stay in Headscale: run `headscale nodes delete -i ID` for those that are not to be used further", "ids", ids, "err", err)
 		return nil
 	}
-	for _, err := range each(tailnet, func(t headscale.Node) error { return c.forget(ctx, api, m, t) }) {
+	known := m.index()
+	for _, err := range each(tailnet, func(t headscale.Node) error { return c.forget(ctx, api, known, t) }) {
 		if err != nil {
 			c.log.Warn("a node stays in Headscale as it is", "err", err)
 		}
@@ -149,8 +150,8 @@ func (c *Controller) forgetNodes(ctx context.Context) error {
 	return nil
 }
 
-func (c *Controller) forget(ctx context.Context, api *headscale.Client, m memory, t headscale.Node) (err error) {
-	e, ok := m.of(t)
+func (c *Controller) forget(ctx context.Context, api *headscale.Client, known memberIndex, t headscale.Node) (err error) {
+	e, ok := known.of(t)
 	switch {
 	case !ok:
 		return nil
