@@ -21,6 +21,9 @@ import (
 const (
 	// again is the least time between two probes of a peer, patient that between those that cannot tell more soon.
 	again, patient = time.Minute, 10 * time.Minute
+	// glance is how often the kernel is asked at least what it knows, and glanceEach what is left between two questions of one
+	// round: it tells of no change by itself. A question takes some 20 µs.
+	glance, glanceEach = time.Second, 10 * time.Millisecond
 	// memory is how long a peer that is gone is remembered: Headscale's restart takes all their routes away for a while.
 	memory = 10 * time.Minute
 	// budget bounds the probes after one Set: with hundreds of peers that do not answer, the kernel shall be asked in between.
@@ -133,17 +136,21 @@ func (w *Watch) Smallest() (Path, bool) {
 }
 
 // Run looks after each Set until ctx ends, and calls changed where Smallest has changed. Peers are probed one after the other.
+// Between two Sets it asks the kernel alone: a path that shrinks costs pods' connections until it is known.
 func (w *Watch) Run(ctx context.Context, changed func()) {
 	for {
+		probe, wait := false, max(glance, time.Duration(len(w.list()))*glanceEach)
 		select {
 		case <-ctx.Done():
 			return
 		case <-w.kick:
+			probe = true
+		case <-time.After(wait):
 		}
 		began, peers := time.Now(), w.list()
 		peers = slices.DeleteFunc(peers, func(s *state) bool { return w.learn(changed, s, w.carries(s)) })
 		for _, s := range peers {
-			if time.Since(began) < budget && ctx.Err() == nil {
+			if probe && time.Since(began) < budget && ctx.Err() == nil {
 				w.probe(ctx, changed, s)
 			}
 		}
@@ -223,6 +230,9 @@ func (w *Watch) learn(changed func(), s *state, bytes int) bool {
 }
 
 func (w *Watch) set(changed func(), s *state, bytes int, silent bool) {
+	if s.bytes == bytes && s.silent == silent {
+		return
+	}
 	before, _ := w.Smallest()
 	w.mu.Lock()
 	s.bytes, s.silent = bytes, silent

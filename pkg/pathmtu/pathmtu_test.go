@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,33 +14,36 @@ import (
 type path struct {
 	known, carries int
 	dead           bool
-	probes         int
 }
 
 func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := path{known: 1300, carries: 1232}
+		var wire atomic.Pointer[path]
+		wire.Store(&path{known: 1300, carries: 1232})
+		var probes atomic.Int32
 		w := New(Path{"b", 1100, false})
 		if got, _ := w.Smallest(); got.Bytes != 1100 {
 			t.Errorf("after a restart: %v", got)
 		}
 		w.ask = func(netip.Addr) (int, error) {
-			if p.known == 0 {
-				return 0, errors.New("no route")
+			if known := wire.Load().known; known != 0 {
+				return known, nil
 			}
-			return p.known, nil
+			return 0, errors.New("no route")
 		}
 		w.echo = func(_ context.Context, _ string, _ netip.Addr, size int) bool {
-			p.probes++
+			probes.Add(1)
+			p := wire.Load()
 			return !p.dead && size <= p.carries
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		go w.Run(ctx, func() {})
 		peer := Peer{Name: "b", Addr: netip.MustParseAddr("100.64.0.2"), Endpoint: netip.MustParseAddrPort("192.0.2.2:41641")}
-		look := func(what string, want Path, probes int) {
+		look := func(what string, p path, want Path, most int32) {
 			t.Helper()
-			p.probes = 0
+			wire.Store(&p)
+			probes.Store(0)
 			for range 30 { // half an hour
 				time.Sleep(time.Minute)
 				w.Set("tun", 1280, []Peer{peer})
@@ -48,35 +52,38 @@ func TestWatch(t *testing.T) {
 			if got, _ := w.Smallest(); got != want {
 				t.Errorf("%s: %v, want %v", what, got, want)
 			}
-			if p.probes > probes {
-				t.Errorf("%s: %d probes in half an hour, want at most %d", what, p.probes, probes)
+			if n := probes.Load(); n > most {
+				t.Errorf("%s: %d probes in half an hour, want at most %d", what, n, most)
 			}
 		}
 		// Of three rounds in half an hour each has up to three echoes of full size, one of Floor, two of each size that vanishes, one of the next,
 		// and two more of full size.
-		look("the kernel knows", Path{"b", 1232, false}, 0)
-		p.known, p.dead = 1500, true
-		look("it forgets, and nothing answers", Path{"b", 1232, false}, 3*4)
-		p.dead, p.carries = false, 1280
-		look("it carries all again", Path{}, 3)
-		look("and goes on to", Path{}, 3)
-		p.carries = 1180
-		look("it shrinks, routers are silent", Path{"b", 1152, true}, 3*9)
-		peer.Endpoint, p.carries = netip.MustParseAddrPort("192.0.2.3:41641"), 1100
-		look("another endpoint, routers are silent", Path{"b", 1024, true}, 3*11)
+		look("the kernel knows", path{known: 1300, carries: 1232}, Path{"b", 1232, false}, 0)
+		look("it forgets, and nothing answers", path{1500, 1232, true}, Path{"b", 1232, false}, 3*4)
+		whole := path{known: 1500, carries: 1280}
+		look("it carries all again", whole, Path{}, 3)
+		look("and goes on to", whole, Path{}, 3)
+		wire.Store(&path{known: 1300, carries: 1232})
+		time.Sleep(2 * glance) // and no Set
+		if got, _ := w.Smallest(); got != (Path{"b", 1232, false}) {
+			t.Errorf("2 s after the kernel has learned that it is small: %v", got)
+		}
+		look("and large again", whole, Path{}, 3)
+		look("it shrinks, routers are silent", path{known: 1500, carries: 1180}, Path{"b", 1152, true}, 3*9)
+		peer.Endpoint = netip.MustParseAddrPort("192.0.2.3:41641")
+		look("another endpoint, routers are silent", path{known: 1500, carries: 1100}, Path{"b", 1024, true}, 3*11)
 		w.Set("tun", 1280, nil) // Headscale's restart
 		synctest.Wait()
 		if got, _ := w.Smallest(); got != (Path{"b", 1024, true}) {
 			t.Errorf("its routes are gone for a moment: %v", got)
 		}
 		peer.Endpoint = netip.AddrPort{}
-		look("idle", Path{"b", 1024, true}, 0)
-		peer.Endpoint, p.known = netip.MustParseAddrPort("192.0.2.3:41641"), 68
-		look("a router lies", Path{"b", Floor, false}, 0)
-		peer.Endpoint, p.known, p.carries = netip.MustParseAddrPort("192.0.2.2:41641"), 1500, 1280
-		look("back", Path{}, 3)
-		p.known = 1300
-		look("small again", Path{"b", 1232, false}, 0)
+		look("idle", path{known: 1500, carries: 1100}, Path{"b", 1024, true}, 0)
+		peer.Endpoint = netip.MustParseAddrPort("192.0.2.3:41641")
+		look("a router lies", path{known: 68, carries: 1100}, Path{"b", Floor, false}, 0)
+		peer.Endpoint = netip.MustParseAddrPort("192.0.2.2:41641")
+		look("back", whole, Path{}, 3)
+		look("small again", path{known: 1300, carries: 1280}, Path{"b", 1232, false}, 0)
 		time.Sleep(memory)
 		w.Set("tun", 1280, nil)
 		if got, _ := w.Smallest(); got != (Path{}) {
