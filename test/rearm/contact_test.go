@@ -19,16 +19,22 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 var (
 	joining = flag.Int("joining", 3, "nodes that join together in each lab of TestContact")
 	silence = flag.Duration("silence", 0, "how long the pairs are silent before they talk again; sessions end after 180 s; 0: they do not")
-	before  = flag.Int("before", 0, "nodes of a lab beside each, whose tailscaleds refuse the daemon's pings: how it is without them")
+	// roundTrip chooses one.
+	roundTrip = flag.Duration("rtt", -1, "the only round trip to measure with")
+	before    = flag.Int("before", 0, "nodes of a lab beside each, whose tailscaleds refuse the daemon's pings: how it is without them")
 )
 
 // roundTrips are those between two nodes: all for a table, else the longest, where it is worst.
 func roundTrips() []time.Duration {
+	if *roundTrip >= 0 {
+		return []time.Duration{*roundTrip}
+	}
 	if *trials < 10 {
 		return []time.Duration{80 * time.Millisecond}
 	}
@@ -210,7 +216,8 @@ func (m *meeting) contacts(t *testing.T, what string, join bool) []contact {
 				if err != nil {
 					t.Error(err)
 				}
-				t.Logf("%s: %s dark for %v, the underlay for %v", m.name(what), c.pair, c.dark.Round(time.Millisecond), c.control.Round(time.Millisecond))
+				t.Logf("%s: %s dark for %v, the underlay for %v (%s)", m.name(what), c.pair, c.dark.Round(time.Millisecond),
+					c.control.Round(time.Millisecond), c.state)
 				mu.Lock()
 				defer mu.Unlock()
 				all = append(all, c)
@@ -259,6 +266,22 @@ type contact struct {
 	dark time.Duration
 	// control is that of a stream between the nodes themselves, outside the tunnel: what the machine was busy for.
 	control time.Duration
+	// state is what the tailscaleds said of their sessions just before.
+	state string
+}
+
+// sessionOf says what a node's tailscaled knows of the session with another node, for the log.
+func sessionOf(ctx context.Context, n, with *lab.Node) string {
+	st, err := tailscale.New(n.Path(n.Socket())).Status(ctx)
+	if err != nil {
+		return err.Error()
+	}
+	for _, p := range st.Peers {
+		if p.Name == with.Name {
+			return fmt.Sprintf("%s: %s, active %v, handshake %v ago", n.Name, p.Path(), p.Active, time.Since(p.Handshake).Round(time.Second))
+		}
+	}
+	return n.Name + ": no such peer"
 }
 
 // contact measures one pair. The second side starts within one and a half ways of the path.
@@ -270,6 +293,7 @@ func (m *meeting) contact(ctx context.Context, a, b *lab.Pod, v6 bool) (contact,
 	if rand.N(2) == 1 {
 		a, b = b, a
 	}
+	c.state = sessionOf(ctx, a.Node, b.Node) + "; " + sessionOf(ctx, b.Node, a.Node)
 	control, err := lab.StartStream(ctx, "underlay", a.Node, b.Node, b.Node.Underlay[0])
 	if err != nil {
 		return c, err

@@ -56,6 +56,7 @@ func TestSmallPath(t *testing.T) {
 	}
 	transfer(t, pods[0], pods[1], pods[1].Addr(false))
 	silent(t, l)
+	shrinks(t, l, inside)
 }
 
 // unclamped shows that without the clamp TCP stands still: else the test would prove nothing. Then the daemons start again.
@@ -108,6 +109,17 @@ func silent(t *testing.T, l *lab.Lab) {
 	if out := labtest.Sh(t, n.Machine, "headcni-daemon status || :"); !strings.Contains(out, "no router says so") {
 		t.Errorf("status does not say that packets vanish:\n%s", out)
 	}
+}
+
+// shrinks has the way that a node knows to carry all carry less, which is known long before tailscaled's status is looked at.
+func shrinks(t *testing.T, l *lab.Lab, inside []int) {
+	t.Helper()
+	n := l.Nodes[1]
+	waitPath(t, n, 0)
+	labtest.Sh(t, n.Machine, "ip link set eth0 mtu 1300")
+	began := time.Now()
+	waitPath(t, n, inside...)
+	t.Logf("known and clamped %v after the path has shrunk", time.Since(began).Round(time.Millisecond))
 }
 
 // waitPath waits until a node says that its path carries one of these, 0 for the tun's MTU, and clamps accordingly.
