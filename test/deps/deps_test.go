@@ -23,10 +23,11 @@ var level = map[string]int{
 	"internal/nearest":    0,
 	"internal/netset":     0,
 	"internal/nfcmd":      0,
-	"internal/nfnl":       0,
+	"internal/nlwatch":    0,
 	"internal/procfs":     0,
 	"internal/rtnl":       0,
 	"internal/version":    0,
+	"internal/nfnl":       1,
 	"internal/unixsock":   1,
 
 	"internal/sysctl": 1,

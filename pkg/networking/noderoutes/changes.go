@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -13,18 +12,16 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/nlwatch"
 	"github.com/headcni/headcni/pkg/config/names"
 )
-
-// debounce gathers the events of one cause (a link that goes takes its routes along) into one signal.
-const debounce = 50 * time.Millisecond
 
 // Changes signals soon after anything changed, by anybody, that Sync, DefaultSource, Links or Table52 looks at: our rules and
 // routes, the default routes, a loss of tailscaled's routes, links and addresses other than pods', and the switches for
 // forwarding, those of links too. The kernel tells nobody about other sysctls. The channel is closed when ctx ends or the
 // kernel's events cannot be read any more.
 func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
-	return watch(ctx, debounce, relevant, unix.RTNLGRP_LINK,
+	return watch(ctx, nlwatch.Debounce, relevant, unix.RTNLGRP_LINK,
 		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_NETCONF,
 		unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_NETCONF)
 }
@@ -33,7 +30,7 @@ func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 // single address, an address, or that it is up.
 func PodLinkLosses(ctx context.Context) (<-chan struct{}, error) {
 	// The kernel takes a link's routes away first, and then the link.
-	return watch(ctx, 5*debounce, podLinkLoss, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR)
+	return watch(ctx, 5*nlwatch.Debounce, podLinkLoss, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR)
 }
 
 func podLinkLoss(typ uint16, msg []byte) bool {
@@ -54,39 +51,10 @@ func podLinkLoss(typ uint16, msg []byte) bool {
 
 // watch signals, wait after the first of some messages, that there were such as are relevant.
 func watch(ctx context.Context, wait time.Duration, relevant func(typ uint16, msg []byte) bool, groups ...uint) (<-chan struct{}, error) {
-	s, err := nl.Subscribe(unix.NETLINK_ROUTE, groups...)
+	out, err := nlwatch.Watch(ctx, unix.NETLINK_ROUTE, wait, relevant, groups...)
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to network events: %w", explain(err))
 	}
-	out := make(chan struct{}, 1)
-	stop := context.AfterFunc(ctx, s.Close)
-	go func() {
-		defer close(out)
-		defer stop()
-		defer s.Close()
-		for {
-			msgs, _, err := s.Receive()
-			wanted := errors.Is(err, unix.ENOBUFS) // events were lost: it may have been anything
-			if err != nil && !wanted {
-				return
-			}
-			for _, m := range msgs {
-				wanted = wanted || relevant(m.Header.Type, m.Data)
-			}
-			if !wanted {
-				continue
-			}
-			select {
-			case <-time.After(wait):
-			case <-ctx.Done():
-				return
-			}
-			select {
-			case out <- struct{}{}:
-			default: // one is waiting already
-			}
-		}
-	}()
 	return out, nil
 }
 
