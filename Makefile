@@ -167,10 +167,11 @@ bench-faults: need-go ## What pods lose when one part after another breaks, as i
 	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
 
 .PHONY: lint
-lint: need-go vet ## gofmt, go vet, staticcheck, shellcheck, README.md against README_CN.md
+lint: need-go vet ## gofmt, go vet, staticcheck, govulncheck, shellcheck, README.md against README_CN.md
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
 		printf 'make lint: not formatted, run make fmt:\n%s\n' "$$unformatted" >&2; exit 1; fi
 	@tools=$$(test/tools/ensure staticcheck); "$$tools/staticcheck" ./...
+	@scripts/vulncheck
 	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$({ git ls-files -- '*.sh'; git grep -l '^#!/usr/bin/env bash'; } | sort -u)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
