@@ -4,6 +4,7 @@
 //	oci collect  programs and every shared library they need, out of unpacked packages
 //	oci verify   every program of a folder is for one architecture and finds its libraries there
 //	oci sbom     an SPDX document of the Go modules and Debian packages in a folder
+//	oci licences the licence texts of the Go modules in a folder
 //
 // The same input makes the same bytes.
 package main
@@ -25,10 +26,10 @@ func main() {
 
 func run(args []string, out io.Writer) error {
 	commands := map[string]func([]string, io.Writer) error{
-		"pack": runPack, "collect": runCollect, "verify": runVerify, "sbom": runSBOM,
+		"pack": runPack, "collect": runCollect, "verify": runVerify, "sbom": runSBOM, "licences": runLicences,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
-		return fmt.Errorf("want pack, collect, verify or sbom; `oci COMMAND -h` lists the flags of each")
+		return fmt.Errorf("want pack, collect, verify, sbom or licences; `oci COMMAND -h` lists the flags of each")
 	}
 	return commands[args[0]](args[1:], out)
 }
@@ -138,4 +139,21 @@ func runSBOM(args []string, _ io.Writer) error {
 		return fmt.Errorf("sbom: %w", err)
 	}
 	return os.WriteFile(output, doc, 0o644)
+}
+
+func runLicences(args []string, _ io.Writer) error {
+	var own, ownFile, to string
+	var roots list
+	fs := flag.NewFlagSet("licences", flag.ContinueOnError)
+	fs.Var(&roots, "rootfs", "folder with Go programs; may be repeated")
+	fs.StringVar(&own, "own", "", "path of our own modules")
+	fs.StringVar(&ownFile, "own-file", "", "their licence text")
+	fs.StringVar(&to, "to", "", "folder to copy to")
+	if err := parse(fs, args, "rootfs", "own", "own-file", "to"); err != nil {
+		return err
+	}
+	if err := licences(tree(roots), own, ownFile, to); err != nil {
+		return fmt.Errorf("licences: %w", err)
+	}
+	return nil
 }

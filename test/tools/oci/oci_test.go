@@ -288,6 +288,34 @@ func TestSBOM(t *testing.T) {
 	}
 }
 
+// TestLicences: the texts of every module of a program are there, and Go's; none of our own modules' is looked for.
+func TestLicences(t *testing.T) {
+	dir, to := t.TempDir(), t.TempDir()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := copyInto(self, dir+"/usr/bin/self"); err != nil {
+		t.Fatal(err)
+	}
+	own := t.TempDir() + "/LICENSE"
+	write(t, own, "ours", 0o644)
+	if err := licences(tree{dir}, "github.com/headcni/headcni", own, to); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"LICENSE", "go/LICENSE", "github.com/google/go-containerregistry@*/LICENSE", "github.com/klauspost/compress@*/LICENSE"} {
+		if found, err := filepath.Glob(to + "/" + want); err != nil || len(found) != 1 {
+			t.Errorf("%s: %v, %v", want, found, err)
+		}
+	}
+	if err := licences(tree{t.TempDir()}, "x", own, to); err == nil {
+		t.Error("an empty folder was taken")
+	}
+	if err := copyLicences("bare", t.TempDir(), to); err == nil || !strings.Contains(err.Error(), "bare has no licence") {
+		t.Errorf("a module without a text: %v", err)
+	}
+}
+
 // A file that is cut off, or no program at all, must not pass for one without needs.
 func TestReadObjectBroken(t *testing.T) {
 	dir := t.TempDir()
