@@ -20,7 +20,7 @@ const (
 	maxExamples = 5
 )
 
-// Capture counts packets in clear: those on the underlay whose outermost IP header has a pod's or a tailnet address in it.
+// Capture counts packets in clear: those on the underlay whose outermost IP header has a pod's, a service's or a tailnet address in it.
 type Capture struct {
 	lab    *Lab
 	before uint64 // frames on the underlay
@@ -183,7 +183,7 @@ func outermost(frame []byte) (src, dst netip.Addr, ok bool) {
 
 // inTunnel are the ranges whose packets are nowhere but in the tunnel and on their node.
 func inTunnel() []netip.Prefix {
-	return slices.Concat(ClusterCIDRs, []netip.Prefix{netset.TailnetIPv4, netset.TailnetIPv6})
+	return slices.Concat(ClusterCIDRs, ServiceCIDRs, []netip.Prefix{netset.TailnetIPv4, netset.TailnetIPv6})
 }
 
 // resolver is tailscaled's own, which is on each node. A tailscaled that has just begun asks it, by the default route.

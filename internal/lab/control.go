@@ -23,6 +23,9 @@ const (
 	headscaleUser = "lab"
 )
 
+// ServiceCIDRs are those of the cluster of which a lab's nodes might be.
+var ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/112")}
+
 // ClusterCIDRs are the pools that every node's pod CIDRs come from.
 var ClusterCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")}
 

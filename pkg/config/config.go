@@ -73,6 +73,12 @@ const (
 	EgressDeny       = "deny"       // what a pod begins is dropped; it may answer
 )
 
+// What hosts beside the node reach of pods.
+const (
+	LANDeny  = "deny"  // ports of the node that lead to pods (NodePort, hostPort, load balancers)
+	LANAllow = "allow" // all pods, by a route over the node
+)
+
 // Network is what the node's network looks like. Pod CIDRs are this node's, cluster CIDRs this cluster's pools.
 type Network struct {
 	PodCIDRs     CIDRs `json:"podCIDRs"`
@@ -85,6 +91,7 @@ type Network struct {
 	Masquerade    bool     `json:"masquerade"`
 	TailnetEgress string   `json:"tailnetEgress"`
 	LANFirst      Tristate `json:"lanFirst"`
+	LANIngress    string   `json:"lanIngress"`
 	// NetworkPolicy asks for Kubernetes' NetworkPolicies to be enforced.
 	NetworkPolicy bool `json:"networkPolicy"`
 }
@@ -193,7 +200,7 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 func Default() Config {
 	return Config{
 		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
-		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto},
+		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto, LANIngress: LANDeny},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
 		Kubernetes: Kubernetes{Enable: Auto, NodeGrace: "10m"},

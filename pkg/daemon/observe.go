@@ -45,6 +45,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		if err == nil {
 			users := prefs.Saved(tailscale.PrefsSpec{})
 			o.prefs = &users
+			o.sites = sites(o.Mode, prefs.AdvertiseRoutes)
 		} else if o.TailnetErr == nil {
 			o.TailnetErr = err
 		}
@@ -73,6 +74,15 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	}
 	o.path, _ = d.paths.Smallest()
 	return o, nil
+}
+
+// sites are what the user of the host's own tailscaled advertises, routes of exit nodes and of pods included: the former are no
+// networks beside the node, and the latter are looked at before.
+func sites(mode string, advertised []netip.Prefix) []netip.Prefix {
+	if mode != config.ModeHost {
+		return nil
+	}
+	return slices.DeleteFunc(slices.Clone(advertised), func(p netip.Prefix) bool { return p.Bits() == 0 })
 }
 
 // observeCluster takes the pod CIDRs and the rest of the network from Kubernetes, and keeps what it said.

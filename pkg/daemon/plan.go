@@ -29,6 +29,8 @@ type observation struct {
 	tunMTU int
 	// hostPrefixes are the prefixes of the host's own addresses, without our links, the tun and lo.
 	hostPrefixes []netip.Prefix
+	// sites are networks beside this node that its user advertises to the tailnet.
+	sites []netip.Prefix
 	// shared are networks that the host has inside the tailnet's IPv4 range.
 	shared []netip.Prefix
 	// nodeAddr4 and nodeAddr6 are the node's own addresses towards its pods; the zero Addr where it has none.
@@ -73,6 +75,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		firewall: nft.Config{
 			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Shared: o.shared, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
+			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: o.sites,
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},
 		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},

@@ -25,6 +25,7 @@ func TestSourcesAsSeenByTheReceiver(t *testing.T) {
 		"preserve":      with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
 		"deny":          with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
 		"no masquerade": with(func(c *Config) { c.Masquerade = false }),
+		"LAN allowed":   with(func(c *Config) { c.LANIngress = true }),
 		"daemon mode":   with(func(c *Config) { c.HostMode = false }),
 	}
 	for family, a := range worldAddrs {
@@ -39,7 +40,8 @@ func TestSourcesAsSeenByTheReceiver(t *testing.T) {
 			{"pod to remote pod", packet{from: w.podA, src: a.podA, to: w.tn, dst: a.remote}, a.podA, nil},
 			{"remote pod to pod", packet{from: w.tn, src: a.remote, to: w.podA, dst: a.podA}, a.remote, nil},
 			{"device to pod", packet{from: w.tn, src: a.device, to: w.podA, dst: a.podA}, a.device, []string{"default", "deny"}},
-			{"LAN to pod", packet{from: w.lan, src: a.lan, to: w.podA, dst: a.podA}, a.lan, nil},
+			{"LAN to pod", packet{from: w.lan, src: a.lan, to: w.podA, dst: a.podA}, nothing, nil},
+			{"LAN to pod, allowed", packet{from: w.lan, src: a.lan, to: w.podA, dst: a.podA}, a.lan, []string{"LAN allowed"}},
 			{"pod to LAN", packet{from: w.podA, src: a.podA, to: w.lan, dst: a.lan}, node, nil},
 			{"pod to LAN, no masquerade", packet{from: w.podA, src: a.podA, to: w.lan, dst: a.lan}, a.podA, []string{"no masquerade"}},
 			{"pod to device", packet{from: w.podA, src: a.podA, to: w.tn, dst: a.device}, a.nodeTailnet, []string{"default", "no masquerade"}},
@@ -50,7 +52,8 @@ func TestSourcesAsSeenByTheReceiver(t *testing.T) {
 			{"node to own pod, from the tun", packet{from: w.node, src: a.nodeTailnet, to: w.podA, dst: a.podA}, node, nil},
 			{"node to own pod", packet{from: w.node, src: node, to: w.podA, dst: a.podA}, node, nil},
 			{"node to remote pod, from eth0", packet{from: w.node, src: node, to: w.tn, dst: a.remote}, a.nodeTailnet, nil},
-			{"LAN client to remote pod (NodePort)", packet{from: w.lan, src: a.lan, to: w.tn, dst: a.remote}, a.nodeTailnet, nil},
+			{"LAN to remote pod", packet{from: w.lan, src: a.lan, to: w.tn, dst: a.remote}, nothing, nil},
+			{"LAN to remote pod, allowed", packet{from: w.lan, src: a.lan, to: w.tn, dst: a.remote}, a.nodeTailnet, []string{"LAN allowed"}},
 			{"device to LAN (exit node)", packet{from: w.tn, src: a.device, to: w.lan, dst: a.lan}, node, []string{"default"}},
 			{"device to LAN, daemon mode", packet{from: w.tn, src: a.device, to: w.lan, dst: a.lan}, a.device, []string{"daemon mode"}},
 			{"peer to peer lends no identity", packet{from: w.tn, src: a.device, to: w.tn, dst: a.remote2}, a.device, nil},
@@ -326,13 +329,15 @@ func TestPodsTalkThoughForwardDrops(t *testing.T) {
 					"pod to LAN":        {from: w.podA, src: a.podA, to: w.lan, dst: a.lan},
 					"pod to remote pod": {from: w.podA, src: a.podA, to: w.tn, dst: a.remote},
 					"remote pod to pod": {from: w.tn, src: a.remote, to: w.podA, dst: a.podA},
-					"NodePort to tun":   {from: w.lan, src: a.lan, to: w.tn, dst: a.remote},
+					"LAN to tun":        {from: w.lan, src: a.lan, to: w.tn, dst: a.remote},
 				}
 				firewall := hostfirewall.New()
 				if w.heard(paths["pod to pod"]).IsValid() {
 					t.Fatalf("%s: FORWARD does not drop: this test cannot fail", family)
 				}
-				w.sync(typical())
+				allowing := typical()
+				allowing.LANIngress = true
+				w.sync(allowing)
 				w.node.Do(t, func() error {
 					_, err := firewall.Sync(t.Context(), hostfirewall.Config{TunName: typical().TunName})
 					return err

@@ -16,6 +16,10 @@ const (
 	setKeepSource = "keepsrc"
 	// setOwn holds this node's pod CIDRs.
 	setOwn = "own"
+	// setServices holds the service CIDRs. A packet that still has such a destination when it leaves was for no service.
+	setServices = "services"
+	// setSites holds the networks beside the node that its user advertises to the tailnet.
+	setSites = "sites"
 	// setShared holds what is the host's inside the tailnet's range.
 	setShared = "shared"
 
@@ -33,6 +37,10 @@ const (
 	chainClamp = "clamp"
 	prioClamp  = knftables.ManglePriority
 
+	// chainLAN is in forward, where both links are known, DNAT is done, and source NAT is not.
+	chainLAN = "lan"
+	prioLAN  = knftables.FilterPriority
+
 	// chainGuard is in postrouting, not output: after DNAT only there the output interface is the final one, and it
 	// sees forwarded packets too. It runs before source NAT.
 	chainGuard = "guard"
@@ -47,6 +55,10 @@ const (
 	chainNAT = "postrouting"
 	prioNAT  = knftables.SNATPriority + "-1"
 
+	// chainLast is behind all source NAT, by anybody: what has a pod's source there will have it on the wire.
+	chainLast = "last"
+	prioLast  = knftables.SNATPriority + "+1"
+
 	// markMask are the fwmark bits that tailscaled uses (its linuxfw package: 0xff0000).
 	markMask = "0x00ff0000"
 	// markFromTunnel is what tailscaled itself sets in its forward chain on packets that came from its tun ("subnet
@@ -56,11 +68,44 @@ const (
 	markKeep = "0xff00ffff"
 )
 
+// Why packets are dropped: the names of the counters, one of each in each family.
+const (
+	// A pod sends from an address that is not its own, or poses as a router.
+	DropPodForged = "pod_forged"
+	DropPodRouter = "pod_router"
+	// Somebody beside the node sends from an address that only pods, services, the tailnet or the node itself have.
+	DropOutsideForged = "outside_forged"
+	// Somebody beside the node sends to pods or services by a route over the node (Config.LANIngress).
+	DropLANIngress = "lan_ingress"
+	// A cluster or tailnet destination leaves by a foreign link: routing rules would not have it so.
+	DropClusterClear = "cluster_in_clear"
+	DropTailnetClear = "tailnet_in_clear"
+	// A service destination leaves: nobody has made it a pod's.
+	DropServiceClear = "service_in_clear"
+	// A pod's source leaves by a foreign link, or towards a tailnet device, although there is to be the node's.
+	DropPodSource = "pod_source"
+	// A pod begins something with a tailnet device that it must not (Config.TailnetEgress).
+	DropTailnetEgress = "tailnet_egress"
+	// tailscaled's own packets in its own tunnel.
+	DropTunnelInTunnel = "tunnel_in_tunnel"
+	// The node's word to its pod that there is no way, while the tunnel is away.
+	DropNoWay = "no_way_yet"
+)
+
+// reasons are all of them. They stay while the rules that use them are written anew.
+var reasons = []string{
+	DropPodForged, DropPodRouter, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear, DropServiceClear, DropPodSource,
+	DropTailnetEgress, DropTunnelInTunnel, DropNoWay,
+}
+
 // tailnet are all tailnet addresses.
 var tailnet = map[knftables.Family]netip.Prefix{
 	knftables.IPv4Family: netset.TailnetIPv4,
 	knftables.IPv6Family: netset.TailnetIPv6,
 }
+
+// linkLocal are addresses that mean nothing behind a router. In IPv4 pods have their gateway there.
+var linkLocal = map[knftables.Family]string{knftables.IPv4Family: "169.254.0.0/16", knftables.IPv6Family: "fe80::/10"}
 
 // quad100 is tailscaled's own resolver and web server inside the tun: the node itself rather than a tailnet device.
 var quad100 = map[knftables.Family]string{

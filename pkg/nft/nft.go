@@ -30,6 +30,9 @@ type Tables struct {
 	// What was written last, what the kernel listed right after, and the generation at which it still held that.
 	text    string
 	written observed
+
+	// What was counted in all, by reason, and what each counter of the kernel said last, by family and reason.
+	drops, seen map[string]uint64
 }
 
 // New returns a Tables that has touched nothing yet.
@@ -61,6 +64,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 		return nil, nil
 	}
 	t.text = ""
+	_ = t.tally() // a table that has to be made anew takes its counters along; they are not worth an unfiltered packet
 	before := first
 	for range writeTries {
 		if err := t.write(ctx, want, before); err != nil {

@@ -50,6 +50,9 @@ const (
 	nftaSetHandle   = 16
 	nftaSetCount    = 20
 	nftaChainID     = 11
+	nftaObjHandle   = 6
+	// NFT_OBJECT_COUNTER, the type of counters.
+	nftObjectCounter = 1
 	// NFT_SET_INTERVAL, the flag of sets of prefixes.
 	nftSetInterval = 4
 	// NFT_SET_ELEM_INTERVAL_END.
@@ -79,6 +82,8 @@ func list(family knftables.Family) (listing, error) {
 		err = fmt.Errorf("list chains of table %s %s: %w", family, names.NFTTable, err)
 	} else if err = listSets(fam, out); err != nil {
 		err = fmt.Errorf("list sets of table %s %s: %w", family, names.NFTTable, err)
+	} else if err = listObjects(fam, out); err != nil {
+		err = fmt.Errorf("list counters of table %s %s: %w", family, names.NFTTable, err)
 	}
 	if errors.Is(err, unix.ENOENT) { // somebody has just deleted the table
 		return listing{}, nil
@@ -156,6 +161,14 @@ func listSets(fam uint8, out listing) error {
 		}
 	}
 	return nil
+}
+
+// listObjects has the counters, without what they have counted.
+func listObjects(fam uint8, out listing) error {
+	return eachObject(fam, func(name string, o []byte) (err error) {
+		out["object "+name], err = flatten(o, unix.NFTA_OBJ_DATA, unix.NFTA_OBJ_USE, nftaObjHandle)
+		return err
+	})
 }
 
 // elementsText renders a list of set elements. An interval is an element at its begin and an "end" element behind it.
@@ -253,6 +266,12 @@ func changes(before, after observed) []string {
 // kind. (A chain of another kind makes the kernel refuse the transaction.)
 func (t table) mustRecreate(have listing) bool {
 	known := map[string]bool{"table": true}
+	for _, c := range t.counters {
+		known["object "+c] = true
+		if def, ok := have["object "+c]; ok && !strings.Contains(def, attrText(unix.NFTA_OBJ_TYPE, nftObjectCounter)) {
+			return true
+		}
+	}
 	for _, c := range t.chains {
 		known["chain "+c.name], known["rules of chain "+c.name] = true, true
 	}
@@ -273,11 +292,11 @@ func (t table) mustRecreate(have listing) bool {
 		if !known[name] {
 			return true
 		}
-		if strings.HasPrefix(name, "chain ") || strings.HasPrefix(name, "set ") {
+		if strings.HasPrefix(name, "chain ") || strings.HasPrefix(name, "set ") || strings.HasPrefix(name, "object ") {
 			objects++
 		}
 	}
-	// The table's use count also has what is not listed: counters, quotas, flowtables.
+	// The table's use count also has what is not listed: flowtables.
 	return len(have) > 0 && !strings.Contains(have["table"], attrText(unix.NFTA_TABLE_USE, objects))
 }
 

@@ -22,6 +22,7 @@ func variants() map[string]Config {
 		"typical":       typical(),
 		"preserve":      with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
 		"deny":          with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
+		"lan-allow":     with(func(c *Config) { c.LANIngress = true; c.Sites = prefixes("192.168.5.0/24") }),
 		"clamp":         with(func(c *Config) { c.PathMTU = 1232 }),
 		"no-masquerade": with(func(c *Config) { c.Masquerade = false; c.HostMode = false }),
 		"no-tun":        with(func(c *Config) { c.TunName = ""; c.NodeAddr4, c.NodeAddr6 = netip.Addr{}, netip.Addr{} }),
@@ -56,12 +57,13 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"meta": "3.13", "mark": "3.13", "set": "3.14 meta set", "drop": "3.13", "accept": "3.13", "return": "3.13",
 		"masquerade": "3.18 nft_masq", "fully-random": "3.18", "snat": "3.13 nft_nat", "to": "3.13",
 		"fib": "4.10 nft_fib", "iif": "4.10 fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
+		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13",
 		"ct": "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
 		"tcp": "3.13", "flags": "3.13", "(syn": "3.13", "rst)": "3.13", "syn": "3.13", "option": "4.11 exthdr", "maxseg": "4.11 exthdr",
 		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
-	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|sites)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
 	for name, cfg := range variants() {
 		for _, table := range rulesetOf(cfg) {
@@ -92,12 +94,36 @@ func TestEveryConfigurationGuards(t *testing.T) {
 			i := slices.IndexFunc(table.chains, func(c chain) bool { return c.name == chainGuard })
 			rules := table.chains[i].rules
 			last := rules[len(rules)-1]
-			if want := `oifname != "hc*" oifname != "lo" ` + string(table.family) + " daddr @cluster drop"; !strings.HasSuffix(last, want) {
+			if want := `oifname != "hc*" oifname != "lo" ` + string(table.family) + " daddr @cluster " + drop(DropClusterClear); !strings.HasSuffix(last, want) {
 				t.Errorf("%s: the guard ends with %q", name, last)
 			}
 			if cfg.TunName == "" && strings.Contains(fmt.Sprint(table), `""`) {
 				t.Errorf("%s: a rule with an empty name", name)
 			}
+		}
+	}
+}
+
+// Every drop counts by a reason of ours, and nothing else does, so that what passes pays nothing.
+func TestEveryDropCounts(t *testing.T) {
+	seen := map[string]bool{}
+	for name, cfg := range variants() {
+		for _, table := range rulesetOf(cfg) {
+			for _, c := range table.chains {
+				for _, r := range c.rules {
+					_, reason, counts := strings.Cut(r, `counter name "`)
+					reason, ok := strings.CutSuffix(reason, `" drop`)
+					if counts != strings.HasSuffix(r, "drop") || counts && (!ok || !slices.Contains(reasons, reason)) {
+						t.Errorf("%s, chain %s: %q", name, c.name, r)
+					}
+					seen[reason] = true
+				}
+			}
+		}
+	}
+	for _, r := range reasons {
+		if !seen[r] {
+			t.Errorf("no rule drops by %s", r)
 		}
 	}
 }

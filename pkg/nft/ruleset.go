@@ -15,9 +15,10 @@ import (
 
 // table is the whole wanted content of our table in one family.
 type table struct {
-	family knftables.Family
-	sets   []set
-	chains []chain
+	family   knftables.Family
+	counters []string
+	sets     []set
+	chains   []chain
 }
 
 type set struct {
@@ -41,18 +42,21 @@ func rulesetOf(cfg Config) []table {
 func tableOf(family knftables.Family, cfg Config) table {
 	cluster := setOf(family, setCluster, cfg.Cluster, cfg.Own)
 	return table{
-		family: family,
+		family:   family,
+		counters: reasons,
 		sets: []set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
-			setOf(family, setShared, cfg.Shared),
+			setOf(family, setServices, cfg.KeepSource), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
 		},
 		chains: []chain{
-			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family)},
+			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
 			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, tunnel(cfg)},
 			{chainClamp, knftables.FilterType, knftables.ForwardHook, prioClamp, clamp(family, cfg)},
+			{chainLAN, knftables.FilterType, knftables.ForwardHook, prioLAN, lan(family, cfg)},
 			{chainGuard, knftables.FilterType, knftables.PostroutingHook, prioGuard, guard(family, cfg)},
 			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience, patience(family, cluster.elements)},
 			{chainNAT, knftables.NATType, knftables.PostroutingHook, prioNAT, nat(family, cfg)},
+			{chainLast, knftables.FilterType, knftables.PostroutingHook, prioLast, last(family, cfg)},
 		},
 	}
 }
@@ -63,25 +67,43 @@ func setOf(family knftables.Family, name string, lists ...[]netip.Prefix) set {
 }
 
 // antispoof: a pod sends from its own address only, and nobody outside sends from a pod's.
-func antispoof(family knftables.Family) []string {
+func antispoof(family knftables.Family, cfg Config) []string {
 	var rules []string
 	if family == knftables.IPv6Family {
 		rules = append(rules,
 			// A pod that announces itself as router would give the node, and its neighbours, a default route.
-			rule(`iifname "%s" icmpv6 type nd-router-advert drop`, names.PodLinks),
-			rule(`iifname "%s" icmpv6 type nd-redirect drop`, names.PodLinks),
+			rule(`iifname "%s" icmpv6 type nd-router-advert %s`, names.PodLinks, drop(DropPodRouter)),
+			rule(`iifname "%s" icmpv6 type nd-redirect %s`, names.PodLinks, drop(DropPodRouter)),
 			// Before an address is usable the source is ::, which no fib lookup can find.
 			rule(`iifname "%s" ip6 saddr :: icmpv6 type nd-neighbor-solicit accept`, names.PodLinks),
 			rule(`iifname "%s" ip6 saddr :: icmpv6 type mld2-listener-report accept`, names.PodLinks),
 		)
 	}
-	return append(rules,
+	rules = append(rules,
 		// "missing": the way back to the source does not lead over the interface that the packet came in by.
-		rule(`iifname "%s" fib saddr . iif oif missing drop`, names.PodLinks),
+		rule(`iifname "%s" fib saddr . iif oif missing %s`, names.PodLinks, drop(DropPodForged)),
 		// A pod's packet has passed this check already: that it is not looked up again is for speed.
-		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing drop`, names.PodLinks, family, setCluster),
+		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setCluster, drop(DropOutsideForged)),
 	)
+	if !cfg.LANIngress {
+		// Here and not in lan, because IPVS has services on the node itself, and sends to pods as the node does.
+		rules = append(rules, rule(`%s %s daddr @%s %s`, foreign("iifname", cfg), family, setServices, drop(DropLANIngress)))
+	}
+	return rules
 }
+
+// foreign matches the links that are neither the tunnel's nor pods' nor the node's own. Comparing links costs less than a look into
+// a set.
+func foreign(side string, cfg Config) string {
+	notTun := ""
+	if cfg.TunName != "" {
+		notTun = rule(`%s != "%s" `, side, cfg.TunName)
+	}
+	return rule(`%s%[2]s != "%[3]s" %[2]s != "lo"`, notTun, side, names.PodLinks)
+}
+
+// drop counts, and costs nothing before there is something to drop.
+func drop(reason string) string { return rule(`counter name "%s" drop`, reason) }
 
 // tunnel notes what came out of the tun, for nat.
 func tunnel(cfg Config) []string {
@@ -108,23 +130,54 @@ func clamp(family knftables.Family, cfg Config) []string {
 	return rules
 }
 
-// guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all. Links are compared first: that costs less
-// than a look into a set.
+// lan: what comes from beside the node reaches pods, here or by the tunnel, only as an answer or by a port of the node, which is
+// DNAT by whomever. Without a conntrack entry there is neither. In front stands what is frequent.
+func lan(family knftables.Family, cfg Config) []string {
+	fam := string(family)
+	rules := []string{rule(`iifname "%s" accept`, names.PodLinks)}
+	toPods := rule(`oifname != "%s"`, names.PodLinks)
+	if cfg.TunName != "" {
+		rules = append(rules, rule(`iifname "%s" accept`, cfg.TunName))
+		toPods = rule(`oifname != "%s" %s`, cfg.TunName, toPods)
+	}
+	rules = append(rules, toPods+" accept", "ct direction reply accept",
+		// A pod must not be told, through a port of the node either, that a service, the tailnet or its own node speaks.
+		rule(`%s saddr @%s %s`, fam, setServices, drop(DropOutsideForged)),
+		rule(`%s saddr %s%s %s`, fam, tailnet[family], notShared(family, "saddr"), drop(DropOutsideForged)),
+		rule(`%s saddr %s %s`, fam, linkLocal[family], drop(DropOutsideForged)),
+		// The IPv4 of the kernel refuses that itself.
+		rule(`fib saddr type local %s`, drop(DropOutsideForged)),
+	)
+	if cfg.LANIngress {
+		return rules
+	}
+	rules = append(rules, "ct status dnat accept")
+	if cfg.TunName != "" && cfg.HostMode {
+		// A user's subnet router joins networks in both directions.
+		rules = append(rules, rule(`oifname "%s" %s saddr @%s %s daddr != @%s accept`, cfg.TunName, fam, setSites, fam, setKeepSource))
+	}
+	return append(rules, drop(DropLANIngress))
+}
+
+// guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all.
 func guard(family knftables.Family, cfg Config) []string {
+	fam := string(family)
 	var rules []string
-	notTun := ""
 	if cfg.TunName != "" {
 		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
-		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x drop`, cfg.TunName, markMask, names.BypassMark))
-		notTun = rule(`oifname != "%s" `, cfg.TunName)
+		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x %s`, cfg.TunName, markMask, names.BypassMark, drop(DropTunnelInTunnel)))
 		if cfg.TailnetEgress == config.EgressDeny {
-			// Only what a pod begins: an answer to a device that may reach the pod goes out.
-			rules = append(rules, rule(`oifname "%[3]s" %[1]s saddr @%[2]s %[1]s daddr != @%[4]s %[1]s daddr != %[5]s ct direction original drop`,
-				family, setOwn, cfg.TunName, setKeepSource, quad100[family]))
+			// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
+			out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setKeepSource, quad100[family], setOwn)
+			rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropTailnetEgress))
 		}
 	}
-	notIn := rule(`%soifname != "%s" oifname != "lo"`, notTun, names.PodLinks)
-	return append(rules, rule(`%s %s drop`, notIn, toTailnet(family)), rule(`%s %s daddr @%s drop`, notIn, family, setCluster))
+	out := foreign("oifname", cfg)
+	return append(rules,
+		rule(`%s %s %s`, out, toTailnet(family), drop(DropTailnetClear)),
+		// By the tunnel neither: a service is what DNAT has made a pod of.
+		rule(`oifname != "%s" oifname != "lo" %s daddr @%s %s`, names.PodLinks, fam, setServices, drop(DropServiceClear)),
+		rule(`%s %s daddr @%s %s`, out, fam, setCluster, drop(DropClusterClear)))
 }
 
 // toTailnet matches what is for the tailnet. In IPv4 that is what pods send, as far as the host has no network of its own there:
@@ -133,7 +186,35 @@ func toTailnet(family knftables.Family) string {
 	if family == knftables.IPv6Family {
 		return rule(`ip6 daddr %s`, tailnet[family])
 	}
-	return rule(`ip saddr @%s ip daddr %s ip daddr != @%s`, setCluster, tailnet[family], setShared)
+	return rule(`ip saddr @%s ip daddr %s%s`, setCluster, tailnet[family], notShared(family, "daddr"))
+}
+
+// notShared excepts, in IPv4, what is the host's inside the tailnet's range.
+func notShared(family knftables.Family, side string) string {
+	if family == knftables.IPv6Family {
+		return ""
+	}
+	return rule(` ip %s != @%s`, side, setShared)
+}
+
+// last: a pod is seen outside, and by tailnet devices, as its node, or not at all. NAT leaves out what conntrack does not know, or
+// knew before there was NAT.
+func last(family knftables.Family, cfg Config) []string {
+	fam := string(family)
+	var rules []string
+	if cfg.TunName != "" && cfg.TailnetEgress != config.EgressPreserve && cfg.TailnetEgress != config.EgressDeny {
+		out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setCluster, quad100[family], setOwn)
+		// A device that called the pod by its own address hears that address.
+		rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropPodSource))
+	}
+	if !cfg.Masquerade {
+		return rules
+	}
+	out := rule(`%s %s saddr @%s`, foreign("oifname", cfg), fam, setCluster)
+	if cfg.LANIngress {
+		rules = append(rules, out+" ct direction reply accept")
+	}
+	return append(rules, out+" "+drop(DropPodSource))
 }
 
 // nat: who sees which source.
@@ -161,9 +242,14 @@ func nat(family knftables.Family, cfg Config) []string {
 		rules = append(rules,
 			// A peer that routes through us to another peer must not get our identity.
 			rule(`%s oifname "%s" return`, fromTun, tun),
-			// A host process or a NodePort client that reaches a remote pod: only a tailnet address finds its way back.
-			rule(`oifname "%s" %s daddr @%s %s saddr != @%s masquerade fully-random`, tun, fam, setCluster, fam, setCluster),
 		)
+		// A host process or a NodePort client that reaches a remote pod: only a tailnet address finds its way back.
+		toPods := rule(`oifname "%s" %s daddr @%s %s saddr != @%s`, tun, fam, setCluster, fam, setCluster)
+		if cfg.LANIngress {
+			rules = append(rules, toPods+" masquerade fully-random")
+		} else {
+			rules = append(rules, toPods+" fib saddr type local masquerade fully-random", toPods+" ct status dnat masquerade fully-random")
+		}
 		if cfg.HostMode {
 			// What the NoSNAT pref takes from a user's exit node or subnet router.
 			rules = append(rules, rule(`%s oifname != "%s" %s daddr != @%s masquerade fully-random`,
@@ -192,7 +278,7 @@ func patience(family knftables.Family, cluster []netip.Prefix) []string {
 	}
 	var rules []string
 	for _, p := range cluster {
-		rules = append(rules, rule(`oifname "%s" %s %s drop`, names.PodLinks, match, payload(at, p)))
+		rules = append(rules, rule(`oifname "%s" %s %s %s`, names.PodLinks, match, payload(at, p), drop(DropNoWay)))
 	}
 	return rules
 }
@@ -215,6 +301,9 @@ func rule(format string, args ...any) string { return fmt.Sprintf(format, args..
 // packet meets either all old or all new rules.
 func (t table) fill(tx *knftables.Transaction) {
 	tx.Add(t.object())
+	for _, c := range t.counters {
+		tx.Add(&knftables.Counter{Family: t.family, Table: names.NFTTable, Name: c})
+	}
 	for _, s := range t.sets {
 		tx.Add(t.set(s))
 		tx.Flush(t.set(s))
@@ -252,6 +341,7 @@ func (t table) chain(c chain) *knftables.Chain {
 // String is t as nft commands: a name for the content.
 func (t table) String() string {
 	var b strings.Builder
+	fmt.Fprintf(&b, "counters %s %v\n", t.family, t.counters)
 	for _, s := range t.sets {
 		fmt.Fprintf(&b, "set %s %s %v\n", t.family, s.name, s.elements)
 	}

@@ -4,14 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/internal/nstest"
 )
 
 // wire is a world with traffic to look at, and a machine that lures it.
@@ -378,6 +382,60 @@ func (c *wire) strip(t *testing.T, tables, rules, routes bool) {
 	c.flows.Dark(t, since)
 }
 
+// Packets of every shape, to the outside, to services that nobody has and to the tailnet, with and without what conntrack knew, and by
+// a node whose conntrack somebody keeps away from its pods.
+func TestNeverInClearShapes(t *testing.T) {
+	c := neverInClear.Enter(t)
+	send := func() { c.shapes(t) }
+	none := func(what string, do func()) {
+		t.Helper()
+		if got := c.watch(t, do, send); got.Clear > 0 || got.Total == 0 {
+			t.Errorf("%s: %d of %d packets in clear: %v", what, got.Clear, got.Total, got.Examples)
+		}
+	}
+	none("as it is", func() {})
+	for _, n := range c.nodes() {
+		labtest.Kill(t, n.Daemon)
+	}
+	none("without the daemon, and conntrack emptied", func() { c.each(t, "conntrack -F 2>/dev/null") })
+	for _, f := range families {
+		c.each(t, `nft 'table %s foreign { chain c { type filter hook prerouting priority -310; iifname "hc*" notrack; }; }'`, f)
+	}
+	none("without conntrack", func() {})
+	for _, f := range families {
+		c.each(t, "nft delete table %s foreign", f)
+	}
+	none("without tailscaled", func() {
+		for _, n := range c.nodes() {
+			labtest.Kill(t, n.Tailscaled)
+		}
+	})
+	c.never(t, func() { c.mend(t) })
+}
+
+// shapes has a pod of each node send packets of all shapes.
+func (c *wire) shapes(t *testing.T) {
+	t.Helper()
+	for i, v6 := range []bool{false, true} {
+		to := append([]netip.Addr{c.outside[i].Addr(), clusterIPs[i].Addr(), lab.ServiceCIDRs[i].Addr().Next()}, tailnetAddrs[i]...)
+		for _, p := range []*lab.Pod{c.a1, c.b1} {
+			err := p.Do(func() error {
+				for _, dst := range to {
+					for _, packet := range nstest.Shapes(p.Addr(v6), dst, uint16(30000+rand.N(30000))) {
+						if err := nstest.Send(packet); err != nil && !errors.Is(err, unix.ENETUNREACH) {
+							return err
+						}
+					}
+				}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
 // The proof that all the captures above would have seen something, in both families, from pods and from nodes.
 func TestNeverInClearNegativeControl(t *testing.T) {
 	c := neverInClear.EnterLast(t)
@@ -391,6 +449,9 @@ func TestNeverInClearNegativeControl(t *testing.T) {
 			t.Errorf("%s: none of %d packets is in clear", r.name, got.Total)
 		}
 		r.stop()
+	}
+	if got := c.watch(t, func() {}, func() { c.shapes(t) }); got.Clear < 100 {
+		t.Errorf("packets of all shapes: %d of %d are in clear", got.Clear, got.Total)
 	}
 	for _, s := range c.senders() {
 		for _, v6 := range []bool{false, true} {

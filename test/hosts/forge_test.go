@@ -1,7 +1,6 @@
 package hosts
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/internal/nstest"
 )
 
 const genuine = "genuine"
@@ -74,49 +74,8 @@ func (e *ear) forget() {
 
 // forge sends a UDP datagram with any source through a raw socket.
 func forge(from lab.Place, src netip.Addr, dst netip.AddrPort, text string) error {
-	udp := binary.BigEndian.AppendUint16(nil, 4242)
-	udp = binary.BigEndian.AppendUint16(udp, dst.Port())
-	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(text)))
-	udp = append(append(udp, 0, 0), text...)
-	const ttl = 64
-	var packet []byte
-	var to unix.Sockaddr
-	family := unix.AF_INET
-	if src.Is4() {
-		// The kernel fills in length, identification and checksum (raw(7)); UDP needs none.
-		packet = []byte{0x45, 0, 0, 0, 0, 0, 0, 0, ttl, unix.IPPROTO_UDP, 0, 0}
-		to = &unix.SockaddrInet4{Addr: dst.Addr().As4()}
-	} else {
-		family = unix.AF_INET6
-		packet = append([]byte{0x60, 0, 0, 0}, udp[4], udp[5], unix.IPPROTO_UDP, ttl)
-		binary.BigEndian.PutUint16(udp[6:], checksum(src, dst.Addr(), udp))
-		to = &unix.SockaddrInet6{Addr: dst.Addr().As16()}
-	}
-	packet = append(append(packet, src.AsSlice()...), dst.Addr().AsSlice()...)
-	return from.Do(func() error {
-		fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		return unix.Sendto(fd, append(packet, udp...), 0, to)
-	})
-}
-
-// checksum is UDP's over IPv6 (RFC 8200, section 8.1).
-func checksum(src, dst netip.Addr, udp []byte) uint16 {
-	data := slices.Concat(src.AsSlice(), dst.AsSlice(), []byte{0, 0, udp[4], udp[5], 0, 0, 0, unix.IPPROTO_UDP}, udp)
-	if len(data)%2 == 1 {
-		data = append(data, 0)
-	}
-	var sum uint32
-	for i := 0; i < len(data); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(data[i:]))
-	}
-	for sum > 0xffff {
-		sum = sum>>16 + sum&0xffff
-	}
-	return ^uint16(sum)
+	packet := nstest.Packet(src, dst.Addr(), unix.IPPROTO_UDP, nstest.UDP(src, dst.Addr(), 4242, dst.Port(), text))
+	return from.Do(func() error { return nstest.Send(packet) })
 }
 
 // speak sends everything forged to all, and something genuine until it has arrived, behind which nothing can be late.
@@ -203,26 +162,29 @@ func TestForgingPod(t *testing.T) {
 	deceived(t, w.a, scenes)
 }
 
-// A host on the LAN does not pass for a pod.
+// A host on the LAN does not pass for a pod, a service, a tailnet device or the node, also where a port of the node leads it to a pod.
 func TestForgingLANHost(t *testing.T) {
 	w := surroundings.Enter(t)
 	var scenes []scene
 	for i, v6 := range []bool{false, true} {
-		// Nodes forward what the LAN sends to pods, so that one could be asked to.
-		labtest.Sh(t, w.Control.Machine, "%s route add %s via %s", ip(v6), w.a.PodCIDRs[i], w.a.Underlay[i])
+		pod := listen(t, "a pod, "+labtest.Family(v6), w.a1, w.a1.Addr(v6))
+		labtest.Sh(t, w.a.Machine, `nft 'table %s ports { chain c { type nat hook prerouting priority -100; fib daddr type local udp dport %d dnat to %s; }; }'`,
+			families[i], pod.addr.Port(), pod.addr)
+		t.Cleanup(func() { labtest.Sh(t, w.a.Machine, "nft delete table %s ports", families[i]) })
+		pod.addr = netip.AddrPortFrom(w.a.Underlay[i], pod.addr.Port())
 		s := scene{
 			from: w.Control, own: labtest.ControlAddr(w.Lab, v6),
-			forged: []netip.Addr{w.a2.Addr(v6), w.b1.Addr(v6), w.b2.Addr(v6), w.b.PodCIDRs[i].Addr().Next()},
-			to: []*ear{
-				listen(t, "a pod, "+labtest.Family(v6), w.a1, w.a1.Addr(v6)), listen(t, "a node, "+labtest.Family(v6), w.a, w.a.Underlay[i]),
-			},
+			forged: []netip.Addr{w.a2.Addr(v6), w.b1.Addr(v6), w.b2.Addr(v6), w.b.PodCIDRs[i].Addr().Next()}, to: []*ear{pod},
 		}
+		s.to = append(s.to, listen(t, "a node, "+labtest.Family(v6), w.a, w.a.Underlay[i]))
 		speak(t, s)
 		silent(t, s.to)
 		scenes = append(scenes, s)
+		s.to = s.to[:1]
+		s.forged = append(s.forged, labtest.TailnetAddrs(t, w.a)[i], labtest.TailnetAddrs(t, w.b)[i], clusterIPs[i].Addr(), w.a.Underlay[i],
+			[]netip.Addr{netip.MustParseAddr("169.254.1.1"), netip.MustParseAddr("fe80::1")}[i])
+		speak(t, s)
+		silent(t, s.to)
 	}
 	deceived(t, w.a, scenes)
-	for i, v6 := range []bool{false, true} {
-		labtest.Sh(t, w.Control.Machine, "%s route delete %s", ip(v6), w.a.PodCIDRs[i])
-	}
 }

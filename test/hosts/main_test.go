@@ -46,6 +46,9 @@ func accepted(t *testing.T, n *lab.Node, routes ...string) {
 	})
 }
 
+// families are nft's names of them.
+var families = []string{"ip", "ip6"}
+
 // ip is `ip` for a family.
 func ip(v6 bool) string {
 	if v6 {

@@ -13,7 +13,7 @@ import (
 )
 
 // The service CIDRs of the labs' cluster.
-const serviceCIDR4, serviceCIDR6 = "10.96.0.0/16", "fd00:96::/112"
+var serviceCIDR4, serviceCIDR6 = lab.ServiceCIDRs[0].String(), lab.ServiceCIDRs[1].String()
 
 // world is a lab with two nodes in the cluster, two pods on each, and machines that are left alone.
 type world struct {
@@ -26,9 +26,7 @@ type world struct {
 func newWorld(t testing.TB, opt lab.Options) *world {
 	t.Helper()
 	opt.Bin, opt.Policy = labtest.Programs(t), allowAll
-	opt.Configure = func(_ *lab.Node, c map[string]any) {
-		labtest.Section(c, "network")["serviceCIDRs"] = []string{serviceCIDR4, serviceCIDR6}
-	}
+	opt.Configure = withServices
 	l := labtest.New(t, opt)
 	w := &world{Lab: l, a: l.Nodes[0], b: l.Nodes[1]}
 	w.a1, w.a2 = labtest.AddPod(t, w.a, "a1", lab.PodOptions{}), labtest.AddPod(t, w.a, "a2", lab.PodOptions{})
@@ -37,6 +35,10 @@ func newWorld(t testing.TB, opt lab.Options) *world {
 		w.outside = append(w.outside, labtest.Service(t, l.Control, netip.AddrPortFrom(labtest.ControlAddr(l, v6), 0)))
 	}
 	return w
+}
+
+func withServices(_ *lab.Node, c map[string]any) {
+	labtest.Section(c, "network")["serviceCIDRs"] = []string{serviceCIDR4, serviceCIDR6}
 }
 
 // allowAll lets everybody use every route: since Headscale 0.29 `*` means tailnet addresses only.

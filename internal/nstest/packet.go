@@ -1,0 +1,135 @@
+package nstest
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+const hopLimit = 64
+
+// Packet is an IP packet with any source, as who has CAP_NET_RAW makes it.
+func Packet(src, dst netip.Addr, protocol uint8, payload []byte) []byte {
+	var b []byte
+	if src.Is4() {
+		b = []byte{0x45, 0, 0, 0, 0, 0, 0, 0, hopLimit, protocol, 0, 0}
+		binary.BigEndian.PutUint16(b[2:], uint16(20+len(payload)))
+	} else {
+		b = []byte{0x60, 0, 0, 0, 0, 0, protocol, hopLimit}
+		binary.BigEndian.PutUint16(b[4:], uint16(len(payload)))
+	}
+	b = slices.Concat(b, src.AsSlice(), dst.AsSlice(), payload)
+	if src.Is4() {
+		binary.BigEndian.PutUint16(b[10:], checksum(b[:20]))
+	}
+	return b
+}
+
+// Send sends an IP packet from the caller's network namespace as it is.
+func Send(packet []byte) error {
+	family, to := unix.AF_INET, unix.Sockaddr(nil)
+	if packet[0]>>4 == 6 {
+		family, to = unix.AF_INET6, &unix.SockaddrInet6{Addr: [16]byte(packet[24:40])}
+	} else {
+		to = &unix.SockaddrInet4{Addr: [4]byte(packet[16:20])}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Sendto(fd, packet, 0, to)
+}
+
+// UDP is a datagram's header and what it says.
+func UDP(src, dst netip.Addr, from, to uint16, text string) []byte {
+	b := binary.BigEndian.AppendUint16(nil, from)
+	b = binary.BigEndian.AppendUint16(b, to)
+	b = binary.BigEndian.AppendUint16(b, uint16(8+len(text)))
+	b = append(append(b, 0, 0), text...)
+	return sum(src, dst, unix.IPPROTO_UDP, b, 6)
+}
+
+// TCP flags.
+const (
+	fin, syn, rst, ack = 1, 2, 4, 16
+)
+
+func tcp(src, dst netip.Addr, from, to uint16, flags byte) []byte {
+	b := binary.BigEndian.AppendUint16(nil, from)
+	b = binary.BigEndian.AppendUint16(b, to)
+	b = append(b, 0, 0, 0x30, 0x39, 0, 0, 0, 0, 5<<4, flags, 0xff, 0xff, 0, 0, 0, 0)
+	if flags&ack != 0 {
+		b[11] = 1
+	}
+	return sum(src, dst, unix.IPPROTO_TCP, b, 16)
+}
+
+// icmp is a message of ICMP or ICMPv6.
+func icmp(src, dst netip.Addr, typ, code byte, body []byte) (protocol uint8, payload []byte) {
+	b := append([]byte{typ, code, 0, 0}, body...)
+	if src.Is4() {
+		binary.BigEndian.PutUint16(b[2:], checksum(b))
+		return unix.IPPROTO_ICMP, b
+	}
+	return unix.IPPROTO_ICMPV6, sum(src, dst, unix.IPPROTO_ICMPV6, b, 2)
+}
+
+// Shapes are packets of kinds that conntrack makes an entry for, and of those that it takes for invalid, by what they are. Ports are
+// from a number on.
+func Shapes(src, dst netip.Addr, port uint16) map[string][]byte {
+	out := map[string][]byte{}
+	next := func() uint16 { port++; return port }
+	add := func(name string, protocol uint8, payload []byte) { out[name] = Packet(src, dst, protocol, payload) }
+	broken := func(b []byte, at int) []byte { b[at] ^= 0x55; return b }
+	add("UDP", unix.IPPROTO_UDP, UDP(src, dst, next(), 9, "secret"))
+	add("UDP with a wrong checksum", unix.IPPROTO_UDP, broken(UDP(src, dst, next(), 9, "secret"), 6))
+	add("SYN", unix.IPPROTO_TCP, tcp(src, dst, next(), 9, syn))
+	add("SYN with a wrong checksum", unix.IPPROTO_TCP, broken(tcp(src, dst, next(), 9, syn), 16))
+	add("SYN+FIN", unix.IPPROTO_TCP, tcp(src, dst, next(), 9, syn|fin))
+	add("SYN+ACK", unix.IPPROTO_TCP, tcp(src, dst, next(), 9, syn|ack))
+	add("RST+ACK", unix.IPPROTO_TCP, tcp(src, dst, next(), 9, rst|ack))
+	add("ACK", unix.IPPROTO_TCP, tcp(src, dst, next(), 9, ack))
+	add("no flags", unix.IPPROTO_TCP, tcp(src, dst, next(), 9, 0))
+	add("an unknown protocol", 253, []byte("secret"))
+	add("IP in IP", map[bool]uint8{true: unix.IPPROTO_IPIP, false: unix.IPPROTO_IPV6}[src.Is4()],
+		Packet(src, dst, unix.IPPROTO_UDP, UDP(src, dst, next(), 9, "secret")))
+	rest := []byte{0, 7, 0, 1}
+	types := map[string][2]byte{"echo request": {8, 0}, "echo reply": {0, 0}, "redirect": {5, 1}, "unreachable": {3, 1}, "timestamp reply": {14, 0}}
+	if src.Is6() {
+		types = map[string][2]byte{"echo request": {128, 0}, "echo reply": {129, 0}, "packet too big": {2, 0}, "unreachable": {1, 3}, "an unknown ICMP": {200, 0}}
+	}
+	for name, t := range types {
+		body := rest
+		if name != "echo request" && name != "echo reply" { // they quote what they are about
+			body = append([]byte{0, 0, 5, 0}, Packet(dst, src, unix.IPPROTO_UDP, UDP(dst, src, next(), 9, "x"))...)
+		}
+		protocol, payload := icmp(src, dst, t[0], t[1], body)
+		add("ICMP "+name, protocol, payload)
+	}
+	return out
+}
+
+// sum puts the checksum that TCP, UDP and ICMPv6 have in common at an offset (RFC 9293, section 3.1; RFC 8200, section 8.1).
+func sum(src, dst netip.Addr, protocol uint8, b []byte, at int) []byte {
+	pseudo := slices.Concat(src.AsSlice(), dst.AsSlice(), binary.BigEndian.AppendUint32(nil, uint32(len(b))), []byte{0, 0, 0, protocol}, b)
+	binary.BigEndian.PutUint16(b[at:], checksum(pseudo))
+	return b
+}
+
+// checksum is the Internet's (RFC 1071).
+func checksum(data []byte) uint16 {
+	if len(data)%2 == 1 {
+		data = append(slices.Clone(data), 0)
+	}
+	var sum uint32
+	for i := 0; i < len(data); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(data[i:]))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
