@@ -85,7 +85,7 @@ func root() *cobra.Command {
 	cmd.PersistentFlags().StringArrayVar(&f.sets, "set", nil,
 		"set one key, such as network.podCIDRs=10.244.1.0/24; before it come variables such as HEADCNI_NETWORK_PODCIDRS, and then the file")
 	f.given = func() bool { return cmd.PersistentFlags().Changed("config") }
-	cmd.AddCommand(runCmd(f), tailscaledCmd(f), installCmd(f), uninstallCmd(f), statusCmd(), healthCmd(), configCmd(f), versionCmd())
+	cmd.AddCommand(runCmd(f), tailscaledCmd(f), installCmd(f), uninstallCmd(f), statusCmd(), healthCmd(), checkCmd(f), configCmd(f), versionCmd())
 	return cmd
 }
 
@@ -119,6 +119,25 @@ func tailscaledCmd(f *flags) *cobra.Command {
 				return err
 			}
 			return tailscaled.Become(cmd.Context(), c, os.Environ(), daemon.SavedMode, log)
+		},
+	}
+}
+
+func checkCmd(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "check",
+		Short: "Send packets in clear on purpose, in a network namespace of its own, and see the guard stop and count them; exit 0 where it does",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, _, err := f.loadAsUnit()
+			if err != nil {
+				return err
+			}
+			done, err := daemon.CheckGuard(cmd.Context(), c)
+			for _, line := range done {
+				fmt.Fprintln(cmd.OutOrStdout(), line)
+			}
+			return err
 		},
 	}
 }

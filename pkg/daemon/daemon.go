@@ -68,6 +68,7 @@ type Daemon struct {
 	table52      *noderoutes.Table52 // of the loop alone
 	links        noderoutes.Links    // of the loop alone
 	pods         *leases.Mender      // of the loop alone
+	guardTest    guardTest
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -223,6 +224,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		spoolErr(err) // pods matter more than their number
 	}
 	d.metrics.Pools(d.pools)
+	d.metrics.Drops(d.drops)
 	if d.cfg.Monitoring.Listen != "" {
 		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
 		if err != nil {
@@ -263,6 +265,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
 	}
 	d.loop.Run(ctx)
+	d.guardTest.running.Wait() // it ends with ctx
 	err = context.Cause(ctx)
 	cancel(nil) // before the deferred Wait
 	d.log.Info("stopped; the network stays in force")

@@ -46,6 +46,8 @@ const (
 	partKubernetes = "kubernetes"
 	// partRuntime is whether the container runtime uses our conflist. Only kubelet can tell.
 	partRuntime = "runtime"
+	// partGuard is whether the guard stops what is sent in clear on purpose, with this kernel and these rules.
+	partGuard = "guard"
 	// partState is what must be on disk for our next start.
 	partState = "state"
 	// partPolicy says that what network.networkPolicy asks for is not done.
@@ -155,6 +157,14 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		}},
 		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), strangers(s.seen), smallPath(s.seen.path))
+		}},
+		{Name: partGuard, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			return nil, d.guardTest.result(ctx, s.plan.firewall, func(passed *bool) {
+				if passed != nil {
+					d.metrics.SelfTest(*passed)
+				}
+				d.loop.Wake()
+			})
 		}},
 		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}

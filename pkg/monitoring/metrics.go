@@ -13,12 +13,14 @@ type Metrics struct {
 
 	plugin *book
 	pools  *pools
+	drops  *drops
 
 	passes      prometheus.Histogram
 	part        *prometheus.GaugeVec
 	peers       *prometheus.GaugeVec
 	rearmPings  prometheus.Counter
 	corrections *prometheus.CounterVec
+	selfTest    *prometheus.GaugeVec
 }
 
 // NewRegistry has what each of our programs shows: some metrics of its own, its version, and those of Go and the process.
@@ -35,6 +37,7 @@ func NewRegistry(version string, own ...prometheus.Collector) *prometheus.Regist
 func NewMetrics(version string) *Metrics {
 	m := &Metrics{
 		pools:  &pools{look: func() []Pool { return nil }},
+		drops:  &drops{look: func() map[string]uint64 { return nil }},
 		plugin: &book{t: newTotals(), log: func(error) {}},
 		passes: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "headcni_reconcile_duration_seconds", Help: "Duration of one observe-plan-apply pass over the node.",
@@ -53,11 +56,15 @@ func NewMetrics(version string) *Metrics {
 			Name: "headcni_corrections_total", Help: "Changes made to the node by part, the first set-up included.",
 		}, []string{"part"}),
 	}
+	// A vector without labels shows nothing before the first value: the test may not run everywhere.
+	m.selfTest = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "headcni_guard_self_test_ok", Help: "1 where the guard stopped and counted packets that were sent in clear on purpose, 0 where it did not.",
+	}, nil)
 	// It stays 0 until there is somebody who enforces them.
 	policy := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "headcni_network_policy_enforced", Help: "1 where this node enforces NetworkPolicies, 0 where it does not.",
 	})
-	m.registry = NewRegistry(version, m.plugin, m.pools, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
+	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
 	return m
 }
 
@@ -70,6 +77,18 @@ func (m *Metrics) Keep(path, spool string, log func(error)) error {
 
 // Pools has look asked for the use of pools with each scrape. It is called before anybody scrapes.
 func (m *Metrics) Pools(look func() []Pool) { m.pools.look = look }
+
+// Drops has look asked for what the node's rules dropped, by reason, with each scrape. It is called before anybody scrapes.
+func (m *Metrics) Drops(look func() map[string]uint64) { m.drops.look = look }
+
+// SelfTest records how the guard's self-test ended.
+func (m *Metrics) SelfTest(passed bool) {
+	v := 0.0
+	if passed {
+		v = 1
+	}
+	m.selfTest.WithLabelValues().Set(v)
+}
 
 // Fold counts what is in the spool. A scrape does so too.
 func (m *Metrics) Fold() {

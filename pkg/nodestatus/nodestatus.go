@@ -20,6 +20,10 @@ type Status struct {
 	// SmallPath is the peer whose path carries least, SmallPathBytes how much inside the tunnel; "" and 0 where all carry TunMTU.
 	SmallPath      string `json:"smallPath,omitempty"`
 	SmallPathBytes int    `json:"smallPathBytes,omitempty"`
+	// Dropped are the packets that the node's rules dropped, by reason, without those that none was dropped for.
+	Dropped map[string]uint64 `json:"dropped,omitempty"`
+	// GuardTest is what came of the guard's self-test, in words, "" before it has ended.
+	GuardTest string `json:"guardTest,omitempty"`
 	// Parts are those of the node, each with its error and remedy where it has one.
 	Parts    []reconcile.Status `json:"parts"`
 	PodCIDRs []PodCIDR          `json:"podCIDRs"`

@@ -1,8 +1,10 @@
 package nodestatus
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -22,6 +24,9 @@ func (s Status) Print(out io.Writer) error {
 	fmt.Fprintf(w, "node\t%s, %s mode, %s (MTU %d), headcni %s\n", ready, orUnknown(s.Mode), orUnknown(s.Tun), s.TunMTU, s.Version)
 	if s.SmallPathBytes != 0 {
 		fmt.Fprintf(w, "path\tto %s carries %d bytes: TCP of pods is clamped\n", s.SmallPath, s.SmallPathBytes)
+	}
+	if s.GuardTest != "" || len(s.Dropped) > 0 {
+		fmt.Fprintf(w, "guard\t%s\n", s.guard())
 	}
 	if t := s.Tailnet; t == nil {
 		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
@@ -52,6 +57,26 @@ func (s Status) Print(out io.Writer) error {
 		s.PrintParts(out)
 	}
 	return nil
+}
+
+// guard says what was dropped, what is most first, and whether the guard works.
+func (s Status) guard() string {
+	reasons := slices.SortedFunc(maps.Keys(s.Dropped), func(a, b string) int {
+		return cmp.Or(cmp.Compare(s.Dropped[b], s.Dropped[a]), cmp.Compare(a, b))
+	})
+	out := "nothing dropped"
+	for i, r := range reasons {
+		if i == 0 {
+			out = "dropped"
+		} else {
+			out += ","
+		}
+		out += fmt.Sprintf(" %d %s", s.Dropped[r], r)
+	}
+	if s.GuardTest != "" {
+		out += "; " + s.GuardTest
+	}
+	return out
 }
 
 // PrintParts writes a line for each part.
