@@ -450,7 +450,7 @@ func TestNeverInClearNegativeControl(t *testing.T) {
 		}
 		r.stop()
 	}
-	if got := c.watch(t, func() {}, func() { c.shapes(t) }); got.Clear < 100 {
+	if got := c.watch(t, func() { c.shapes(t) }, func() {}); got.Clear < 100 {
 		t.Errorf("packets of all shapes: %d of %d are in clear", got.Clear, got.Total)
 	}
 	for _, s := range c.senders() {
