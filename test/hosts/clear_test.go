@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -309,6 +310,46 @@ func TestNeverInClearWiderRoutes(t *testing.T) {
 	for i, v6 := range []bool{false, true} {
 		c.each(t, "%s route delete %s", ip(v6), []string{"10.0.0.0/8", "fd00::/8"}[i])
 	}
+}
+
+// A node that is given a pod range outside the cluster's, which the others would send to in clear, refuses it, and what it was before goes
+// on: its pods, and the rules that keep them from the wire.
+func TestNeverInClearRangeOutside(t *testing.T) {
+	c := neverInClear.Enter(t)
+	n := c.a
+	configure := func(podCIDRs any) {
+		t.Helper()
+		err := n.ConfigureDaemon(func(n *lab.Node, cfg map[string]any) {
+			withServices(n, cfg)
+			labtest.Section(cfg, "network")["podCIDRs"] = podCIDRs
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.never(t, func() {
+		configure([]string{"10.99.1.0/24", "fd00:99:1::/64"})
+		labtest.Kill(t, n.Daemon)
+		if err := n.StartDaemon(); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-n.Daemon.Done():
+		case <-labtest.Within(t).Done():
+			t.Error("the daemon goes on")
+		}
+		c.flows.WaitBack(t, time.Now())
+	})
+	node, err := labtest.Registered(t, c.Lab, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.SortFunc(node.Primary, netip.Prefix.Compare)
+	if !slices.Equal(node.Primary, n.PodCIDRs) {
+		t.Errorf("Headscale routes %v to the node, want %v", node.Primary, n.PodCIDRs)
+	}
+	configure(n.PodCIDRs)
+	c.never(t, func() { c.mend(t) })
 }
 
 // A peer that advertises a part of a node's range gets nothing of the node's own traffic. What others send is Headscale's
