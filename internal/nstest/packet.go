@@ -43,6 +43,36 @@ func Send(packet []byte) error {
 	return unix.Sendto(fd, packet, 0, to)
 }
 
+// ARPRequest is an Ethernet frame that asks for an address.
+func ARPRequest(mac [6]byte, from, who netip.Addr) []byte {
+	return slices.Concat([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, mac[:], []byte{8, 6, 0, 1, 8, 0, 6, 4, 0, 1},
+		mac[:], from.AsSlice(), make([]byte, 6), who.AsSlice())
+}
+
+// Solicitation is a packet that asks for a neighbour (RFC 4861, section 4.3), with the asker's hardware address.
+func Solicitation(mac [6]byte, from, to, who netip.Addr) []byte {
+	body := slices.Concat(make([]byte, 4), who.AsSlice(), []byte{1, 1}, mac[:])
+	_, payload := icmp(from, to, 135, 0, body)
+	p := Packet(from, to, unix.IPPROTO_ICMPV6, payload)
+	p[7] = 255 // proves that it comes from the link
+	return p
+}
+
+// SendFrames sends Ethernet frames by a link of the caller's network namespace.
+func SendFrames(index int, frames ...[]byte) error {
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	for _, f := range frames {
+		if err := unix.Sendto(fd, f, 0, &unix.SockaddrLinklayer{Ifindex: index}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // UDP is a datagram's header and what it says.
 func UDP(src, dst netip.Addr, from, to uint16, text string) []byte {
 	b := binary.BigEndian.AppendUint16(nil, from)

@@ -38,6 +38,12 @@ func IPv6Link(link, name string) string { return "net/ipv6/conf/" + link + "/" +
 // the host's switch says (kernel: ip-sysctl.rst, conf/interface/forwarding). IPv6 has no such switch.
 func IPv4LinkForwarding(link string) string { return "net/ipv4/conf/" + link + "/forwarding" }
 
+// IPv4LinkARPIgnore is the key of whether a link answers ARP requests, and thereby learns who asks.
+func IPv4LinkARPIgnore(link string) string { return "net/ipv4/conf/" + link + "/arp_ignore" }
+
+// ARPIgnoreAll answers none (kernel: ip-sysctl.rst, arp_ignore).
+const ARPIgnoreAll = "8"
+
 // Read returns a setting's value. Errors are as those of os.ReadFile.
 func Read(key string) (string, error) { return procfs.Read(filepath.Join(Root, key)) }
 

@@ -3,6 +3,7 @@ package nft
 import (
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -302,4 +303,45 @@ func TestDrops(t *testing.T) {
 	fresh := New()
 	mustSync(t, w.node, fresh, other)
 	want("a daemon that has just begun", fresh, 1)
+}
+
+// A pod's link-local addresses are as many as it likes: the node learns none of them as a neighbour, and finds a pod that it must ask
+// for all the same.
+func TestPodFillsNoNeighbours(t *testing.T) {
+	w := newWorld(t)
+	a := worldAddrs["IPv6"]
+	gateway := netip.MustParseAddr("fe80::1")
+	pod, err := w.podA.Handle.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	node, err := net.ParseMAC(w.mac("hca"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mac := [6]byte(pod.Attrs().HardwareAddr)
+	flood := func() int {
+		var frames [][]byte
+		for i := range 200 {
+			from := netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 9: 9, 14: byte(i >> 8), 15: byte(i)})
+			for _, p := range [][]byte{nstest.Solicitation(mac, from, gateway, gateway), nstest.Shapes(from, gateway, 1)["ICMP echo request"]} {
+				frames = append(frames, slices.Concat(node, mac[:], []byte{0x86, 0xdd}, p))
+			}
+		}
+		w.podA.Do(t, func() error { return nstest.SendFrames(pod.Attrs().Index, frames...) })
+		return strings.Count(w.node.Run(t, "ip", "-6", "neigh", "show", "dev", "hca"), "fe80::9:")
+	}
+	w.sync(typical())
+	if got := flood(); got != 0 {
+		t.Errorf("the node knows %d neighbours of the pod's making", got)
+	}
+	w.node.Run(t, "ip", "-6", "neigh", "flush", "dev", "hca")
+	w.podA.Run(t, "ip", "-6", "neigh", "flush", "dev", "eth0", "nud", "permanent")
+	if got := w.waitFor(packet{from: w.podA, src: a.podA, to: w.podB, dst: a.podB}); got != a.podA {
+		t.Errorf("a pod that has to ask for its gateway is heard as %v", got)
+	}
+	w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+	if got := flood(); got < 100 {
+		t.Errorf("%d neighbours without our tables: this test cannot fail", got)
+	}
 }

@@ -73,6 +73,8 @@ const (
 	// A pod sends from an address that is not its own, or poses as a router.
 	DropPodForged = "pod_forged"
 	DropPodRouter = "pod_router"
+	// A pod sends from a link-local address. It needs none, and the node would learn a neighbour by each.
+	DropPodLinkLocal = "pod_link_local"
 	// Somebody beside the node sends from an address that only pods, services, the tailnet or the node itself have.
 	DropOutsideForged = "outside_forged"
 	// Somebody beside the node sends to pods or services by a route over the node (Config.LANIngress).
@@ -94,7 +96,7 @@ const (
 
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
-	DropPodForged, DropPodRouter, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear, DropServiceClear, DropPodSource,
+	DropPodForged, DropPodRouter, DropPodLinkLocal, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear, DropServiceClear, DropPodSource,
 	DropTailnetEgress, DropTunnelInTunnel, DropNoWay,
 }
 

@@ -77,6 +77,9 @@ func antispoof(family knftables.Family, cfg Config) []string {
 			// Before an address is usable the source is ::, which no fib lookup can find.
 			rule(`iifname "%s" ip6 saddr :: icmpv6 type nd-neighbor-solicit accept`, names.PodLinks),
 			rule(`iifname "%s" ip6 saddr :: icmpv6 type mld2-listener-report accept`, names.PodLinks),
+			// The gateway is a permanent neighbour of the pod's, and what asks for it all the same asks from the pod's own address. Else
+			// a pod could fill the node's table of neighbours, which is one for all links, with addresses that it makes up.
+			rule(`iifname "%s" ip6 saddr %s %s`, names.PodLinks, linkLocal[family], drop(DropPodLinkLocal)),
 		)
 	}
 	rules = append(rules,

@@ -698,3 +698,33 @@ func TestLinkForwards(t *testing.T) {
 		t.Errorf("the pod's link forwards: %s", got)
 	}
 }
+
+// A pod that asks for the node's address in the name of hundreds makes the node learn none of them, and answers where the node has to
+// ask for it.
+func TestPodFillsNoNeighbours(t *testing.T) {
+	n := newNode(t)
+	l := n.mustAttach(t, addr4)
+	n.host.Run(t, "ip", "address", "add", "192.0.2.1/24", "dev", "lo")
+	link, err := n.pod.Handle.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	flood := func() int {
+		var frames [][]byte
+		for i := range 300 {
+			from := netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)})
+			frames = append(frames, nstest.ARPRequest([6]byte(l.PodMAC), from, netip.MustParseAddr("192.0.2.1")))
+		}
+		n.pod.Do(t, func() error { return nstest.SendFrames(link.Attrs().Index, frames...) })
+		return strings.Count(n.host.Run(t, "ip", "neigh", "show", "dev", l.HostName), "\n")
+	}
+	if got := flood(); got != 1 {
+		t.Errorf("the node knows %d neighbours by the pod's link, want the pod alone", got)
+	}
+	n.host.Run(t, "ip", "neigh", "delete", addr4.String(), "dev", l.HostName)
+	n.host.Run(t, "ping", "-c", "1", "-W", "5", "-I", "192.0.2.1", addr4.String())
+	setSysctl(t, n.host, "net/ipv4/conf/"+l.HostName+"/arp_ignore", "0")
+	if got := flood(); got < 100 {
+		t.Errorf("%d neighbours without the sysctl: this test cannot fail", got)
+	}
+}

@@ -415,8 +415,9 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-// hostSysctls lets the host's end forward what the pod sends, if the node forwards, and ignore router advertisements: a pod
-// must not give the node a default route. It reports whether the kernel has IPv6 on the link.
+// hostSysctls lets the host's end forward what the pod sends, if the node forwards, and ignore router advertisements and ARP
+// requests: a pod must not give the node a default route, nor fill the node's table of neighbours with as many as it makes up. It
+// asks for none, since its gateway is a permanent neighbour, and so is the pod for the node. It reports whether the kernel has IPv6 on the link.
 func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err error) {
 	if err := h.step("sysctl host accept_ra"); err != nil {
 		return false, err
@@ -426,6 +427,9 @@ func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err erro
 		if err := sysctl.Write(key, "1"); err != nil {
 			log.Warn("could not let the host's end of a pod's link forward; what the pod sends goes nowhere", "link", link, "err", err)
 		}
+	}
+	if err := sysctl.Write(sysctl.IPv4LinkARPIgnore(link), sysctl.ARPIgnoreAll); err != nil {
+		log.Warn("could not keep a pod from filling the node's table of neighbours by ARP", "link", link, "err", err)
 	}
 	err = writeSysctl(link, "accept_ra", "0")
 	if errors.Is(err, os.ErrNotExist) {
