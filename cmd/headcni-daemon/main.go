@@ -129,7 +129,7 @@ func checkCmd(f *flags) *cobra.Command {
 		Short: "Send packets in clear on purpose, in a network namespace of its own, and see the guard stop and count them; exit 0 where it does",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, _, err := f.loadAsUnit()
+			c, _, _, err := f.loadAsUnit()
 			if err != nil {
 				return err
 			}
