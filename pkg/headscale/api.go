@@ -67,7 +67,7 @@ type wireNode struct {
 	RegisterMethod                                string
 }
 
-// node fails where what every node has is missing.
+// node converts the server's node. It fails where a field that every node has is missing.
 func (w wireNode) node() (Node, error) {
 	if w.ID == 0 || !strings.HasPrefix(w.NodeKey, nodeKeyPrefix) {
 		return Node{}, fmt.Errorf("node %q (%s) has no number or no node key", w.GivenName, w.ID)
@@ -94,7 +94,7 @@ func timeOf(t *time.Time) time.Time {
 	return *t
 }
 
-// Health is what an unauthenticated look at the server tells.
+// Health is what the server tells without a key.
 type Health struct {
 	// Version is "" before 0.27.
 	Version string
@@ -108,7 +108,7 @@ func (c *Client) Health(ctx context.Context) (Health, error) {
 	var status string
 	err := c.do(ctx, call{method: "GET", path: "/health", field: "status", out: &status, skew: &h.Skew})
 	if err == nil && status != "pass" {
-		err = c.odd(fmt.Errorf("it says of its health %q", status)) // one that is not well answers 500
+		err = c.unexpected(fmt.Errorf("it says of its health %q", status)) // one that is not well answers 500
 	}
 	if err != nil {
 		return h, fmt.Errorf("check Headscale: %w", err)
@@ -120,7 +120,7 @@ func (c *Client) Health(ctx context.Context) (Health, error) {
 	return h, nil // a server without the page is no less healthy
 }
 
-// Kind is what a key is good for.
+// Kind says what a key can be used for.
 type Kind string
 
 // Kinds of keys.
@@ -173,7 +173,7 @@ func (c *Client) Nodes(ctx context.Context) ([]Node, error) {
 			err = fmt.Errorf("node %s is listed twice", n.ID)
 		}
 		if err != nil {
-			err = c.odd(err)
+			err = c.unexpected(err)
 		}
 		known[n.ID] = true
 		nodes = append(nodes, n)
@@ -202,7 +202,7 @@ func (c *Client) node(ctx context.Context, id ID, req call) (Node, error) {
 		err = fmt.Errorf("asked about node %s, it speaks of node %s", id, n.ID)
 	}
 	if err != nil {
-		return Node{}, c.odd(err)
+		return Node{}, c.unexpected(err)
 	}
 	return n, nil
 }
@@ -223,13 +223,13 @@ func (c *Client) NodeByKey(ctx context.Context, nodeKey string) (Node, error) {
 
 func nodePath(id ID) string { return "/api/v1/node/" + id.String() }
 
-// ApproveRoutes makes the own prefixes approved routes of a node that Nodes or Node has told of, and takes stale ones back,
-// whatever else is approved staying so. It reports whether it changed something. ErrNotFound.
+// ApproveRoutes approves the own prefixes as routes of a node that Nodes or Node returned, and takes the stale ones back. All other
+// approved routes stay. It reports whether it changed something. ErrNotFound.
 //
 // The server knows only the whole set, so this is read, merge, write: a change by somebody else in between is lost, as
 // with every client.
 func (c *Client) ApproveRoutes(ctx context.Context, of Node, own, stale []netip.Prefix) (changed bool, err error) {
-	n, err := c.same(ctx, of)
+	n, err := c.readAgain(ctx, of)
 	if err != nil {
 		return false, err
 	}
@@ -249,8 +249,8 @@ func (c *Client) ApproveRoutes(ctx context.Context, of Node, own, stale []netip.
 	return true, nil
 }
 
-// same reads a node once more before it is changed: what the list of nodes said of it may be odd, or old.
-func (c *Client) same(ctx context.Context, of Node) (Node, error) {
+// readAgain reads a node once more before it is changed: what the list of nodes said of it may be wrong or old.
+func (c *Client) readAgain(ctx context.Context, of Node) (Node, error) {
 	n, err := c.Node(ctx, of.ID)
 	if err == nil && n.NodeKey != of.NodeKey {
 		err = fmt.Errorf("node %s has another node key than before: it is left alone", of.ID)
@@ -274,12 +274,12 @@ func mergeRoutes(have, own, stale []netip.Prefix) ([]netip.Prefix, bool) {
 	return out, !slices.Equal(out, have)
 }
 
-// DeleteNode removes a node that Nodes or Node has told of. ErrNotFound where it is gone.
+// DeleteNode removes a node that Nodes or Node returned. ErrNotFound where it is gone.
 //
 // Its routes are taken from it first: to 0.27 and 0.28 a node that was connected when it was deleted stays the one that
 // serves them, and no other gets them until the server is restarted.
 func (c *Client) DeleteNode(ctx context.Context, of Node) error {
-	n, err := c.same(ctx, of)
+	n, err := c.readAgain(ctx, of)
 	if err == nil && len(n.Approved) > 0 {
 		_, err = c.ApproveRoutes(ctx, n, nil, n.Approved)
 	}
@@ -289,8 +289,8 @@ func (c *Client) DeleteNode(ctx context.Context, of Node) error {
 	return wrap(c.do(ctx, call{method: "DELETE", path: nodePath(of.ID)}), "delete node %s", of.ID)
 }
 
-// DisableExpiry makes a node's key valid for ever, also one that has expired. Since 0.29; an older server ignores the
-// wish and expires the node, so this refuses there.
+// DisableExpiry makes a node's key valid for ever, even one that has expired. It needs 0.29: an older server would expire the node
+// instead, so there it returns an error.
 func (c *Client) DisableExpiry(ctx context.Context, id ID) error {
 	h, err := c.Health(ctx)
 	if err != nil {
@@ -303,7 +303,7 @@ func (c *Client) DisableExpiry(ctx context.Context, id ID) error {
 	return wrap(err, "disable the key expiry of node %s", id)
 }
 
-// atLeast compares a version such as v0.29.3. One that cannot be read is a development build, taken for new.
+// atLeast compares a version such as v0.29.3. A version that cannot be read is that of a development build and counts as new.
 func atLeast(version string, major, minor int) bool {
 	if version == "" {
 		return false

@@ -83,7 +83,7 @@ func New(o Options) (*Client, error) {
 	return &Client{base: u.String(), key: o.Key, http: &http.Client{Transport: t, CheckRedirect: stay}}, nil
 }
 
-// readCA reads a PEM bundle; no file is no bundle.
+// readCA reads a PEM bundle. Without a file there is none.
 func readCA(file string) ([]byte, error) {
 	if file == "" {
 		return nil, nil
@@ -202,7 +202,7 @@ func (c *Client) try(ctx context.Context, req call) error {
 	case err != nil:
 		return c.unreachable(err)
 	case int64(len(b)) > limit:
-		return c.odd(fmt.Errorf("the answer is longer than %d MiB", limit>>20))
+		return c.unexpected(fmt.Errorf("the answer is longer than %d MiB", limit>>20))
 	case res.StatusCode/100 == 3:
 		return c.redirected(res)
 	case res.StatusCode/100 != 2:
@@ -211,7 +211,7 @@ func (c *Client) try(ctx context.Context, req call) error {
 	return c.decode(b, req)
 }
 
-// decode takes the news out of an answer. One that lacks it is not "nothing": a proxy's page can be JSON too.
+// decode reads the wanted field of an answer. An answer without the field is an error: a proxy's page can be JSON too.
 func (c *Client) decode(body []byte, req call) error {
 	var object map[string]json.RawMessage
 	err := json.Unmarshal(body, &object)
@@ -219,17 +219,17 @@ func (c *Client) decode(body []byte, req call) error {
 		err = errors.New("the answer is null")
 	}
 	if err != nil {
-		return c.odd(err)
+		return c.unexpected(err)
 	}
 	if req.field == "" {
 		return nil
 	}
 	news, ok := object[req.field]
 	if !ok || string(news) == "null" {
-		return c.odd(fmt.Errorf("the answer has no %q", req.field))
+		return c.unexpected(fmt.Errorf("the answer has no %q", req.field))
 	}
 	if err := json.Unmarshal(news, req.out); err != nil {
-		return c.odd(fmt.Errorf("%q: %w", req.field, err))
+		return c.unexpected(fmt.Errorf("%q: %w", req.field, err))
 	}
 	return nil
 }

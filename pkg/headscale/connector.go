@@ -10,8 +10,8 @@ import (
 	"github.com/headcni/headcni/pkg/config/secret"
 )
 
-// Connector keeps one Client for as long as nothing changes that it is made of: a client has connections of its own, and
-// a server that is greeted anew for each call does a TLS handshake for each. The credential and the CA file are read at
+// Connector keeps one Client while the credential and the CA file stay the same: a client keeps its connections, and a new one
+// for each call would cost a TLS handshake for each. The credential and the CA file are read at
 // every Connect, so that a new key or certificate counts without a restart. It is safe for concurrent use.
 type Connector struct {
 	cfg    config.Headscale
@@ -55,7 +55,7 @@ func (c *Connector) Connect(ctx context.Context) (*Client, config.Credential, er
 	return c.client, cred, nil
 }
 
-// renew makes another client where the key or the certificates are no longer those of the one that is kept.
+// renew makes a new client where the key or the certificates have changed.
 func (c *Connector) renew(key secret.Secret) error {
 	ca, err := readCA(c.cfg.CAFile)
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"strings"
 )
 
-// What a caller tells errors apart by.
+// Kinds of errors, for errors.Is.
 var (
 	// ErrUnauthorized means that the key is wrong, has expired, or is no API key.
 	ErrUnauthorized = errors.New("the API key is refused by Headscale")
@@ -58,12 +58,12 @@ const (
 	grpcUnavailable = 14
 )
 
-// odd is the error of an answer that Headscale does not give.
-func (c *Client) odd(why error) error {
+// unexpected is the error for an answer that Headscale does not give.
+func (c *Client) unexpected(why error) error {
 	return fmt.Errorf("%s does not answer like Headscale's API: %w; check headscale.url", c.base, why)
 }
 
-// redirected says where an answer sends to. The rest of that address may be anything, and is not shown.
+// redirected is the error for an answer that redirects. It shows the scheme and host of the target; the rest may be anything.
 func (c *Client) redirected(res *http.Response) error {
 	to := "elsewhere"
 	if u, err := res.Location(); err == nil && u.Scheme+"://"+u.Host != c.base {
@@ -179,7 +179,7 @@ func retryable(err error, once bool) bool {
 	return dial || !once
 }
 
-// isTLS: a certificate does not get better within seconds.
+// isTLS reports whether TLS failed: a certificate does not get better within seconds.
 func isTLS(err error) bool {
 	var authority x509.UnknownAuthorityError
 	var invalid x509.CertificateInvalidError

@@ -15,13 +15,13 @@ import (
 // defaultUser owns the pre-auth keys that we make where the server wants an owner.
 const defaultUser = "headcni"
 
-// How long before its end a key is warned of, or made to last.
+// How long before its expiry a key is warned about, or its expiry is disabled.
 const (
-	// NodeKeyWarning is of a node key, with which a node's network ends.
+	// NodeKeyWarning is for a node key: when it expires, the node's network ends.
 	NodeKeyWarning = 7 * 24 * time.Hour
-	// NodeKeyRescue is when the node key of a node that joined for us is made to last.
+	// NodeKeyRescue is when the controller disables the expiry of a node that joined for us.
 	NodeKeyRescue = 24 * time.Hour
-	// APIKeyWarning is of an API key; Headscale's live 90 days.
+	// APIKeyWarning is for an API key; Headscale's expire after 90 days.
 	APIKeyWarning = 14 * 24 * time.Hour
 )
 
@@ -77,7 +77,7 @@ func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user
 	var key PreAuthKey
 	err := c.do(ctx, call{method: "POST", path: "/api/v1/preauthkey", body: body, field: "preAuthKey", out: &key, once: true})
 	if err == nil && (key.ID == 0 || !keyForm.MatchString(key.Key.Reveal())) {
-		err = c.odd(errors.New("the answer holds no key"))
+		err = c.unexpected(errors.New("the answer holds no key"))
 	}
 	if err != nil {
 		return PreAuthKey{}, err
@@ -121,7 +121,7 @@ func (c *Client) ensureUser(ctx context.Context, name string) (User, error) {
 	}
 	err = c.do(ctx, call{method: "POST", path: "/api/v1/user", body: map[string]string{"name": name}, field: "user", out: &u, once: true})
 	if err == nil && (u.ID == 0 || u.Name != name) {
-		err = c.odd(errors.New("the answer holds no such user"))
+		err = c.unexpected(errors.New("the answer holds no such user"))
 	}
 	var refused *Error
 	if errors.As(err, &refused) {
@@ -133,7 +133,7 @@ func (c *Client) ensureUser(ctx context.Context, name string) (User, error) {
 	return u, wrap(err, "make user %s", name)
 }
 
-// user finds a user. ErrNotFound.
+// user finds a user by name. ErrNotFound.
 func (c *Client) user(ctx context.Context, name string) (User, error) {
 	var users []User
 	if err := c.do(ctx, call{method: "GET", path: "/api/v1/user?name=" + url.QueryEscape(name), field: "users", out: &users, list: true}); err != nil {
