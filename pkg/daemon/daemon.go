@@ -67,7 +67,7 @@ type Daemon struct {
 	paths        *pathmtu.Watch
 	table52      *noderoutes.Table52 // of the loop alone
 	links        noderoutes.Links    // of the loop alone
-	pods         *leases.Mender      // of the loop alone
+	pods         *leases.Mender
 	guardTest    guardTest
 
 	saved   state       // what we go by
@@ -321,6 +321,7 @@ func totalsPath() string { return filepath.Join(paths.RunDir, "metrics.json") }
 func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 	for ctx.Err() == nil {
 		d.metrics.Fold()
+		_ = d.pods.See() // the part pods says what is wrong
 		select {
 		case <-ctx.Done():
 		case <-time.After(spoolInterval):
@@ -337,7 +338,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	}
 	wg.Go(func() {
 		d.watchEvents(ctx, noderoutes.PodLinkLosses, func() {
-			if leases.Lacking(ctx, d.cfg.CNI.ConfDir) { // mostly a pod has ended
+			if d.pods.Lacking(ctx) { // mostly a pod has ended
 				d.loop.Wake()
 			}
 		})

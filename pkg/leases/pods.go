@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/headcni/headcni/pkg/conflist"
@@ -16,20 +19,85 @@ import (
 const mendAfter = 500 * time.Millisecond
 
 // Mender puts back on the host's ends of pods' links what the plugin made once and others can take away (NetworkManager,
-// systemd-networkd, a person). What a pod is to have is in its lease, which only we write. So pods whose addresses another IPAM
-// plugin gave are not looked after.
+// systemd-networkd, a person). What a pod is to have is in its lease, which only we write. Of a pod whose addresses another IPAM
+// plugin gave there is none of ours: it is to have what it was seen to have since the daemon started. Nothing is asked of the pod
+// itself, which could name addresses of others.
 type Mender struct {
 	confDir string
 	links   podlink.Handle
 	since   map[string]time.Time // when it was first lacking
+
+	mu   sync.Mutex
+	seen map[string]seen // by the link's name
+}
+
+// seen is what a pod's link was seen to have.
+type seen struct {
+	podlink.Leased
+	// ours tells that there was a lease: what it had is nobody's once that has gone.
+	ours bool
 }
 
 // NewMender looks after the networks whose pools are where the conflist in confDir has its own.
-func NewMender(confDir string) *Mender { return &Mender{confDir: confDir} }
+func NewMender(confDir string) *Mender { return &Mender{confDir: confDir, seen: map[string]seen{}} }
+
+// See notes what pods' links have now.
+func (m *Mender) See() error {
+	var links podlink.Handle
+	defer links.Close()
+	now, err := links.Attached()
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before := m.seen
+	m.seen = map[string]seen{}
+	for name, pod := range now {
+		was := before[name]
+		for _, a := range was.Addrs {
+			if was.Network == pod.Network && !slices.Contains(pod.Addrs, a) {
+				pod.Addrs = append(pod.Addrs, a)
+			}
+		}
+		m.seen[name] = seen{pod, was.ours}
+	}
+	return nil
+}
+
+// pods are the attachments of all networks: as their leases have them, and without one as they were seen.
+func (m *Mender) pods(ctx context.Context) ([]podlink.Leased, error) {
+	out, err := leased(ctx, m.confDir)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.See(); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	taken := map[netip.Addr]bool{}
+	for _, p := range out {
+		name := podlink.Name(p.ContainerID, p.IfName)
+		if s, ok := m.seen[name]; ok {
+			s.ours = true
+			m.seen[name] = s
+		}
+		for _, a := range p.Addrs {
+			taken[a] = true
+		}
+	}
+	for _, s := range m.seen {
+		if !s.ours && !slices.ContainsFunc(s.Addrs, func(a netip.Addr) bool { return taken[a] }) {
+			out = append(out, s.Leased)
+		}
+	}
+	return out, nil
+}
 
 // Sync puts back what has been lacking for a while and waits for the rest.
 func (m *Mender) Sync(ctx context.Context) (done []string, err error) {
-	pods, err := pods(ctx, m.confDir)
+	pods, err := m.pods(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -62,9 +130,9 @@ func (m *Mender) Sync(ctx context.Context) (done []string, err error) {
 	return done, errors.Join(errs...)
 }
 
-// Lacking reports whether there is something to do for Sync.
-func Lacking(ctx context.Context, confDir string) bool {
-	pods, err := pods(ctx, confDir)
+// Lacking reports whether there is something to do for Sync. It may be called while that is at work.
+func (m *Mender) Lacking(ctx context.Context) bool {
+	pods, err := m.pods(ctx)
 	if err != nil {
 		return false // Sync says so
 	}
@@ -74,8 +142,8 @@ func Lacking(ctx context.Context, confDir string) bool {
 	return err == nil && len(found) > 0
 }
 
-// pods are the attachments of all networks, as their leases have them.
-func pods(ctx context.Context, confDir string) (out []podlink.Leased, err error) {
+// leased are the attachments of all networks, as their leases have them.
+func leased(ctx context.Context, confDir string) (out []podlink.Leased, err error) {
 	own, err := conflist.IPAM(confDir)
 	if err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -157,6 +158,21 @@ func TestHostLocal(t *testing.T) {
 	}
 	if err := a.Check(labtest.Within(t)); err != nil {
 		t.Errorf("CHECK: %v", err)
+	}
+	// There is no lease of ours to look at: what the link had before must do.
+	link := regexp.MustCompile(`dev (hc\S+)`).FindStringSubmatch(labtest.Sh(t, n.Machine, "ip route get %s", a.Addr(false)))
+	if link == nil {
+		t.Fatal("no link leads to the pod")
+	}
+	labtest.Sh(t, n.Machine, "ip route flush dev %s; ip -6 route flush dev %[1]s; ip link set %[1]s down", link[1])
+	for _, v6 := range []bool{false, true} {
+		labtest.Eventually(t, "the link that lost its routes is mended, "+labtest.Family(v6), func() error {
+			_, err := lab.Ask(labtest.Within(t), far, labtest.Echo(a, v6))
+			return err
+		})
+	}
+	if err := a.Check(labtest.Within(t)); err != nil {
+		t.Errorf("CHECK of the mended link: %v", err)
 	}
 	// Its leases are files, named by address.
 	const store = "/var/lib/cni/networks/headcni"

@@ -28,14 +28,37 @@ func (h *Handle) Live(network string) ([]LivePod, error) {
 	}
 	var live []LivePod
 	for _, l := range links {
-		of, rest, _ := strings.Cut(l.Alias, " ")
-		attachment, label, _ := strings.Cut(rest, " ")
-		id, ifName, ok := strings.Cut(attachment, "/")
+		of, pod, ok := podOf(l)
 		if of == network && ok && len(routes[l.Index]) > 0 {
-			live = append(live, LivePod{ContainerID: id, IfName: ifName, Label: label, Addrs: routes[l.Index]})
+			pod.Addrs = routes[l.Index]
+			live = append(live, pod)
 		}
 	}
 	return live, nil
+}
+
+// podOf reads a link's alias: the network and the pod that Attach made it for.
+func podOf(l rtnl.Link) (network string, pod LivePod, ok bool) {
+	network, rest, _ := strings.Cut(l.Alias, " ")
+	attachment, label, _ := strings.Cut(rest, " ")
+	id, ifName, ok := strings.Cut(attachment, "/")
+	return network, LivePod{ContainerID: id, IfName: ifName, Label: label}, ok
+}
+
+// Attached lists the links of all networks' pods with the addresses that the node routes to them now, by the link's name. A link whose
+// alias and name differ is nobody's.
+func (h *Handle) Attached() (map[string]Leased, error) {
+	_, links, routes, err := h.podLinks()
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]Leased{}
+	for _, l := range links {
+		if network, pod, ok := podOf(l); ok && l.Name == Name(pod.ContainerID, pod.IfName) {
+			all[l.Name] = Leased{Network: network, ContainerID: pod.ContainerID, IfName: pod.IfName, Addrs: routes[l.Index]}
+		}
+	}
+	return all, nil
 }
 
 // hostRoute reads a route to a single address in the main table that was not made by the kernel itself.

@@ -12,7 +12,7 @@ import (
 	"github.com/headcni/headcni/internal/rtnl"
 )
 
-// Leased is a pod's attachment as its lease has it, which nobody but us can write.
+// Leased is a pod's attachment as its lease has it, which nobody but us can write, or as it was when nothing was lacking.
 type Leased struct {
 	Network, ContainerID, IfName string
 	Addrs                        []netip.Addr
