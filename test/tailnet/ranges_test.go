@@ -3,6 +3,7 @@ package tailnet
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -19,6 +20,8 @@ func TestContradictingRanges(t *testing.T) {
 	l := narrow.EnterLast(t)
 	ours, theirs := l.Nodes[0], l.Nodes[1]
 	before := pathsOf(t, ours)
+	pod := labtest.AddPod(t, ours, "ranges", lab.PodOptions{})
+	inClear := labtest.Capture(t, l)
 	labtest.Stop(t, theirs.Daemon)
 	if err := theirs.ConfigureDaemon(func(_ *lab.Node, c map[string]any) {
 		n := labtest.Section(c, "network")
@@ -47,6 +50,10 @@ func TestContradictingRanges(t *testing.T) {
 			return nil
 		})
 	}
+	for _, to := range []string{"10.99.1.2", "fd99:0:1::2", theirs.PodCIDRs[0].Addr().Next().String(), theirs.PodCIDRs[1].Addr().Next().String()} {
+		_, _, _ = lab.Echo(labtest.Within(t), pod, netip.MustParseAddr(to), 64) // nobody need answer
+	}
+	labtest.NoneInClear(t, inClear())
 	if after := pathsOf(t, ours); after != before {
 		t.Errorf("what a peer advertises has changed what is routed, accepted or kept from NAT:\n%s\nwas\n%s", after, before)
 	}
