@@ -55,9 +55,9 @@ func (c *Controller) announce(ctx context.Context, key, text string, about corev
 	if c.announced[key] == text {
 		return
 	}
-	e := kube.Event{Time: c.now(), About: about, What: key, Note: text}
+	e := kube.Event{Time: c.now(), About: about, Action: key, Note: text}
 	if text == "" {
-		e.Note, e.Right = "works again", true
+		e.Note, e.Resolved = "works again", true
 		c.log.Info("works again", "what", key)
 	} else {
 		c.log.Warn("to be changed", "what", key, "text", text)

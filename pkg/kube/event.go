@@ -26,33 +26,33 @@ const (
 	eventTimeout = 5 * time.Second
 )
 
-// Event tells people that something about an object is not right, or is right again.
+// Event tells people that something is wrong with an object, or no longer is.
 type Event struct {
 	Time  time.Time
 	About corev1.ObjectReference
-	// What it is about, in a word: the event's action.
-	What string
-	Note string
-	// Right is false where somebody has to do something.
-	Right bool
+	// Action is the event's action: one word for the subject.
+	Action string
+	Note   string
+	// Resolved is false where somebody has to do something.
+	Resolved bool
 }
 
-// Reporter writes events in the name of one of our programs. The recorder of client-go would count different texts of one
-// thing as one event, and try for two minutes only.
+// Reporter writes the events of one of our programs. client-go's recorder would merge events about one object that have different
+// texts, and give up after two minutes.
 type Reporter struct {
 	Client Client
-	// Program is "daemon" or "controller", Instance the name of the one that speaks.
+	// Program is "daemon" or "controller", Instance the name of the node or pod that it runs on.
 	Program, Instance string
 }
 
-// AboutNode refers to a Node. As kubelet's, it has the Node's name for a UID: that is what `kubectl describe node` of every
-// version looks for.
+// AboutNode refers to a Node. Its UID is the Node's name, as in kubelet's events: `kubectl describe node` of every version looks
+// for that.
 func AboutNode(name string) corev1.ObjectReference {
 	return corev1.ObjectReference{Kind: "Node", APIVersion: "v1", Name: name, UID: types.UID(name)}
 }
 
-// Write creates the event beside its object; those of Nodes live in the namespace default. The same event may be written
-// again where it is not known whether it arrived.
+// Write creates the event in its object's namespace, or in default for a Node. It may be called again with the same event where
+// it is not known whether the first call succeeded.
 func (r Reporter) Write(ctx context.Context, e Event) error {
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
@@ -61,7 +61,7 @@ func (r Reporter) Write(ctx context.Context, e Event) error {
 		namespace = metav1.NamespaceDefault
 	}
 	kind, reason := corev1.EventTypeWarning, ReasonNotRight
-	if e.Right {
+	if e.Resolved {
 		kind, reason = corev1.EventTypeNormal, ReasonRight
 	}
 	if len(e.Note) > maxNote {
@@ -69,7 +69,7 @@ func (r Reporter) Write(ctx context.Context, e Event) error {
 	}
 	_, err := r.Client.Events(namespace).Create(ctx, &eventsv1.Event{
 		ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", e.About.Name, e.Time.UnixNano()), Namespace: namespace},
-		EventTime:  metav1.NewMicroTime(e.Time.Truncate(time.Microsecond)), Type: kind, Reason: reason, Action: e.What, Note: e.Note,
+		EventTime:  metav1.NewMicroTime(e.Time.Truncate(time.Microsecond)), Type: kind, Reason: reason, Action: e.Action, Note: e.Note,
 		Regarding: e.About, ReportingController: prefix + r.Program, ReportingInstance: r.Instance,
 	}, metav1.CreateOptions{})
 	if err != nil && !apierrors.IsAlreadyExists(err) {

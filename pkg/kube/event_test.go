@@ -16,14 +16,14 @@ import (
 func TestWriteEvent(t *testing.T) {
 	client := kubetest.New()
 	r := kube.Reporter{Client: client, Program: "daemon", Instance: "a"}
-	e := kube.Event{Time: time.Now(), About: kube.AboutNode("a"), What: "firewall", Note: strings.Repeat("é", 1024)}
+	e := kube.Event{Time: time.Now(), About: kube.AboutNode("a"), Action: "firewall", Note: strings.Repeat("é", 1024)}
 	for range 2 { // the second as after an answer that was lost
 		if err := r.Write(t.Context(), e); err != nil {
 			t.Fatal(err)
 		}
 	}
 	about := corev1.ObjectReference{Kind: "Deployment", Namespace: "kube-system", Name: kube.Controller}
-	if err := r.Write(t.Context(), kube.Event{Time: time.Now(), About: about, What: "policy", Note: "right again", Right: true}); err != nil {
+	if err := r.Write(t.Context(), kube.Event{Time: time.Now(), About: about, Action: "policy", Note: "right again", Resolved: true}); err != nil {
 		t.Fatal(err)
 	}
 	list, err := client.EventsV1().Events(metav1.NamespaceAll).List(t.Context(), metav1.ListOptions{})

@@ -29,7 +29,7 @@ const (
 	JoinSecretKey = "auth-key"
 	// Lease is what the controllers' leader holds.
 	Lease = "headcni-controller"
-	// Memory is the ConfigMap in which the controller keeps which node of the tailnet is which Node.
+	// Memory is the ConfigMap in which the controller records which node of the tailnet belongs to which Node.
 	Memory = "headcni-controller"
 	// Controller is the controllers' Deployment.
 	Controller = "headcni-controller"
@@ -39,16 +39,16 @@ const (
 const (
 	prefix = "headcni.io/"
 
-	// By the node's own daemon. NodeKey is tailscaled's public key, nodekey:<hex>: it says which node of the tailnet this
-	// Node is. Mode is "host" or "daemon", TailnetIPs are addresses separated by commas.
+	// These are written by the node's own daemon. NodeKey is tailscaled's public key, nodekey:<hex>: it says which node of the
+	// tailnet this Node is. Mode is "host" or "daemon", TailnetIPs are addresses separated by commas.
 	NodeKey    = prefix + "node-key"
 	Mode       = prefix + "mode"
 	TailnetIPs = prefix + "tailnet-ips"
-	// Headscale, by the controller: the node as Headscale sees it, a View as JSON.
+	// Headscale is written by the controller: the node as Headscale sees it, a View as JSON.
 	Headscale = prefix + "headscale"
 	// Allocated is "true" where the controller gave the Node its pod CIDRs.
 	Allocated = prefix + "allocated"
-	// Uninstall asks the node's daemon to take everything off its node. The daemon answers by setting Uninstalled, and does
+	// Uninstall asks the node's daemon to remove everything of ours from its node. The daemon then sets Uninstalled and does
 	// nothing more.
 	Uninstall   = prefix + "uninstall"
 	Uninstalled = prefix + "uninstalled"
@@ -68,7 +68,7 @@ const (
 	StateUnseen = "unseen"
 )
 
-// View is a node as Headscale sees it. It holds for NodeKey only.
+// View is a node as Headscale sees it. It is valid for NodeKey only.
 type View struct {
 	NodeKey string         `json:"nodeKey"`
 	State   string         `json:"state"`
@@ -99,7 +99,7 @@ func (v View) String() string {
 	return string(b)
 }
 
-// PodCIDRs are those that a Node has been given, in its order; a malformed one is an error.
+// PodCIDRs returns the pod CIDRs of a Node, in its order. A malformed one is an error.
 func PodCIDRs(n *corev1.Node) ([]netip.Prefix, error) {
 	texts := n.Spec.PodCIDRs
 	if len(texts) == 0 && n.Spec.PodCIDR != "" {
@@ -116,7 +116,7 @@ func PodCIDRs(n *corev1.Node) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// ErrNotInCluster means that nothing says where the API server is.
+// ErrNotInCluster means that the address of the API server is not known.
 var ErrNotInCluster = errors.New("no Kubernetes API server: neither in a pod (KUBERNETES_SERVICE_HOST) nor given a kubeconfig")
 
 // Config says how to reach the API server: by kubeconfig where it is given, else as a pod.

@@ -8,10 +8,10 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// denial is since when the API server has denied us something, the zero Time where it has not.
+// denial is the time of the first of several denials by the API server, the zero Time where the last request was allowed.
 type denial time.Time
 
-// judge makes a denial one to wait for while it is young.
+// judge returns err, or reconcile.Waiting while a denial is younger than denialPatience.
 func (d *denial) judge(err error, now time.Time) error {
 	switch {
 	case err == nil:

@@ -10,7 +10,7 @@ import (
 // maxEvents are kept while the API server is away; older ones go.
 const maxEvents = 32
 
-// events are what is to be told on our Node. They are news only, so nothing has to hold them back but their number.
+// events wait to be sent. They only inform people, so nothing but their number limits them.
 type events struct{ waiting []kube.Event }
 
 // add keeps an event to be sent.
@@ -21,7 +21,7 @@ func (e *events) add(ev kube.Event) {
 	}
 }
 
-// send sends what is waiting, in order, up to the first that cannot be sent.
+// send sends the waiting events in order and stops at the first that fails.
 func (e *events) send(ctx context.Context, w *Watch) error {
 	r := kube.Reporter{Client: w.client, Program: "daemon", Instance: w.node}
 	for len(e.waiting) > 0 {
@@ -33,7 +33,7 @@ func (e *events) send(ctx context.Context, w *Watch) error {
 	return nil
 }
 
-// Report makes an Event about our Node of a part's fault, or of its end. It is sent with the next Sync.
+// Report queues an Event about our Node: a part has a fault, or no longer has it. The next Sync sends it.
 func (w *Watch) Report(part string, ok bool, text string) {
-	w.events.add(kube.Event{Time: time.Now(), About: kube.AboutNode(w.node), What: part, Note: part + ": " + text, Right: ok})
+	w.events.add(kube.Event{Time: time.Now(), About: kube.AboutNode(w.node), Action: part, Note: part + ": " + text, Resolved: ok})
 }

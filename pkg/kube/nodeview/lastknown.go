@@ -8,18 +8,18 @@ import (
 	"github.com/headcni/headcni/pkg/kube"
 )
 
-// LastKnown is what Kubernetes said last, kept for a boot without its API server.
+// LastKnown is the last answer of Kubernetes, saved for a boot without the API server.
 type LastKnown struct {
-	// Node is whose it is: under another name the node is another one to Kubernetes.
+	// Node is the name of the Node that it is about. With another name the node is a different one to Kubernetes.
 	Node     string         `json:"node"`
 	PodCIDRs []netip.Prefix `json:"podCIDRs,omitempty"`
-	// Leaving are former pod CIDRs whose pods still run here.
+	// Leaving are former pod CIDRs that pods on this node still use.
 	Leaving      []netip.Prefix `json:"leaving,omitempty"`
 	ClusterCIDRs []netip.Prefix `json:"clusterCIDRs,omitempty"`
 	ServiceCIDRs []netip.Prefix `json:"serviceCIDRs,omitempty"`
 }
 
-// Update takes over what the view says of the Node of this name. It does no I/O.
+// Update merges in what the view says of the Node of this name. It does no I/O.
 func (l LastKnown) Update(v *View, node string) (LastKnown, error) {
 	if l.Node != node {
 		l = LastKnown{Node: node, Leaving: netset.Union(l.PodCIDRs, l.Leaving)}
@@ -43,7 +43,7 @@ func (l LastKnown) Update(v *View, node string) (LastKnown, error) {
 	return l, nil
 }
 
-// WithoutVacated leaves out the former CIDRs that no live address is in any more.
+// WithoutVacated drops the former CIDRs that hold no live address.
 func (l LastKnown) WithoutVacated(live []netip.Addr) LastKnown {
 	l.Leaving = slices.DeleteFunc(slices.Clone(l.Leaving), func(p netip.Prefix) bool { return !slices.ContainsFunc(live, p.Contains) })
 	return l

@@ -14,10 +14,10 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// serviceRetry is how long after a failed look the first next one is.
+// serviceRetry is the wait after the first failed request; it doubles.
 const serviceRetry = time.Second
 
-// watchServices keeps the cluster's service ranges: at the start as soon as the API server answers, then now and then.
+// watchServices keeps the cluster's service ranges up to date: it asks until the API server answers, then every serviceInterval.
 func (w *Watch) watchServices(ctx context.Context) {
 	wait := serviceRetry
 	for ctx.Err() == nil {
@@ -34,7 +34,7 @@ func (w *Watch) watchServices(ctx context.Context) {
 		if err == nil {
 			wait = serviceInterval
 		} else {
-			// It matters little: services are reached with or without, and the part kubernetes tells of a server that is away.
+			// Services work without the ranges, and the part kubernetes reports an API server that does not answer.
 			w.log.Debug("ask for the service ranges", "err", err)
 			wait = min(2*wait, serviceInterval)
 		}
@@ -42,7 +42,7 @@ func (w *Watch) watchServices(ctx context.Context) {
 	}
 }
 
-// askServices asks the ServiceCIDR API (Kubernetes 1.33), and where it is not, or not for us, what kubeadm was told.
+// askServices asks the ServiceCIDR API (Kubernetes 1.33). Where that is missing or forbidden, it reads kubeadm's configuration.
 func (w *Watch) askServices(ctx context.Context) ([]netip.Prefix, error) {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()

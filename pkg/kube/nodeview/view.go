@@ -20,9 +20,9 @@ type View struct {
 	Synced bool
 	// Err is why the API server cannot be asked, nil while it can.
 	Err error
-	// Node is ours, nil where Kubernetes has none of that name.
+	// Node is our Node, nil where Kubernetes has none of that name.
 	Node *corev1.Node
-	// PodCIDRs are those of all Nodes, in as few prefixes as there can be.
+	// PodCIDRs cover the pod CIDRs of all Nodes in as few prefixes as possible.
 	PodCIDRs []netip.Prefix
 	// ServiceCIDRs are nil while they are not known.
 	ServiceCIDRs []netip.Prefix
@@ -31,7 +31,7 @@ type View struct {
 	cidrs map[string][]netip.Prefix
 }
 
-// View is what is known now; nil of a nil Watch, which a node without Kubernetes has.
+// View returns what is known now. It returns nil for a nil Watch, which a node without Kubernetes has.
 func (w *Watch) View() *View {
 	if w == nil {
 		return nil
@@ -60,7 +60,7 @@ func (v *View) Holder(p netip.Prefix) string {
 	return ""
 }
 
-// Controller is what the controller says of the node with this key in Headscale; nil where it has said nothing.
+// Controller returns the controller's view of the node with this key, nil where there is none.
 func (v *View) Controller(nodeKey string) (*kube.View, error) {
 	if v == nil || v.Node == nil {
 		return nil, nil
@@ -72,12 +72,12 @@ func (v *View) Controller(nodeKey string) (*kube.View, error) {
 	return &said, nil
 }
 
-// UninstallAsked reports whether our Node asks for everything of ours to be taken off it.
+// UninstallAsked reports whether an annotation of our Node asks the daemon to uninstall.
 func (v *View) UninstallAsked() bool {
 	return v.Node != nil && v.Node.Annotations[kube.Uninstall] == "true"
 }
 
-// PluginNotReady is what kubelet says where the network plugin is what keeps our Node from being ready, else "".
+// PluginNotReady returns kubelet's message where the missing network plugin keeps our Node from being ready, else "".
 func (v *View) PluginNotReady() string {
 	if v.Node == nil {
 		return ""
@@ -88,7 +88,7 @@ func (v *View) PluginNotReady() string {
 	return ""
 }
 
-// ErrNoCIDR says why there is no pod CIDR to work with. While somebody may still give one it is a thing to wait for.
+// ErrNoCIDR says why the node has no pod CIDR. It is a reconcile.Waiting until cidrPatience has passed.
 func (v *View) ErrNoCIDR(waited time.Duration) error {
 	var err error
 	switch {
@@ -108,8 +108,7 @@ func (v *View) ErrNoCIDR(waited time.Duration) error {
 	return err
 }
 
-// pluginNotReady reports whether kubelet says that the network plugin is what keeps the Node from being ready. Its words
-// are those of the CRI (RuntimeCondition NetworkReady, reason NetworkPluginNotReady), then the runtime's own: containerd's
+// pluginNotReady reports whether the missing network plugin keeps the Node from being ready. kubelet's message is that of the CRI (RuntimeCondition NetworkReady, reason NetworkPluginNotReady), then the runtime's own: containerd's
 // "cni plugin not initialized", CRI-O's "No CNI configuration file in ...".
 func pluginNotReady(c corev1.NodeCondition) bool {
 	return c.Type == corev1.NodeReady && c.Status == corev1.ConditionFalse &&

@@ -27,8 +27,8 @@ const (
 	apiTimeout = 5 * time.Second
 	// serviceInterval is how often the cluster's service ranges are asked for. They are added to, if ever, by hand.
 	serviceInterval = 10 * time.Minute
-	// denialPatience is how long the API server may deny us what it has granted: one that has just started does so until it
-	// has read its RBAC rules.
+	// denialPatience is how long the API server may deny what it has granted: one that has just started denies everything until
+	// it has read its RBAC rules.
 	denialPatience = 30 * time.Second
 )
 
@@ -41,7 +41,7 @@ type Watch struct {
 	log       *slog.Logger
 	changed   func() // is called when something changes that concerns this node
 
-	// Of one goroutine alone, which calls Sync and JoinKey.
+	// These belong to the one goroutine that calls Sync and JoinKey.
 	keyDenied, writeDenied denial
 	events                 events
 	wrote                  string // what was last written to our Node
@@ -75,7 +75,7 @@ func New(c config.Kubernetes, log *slog.Logger, getenv func(string) string, vers
 	return w, nil
 }
 
-// Of makes the watch of a node with a client that is there already.
+// Of makes the watch of a node with the given client.
 func Of(client kube.Client, node string, log *slog.Logger) *Watch {
 	return &Watch{client: client, node: node, namespace: kube.DefaultNamespace, log: log, changed: func() {}, cidrs: map[string][]netip.Prefix{}}
 }
@@ -98,7 +98,7 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 	wg.Wait()
 }
 
-// answered keeps whether the API server could be asked.
+// answered records whether the API server answered.
 func (w *Watch) answered(err error) {
 	if errors.Is(err, context.Canceled) || apierrors.IsResourceExpired(err) || apierrors.IsInvalid(err) {
 		return // we are being stopped; or the library asks in another way next
@@ -187,7 +187,7 @@ func (s *nodeStore) ReplaceNodes(nodes []*corev1.Node) {
 	w.changed()
 }
 
-// upsert keeps n and reports whether that is news to this node. The caller holds the lock.
+// upsert stores n and reports whether this node has to react. The caller holds the lock.
 func (w *Watch) upsert(n *corev1.Node) bool {
 	cidrs, err := kube.PodCIDRs(n)
 	if err != nil && n.Name != w.node {
@@ -205,7 +205,7 @@ func (w *Watch) upsert(n *corev1.Node) bool {
 	return before == nil || !sameNode(before, n)
 }
 
-// remove forgets n and reports whether that is news to this node. The caller holds the lock.
+// remove deletes n and reports whether this node has to react. The caller holds the lock.
 func (w *Watch) remove(n *corev1.Node) bool {
 	_, had := w.cidrs[n.Name]
 	delete(w.cidrs, n.Name)

@@ -23,9 +23,9 @@ import (
 const (
 	// upReason is the reason of the condition NetworkUnavailable=False that we set.
 	upReason = "HeadCNIIsUp"
-	// cidrPatience is how long a Node may be without pod CIDRs before somebody has to look: Kubernetes gives them in 5 s.
+	// cidrPatience is how long a Node may lack pod CIDRs before that is an error: Kubernetes assigns them within 5 s.
 	cidrPatience = 30 * time.Second
-	// writeInterval is the least time between two writes of the same thing to our Node, should somebody undo them at once.
+	// writeInterval is the least time between two identical writes to our Node, in case somebody else undoes them.
 	writeInterval = 5 * time.Second
 )
 
@@ -105,7 +105,7 @@ func (w *Watch) condition(ctx context.Context, c any) error {
 	return nil
 }
 
-// Sync writes to our Node what is missing there, and the events that are due.
+// Sync writes to our Node what is missing there, and sends the waiting events.
 func (w *Watch) Sync(ctx context.Context, v *View, want Want) ([]string, error) {
 	switch {
 	case v.Err != nil:
@@ -114,7 +114,7 @@ func (w *Watch) Sync(ctx context.Context, v *View, want Want) ([]string, error) 
 		return nil, reconcile.Waiting("asks the API server")
 	}
 	done, err := w.writeNode(ctx, v, want)
-	// Last, and whatever became of the rest: an event must not hold back what the controller waits for.
+	// Events come last, whether or not the write succeeded: they must not delay the annotations that the controller waits for.
 	return done, w.writeDenied.judge(errors.Join(err, w.events.send(ctx, w)), time.Now())
 }
 
@@ -154,7 +154,7 @@ func (w *Watch) writeNode(ctx context.Context, v *View, want Want) ([]string, er
 	return done, errors.Join(errs...)
 }
 
-// Uninstalled says on our Node that everything of ours is off the node, where the Node asks for that.
+// Uninstalled records on our Node that HeadCNI is uninstalled from it, where the Node asks for that.
 func (w *Watch) Uninstalled(ctx context.Context, v *View) error {
 	if v.Err != nil || !v.UninstallAsked() || v.Node.Annotations[kube.Uninstalled] != "" {
 		return nil
