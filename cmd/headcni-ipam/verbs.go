@@ -30,8 +30,8 @@ const (
 // verbs are the commands of CNI specification 1.1.0.
 type verbs struct{ out io.Writer }
 
-// open parses the configuration. strict is for ADD and STATUS; all else works with ranges that are wrong or missing by now,
-// as long as the leases can be found.
+// open parses the configuration. ADD and STATUS are strict; the other commands accept wrong or missing ranges as long as the leases
+// can be found.
 func open(a cnimain.Call, strict bool) (*ipam.Pool, error) {
 	name := str(a.Config["name"])
 	if a.Config["ipam"] == nil {
@@ -39,7 +39,7 @@ func open(a cnimain.Call, strict bool) (*ipam.Pool, error) {
 	}
 	c, err := parse(name, a)
 	if err != nil && !strict {
-		c, err = leniently(name, a.Config["ipam"])
+		c, err = leaseLocation(name, a.Config["ipam"])
 	}
 	if err != nil {
 		return nil, cniError(err)
@@ -62,14 +62,14 @@ func parse(name string, a cnimain.Call) (ipam.Config, error) {
 	return ipam.ParseConfig(name, object)
 }
 
-// str reads a string that cnimain has seen to be one.
+// str decodes a value that cnimain has checked to be a string.
 func str(v json.RawMessage) (s string) {
 	_ = json.Unmarshal(v, &s)
 	return s
 }
 
-// leniently takes from a configuration only where the leases are.
-func leniently(name string, object json.RawMessage) (ipam.Config, error) {
+// leaseLocation reads only the folder of the leases from a configuration.
+func leaseLocation(name string, object json.RawMessage) (ipam.Config, error) {
 	var c struct {
 		DataDir string `json:"dataDir"`
 	}
@@ -129,7 +129,7 @@ func (v verbs) del(a cnimain.Call) error {
 	return cniError(err)
 }
 
-// check wants a lease, and where the calling plugin tells what ADD gave, that all of it is in there.
+// check fails where there is no lease, or where prevResult, if given, lacks an address of the lease.
 func (v verbs) check(a cnimain.Call) error {
 	p, err := open(a, false)
 	if err != nil {

@@ -220,7 +220,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	socketErr := func(err error) { d.log.Warn("put a socket back that somebody has removed", "err", err) }
 	spoolErr := func(err error) { d.log.Warn("count what the plugin did", "err", err) }
-	if err := d.metrics.Keep(totalsPath(), cmdlog.Spool(paths.DaemonSocket), spoolErr); err != nil {
+	if err := d.metrics.OpenSpool(totalsPath(), cmdlog.Spool(paths.DaemonSocket), spoolErr); err != nil {
 		spoolErr(err) // pods matter more than their number
 	}
 	d.metrics.Pools(d.pools)
@@ -320,7 +320,7 @@ func totalsPath() string { return filepath.Join(paths.RunDir, "metrics.json") }
 // count takes finished commands out of the spool soon after each, and now and then for those that came without a word.
 func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 	for ctx.Err() == nil {
-		d.metrics.Fold()
+		d.metrics.CountSpool()
 		_ = d.pods.See() // the part pods says what is wrong
 		select {
 		case <-ctx.Done():

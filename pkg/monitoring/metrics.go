@@ -7,11 +7,11 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// Metrics are the daemon's. The four of the specification are counted from the plugin's records, see Keep.
+// Metrics are the daemon's. The four of the specification are counted from the plugin's records, see OpenSpool.
 type Metrics struct {
 	registry *prometheus.Registry
 
-	plugin *book
+	plugin *spoolCounter
 	pools  *pools
 	drops  *drops
 
@@ -23,7 +23,8 @@ type Metrics struct {
 	selfTest    *prometheus.GaugeVec
 }
 
-// NewRegistry has what each of our programs shows: some metrics of its own, its version, and those of Go and the process.
+// NewRegistry makes a registry with the metrics that each of our programs exports: its own, its version, and those of Go and the
+// process.
 func NewRegistry(version string, own ...prometheus.Collector) *prometheus.Registry {
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "headcni_build_info", Help: "Always 1."}, []string{"version"})
 	build.WithLabelValues(version).Set(1)
@@ -36,9 +37,9 @@ func NewRegistry(version string, own ...prometheus.Collector) *prometheus.Regist
 // NewMetrics registers everything at zero, so that a rate over a fresh daemon is right from the first scrape.
 func NewMetrics(version string) *Metrics {
 	m := &Metrics{
-		pools:  &pools{look: func() []Pool { return nil }},
-		drops:  &drops{look: func() map[string]uint64 { return nil }},
-		plugin: &book{t: newTotals(), log: func(error) {}},
+		pools:  &pools{read: func() []Pool { return nil }},
+		drops:  &drops{read: func() map[string]uint64 { return nil }},
+		plugin: &spoolCounter{t: newTotals(), log: func(error) {}},
 		passes: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "headcni_reconcile_duration_seconds", Help: "Duration of one observe-plan-apply pass over the node.",
 			Buckets: prometheus.ExponentialBuckets(0.001, 2, 14),
@@ -56,11 +57,11 @@ func NewMetrics(version string) *Metrics {
 			Name: "headcni_corrections_total", Help: "Changes made to the node by part, the first set-up included.",
 		}, []string{"part"}),
 	}
-	// A vector without labels shows nothing before the first value: the test may not run everywhere.
+	// A vector without labels exports nothing before the first value: the test may not run everywhere.
 	m.selfTest = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "headcni_guard_self_test_ok", Help: "1 where the guard stopped and counted packets that were sent in clear on purpose, 0 where it did not.",
 	}, nil)
-	// It stays 0 until there is somebody who enforces them.
+	// It stays 0 until HeadCNI enforces them.
 	policy := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "headcni_network_policy_enforced", Help: "1 where this node enforces NetworkPolicies, 0 where it does not.",
 	})
@@ -68,18 +69,19 @@ func NewMetrics(version string) *Metrics {
 	return m
 }
 
-// Keep counts the plugin's records from the spool from now on, and goes on from what an earlier daemon kept at path. log is
+// OpenSpool counts the plugin's records from the spool from now on, and goes on from what an earlier daemon kept at path. log is
 // told of what goes wrong.
-func (m *Metrics) Keep(path, spool string, log func(error)) error {
+func (m *Metrics) OpenSpool(path, spool string, log func(error)) error {
 	m.plugin.log = log
 	return m.plugin.open(path, spool)
 }
 
-// Pools has look asked for the use of pools with each scrape. It is called before anybody scrapes.
-func (m *Metrics) Pools(look func() []Pool) { m.pools.look = look }
+// Pools sets the function that returns the use of pools. Each scrape calls it. It must be set before the first scrape.
+func (m *Metrics) Pools(read func() []Pool) { m.pools.read = read }
 
-// Drops has look asked for what the node's rules dropped, by reason, with each scrape. It is called before anybody scrapes.
-func (m *Metrics) Drops(look func() map[string]uint64) { m.drops.look = look }
+// Drops sets the function that returns how many packets the node's rules dropped, by reason. Each scrape calls it. It must be set
+// before the first scrape.
+func (m *Metrics) Drops(read func() map[string]uint64) { m.drops.read = read }
 
 // SelfTest records how the guard's self-test ended.
 func (m *Metrics) SelfTest(passed bool) {
@@ -90,9 +92,9 @@ func (m *Metrics) SelfTest(passed bool) {
 	m.selfTest.WithLabelValues().Set(v)
 }
 
-// Fold counts what is in the spool. A scrape does so too.
-func (m *Metrics) Fold() {
-	if err := m.plugin.fold(); err != nil {
+// CountSpool counts what is in the spool. A scrape does so too.
+func (m *Metrics) CountSpool() {
+	if err := m.plugin.countSpool(); err != nil {
 		m.plugin.log(err)
 	}
 }

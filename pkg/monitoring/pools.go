@@ -11,8 +11,8 @@ type Pool struct {
 	Size float64
 }
 
-// pools shows what look finds.
-type pools struct{ look func() []Pool }
+// pools exports the pools that read returns.
+type pools struct{ read func() []Pool }
 
 var (
 	poolLabels = []string{"network", "family"}
@@ -28,7 +28,7 @@ func (p *pools) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (p *pools) Collect(ch chan<- prometheus.Metric) {
-	for _, f := range p.look() {
+	for _, f := range p.read() {
 		ch <- prometheus.MustNewConstMetric(inUseDesc, prometheus.GaugeValue, f.InUse, f.Network, f.Family)
 		if f.Size > 0 {
 			ch <- prometheus.MustNewConstMetric(sizeDesc, prometheus.GaugeValue, f.Size, f.Network, f.Family)

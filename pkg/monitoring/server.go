@@ -15,7 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// Readiness answers whether pods can be started here, with the parts behind the answer.
+// Readiness reports whether the program is ready, and the state of its parts.
 type Readiness interface {
 	Ready() (bool, []reconcile.Status)
 }

@@ -65,8 +65,8 @@ func (t *totals) add(r cmdlog.Record) {
 	}
 }
 
-// book holds the totals and where they are kept: in path, from the records in spool; both "" = in memory only.
-type book struct {
+// spoolCounter counts the plugin's records. It holds the totals and where they are kept: in path, from the records in spool; both "" = in memory only.
+type spoolCounter struct {
 	path, spool string
 	log         func(error)
 
@@ -74,8 +74,8 @@ type book struct {
 	t  totals
 }
 
-// open reads what an earlier daemon kept. What cannot be read is begun anew.
-func (b *book) open(path, spool string) error {
+// open reads the totals of an earlier daemon. Where they cannot be read, it starts from zero.
+func (b *spoolCounter) open(path, spool string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.path, b.spool = path, spool
@@ -97,7 +97,7 @@ func (b *book) open(path, spool string) error {
 }
 
 // makeSpool makes the folder that the plugin puts records into, also where somebody has wiped /run.
-func (b *book) makeSpool() error {
+func (b *spoolCounter) makeSpool() error {
 	if b.spool == "" {
 		return nil
 	}
@@ -107,9 +107,9 @@ func (b *book) makeSpool() error {
 	return nil
 }
 
-// fold counts what is in the spool. Killed between any two steps it counts nothing twice and leaves out nothing: a record is
+// countSpool counts what is in the spool. Killed between any two steps it counts nothing twice and leaves out nothing: a record is
 // in the kept totals from the rename on, and its name beside it until its file is gone.
-func (b *book) fold() error {
+func (b *spoolCounter) countSpool() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if err := b.makeSpool(); err != nil {
@@ -139,8 +139,8 @@ func (b *book) fold() error {
 	return nil
 }
 
-// change counts what no record tells.
-func (b *book) change(do func(*totals)) error {
+// change changes the totals by something that no record tells.
+func (b *spoolCounter) change(do func(*totals)) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	next := b.t.clone()
@@ -148,8 +148,8 @@ func (b *book) change(do func(*totals)) error {
 	return b.keep(next)
 }
 
-// keep writes the totals in one step and then goes by them. A tmpfs needs no sync.
-func (b *book) keep(next totals) error {
+// keep writes the totals in one step and then uses them. A tmpfs needs no sync.
+func (b *spoolCounter) keep(next totals) error {
 	if b.path != "" {
 		text, err := json.Marshal(next)
 		if err != nil {
@@ -172,15 +172,15 @@ var (
 )
 
 // Describe implements prometheus.Collector.
-func (b *book) Describe(ch chan<- *prometheus.Desc) {
+func (b *spoolCounter) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{allocationsDesc, releasesDesc, errorsDesc, setupDesc} {
 		ch <- d
 	}
 }
 
 // Collect implements prometheus.Collector: a scrape has every command that has ended.
-func (b *book) Collect(ch chan<- prometheus.Metric) {
-	if err := b.fold(); err != nil {
+func (b *spoolCounter) Collect(ch chan<- prometheus.Metric) {
+	if err := b.countSpool(); err != nil {
 		b.log(err)
 	}
 	b.mu.Lock()

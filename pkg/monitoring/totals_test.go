@@ -13,9 +13,9 @@ import (
 	"github.com/headcni/headcni/pkg/cmdlog"
 )
 
-func openBook(t *testing.T, dir string) *book {
+func openBook(t *testing.T, dir string) *spoolCounter {
 	t.Helper()
-	b := &book{t: newTotals(), log: func(err error) { t.Error(err) }}
+	b := &spoolCounter{t: newTotals(), log: func(err error) { t.Error(err) }}
 	if err := b.open(filepath.Join(dir, "metrics.json"), cmdlog.Spool(filepath.Join(dir, "daemon.sock"))); err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +31,7 @@ func TestFoldCountsOnceWhateverWasKilled(t *testing.T) {
 			spool := cmdlog.Spool(filepath.Join(dir, "daemon.sock"))
 			first := openBook(t, dir)
 			send(t, dir, 7)
-			if err := first.fold(); err != nil {
+			if err := first.countSpool(); err != nil {
 				t.Fatal(err)
 			}
 			send(t, dir, 5)
@@ -62,7 +62,7 @@ func TestFoldCountsOnceWhateverWasKilled(t *testing.T) {
 			send(t, dir, 1) // while nobody runs
 			second := openBook(t, dir)
 			for range 2 {
-				if err := second.fold(); err != nil {
+				if err := second.countSpool(); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -111,7 +111,7 @@ func TestKeptTotalsThatCannotBeRead(t *testing.T) {
 		}
 		b := openBook(t, dir)
 		send(t, dir, 1)
-		if err := b.fold(); err != nil || b.t.Allocations != 1 {
+		if err := b.countSpool(); err != nil || b.t.Allocations != 1 {
 			t.Errorf("%q: %d, %v", text, b.t.Allocations, err)
 		}
 	}
