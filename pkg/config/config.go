@@ -66,14 +66,14 @@ type Tailscale struct {
 	Port int `json:"port"`
 }
 
-// What a pod's packets to tailnet devices outside the cluster look like.
+// What happens to a pod's packets to tailnet devices outside the cluster.
 const (
 	EgressMasquerade = "masquerade" // from the node's tailnet address
 	EgressPreserve   = "preserve"   // from the pod's address; the device must accept the node's routes
 	EgressDeny       = "deny"       // what a pod begins is dropped; it may answer
 )
 
-// What hosts beside the node reach of pods.
+// What hosts beside the node can reach.
 const (
 	LANDeny  = "deny"  // ports of the node that lead to pods (NodePort, hostPort, load balancers)
 	LANAllow = "allow" // all pods, by a route over the node
@@ -112,7 +112,7 @@ type CNI struct {
 	Exclusive bool `json:"exclusive"`
 }
 
-// DNS is what pods get to know of names.
+// DNS is what pods are told about name resolution.
 type DNS struct {
 	MagicDNS MagicDNS `json:"magicDNS"`
 }
@@ -187,7 +187,7 @@ func (c CIDRs) Prefixes() []netip.Prefix {
 // Tristate is "auto", "true" or "false", written with or without quotes.
 type Tristate string
 
-// Auto leaves the choice to the daemon.
+// Auto lets the daemon choose.
 const Auto Tristate = "auto"
 
 // UnmarshalJSON takes a string or a bool.
@@ -196,7 +196,7 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// Default is what holds where nothing is said.
+// Default is the configuration where nothing is set.
 func Default() Config {
 	return Config{
 		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
@@ -234,7 +234,7 @@ func Load(path string, optional bool, environ, sets []string) (Config, error) {
 	return c, nil
 }
 
-// find takes the folders that are not given from the host's container runtime.
+// find sets the folders that are not given to those of the host's container runtime.
 func (c *CNI) find(root string) {
 	binDir, confDir := paths.DetectCNI(root)
 	if c.BinDir == "" {
@@ -285,14 +285,14 @@ func EnvName(key string) string {
 	return "HEADCNI_" + strings.ToUpper(strings.ReplaceAll(key, ".", "_"))
 }
 
-// ofService matches the variables that Kubernetes gives a container for each Service, after the Service's name.
-var ofService = regexp.MustCompile(`_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
+// serviceVariable matches the variables that Kubernetes sets in a container for each Service, after the Service's name.
+var serviceVariable = regexp.MustCompile(`_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$`)
 
 // mistypedEnv returns the variable that somebody probably meant by one that is none of ours, or "". Other programs have variables
 // that begin with HEADCNI_ too (our tests, Kubernetes for a Service called headcni-...): only what looks like a key is taken for one.
 func mistypedEnv(name string) string {
 	rest, ours := strings.CutPrefix(name, "HEADCNI_")
-	if !ours || !strings.Contains(rest, "_") || ofService.MatchString(name) || name == authKeyVariable || name == authKeyFileVariable {
+	if !ours || !strings.Contains(rest, "_") || serviceVariable.MatchString(name) || name == authKeyVariable || name == authKeyFileVariable {
 		return ""
 	}
 	known := []string{authKeyVariable, authKeyFileVariable}

@@ -61,7 +61,7 @@ func (h Headscale) Credential(getenv func(string) string) (Credential, error) {
 	return Credential{}, ErrNoCredential
 }
 
-// Exposed says what to do where everybody on this machine can read the key. configFile is where a plain one may stand.
+// Exposed returns an error, with the remedy, where every user of this machine can read the key. configFile may hold a plain key.
 func (c Credential) Exposed(configFile string) error {
 	path := c.File
 	if c.Plain {
@@ -69,7 +69,7 @@ func (c Credential) Exposed(configFile string) error {
 	}
 	info, err := os.Stat(path)
 	if path == "" || err != nil || info.Mode().Perm()&0o004 == 0 {
-		return nil // an error is for whoever reads it
+		return nil // whoever reads the file gets the error
 	}
 	if c.Plain {
 		return fmt.Errorf("%s: everybody can read %s (mode %04o), which holds the key: move it to a file of mode 0600 and name that in headscale.authKeyFile",

@@ -13,7 +13,7 @@ import (
 	"github.com/headcni/headcni/internal/nearest"
 )
 
-// everyKey is where every key is explained.
+// everyKey says where every key is explained.
 const everyKey = "https://github.com/headcni/headcni/blob/main/docs/daemon.yaml has every key"
 
 // decodeFile reads the YAML of the file at path over c. Each fault names its line and key, and what was probably meant.
@@ -33,7 +33,7 @@ func decodeFile(path string, b []byte, c *Config) error {
 		}
 	}
 	if err := yaml.UnmarshalStrict(b, c); err != nil {
-		return fmt.Errorf("read %s: %s; %s", path, located(plain(err), lines), everyKey)
+		return fmt.Errorf("read %s: %s; %s", path, withLine(plain(err), lines), everyKey)
 	}
 	return nil
 }
@@ -83,8 +83,8 @@ func didYouMean(mistyped string, known []string) string {
 // wrongType is what encoding/json says of a value: of which Go type it is, and for which key.
 var wrongType = regexp.MustCompile(`^cannot unmarshal (\S+)(?: \S+)? into Go struct field \w+\.(\S+) of type (\S+)`)
 
-// located puts the line and the key before what the decoder says of a value.
-func located(text string, lines map[string]int) string {
+// withLine puts the line and the key before the decoder's message about a value.
+func withLine(text string, lines map[string]int) string {
 	m := wrongType.FindStringSubmatch(text)
 	if m == nil {
 		return text
@@ -126,7 +126,7 @@ func severalDocuments(b []byte) bool {
 	return false
 }
 
-// plain drops the layers of the YAML library from its error.
+// plain removes the prefixes that the YAML library puts before its errors.
 func plain(err error) string {
 	s := err.Error()
 	for _, p := range []string{"error unmarshaling JSON: ", "while decoding JSON: ", "error converting YAML to JSON: ", "json: "} {

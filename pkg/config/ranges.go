@@ -23,8 +23,8 @@ func (n Network) Ranges() Ranges {
 	}
 }
 
-// Outside are those of a node's pod CIDRs that the cluster CIDRs, where there are any, do not cover: other nodes would take them
-// for strangers, and send to them in clear.
+// Outside returns the pod CIDRs of a node that the cluster CIDRs, where there are any, do not cover: other nodes would not know
+// them as pods, and send to them in clear.
 func (n Network) Outside(pods []netip.Prefix) []netip.Prefix {
 	if len(n.ClusterCIDRs) == 0 {
 		return nil

@@ -18,7 +18,7 @@ import (
 // reserved begins the keys of the protocol (specification section 1).
 const reserved = "cni.dev/"
 
-// injected are keys that meta-plugins put into the configuration of every plugin that they run: a device of the pod, by multus, and
+// injected are the keys that meta-plugins put into the configuration of every plugin that they run: a device of the pod, by multus, and
 // arguments. Others have a domain in their name, as the protocol's own have: what a later version adds must not fail here.
 var injected = []string{"deviceID", "pciBusID", "cniArgs", "ipamConfig"}
 
@@ -54,7 +54,7 @@ type reader func(key string, v json.RawMessage)
 // readers are the keys that an object may have.
 type readers map[string]reader
 
-// object has each member read, in the order of the keys. Keys are case-sensitive, unlike encoding/json's own matching: a key that
+// object calls the reader of each member, in the order of the keys. Keys are case-sensitive, unlike encoding/json's own matching: a key that
 // we take in one spelling would be unknown to the next plugin. What is null is not given, whatever the key.
 func (d *decoder) object(prefix string, o jsonobj.Object, known readers, unknown reader) {
 	for _, key := range slices.Sorted(maps.Keys(o)) {
@@ -68,7 +68,7 @@ func (d *decoder) object(prefix string, o jsonobj.Object, known readers, unknown
 	}
 }
 
-// strict is object where every unknown key is a fault, with the key that was meant, or all that are known.
+// strict is like object, but every unknown key is a fault, which names the key that was meant or all known ones.
 func (d *decoder) strict(prefix string, o jsonobj.Object, known readers) {
 	d.object(prefix, o, known, func(key string, v json.RawMessage) {
 		help := "known keys are " + strings.Join(slices.Sorted(maps.Keys(known)), ", ")
@@ -79,8 +79,8 @@ func (d *decoder) strict(prefix string, o jsonobj.Object, known readers) {
 	})
 }
 
-// ofOthers tells the keys that programs put beside what people wrote.
-func ofOthers(key string) bool {
+// isForeign reports whether a program, not a person, put this key into the configuration.
+func isForeign(key string) bool {
 	return slices.Contains(injected, key) || strings.ContainsAny(key, "./")
 }
 
@@ -127,10 +127,10 @@ func (d *decoder) decodeInto(p any, want string) reader {
 	return func(key string, v json.RawMessage) { d.decode(key, v, p, want) }
 }
 
-// checked is for a value of another reader: people see its faults, the plugin needs none of it.
+// checked decodes a value only to find its faults: the plugin does not use it.
 func checked[T any](d *decoder, want string) reader { return d.decodeInto(new(T), want) }
 
-// ignore is for what runtimes write for themselves.
+// ignore is the reader of keys that runtimes write for themselves.
 func ignore(string, json.RawMessage) {}
 
 // validAttachments is the list that GC gets. Unlike any other key it means the same where it is null as where it is empty: a
@@ -143,7 +143,7 @@ func (d *decoder) top(o jsonobj.Object) {
 		c.ValidAttachments = []Attachment{}
 	}
 	o = maps.Clone(o)
-	maps.DeleteFunc(o, func(key string, _ json.RawMessage) bool { return key != validAttachments && ofOthers(key) })
+	maps.DeleteFunc(o, func(key string, _ json.RawMessage) bool { return key != validAttachments && isForeign(key) })
 	d.strict("", o, readers{
 		"cniVersion": d.decodeInto(&c.CNIVersion, "a string"), "name": d.decodeInto(&c.Name, "a string"), "type": checked[string](d, "a string"),
 		"cniVersions": ignore, "capabilities": ignore, "disableCheck": ignore, "disableGC": ignore, "loadOnlyInlinedPlugins": ignore,
