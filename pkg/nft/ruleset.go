@@ -165,10 +165,11 @@ func lan(family knftables.Family, cfg Config) []string {
 // guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all.
 func guard(family knftables.Family, cfg Config) []string {
 	fam := string(family)
-	var rules []string
+	rules := []string{toPod} // what is frequent first
 	if cfg.TunName != "" {
 		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
-		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x %s`, cfg.TunName, markMask, names.BypassMark, drop(DropTunnelInTunnel)))
+		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x %s`, cfg.TunName, markMask, names.BypassMark, drop(DropTunnelInTunnel)),
+			throughTunnel(family, cfg))
 		if cfg.TailnetEgress == config.EgressDeny {
 			// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
 			out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setKeepSource, quad100[family], setOwn)
@@ -181,6 +182,13 @@ func guard(family knftables.Family, cfg Config) []string {
 		// By the tunnel neither: a service is what DNAT has made a pod of.
 		rule(`oifname != "%s" oifname != "lo" %s daddr @%s %s`, names.PodLinks, fam, setServices, drop(DropServiceClear)),
 		rule(`%s %s daddr @%s %s`, out, fam, setCluster, drop(DropClusterClear)))
+}
+
+// toPod and throughTunnel end a chain for what it is right to send, by one comparison and one look into a set.
+const toPod = `oifname "` + names.PodLinks + `" accept`
+
+func throughTunnel(family knftables.Family, cfg Config) string {
+	return rule(`oifname "%s" %s daddr @%s accept`, cfg.TunName, family, setCluster)
 }
 
 // toTailnet matches what is for the tailnet. In IPv4 that is what pods send, as far as the host has no network of its own there:
@@ -204,9 +212,10 @@ func notShared(family knftables.Family, side string) string {
 // knew before there was NAT.
 func last(family knftables.Family, cfg Config) []string {
 	fam := string(family)
-	var rules []string
+	rules := []string{toPod}
 	if cfg.TunName != "" && cfg.TailnetEgress != config.EgressPreserve && cfg.TailnetEgress != config.EgressDeny {
-		out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setCluster, quad100[family], setOwn)
+		rules = append(rules, throughTunnel(family, cfg))
+		out := rule(`oifname "%[1]s" %[2]s daddr != %[3]s %[2]s saddr @%[4]s`, cfg.TunName, fam, quad100[family], setOwn)
 		// A device that called the pod by its own address hears that address.
 		rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropPodSource))
 	}
