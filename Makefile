@@ -175,6 +175,14 @@ lint: need-go vet ## gofmt, go vet, staticcheck, govulncheck, shellcheck, README
 	@$(call WITH_PACKAGES,lint) shellcheck -x -P SCRIPTDIR $$({ git ls-files -- '*.sh'; git grep -l '^#!/usr/bin/env bash'; } | sort -u)
 	@go test -count=1 ./test/docs/ ./test/deps/
 
+FUZZTIME ?= 5s
+.PHONY: fuzz
+fuzz: need-go ## Feed each decoder with mangled input for FUZZTIME (5s)
+	@git grep -o '^func Fuzz[A-Za-z0-9]*' -- 'pkg/*_test.go' 'internal/*_test.go' | while IFS=: read -r file name; do \
+		echo "$$(dirname "$$file") $${name#func }, $(FUZZTIME)"; \
+		out=$$(go test -run '^$$' -fuzz "^$${name#func }$$" -fuzztime '$(FUZZTIME)' "./$$(dirname "$$file")" 2>&1 </dev/null) || { echo "$$out" >&2; exit 1; }; \
+	done
+
 .PHONY: vet
 vet: need-go ## go vet
 	@go vet ./...

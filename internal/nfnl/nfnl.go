@@ -83,13 +83,14 @@ func Generation() (uint32, error) {
 
 // List splits attributes, in the kernel's order.
 func List(b []byte) ([]Attr, error) {
-	list, err := nl.ParseRouteAttr(b)
-	if err != nil {
-		return nil, fmt.Errorf("read an nf_tables message: %w", err)
-	}
-	out := make([]Attr, len(list))
-	for i, a := range list {
-		out[i] = Attr{Type: int(a.Attr.Type) & attrMask, Value: a.Value}
+	var out []Attr
+	for len(b) >= unix.SizeofNlAttr {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.SizeofNlAttr || n > len(b) {
+			return nil, fmt.Errorf("read an nf_tables message: an attribute of %d bytes in %d", n, len(b))
+		}
+		out = append(out, Attr{Type: int(binary.NativeEndian.Uint16(b[2:])) & attrMask, Value: b[unix.SizeofNlAttr:n]})
+		b = b[min((n+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b)):]
 	}
 	return out, nil
 }

@@ -19,7 +19,18 @@ func ReadEnvFile(path string) (environ []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the variables of the systemd units: %w; run as root", err)
 	}
-	for line := range strings.Lines(string(b)) {
+	environ = parseEnv(string(b))
+	for _, v := range environ {
+		if name, value, _ := strings.Cut(v, "="); slices.Contains([]string{apiKeyVariable, authKeyVariable}, name) && value != "" {
+			err = Credential{Source: name, File: path}.Exposed("")
+		}
+	}
+	return environ, err
+}
+
+// parseEnv reads the text of an EnvironmentFile.
+func parseEnv(text string) (environ []string) {
+	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		name, value, ok := strings.Cut(line, "=")
 		if !ok || strings.HasPrefix(line, "#") || strings.HasPrefix(line, ";") {
@@ -29,11 +40,7 @@ func ReadEnvFile(path string) (environ []string, err error) {
 		if n := len(value); n > 1 && strings.ContainsRune(`"'`, rune(value[0])) && value[n-1] == value[0] {
 			value = value[1 : n-1]
 		}
-		name = strings.TrimSpace(name)
-		environ = append(environ, name+"="+value)
-		if slices.Contains([]string{apiKeyVariable, authKeyVariable}, name) && value != "" {
-			err = Credential{Source: name, File: path}.Exposed("")
-		}
+		environ = append(environ, strings.TrimSpace(name)+"="+value)
 	}
-	return environ, err
+	return environ
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"reflect"
+	"slices"
 )
 
 // keepOthers returns want with the plugins and keys that other programs have added to have, a conflist of ours: meshes append
@@ -27,6 +28,9 @@ func keepOthers(have, want []byte) ([]byte, error) {
 		case !placed:
 			plugins, placed = append(plugins, wantList.Plugins...), true
 		}
+	}
+	if !placed { // somebody took ours out
+		plugins = slices.Concat(wantList.Plugins, plugins)
 	}
 	for key, v := range theirs {
 		if _, known := ours[key]; !known {

@@ -11,6 +11,8 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+
+	"github.com/headcni/headcni/internal/printable"
 )
 
 // Kinds of errors, for errors.Is.
@@ -52,6 +54,9 @@ func (e *Error) Error() string {
 // Is makes errors.Is find the sentinels above.
 func (e *Error) Is(target error) bool { return e.kind != nil && target == e.kind }
 
+// maxMessage bounds, in characters, what is shown of an answer.
+const maxMessage = 200
+
 // gRPC codes that the server's gateway puts into its errors.
 const (
 	grpcNotFound    = 5
@@ -60,7 +65,7 @@ const (
 
 // unexpected is the error for an answer that Headscale does not give.
 func (c *Client) unexpected(why error) error {
-	return fmt.Errorf("%s does not answer like Headscale's API: %w; check headscale.url", c.base, why)
+	return fmt.Errorf("%s does not answer like Headscale's API: %s; check headscale.url", c.base, printable.Cut(why.Error(), maxMessage))
 }
 
 // redirected is the error for an answer that redirects. It shows the scheme and host of the target; the rest may be anything.
@@ -93,11 +98,12 @@ func (c *Client) refusal(status int, body []byte, list bool) error {
 			e.Message += "; " + strings.Trim(f.Location+": "+f.Message, ": ")
 		}
 	} else {
-		e.Message = firstLine(body)
+		e.Message, _, _ = strings.Cut(strings.TrimSpace(string(body)), "\n")
 	}
 	if !c.key.Empty() {
 		e.Message = strings.ReplaceAll(e.Message, c.key.Reveal(), "***")
 	}
+	e.Message = printable.Cut(e.Message, maxMessage)
 	switch {
 	// Up to 0.27 a key that cannot be parsed is answered with 500 and this text.
 	case status == http.StatusUnauthorized, status == http.StatusForbidden, strings.TrimSpace(string(body)) == "Unauthorized":
@@ -115,15 +121,6 @@ func (c *Client) refusal(status int, body []byte, list bool) error {
 func looksLikeAPI(body []byte) bool {
 	var j map[string]any
 	return json.Unmarshal(body, &j) == nil
-}
-
-// firstLine cuts a page to what fits into a message.
-func firstLine(body []byte) string {
-	line, _, _ := strings.Cut(strings.TrimSpace(string(body)), "\n")
-	if len(line) > 200 {
-		line = line[:200] + "..."
-	}
-	return line
 }
 
 // unreachable explains a request that got no answer. Neither the key nor the request's path is in it.

@@ -2,12 +2,11 @@ package plugin
 
 import (
 	"errors"
-	"strconv"
 	"strings"
-	"unicode"
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -53,7 +52,7 @@ func cniError(s stage, err error) *types.Error {
 	case has:
 		return newError(e.Code, e.Msg, err)
 	case onlyUnknownKeys(err):
-		return newError(types.ErrUnsupportedField, oneLine(err), err) // the message must contain key and value
+		return newError(types.ErrUnsupportedField, printable.Line(err.Error()), err) // the message must contain key and value
 	case errors.Is(err, netconf.ErrInvalid):
 		return newError(types.ErrInvalidNetworkConfig, netconf.ErrInvalid.Error(), err)
 	case errors.Is(err, ipam.ErrConfig):
@@ -65,7 +64,7 @@ func cniError(s stage, err error) *types.Error {
 	case errors.Is(err, errBusy):
 		return newError(types.ErrTryAgainLater, errBusy.Error(), err)
 	case errors.Is(err, errEnvironment), errors.Is(err, ipam.ErrOwner):
-		return newError(types.ErrInvalidEnvironmentVariables, oneLine(err), err) // the message must name the variables
+		return newError(types.ErrInvalidEnvironmentVariables, printable.Line(err.Error()), err) // the message must name the variables
 	case errors.Is(err, podlink.ErrNetns):
 		return newError(types.ErrInvalidNetNS, podlink.ErrNetns.Error(), err)
 	case errors.Is(err, podlink.ErrNotProgrammed):
@@ -106,26 +105,9 @@ func withCode(s stage, err error) error {
 	return cniError(s, err)
 }
 
-// oneLine puts an error's lines on one line. What a terminal or a log would not print as a character is escaped as in Go:
-// the text may hold what somebody put into the input.
-func oneLine(err error) string {
-	var b strings.Builder
-	for _, r := range err.Error() {
-		switch {
-		case r == '\n':
-			b.WriteString("; ")
-		case unicode.IsPrint(r):
-			b.WriteRune(r)
-		default:
-			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
-		}
-	}
-	return b.String()
-}
-
 // newError puts the whole story on one line.
 func newError(code uint, msg string, err error) *types.Error {
-	details := oneLine(err)
+	details := printable.Line(err.Error())
 	details = strings.TrimPrefix(strings.TrimPrefix(details, msg), ": ")
 	return types.NewError(code, msg, strings.TrimSpace(strings.TrimPrefix(details, "; ")))
 }

@@ -169,6 +169,10 @@ func (c *Client) status(ctx context.Context, path string) (Status, error) {
 	if err := c.call(ctx, "GET", path, nil, &w); err != nil {
 		return Status{}, fmt.Errorf("ask for the tailnet's status: %w", err)
 	}
+	return w.status(), nil
+}
+
+func (w wireStatus) status() Status {
 	s := Status{
 		Version: w.Version, State: w.BackendState, HaveNodeKey: w.HaveNodeKey, TUN: w.TUN,
 		MagicDNSSuffix: w.MagicDNSSuffix, Health: w.Health, Self: w.Self.peer(),
@@ -182,5 +186,5 @@ func (c *Client) status(ctx context.Context, path string) (Status, error) {
 	slices.SortFunc(s.Peers, func(a, b Peer) int {
 		return strings.Compare(a.Name+"\x00"+a.ID, b.Name+"\x00"+b.ID)
 	})
-	return s, nil
+	return s
 }

@@ -21,6 +21,7 @@ var level = map[string]int{
 	"internal/jsonobj":    0,
 	"internal/jsonw":      0,
 	"internal/nearest":    0,
+	"internal/printable":  0,
 	"internal/netset":     0,
 	"internal/nfcmd":      0,
 	"internal/nlwatch":    0,
