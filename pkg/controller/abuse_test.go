@@ -60,6 +60,40 @@ func TestForeignExpiryStays(t *testing.T) {
 	}
 }
 
+// A stolen node claims the key of a machine that has joined and has no Node yet: it loses it to that Node when it comes, and until
+// then the machine gets no route but the thief's own. Where the thief drops the claim again, nobody's machine is removed for it.
+func TestClaimBeforeItsNode(t *testing.T) {
+	fresh := headscale.Node{ID: 7, Name: "fresh", Hostname: "fresh.example", NodeKey: "nodekey:f", Online: true, Tags: tags, Method: methodAuthKey}
+	thief := kn("thief", "f", "10.244.2.0/24")
+	o := observation{now: now, grace: grace, tags: tags, ranges: prefixes("10.244.0.0/16"), nodes: []node{thief}, tailnet: []headscale.Node{fresh}}
+	p := makePlan(o)
+	for _, a := range p.approvals {
+		if text(a.own) != "[10.244.2.0/24]" {
+			t.Errorf("approved: %v", a.own)
+		}
+	}
+	o.memory = p.memory
+	came := o
+	came.nodes = []node{thief, {name: "fresh.example", mode: config.ModeDaemon, cidrs: prefixes("10.244.3.0/24"), created: now}}
+	if p := makePlan(came); p.views["thief"].State != kube.StateRefused || !strings.Contains(p.views["thief"].Message, "calls itself") {
+		t.Errorf("before that Node says what it is: %+v", p.views["thief"])
+	}
+	came.nodes[1].key = "nodekey:f"
+	p = makePlan(came)
+	if p.views["thief"].State != kube.StateRefused || p.views["fresh.example"].State != kube.StatePending || len(p.approvals) != 1 || text(p.approvals[0].own) != "[10.244.3.0/24]" {
+		t.Errorf("both claim it: %+v, %+v", p.views, p.approvals)
+	}
+	// Dropped, while the machine sleeps.
+	o.nodes, o.tailnet[0].Online = nil, false
+	for range 3 {
+		p = makePlan(o)
+		o.memory, o.now = p.memory, o.now.Add(grace+secondLook)
+		if len(p.remove) > 0 {
+			t.Fatalf("removed: %+v", p.remove)
+		}
+	}
+}
+
 // A Node whose kubelet registered it with spec.podCIDR 0.0.0.0/0, without network.clusterCIDRs: others keep the routes
 // that their users gave them.
 func TestMadRangeTakesNothing(t *testing.T) {

@@ -91,8 +91,9 @@ func (o observation) podRanges() []netip.Prefix {
 // same key, the one that had it first keeps it: a node that was broken into could write another's.
 func (o observation) claims(known memberIndex) (byNode map[string]headscale.Node, refused map[string]string) {
 	byNode, refused = map[string]headscale.Node{}, map[string]string{}
-	byKey := map[string][]node{}
+	byKey, byName := map[string][]node{}, map[string]string{}
 	for _, n := range o.nodes {
+		byName[plainName(n.name)] = n.name
 		if n.key != "" && !n.leaving {
 			byKey[n.key] = append(byKey[n.key], n)
 		}
@@ -101,6 +102,16 @@ func (o observation) claims(known memberIndex) (byNode map[string]headscale.Node
 		nodes := byKey[t.NodeKey]
 		if len(nodes) == 0 {
 			continue
+		}
+		if owner, ok := byName[plainName(t.Hostname)]; ok {
+			// A node that was broken into can write another's key, also before that one has, but cannot give the other its name.
+			nodes = slices.DeleteFunc(slices.Clone(nodes), func(n node) bool {
+				if !bears(t, n) {
+					refused[n.name] = fmt.Sprintf("node %s of the tailnet, which it says it is, calls itself %s, as another Node is called: it is "+
+						"not what it says it is, or that one is its former name (then `kubectl delete node` that)", t.ID, owner)
+				}
+				return !bears(t, n)
+			})
 		}
 		holder := ""
 		if m, ok := known.of(t); ok {
@@ -117,6 +128,22 @@ func (o observation) claims(known memberIndex) (byNode map[string]headscale.Node
 		}
 	}
 	return byNode, refused
+}
+
+// plainName makes names comparable: Headscale's versions differ in what they make of dots and of long names.
+func plainName(name string) string {
+	name = strings.Map(func(r rune) rune {
+		if r == '-' || r == '.' {
+			return -1
+		}
+		return r
+	}, strings.ToLower(name))
+	return name[:min(len(name), 40)]
+}
+
+// bears reports whether a node of the tailnet calls itself as a Node is called, which our daemons have theirs do.
+func bears(t headscale.Node, n node) bool {
+	return t.Hostname != "" && plainName(t.Hostname) == plainName(n.name)
 }
 
 // expiring names the Nodes whose node key expires soon or has expired.
@@ -292,7 +319,7 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		claimed[t.ID] = true
 		inUse.Add(granted[n.name].cidrs...)
 		p.memory.Members = append(p.memory.Members, member{
-			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t), Routes: granted[n.name].cidrs, Created: t.Created,
+			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t) && bears(t, n), Routes: granted[n.name].cidrs, Created: t.Created,
 		})
 		// Not one that has expired: `headscale nodes expire` is how an administrator shuts a node out.
 		if n.mode == config.ModeDaemon && o.joined(t) && t.Expiry.After(o.now) && t.Expiry.Sub(o.now) < headscale.NodeKeyRescue {

@@ -234,6 +234,7 @@ func text(list []netip.Prefix) string {
 // TestMemory: a place in the tailnet is remembered from the first claim on, and until it is really gone.
 func TestMemory(t *testing.T) {
 	o := observation{now: now, grace: grace, tags: tags, nodes: []node{kn("one", "a", "10.244.1.0/24")}, tailnet: []headscale.Node{ts(1, "a", []string{"10.244.1.0/24"})}}
+	o.tailnet[0].Hostname = "one"
 	o.memory = makePlan(o).memory
 	claimed := memory{Members: []member{{ID: 1, Node: "one", Daemon: true, Routes: prefixes("10.244.1.0/24")}}}
 	prefixEqual := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })

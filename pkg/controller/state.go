@@ -100,7 +100,7 @@ type removal struct {
 type member struct {
 	ID   headscale.ID `json:"id"`
 	Node string       `json:"node"`
-	// Daemon: it joined for us, in daemon mode. Others are people's machines and never removed.
+	// Daemon: it joined for us, in daemon mode, under the Node's name. Others may be people's machines and are never removed.
 	Daemon bool `json:"daemon,omitempty"`
 	// Routes are what we approved for it.
 	Routes []netip.Prefix `json:"routes,omitempty"`

@@ -414,7 +414,8 @@ func TestNames(t *testing.T) {
 	for _, want := range []string{
 		"ServiceAccount/" + kube.DaemonAccount, "Secret/" + kube.AuthSecret, "Secret/" + kube.JoinSecret, "ConfigMap/" + kube.Memory,
 		"Deployment/" + kube.Controller, "DaemonSet/headcni", "DaemonSet/headcni-tailscaled", "ConfigMap/headcni-config",
-		"ValidatingAdmissionPolicy/headcni-daemon", "ValidatingAdmissionPolicyBinding/headcni-daemon", "Job/headcni-uninstall",
+		"ValidatingAdmissionPolicy/headcni-daemon", "ValidatingAdmissionPolicyBinding/headcni-daemon",
+		"ValidatingAdmissionPolicy/headcni-kubelet", "ValidatingAdmissionPolicyBinding/headcni-kubelet", "Job/headcni-uninstall",
 	} {
 		if !slices.Contains(have, want) {
 			t.Errorf("no %s", want)

@@ -15,6 +15,7 @@ import (
 
 	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
@@ -223,10 +224,25 @@ func (s *stolen) testKubelet(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := s.as(t, "", kubeconfig)
+	// The Node is there, which is looked at last of all: a Node that may be made is refused for that.
+	register := func(podCIDRs ...string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: s.node.Name}}
+			if len(podCIDRs) > 0 {
+				n.Spec.PodCIDR, n.Spec.PodCIDRs = podCIDRs[0], podCIDRs
+			}
+			_, err := c.CoreV1().Nodes().Create(ctx, n, metav1.CreateOptions{})
+			return err
+		}
+	}
+	if err := register()(within(t, time.Minute)); !apierrors.IsAlreadyExists(err) {
+		t.Errorf("it may not make its Node anew at all, as kubelets do: %v", err)
+	}
 	refused(t, []attempt{
 		{"read the API key", read(c, kube.AuthSecret)},
 		{"read the join key", read(c, kube.JoinSecret)},
 		{"write another Node's key", patch(c, s.other.Name, annotation(kube.NodeKey, "nodekey:00"))},
+		{"make its Node anew, with pod CIDRs of its choice", register("10.244.128.0/17")},
 		{"get a token of the controller's account", func(ctx context.Context) error {
 			_, err := c.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, "headcni-controller", &authv1.TokenRequest{}, metav1.CreateOptions{})
 			return err
