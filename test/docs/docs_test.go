@@ -75,7 +75,7 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"README.md", "README_CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "chart/README.md", "docs/architecture.md"} {
+	for _, name := range []string{"README.md", "README_CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "chart/README.md", "docs/architecture.md", "docs/security.md", "docs/reliability.md", "SECURITY.md"} {
 		docs = append(docs, filepath.Join(root, name))
 	}
 	for _, doc := range docs {
@@ -113,6 +113,40 @@ func TestDocumentsNameTargetsThatExist(t *testing.T) {
 				t.Errorf("%s says `make %s`, which the Makefile does not have", name, m[1])
 			}
 		}
+	}
+}
+
+// TestDocumentsNameTestsThatExist: who reads which test holds a promise finds it.
+func TestDocumentsNameTestsThatExist(t *testing.T) {
+	have := map[string]bool{}
+	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, m := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Benchmark)\w+)\(`).FindAllStringSubmatch(string(b), -1) {
+			have[m[1]] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	docs, err := filepath.Glob(filepath.Join(root, "docs/*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := 0
+	for _, doc := range docs {
+		text := read(t, filepath.Join("docs", filepath.Base(doc)))
+		for _, m := range regexp.MustCompile("`((?:Test|Fuzz|Benchmark)[A-Z]\\w+)`").FindAllStringSubmatch(text, -1) {
+			if named++; !have[m[1]] {
+				t.Errorf("docs/%s names %s, which is not there", filepath.Base(doc), m[1])
+			}
+		}
+	}
+	if named == 0 {
+		t.Error("no document names a test: this looks for the wrong thing")
 	}
 }
 
