@@ -192,7 +192,7 @@ func TestNodeStatusLinksLittle(t *testing.T) {
 	}
 }
 
-// Of Kubernetes' kinds of objects the programs link those that they use: all of them take longer to compile than the daemon.
+// Of Kubernetes' kinds of objects the programs link those that they use: all of them nearly double the time in which the daemon compiles.
 func TestProgramsLinkFewKinds(t *testing.T) {
 	allowed := []string{
 		"k8s.io/api/apps/v1", "k8s.io/api/coordination/v1", "k8s.io/api/core/v1", "k8s.io/api/events/v1", "k8s.io/api/networking/v1",
