@@ -120,6 +120,7 @@ func (s *Server) routes() *http.ServeMux {
 		"POST /api/v1/user":                     s.createUser,
 		"GET /api/v1/preauthkey":                s.listKeys,
 		"POST /api/v1/preauthkey":               s.createKey,
+		"POST /api/v1/preauthkey/expire":        s.expireKey,
 		"GET /api/v1/apikey":                    func(*http.Request) (any, error) { return object{"apiKeys": list(s.api)}, nil },
 		"GET /api/v1/policy":                    s.getPolicy,
 	} {
@@ -399,6 +400,24 @@ func (s *Server) createKey(r *http.Request) (any, error) {
 	k.secret = k.Key
 	s.keys = append(s.keys, k)
 	return object{"preAuthKey": k}, nil
+}
+
+func (s *Server) expireKey(r *http.Request) (any, error) {
+	var in struct {
+		ID, User uint64 `json:",string"`
+		Key      string
+	}
+	if err := decode(r, &in); err != nil {
+		return nil, err
+	}
+	now := s.now().UTC()
+	for _, k := range s.keys {
+		if s.Since(28) && k.ID == in.ID || !s.Since(28) && k.secret == in.Key {
+			k.Expiration = &now
+			return object{}, nil
+		}
+	}
+	return nil, refuse(codeUnknown, "record not found")
 }
 
 func (s *Server) getPolicy(*http.Request) (any, error) {

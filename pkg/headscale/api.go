@@ -50,8 +50,9 @@ type Node struct {
 	Expiry time.Time
 	// Approved routes may be used, Available ones are advertised, Primary ones are those that peers use now.
 	Approved, Available, Primary []netip.Prefix
-	// Method of registration, such as REGISTER_METHOD_AUTH_KEY.
+	// Method of registration, such as REGISTER_METHOD_AUTH_KEY, and the number of the key, 0 where it joined without one.
 	Method string
+	Key    ID
 }
 
 // wireNode is the server's node. Up to 0.27 the tags were in three lists.
@@ -65,6 +66,7 @@ type wireNode struct {
 	LastSeen, Expiry, CreatedAt                   *time.Time
 	ApprovedRoutes, AvailableRoutes, SubnetRoutes []netip.Prefix
 	RegisterMethod                                string
+	PreAuthKey                                    *struct{ ID ID }
 }
 
 // node converts the server's node. It fails where a field that every node has is missing.
@@ -77,6 +79,9 @@ func (w wireNode) node() (Node, error) {
 		Tags: slices.Concat(w.Tags, w.ForcedTags, w.ValidTags), Online: w.Online,
 		LastSeen: timeOf(w.LastSeen), Expiry: timeOf(w.Expiry), Created: timeOf(w.CreatedAt),
 		Approved: w.ApprovedRoutes, Available: w.AvailableRoutes, Primary: w.SubnetRoutes, Method: w.RegisterMethod,
+	}
+	if w.PreAuthKey != nil {
+		n.Key = w.PreAuthKey.ID
 	}
 	slices.Sort(n.Tags)
 	n.Tags = slices.Compact(n.Tags)

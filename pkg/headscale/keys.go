@@ -31,6 +31,8 @@ type PreAuthKey struct {
 	Key        secret.Secret
 	User       User
 	Expiration time.Time
+	CreatedAt  time.Time
+	ACLTags    []string
 }
 
 // keyForm is that of every key that Headscale has made so far.
@@ -89,28 +91,38 @@ func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user
 // not where somebody expired or deleted it, or the server was restored from a backup that is older: then another key may bear
 // the same ID.
 func (c *Client) KnowsPreAuthKey(ctx context.Context, id ID, expires time.Time) (bool, error) {
-	known := func(query string) (bool, error) {
-		var keys []PreAuthKey
-		if err := c.do(ctx, call{method: "GET", path: "/api/v1/preauthkey" + query, field: "preAuthKeys", out: &keys, list: true}); err != nil {
-			return false, err
-		}
-		return slices.ContainsFunc(keys, func(k PreAuthKey) bool {
-			return k.ID == id && k.Expiration.Sub(expires).Abs() < time.Second
-		}), nil
+	keys, err := c.PreAuthKeys(ctx)
+	return slices.ContainsFunc(keys, func(k PreAuthKey) bool {
+		return k.ID == id && k.Expiration.Sub(expires).Abs() < time.Second
+	}), wrap(err, "look for pre-auth key %d", id)
+}
+
+// PreAuthKeys lists the keys that nodes can or could join with: all of them, up to 0.27 those of the user headcni.
+func (c *Client) PreAuthKeys(ctx context.Context) ([]PreAuthKey, error) {
+	list := func(query string) (keys []PreAuthKey, err error) {
+		err = c.do(ctx, call{method: "GET", path: "/api/v1/preauthkey" + query, field: "preAuthKeys", out: &keys, list: true})
+		return keys, wrap(err, "list Headscale's pre-auth keys")
 	}
-	yes, err := known("")
-	if yes || err != nil && !errors.As(err, new(*Error)) {
-		return yes, wrap(err, "look for pre-auth key %d", id)
+	keys, err := list("")
+	if len(keys) > 0 || err != nil && !errors.As(err, new(*Error)) {
+		return keys, err
 	}
 	// Up to 0.27 the server lists the keys of one user.
 	u, userErr := c.user(ctx, defaultUser)
-	if errors.Is(userErr, ErrNotFound) {
-		return false, wrap(err, "look for pre-auth key %d", id)
+	switch {
+	case errors.Is(userErr, ErrNotFound):
+		return nil, err
+	case userErr != nil:
+		return nil, userErr
 	}
-	if err = userErr; err == nil {
-		yes, err = known(fmt.Sprintf("?user=%d", u.ID))
-	}
-	return yes, wrap(err, "look for pre-auth key %d", id)
+	return list(fmt.Sprintf("?user=%d", u.ID))
+}
+
+// ExpirePreAuthKey ends a key that PreAuthKeys has listed. Nodes that joined with it stay.
+func (c *Client) ExpirePreAuthKey(ctx context.Context, k PreAuthKey) error {
+	// Since 0.28 the number counts, before that the user and the key itself.
+	body := map[string]any{"id": k.ID, "user": k.User.ID, "key": k.Key.Reveal()}
+	return wrap(c.do(ctx, call{method: "POST", path: "/api/v1/preauthkey/expire", body: body}), "expire pre-auth key %s", k.ID)
 }
 
 // ensureUser finds a user or makes it.

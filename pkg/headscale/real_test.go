@@ -117,7 +117,7 @@ func walk(t *testing.T, w walked) {
 		t.Errorf("node: %+v", n)
 	}
 	t.Run("approve", func(t *testing.T) { testApprove(t, ctx, c, n) })
-	t.Run("keys", func(t *testing.T) { testListedKey(t, ctx, c, made) })
+	t.Run("keys", func(t *testing.T) { testListedKey(t, ctx, c, made, n) })
 	own, err := c.OwnAPIKey(ctx)
 	if left := time.Until(own.Expiration); err != nil || left < 23*time.Hour || left > 25*time.Hour {
 		t.Errorf("own API key: %+v, %v", own, err)
@@ -247,29 +247,35 @@ func testApprove(t *testing.T, ctx context.Context, c *Client, node Node) {
 	step("gone", nil, prefixes("10.244.9.0/24"), true, foreign...)
 }
 
-// testListedKey: the server has the pre-auth key as it was asked for.
-func testListedKey(t *testing.T, ctx context.Context, c *Client, made PreAuthKey) {
-	path := "/api/v1/preauthkey"
-	if made.User.ID != 0 {
-		path += "?user=" + made.User.ID.String() // up to 0.27 keys are listed by user only
+// testListedKey: the server has the pre-auth key as it was asked for, says of a node that it joined with it, and ends it.
+func testListedKey(t *testing.T, ctx context.Context, c *Client, made PreAuthKey, joined Node) {
+	listed := func(id ID) PreAuthKey {
+		t.Helper()
+		keys, err := c.PreAuthKeys(ctx)
+		i := slices.IndexFunc(keys, func(k PreAuthKey) bool { return k.ID == id })
+		if err != nil || i < 0 {
+			t.Fatalf("key %s is not listed: %+v, %v", id, keys, err)
+		}
+		return keys[i]
 	}
-	var list []struct {
-		ID                  ID
-		Reusable, Ephemeral bool
-		ACLTags             []string
-		Expiration          time.Time
+	k := listed(made.ID)
+	if !slices.Equal(k.ACLTags, []string{"tag:headcni"}) || time.Until(k.Expiration) < 50*time.Minute || time.Since(k.CreatedAt).Abs() > time.Hour {
+		t.Errorf("listed: %+v", k)
 	}
-	if err := c.do(ctx, call{method: "GET", path: path, field: "preAuthKeys", out: &list, list: true}); err != nil {
+	if joined.Key != made.ID {
+		t.Errorf("the node joined with key %s, not %s", joined.Key, made.ID)
+	}
+	other, err := c.CreatePreAuthKey(ctx, PreAuthKeyRequest{Tags: []string{"tag:headcni"}, Expiration: time.Now().Add(time.Hour)})
+	if err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range list {
-		if k.ID != made.ID {
-			continue
-		}
-		if !k.Reusable || k.Ephemeral || !slices.Equal(k.ACLTags, []string{"tag:headcni"}) || time.Until(k.Expiration) < 50*time.Minute {
-			t.Errorf("listed: %+v", k)
-		}
-		return
+	if err := c.ExpirePreAuthKey(ctx, listed(other.ID)); err != nil {
+		t.Error(err)
 	}
-	t.Errorf("key %s is not listed", made.ID)
+	if k := listed(other.ID); time.Until(k.Expiration) > time.Second {
+		t.Errorf("still good until %s", k.Expiration)
+	}
+	if k := listed(made.ID); time.Until(k.Expiration) < 50*time.Minute {
+		t.Errorf("another has ended too: %+v", k)
+	}
 }
