@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -726,5 +727,35 @@ func TestPodFillsNoNeighbours(t *testing.T) {
 	setSysctl(t, n.host, "net/ipv4/conf/"+l.HostName+"/arp_ignore", "0")
 	if got := flood(); got < 100 {
 		t.Errorf("%d neighbours without the sysctl: this test cannot fail", got)
+	}
+}
+
+// A pod's own end is in a network of its own alone: without any right it could ask there for as many neighbours as it likes, and the
+// kernel's table of them is one for all namespaces.
+func TestPodHasNoNeighboursToAskFor(t *testing.T) {
+	n := newNode(t)
+	n.mustAttach(t, addr4, addr6)
+	flood := func() int {
+		n.pod.Do(t, func() error {
+			for i := range 300 {
+				c, err := net.Dial("udp6", fmt.Sprintf("[fe80::9:%x%%eth0]:9", i+1))
+				if err != nil {
+					continue // there is no way: as good
+				}
+				_, _ = c.Write([]byte("x"))
+				c.Close()
+			}
+			return nil
+		})
+		return strings.Count(n.pod.Run(t, "ip", "-6", "neigh", "show", "dev", "eth0"), "fe80::9:")
+	}
+	if got := flood(); got != 0 {
+		t.Errorf("the pod has asked for %d neighbours", got)
+	}
+	n.host.Run(t, "ip", "address", "add", "2001:db8::1/128", "dev", "lo", "nodad")
+	n.host.Run(t, "ping", "-6", "-c", "1", "-W", "5", "-I", "2001:db8::1", addr6.String())
+	n.pod.Run(t, "ip", "route", "add", "fe80::/64", "dev", "eth0")
+	if got := flood(); got < 100 {
+		t.Errorf("%d neighbours with a network to ask in: this test cannot fail", got)
 	}
 }

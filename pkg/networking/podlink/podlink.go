@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -442,8 +443,9 @@ func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err erro
 	return true, nil
 }
 
-// podSysctls does the same in the pod, and switches IPv6 on for this link where the runtime has switched it off by
-// default and the pod gets an IPv6 address.
+// podSysctls ignores router advertisements in the pod, and switches IPv6 on for this link where the runtime has switched it off
+// by default and the pod gets an IPv6 address. The pod gets no link-local address: with one it has a network of 2^64 neighbours of
+// which each process of its could ask for as many as it likes, and the kernel has one table of neighbours for all namespaces.
 func (h *Handle) podSysctls(log *slog.Logger, ns *Netns, pod Pod) error {
 	if err := h.step("sysctl pod accept_ra"); err != nil {
 		return err
@@ -456,6 +458,9 @@ func (h *Handle) podSysctls(log *slog.Logger, ns *Netns, pod Pod) error {
 		}
 		if err != nil {
 			log.Warn("could not switch router advertisements off in a pod", "interface", pod.IfName, "err", err)
+		}
+		if err := writeSysctl(pod.IfName, "addr_gen_mode", strconv.Itoa(addrGenModeNone)); err != nil {
+			log.Warn("could not keep a pod from having a link-local address", "interface", pod.IfName, "err", err)
 		}
 		if !want6 {
 			return nil
