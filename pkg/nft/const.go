@@ -73,7 +73,7 @@ const (
 	// A pod sends from an address that is not its own, or poses as a router.
 	DropPodForged = "pod_forged"
 	DropPodRouter = "pod_router"
-	// A pod sends from a link-local address. It needs none, and the node would learn a neighbour by each.
+	// A pod sends from or to a link-local address. It needs none but the gateway's, and each would be a neighbour of the node's.
 	DropPodLinkLocal = "pod_link_local"
 	// Somebody beside the node sends from an address that only pods, services, the tailnet or the node itself have.
 	DropOutsideForged = "outside_forged"
@@ -108,6 +108,9 @@ var tailnet = map[knftables.Family]netip.Prefix{
 
 // linkLocal are addresses that mean nothing behind a router. In IPv4 pods have their gateway there.
 var linkLocal = map[knftables.Family]string{knftables.IPv4Family: "169.254.0.0/16", knftables.IPv6Family: "fe80::/10"}
+
+// podGateway6 is the node's end of each pod's link.
+const podGateway6 = "fe80::1"
 
 // quad100 is tailscaled's own resolver and web server inside the tun: the node itself rather than a tailnet device.
 var quad100 = map[knftables.Family]string{

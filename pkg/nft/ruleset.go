@@ -80,6 +80,8 @@ func antispoof(family knftables.Family, cfg Config) []string {
 			// The gateway is a permanent neighbour of the pod's, and what asks for it all the same asks from the pod's own address. Else
 			// a pod could fill the node's table of neighbours, which is one for all links, with addresses that it makes up.
 			rule(`iifname "%s" ip6 saddr %s %s`, names.PodLinks, linkLocal[family], drop(DropPodLinkLocal)),
+			// And the node must not ask for them by the pod's own link.
+			rule(`iifname "%s" ip6 daddr %s ip6 daddr != %s %s`, names.PodLinks, linkLocal[family], podGateway6, drop(DropPodLinkLocal)),
 		)
 	}
 	rules = append(rules,

@@ -712,7 +712,7 @@ func TestPodFillsNoNeighbours(t *testing.T) {
 	}
 	flood := func() int {
 		var frames [][]byte
-		for i := range 300 {
+		for i := range 100 {
 			from := netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)})
 			frames = append(frames, nstest.ARPRequest([6]byte(l.PodMAC), from, netip.MustParseAddr("192.0.2.1")))
 		}
@@ -725,7 +725,7 @@ func TestPodFillsNoNeighbours(t *testing.T) {
 	n.host.Run(t, "ip", "neigh", "delete", addr4.String(), "dev", l.HostName)
 	n.host.Run(t, "ping", "-c", "1", "-W", "5", "-I", "192.0.2.1", addr4.String())
 	setSysctl(t, n.host, "net/ipv4/conf/"+l.HostName+"/arp_ignore", "0")
-	if got := flood(); got < 100 {
+	if got := flood(); got < 50 {
 		t.Errorf("%d neighbours without the sysctl: this test cannot fail", got)
 	}
 }
@@ -737,7 +737,7 @@ func TestPodHasNoNeighboursToAskFor(t *testing.T) {
 	n.mustAttach(t, addr4, addr6)
 	flood := func() int {
 		n.pod.Do(t, func() error {
-			for i := range 300 {
+			for i := range 60 {
 				c, err := net.Dial("udp6", fmt.Sprintf("[fe80::9:%x%%eth0]:9", i+1))
 				if err != nil {
 					continue // there is no way: as good
@@ -753,9 +753,9 @@ func TestPodHasNoNeighboursToAskFor(t *testing.T) {
 		t.Errorf("the pod has asked for %d neighbours", got)
 	}
 	n.host.Run(t, "ip", "address", "add", "2001:db8::1/128", "dev", "lo", "nodad")
-	n.host.Run(t, "ping", "-6", "-c", "1", "-W", "5", "-I", "2001:db8::1", addr6.String())
+	n.host.Run(t, "ping", "-6", "-c", "4", "-i", "0.2", "-W", "2", "-I", "2001:db8::1", addr6.String())
 	n.pod.Run(t, "ip", "route", "add", "fe80::/64", "dev", "eth0")
-	if got := flood(); got < 100 {
+	if got := flood(); got < 30 {
 		t.Errorf("%d neighbours with a network to ask in: this test cannot fail", got)
 	}
 }
