@@ -25,18 +25,18 @@ func (m *Member) Check(ctx context.Context, s Seen) ([]string, error) {
 	if m.cfg.Headscale.URL == "" || time.Since(m.checkedAt) < lookInterval {
 		return nil, m.warned
 	}
-	api, _, err := m.headscale.Connect(ctx)
+	api, cred, err := m.headscale.Connect(ctx)
 	switch {
 	case errors.Is(err, config.ErrNoCredential) && s.Kubernetes != nil:
 		return m.checkByView(ctx, s)
 	case errors.Is(err, config.ErrNoCredential), err == nil && api == nil:
-		return nil, keyExpiry(s.Tailnet.Self.KeyExpiry, time.Now()) // all that we can see
+		return nil, errors.Join(keyExpiry(s.Tailnet.Self.KeyExpiry, time.Now()), m.exposed(cred)) // all that we can see
 	case err != nil:
 		return nil, err
 	}
 	changes, err := m.known(ctx, api, s)
 	if err == nil {
-		err = keysAndClock(ctx, api)
+		err = errors.Join(keysAndClock(ctx, api), m.exposed(cred))
 	}
 	if gone := netset.Without(s.PodCIDRs, m.confirmed.routes); err == nil && len(gone) > 0 {
 		return changes, reconcile.Waiting(fmt.Sprintf("Headscale does not route %v to this node", gone)) // Approve comes next
@@ -82,6 +82,17 @@ func keyExpiry(expiry, now time.Time) error {
 	}
 	return reconcile.Warning{Err: fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
 		"expire --disable -i ID`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))}
+}
+
+// exposed warns of a key that every user of this machine can read. A Secret's files can be read by everybody in the pod.
+func (m *Member) exposed(cred config.Credential) error {
+	if m.kubernetes != nil {
+		return nil
+	}
+	if err := cred.Exposed(""); err != nil {
+		return reconcile.Warning{Err: err}
+	}
+	return nil
 }
 
 // keysAndClock warns of our own API key's end and of clocks that are apart.

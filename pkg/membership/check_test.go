@@ -3,6 +3,9 @@ package membership
 import (
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -55,5 +58,29 @@ func TestOneOddAnswer(t *testing.T) {
 	m.unknown = time.Now().Add(-secondLook)
 	if err := looks(); !errors.Is(err, tailscale.ErrUnreachable) || len(s.Calls("POST /api/v1/preauthkey")) != 1 {
 		t.Errorf("the second look does not join: %v", err)
+	}
+}
+
+// TestExposedKey: a key that everybody can read is a warning for as long as that is so, and stops nothing.
+func TestExposedKey(t *testing.T) {
+	s := headscaletest.New(t)
+	s.AddNode(headscaletest.Node{NodeKey: "nodekey:ab"})
+	file := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(file, []byte(s.APIKeyUntil(time.Now().Add(90*24*time.Hour))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg := config.Default()
+	cfg.Headscale.URL, cfg.Headscale.APIKeyFile = s.URL, file
+	m := New(cfg, slog.New(slog.DiscardHandler), func(string) string { return "" }, nil)
+	seen := Seen{Mode: config.ModeDaemon, Tailnet: &tailscale.Status{State: tailscale.Running, Self: tailscale.Peer{NodeKey: "nodekey:ab", Tags: cfg.Tailscale.Tags}}}
+	for _, mode := range []os.FileMode{0o600, 0o644, 0o600} {
+		if err := os.Chmod(file, mode); err != nil {
+			t.Fatal(err)
+		}
+		m.checkedAt = time.Time{}
+		_, err := m.Check(t.Context(), seen)
+		if want := mode == 0o644; (err != nil) != want || want && (!errors.As(err, new(reconcile.Warning)) || !strings.Contains(err.Error(), "chmod 0600 "+file)) {
+			t.Errorf("mode %04o: %v", mode, err)
+		}
 	}
 }

@@ -88,6 +88,8 @@ const (
 	DropPodSource = "pod_source"
 	// A pod begins something with a tailnet device that it must not (Config.TailnetEgress).
 	DropTailnetEgress = "tailnet_egress"
+	// A pod sends something else to tailscaled's own address than a question to its resolver.
+	DropTailscaled = "tailscaled"
 	// tailscaled's own packets in its own tunnel.
 	DropTunnelInTunnel = "tunnel_in_tunnel"
 	// The node's word to its pod that there is no way, while the tunnel is away.
@@ -97,7 +99,7 @@ const (
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
 	DropPodForged, DropPodRouter, DropPodLinkLocal, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear, DropServiceClear, DropPodSource,
-	DropTailnetEgress, DropTunnelInTunnel, DropNoWay,
+	DropTailnetEgress, DropTailscaled, DropTunnelInTunnel, DropNoWay,
 }
 
 // tailnet are all tailnet addresses.

@@ -59,7 +59,7 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"fib": "4.10 nft_fib", "iif": "4.10 fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
 		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13",
 		"ct": "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
-		"tcp": "3.13", "flags": "3.13", "(syn": "3.13", "rst)": "3.13", "syn": "3.13", "option": "4.11 exthdr", "maxseg": "4.11 exthdr",
+		"tcp": "3.13", "udp": "3.13", "dport": "3.13", "53": "3.13", "flags": "3.13", "(syn": "3.13", "rst)": "3.13", "syn": "3.13", "option": "4.11 exthdr", "maxseg": "4.11 exthdr",
 		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}

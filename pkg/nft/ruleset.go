@@ -172,6 +172,9 @@ func guard(family knftables.Family, cfg Config) []string {
 		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
 		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x %s`, cfg.TunName, markMask, names.BypassMark, drop(DropTunnelInTunnel)),
 			throughTunnel(family, cfg))
+		// There is tailscaled's web client too, which takes what comes from the node for the administrator.
+		own := rule(`oifname "%s" %s daddr %s %s saddr @%s`, cfg.TunName, fam, quad100[family], fam, setCluster)
+		rules = append(rules, own+" udp dport 53 accept", own+" tcp dport 53 accept", own+" "+drop(DropTailscaled))
 		if cfg.TailnetEgress == config.EgressDeny {
 			// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
 			out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setKeepSource, quad100[family], setOwn)
