@@ -75,7 +75,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		firewall: nft.Config{
 			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Shared: o.shared, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
-			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: o.sites,
+			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: o.sites, Links: withNeighbours(o.hostPrefixes),
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},
 		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},
@@ -92,6 +92,11 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		IPAM: c.IPAM, AdoptedIPAM: o.ipam, MagicDNS: c.DNS.MagicDNS,
 	})
 	return p, err
+}
+
+// withNeighbours leaves out single addresses, of which kube-proxy's ipvs link has one for each Service.
+func withNeighbours(prefixes []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.IsSingleIP() || p.Bits() == 0 })
 }
 
 // podMTU is what is configured, where the tun carries it, else the tun's.

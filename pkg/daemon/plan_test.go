@@ -56,7 +56,7 @@ func TestMakePlan(t *testing.T) {
 		node: noderoutes.Config{Own: own, Cluster: cluster, TunName: "headcni01", LANFirst: true},
 		firewall: nft.Config{
 			Own: own, Cluster: cluster, KeepSource: prefixes("10.96.0.0/16"), TunName: "headcni01", NodeAddr4: o.nodeAddr4,
-			Masquerade: true, TailnetEgress: "masquerade",
+			Masquerade: true, TailnetEgress: "masquerade", Links: prefixes("192.0.2.0/24"),
 		},
 		prefs:    tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: prefixes("10.244.9.0/24"), CorpDNS: &off},
 		conflist: got.conflist, // golden in TestPlanConflist

@@ -348,3 +348,46 @@ func TestPodFillsNoNeighbours(t *testing.T) {
 		t.Errorf("%d neighbours without our tables: this test cannot fail", got)
 	}
 }
+
+// A pod that goes through the addresses of the node's network, of which IPv6 has 2^64, leaves room in the node's table of neighbours, for
+// the node and for other pods, and its own connections.
+func TestPodScansNeighbours(t *testing.T) {
+	w := newWorld(t)
+	a := worldAddrs["IPv6"]
+	scan := func() int {
+		var packets [][]byte
+		for i := range 500 {
+			b := a.lan.As16()
+			b[13], b[14], b[15] = 7, byte(i>>8), byte(i)
+			dst := netip.AddrFrom16(b)
+			packets = append(packets, nstest.Packet(a.podA, dst, unix.IPPROTO_UDP, nstest.UDP(a.podA, dst, 9, 9, "is anybody there?")))
+		}
+		raw(t, w.podA, packets...)
+		return strings.Count(w.node.Run(t, "ip", "-6", "neigh", "show", "dev", "eth0"), "2001:db8::7:")
+	}
+	w.sync(typical())
+	before := look(t, w.lan, "eth0")
+	say := func() {
+		raw(t, w.podA, nstest.Packet(a.podA, a.lan, unix.IPPROTO_UDP, nstest.UDP(a.podA, a.lan, 4711, 9, "a connection")))
+	}
+	before.until(t, "a connection", say)
+	if got := scan(); got > 300 || got < askBurst/2 {
+		t.Errorf("the node asks for %d neighbours, want some %d", got, askBurst)
+	}
+	var drops map[string]uint64
+	w.node.Do(t, func() (err error) { drops, err = w.tables.Drops(); return err })
+	if drops[DropPodScans] < 200 {
+		t.Errorf("counted %d", drops[DropPodScans])
+	}
+	look(t, w.lan, "eth0").until(t, "a connection", say)
+	if got := w.waitFor(packet{from: w.podB, src: a.podB, to: w.lan, dst: a.lan}); got != a.node {
+		t.Errorf("another pod is heard as %v", got)
+	}
+	if got := mustSync(t, w.node, w.tables, typical()); len(got) != 0 {
+		t.Errorf("what the kernel has noted is a change: %v", got)
+	}
+	w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+	if got := scan(); got < 400 {
+		t.Errorf("%d neighbours without our tables: this test cannot fail", got)
+	}
+}

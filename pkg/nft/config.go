@@ -31,6 +31,8 @@ type Config struct {
 	LANIngress bool
 	// Sites are networks beside this node that its user advertises to the tailnet: they reach what is not the cluster's there.
 	Sites []netip.Prefix
+	// Links are the networks that the host has neighbours in.
+	Links []netip.Prefix
 	// PathMTU is the largest packet in bytes that passes the tunnel to all peers, 0 where that is the tun's MTU.
 	PathMTU int
 	// HostMode: tailscaled is the host's own, and may be a user's exit node or subnet router.
@@ -52,7 +54,7 @@ func (c Config) Validate() error {
 	if c.PathMTU != 0 && c.PathMTU < 576 {
 		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
-	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Shared, c.Sites) {
+	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Shared, c.Sites, c.Links) {
 		if !p.IsValid() || p.Bits() == 0 {
 			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))
 		}

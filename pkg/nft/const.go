@@ -2,6 +2,7 @@ package nft
 
 import (
 	"net/netip"
+	"time"
 
 	"sigs.k8s.io/knftables"
 
@@ -20,6 +21,11 @@ const (
 	setServices = "services"
 	// setSites holds the networks beside the node that its user advertises to the tailnet.
 	setSites = "sites"
+	// setLinks holds the networks that the host has neighbours in.
+	setLinks = "links"
+	// setAsked holds the neighbours that pods have begun something with lately, setAskers the pods that did. The kernel fills both.
+	setAsked  = "asked"
+	setAskers = "askers"
 	// setShared holds what is the host's inside the tailnet's range.
 	setShared = "shared"
 
@@ -75,6 +81,8 @@ const (
 	DropPodRouter = "pod_router"
 	// A pod sends from or to a link-local address. It needs none but the gateway's, and each would be a neighbour of the node's.
 	DropPodLinkLocal = "pod_link_local"
+	// A pod begins something with more neighbours of the node's than it can have use for.
+	DropPodScans = "pod_scans"
 	// Somebody beside the node sends from an address that only pods, services, the tailnet or the node itself have.
 	DropOutsideForged = "outside_forged"
 	// Somebody beside the node sends to pods or services by a route over the node (Config.LANIngress).
@@ -98,9 +106,18 @@ const (
 
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
-	DropPodForged, DropPodRouter, DropPodLinkLocal, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear, DropServiceClear, DropPodSource,
-	DropTailnetEgress, DropTailscaled, DropTunnelInTunnel, DropNoWay,
+	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
+	DropServiceClear, DropPodSource, DropTailnetEgress, DropTailscaled, DropTunnelInTunnel, DropNoWay,
 }
+
+// The kernel has one table of neighbours a family for all links and all namespaces, with room for 1024 (gc_thresh3), and one that does not
+// answer stays in it for 3 s. So a pod may ask for askBurst new neighbours at once and askRate a second, and all pods together for
+// askedSize in askedFor.
+const (
+	askRate, askBurst = 64, 128
+	askedSize         = 768
+	askedFor          = 5 * time.Second
+)
 
 // tailnet are all tailnet addresses.
 var tailnet = map[knftables.Family]netip.Prefix{

@@ -15,6 +15,7 @@ func typical() Config {
 		Own:        prefixes("10.244.1.0/24", "fd00:244:1::/64"),
 		Cluster:    prefixes("10.244.0.0/16", "fd00:244::/32", "10.60.0.0/14"),
 		KeepSource: prefixes("10.96.0.0/12", "fd00:96::/112"),
+		Links:      prefixes("192.0.2.0/24", "2001:db8::/64"),
 		Sites:      prefixes("203.0.113.0/24"),
 		TunName:    "headcni01",
 		NodeAddr4:  netip.MustParseAddr("192.0.2.11"),

@@ -55,6 +55,8 @@ const (
 	nftObjectCounter = 1
 	// NFT_SET_INTERVAL, the flag of sets of prefixes.
 	nftSetInterval = 4
+	// NFT_SET_TIMEOUT and NFT_SET_EVAL, the flags of sets that rules fill.
+	nftSetFilled = 0x10 | 0x20
 	// NFT_SET_ELEM_INTERVAL_END.
 	nftSetElemIntervalEnd = 1
 	// The nft program's own numbers for key types (its enum datatypes), which the kernel keeps.
@@ -141,6 +143,9 @@ func listSets(fam uint8, out listing) error {
 		name := nfnl.Text(a[unix.NFTA_SET_NAME])
 		if out["set "+name], err = flatten(s, nftaSetHandle, unix.NFTA_SET_ID, nftaSetCount); err != nil {
 			return err
+		}
+		if name == setAsked || name == setAskers {
+			continue // the kernel fills them
 		}
 		elements, err := nfnl.Request(fam, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
 			nfnl.Name(unix.NFTA_SET_ELEM_LIST_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_SET_ELEM_LIST_SET, name))
@@ -282,7 +287,11 @@ func (t table) mustRecreate(have listing) bool {
 	for _, s := range t.sets {
 		known["set "+s.name], known["elements of set "+s.name] = true, true
 		def, ok := have["set "+s.name]
-		if ok && !(strings.Contains(def, attrText(unix.NFTA_SET_FLAGS, nftSetInterval)) &&
+		flags := nftSetInterval
+		if s.size > 0 {
+			flags = nftSetFilled
+		}
+		if ok && !(strings.Contains(def, attrText(unix.NFTA_SET_FLAGS, flags)) &&
 			strings.Contains(def, attrText(unix.NFTA_SET_KEY_TYPE, kind))) {
 			return true
 		}

@@ -24,6 +24,8 @@ type table struct {
 type set struct {
 	name     string
 	elements []netip.Prefix
+	// size is not 0 where the kernel fills the set, and how far.
+	size uint64
 }
 
 type chain struct {
@@ -47,6 +49,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 		sets: []set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
+			setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
 		},
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
@@ -63,7 +66,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 
 // setOf has no prefix inside another: nft refuses overlapping intervals.
 func setOf(family knftables.Family, name string, lists ...[]netip.Prefix) set {
-	return set{name, netset.OfFamily(netset.Union(lists...), family == knftables.IPv6Family)}
+	return set{name: name, elements: netset.OfFamily(netset.Union(lists...), family == knftables.IPv6Family)}
 }
 
 // antispoof: a pod sends from its own address only, and nobody outside sends from a pod's.
@@ -139,7 +142,7 @@ func clamp(family knftables.Family, cfg Config) []string {
 // DNAT by whomever. Without a conntrack entry there is neither. In front stands what is frequent.
 func lan(family knftables.Family, cfg Config) []string {
 	fam := string(family)
-	rules := []string{rule(`iifname "%s" accept`, names.PodLinks)}
+	rules := fromPods(fam, cfg)
 	toPods := rule(`oifname != "%s"`, names.PodLinks)
 	if cfg.TunName != "" {
 		rules = append(rules, rule(`iifname "%s" accept`, cfg.TunName))
@@ -162,6 +165,21 @@ func lan(family knftables.Family, cfg Config) []string {
 		rules = append(rules, rule(`oifname "%s" %s saddr @%s %s daddr != @%s accept`, cfg.TunName, fam, setSites, fam, setKeepSource))
 	}
 	return append(rules, drop(DropLANIngress))
+}
+
+// fromPods lets pods send, but for one that goes through the neighbours of the node. In front stands what is frequent.
+func fromPods(fam string, cfg Config) []string {
+	from := rule(`iifname "%s"`, names.PodLinks)
+	rules := []string{rule(`%s oifname "%s" accept`, from, names.PodLinks)}
+	if cfg.TunName != "" {
+		rules = append(rules, rule(`%s oifname "%s" accept`, from, cfg.TunName))
+	}
+	return append(rules, from+" ct state established,related accept",
+		rule(`%s %s daddr != @%s accept`, from, fam, setLinks),
+		rule(`%s %s daddr @%s update @%[3]s { %[2]s daddr timeout %[4]ds } accept`, from, fam, setAsked, int(askedFor.Seconds())),
+		rule(`%s update @%s { %s saddr timeout 60s limit rate %d/second burst %d packets } update @%s { %[3]s daddr timeout %[7]ds } accept`,
+			from, setAskers, fam, askRate, askBurst, setAsked, int(askedFor.Seconds())),
+		from+" "+drop(DropPodScans))
 }
 
 // guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all.
@@ -323,6 +341,9 @@ func (t table) fill(tx *knftables.Transaction) {
 	}
 	for _, s := range t.sets {
 		tx.Add(t.set(s))
+		if s.size > 0 {
+			continue
+		}
 		tx.Flush(t.set(s))
 		for _, p := range s.elements {
 			tx.Add(&knftables.Element{Family: t.family, Table: names.NFTTable, Set: s.name, Key: []string{p.String()}})
@@ -345,6 +366,10 @@ func (t table) set(s set) *knftables.Set {
 	kind := "ipv4_addr"
 	if t.family == knftables.IPv6Family {
 		kind = "ipv6_addr"
+	}
+	if s.size > 0 {
+		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind, Size: &s.size,
+			Flags: []knftables.SetFlag{knftables.DynamicFlag, knftables.TimeoutFlag}}
 	}
 	return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind,
 		Flags: []knftables.SetFlag{knftables.IntervalFlag}}
