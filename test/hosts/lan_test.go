@@ -1,12 +1,17 @@
 package hosts
 
 import (
+	"encoding/json"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
 // A host beside a node that routes everything of the cluster's over it reaches no pod of any site, whatever else is dead, and ports of
@@ -108,5 +113,50 @@ func (w *world) lanShut(t *testing.T, what string) {
 	}
 	for range targets {
 		<-done
+	}
+}
+
+// What a node's rules drop is counted, by why, and shown by status and as a metric; the guard has tried itself at the daemon's start,
+// and does so for whoever asks, without a trace on the node.
+func TestGuardCounts(t *testing.T) {
+	w := surroundings.Enter(t)
+	n := w.a
+	rules := func() string {
+		return labtest.Sh(t, n.Machine, "nft -s list ruleset | grep -v expires; ip rule; ip -6 rule; ip -o link show type veth | grep -v hc || :")
+	}
+	before := rules()
+	if out := labtest.Sh(t, n.Machine, "headcni-daemon check"); strings.Count(out, "stopped, counted as") < 4 {
+		t.Errorf("check says\n%s", out)
+	}
+	if now := rules(); now != before {
+		t.Errorf("check has changed the node: it was\n%s\nand is\n%s", before, now)
+	}
+	forged := func() (count uint64) {
+		t.Helper()
+		labtest.Eventually(t, "wait for the self-test", func() error {
+			var s nodestatus.Status
+			if err := json.Unmarshal([]byte(labtest.Sh(t, n.Machine, "headcni-daemon status -o json")), &s); err != nil {
+				return err
+			}
+			if count = s.Dropped[nft.DropPodForged]; !strings.Contains(s.GuardTest, "self-test passed") {
+				return fmt.Errorf("the self-test: %q", s.GuardTest)
+			}
+			return nil
+		})
+		return count
+	}
+	first := forged()
+	for range 3 {
+		if err := forge(w.a1, w.a2.Addr(false), labtest.Echo(w.b1, false), "forged"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := forged() - first; got != 3 {
+		t.Errorf("%d more are counted as %s, want 3", got, nft.DropPodForged)
+	}
+	labtest.Kill(t, n.Daemon)
+	labtest.StartDaemon(t, n)
+	if got := forged() - first; got != 3 {
+		t.Errorf("a daemon that has just begun shows %d", got)
 	}
 }
