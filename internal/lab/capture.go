@@ -18,6 +18,8 @@ import (
 const (
 	snapLength  = 128 // headers are enough
 	maxExamples = 5
+	// captureBuffer in bytes has room for some ten thousand packets.
+	captureBuffer = 16 << 20
 )
 
 // Capture counts packets in clear: those on the underlay whose outermost IP header has a pod's, a service's or a tailnet address in it.
@@ -44,6 +46,8 @@ func (l *Lab) CaptureUnderlay() (*Capture, error) {
 			return err
 		}
 		c.file = os.NewFile(uintptr(fd), "capture on the underlay")
+		// A burst in clear is to be counted whole. Who may not have a larger buffer goes on with the usual one.
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, captureBuffer)
 		// Without it, a fast transfer inside the tunnel would fill the buffer.
 		filter := clearFilter()
 		prog := &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
