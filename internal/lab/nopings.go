@@ -36,7 +36,9 @@ func (n *Node) refusePings() error {
 	}
 	l.SetUnlinkOnClose(false) // the path is the node's
 	pass := &httputil.ReverseProxy{
-		Director: func(r *http.Request) { r.URL.Scheme, r.URL.Host = "http", r.Host },
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", r.In.Host, r.In.Host
+		},
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return dial(ctx, mnt, "unix", behindSocket)
 		}, DisableKeepAlives: true},

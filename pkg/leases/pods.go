@@ -45,12 +45,12 @@ func NewMender(confDir string) *Mender { return &Mender{confDir: confDir, seen: 
 func (m *Mender) See() error {
 	var links podlink.Handle
 	defer links.Close()
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	now, err := links.Attached()
 	if err != nil {
 		return err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	before := m.seen
 	m.seen = map[string]seen{}
 	for name, pod := range now {
