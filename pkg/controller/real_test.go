@@ -161,7 +161,7 @@ func TestOnRealHeadscale(t *testing.T) {
 	// Another Node that says it is this one gets nothing, and takes nothing.
 	c.says("thief", key, config.ModeDaemon)
 	c.must()
-	if v := c.state("thief"); v.State != kube.StateRefused || !strings.Contains(v.Message, "same node key") {
+	if v := c.state("thief"); v.State != kube.StateRefused || !strings.Contains(v.Message, "calls itself one") {
 		t.Errorf("the thief: %+v", v)
 	}
 	if v := c.state("one"); v.State != kube.StateRouted {
