@@ -36,13 +36,15 @@ func (m *Member) Check(ctx context.Context, s Seen) ([]string, error) {
 	}
 	changes, err := m.known(ctx, api, s)
 	if err == nil {
-		err = errors.Join(keysAndClock(ctx, api), m.exposed(cred))
+		err = keysAndClock(ctx, api)
 	}
-	if gone := netset.Without(s.PodCIDRs, m.confirmed.routes); err == nil && len(gone) > 0 {
+	stands := err == nil || errors.As(err, new(reconcile.Warning))
+	if gone := netset.Without(s.PodCIDRs, m.confirmed.routes); stands && len(gone) > 0 {
 		return changes, reconcile.Waiting(fmt.Sprintf("Headscale does not route %v to this node", gone)) // Approve comes next
 	}
 	// What stands for long is not asked for with each pass: Headscale would tell nothing new, and it costs it the hash of a key.
-	if err == nil || errors.As(err, new(reconcile.Warning)) {
+	if stands {
+		err = errors.Join(err, m.exposed(cred))
 		m.checkedAt, m.warned = time.Now(), err
 	}
 	return changes, err

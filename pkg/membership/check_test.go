@@ -3,6 +3,7 @@ package membership
 import (
 	"errors"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -82,5 +83,18 @@ func TestExposedKey(t *testing.T) {
 		if want := mode == 0o644; (err != nil) != want || want && (!errors.As(err, new(reconcile.Warning)) || !strings.Contains(err.Error(), "chmod 0600 "+file)) {
 			t.Errorf("mode %04o: %v", mode, err)
 		}
+	}
+	// No warning hides that the routes are gone, or that Headscale does not answer as it should.
+	if err := os.Chmod(file, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	m.checkedAt, seen.PodCIDRs = time.Time{}, []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}
+	if _, err := m.Check(t.Context(), seen); !errors.As(err, new(reconcile.Waiting)) || !m.checkedAt.IsZero() {
+		t.Errorf("with the routes gone: %v", err)
+	}
+	seen.PodCIDRs = nil
+	s.Break(headscaletest.At("GET /health", headscaletest.Answer(200, "{}")))
+	if _, err := m.Check(t.Context(), seen); err == nil || errors.As(err, new(reconcile.Warning)) || !m.checkedAt.IsZero() {
+		t.Errorf("with an odd Headscale: %v", err)
 	}
 }
