@@ -84,10 +84,14 @@ func (r *requests) link() {
 	peer.AddRtAttr(unix.IFLA_NET_NS_FD, nl.Uint32Attr(bareNetns))
 	r.add(unix.RTM_NEWLINK, makeNew, linkMessage(bareHost, 0), nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated("bare")),
 		attr32(unix.IFLA_MTU, 1280), nl.NewRtAttr(unix.IFLA_ADDRESS, bareHostMAC), info)
+	r.noLinkLocal(bareHost, unix.IFF_UP)
+}
 
+// noLinkLocal: ip link set LINK [up] addrgenmode none. A link whose other end is up gets an address before the kernel reads the mode.
+func (r *requests) noLinkLocal(index int, flags uint32) {
 	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
 	spec.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(addrGenMode, []byte{addrGenNone})
-	r.add(unix.RTM_SETLINK, 0, linkMessage(bareHost, unix.IFF_UP), spec)
+	r.add(unix.RTM_SETLINK, 0, linkMessage(index, flags), spec)
 }
 
 // neighbour: ip neigh add ADDR lladdr MAC nud permanent dev LINK
@@ -119,6 +123,7 @@ func newBare(b testing.TB) bare {
 	host.link()
 	host.neighbour(bareHost, addr, barePodMAC)
 	host.route(bareHost, netip.PrefixFrom(addr, 32), netip.Addr{})
+	pod.noLinkLocal(barePod, 0)
 	pod.add(unix.RTM_NEWLINK, 0, linkMessage(barePod, unix.IFF_UP))
 	m := nl.NewIfAddrmsg(unix.AF_INET)
 	m.Index, m.Prefixlen = barePod, 32
