@@ -23,12 +23,20 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/jsonobj"
+	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // inputWait is how long to wait for a configuration that is wanted for its version only: somebody may run a plugin by hand,
 // with a terminal as its standard input.
 const inputWait = 200 * time.Millisecond
+
+// A configuration has to come, and to end, in this time, and to be no longer than this many bytes: one without end would hold the
+// plugin for good, or take all of the node's memory. Runtimes write theirs at once. GC's list of all attachments of a node is the longest.
+const (
+	configWait = 10 * time.Second
+	configMax  = 16 << 20
+)
 
 // ifNameMax is the longest name of an interface in bytes (IFNAMSIZ less the final zero, linux/if.h).
 const ifNameMax = 15
@@ -104,7 +112,7 @@ func Run(commands Commands, supported []string, about string) int {
 		return fail(fault, readWithin(inputWait))
 	}
 	var err error
-	if call.Stdin, err = io.ReadAll(os.Stdin); err != nil {
+	if call.Stdin, err = readInput(os.Stdin, configWait); err != nil {
 		return fail(types.NewError(types.ErrIOFailure, "read standard input", err.Error()), nil)
 	}
 	if call.Config, err = jsonobj.Parse(call.Stdin); err != nil || call.Config == nil {
@@ -167,6 +175,8 @@ func checkIfName(name string) string {
 		return fmt.Sprintf("%q is no name for an interface", name)
 	case strings.ContainsFunc(name, func(r rune) bool { return r == '/' || r == ':' || unicode.IsSpace(r) }):
 		return "must not contain a slash, colon or white space"
+	case printable.Line(name) != name: // the kernel takes it, but no JSON holds it and no log shows it as it is
+		return "must hold printable characters only"
 	}
 	return ""
 }
@@ -209,22 +219,39 @@ func notJSON(err error) *types.Error {
 	return types.NewError(types.ErrDecodingFailure, unreadable, "it is not a JSON object")
 }
 
-// readWithin reads standard input for as long as its writer takes, but no longer than d.
+// readWithin is readInput where what has come is enough.
 func readWithin(d time.Duration) []byte {
-	var in []byte
+	in, _ := readInput(os.Stdin, d) // somebody who runs a plugin by hand need not end it
+	return in
+}
+
+// readInput reads a file to its end, which has to come within d. With an error it returns what it had.
+func readInput(from *os.File, d time.Duration) (in []byte, err error) {
 	buf := make([]byte, 4<<10)
 	for until := time.Now().Add(d); ; {
-		ready := []unix.PollFd{{Fd: int32(os.Stdin.Fd()), Events: unix.POLLIN}}
+		ready := []unix.PollFd{{Fd: int32(from.Fd()), Events: unix.POLLIN}}
 		n, err := unix.Poll(ready, int(max(0, time.Until(until).Milliseconds())))
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
-		if err != nil || n == 0 {
-			return in
+		if err != nil {
+			return in, err
 		}
-		n, err = os.Stdin.Read(buf)
-		if in = append(in, buf[:n]...); err != nil {
-			return in
+		if n == 0 {
+			return in, fmt.Errorf("it did not end within %s (%d bytes came); the runtime must write the configuration and close it", d, len(in))
+		}
+		n, err = from.Read(buf)
+		in = append(in, buf[:n]...)
+		switch {
+		case errors.Is(err, io.EOF):
+			return in, nil
+		case err != nil:
+			return in, err
+		case len(in) > configMax:
+			return in, fmt.Errorf("it is longer than %d MiB, which no configuration is", configMax>>20)
+		}
+		if len(in) >= len(buf) && len(buf) < 64<<10 {
+			buf = make([]byte, 64<<10) // a pipe's whole content
 		}
 	}
 }

@@ -210,3 +210,32 @@ func TestInputThatDoesNotEnd(t *testing.T) {
 		w.Close()
 	}
 }
+
+// TestInputWithoutEnd: no input holds the plugin for good or fills the node's memory.
+func TestInputWithoutEnd(t *testing.T) {
+	zero, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer zero.Close()
+	cmd, out := plugin(t, zero)
+	if err := cmd.Run(); err == nil {
+		t.Error("want a failure")
+	}
+	if got := parse(t, out); got.Code != 5 || !strings.Contains(got.Details, "16 MiB") {
+		t.Errorf("got %+v, want code 5", got)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	if _, err := w.WriteString("{"); err != nil {
+		t.Fatal(err)
+	}
+	in, err := readInput(r, 50*time.Millisecond)
+	if err == nil || string(in) != "{" || !strings.Contains(err.Error(), "close it") {
+		t.Errorf("got %q, %v", in, err)
+	}
+}

@@ -112,6 +112,9 @@ func TestSpoolIsBounded(t *testing.T) {
 	if err := os.Chtimes(filepath.Join(dir, ".left"), long, long); err != nil {
 		t.Fatal(err)
 	}
+	if err := spool(dir, make([]byte, maxRecord+1)); !errors.Is(err, errLong) {
+		t.Errorf("a record of any length: %v", err)
+	}
 	const tooMany = 20000
 	var full error
 	for range tooMany {

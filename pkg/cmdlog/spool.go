@@ -17,12 +17,17 @@ const (
 	// maxSpool bounds the folder's own size in bytes, which one stat tells and which grows with its entries: on a tmpfs, where
 	// it usually is, by 20 for each. That is 8192 records, half a day of a node that starts a pod each ten seconds.
 	maxSpool = 20 * 8192
+	// maxRecord bounds one record in bytes. Names of Kubernetes and IDs of runtimes are far shorter.
+	maxRecord = 4096
 	// leftoverAge is when a file that is still being written is one that was not finished.
 	leftoverAge = time.Minute
 )
 
-// errFull means that nobody has taken records for long.
-var errFull = errors.New("the spool is full")
+var (
+	// errFull means that nobody has taken records for long.
+	errFull = errors.New("the spool is full")
+	errLong = errors.New("the record is too long")
+)
 
 // Spool is the folder of records that have not been counted, beside the daemon's socket. Every record goes there first: what
 // is in it has not been counted, what has been is not, whoever was killed meanwhile.
@@ -31,6 +36,9 @@ func Spool(socket string) string { return filepath.Join(filepath.Dir(socket), "h
 // spool puts a record into the folder, whole or not at all. Where there is no folder no daemon has ever run. It is a tmpfs:
 // nothing is synced.
 func spool(dir string, b []byte) (err error) {
+	if len(b) > maxRecord {
+		return errLong
+	}
 	info, err := os.Stat(dir)
 	if err != nil {
 		return err

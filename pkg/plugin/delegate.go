@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -18,6 +19,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
+
+	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/config/netconf"
 )
 
@@ -41,10 +44,18 @@ type delegate struct {
 
 // newDelegate finds the plugin that a key of the configuration asks for. It is given stdin.
 func newDelegate(r *Request, key, name string, stdin []byte) (*delegate, error) {
+	var passed []string
 	for _, dir := range filepath.SplitList(r.Path) {
 		path := filepath.Join(dir, name)
+		if !filepath.IsAbs(path) {
+			continue // it would be run from whatever folder we were started in
+		}
 		info, err := os.Stat(path)
 		if err != nil || !info.Mode().IsRegular() {
+			continue
+		}
+		if open := othersWrite(dir, info); open != "" {
+			passed = append(passed, open)
 			continue
 		}
 		if self, err := os.Stat("/proc/self/exe"); err == nil && os.SameFile(info, self) {
@@ -54,7 +65,24 @@ func newDelegate(r *Request, key, name string, stdin []byte) (*delegate, error) 
 		}
 		return &delegate{name: name, path: path, r: r, stdin: stdin}, nil
 	}
-	return nil, fmt.Errorf("%w: %q, for %s, is in none of the folders of CNI_PATH (%s); install it there", errNoDelegate, name, key, r.Path)
+	if passed != nil {
+		return nil, fmt.Errorf("%w: %q, for %s: anybody may write %s, so it is not run as root; chmod o-w it",
+			errNoDelegate, name, key, strings.Join(passed, ", "))
+	}
+	return nil, fmt.Errorf("%w: %q, for %s, is in none of the folders of CNI_PATH (%s); install it there", errNoDelegate, name, key,
+		printable.Cut(r.Path, 500))
+}
+
+// othersWrite names what everybody may write of a program and its folder; "" where that is neither.
+func othersWrite(dir string, program fs.FileInfo) string {
+	const others = 0o002
+	if program.Mode()&others != 0 {
+		return filepath.Join(dir, program.Name())
+	}
+	if folder, err := os.Stat(dir); err == nil && folder.Mode()&others != 0 {
+		return dir
+	}
+	return ""
 }
 
 // run executes the plugin in our environment, except for the command.

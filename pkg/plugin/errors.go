@@ -52,7 +52,7 @@ func cniError(s stage, err error) *types.Error {
 	case has:
 		return newError(e.Code, e.Msg, err)
 	case onlyUnknownKeys(err):
-		return newError(types.ErrUnsupportedField, printable.Line(err.Error()), err) // the message must contain key and value
+		return newError(types.ErrUnsupportedField, oneLine(err), err) // the message must contain key and value
 	case errors.Is(err, netconf.ErrInvalid):
 		return newError(types.ErrInvalidNetworkConfig, netconf.ErrInvalid.Error(), err)
 	case errors.Is(err, ipam.ErrConfig):
@@ -64,7 +64,7 @@ func cniError(s stage, err error) *types.Error {
 	case errors.Is(err, errBusy):
 		return newError(types.ErrTryAgainLater, errBusy.Error(), err)
 	case errors.Is(err, errEnvironment), errors.Is(err, ipam.ErrOwner):
-		return newError(types.ErrInvalidEnvironmentVariables, printable.Line(err.Error()), err) // the message must name the variables
+		return newError(types.ErrInvalidEnvironmentVariables, oneLine(err), err) // the message must name the variables
 	case errors.Is(err, podlink.ErrNetns):
 		return newError(types.ErrInvalidNetNS, podlink.ErrNetns.Error(), err)
 	case errors.Is(err, podlink.ErrNotProgrammed):
@@ -105,9 +105,14 @@ func withCode(s stage, err error) error {
 	return cniError(s, err)
 }
 
+// textMax bounds an error's text in characters: what it names may have come from the environment, and runtimes write it into Events.
+const textMax = 8000
+
+func oneLine(err error) string { return printable.Cut(err.Error(), textMax) }
+
 // newError puts the whole story on one line.
 func newError(code uint, msg string, err error) *types.Error {
-	details := printable.Line(err.Error())
+	details := oneLine(err)
 	details = strings.TrimPrefix(strings.TrimPrefix(details, msg), ": ")
 	return types.NewError(code, msg, strings.TrimSpace(strings.TrimPrefix(details, "; ")))
 }

@@ -126,6 +126,9 @@ var rules = []rule{
 	{"Conventions", "all of them in one list, with the capabilities of CRI-O, containerd and podman, in every version", plugin, []string{"TestWholeChain"}},
 
 	{"Robustness", "any input and environment: no panic, no hang, an error of the right form, nothing left", both, []string{"TestAnyInput", "FuzzConfig", "pkg/config/netconf.FuzzConfig", "pkg/ipam.FuzzParseConfig"}},
+	{"Robustness", "an environment that no runtime should give: namespaces of the node itself and of the machine's first process, paths that are none, names, arguments; nothing of the node changes, and no other pod suffers", plugin, []string{"TestHostileEnvironment", "TestFirstProcess"}},
+	{"Robustness", "a plugin of CNI_PATH is run only from an absolute folder, and not where anybody may write it", plugin, []string{"TestHostilePath"}},
+	{"Robustness", "input without end", both, []string{"internal/cnimain.TestInputWithoutEnd", "internal/cnimain.TestInputThatDoesNotEnd"}},
 	{"Robustness", "neither the input nor a secret in it comes out in errors or logs", both, []string{"TestNothingLeaksOut"}},
 	{"Robustness", "system calls that signals interrupt", plugin, []string{"TestSignals"}},
 	{"Robustness", "the namespace goes away in the middle of ADD", plugin, []string{"TestNetnsDisappears", "pkg/networking/podlink.TestNetnsDisappears"}},

@@ -3,7 +3,9 @@ package podlink
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"runtime"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -52,30 +54,48 @@ func openNetns(path string) (*Netns, error) {
 	return n, nil
 }
 
-// openOtherNetns opens a network namespace that is not the caller's own.
+// openOtherNetns opens a network namespace that is not the caller's own, nor that of the machine's first process: a program that
+// runs for a node inside another one sees that, and what it would make there would be among the interfaces of a host.
 func openOtherNetns(path string) (fd int, err error) {
-	fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0) // a FIFO would block
+	if !filepath.IsAbs(path) {
+		return -1, fmt.Errorf("open %q: %w: want an absolute path, such as /run/netns/NAME", path, ErrNetns)
+	}
+	at, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0) // a FIFO would block, and some devices act when they are opened
 	if err != nil {
 		return -1, fmt.Errorf("open %s: %w: %w", path, ErrNetns, err)
 	}
+	defer unix.Close(at)
 	var fs unix.Statfs_t
-	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
-		unix.Close(fd)
+	if err := unix.Fstatfs(at, &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
 		return -1, fmt.Errorf("open %s: %w: it is not a namespace; has the sandbox ended?", path, ErrNetns)
 	}
-	var its, own unix.Stat_t
-	err = unix.Fstat(fd, &its)
-	if err == nil {
-		err = unix.Stat("/proc/thread-self/ns/net", &own)
+	var its unix.Stat_t
+	if err = unix.Fstat(at, &its); err == nil {
+		err = notTheHosts(its)
 	}
-	if err == nil && its.Ino == own.Ino && its.Dev == own.Dev {
-		err = errors.New("it is the node's own; a pod on the host network needs no plugin")
+	if err == nil {
+		fd, err = unix.Open("/proc/self/fd/"+strconv.Itoa(at), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	}
 	if err != nil {
-		unix.Close(fd)
 		return -1, fmt.Errorf("open %s: %w: %w", path, ErrNetns, err)
 	}
 	return fd, nil
+}
+
+// notTheHosts refuses the namespaces in which a pod's interface must never be.
+func notTheHosts(its unix.Stat_t) error {
+	var own, first unix.Stat_t
+	if err := unix.Stat("/proc/thread-self/ns/net", &own); err != nil {
+		return err
+	}
+	if its.Ino == own.Ino && its.Dev == own.Dev {
+		return errors.New("it is the node's own; a pod on the host network needs no plugin")
+	}
+	// An ordinary user may not look at it, nor enter it.
+	if err := unix.Stat("/proc/1/ns/net", &first); err == nil && its.Ino == first.Ino && its.Dev == first.Dev {
+		return errors.New("it is that of the machine's first process; a pod on the host network needs no plugin")
+	}
+	return nil
 }
 
 // stillThere reports a namespace whose path has gone while it was worked on: then nothing holds it any longer.
