@@ -7,10 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/headcni/headcni/internal/trusted"
 )
 
 // Write puts data at path in one step, with these permissions, and syncs file and folder: it outlives a power cut once Write
-// has returned. A symbolic link at path is replaced, not followed.
+// has returned. A symbolic link at path is replaced, not followed. A folder that others than root could exchange is refused.
 func Write(path string, data []byte, perm fs.FileMode) error { return write(path, data, perm, true) }
 
 // WriteUnsynced is Write without syncs, for a tmpfs and for what is made again after a power cut.
@@ -19,6 +21,9 @@ func WriteUnsynced(path string, data []byte, perm fs.FileMode) error {
 }
 
 func write(path string, data []byte, perm fs.FileMode, durable bool) (err error) {
+	if err := trusted.Way(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)

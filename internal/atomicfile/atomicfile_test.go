@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/headcni/headcni/internal/trusted"
 )
 
 func TestWriteReplaces(t *testing.T) {
@@ -66,5 +68,34 @@ func TestSweep(t *testing.T) {
 	found, err := os.ReadDir(dir)
 	if err != nil || len(found) != 2 || found[0].Name() != ".other.123" || found[1].Name() != "state" {
 		t.Errorf("%v, %v", found, err)
+	}
+}
+
+// TestWriteElsewhere: a folder that somebody else can exchange is not written into, wherever it leads now.
+func TestWriteElsewhere(t *testing.T) {
+	dir := t.TempDir()
+	theirs, victim := filepath.Join(dir, "theirs"), filepath.Join(dir, "victim")
+	for _, d := range []string{theirs, victim} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(victim, filepath.Join(theirs, "link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(theirs, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	for _, write := range []func(string, []byte, fs.FileMode) error{Write, WriteUnsynced} {
+		if err := write(filepath.Join(theirs, "link", "state"), nil, 0o600); !errors.Is(err, trusted.ErrOthers) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if found, err := os.ReadDir(victim); err != nil || len(found) > 0 {
+		t.Errorf("written: %v, %v", found, err)
+	}
+	// Others may write in the folder itself, whose names alone are at stake: /opt/cni/bin belongs to another user on some systems.
+	if err := Write(filepath.Join(theirs, "state"), nil, 0o600); err != nil {
+		t.Error(err)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -128,12 +129,20 @@ func startTime(pid int) (uint64, error) {
 }
 
 // Kept lists the worlds of this user and of one kind that were kept and have not ended, the newest last.
-func Kept(kind string) ([]World, error) { return kept(BaseDir(), kind) }
+func Kept(kind string) ([]World, error) {
+	// Who ends a world ends the processes that are named there.
+	if err := checkBase(BaseDir()); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	return kept(BaseDir(), kind)
+}
 
 func kept(base, kind string) ([]World, error) {
 	var worlds []World
 	for _, dir := range worldDirs(base) {
-		b, err := os.ReadFile(filepath.Join(dir, stateFile))
+		b, err := readPlain(filepath.Join(dir, stateFile))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // a lab that somebody is using
 		}
@@ -152,13 +161,37 @@ func kept(base, kind string) ([]World, error) {
 	return worlds, nil
 }
 
-// inUse tells whether a machine of a world lives: all hold its lock.
+// inUse tells whether a machine of a world lives: all hold its lock. It makes nothing: the world may be another user's.
 func inUse(dir string) bool {
-	lock, err := lockFile(filepath.Join(dir, "lock"), unix.LOCK_EX|unix.LOCK_NB)
-	if err == nil {
-		lock.Close()
+	lock, err := openPlain(filepath.Join(dir, "lock"))
+	if err != nil {
+		return !errors.Is(err, fs.ErrNotExist)
 	}
-	return err != nil
+	defer lock.Close()
+	return unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil
+}
+
+// readPlain reads a file that another user may have put there.
+func readPlain(path string) ([]byte, error) {
+	f, err := openPlain(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	const most = 1 << 20
+	return io.ReadAll(io.LimitReader(f, most))
+}
+
+func openPlain(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0) // a FIFO would block
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, fmt.Errorf("open %s: not a regular file (%w)", path, errors.Join(err, fs.ErrInvalid))
+	}
+	return f, nil
 }
 
 // KeptByOthers says which users keep worlds of one kind, where this one may look into their folders.

@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/trusted"
 )
 
 // DirEnv names the folder that holds labs. It is also how a re-exec in a user namespace, where everybody is root, finds
@@ -34,13 +36,8 @@ func newWorldDir() (dir string, lock *os.File, err error) {
 	if err := os.Mkdir(base, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return "", nil, fmt.Errorf("make a folder for labs: %w", err)
 	}
-	// The name can be guessed: another user may have made it first.
-	st, err := os.Lstat(base)
-	if err != nil {
+	if err := checkBase(base); err != nil {
 		return "", nil, err
-	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); !st.IsDir() || !ok || int(sys.Uid) != os.Getuid() {
-		return "", nil, fmt.Errorf("%s is not a folder of yours; remove it or set %s", base, DirEnv)
 	}
 	baseLock, err := lockFile(filepath.Join(base, "lock"), unix.LOCK_EX)
 	if err != nil {
@@ -57,13 +54,29 @@ func newWorldDir() (dir string, lock *os.File, err error) {
 	return dir, lock, err
 }
 
+// checkBase makes sure that the folder is ours alone. Its name can be guessed: another user may have made it first.
+func checkBase(base string) error {
+	st, err := os.Lstat(base)
+	if err != nil {
+		return err
+	}
+	if sys, ok := st.Sys().(*syscall.Stat_t); !st.IsDir() || !ok || int(sys.Uid) != os.Getuid() {
+		return fmt.Errorf("%s is not a folder of yours; remove it or set %s", base, DirEnv)
+	}
+	return trusted.Folder(base)
+}
+
 // Sweep removes what labs left behind that were killed. New does it too.
 func Sweep() error {
 	base := BaseDir()
-	lock, err := lockFile(filepath.Join(base, "lock"), unix.LOCK_EX)
+	err := checkBase(base)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // there never was one
 	}
+	if err != nil {
+		return err
+	}
+	lock, err := lockFile(filepath.Join(base, "lock"), unix.LOCK_EX)
 	if err != nil {
 		return err
 	}

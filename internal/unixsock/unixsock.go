@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/trusted"
 )
 
 // look is how often it is checked that the socket's file is there. It costs one stat.
@@ -58,7 +59,7 @@ type listener struct {
 }
 
 func listen(network, path string) (listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := trusted.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return listener{}, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	if err := atomicfile.Remove(path); err != nil {

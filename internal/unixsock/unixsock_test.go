@@ -2,11 +2,14 @@ package unixsock
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/headcni/headcni/internal/trusted"
 )
 
 // A socket whose folder is wiped comes back, and one that somebody has replaced too.
@@ -70,5 +73,24 @@ func TestServeSaysThatItCannot(t *testing.T) {
 	}
 	if err := Serve(t.Context(), "unix", filepath.Join(file, "d.sock"), nil, nil); err == nil {
 		t.Error("no error where the folder is a file")
+	}
+}
+
+// TestFolderOfOthers: no socket is made, and no file removed, where somebody else can exchange the folder.
+func TestFolderOfOthers(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "s")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := Serve(t.Context(), "unix", path, func(*net.UnixListener) error { return nil }, func(error) {})
+	if !errors.Is(err, trusted.ErrOthers) {
+		t.Errorf("got %v", err)
+	}
+	if info, err := os.Lstat(path); err != nil || !info.Mode().IsRegular() {
+		t.Errorf("the file: %v, %v", info, err)
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/trusted"
 )
 
 const (
@@ -38,6 +40,9 @@ func Spool(socket string) string { return filepath.Join(filepath.Dir(socket), "h
 func spool(dir string, b []byte) (err error) {
 	if len(b) > maxRecord {
 		return errLong
+	}
+	if err := trusted.Folder(dir); err != nil {
+		return err
 	}
 	info, err := os.Stat(dir)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -189,7 +190,7 @@ func prerequisites(c config.Config, kubernetes bool) error {
 		errs = append(errs, errNoPodCIDRs)
 	}
 	for _, dir := range []string{paths.StateDir, paths.RunDir} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
+		if err := trusted.MkdirAll(dir, 0o755); err != nil {
 			errs = append(errs, err)
 		}
 	}

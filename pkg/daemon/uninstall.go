@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -37,7 +38,7 @@ import (
 // any case, because nobody could tell later whose they were. A host's own tailscaled stays logged in, with its prefs as
 // they were found. What people wrote, the configuration and the key in /etc/headcni, is theirs.
 func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
-	if err := os.MkdirAll(paths.RunDir, 0o755); err != nil {
+	if err := trusted.MkdirAll(paths.RunDir, 0o755); err != nil {
 		return err
 	}
 	held, err := lock(ctx, lockPath())
@@ -95,7 +96,11 @@ func leaveTailnet(ctx context.Context, c config.Config, s state, log *slog.Logge
 func removeLeases(confDir string) error {
 	err := os.RemoveAll(paths.IPAMDir)
 	if owners, bad := conflist.IPAM(confDir); bad == nil && owners.DataDir != "" { // a bad one gave no leases
-		err = errors.Join(err, os.RemoveAll(filepath.Join(owners.DataDir, conflist.NetworkName)))
+		dir := filepath.Join(owners.DataDir, conflist.NetworkName)
+		if bad := trusted.Folder(dir); bad != nil {
+			return errors.Join(err, fmt.Errorf("remove leases: %w", bad))
+		}
+		err = errors.Join(err, os.RemoveAll(dir))
 	}
 	return err
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -193,6 +194,37 @@ func TestUninstallLogsNoHostOut(t *testing.T) {
 	}
 	if got := host(); len(got) != 0 {
 		t.Errorf("asked the host's tailscaled %q", got)
+	}
+}
+
+// A folder for leases that others lead elsewhere is left to the owner.
+func TestUninstallFollowsNobody(t *testing.T) {
+	nstest.FreshState(t)
+	confDir, dir := t.TempDir(), t.TempDir()
+	victim := filepath.Join(dir, "victim", conflist.NetworkName, "theirs")
+	if err := os.MkdirAll(victim, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	dataDir := filepath.Join(dir, "all", "link")
+	err := os.Mkdir(filepath.Dir(dataDir), 0o755)
+	if err == nil {
+		err = os.Chmod(filepath.Dir(dataDir), 0o777)
+	}
+	if err == nil {
+		err = os.Symlink(filepath.Join(dir, "victim"), dataDir)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(confDir, paths.ConflistName),
+			fmt.Appendf(nil, `{"name":"mine","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, dataDir), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := removeLeases(confDir); !errors.Is(err, trusted.ErrOthers) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := os.Stat(victim); err != nil {
+		t.Errorf("removed by a link of others: %v", err)
 	}
 }
 

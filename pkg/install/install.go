@@ -20,6 +20,7 @@ import (
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/internal/filelock"
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -78,7 +79,7 @@ func Plugins(ctx context.Context, from, to string) ([]string, error) {
 	if err := checkSource(from, to); err != nil {
 		return nil, fmt.Errorf("install plugins: %w", err)
 	}
-	if err := os.MkdirAll(paths.StateDir, 0o755); err != nil {
+	if err := trusted.MkdirAll(paths.StateDir, 0o755); err != nil {
 		return nil, fmt.Errorf("install plugins: %w", err)
 	}
 	in, err := loadInstalled()

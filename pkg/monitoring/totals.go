@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/cmdlog"
 )
 
@@ -101,7 +102,7 @@ func (b *spoolCounter) makeSpool() error {
 	if b.spool == "" {
 		return nil
 	}
-	if err := os.MkdirAll(b.spool, 0o700); err != nil {
+	if err := trusted.MkdirAll(b.spool, 0o700); err != nil {
 		return fmt.Errorf("make the spool of records: %w", err)
 	}
 	return nil

@@ -4,7 +4,11 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/config/netconf"
 )
 
@@ -29,13 +33,29 @@ func newLogger(stderr io.Writer, c netconf.Config) *slog.Logger {
 	return log
 }
 
+// openLog opens the file in a folder in which others may be able to write, as in some systems' /var/log.
 func openLog(path string) (*os.File, error) {
-	if info, err := os.Stat(path); err == nil && info.Size() >= logLimit {
+	if err := trusted.Way(filepath.Dir(path)); err != nil {
+		return nil, err
+	}
+	if info, err := os.Lstat(path); err == nil && info.Size() >= logLimit {
 		// If two processes rotate at once, the second moves a young file over the old one. Some log lines are lost then,
 		// which is better than a lock on the way of every pod.
 		if err := os.Rename(path, path+".1"); err != nil {
 			return nil, err
 		}
 	}
-	return os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	const flags = unix.O_WRONLY | unix.O_APPEND | unix.O_CREAT | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK // a FIFO would block
+	fd, err := unix.Open(path, flags, 0o600)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	if err = trusted.Plain(fd, path); err == nil {
+		err = unix.SetNonblock(fd, false)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -47,7 +48,7 @@ func Become(ctx context.Context, c config.Config, environ []string, savedMode fu
 	}
 	socket := Socket(c.Tailscale, config.ModeDaemon)
 	for dir, mode := range map[string]os.FileMode{paths.TailscaleStateDir: 0o700, filepath.Dir(socket): 0o755} {
-		if err := os.MkdirAll(dir, mode); err != nil {
+		if err := trusted.MkdirAll(dir, mode); err != nil {
 			return fmt.Errorf("start tailscaled: %w", err)
 		}
 	}

@@ -128,6 +128,7 @@ var rules = []rule{
 	{"Robustness", "any input and environment: no panic, no hang, an error of the right form, nothing left", both, []string{"TestAnyInput", "FuzzConfig", "pkg/config/netconf.FuzzConfig", "pkg/ipam.FuzzParseConfig"}},
 	{"Robustness", "an environment that no runtime should give: namespaces of the node itself and of the machine's first process, paths that are none, names, arguments; nothing of the node changes, and no other pod suffers", plugin, []string{"TestHostileEnvironment", "TestFirstProcess"}},
 	{"Robustness", "a plugin of CNI_PATH is run only from an absolute folder, and not where anybody may write it", plugin, []string{"TestHostilePath"}},
+	{"Robustness", "dataDir, log_file and daemon_socket where others have planted links, FIFOs and files: no file of others is written, and the error says what to do", plugin, []string{"TestHostileDataDir", "TestHostileLogFile", "TestHostileSpool"}},
 	{"Robustness", "input without end", both, []string{"internal/cnimain.TestInputWithoutEnd", "internal/cnimain.TestInputThatDoesNotEnd"}},
 	{"Robustness", "neither the input nor a secret in it comes out in errors or logs", both, []string{"TestNothingLeaksOut"}},
 	{"Robustness", "system calls that signals interrupt", plugin, []string{"TestSignals"}},

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/procfs"
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/config/paths"
 )
 
@@ -228,7 +229,11 @@ func (tx *Tx) close() {
 	}
 }
 
+// openNet opens the network's folder, which only root may be able to change: what is done in it is done by name.
 func (s *Store) openNet(create bool) (int, error) {
+	if err := trusted.Folder(s.dir); err != nil {
+		return -1, fmt.Errorf("use %s for leases: %w", s.dir, err)
+	}
 	open := func() (int, error) { return s.fs.Open(unix.AT_FDCWD, s.dir, unix.O_RDONLY|unix.O_DIRECTORY, 0) }
 	fd, err := open()
 	if errors.Is(err, unix.ENOENT) {
@@ -237,6 +242,9 @@ func (s *Store) openNet(create bool) (int, error) {
 		}
 		if err := s.mkdirs(s.dir, 0o700); err != nil {
 			return -1, err
+		}
+		if err := trusted.Folder(s.dir); err != nil { // somebody was faster in a folder that all can write
+			return -1, fmt.Errorf("use %s for leases: %w", s.dir, err)
 		}
 		fd, err = open()
 	}
@@ -251,6 +259,9 @@ func (s *Store) mkdirs(path string, mode uint32) error {
 	err := s.fs.Mkdir(unix.AT_FDCWD, path, mode)
 	if errors.Is(err, unix.ENOENT) && filepath.Dir(path) != path {
 		if err := s.mkdirs(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := trusted.Way(path); err != nil {
 			return err
 		}
 		err = s.fs.Mkdir(unix.AT_FDCWD, path, mode)
