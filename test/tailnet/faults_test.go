@@ -322,11 +322,14 @@ func (w *broken) testPodLink(t *testing.T, p *lab.Pod) {
 	for _, damage := range []string{
 		"ip route flush dev LINK; ip -6 route flush dev LINK", "ip link set LINK down; ip link set LINK up", "ip link set LINK down",
 		"sysctl -qw net.ipv6.conf.LINK.disable_ipv6=1; sysctl -qw net.ipv6.conf.LINK.disable_ipv6=0",
+		// The kernel tells of no change of these: the daemon sees them whenever it looks.
+		"sysctl -qw net.ipv4.conf.LINK.arp_ignore=0 net.ipv6.conf.LINK.accept_ra=2; ip link set LINK down; ip link set LINK up",
 	} {
 		began := time.Now()
 		labtest.Sh(t, p.Node.Machine, "%s", strings.ReplaceAll(damage, "LINK", link[1]))
 		labtest.Eventually(t, damage, func() error {
-			_, err := p.Node.Run(labtest.Within(t), "sh", "-c", fmt.Sprintf("ip route get %s | grep -q %s && ip -6 route get %s | grep -q %[2]s", p.Addr(false), link[1], p.Addr(true)))
+			_, err := p.Node.Run(labtest.Within(t), "sh", "-c", fmt.Sprintf("ip route get %s | grep -q %s && ip -6 route get %s | grep -q %[2]s && "+
+				"[ \"$(cat /proc/sys/net/ipv4/conf/%[2]s/arp_ignore /proc/sys/net/ipv6/conf/%[2]s/accept_ra | xargs)\" = '8 0' ]", p.Addr(false), link[1], p.Addr(true)))
 			return err
 		})
 		f.WaitBack(t, began)

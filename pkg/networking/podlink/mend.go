@@ -3,6 +3,7 @@ package podlink
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"slices"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/rtnl"
+	"github.com/headcni/headcni/internal/sysctl"
 )
 
 // Leased is a pod's attachment as its lease has it, which nobody but us can write, or as it was when nothing was lacking.
@@ -18,14 +20,31 @@ type Leased struct {
 	Addrs                        []netip.Addr
 }
 
-// Lack is what the host's end of one pod's link lacks of what Attach gave it: being up, the gateway's address, routes. Neighbours come
-// and go with these; one that is deleted alone the kernel finds again.
+// Lack is what the host's end of one pod's link lacks of what Attach gave it: being up, the gateway's address, routes, sysctls (that of
+// forwarding is package noderoutes'). Neighbours come and go with these; one that is deleted alone the kernel finds again.
 type Lack struct {
 	link    rtnl.Link
 	pod     Leased
 	down    bool
 	gateway bool // the IPv6 one's address
 	routes  []netip.Addr
+	sysctls []setting
+}
+
+// setting is a sysctl and the value that it is to have.
+type setting struct{ key, value string }
+
+// hostSettings are those of a link's host's end: see hostSysctls.
+func hostSettings(link string) []setting {
+	return []setting{{sysctl.IPv4LinkARPIgnore(link), sysctl.ARPIgnoreAll}, {sysctl.IPv6Link(link, "accept_ra"), "0"}}
+}
+
+// changed are the settings that have another value. One that cannot be read, as without IPv6, has none.
+func changed(want []setting) []setting {
+	return slices.DeleteFunc(want, func(s setting) bool {
+		have, err := sysctl.Read(s.key)
+		return err != nil || have == s.value
+	})
 }
 
 // String says what is lacking, for people.
@@ -39,6 +58,9 @@ func (l Lack) String() string {
 	}
 	for _, a := range l.routes {
 		what = append(what, "no route to "+a.String())
+	}
+	for _, s := range l.sysctls {
+		what = append(what, s.key+" is not "+s.value)
 	}
 	return fmt.Sprintf("link %s of container %s (%s): %s", l.link.Name, l.pod.ContainerID, l.pod.IfName, strings.Join(what, ", "))
 }
@@ -59,14 +81,14 @@ func (h *Handle) Lacks(pods []Leased) (found []Lack, err error) {
 		if !ok || link.Alias == "" || !belongsTo(link.Alias, p.ContainerID, p.IfName) || !strings.HasPrefix(link.Alias, p.Network+" ") {
 			continue
 		}
-		l := Lack{link: link, pod: p, down: !link.Up}
+		l := Lack{link: link, pod: p, down: !link.Up, sysctls: changed(hostSettings(link.Name))}
 		for _, a := range p.Addrs {
 			if !slices.Contains(routes[link.Index], a) {
 				l.routes = append(l.routes, a)
 			}
 			l.gateway = l.gateway || a.Is6() && !gateways[link.Index]
 		}
-		if l.down || l.gateway || len(l.routes) > 0 {
+		if l.down || l.gateway || len(l.routes)+len(l.sysctls) > 0 {
 			found = append(found, l)
 		}
 	}
@@ -82,6 +104,11 @@ func (h *Handle) Mend(l Lack) error {
 	}
 	if slices.ContainsFunc(l.pod.Addrs, netip.Addr.Is6) {
 		if err := switchIPv6On(l.link.Name); err != nil {
+			return err
+		}
+	}
+	for _, s := range l.sysctls {
+		if err := sysctl.Write(s.key, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) { // or the link has gone
 			return err
 		}
 	}

@@ -18,6 +18,8 @@ func TestMend(t *testing.T) {
 		"IPv6 off and on":     "echo 1 >/proc/sys/net/ipv6/conf/LINK/disable_ipv6; echo 0 >/proc/sys/net/ipv6/conf/LINK/disable_ipv6",
 		"IPv6 off":            "echo 1 >/proc/sys/net/ipv6/conf/LINK/disable_ipv6",
 		"the gateway's moved": "ip -6 addr del fe80::1/64 dev LINK",
+		"ARP is answered":     "echo 0 >/proc/sys/net/ipv4/conf/LINK/arp_ignore",
+		"RAs are taken":       "echo 2 >/proc/sys/net/ipv6/conf/LINK/accept_ra",
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -27,7 +29,7 @@ func TestMend(t *testing.T) {
 			pods := []Leased{{spec.Network, "c1", "eth0", []netip.Addr{addr4, addr6}}, {spec.Network, "ended", "eth0", []netip.Addr{netip.MustParseAddr("10.244.1.9")}}}
 			state := func() string {
 				return n.host.Run(t, "sh", "-c", "ip -4 route show dev "+l.HostName+"; ip -6 route show dev "+l.HostName+" proto static; ip neigh show dev "+l.HostName+
-					" nud permanent; ip -6 -o addr show dev "+l.HostName+" to fe80::1 | tr -s ' '; ip -o link show up dev "+l.HostName+" | cut -d' ' -f2")
+					" nud permanent; ip -6 -o addr show dev "+l.HostName+" to fe80::1 | tr -s ' '; ip -o link show up dev "+l.HostName+" | cut -d' ' -f2; cat /proc/sys/net/ipv4/conf/"+l.HostName+"/arp_ignore /proc/sys/net/ipv6/conf/"+l.HostName+"/accept_ra")
 			}
 			lacks := func() (found []Lack) {
 				on(t, n.host, func(h *Handle) (err error) { found, err = h.Lacks(pods); return err })
