@@ -63,6 +63,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.shared, err = noderoutes.SharedWithTailnet(); err != nil {
 		return o, err
 	}
+	o.nameservers = nameservers("/")
 	if o.nodeAddr4, err = sourceAddr(unix.AF_INET); err != nil {
 		return o, err
 	}

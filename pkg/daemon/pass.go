@@ -156,7 +156,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return d.member.Check(ctx, s.seen.Seen)
 		}},
 		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), strangers(s.seen), smallPath(s.seen.path))
+			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), farResolver(s.seen), strangers(s.seen), smallPath(s.seen.path))
 		}},
 		{Name: partGuard, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return nil, d.guardTest.result(ctx, s.plan.firewall, func(passed *bool) {

@@ -33,6 +33,8 @@ type observation struct {
 	sites []netip.Prefix
 	// shared are networks that the host has inside the tailnet's IPv4 range.
 	shared []netip.Prefix
+	// nameservers are the host's.
+	nameservers []netip.Addr
 	// nodeAddr4 and nodeAddr6 are the node's own addresses towards its pods; the zero Addr where it has none.
 	nodeAddr4, nodeAddr6 netip.Addr
 	// prefs are tailscaled's now, nil while it does not answer.
