@@ -2,7 +2,9 @@ package hosts
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/headcni/headcni/internal/lab"
@@ -34,4 +36,31 @@ func TestPodsReachResolverOnly(t *testing.T) {
 	if err != nil || len(addrs) == 0 {
 		t.Errorf("a pod asks the resolver: %v, %v", addrs, err)
 	}
+}
+
+// A host whose name server is in the tailnet's range, as some clouds' are: status says that pods do not reach it, until the host has a
+// route of its own to it.
+func TestFarResolver(t *testing.T) {
+	w := surroundings.Enter(t)
+	n := w.b // a host's own tailscaled writes resolv.conf itself
+	const server = "100.101.2.136"
+	labtest.Sh(t, n.Machine, "cp /etc/resolv.conf /etc/resolv.conf.before")
+	t.Cleanup(func() {
+		labtest.Sh(t, n.Machine, "mv /etc/resolv.conf.before /etc/resolv.conf; ip route del %s 2>/dev/null || :", server)
+	})
+	said := func(want bool) {
+		t.Helper()
+		labtest.Eventually(t, fmt.Sprintf("status names the name server: %t", want), func() error {
+			if text, ready := partOf(t, n, "foreign"); strings.Contains(text, server) != want || !ready {
+				return fmt.Errorf("ready %t: %q", ready, text)
+			}
+			return nil
+		})
+	}
+	said(false)
+	// A rule that is gone makes the daemon look.
+	labtest.Sh(t, n.Machine, "echo nameserver %s > /etc/resolv.conf; ip rule del pref 5194", server)
+	said(true)
+	labtest.Sh(t, n.Machine, "ip route add %s dev eth0", server)
+	said(false)
 }
