@@ -29,7 +29,7 @@ func newMetrics(version string) *metrics {
 			Name: "headcni_controller_nodes", Help: "Nodes by how Headscale sees them: routed, pending, refused, unknown, unseen, or unjoined.",
 		}, []string{"state"}),
 		findings: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "headcni_policy_findings", Help: "1 for each thing that somebody should change in Headscale, by what was checked.",
+			Name: "headcni_policy_findings", Help: "1 for each thing in Headscale that somebody should see to, by what was checked.",
 		}, []string{"check"}),
 		joinKey: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "headcni_join_key_expiry_timestamp_seconds", Help: "When the key that nodes join with expires, 0 where it is not known.",

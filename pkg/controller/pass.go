@@ -86,6 +86,9 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	if p.held > 0 {
 		findings = append(slices.Clone(findings), finding{checkRemovals, p.heldText(o)})
 	}
+	if p.claimed != "" {
+		findings = append(slices.Clone(findings), finding{checkClaims, p.claimed})
+	}
 	c.report(ctx, withViews(nodes, p.views), findings, true)
 	return p.pending, errors.Join(keyErr, err)
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -29,6 +30,8 @@ type plan struct {
 	full error
 	// expiring says which Nodes are about to drop out of the tailnet, and what to do, "" where none is.
 	expiring string
+	// claimed says which nodes of the tailnet advertise ranges of pods that are not theirs, "" where none does.
+	claimed string
 	// pending: something is under way, look again soon.
 	pending bool
 	memory  memory
@@ -71,6 +74,7 @@ func makePlan(o observation) plan {
 	}
 	p.remember(o, claims, granted)
 	p.expiring = o.expiring(claims)
+	p.claimed = o.foreignClaims(claims, granted, known, ranges)
 	p.allocate, p.full = o.allocate()
 	return p
 }
@@ -128,6 +132,37 @@ func (o observation) claims(known memberIndex) (byNode map[string]headscale.Node
 		}
 	}
 	return byNode, refused
+}
+
+// foreignClaims names the nodes of the tailnet that advertise a range of pods that is not theirs: they get no traffic, since nobody
+// approves it, but somebody tries. What a node had until now, or is about to have under its Node's name, is its own.
+func (o observation) foreignClaims(claims map[string]headscale.Node, granted map[string]grant, known memberIndex, ranges *netset.Set) string {
+	own := map[headscale.ID][]netip.Prefix{}
+	byName := map[string][]netip.Prefix{}
+	for _, n := range o.nodes {
+		if t, ok := claims[n.name]; ok {
+			own[t.ID] = append(own[t.ID], granted[n.name].cidrs...)
+		}
+		byName[plainName(n.name)] = n.cidrs
+	}
+	var out []string
+	for _, t := range o.tailnet {
+		if _, is := own[t.ID]; !t.Online || !is && o.now.Sub(t.Created) < secondLook {
+			continue // away, or just about to say which Node it is
+		}
+		m, _ := known.of(t)
+		strange := netset.Without(t.Available, slices.Concat(own[t.ID], m.Routes, byName[plainName(t.Hostname)]))
+		strange = slices.DeleteFunc(strange, func(r netip.Prefix) bool { _, within := ranges.Covering(r); return !within })
+		if len(strange) > 0 {
+			out = append(out, fmt.Sprintf("node %s (%s) advertises %v", t.ID, printable.Cut(t.Name, 60), strange))
+		}
+	}
+	if len(out) == 0 {
+		return ""
+	}
+	slices.Sort(out)
+	return "ranges of pods are advertised by nodes of the tailnet whose they are not. The controller approves none of it; if such a node is none of the " +
+		"cluster's, or was broken into, remove it (headscale nodes delete -i ID): " + abridge(out)
 }
 
 // plainName makes names comparable: Headscale's versions differ in what they make of dots and of long names.
@@ -192,7 +227,18 @@ func (o observation) grant(claims map[string]headscale.Node, known memberIndex) 
 	order := slices.Clone(o.nodes)
 	rank := map[string]int{}
 	for _, n := range o.nodes {
-		if m, ok := known.of(claims[n.name]); ok && m.Node == n.name && len(n.cidrs) > 0 && len(netset.Without(n.cidrs, m.Routes)) == 0 {
+		t, joined := claims[n.name]
+		if !joined || len(n.cidrs) == 0 {
+			continue
+		}
+		// Where the memory was lost, Headscale says what was approved.
+		had := t.Approved
+		if m, ok := known.of(t); ok {
+			if had = m.Routes; m.Node != n.name {
+				continue
+			}
+		}
+		if len(netset.Without(n.cidrs, had)) == 0 {
 			rank[n.name] = -1
 		}
 	}

@@ -23,9 +23,10 @@ const (
 	checkRanges        = "ranges"    // pod CIDRs are left to give to Nodes
 	checkNodeKeys      = "node-keys" // of Nodes, that do not expire
 	checkRemovals      = "removals"  // few enough nodes are stale to be removed at once
+	checkClaims        = "claims"    // no node advertises pods of another
 )
 
-var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkCGNAT, checkRanges, checkNodeKeys, checkRemovals}
+var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkCGNAT, checkRanges, checkNodeKeys, checkRemovals, checkClaims}
 
 // finding is something that somebody should change.
 type finding struct {
