@@ -8,7 +8,10 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/internal/filelock"
+	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
@@ -31,8 +34,12 @@ type pidLock struct {
 
 // lock makes sure that one daemon runs.
 func lock(ctx context.Context, path string) (*pidLock, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
+		return nil, err
+	}
+	if err := trusted.Plain(int(f.Fd()), path); err != nil { // it is truncated below
+		f.Close()
 		return nil, err
 	}
 	if err := filelock.Lock(ctx, f, lockWait); err != nil {
