@@ -307,12 +307,14 @@ func (s *stolen) testTailscaled(t *testing.T) {
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(time.Second) {
 		s.notWider(t, before)
 	}
+	s.told(t, "advertises [", theirs.Spec.PodCIDRs[0])
 	if err := patch(c, s.node.Name, annotation(kube.NodeKey, theirs.Annotations[kube.NodeKey]))(within(t, time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(time.Second) {
 		s.notWider(t, before)
 	}
+	s.told(t, "is not what it says it is")
 	// The other's pods are reached where they are.
 	from := s.echo[s.holder.Name]
 	for _, p := range s.echo {
@@ -325,6 +327,23 @@ func (s *stolen) testTailscaled(t *testing.T) {
 			}
 		}
 	}
+}
+
+// told waits for an Event with all of these words.
+func (s *stolen) told(t *testing.T, words ...string) {
+	t.Helper()
+	eventually(t, "an Event tells", 2*time.Minute, func(ctx context.Context) error {
+		events, err := s.Client.EventsV1().Events("").List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, e := range events.Items {
+			if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(e.Note, w) }) {
+				return nil
+			}
+		}
+		return fmt.Errorf("no Event with %q among %d", words, len(events.Items))
+	})
 }
 
 // approved are the routes that Headscale has approved, by node.
