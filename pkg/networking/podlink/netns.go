@@ -84,18 +84,30 @@ func openOtherNetns(path string) (fd int, err error) {
 
 // notTheHosts refuses the namespaces in which a pod's interface must never be.
 func notTheHosts(its unix.Stat_t) error {
-	var own, first unix.Stat_t
+	var own unix.Stat_t
 	if err := unix.Stat("/proc/thread-self/ns/net", &own); err != nil {
 		return err
 	}
 	if its.Ino == own.Ino && its.Dev == own.Dev {
 		return errors.New("it is the node's own; a pod on the host network needs no plugin")
 	}
-	// An ordinary user may not look at it, nor enter it.
-	if err := unix.Stat("/proc/1/ns/net", &first); err == nil && its.Ino == first.Ino && its.Dev == first.Dev {
+	if isFirstProcess(its) {
 		return errors.New("it is that of the machine's first process; a pod on the host network needs no plugin")
 	}
 	return nil
+}
+
+// isFirstProcess reports whether all threads of process 1 are in a network namespace. A runtime that is process 1 of a container may
+// have made the pod's namespace on its first thread, which then stays there. An ordinary user may not look, nor enter it.
+func isFirstProcess(its unix.Stat_t) bool {
+	threads, err := filepath.Glob("/proc/1/task/*/ns/net")
+	for _, path := range threads {
+		var at unix.Stat_t
+		if err := unix.Stat(path, &at); err != nil || its.Ino != at.Ino || its.Dev != at.Dev {
+			return false
+		}
+	}
+	return err == nil && len(threads) > 0
 }
 
 // stillThere reports a namespace whose path has gone while it was worked on: then nothing holds it any longer.
