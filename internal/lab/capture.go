@@ -57,7 +57,7 @@ func (l *Lab) CaptureUnderlay() (*Capture, error) {
 		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL)})
 	})
 	if err == nil {
-		c.before, err = l.frames()
+		c.before, err = l.Frames()
 	}
 	if err != nil {
 		if c.file != nil {
@@ -69,18 +69,26 @@ func (l *Lab) CaptureUnderlay() (*Capture, error) {
 	return c, nil
 }
 
-// frames is how many have been on the nodes' wires so far.
-func (l *Lab) frames() (n uint64, err error) {
+// Frames is how many have been on the nodes' wires so far.
+func (l *Lab) Frames() (uint64, error) {
+	n := l.gone.Load()
 	for _, node := range l.Nodes {
-		link, err := l.Control.Net.LinkByName(node.Port)
+		on, err := l.framesOn(node)
 		if err != nil {
 			return 0, err
 		}
-		if s := link.Attrs().Statistics; s != nil {
-			n += s.RxPackets + s.TxPackets
-		}
+		n += on
 	}
 	return n, nil
+}
+
+// framesOn is how many one wire has carried.
+func (l *Lab) framesOn(n *Node) (uint64, error) {
+	link, err := l.Control.Net.LinkByName(n.Port)
+	if err != nil || link.Attrs().Statistics == nil {
+		return 0, err
+	}
+	return link.Attrs().Statistics.RxPackets + link.Attrs().Statistics.TxPackets, nil
 }
 
 // Offsets in an Ethernet frame.
@@ -230,7 +238,7 @@ func (c *Capture) Stop() (Captured, error) {
 	if stats.Drops > 0 {
 		return Captured{}, fmt.Errorf("the capture lost %d of %d packets in clear", stats.Drops, stats.Packets)
 	}
-	total, err := c.lab.frames()
+	total, err := c.lab.Frames()
 	if err != nil {
 		return Captured{}, err
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/headcni/headcni/pkg/config"
@@ -88,6 +89,7 @@ type Lab struct {
 
 	opt  Options
 	lock *os.File
+	gone atomic.Uint64 // frames that wires carried which are no more
 }
 
 // New builds a world and waits until pods can be started on every node and reach each other. Leftovers of labs that

@@ -36,8 +36,9 @@ type Pod struct {
 	Setup time.Duration
 	// Server answers in the pod; nil where PodOptions.Idle was set.
 	Server *Process
+	// ID is the container ID that the plugins know the pod by.
+	ID string
 
-	id  string
 	ns  namespaces
 	opt PodOptions
 }
@@ -100,7 +101,7 @@ func (n *Node) Conflist() (*libcni.NetworkConfigList, error) {
 
 func (p *Pod) runtimeConf() *libcni.RuntimeConf {
 	return &libcni.RuntimeConf{
-		ContainerID: p.id, NetNS: "/run/netns/" + p.Name, IfName: ifName,
+		ContainerID: p.ID, NetNS: "/run/netns/" + p.Name, IfName: ifName,
 		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "lab"}, {"K8S_POD_NAME", p.Name}},
 	}
 }
@@ -108,7 +109,21 @@ func (p *Pod) runtimeConf() *libcni.RuntimeConf {
 // AddPod makes a pod and waits until its process answers. A pod whose ADD fails leaves nothing in the lab; what it
 // leaves on the node is the plugin's affair.
 func (n *Node) AddPod(ctx context.Context, name string, opt PodOptions) (_ *Pod, err error) {
-	p := &Pod{Name: name, Node: n, id: fmt.Sprintf("%s-%s-%d", n.Name, name, time.Now().UnixNano()), opt: opt}
+	p, err := n.Sandbox(ctx, name, opt)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.removeSandbox(context.WithoutCancel(ctx)))
+		}
+	}()
+	return p, p.Attach(ctx)
+}
+
+// Sandbox makes a pod that has no network yet. Attach it, or Remove it.
+func (n *Node) Sandbox(ctx context.Context, name string, opt PodOptions) (_ *Pod, err error) {
+	p := &Pod{Name: name, Node: n, ID: fmt.Sprintf("%s-%s-%d", n.Name, name, time.Now().UnixNano()), opt: opt}
 	if p.opt.Config == nil {
 		if p.opt.Config, err = n.Conflist(); err != nil {
 			return nil, fmt.Errorf("read the conflist of %s: %w", n.Name, err)
@@ -126,22 +141,22 @@ func (n *Node) AddPod(ctx context.Context, name string, opt PodOptions) (_ *Pod,
 		return nil, err
 	}
 	// lo is the runtime's to set up: containerd and CRI-O do it themselves.
-	if _, err := n.Run(ctx, "ip", "-n", name, "link", "set", "lo", "up"); err != nil {
-		return nil, err
-	}
+	_, err = n.Run(ctx, "ip", "-n", name, "link", "set", "lo", "up")
+	return p, err
+}
+
+// Attach calls ADD, and waits until the pod's process answers. A plugin that runs when ctx ends is killed.
+func (p *Pod) Attach(ctx context.Context) error {
 	began := time.Now()
-	result, err := n.CNI().AddNetworkList(ctx, p.opt.Config, p.runtimeConf())
+	result, err := p.Node.CNI().AddNetworkList(ctx, p.opt.Config, p.runtimeConf())
 	p.Setup = time.Since(began)
 	if err != nil {
-		return nil, fmt.Errorf("add %s on %s: %w", name, n.Name, err)
+		return fmt.Errorf("add %s on %s: %w", p.Name, p.Node.Name, err)
 	}
-	if err := p.take(result); err != nil {
-		return nil, err
+	if err := p.take(result); err != nil || p.opt.Idle {
+		return err
 	}
-	if opt.Idle {
-		return p, nil
-	}
-	return p, p.serve(ctx)
+	return p.serve(ctx)
 }
 
 // take reads the addresses out of a result of any version.
@@ -149,6 +164,7 @@ func (p *Pod) take(r types.Result) (err error) {
 	if p.Result, err = current.NewResultFromResult(r); err != nil {
 		return err
 	}
+	p.Addrs = nil
 	for _, ip := range p.Result.IPs {
 		a, ok := netip.AddrFromSlice(ip.Address.IP)
 		if !ok {
@@ -183,14 +199,48 @@ func (p *Pod) Check(ctx context.Context) error {
 	return p.Node.CNI().CheckNetworkList(ctx, p.opt.Config, p.runtimeConf())
 }
 
+// GC has the plugins remove what belongs to no pod of the node but these.
+func (n *Node) GC(ctx context.Context, keep []*Pod) error {
+	list, err := n.Conflist()
+	if err != nil {
+		return fmt.Errorf("read the conflist of %s: %w", n.Name, err)
+	}
+	args := &libcni.GCArgs{ValidAttachments: []types.GCAttachment{}}
+	for _, p := range keep {
+		args.ValidAttachments = append(args.ValidAttachments, types.GCAttachment{ContainerID: p.ID, IfName: ifName})
+	}
+	if err := n.CNI().GCNetworkList(ctx, list, args); err != nil {
+		return fmt.Errorf("collect garbage on %s: %w", n.Name, err)
+	}
+	return nil
+}
+
+// Link is the host's end of the pod's link.
+func (p *Pod) Link() string {
+	for _, i := range p.Result.Interfaces {
+		if i.Sandbox == "" {
+			return i.Name
+		}
+	}
+	return ""
+}
+
 // Remove ends the pod: its process, then DEL, then its namespace.
 func (p *Pod) Remove(ctx context.Context) error {
-	var errs []error
-	if p.Server != nil {
-		errs = append(errs, p.Server.Kill())
+	return errors.Join(p.end(), p.Detach(ctx), p.removeSandbox(ctx))
+}
+
+// Vanish ends the pod without DEL, which may still come: by Detach.
+func (p *Pod) Vanish(ctx context.Context) error {
+	return errors.Join(p.end(), p.removeSandbox(ctx))
+}
+
+// end ends the pod's process.
+func (p *Pod) end() error {
+	if p.Server == nil {
+		return nil
 	}
-	errs = append(errs, p.Detach(ctx))
-	return errors.Join(append(errs, p.removeSandbox(ctx))...)
+	return p.Server.Kill()
 }
 
 // Detach calls DEL and leaves the namespace.

@@ -11,6 +11,9 @@ var disk = []string{"etc/cni", "etc/headcni", "opt/cni", "var/lib/cni", "var/lib
 // Crash ends everything on the node at once, as a power cut does: its processes, its pods and all that its kernel knows.
 // What is on its disk waits for Boot. The node's pods must not be used any more.
 func (n *Node) Crash() error {
+	if on, err := n.lab.framesOn(n); err == nil { // else they are not counted
+		n.lab.gone.Add(on)
+	}
 	n.unplug()
 	mounts := n.ns.mnt
 	n.ns.mnt = nil // stop would close it, and with it goes the disk

@@ -114,6 +114,46 @@ func WantRefused(t testing.TB, what string, from lab.Place, to netip.AddrPort) {
 	}
 }
 
+// Scatter sends a datagram to each address, from new sockets, for which nothing is decided yet. What cannot be sent is as good as
+// nothing on the wire.
+func Scatter(from lab.Place, to ...netip.Addr) error {
+	return from.Do(func() error {
+		for _, a := range to {
+			// With a literal address the dialer stays in this goroutine, and thus on this thread.
+			c, err := (&net.Dialer{FallbackDelay: -1}).Dial("udp", netip.AddrPortFrom(a, lab.EchoPort).String())
+			if err != nil {
+				continue // "network is unreachable"
+			}
+			_, _ = c.Write([]byte("secret")) // the same
+			c.Close()
+		}
+		return nil
+	})
+}
+
+// OfTailnet are the addresses of a tailnet's first devices, of tailscaled's own resolver, and of nobody.
+func OfTailnet(v6 bool) []netip.Addr {
+	if v6 {
+		return addrs("fd7a:115c:a1e0::1", "fd7a:115c:a1e0::2", "fd7a:115c:a1e0::3", "fd7a:115c:a1e0::53", "fd7a:115c:a1e0:77::4")
+	}
+	return addrs("100.64.0.1", "100.64.0.2", "100.64.0.3", "100.100.100.100", "100.127.3.4")
+}
+
+// OfNobody are addresses of the cluster's that no pod has: one of the first node's, one of a node that there is not.
+func OfNobody(v6 bool) []netip.Addr {
+	if v6 {
+		return addrs("fd00:244:1::fa", "fd00:244:c8::1")
+	}
+	return addrs("10.244.1.250", "10.244.200.1")
+}
+
+func addrs(texts ...string) (out []netip.Addr) {
+	for _, t := range texts {
+		out = append(out, netip.MustParseAddr(t))
+	}
+	return out
+}
+
 // Flows are streams between pods, of both families.
 type Flows []*lab.Stream
 

@@ -1,7 +1,6 @@
 package hosts
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -119,7 +118,7 @@ func (c *wire) never(t *testing.T, do func()) {
 	got := c.watch(t, do, func() {
 		for _, v6 := range []bool{false, true} {
 			for _, f := range c.senders() {
-				f.burst(t.Context(), v6)
+				f.burst(t, v6)
 			}
 		}
 	})
@@ -148,32 +147,15 @@ func (c *wire) senders() []sender {
 	return []sender{{"a pod", c.a1, c.b1, !c.quiet}, {"a node", c.a, c.b1, false}, {"a pod", c.b1, c.a1, !c.quiet}, {"a node", c.b, c.a1, false}}
 }
 
-// tailnetAddrs are those of the first devices, of tailscaled's own resolver, and of nobody.
-var tailnetAddrs = [][]netip.Addr{
-	{netip.MustParseAddr("100.64.0.1"), netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("100.64.0.3"), netip.MustParseAddr("100.100.100.100"),
-		netip.MustParseAddr("100.127.3.4")},
-	{netip.MustParseAddr("fd7a:115c:a1e0::1"), netip.MustParseAddr("fd7a:115c:a1e0::2"), netip.MustParseAddr("fd7a:115c:a1e0::3"),
-		netip.MustParseAddr("fd7a:115c:a1e0::53"), netip.MustParseAddr("fd7a:115c:a1e0:77::4")},
-}
-
-// burst sends from new sockets, for which nothing is decided yet, to a pod and to addresses of the cluster's that nobody
-// has.
-func (s sender) burst(ctx context.Context, v6 bool) {
-	nobody := [][]netip.Addr{
-		{netip.MustParseAddr("10.244.1.250"), netip.MustParseAddr("fd00:244:1::fa")},
-		{netip.MustParseAddr("10.244.200.1"), netip.MustParseAddr("fd00:244:c8::1")},
-	}
-	to := []netip.Addr{s.to.Addr(v6), nobody[0][labtest.Index(v6)], nobody[1][labtest.Index(v6)]}
+// burst sends to a pod and to addresses of the cluster's that nobody has.
+func (s sender) burst(t *testing.T, v6 bool) {
+	t.Helper()
+	to := append(labtest.OfNobody(v6), s.to.Addr(v6))
 	if s.tailnet {
-		to = append(to, tailnetAddrs[labtest.Index(v6)]...)
+		to = append(to, labtest.OfTailnet(v6)...)
 	}
-	for _, to := range to {
-		conn, err := s.from.Dial(ctx, "udp", netip.AddrPortFrom(to, lab.EchoPort).String())
-		if err != nil {
-			continue // "network is unreachable" is as good as nothing on the wire
-		}
-		_, _ = conn.Write([]byte("secret")) // the same
-		conn.Close()
+	if err := labtest.Scatter(s.from, to...); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -458,7 +440,7 @@ func TestNeverInClearShapes(t *testing.T) {
 func (c *wire) shapes(t *testing.T) {
 	t.Helper()
 	for i, v6 := range []bool{false, true} {
-		to := append([]netip.Addr{c.outside[i].Addr(), clusterIPs[i].Addr(), lab.ServiceCIDRs[i].Addr().Next()}, tailnetAddrs[i]...)
+		to := append([]netip.Addr{c.outside[i].Addr(), clusterIPs[i].Addr(), lab.ServiceCIDRs[i].Addr().Next()}, labtest.OfTailnet(v6)...)
 		for _, p := range []*lab.Pod{c.a1, c.b1} {
 			err := p.Do(func() error {
 				for _, dst := range to {
@@ -496,7 +478,7 @@ func TestNeverInClearNegativeControl(t *testing.T) {
 	}
 	for _, s := range c.senders() {
 		for _, v6 := range []bool{false, true} {
-			got := c.watch(t, func() {}, func() { s.burst(t.Context(), v6) })
+			got := c.watch(t, func() {}, func() { s.burst(t, v6) })
 			if got.Clear == 0 {
 				t.Errorf("from %s to a pod of %s, %s: none of %d packets is in clear", s.name, s.to.Node.Name, labtest.Family(v6), got.Total)
 			}
