@@ -174,8 +174,27 @@ func (c *Capture) count(frame []byte) {
 	}
 	c.clear++
 	if len(c.examples) < maxExamples {
-		c.examples = append(c.examples, fmt.Sprintf("%s > %s", src, dst))
+		c.examples = append(c.examples, fmt.Sprintf("%s > %s%s", src, dst, carried(frame[offIP:])))
 	}
+}
+
+// carried says what an IP packet carries: the protocol's number, and the ports or an ICMP's type and code.
+func carried(ip []byte) string {
+	protocol, header := int(ip[9]), int(ip[0]&15)*4
+	if ip[0]>>4 == 6 {
+		protocol, header = int(ip[6]), 40
+	}
+	if len(ip) < header+4 {
+		return fmt.Sprintf(" protocol %d", protocol)
+	}
+	b := ip[header:]
+	switch protocol {
+	case unix.IPPROTO_TCP, unix.IPPROTO_UDP:
+		return fmt.Sprintf(" protocol %d, ports %d > %d", protocol, binary.BigEndian.Uint16(b), binary.BigEndian.Uint16(b[2:]))
+	case unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6:
+		return fmt.Sprintf(" ICMP %d.%d", b[0], b[1])
+	}
+	return fmt.Sprintf(" protocol %d", protocol)
 }
 
 // outermost are the addresses of the first IP header of an Ethernet frame.
@@ -216,7 +235,7 @@ func (c *Capture) Clear() int {
 type Captured struct {
 	// Total are all frames, Clear those in clear.
 	Total, Clear int
-	Examples     []string // "source > destination" of the first packets in clear
+	Examples     []string // "source > destination", and what is carried, of the first packets in clear
 }
 
 // Stop ends the capture. It fails where the kernel had to drop frames: then nobody knows what was in them.
