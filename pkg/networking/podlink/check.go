@@ -114,15 +114,15 @@ func (c *check) hostSide() {
 		} else if route.OIF != c.hostLink.Index {
 			c.fault("host route to %s does not lead to %s", a, c.hostLink.Name)
 		}
-		c.neigh("host", neighs, a, c.podLink.MAC)
+		c.neigh("host", neighs, c.hostLink.Index, a, c.podLink.MAC)
 	}
 }
 
 // macHint: the kernel forgets a link's neighbours when somebody sets its hardware address.
 const macHint = "if another plugin set the pod's hardware address, give the capability mac to headcni instead"
 
-func (c *check) neigh(side string, have map[netip.Addr]net.HardwareAddr, a netip.Addr, mac net.HardwareAddr) {
-	got, ok := have[a]
+func (c *check) neigh(side string, have map[neighbour]net.HardwareAddr, link int, a netip.Addr, mac net.HardwareAddr) {
+	got, ok := have[neighbour{link, a}]
 	if !ok {
 		c.fault("%s neighbour %s is missing; %s", side, a, macHint)
 	} else if got.String() != mac.String() {
@@ -212,7 +212,7 @@ func (c *check) podRoutes() {
 		// Routes of other plugins may have next hops elsewhere; ours lead to the host's end.
 		if ours := r.Gateway == Gateway4 || r.Gateway == Gateway6; ours && !checked[r.Gateway] {
 			checked[r.Gateway] = true
-			c.neigh("pod", neighs, r.Gateway, c.hostLink.MAC)
+			c.neigh("pod", neighs, c.podLink.Index, r.Gateway, c.hostLink.MAC)
 		}
 	}
 }
@@ -281,22 +281,30 @@ func (c *check) noteRoute(have routePlaces, b []byte) {
 	}
 }
 
-// listNeighs lists the permanent neighbours on a link.
-func listNeighs(c *rtnl.Conn, index int) (map[netip.Addr]net.HardwareAddr, error) {
+// neighbour is an address on a link.
+type neighbour struct {
+	link int
+	addr netip.Addr
+}
+
+// listNeighs lists the permanent neighbours on a link, on all where index is 0.
+func listNeighs(c *rtnl.Conn, index int) (map[neighbour]net.HardwareAddr, error) {
 	r := rtnl.Request{What: "list neighbours", Type: unix.RTM_GETNEIGH}
 	r.Bytes(unix.AF_UNSPEC, 0, 0, 0)
 	r.Uint32(uint32(index))
 	r.Bytes(0, 0, 0, 0)
-	r.AttrUint32(unix.NDA_IFINDEX, uint32(index))
-	have := map[netip.Addr]net.HardwareAddr{}
+	if index != 0 {
+		r.AttrUint32(unix.NDA_IFINDEX, uint32(index))
+	}
+	have := map[neighbour]net.HardwareAddr{}
 	err := c.Dump(r, func(b []byte) {
 		if len(b) < unix.SizeofNdMsg {
 			return
 		}
 		m := (*unix.NdMsg)(unsafe.Pointer(&b[0]))
 		attrs := rtnl.Attrs(b[unix.SizeofNdMsg:])
-		if a, ok := netip.AddrFromSlice(attrs[unix.NDA_DST]); ok && int(m.Ifindex) == index && m.State&unix.NUD_PERMANENT != 0 {
-			have[a] = slices.Clone(attrs[unix.NDA_LLADDR]) // the buffer is used again
+		if a, ok := netip.AddrFromSlice(attrs[unix.NDA_DST]); ok && (index == 0 || int(m.Ifindex) == index) && m.State&unix.NUD_PERMANENT != 0 {
+			have[neighbour{int(m.Ifindex), a}] = slices.Clone(attrs[unix.NDA_LLADDR]) // the buffer is used again
 		}
 	})
 	return have, err

@@ -20,14 +20,15 @@ type Leased struct {
 	Addrs                        []netip.Addr
 }
 
-// Lack is what the host's end of one pod's link lacks of what Attach gave it: being up, the gateway's address, routes, sysctls (that of
-// forwarding is package noderoutes'). Neighbours come and go with these; one that is deleted alone the kernel finds again.
+// Lack is what the host's end of one pod's link lacks of what Attach gave it: being up, the gateway's address, routes, neighbours,
+// sysctls (that of forwarding is package noderoutes').
 type Lack struct {
 	link    rtnl.Link
 	pod     Leased
 	down    bool
 	gateway bool // the IPv6 one's address
 	routes  []netip.Addr
+	neighs  []netip.Addr
 	sysctls []setting
 }
 
@@ -59,6 +60,9 @@ func (l Lack) String() string {
 	for _, a := range l.routes {
 		what = append(what, "no route to "+a.String())
 	}
+	for _, a := range l.neighs {
+		what = append(what, "no neighbour "+a.String())
+	}
 	for _, s := range l.sysctls {
 		what = append(what, s.key+" is not "+s.value)
 	}
@@ -76,6 +80,10 @@ func (h *Handle) Lacks(pods []Leased) (found []Lack, err error) {
 	if err != nil {
 		return nil, err
 	}
+	neighs, err := listNeighs(c, 0)
+	if err != nil {
+		return nil, err
+	}
 	for _, p := range pods {
 		link, ok := links[Name(p.ContainerID, p.IfName)]
 		if !ok || link.Alias == "" || !belongsTo(link.Alias, p.ContainerID, p.IfName) || !strings.HasPrefix(link.Alias, p.Network+" ") {
@@ -87,8 +95,11 @@ func (h *Handle) Lacks(pods []Leased) (found []Lack, err error) {
 				l.routes = append(l.routes, a)
 			}
 			l.gateway = l.gateway || a.Is6() && !gateways[link.Index]
+			if neighs[neighbour{link.Index, a}] == nil {
+				l.neighs = append(l.neighs, a)
+			}
 		}
-		if l.down || l.gateway || len(l.routes)+len(l.sysctls) > 0 {
+		if l.down || l.gateway || len(l.routes)+len(l.neighs)+len(l.sysctls) > 0 {
 			found = append(found, l)
 		}
 	}
@@ -119,7 +130,7 @@ func (h *Handle) Mend(l Lack) error {
 	for _, a := range l.routes {
 		steps = append(steps, addRoute("host", l.link.Index, Route{Dst: netip.PrefixFrom(a, a.BitLen())}))
 	}
-	// Neighbours go with a link that is set down, too. Without the pod's hardware address the kernel asks for it by itself.
+	// Without the pod's hardware address the kernel asks for it by itself.
 	if peer, err := c.PeerOf(l.link); err == nil {
 		for _, a := range l.pod.Addrs {
 			steps = append(steps, addNeigh("host", l.link.Index, a, peer.MAC))

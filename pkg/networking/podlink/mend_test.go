@@ -17,6 +17,7 @@ func TestMend(t *testing.T) {
 		"addresses flushed":   "ip addr flush dev LINK",
 		"IPv6 off and on":     "echo 1 >/proc/sys/net/ipv6/conf/LINK/disable_ipv6; echo 0 >/proc/sys/net/ipv6/conf/LINK/disable_ipv6",
 		"IPv6 off":            "echo 1 >/proc/sys/net/ipv6/conf/LINK/disable_ipv6",
+		"neighbours flushed":  "ip neigh flush dev LINK nud permanent",
 		"the gateway's moved": "ip -6 addr del fe80::1/64 dev LINK",
 		"ARP is answered":     "echo 0 >/proc/sys/net/ipv4/conf/LINK/arp_ignore",
 		"RAs are taken":       "echo 2 >/proc/sys/net/ipv6/conf/LINK/accept_ra",
