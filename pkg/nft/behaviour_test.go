@@ -201,6 +201,43 @@ func TestNeverInClear(t *testing.T) {
 	}
 }
 
+// What one tailnet address sends to another leaves by the tunnel or not at all, whoever has which: answers of the node carry what its
+// pods were sent. From its other addresses the host reaches what is beside it in the same range, in IPv4.
+func TestTailnetNeverInClear(t *testing.T) {
+	t.Parallel()
+	for family, a := range worldAddrs {
+		t.Run(family, func(t *testing.T) {
+			w := newWorld(t)
+			lost := map[string]netip.Addr{"IPv4": netip.MustParseAddr("100.64.0.50"), "IPv6": netip.MustParseAddr("fd7a:115c:a1e0::50")}[family]
+			for _, dst := range []netip.Addr{a.device, lost} {
+				w.node.Run(t, "ip", "route", "replace", dst.String(), "via", a.lan.String())
+				w.own(w.lan, "eth0", dst)
+			}
+			w.tn.Run(t, "ip", "route", "replace", lost.String(), "via", a.nodeTailnet.String())
+			packets := map[string]packet{
+				"the node's tailnet address": {from: w.node, src: a.nodeTailnet, to: w.lan, dst: a.device},
+				"a device":                   {from: w.tn, src: a.device, to: w.lan, dst: lost},
+			}
+			w.sync(typical())
+			for name, p := range packets {
+				if got := w.heard(p); got.IsValid() {
+					t.Errorf("from %s: a packet went out in clear, as %v", name, got)
+				}
+			}
+			resolver := packet{from: w.node, src: a.node, to: w.lan, dst: a.device}
+			if family == "IPv4" && !w.waitFor(resolver).IsValid() {
+				t.Error("the host does not reach its own neighbour")
+			}
+			w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+			for name, p := range packets {
+				if !w.waitFor(p).IsValid() {
+					t.Errorf("from %s: nothing arrives without the guard: this test cannot fail", name)
+				}
+			}
+		})
+	}
+}
+
 // While the tables are written anew again and again, not one packet slips through.
 func TestRewriteLeavesNoMoment(t *testing.T) {
 	w := newWorld(t)

@@ -200,6 +200,12 @@ func guard(family knftables.Family, cfg Config) []string {
 		}
 	}
 	out := foreign("oifname", cfg)
+	if cfg.TunName != "" && family == knftables.IPv4Family {
+		// What a device of the tailnet sends to another, an answer of the node to one, and what is for an address that the tun has just
+		// lost: a neighbour's pod may have sent it. Before the tun is known it is a foreign link itself.
+		rules = append(rules, rule(`%s ip saddr %s%s ip daddr %[2]s%[4]s %[5]s`, out, tailnet[family], notShared(family, "saddr"),
+			notShared(family, "daddr"), drop(DropTailnetClear)))
+	}
 	return append(rules,
 		rule(`%s %s %s`, out, toTailnet(family), drop(DropTailnetClear)),
 		// By the tunnel neither: a service is what DNAT has made a pod of.
