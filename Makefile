@@ -166,6 +166,12 @@ bench-faults: need-go ## What pods lose when one part after another breaks, as i
 	@if ((EUID != 0)); then echo "make bench-faults: needs root: run 'sudo make bench-faults'" >&2; exit 1; fi
 	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
 
+.PHONY: chaos
+chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 60 a minute; FAULTS=2000 SEED=7 FROM=120
+	@if ((EUID != 0)); then echo "make chaos: needs root: run 'sudo make chaos'" >&2; exit 1; fi
+	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 24h -run TestChaos ./test/chaos/ -args \
+		-table -faults $(or $(FAULTS),300) -seed $(or $(SEED),0) -from $(or $(FROM),1)
+
 .PHONY: lint
 lint: need-go vet ## gofmt, go vet, staticcheck, govulncheck, shellcheck, README.md against README_CN.md
 	@unformatted=$$(gofmt -s -l cmd internal pkg test); if [[ -n $$unformatted ]]; then \
@@ -176,12 +182,6 @@ lint: need-go vet ## gofmt, go vet, staticcheck, govulncheck, shellcheck, README
 	@go test -count=1 ./test/docs/ ./test/deps/
 
 FUZZTIME ?= 5s
-.PHONY: chaos
-chaos: need-go ## FAULTS (300) faults at random, by SEED (any), while pods talk under a capture, with a table at the end; needs root
-	@if ((EUID != 0)); then echo "make chaos: needs root: run 'sudo make chaos'" >&2; exit 1; fi
-	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 12h -run TestChaos ./test/chaos/ -args \
-		-faults $(or $(FAULTS),300) -seed $(or $(SEED),0) -from $(or $(FROM),1) -table
-
 .PHONY: fuzz
 fuzz: need-go ## Feed each decoder with mangled input for FUZZTIME (5s)
 	@git grep -o '^func Fuzz[A-Za-z0-9]*' -- 'pkg/*_test.go' 'internal/*_test.go' | while IFS=: read -r file name; do \

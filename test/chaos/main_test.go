@@ -54,7 +54,9 @@ func TestChaos(t *testing.T) {
 			}
 			if struck += len(r); struck >= lookEach {
 				struck = 0
-				t.Run(fmt.Sprintf("all after %d", r[len(r)-1].number), w.look)
+				if last := r[len(r)-1].number; !t.Run(fmt.Sprintf("all after %d", last), w.look) {
+					t.Fatalf("ended after fault %d", last)
+				}
 			}
 		}
 		t.Run("all at the end", w.look)

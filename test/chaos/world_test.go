@@ -208,6 +208,9 @@ func (n *node) repaired(ctx context.Context) error {
 // recover ends what may be in the way of the next fault after one that was not repaired, and tells whether that helped.
 func (w *world) recover(t *testing.T) bool {
 	for _, n := range w.nodes {
+		if !n.Tailscaled.Alive() {
+			labtest.StartTailscaled(t, n.Node)
+		}
 		if err := errors.Join(n.Daemon.Kill(), n.StartDaemon()); err != nil {
 			t.Error(err)
 			return false
@@ -260,6 +263,11 @@ func (w *world) breakAndMend(t *testing.T, r round) (over time.Time) {
 		b  *blow
 	}
 	var later []due
+	defer func() { // after a failure too, which ends this function anywhere
+		for _, d := range later {
+			d.b.s.kind.mend(t, d.b)
+		}
+	}()
 	blows := make([]*blow, len(r))
 	for i, s := range r {
 		blows[i] = &blow{w: w, n: w.nodes[s.node], s: s, r: r}
@@ -270,8 +278,10 @@ func (w *world) breakAndMend(t *testing.T, r round) (over time.Time) {
 		}
 	}
 	slices.SortFunc(later, func(a, b due) int { return a.at.Compare(b.at) })
-	for _, d := range later {
+	for len(later) > 0 {
+		d := later[0]
 		time.Sleep(time.Until(d.at))
+		later = later[1:]
 		d.b.s.kind.mend(t, d.b)
 		over = time.Now()
 	}
@@ -343,9 +353,8 @@ func (w *world) look(t *testing.T) {
 		}
 		w.leases(t, n)
 		for _, p := range n.pods() {
-			if err := p.Check(labtest.Within(t)); err != nil {
-				t.Errorf("CHECK of %s on %s: %v", p.Name, n.Name, err)
-			}
+			// Neighbours that are gone alone the daemon sees when it looks, each minute.
+			labtest.EventuallyWithin(t, 2*labtest.Soon, fmt.Sprintf("CHECK of %s on %s", p.Name, n.Name), func() error { return p.Check(labtest.Within(t)) })
 			for _, a := range p.Addrs {
 				if o := owner[a]; o != nil {
 					w.tally.twice++
