@@ -77,8 +77,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	return o, nil
 }
 
-// sites are what the user of the host's own tailscaled advertises, routes of exit nodes and of pods included: the former are no
-// networks beside the node, and the latter are looked at before.
+// sites are what the host's own tailscaled advertises, ours for pods among them. An exit node's routes are no networks beside the node.
 func sites(mode string, advertised []netip.Prefix) []netip.Prefix {
 	if mode != config.ModeHost {
 		return nil

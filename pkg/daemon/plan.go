@@ -77,7 +77,8 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		firewall: nft.Config{
 			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Shared: o.shared, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
-			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: o.sites, Links: withNeighbours(o.hostPrefixes),
+			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: netset.Without(o.sites, slices.Concat(own, o.leaving)),
+			Links:      withNeighbours(o.hostPrefixes),
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},
 		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},

@@ -66,10 +66,13 @@ func TestMakePlan(t *testing.T) {
 		t.Error(diff)
 	}
 
-	o.Mode = config.ModeHost
+	o.Mode, o.sites = config.ModeHost, prefixes("10.244.1.0/24", "203.0.113.0/24")
 	got, err = makePlan(c, o, state{})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if s := got.firewall.Sites; !slices.Equal(s, prefixes("203.0.113.0/24")) {
+		t.Errorf("host mode: sites %v: pods are not beside the node", s)
 	}
 	if !got.firewall.HostMode || got.prefs.CorpDNS != nil {
 		t.Errorf("host mode: firewall %v, CorpDNS %v: the user's resolver is the user's", got.firewall.HostMode, got.prefs.CorpDNS)
