@@ -52,7 +52,6 @@ func (n *node) spoilt(pod *nstest.NS) []hostile {
 		}
 	}
 	add("netns", 8, "node's own", n.host.Path, "/proc/self/ns/net", "/proc/thread-self/ns/net", filepath.Dir(n.host.Path)+"/../netns/"+n.host.Name)
-	add("netns", 8, "host network", "/proc/1/ns/net") // in which one thread of the test is
 	add("netns", 8, "absolute path", strings.TrimPrefix(pod.Path, "/"), "../../../.."+pod.Path, "./x", "x")
 	add("netns", 8, "not a namespace", file, fifo, socket, dir, "/", "/dev/null", "/dev/zero")
 	add("netns", 8, "namespace", "/proc/self/ns/mnt", "/proc/self/ns/user", "/proc/self/ns/pid")

@@ -15,8 +15,9 @@ import (
 const (
 	// networkd is where distributions have it.
 	networkd = "/lib/systemd/systemd-networkd"
-	// blink is longer than the underlay is gone, and shorter than anything takes that has to be mended.
-	blink = time.Second
+	// blink is longer than the underlay is gone, also on a busy machine, and shorter than WireGuard takes where a handshake was lost.
+	// That networkd deletes nothing of ours is looked at for itself.
+	blink = 3 * time.Second
 )
 
 // realNetworkd tells whether the host has one that can become the users that it needs.
