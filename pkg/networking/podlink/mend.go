@@ -99,6 +99,11 @@ func (h *Handle) Lacks(pods []Leased) (found []Lack, err error) {
 				l.neighs = append(l.neighs, a)
 			}
 		}
+		if len(l.neighs) > 0 {
+			if _, err := c.PeerOf(link); err != nil {
+				l.neighs = nil // nobody can tell the pod's hardware address, for which the kernel asks by itself
+			}
+		}
 		if l.down || l.gateway || len(l.routes)+len(l.neighs)+len(l.sysctls) > 0 {
 			found = append(found, l)
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -100,14 +101,15 @@ func notTheHosts(its unix.Stat_t) error {
 // isFirstProcess reports whether all threads of process 1 are in a network namespace. A runtime that is process 1 of a container may
 // have made the pod's namespace on its first thread, which then stays there. An ordinary user may not look, nor enter it.
 func isFirstProcess(its unix.Stat_t) bool {
-	threads, err := filepath.Glob("/proc/1/task/*/ns/net")
-	for _, path := range threads {
+	in := func(path string) bool {
 		var at unix.Stat_t
-		if err := unix.Stat(path, &at); err != nil || its.Ino != at.Ino || its.Dev != at.Dev {
-			return false
-		}
+		return unix.Stat(path, &at) == nil && its.Ino == at.Ino && its.Dev == at.Dev
 	}
-	return err == nil && len(threads) > 0
+	if !in("/proc/1/ns/net") { // that of the first thread: nearly always this one look is enough
+		return false
+	}
+	threads, _ := filepath.Glob("/proc/1/task/*/ns/net") // the pattern is right
+	return !slices.ContainsFunc(threads, func(path string) bool { return !in(path) })
 }
 
 // stillThere reports a namespace whose path has gone while it was worked on: then nothing holds it any longer.
