@@ -1,5 +1,6 @@
 // Package policy says what Kubernetes NetworkPolicies mean for the pods of a cluster, as one node sees it: Evaluate answers for one
-// connection, slowly and from the API's words, why it is allowed or not. It touches nothing, and nothing enforces it yet.
+// connection, slowly and from the API's words, why it is allowed or not, and a Ruleset is what the kernel must hold. It touches nothing,
+// and nothing enforces it yet.
 package policy
 
 import (

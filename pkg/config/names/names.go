@@ -14,6 +14,10 @@ const (
 	PodLinks = PodLinkPrefix + "*"
 	// NFTTable is our table in the families ip and ip6. The gate of ADD asks for both.
 	NFTTable = "headcni"
+	// PolicyTable is our table in family inet that enforces NetworkPolicies. The gate of ADD asks for it where they are enforced.
+	PolicyTable = "headcni-policy"
+	// PolicyLinkGroup is the group (IFLA_GROUP) of the host's end of a pod whose policies are in force. A new link is in group 0.
+	PolicyLinkGroup = 4278
 	// RuleComment marks the few rules of ours that stand in someone else's chain.
 	RuleComment = "headcni"
 
