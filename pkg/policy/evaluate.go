@@ -231,22 +231,13 @@ func (e evaluator) isPeer(peer *networkingv1.NetworkPolicyPeer, namespace string
 		// All pods of all namespaces: the cluster's, those not seen yet too.
 		return slices.ContainsFunc(e.PodCIDRs, func(c netip.Prefix) bool { return c.Contains(a) })
 	}
-	for i := range e.Pods {
-		pod := &e.Pods[i]
-		if !pod.networked() || !slices.Contains(pod.IPs, a) {
-			continue
-		}
-		if peer.NamespaceSelector == nil && pod.Namespace != namespace {
-			continue
-		}
-		if peer.NamespaceSelector != nil && !e.namespaceIs(peer.NamespaceSelector, pod.Namespace) {
-			continue
-		}
-		if peer.PodSelector == nil || selects(peer.PodSelector, pod.Labels) {
-			return true
-		}
-	}
-	return false
+	// Where several pods claim the address, nobody can tell who it is: all of them must be peers.
+	pods := e.podsAt(a)
+	return len(pods) > 0 && !slices.ContainsFunc(pods, func(pod *Pod) bool {
+		return peer.NamespaceSelector == nil && pod.Namespace != namespace ||
+			peer.NamespaceSelector != nil && !e.namespaceIs(peer.NamespaceSelector, pod.Namespace) ||
+			peer.PodSelector != nil && !selects(peer.PodSelector, pod.Labels)
+	})
 }
 
 // namespaceIs: a namespace that is not known (yet) has no labels to ask, which is not the same as to lack them.

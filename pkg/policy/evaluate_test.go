@@ -186,17 +186,29 @@ var cases = []struct {
 		[]string{"gw b tcp/1"}, []string{"gw web tcp/1"}},
 }
 
-func TestEvaluate(t *testing.T) {
+// TestCases: the evaluator and what is compiled say the same of each row.
+func TestCases(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			s := small()
 			for i, spec := range c.policies {
 				s.Policies = append(s.Policies, policy(t, fmt.Sprintf("p%d", i), spec))
 			}
+			rules := Compile(s)
 			for want, flows := range map[bool][]string{true: c.pass, false: c.drop} {
 				for _, text := range flows {
-					if v := Evaluate(s, flow(t, text)); v.AllowedHere() != want {
+					f := flow(t, text)
+					v := Evaluate(s, f)
+					if v.AllowedHere() != want {
 						t.Errorf("%s: allowed is %t, want %t: %+v", text, !want, want, v)
+					}
+					if v.Egress.Reason == OwnNode || v.Ingress.Reason == OwnNode {
+						continue // such a flow passes no chain
+					}
+					in, _ := rules.Judge(rules, Ingress, f)
+					out, _ := rules.Judge(rules, Egress, f)
+					if got := in && out; got != want {
+						t.Errorf("%s: compiled allows it: %t", text, got)
 					}
 				}
 			}

@@ -1,6 +1,6 @@
-// Package policy says what Kubernetes NetworkPolicies mean for the pods of a cluster, as one node sees it: Evaluate answers for one
-// connection, slowly and from the API's words, why it is allowed or not, and a Ruleset is what the kernel must hold. It touches nothing,
-// and nothing enforces it yet.
+// Package policy says what Kubernetes NetworkPolicies mean for the pods of a cluster, as one node sees it. Compile makes the rules that the
+// kernel must hold for the node's own pods. Evaluate answers for one connection, slowly and from the API's words, why it is allowed or
+// not: it shares no code with Compile, so that either can be held against the other. Nothing here touches the host.
 package policy
 
 import (
