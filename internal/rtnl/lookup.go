@@ -26,6 +26,8 @@ type Link struct {
 	MAC         net.HardwareAddr
 	Name        string
 	Kind, Alias string
+	// Group is IFLA_GROUP, 0 for every new link.
+	Group uint32
 	// PeerNetns is this namespace's number for the other end's, -1 where that is the same.
 	PeerNetns int
 }
@@ -88,6 +90,9 @@ func ParseLink(b []byte) (Link, error) {
 	}
 	if v := attrs[unix.IFLA_OPERSTATE]; len(v) == 1 {
 		l.Operational = v[0] == operUp
+	}
+	if v := attrs[unix.IFLA_GROUP]; len(v) == 4 {
+		l.Group = binary.NativeEndian.Uint32(v)
 	}
 	if v := attrs[unix.IFLA_MTU]; len(v) == 4 {
 		l.MTU = int(binary.NativeEndian.Uint32(v))

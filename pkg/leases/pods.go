@@ -60,7 +60,7 @@ func (m *Mender) See() error {
 				pod.Addrs = append(pod.Addrs, a)
 			}
 		}
-		m.seen[name] = seen{pod, was.ours}
+		m.seen[name] = seen{pod.Leased, was.ours}
 	}
 	return nil
 }

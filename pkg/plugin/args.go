@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strings"
 
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/netconf"
 )
 
@@ -16,6 +17,7 @@ var errEnvironment = errors.New("invalid environment variable")
 // Args holds the values of CNI_ARGS. It ignores keys that are unknown here: they are for other plugins.
 type Args struct {
 	PodNamespace, PodName string
+	PodUID                string // "" where it is nothing that could be one
 	IPs                   []netip.Addr
 	MAC                   net.HardwareAddr
 }
@@ -35,6 +37,10 @@ func parseArgs(s string) (a Args, err error) {
 			a.PodNamespace = value
 		case key == "K8S_POD_NAME":
 			a.PodName = value
+		case key == "K8S_POD_UID":
+			if names.Valid(value) {
+				a.PodUID = value
+			}
 		case key == "IP":
 			for _, one := range strings.Split(value, ",") { // several, one a family, for dual stack
 				var ip netip.Addr

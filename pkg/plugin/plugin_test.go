@@ -497,8 +497,8 @@ func TestMergeDNS(t *testing.T) {
 }
 
 func TestParseArgs(t *testing.T) {
-	a, err := parseArgs("IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=p;IP=;MAC=02:00:00:00:00:01;OTHER=a=b;")
-	if err != nil || a.PodNamespace != "ns" || a.PodName != "p" || a.IPs != nil || a.MAC.String() != "02:00:00:00:00:01" {
+	a, err := parseArgs("IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=p;K8S_POD_UID=4b-1;IP=;MAC=02:00:00:00:00:01;OTHER=a=b;")
+	if err != nil || a.PodNamespace != "ns" || a.PodName != "p" || a.PodUID != "4b-1" || a.IPs != nil || a.MAC.String() != "02:00:00:00:00:01" {
 		t.Errorf("got %+v, %v", a, err)
 	}
 	for _, s := range []string{"x", "IP=1.2.3", "MAC=ff:ff:ff:ff:ff:ff", "IP=::1%lo"} {

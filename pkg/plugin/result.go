@@ -18,7 +18,7 @@ import (
 // planPod says what the pod's link shall be. It is pure.
 func planPod(r *Request, assigned IPAMResult) (podlink.Pod, error) {
 	pod := podlink.Pod{
-		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, Label: r.podLabel(),
+		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, Label: r.podLabel(), UID: r.Args.PodUID,
 		MTU: r.Config.MTU, MAC: r.requestedMAC(), Forward: r.Config.Gate == nil,
 	}
 	if len(assigned.IPs) == 0 {

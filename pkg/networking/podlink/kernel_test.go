@@ -13,12 +13,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/internal/procfs"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 var (
@@ -654,11 +656,11 @@ func TestAlias(t *testing.T) {
 		alias, id string
 		want      bool
 	}{
-		{aliasOf("n", "c1", "eth0", "ns/p"), "c1", true},
-		{aliasOf("n", "c1", "eth0", ""), "c1", true},
-		{aliasOf("n", "c12", "eth0", ""), "c1", false},
-		{aliasOf("n", long, "eth0", "ns/p"), long, true},
-		{aliasOf("n", "c1", "eth0", long), "c1", true},
+		{aliasOf(Pod{Network: "n", ContainerID: "c1", IfName: "eth0", Label: "ns/p", UID: "u"}), "c1", true},
+		{aliasOf(Pod{Network: "n", ContainerID: "c1", IfName: "eth0"}), "c1", true},
+		{aliasOf(Pod{Network: "n", ContainerID: "c12", IfName: "eth0"}), "c1", false},
+		{aliasOf(Pod{Network: "n", ContainerID: long, IfName: "eth0", Label: "ns/p"}), long, true},
+		{aliasOf(Pod{Network: "n", ContainerID: "c1", IfName: "eth0", Label: long, UID: "u"}), "c1", true},
 		{"", "c1", true}, {"something", "c1", false},
 	} {
 		if got := belongsTo(tt.alias, tt.id, "eth0"); got != tt.want || len(tt.alias) > aliasMax {
@@ -757,5 +759,60 @@ func TestPodHasNoNeighboursToAskFor(t *testing.T) {
 	n.pod.Run(t, "ip", "route", "add", "fe80::/64", "dev", "eth0")
 	if got := flood(); got < 30 {
 		t.Errorf("%d neighbours with a network to ask in: this test cannot fail", got)
+	}
+}
+
+// TestGroup: a new link is in group 0 and says whose it is; its group is set while it is up, by its index, and one that has gone
+// disturbs nobody.
+func TestGroup(t *testing.T) {
+	n := newNode(t)
+	pod := n.spec(addr4, addr6)
+	pod.UID = "4be5a08a-17ba-4ab0-ac38-5ae8d42ed1a3"
+	made, err := n.attach(t, nil, pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := pod
+	other.ContainerID, other.Label, other.Addrs = "c2", strings.Repeat("n", 63)+"/"+strings.Repeat("p", 253), []netip.Addr{netip.MustParseAddr("10.244.1.3")}
+	second := nstest.New(t)
+	if _, err := attach(t, n.host, second.Path, nil, other); err != nil {
+		t.Fatal(err)
+	}
+	look := func() (l map[string]Attachment) {
+		t.Helper()
+		on(t, n.host, func(h *Handle) (err error) {
+			l, err = h.Attached()
+			return err
+		})
+		return l
+	}
+	got := look()[hostEnd]
+	want := Attachment{
+		Leased: Leased{Network: "net", ContainerID: "c1", IfName: "eth0", Addrs: []netip.Addr{addr4, addr6}},
+		Name:   hostEnd, Index: got.Index, Label: "ns/web", UID: pod.UID, Ready: true,
+	}
+	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		t.Error(diff)
+	}
+	if long := look()[Name("c2", "eth0")]; !long.Cut || long.UID != "" || !strings.HasPrefix(other.Label, long.Label) || long.Label == "" {
+		t.Errorf("of an alias that is too long: %+v", long)
+	}
+	const gone = 1 << 20
+	on(t, n.host, func(h *Handle) error { return h.SetGroup(names.PolicyLinkGroup, gone, got.Index, gone+1) })
+	for name, l := range look() {
+		if set := l.Group == names.PolicyLinkGroup; set != (name == hostEnd) {
+			t.Errorf("%s is in group %d", name, l.Group)
+		}
+	}
+	if out := n.host.Run(t, "ip", "link", "show", made.HostName); !strings.Contains(out, "group 4278") || !strings.Contains(out, "state UP") {
+		t.Error(out)
+	}
+	n.pod.Run(t, "ip", "link", "set", "eth0", "down")
+	end := time.Now().Add(5 * time.Second) // the kernel tells the host's end in a work queue
+	for look()[hostEnd].Ready {
+		if time.Now().After(end) {
+			t.Fatal("ready with the pod's end down")
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }

@@ -3,7 +3,9 @@ package podlink
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -13,10 +15,13 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
+// groupBatch is how many links change their group by one system call: the answers must fit into the socket's buffer.
+const groupBatch = 256
+
 // LivePod is a pod's link as the kernel knows it.
 type LivePod struct {
 	ContainerID, IfName string
-	Label               string // as given in Pod
+	Label, UID          string // as given in Pod
 	Addrs               []netip.Addr
 }
 
@@ -41,24 +46,68 @@ func (h *Handle) Live(network string) ([]LivePod, error) {
 func podOf(l rtnl.Link) (network string, pod LivePod, ok bool) {
 	network, rest, _ := strings.Cut(l.Alias, " ")
 	attachment, label, _ := strings.Cut(rest, " ")
+	label, uid, _ := strings.Cut(label, " ")
 	id, ifName, ok := strings.Cut(attachment, "/")
-	return network, LivePod{ContainerID: id, IfName: ifName, Label: label}, ok
+	return network, LivePod{ContainerID: id, IfName: ifName, Label: label, UID: uid}, ok
 }
 
-// Attached lists the links of all networks' pods with the addresses that the node routes to them now, by the link's name. A link whose
-// alias and name differ is nobody's.
-func (h *Handle) Attached() (map[string]Leased, error) {
+// Attachment is a pod's link as the kernel has it now.
+type Attachment struct {
+	// Leased has the addresses that the node routes to the link.
+	Leased
+	Name  string
+	Index int
+	Group uint32
+	// Label and UID say whose it is. Cut: the last of them that is there may lack its end.
+	Label, UID string
+	Cut        bool
+	// Ready: the pod's end is up, which an ADD brings about after the host's end has all its routes.
+	Ready bool
+}
+
+// Attached lists the links of all networks' pods by name. A link whose alias and name differ is nobody's.
+func (h *Handle) Attached() (map[string]Attachment, error) {
 	_, links, routes, err := h.podLinks()
 	if err != nil {
 		return nil, err
 	}
-	all := map[string]Leased{}
+	all := map[string]Attachment{}
 	for _, l := range links {
 		if network, pod, ok := podOf(l); ok && l.Name == Name(pod.ContainerID, pod.IfName) {
-			all[l.Name] = Leased{Network: network, ContainerID: pod.ContainerID, IfName: pod.IfName, Addrs: routes[l.Index]}
+			all[l.Name] = Attachment{
+				Leased: Leased{Network: network, ContainerID: pod.ContainerID, IfName: pod.IfName, Addrs: routes[l.Index]},
+				Name:   l.Name, Index: l.Index, Group: l.Group, Label: pod.Label, UID: pod.UID, Cut: len(l.Alias) == aliasMax, Ready: l.Operational,
+			}
 		}
 	}
 	return all, nil
+}
+
+// SetGroup puts links into a group, all in one go: ip link set dev LINK group N
+//
+// Of those that are gone it says nothing.
+func (h *Handle) SetGroup(group uint32, indexes ...int) error {
+	if len(indexes) == 0 {
+		return nil
+	}
+	c, err := h.open()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for chunk := range slices.Chunk(indexes, groupBatch) {
+		var requests []rtnl.Request
+		for _, i := range chunk {
+			r := rtnl.Request{What: fmt.Sprintf("put link %d into group %d", i, group), Type: unix.RTM_SETLINK}
+			r.Ifinfo(i, 0, 0)
+			r.AttrUint32(unix.IFLA_GROUP, group)
+			requests = append(requests, r)
+		}
+		if _, err := c.Do(requests...); err != nil && !errors.Is(err, unix.ENODEV) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // hostRoute reads a route to a single address in the main table that was not made by the kernel itself.

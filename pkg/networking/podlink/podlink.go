@@ -85,7 +85,8 @@ type Pod struct {
 	Network     string // CNI network name
 	ContainerID string
 	IfName      string
-	Label       string // whose it is, for people: namespace/name; may be empty
+	Label       string // whose it is: namespace/name; may be empty
+	UID         string // of the Pod, as the runtime has it; may be empty
 	MTU         int    // bytes; 0: the tun's, or names.TunMTU where there is none
 	MAC         net.HardwareAddr
 	Addrs       []netip.Addr
@@ -131,10 +132,13 @@ func Name(containerID, ifName string) string {
 }
 
 // aliasOf says whose a link is. The kernel takes at most 255 bytes.
-func aliasOf(network, containerID, ifName, label string) string {
-	alias := network + " " + containerID + "/" + ifName
-	if label != "" {
-		alias += " " + label
+func aliasOf(pod Pod) string {
+	alias := pod.Network + " " + pod.ContainerID + "/" + pod.IfName
+	if pod.Label != "" {
+		alias += " " + pod.Label
+		if pod.UID != "" {
+			alias += " " + pod.UID
+		}
 	}
 	return alias[:min(len(alias), aliasMax)]
 }
@@ -280,7 +284,7 @@ func (h *Handle) setUpHost(log *slog.Logger, host *rtnl.Conn, pod Pod, l Pair) e
 		return err
 	}
 	steps := []rtnl.Request{
-		setLink(l.hostIdx, aliasOf(pod.Network, pod.ContainerID, pod.IfName, pod.Label), ipv6),
+		setLink(l.hostIdx, aliasOf(pod), ipv6),
 		linkUp("host", l.hostIdx),
 	}
 	if slices.ContainsFunc(pod.Addrs, netip.Addr.Is6) {
