@@ -74,7 +74,7 @@ var level = map[string]int{
 }
 
 // testOnly packages import testing. Nothing that ships may.
-var testOnly = []string{"internal/cluster", "internal/golden", "internal/headscaletest", "internal/kubetest", "internal/labtest", "internal/nstest", "internal/realparts", "test"}
+var testOnly = []string{"internal/cluster", "internal/golden", "internal/headscaletest", "internal/kubetest", "internal/labtest", "internal/nstest", "internal/policytest", "internal/realparts", "test"}
 
 // pkg is what `go list` tells of a package.
 type pkg struct {
@@ -103,14 +103,14 @@ func list(t *testing.T, args ...string) []pkg {
 	}
 }
 
-// folder finds the entry of names that holds path, "" if none does.
-func folder(path string, names []string) string {
+// folder finds the entry of names that holds path, the innermost of several, "" if none does.
+func folder(path string, names []string) (found string) {
 	for _, name := range names {
-		if path == name || strings.HasPrefix(path, name+"/") {
-			return name
+		if (path == name || strings.HasPrefix(path, name+"/")) && len(name) > len(found) {
+			found = name
 		}
 	}
-	return ""
+	return found
 }
 
 func levelled() []string {
