@@ -49,3 +49,11 @@ func (c Client) Events(namespace string) kube.Objects[*eventsv1.Event, *eventsv1
 func (c Client) ServiceCIDRs() kube.Objects[*networkingv1.ServiceCIDR, *networkingv1.ServiceCIDRList] {
 	return c.NetworkingV1().ServiceCIDRs()
 }
+
+func (c Client) Namespaces() kube.Objects[*corev1.Namespace, *corev1.NamespaceList] {
+	return c.CoreV1().Namespaces()
+}
+
+func (c Client) NetworkPolicies(namespace string) kube.Objects[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicyList] {
+	return c.NetworkingV1().NetworkPolicies(namespace)
+}

@@ -26,10 +26,12 @@ type Client interface {
 	Secrets(namespace string) Objects[*corev1.Secret, *corev1.SecretList]
 	ConfigMaps(namespace string) Objects[*corev1.ConfigMap, *corev1.ConfigMapList]
 	Pods(namespace string) Objects[*corev1.Pod, *corev1.PodList]
+	Namespaces() Objects[*corev1.Namespace, *corev1.NamespaceList]
 	Deployments(namespace string) Objects[*appsv1.Deployment, *appsv1.DeploymentList]
 	Leases(namespace string) Objects[*coordinationv1.Lease, *coordinationv1.LeaseList]
 	Events(namespace string) Objects[*eventsv1.Event, *eventsv1.EventList]
 	ServiceCIDRs() Objects[*networkingv1.ServiceCIDR, *networkingv1.ServiceCIDRList]
+	NetworkPolicies(namespace string) Objects[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicyList]
 }
 
 // Objects are those of one kind, T, in one namespace or in none; L is a list of them. The methods are the clientset's own, so
@@ -126,10 +128,21 @@ func (c *client) ServiceCIDRs() Objects[*networkingv1.ServiceCIDR, *networkingv1
 	}
 }
 
+func (c *client) Namespaces() Objects[*corev1.Namespace, *corev1.NamespaceList] {
+	return &objects[*corev1.Namespace, *corev1.NamespaceList]{c.core, c.params, "namespaces", "", &corev1.Namespace{}, &corev1.NamespaceList{}}
+}
+
+func (c *client) NetworkPolicies(namespace string) Objects[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicyList] {
+	return &objects[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicyList]{
+		c.networking, c.params, "networkpolicies", namespace, &networkingv1.NetworkPolicy{}, &networkingv1.NetworkPolicyList{},
+	}
+}
+
 // object is one that has a name.
 type object interface {
 	runtime.Object
 	GetName() string
+	GetNamespace() string
 }
 
 // objects implements Objects over REST.

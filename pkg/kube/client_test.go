@@ -120,6 +120,14 @@ func TestRequestsAreTheClientsets(t *testing.T) {
 			func() { exercise(ctx, ours.Pods(""), &corev1.Pod{ObjectMeta: meta}) },
 			func() { exercise(ctx, all.CoreV1().Pods(""), &corev1.Pod{ObjectMeta: meta}) },
 		},
+		"Namespace": {
+			func() { exercise(ctx, ours.Namespaces(), &corev1.Namespace{ObjectMeta: meta}) },
+			func() { exercise(ctx, all.CoreV1().Namespaces(), &corev1.Namespace{ObjectMeta: meta}) },
+		},
+		"NetworkPolicy": {
+			func() { exercise(ctx, ours.NetworkPolicies("ns"), &networkingv1.NetworkPolicy{ObjectMeta: meta}) },
+			func() { exercise(ctx, all.NetworkingV1().NetworkPolicies("ns"), &networkingv1.NetworkPolicy{ObjectMeta: meta}) },
+		},
 		"Deployment": {
 			func() { exercise(ctx, ours.Deployments("ns"), &appsv1.Deployment{ObjectMeta: meta}) },
 			func() { exercise(ctx, all.AppsV1().Deployments("ns"), &appsv1.Deployment{ObjectMeta: meta}) },
