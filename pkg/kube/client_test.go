@@ -126,7 +126,9 @@ func TestRequestsAreTheClientsets(t *testing.T) {
 		},
 		"NetworkPolicy": {
 			func() { exercise(ctx, ours.NetworkPolicies("ns"), &networkingv1.NetworkPolicy{ObjectMeta: meta}) },
-			func() { exercise(ctx, all.NetworkingV1().NetworkPolicies("ns"), &networkingv1.NetworkPolicy{ObjectMeta: meta}) },
+			func() {
+				exercise(ctx, all.NetworkingV1().NetworkPolicies("ns"), &networkingv1.NetworkPolicy{ObjectMeta: meta})
+			},
 		},
 		"Deployment": {
 			func() { exercise(ctx, ours.Deployments("ns"), &appsv1.Deployment{ObjectMeta: meta}) },

@@ -2,6 +2,7 @@ package nodeview
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -48,6 +49,40 @@ func (w *Watch) View() *View {
 	}
 	v.PodCIDRs = netset.Aggregate(all)
 	return v
+}
+
+// Node is what other nodes need of one: who is it, and which pods are its?
+type Node struct {
+	Name string
+	// Addrs are those that its Node object and its daemon name. The latter may only be the tailnet's.
+	Addrs    []netip.Addr
+	PodCIDRs []netip.Prefix
+}
+
+// Nodes returns all Nodes by name, and whether they are all: false until the API server has sent everything.
+func (w *Watch) Nodes() (nodes []Node, all bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(w.addrs)) {
+		nodes = append(nodes, Node{Name: name, Addrs: w.addrs[name], PodCIDRs: w.cidrs[name]})
+	}
+	return nodes, w.synced
+}
+
+// addrsOf are all addresses of a Node, sorted.
+func addrsOf(n *corev1.Node) (out []netip.Addr) {
+	for _, a := range n.Status.Addresses {
+		if ip, err := netip.ParseAddr(a.Address); err == nil { // or a name
+			out = append(out, ip.Unmap().WithZone(""))
+		}
+	}
+	for _, text := range strings.Split(n.Annotations[kube.TailnetIPs], ",") {
+		if ip, err := netip.ParseAddr(text); err == nil && (netset.TailnetIPv4.Contains(ip) || netset.TailnetIPv6.Contains(ip)) {
+			out = append(out, ip)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
 }
 
 // Holder names another Node that has a pod CIDR overlapping p, "" where there is none.

@@ -40,6 +40,7 @@ type Watch struct {
 	server    string // the API server's URL, "" where unknown
 	log       *slog.Logger
 	changed   func() // is called when something changes that concerns this node
+	onAddrs   func() // is called when a Node comes, goes, or changes its addresses or pod CIDRs
 
 	// These belong to the one goroutine that calls Sync and JoinKey.
 	keyDenied, writeDenied denial
@@ -53,6 +54,7 @@ type Watch struct {
 	denied   denial
 	own      *corev1.Node
 	cidrs    map[string][]netip.Prefix // by name of each Node, ours included
+	addrs    map[string][]netip.Addr   // likewise
 	services []netip.Prefix
 }
 
@@ -77,7 +79,8 @@ func New(c config.Kubernetes, log *slog.Logger, getenv func(string) string, vers
 
 // Of makes the watch of a node with the given client.
 func Of(client kube.Client, node string, log *slog.Logger) *Watch {
-	return &Watch{client: client, node: node, namespace: kube.DefaultNamespace, log: log, changed: func() {}, cidrs: map[string][]netip.Prefix{}}
+	return &Watch{client: client, node: node, namespace: kube.DefaultNamespace, log: log, changed: func() {}, onAddrs: func() {},
+		cidrs: map[string][]netip.Prefix{}, addrs: map[string][]netip.Addr{}}
 }
 
 // Node is our Node's name.
@@ -122,17 +125,24 @@ func (w *Watch) answered(err error) {
 	}
 }
 
-// trim keeps what this node needs of a Node: of others only the name and pod CIDRs.
+// OnAddrs has f called whenever what Nodes returns may have changed. It is set before Run.
+func (w *Watch) OnAddrs(f func()) { w.onAddrs = f }
+
+// trim keeps what this node needs of a Node: of others only the name, pod CIDRs and addresses.
 func (w *Watch) trim(n *corev1.Node) *corev1.Node {
 	out := &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: n.Name, ResourceVersion: n.ResourceVersion},
 		Spec:       corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs},
+		Status:     corev1.NodeStatus{Addresses: n.Status.Addresses},
+	}
+	out.Annotations = map[string]string{}
+	if ips, ok := n.Annotations[kube.TailnetIPs]; ok {
+		out.Annotations[kube.TailnetIPs] = ips
 	}
 	if n.Name != w.node {
 		return out
 	}
 	out.UID = n.UID
-	out.Annotations = map[string]string{}
 	for key, v := range n.Annotations {
 		if strings.HasPrefix(key, "headcni.io/") {
 			out.Annotations[key] = v
@@ -159,10 +169,15 @@ func (s *nodeStore) RemoveNode(n *corev1.Node)        { s.change(n, (*Watch).rem
 func (s *nodeStore) change(n *corev1.Node, do func(*Watch, *corev1.Node) bool) {
 	w := s.watch()
 	w.mu.Lock()
+	cidrs, addrs := w.cidrs[n.Name], w.addrs[n.Name]
 	news := do(w, n)
+	moved := !slices.Equal(cidrs, w.cidrs[n.Name]) || !slices.Equal(addrs, w.addrs[n.Name])
 	w.mu.Unlock()
 	if news {
 		w.changed()
+	}
+	if moved {
+		w.onAddrs()
 	}
 }
 
@@ -174,9 +189,10 @@ func (s *nodeStore) ReplaceNodes(nodes []*corev1.Node) {
 		seen[n.Name] = true
 		w.upsert(n)
 	}
-	for name := range w.cidrs {
+	for name := range w.addrs {
 		if !seen[name] {
 			delete(w.cidrs, name)
+			delete(w.addrs, name)
 		}
 	}
 	if !seen[w.node] {
@@ -185,6 +201,7 @@ func (s *nodeStore) ReplaceNodes(nodes []*corev1.Node) {
 	w.synced, w.err = true, nil
 	w.mu.Unlock()
 	w.changed()
+	w.onAddrs()
 }
 
 // upsert stores n and reports whether this node has to react. The caller holds the lock.
@@ -197,6 +214,7 @@ func (w *Watch) upsert(n *corev1.Node) bool {
 	if w.cidrs[n.Name] = cidrs; len(cidrs) == 0 {
 		delete(w.cidrs, n.Name)
 	}
+	w.addrs[n.Name] = addrsOf(n)
 	if n.Name != w.node {
 		return news
 	}
@@ -209,6 +227,7 @@ func (w *Watch) upsert(n *corev1.Node) bool {
 func (w *Watch) remove(n *corev1.Node) bool {
 	_, had := w.cidrs[n.Name]
 	delete(w.cidrs, n.Name)
+	delete(w.addrs, n.Name)
 	if n.Name == w.node {
 		w.own = nil
 		return true

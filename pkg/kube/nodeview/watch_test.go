@@ -87,6 +87,55 @@ func TestWatchWatch(t *testing.T) {
 	waitUntil(t, func() bool { return w.View().Node == nil })
 }
 
+// TestNodesAddrs: a node is known by the addresses of its object and of its daemon, which may claim the tailnet's only. Whoever asked is
+// told of each change of them, and of nothing else.
+func TestNodesAddrs(t *testing.T) {
+	other := node("b", "10.244.2.0/24")
+	other.Annotations = map[string]string{kube.TailnetIPs: "fd7a:115c:a1e0::2,100.64.0.2,10.244.1.9,x"}
+	other.Status.Addresses = []corev1.NodeAddress{{Address: "b.example"}, {Address: "192.168.50.2"}}
+	client := kubetest.New(node("a"), other)
+	w := Of(client, "a", slog.New(slog.DiscardHandler))
+	var told atomic.Int64
+	w.OnAddrs(func() { told.Add(1) })
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { w.Run(ctx, func() {}); close(ended) }()
+	t.Cleanup(func() { cancel(); <-ended })
+	is := func(want ...Node) {
+		t.Helper()
+		waitUntil(t, func() bool {
+			got, all := w.Nodes()
+			return all && cmp.Equal(want, got, comparePrefixes)
+		})
+	}
+	b := Node{Name: "b", PodCIDRs: prefixes("10.244.2.0/24")}
+	for _, text := range []string{"100.64.0.2", "192.168.50.2", "fd7a:115c:a1e0::2"} {
+		b.Addrs = append(b.Addrs, netip.MustParseAddr(text))
+	}
+	is(Node{Name: "a"}, b)
+	time.Sleep(50 * time.Millisecond)
+	before := told.Load()
+	other.Labels = map[string]string{"x": "y"}
+	if _, err := client.CoreV1().Nodes().Update(t.Context(), other, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if n := told.Load() - before; n != 0 {
+		t.Errorf("told %d times of nothing", n)
+	}
+	other.Status.Addresses = other.Status.Addresses[:1]
+	if _, err := client.CoreV1().Nodes().Update(t.Context(), other, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	b.Addrs = []netip.Addr{b.Addrs[0], b.Addrs[2]}
+	is(Node{Name: "a"}, b)
+	waitUntil(t, func() bool { return told.Load() == before+1 })
+	if err := client.CoreV1().Nodes().Delete(t.Context(), "b", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	is(Node{Name: "a"})
+}
+
 func TestWatchAway(t *testing.T) {
 	client := kubetest.New()
 	away := errors.New("connection refused")
