@@ -3,12 +3,14 @@
 // address was given twice, and that all talk again.
 //
 // A few faults strike with the other tests. `make chaos FAULTS=2000` prints the table of docs/reliability.md. What strikes follows
-// from the seed: `make chaos SEED=7 FROM=120 FAULTS=125` repeats the faults 120 to 125.
+// from the seed: `make chaos SEED=7 FROM=120 FAULTS=125` repeats the faults 120 to 125, and ONLY='ip rule' takes some of the kinds.
 package chaos
 
 import (
 	"flag"
 	"fmt"
+	"regexp"
+	"slices"
 	"testing"
 	"time"
 
@@ -19,6 +21,7 @@ var (
 	faults = flag.Int("faults", 12, "how many faults")
 	seed   = flag.Uint64("seed", 1, "what strikes follows from it; 0: any")
 	from   = flag.Int("from", 1, "the number of the first fault, to repeat a run from there")
+	only   = flag.String("only", "", "a regular expression: of the kinds, those whose names match it; all numbers are others then")
 	table  = flag.Bool("table", false, "print the table")
 )
 
@@ -38,7 +41,15 @@ func TestChaos(t *testing.T) {
 	if *seed == 0 {
 		*seed = uint64(time.Now().UnixNano())
 	}
-	plan := makePlan(*seed, *faults, nodes, kinds())
+	which, err := regexp.Compile(*only)
+	if err != nil {
+		t.Fatal("-only: ", err)
+	}
+	some := slices.DeleteFunc(kinds(), func(k *kind) bool { return !which.MatchString(k.name) })
+	if len(some) == 0 {
+		t.Fatalf("-only %q: no kind has such a name", *only)
+	}
+	plan := makePlan(*seed, *faults, nodes, some)
 	t.Run(fmt.Sprintf("SEED=%d", *seed), func(t *testing.T) {
 		w := newWorld(t)
 		began := time.Now()
