@@ -32,7 +32,9 @@ const (
 	// prefTailnetElse: tailnet addresses else lead nowhere. In IPv4 that is for pods alone: clouds have resolvers in
 	// 100.64.0.0/10, which hosts reach by their default route.
 	prefTailnetElse = 5193
-	// prefLAN: main's routes but the default one, before foreign subnet routes: the node keeps its own networks.
+	// prefLAN: main's routes but the default one, before foreign subnet routes: the node keeps its own networks. It and the next
+	// leave out what is for the tailnet, which the rules before them have led away: it must not find the LAN where somebody
+	// deletes those first.
 	prefLAN = 5194
 	// prefLANFirst: main's default route as well, where the user wants no foreign routes at all.
 	prefLANFirst = 5195
@@ -42,7 +44,7 @@ const (
 	// tailscaleTable is where tailscaled puts the routes that it accepted.
 	tailscaleTable = 52
 	// bypassMark is the fwmark bit of packets of tailscaled itself: no rule of ours may send them into the tunnel. The
-	// rules match "this bit is 0"; `not fwmark` would invert the whole rule.
+	// rules match "this bit is 0"; `not fwmark` would invert the whole rule, as it does on purpose in prefLAN.
 	bypassMark = names.BypassMark
 
 	// unreachableMetric makes the route to a cluster CIDR the last choice in main, behind any route of anybody, and

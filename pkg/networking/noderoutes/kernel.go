@@ -35,8 +35,10 @@ func retryInterrupted[T any](dump func() (T, error)) (T, error) {
 // We encode and decode the rules ourselves, because netlink.Rule does not read a rule's action ("unreachable" looks like
 // a lookup in no table) nor everything that a rule changed by hand may have.
 
-// ruleMsgLen is the size of struct fib_rule_hdr.
-const ruleMsgLen = 12
+const (
+	ruleMsgLen = 12  // the size of struct fib_rule_hdr
+	ruleInvert = 0x2 // FIB_RULE_INVERT, of its flags
+)
 
 // rawRule is a message body: struct fib_rule_hdr and attributes.
 type rawRule []byte
@@ -81,7 +83,9 @@ func decodeRule(m []byte) (rule, error) {
 	}
 	r := rule{af: int(m[0]), table: uint32(m[4]), action: m[7], suppress: noSuppress}
 	const unresolvedGoto = 0x4
-	if flags := binary.NativeEndian.Uint32(m[8:]); flags&^unresolvedGoto != 0 || m[3] != 0 {
+	flags := binary.NativeEndian.Uint32(m[8:]) &^ unresolvedGoto
+	r.not = flags&ruleInvert != 0
+	if flags &^= ruleInvert; flags != 0 || m[3] != 0 {
 		r.extra = fmt.Sprintf(" flags %#x tos %#x", flags, m[3])
 	}
 	for _, a := range attrs {
@@ -128,6 +132,9 @@ func encodeRule(r rule) *nl.NetlinkRequest {
 	hdr[0], hdr[7] = byte(r.af), r.action
 	if r.table < 256 {
 		hdr[4] = byte(r.table)
+	}
+	if r.not {
+		binary.NativeEndian.PutUint32(hdr[8:], ruleInvert)
 	}
 	req.AddData(hdr)
 	u32 := func(typ int, v uint32) { req.AddData(nl.NewRtAttr(typ, binary.NativeEndian.AppendUint32(nil, v))) }

@@ -19,6 +19,7 @@ import (
 type rule struct {
 	af       int
 	pref     uint32
+	not      bool         // it matches what the selectors together do not
 	from, to netip.Prefix // zero: all
 	mark     uint32
 	mask     uint32
@@ -33,6 +34,9 @@ type rule struct {
 func (r rule) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d:", r.pref)
+	if r.not {
+		b.WriteString(" not")
+	}
 	if r.from.IsValid() {
 		fmt.Fprintf(&b, " from %s", r.from)
 	}
@@ -158,9 +162,10 @@ func wantedRules(f family, cfg Config) []rule {
 	} else {
 		add(prefTailnetElse, f.tailnet, unreachable)
 	}
-	add(prefLAN, netip.Prefix{}, func(r *rule) { r.suppress = 0 })
+	// "not" turns the mark as well: tailscaled's own packets come by here, into the table to which its next rule would lead them.
+	add(prefLAN, f.tailnet, func(r *rule) { r.not, r.suppress = true, 0 })
 	if cfg.LANFirst {
-		add(prefLANFirst, netip.Prefix{}, func(*rule) {})
+		add(prefLANFirst, f.tailnet, func(r *rule) { r.not = true })
 	}
 	slices.SortStableFunc(out, func(a, b rule) int { return cmp.Compare(a.pref, b.pref) })
 	return out

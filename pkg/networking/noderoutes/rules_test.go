@@ -1,10 +1,15 @@
 package noderoutes
 
 import (
+	"fmt"
+	"math/bits"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/headcni/headcni/internal/nstest"
 )
@@ -120,4 +125,71 @@ func TestRulesShareTheTailnetsRange(t *testing.T) {
 	if want := prefixes("100.100.2.0/24"); !slices.Equal(shared, want) {
 		t.Errorf("shared with the tailnet: %v, want %v", shared, want)
 	}
+}
+
+// Whatever is left of our rules when others have deleted some of them, one by one in any order: with nothing else of ours but the routes
+// of last resort, what is for a device of the tailnet or for another node's pod takes the tunnel or goes nowhere while tailscaled's own
+// rules and routes stand.
+func TestAnyRulesLeft(t *testing.T) {
+	for flag, addrs := range fibAddrs {
+		for _, lanFirst := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, lanFirst %t", flag, lanFirst), func(t *testing.T) {
+				ns := nstest.New(t)
+				ns.Run(t, "sh", "-ec", addrs.Replace(fibWorld+"\nip route add $cgn via $lan2 dev eth0"))
+				mustSync(t, ns, New(Saved{}, nil), Config{Own: prefixes("10.244.1.0/24", "fd00:244:1::/64"),
+					Cluster: prefixes("10.244.0.0/16", "fd00:244::/32"), TunName: "headcni01", LANFirst: lanFirst})
+				ns.Do(t, func() error { return anyRulesLeft(t, flag, addrs) })
+			})
+		}
+	}
+}
+
+// anyRulesLeft goes through all sets of our rules, each of which differs from the one before by one rule (Gray's code).
+func anyRulesLeft(t *testing.T, flag string, addrs *strings.Replacer) error {
+	f := families[0]
+	if flag == "-6" {
+		f = families[1]
+	}
+	all, raws, err := listRules(f)
+	if err != nil {
+		return err
+	}
+	eth0, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	pod := &netlink.RouteGetOptions{Iif: "hca", SrcAddr: net.ParseIP(addrs.Replace("$pod"))}
+	gone := make([]bool, len(all))
+	for i := 1; i <= 1<<len(all); i++ {
+		for to, from := range map[string][]*netlink.RouteGetOptions{"$tailnet": {nil, pod}, "$remote": {nil, pod}} {
+			for _, o := range from {
+				routes, err := netlink.RouteGetWithOptions(net.ParseIP(addrs.Replace(to)), o)
+				if err == nil && len(routes) == 1 && routes[0].LinkIndex == eth0.Attrs().Index {
+					t.Errorf("%s (%+v) leaves by eth0; left are %v", addrs.Replace(to), o, left(all, gone))
+				}
+			}
+		}
+		at := bits.TrailingZeros(uint(i))
+		if at == len(all) {
+			return nil
+		}
+		if gone[at] = !gone[at]; gone[at] {
+			err = deleteRule(raws[at])
+		} else {
+			err = addRule(all[at])
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func left(all []rule, gone []bool) (out []rule) {
+	for i, r := range all {
+		if !gone[i] {
+			out = append(out, r)
+		}
+	}
+	return out
 }
