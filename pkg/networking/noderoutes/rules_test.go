@@ -93,13 +93,13 @@ func TestRulesDecide(t *testing.T) {
 // host has a route of its own to.
 func TestRulesShareTheTailnetsRange(t *testing.T) {
 	ns := nstest.New(t)
-	for flag, c := range map[string]struct{ host, hostOwn, pod string }{
-		"-4": {host: "dev eth0 ", hostOwn: "dev eth0 ", pod: "dev eth0 "},
-		"-6": {host: "unreachable", hostOwn: "unreachable", pod: "unreachable"},
+	for _, c := range []struct{ flag, host, hostOwn, pod string }{
+		{flag: "-4", host: "dev eth0 ", hostOwn: "dev eth0 ", pod: "dev eth0 "},
+		{flag: "-6", host: "unreachable", hostOwn: "unreachable", pod: "unreachable"},
 	} {
-		addrs := fibAddrs[flag]
+		addrs := fibAddrs[c.flag]
 		world := fibWorld
-		if flag == "-6" {
+		if c.flag == "-6" {
 			_, world, _ = strings.Cut(fibWorld, "\n") // the links are there
 		}
 		ns.Run(t, "sh", "-ec", addrs.Replace(world))
