@@ -31,6 +31,7 @@ type Capture struct {
 
 	mu       sync.Mutex
 	clear    int
+	between  map[[2]netip.Addr]int
 	examples []string
 	err      error
 }
@@ -38,7 +39,7 @@ type Capture struct {
 // CaptureUnderlay begins to look at all frames, in and out, on the bridge and its ports. What a node sends is seen there
 // before anybody else can drop it; what crosses the bridge is seen more than once.
 func (l *Lab) CaptureUnderlay() (*Capture, error) {
-	c := &Capture{lab: l}
+	c := &Capture{lab: l, between: map[[2]netip.Addr]int{}}
 	err := l.Control.Do(func() error {
 		// Protocol 0: nothing arrives before bind, and by then there is a filter (packet(7)).
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -173,6 +174,7 @@ func (c *Capture) count(frame []byte) {
 		return
 	}
 	c.clear++
+	c.between[[2]netip.Addr{src, dst}]++
 	if len(c.examples) < maxExamples {
 		c.examples = append(c.examples, fmt.Sprintf("%s > %s%s", src, dst, carried(frame[offIP:])))
 	}
@@ -235,7 +237,8 @@ func (c *Capture) Clear() int {
 type Captured struct {
 	// Total are all frames, Clear those in clear.
 	Total, Clear int
-	Examples     []string // "source > destination", and what is carried, of the first packets in clear
+	Between      map[[2]netip.Addr]int // how many in clear, by source and destination
+	Examples     []string              // "source > destination", and what is carried, of the first packets in clear
 }
 
 // Stop ends the capture. It fails where the kernel had to drop frames: then nobody knows what was in them.
@@ -261,7 +264,7 @@ func (c *Capture) Stop() (Captured, error) {
 	if err != nil {
 		return Captured{}, err
 	}
-	return Captured{Total: int(total - c.before), Clear: c.clear, Examples: c.examples}, nil
+	return Captured{Total: int(total - c.before), Clear: c.clear, Between: c.between, Examples: c.examples}, nil
 }
 
 // SendClear puts one packet with pods' addresses on a node's wire, as a leak would: the proof that a capture there sees

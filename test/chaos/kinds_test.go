@@ -21,7 +21,7 @@ type kind struct {
 	// The last two may be nil.
 	strike, mend, after func(*testing.T, *blow)
 
-	// takes are the lines of defence that it takes away, bare tells that it takes all for a moment.
+	// takes are the lines of defence that it takes away, bare tells that it takes all: see bared.
 	takes line
 	bare  bool
 	// claims is what no other fault may break on the same node at the same time, on no node where everywhere is set.

@@ -20,11 +20,12 @@ const (
 	toOutside         // services too
 )
 
-// hushed is what nothing is promised for while faults on a node last. What hides a pod's source from the outside, and keeps services that
+// hushed is what nothing is promised for while faults on a node last, but for those that take all lines at once, whose packets are
+// judged one by one. What hides a pod's source from the outside, and keeps services that
 // nobody has from it, are our tables alone; tailnet addresses have rules as well.
 func hushed(r round) (s silence) {
 	switch l := r.taken(); {
-	case r.has(func(k *kind) bool { return k.bare }), l&tables != 0 && l&rules != 0:
+	case l&tables != 0 && l&rules != 0:
 		return toTailnet | toOutside
 	case l&tables != 0:
 		return toOutside

@@ -12,10 +12,11 @@ import (
 type tally struct {
 	faults, rounds, adds, dels, cut, refused int
 	sent, lost                               int
-	clear, controls, twice                   int
+	clear, bareClear, controls, twice        int
 	took                                     time.Duration
 	kinds                                    map[string]*kindTally
 	together                                 []time.Duration // rounds of several
+	bare                                     []time.Duration // from the end of a fault that took all lines of defence until they stood again
 }
 
 // kindTally is how often a kind struck, and how long repair took where it struck alone.
@@ -74,8 +75,12 @@ func (w *world) summary(t *testing.T) string {
 		t.Error(err)
 	}
 	y := &w.tally
+	bare := ""
+	if len(y.bare) > 0 {
+		bare = fmt.Sprintf("; after the loss of all lines at once they stood again within %s, and %d frames to addresses of nobody were in clear", quantiles(y.bare), y.bareClear)
+	}
 	return fmt.Sprintf("chaos: SEED=%d: %d faults in %d rounds, %v; %d ADDs, %d DELs, %d of both cut short by kill -9, %d ADDs refused for the moment; "+
 		"%d of %d datagrams lost; %d frames on the wires, %d control packets seen, %d others in clear; %d addresses twice",
 		*seed, y.faults, y.rounds, y.took.Round(time.Second), y.adds, y.dels, y.cut, y.refused,
-		y.lost, y.sent, frames-w.frames, y.controls, y.clear, y.twice)
+		y.lost, y.sent, frames-w.frames, y.controls, y.clear, y.twice) + bare
 }

@@ -45,6 +45,7 @@ type node struct {
 	guest []*lab.Pod // come and go
 	noise *noise
 	want  string // its state when nothing is broken
+	lines string // our lines of defence then
 }
 
 // flow are the streams from one pod to another.
@@ -80,6 +81,9 @@ func newWorld(t *testing.T) *world {
 		labtest.Ready(t, n.Node)
 		var err error
 		if n.want, err = state(t.Context(), n.Node); err != nil {
+			t.Fatal(err)
+		}
+		if n.lines, err = n.Run(t.Context(), "bash", "-c", defences); err != nil {
 			t.Fatal(err)
 		}
 		if !strings.Contains(n.want, "5192:") || !strings.Contains(n.want, "chain guard") || !strings.Contains(n.want, "unreachable") {
@@ -152,15 +156,19 @@ func (w *world) stopFlows() {
 	}
 }
 
+// defences are our rules, last routes and tables.
+const defences = `for f in -4 -6; do ip $f rule; ip $f route show type unreachable; done
+for f in ip ip6; do nft -s list table $f headcni | sed '/^\tset ask/,/^\t}$/d'; done`
+
 // state is what faults must leave alone on a node, or what must come back: rules, guard, last routes, tailscaled's routes, the tun, the
 // conflist and the sockets. Which addresses pods have gone through lately is none of it.
 func state(ctx context.Context, n *lab.Node) (string, error) {
-	return n.Run(ctx, "bash", "-c", fmt.Sprintf(`for f in -4 -6; do
-	ip $f rule; ip $f route show type unreachable; ip $f route show table 52 | sort; ip $f route show default
+	return n.Run(ctx, "bash", "-c", defences+fmt.Sprintf(`
+for f in -4 -6; do
+	ip $f route show table 52 | sort; ip $f route show default
 	ip $f -o address show dev %[1]s scope global | awk '{ print $4 }'
 done
 ip -o link show dev %[1]s | grep -o 'mtu [0-9]*'
-for f in ip ip6; do nft -s list table $f headcni | sed '/^\tset ask/,/^\t}$/d'; done
 cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
 cat %[2]s/%[3]s
 cd %[4]s && ls -d api.sock daemon.sock daemon.lock`, n.Tun, paths.CNIConfDir, paths.ConflistName, paths.RunDir))
@@ -229,6 +237,7 @@ func (w *world) strike(t *testing.T, r round) {
 		n.noise.hush(hushed(r.of(i)))
 	}
 	over := w.breakAndMend(t, r)
+	w.bared(t, r, over)
 	ctx, cancel := context.WithTimeoutCause(t.Context(), bound(r), fmt.Errorf("not within %v", bound(r)))
 	defer cancel()
 	err := w.repaired(ctx)
@@ -244,6 +253,51 @@ func (w *world) strike(t *testing.T, r round) {
 		}
 	}
 	w.sealed(t)
+}
+
+// bared judges a round that has taken all lines of defence from a node. No rule, table or route of ours is left to hold what tailscaled has
+// no route for, so until they stand again, and not longer, what the node's pods send to addresses that nobody has is seen in clear, and
+// what other nodes' pods send to such addresses of this node. What is for a pod or a tailnet address still has tailscaled's routes, and
+// other nodes have their lines.
+func (w *world) bared(t *testing.T, r round, over time.Time) {
+	t.Helper()
+	if !r.has(func(k *kind) bool { return k.bare }) {
+		return
+	}
+	n := w.nodes[r[0].node]
+	labtest.Eventually(t, "the lines of defence stand again", func() error {
+		now, err := n.Run(labtest.Within(t), "bash", "-c", defences)
+		if err == nil && now != n.lines {
+			err = errors.New(cmp.Diff(n.lines, now))
+		}
+		return err
+	})
+	w.tally.bare = append(w.tally.bare, time.Since(over))
+	somebody := w.somebody(t)
+	ours := func(a netip.Addr) bool {
+		return slices.ContainsFunc(n.PodCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	for pair, k := range w.next(t).Between {
+		from, to := pair[0], pair[1]
+		if slices.Contains(somebody, from) && !slices.Contains(somebody, to) && (ours(from) || ours(to)) {
+			w.tally.bareClear += k
+			continue
+		}
+		w.tally.clear += k
+		t.Errorf("%d packets in clear from %s to %s, for which a line was left", k, from, to)
+	}
+}
+
+// somebody are the addresses of nodes and pods.
+func (w *world) somebody(t *testing.T) (all []netip.Addr) {
+	t.Helper()
+	for _, n := range w.nodes {
+		all = slices.Concat(all, n.Underlay, labtest.TailnetAddrs(t, n.Node))
+		for _, p := range n.pods() {
+			all = slices.Concat(all, p.Addrs)
+		}
+	}
+	return all
 }
 
 // bound is how long repair may take: what the daemon looks at each minute takes more.
