@@ -99,17 +99,23 @@ func Change(r *rand.Rand, old *policy.Snapshot) *policy.Snapshot {
 				s.Policies[j] = p
 			}
 		case 3:
-			s.Pods[i].Labels = labels(r)
+			p := *s.Pods[i]
+			p.Labels = labels(r)
+			s.Pods[i] = &p
 		case 4:
 			if len(s.Namespaces) > 0 {
 				s.Namespaces[r.IntN(len(s.Namespaces))].Labels = labels(r)
 			}
 		case 5:
-			s.Pods[i].Ports = ports(r)
+			p := *s.Pods[i]
+			p.Ports = ports(r)
+			s.Pods[i] = &p
 		case 6: // the address goes to a pod of other labels
 			s.Pods[i] = pod(r, s.Pods[i].Node, 100+r.IntN(1000), s.Pods[i].IPs)
 		case 7:
-			s.Pods[i].Done = !s.Pods[i].Done
+			p := *s.Pods[i]
+			p.Done = !p.Done
+			s.Pods[i] = &p
 		}
 	}
 	return &s
@@ -154,8 +160,8 @@ func ports(r *rand.Rand) (out []policy.NamedPort) {
 	return out
 }
 
-func pod(r *rand.Rand, node string, i int, ips []netip.Addr) policy.Pod {
-	p := policy.Pod{
+func pod(r *rand.Rand, node string, i int, ips []netip.Addr) *policy.Pod {
+	p := &policy.Pod{
 		Namespace: pick(r, namespaces...), Name: fmt.Sprint("pod-", i), UID: types.UID(fmt.Sprint(i)), Node: node, Labels: labels(r), IPs: ips,
 		Ports: ports(r),
 	}

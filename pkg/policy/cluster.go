@@ -1,29 +1,34 @@
 package policy
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 
 	"go4.org/netipx"
+	networkingv1 "k8s.io/api/networking/v1"
 )
 
-// cluster is a snapshot with what the compiler looks up in it.
+// cluster is the last snapshot, with what the compiler looks up in it.
 type cluster struct {
 	*Snapshot
-	ipv4, ipv6 bool
-	namespaces map[string]map[string]string // labels by name
-	// owners are the pods whose address it is, of the first rank only: one, but where nobody can tell.
-	owners map[netip.Addr][]*Pod
+	families []bool                       // is it IPv6?
+	spaces   map[string]map[string]string // namespaces' labels by name
 	// addrs are all nodes' addresses, sorted.
 	addrs   []nodeAddr
 	podNets *netipx.IPSet
 
+	local map[*Pod]bool // the own node's
+	// claims are the pods that say that an address is theirs.
+	claims      map[netip.Addr][]*Pod
 	byNamespace map[string][]*Pod
 	// byLabel has the pods with a label, by key and value, for the keys that were asked for.
 	byLabel map[string]map[string][]*Pod
 	// byPort has the pods with a named port, by its name.
 	byPort map[string][]*Pod
+	// policies are those of a namespace.
+	policies map[string][]*networkingv1.NetworkPolicy
 }
 
 type nodeAddr struct {
@@ -31,61 +36,201 @@ type nodeAddr struct {
 	node *Node
 }
 
-func newCluster(s *Snapshot) *cluster {
-	c := &cluster{
-		Snapshot:    s,
-		namespaces:  make(map[string]map[string]string, len(s.Namespaces)),
-		owners:      make(map[netip.Addr][]*Pod, 2*len(s.Pods)),
-		byNamespace: make(map[string][]*Pod, len(s.Namespaces)),
-		byLabel:     map[string]map[string][]*Pod{},
-		byPort:      map[string][]*Pod{},
+// changes are what the last update did to a cluster.
+type changes struct {
+	// nodes: what blocks and the cluster's ranges mean may be different.
+	nodes bool
+	// pods are those that came, went, or share an address with one that did, and addrs the addresses of these.
+	pods  []*Pod
+	addrs map[netip.Addr]bool
+	// spaces are the labels, before and after, of the namespaces where they are different, nil where there was or is none.
+	spaces [][2]map[string]string
+}
+
+func newCluster() *cluster {
+	return &cluster{
+		Snapshot: &Snapshot{}, local: map[*Pod]bool{}, policies: map[string][]*networkingv1.NetworkPolicy{}, claims: map[netip.Addr][]*Pod{}, byNamespace: map[string][]*Pod{},
+		byLabel: map[string]map[string][]*Pod{}, byPort: map[string][]*Pod{},
 	}
+}
+
+// update makes c what s is.
+func (c *cluster) update(s *Snapshot) (ch changes) {
+	old := c.Snapshot
+	c.Snapshot = s
+	ch.nodes = old.Node != s.Node || !slices.Equal(old.PodCIDRs, s.PodCIDRs) ||
+		!slices.EqualFunc(old.Nodes, s.Nodes, func(a, b Node) bool { return a.Name == b.Name && slices.Equal(a.Addrs, b.Addrs) })
+	if old.Node != s.Node {
+		old = &Snapshot{}
+		*c = *newCluster()
+		c.Snapshot = s
+	}
+	if ch.nodes || c.podNets == nil {
+		c.setNodes()
+	}
+	ch.pods, ch.addrs = c.setPods(old.Pods, s.Pods)
+	gone, come := difference(old.Policies, s.Policies)
+	for _, p := range gone {
+		put(c.policies, p.Namespace, p, without)
+	}
+	for _, p := range come {
+		put(c.policies, p.Namespace, p, with)
+	}
+	spaces := make(map[string]map[string]string, len(s.Namespaces))
 	for _, n := range s.Namespaces {
-		c.namespaces[n.Name] = n.Labels
+		labels := n.Labels
+		if labels == nil {
+			labels = map[string]string{} // known, and without labels
+		}
+		spaces[n.Name] = labels
 	}
+	for name, before := range c.spaces {
+		if now := spaces[name]; now == nil || !maps.Equal(before, now) {
+			ch.spaces = append(ch.spaces, [2]map[string]string{before, now})
+		}
+	}
+	for name, now := range spaces {
+		if c.spaces[name] == nil {
+			ch.spaces = append(ch.spaces, [2]map[string]string{nil, now})
+		}
+	}
+	c.spaces = spaces
+	return ch
+}
+
+func (c *cluster) setNodes() {
 	var nets netipx.IPSetBuilder
-	for _, p := range s.PodCIDRs {
+	var ipv4, ipv6 bool
+	for _, p := range c.PodCIDRs {
 		nets.AddPrefix(p)
-		c.ipv4 = c.ipv4 || p.Addr().Is4()
-		c.ipv6 = c.ipv6 || p.Addr().Is6()
-	}
-	if !c.ipv4 && !c.ipv6 {
-		c.ipv4, c.ipv6 = true, true
+		ipv4, ipv6 = ipv4 || p.Addr().Is4(), ipv6 || p.Addr().Is6()
 	}
 	c.podNets, _ = nets.IPSet() // it cannot hold a prefix that is none
-	for i := range s.Pods {
-		c.addPod(&s.Pods[i])
+	c.families = nil
+	if ipv4 || !ipv6 {
+		c.families = append(c.families, false)
 	}
-	for i := range s.Nodes {
-		for _, a := range s.Nodes[i].Addrs {
-			c.addrs = append(c.addrs, nodeAddr{a, &s.Nodes[i]})
+	if ipv6 || !ipv4 {
+		c.families = append(c.families, true)
+	}
+	c.addrs = nil
+	for i := range c.Nodes {
+		for _, a := range c.Nodes[i].Addrs {
+			c.addrs = append(c.addrs, nodeAddr{a, &c.Nodes[i]})
 		}
 	}
 	slices.SortFunc(c.addrs, func(a, b nodeAddr) int { return a.addr.Compare(b.addr) })
-	return c
 }
 
-func (c *cluster) addPod(p *Pod) {
-	if !p.networked() {
-		return
+// setPods takes out the pods that are not there any more and adds the new ones.
+func (c *cluster) setPods(old, now []*Pod) (changed []*Pod, addrs map[netip.Addr]bool) {
+	addrs = map[netip.Addr]bool{}
+	change := func(list []*Pod, change func([]*Pod, *Pod) []*Pod) {
+		for _, p := range list {
+			if !p.networked() {
+				continue
+			}
+			changed = append(changed, p)
+			c.index(p, change)
+			for _, a := range p.IPs {
+				addrs[a] = true
+			}
+		}
 	}
-	c.byNamespace[p.Namespace] = append(c.byNamespace[p.Namespace], p)
+	gone, come := difference(old, now)
+	change(gone, without)
+	change(come, with)
+	for _, p := range gone {
+		delete(c.local, p)
+	}
+	for _, p := range come {
+		if p.Node == c.Node && p.networked() {
+			c.local[p] = true
+		}
+	}
+	for a := range addrs {
+		changed = append(changed, c.claims[a]...)
+	}
+	return changed, addrs
+}
+
+// difference finds what is in one list only. It is fast where most of them are at the same place in both.
+func difference[T comparable](old, now []T) (gone, come []T) {
+	in := map[T]int{}
+	for i := range max(len(old), len(now)) {
+		if i < len(old) && i < len(now) && old[i] == now[i] {
+			continue
+		}
+		if i < len(old) {
+			in[old[i]]--
+		}
+		if i < len(now) {
+			in[now[i]]++
+		}
+	}
+	var none T
+	for v, n := range in {
+		switch {
+		case v == none:
+		case n < 0:
+			gone = append(gone, v)
+		case n > 0:
+			come = append(come, v)
+		}
+	}
+	return gone, come
+}
+
+func with[T any](list []T, v T) []T { return append(list, v) }
+
+func without[T comparable](list []T, v T) []T {
+	i := slices.Index(list, v)
+	list[i] = list[len(list)-1]
+	return slices.Delete(list, len(list)-1, len(list))
+}
+
+// index puts a pod into all indexes, or takes it out.
+func (c *cluster) index(p *Pod, list func([]*Pod, *Pod) []*Pod) {
+	put(c.byNamespace, p.Namespace, p, list)
+	for label, index := range c.byLabel {
+		if v, has := p.Labels[label]; has {
+			put(index, v, p, list)
+		}
+	}
 	for i, port := range p.Ports {
 		if !slices.ContainsFunc(p.Ports[:i], func(o NamedPort) bool { return o.Name == port.Name }) {
-			c.byPort[port.Name] = append(c.byPort[port.Name], p)
+			put(c.byPort, port.Name, p, list)
 		}
 	}
 	for i, a := range p.IPs {
-		if slices.Contains(p.IPs[:i], a) {
-			continue
-		}
-		switch have := c.owners[a]; {
-		case len(have) == 0 || c.rank(p) > c.rank(have[0]):
-			c.owners[a] = []*Pod{p}
-		case c.rank(p) == c.rank(have[0]):
-			c.owners[a] = append(have, p)
+		if !slices.Contains(p.IPs[:i], a) {
+			put(c.claims, a, p, list)
 		}
 	}
+}
+
+func put[K comparable, V any](index map[K][]V, key K, v V, list func([]V, V) []V) {
+	if now := list(index[key], v); len(now) > 0 {
+		index[key] = now
+	} else {
+		delete(index, key)
+	}
+}
+
+// owners are the pods whose address it is: one, or several where nobody can tell.
+func (c *cluster) owners(a netip.Addr) []*Pod {
+	claims := c.claims[a]
+	if len(claims) < 2 {
+		return claims
+	}
+	best := slices.MaxFunc(claims, func(a, b *Pod) int { return c.rank(a) - c.rank(b) })
+	var out []*Pod
+	for _, p := range claims {
+		if c.rank(p) == c.rank(best) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // rank says who of several pods has an address: a pod of the own node has its link here, and one that does not terminate came later.
@@ -106,9 +251,9 @@ func (c *cluster) withLabel(label string, values map[string]bool) (pods []*Pod) 
 	index, done := c.byLabel[label]
 	if !done {
 		index = map[string][]*Pod{}
-		for i := range c.Pods {
-			if v, has := c.Pods[i].Labels[label]; has && c.Pods[i].networked() {
-				index[v] = append(index[v], &c.Pods[i])
+		for _, p := range c.Pods {
+			if v, has := p.Labels[label]; has && p.networked() {
+				index[v] = append(index[v], p)
 			}
 		}
 		c.byLabel[label] = index
@@ -146,33 +291,47 @@ func newPodPeer(namespace string, namespaces *selector, pods selector) *podPeer 
 }
 
 func (p *podPeer) matches(c *cluster, pod *Pod) bool {
-	if p.namespace != "" {
-		return pod.Namespace == p.namespace && p.pods.matches(pod.Labels)
+	if p.namespace != "" && pod.Namespace != p.namespace {
+		return false
 	}
-	if !p.namespaces.empty() {
-		labels, known := c.namespaces[pod.Namespace]
-		if !known || !p.namespaces.matches(labels) {
-			return false
-		}
-	}
-	return p.pods.matches(pod.Labels)
+	return p.pods.matches(pod.Labels) && (p.namespace != "" || p.namespaces.empty() || p.inNamespace(c.spaces[pod.Namespace]))
 }
 
-// members lists the addresses of a family's pods that the peer selects. An address that several pods claim is one only if all of
-// them are selected.
-func (p *podPeer) members(c *cluster, ipv6 bool) []Member {
-	var out []Member
+// inNamespace: a namespace that is not known (yet) has no labels to ask, which is not the same as to lack them.
+func (p *podPeer) inNamespace(labels map[string]string) bool {
+	return labels != nil && p.namespaces.matches(labels)
+}
+
+// changed reports whether the peer's members may be others than before, and whether more than those with a changed address.
+func (p *podPeer) changed(c *cluster, ch changes) (some, all bool) {
+	all = p.namespace == "" && !p.namespaces.empty() && slices.ContainsFunc(ch.spaces, func(l [2]map[string]string) bool {
+		return p.inNamespace(l[0]) || p.inNamespace(l[1])
+	})
+	return all || slices.ContainsFunc(ch.pods, func(pod *Pod) bool { return p.matches(c, pod) }), all
+}
+
+// at returns the address if it is a selected pod's. One that several pods claim is one only if all of them are selected.
+func (p *podPeer) at(c *cluster, a netip.Addr) []Member {
+	owners := c.owners(a)
+	if len(owners) == 0 || slices.ContainsFunc(owners, func(o *Pod) bool { return !p.matches(c, o) }) {
+		return nil
+	}
+	return []Member{{Addr: a}}
+}
+
+// members lists the addresses of a family's pods that the peer selects.
+func (p *podPeer) members(c *cluster, ipv6 bool) (out []Member) {
 	for _, pod := range p.candidates(c) {
 		if !p.matches(c, pod) {
 			continue
 		}
 		for _, a := range pod.IPs {
-			if a.Is6() != ipv6 {
-				continue
-			}
-			owners := c.owners[a]
-			if slices.Contains(owners, pod) && !slices.ContainsFunc(owners, func(o *Pod) bool { return o != pod && !p.matches(c, o) }) {
+			switch {
+			case a.Is6() != ipv6:
+			case len(c.claims[a]) == 1: // as nearly always
 				out = append(out, Member{Addr: a})
+			default:
+				out = append(out, p.at(c, a)...)
 			}
 		}
 	}
@@ -187,7 +346,7 @@ func (p *podPeer) candidates(c *cluster) []*Pod {
 		lists = append(lists, c.byNamespace[p.namespace])
 	case !p.namespaces.empty():
 		var pods []*Pod
-		for name, labels := range c.namespaces {
+		for name, labels := range c.spaces {
 			if p.namespaces.matches(labels) {
 				pods = append(pods, c.byNamespace[name]...)
 			}
@@ -200,18 +359,16 @@ func (p *podPeer) candidates(c *cluster) []*Pod {
 		}
 	}
 	if len(lists) == 0 {
-		all := make([]*Pod, 0, len(c.Pods))
-		for i := range c.Pods {
-			if c.Pods[i].networked() {
-				all = append(all, &c.Pods[i])
-			}
-		}
-		return all
+		return slices.DeleteFunc(slices.Clone(c.Pods), func(p *Pod) bool { return !p.networked() })
 	}
 	return slices.MinFunc(lists, func(a, b []*Pod) int { return len(a) - len(b) })
 }
 
+// sortMembers gives nil for none.
 func sortMembers(m []Member) []Member {
+	if len(m) == 0 {
+		return nil
+	}
 	slices.SortFunc(m, Member.compare)
 	return slices.CompactFunc(m, func(a, b Member) bool { return a.compare(b) == 0 })
 }

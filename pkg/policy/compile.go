@@ -21,31 +21,111 @@ const maxSetsOfGroup = 4
 
 // Compile says what the kernel must hold so that the own node's pods get what policies grant. The same snapshot gives the same
 // Ruleset, whatever the order of its lists.
-func Compile(s *Snapshot) *Ruleset {
+func Compile(s *Snapshot) *Ruleset { return NewCompiler().Compile(s) }
+
+// Compiler compiles one snapshot after the other, and keeps of the last what is the same in the next.
+type Compiler struct {
+	cluster  *cluster
+	policies map[*networkingv1.NetworkPolicy]*understood
+	sets     map[string]*liveSet
+}
+
+// NewCompiler returns a Compiler that has seen nothing yet.
+func NewCompiler() *Compiler { return &Compiler{cluster: newCluster()} }
+
+// Compile is what the function of that name is. Sets that did not change are the same *Set as in the last Ruleset.
+func (k *Compiler) Compile(s *Snapshot) *Ruleset {
+	ch := k.cluster.update(s)
+	if ch.nodes || k.sets == nil {
+		k.policies, k.sets = map[*networkingv1.NetworkPolicy]*understood{}, map[string]*liveSet{}
+	}
+	for _, l := range k.sets {
+		l.used = false
+		l.renew(k.cluster, ch)
+	}
+	for _, u := range k.policies {
+		u.used = false
+	}
 	c := &compiler{
-		cluster: newCluster(s), classes: map[string]string{}, groups: map[string][]Rule{},
+		Compiler: k, classes: map[string]string{}, groups: map[string][]Rule{},
 		out: &Ruleset{
 			Sets: map[string]*Set{}, Maps: map[string]*PortMap{}, Chains: map[string]*Chain{},
 			In: map[netip.Addr]string{}, Out: map[netip.Addr]string{},
 		},
 	}
 	policies := c.understand()
-	for a, owners := range c.owners {
-		if owners[0].Node == s.Node {
-			c.dispatch(a, owners, policies)
+	for p := range k.cluster.local {
+		for _, a := range p.IPs {
+			c.dispatch(a, k.cluster.owners(a), policies)
 		}
 	}
+	maps.DeleteFunc(k.sets, func(_ string, l *liveSet) bool { return !l.used })
+	maps.DeleteFunc(k.policies, func(_ *networkingv1.NetworkPolicy, u *understood) bool { return !u.used })
 	slices.SortStableFunc(c.out.Faults, func(a, b Fault) int { return strings.Compare(a.Policy, b.Policy) })
 	return c.out
 }
 
+// compiler makes one Ruleset.
 type compiler struct {
-	*cluster
+	*Compiler
 	out *Ruleset
 	// classes are the class chains' names ("" accepts all) by direction, policies and what these names as ports of the pod.
 	classes map[string]string
 	// groups are the rules that ask for peers, by the peers' key.
 	groups map[string][]Rule
+}
+
+// liveSet is a set whose members come and go.
+type liveSet struct {
+	source source
+	set    *Set
+	used   bool
+}
+
+// renew brings the set up to date. Only the members with a changed address are looked at where that is enough.
+func (l *liveSet) renew(c *cluster, ch changes) {
+	some, all := l.source.changed(c, ch)
+	if !some {
+		return
+	}
+	var now []Member
+	if all {
+		now = l.source.members(c, l.set.IPv6)
+	} else {
+		now = slices.DeleteFunc(slices.Clone(l.set.Members), func(m Member) bool { return ch.addrs[m.Addr] })
+		for a := range ch.addrs {
+			if a.Is6() == l.set.IPv6 {
+				now = append(now, l.source.at(c, a)...)
+			}
+		}
+		now = sortMembers(now)
+	}
+	if !slices.Equal(l.set.Members, now) {
+		l.set = &Set{Name: l.set.Name, Kind: l.set.Kind, IPv6: l.set.IPv6, Members: now}
+	}
+}
+
+// source is what a set stands for.
+type source interface {
+	// changed reports whether the members may be others than before, and whether more than those with a changed address.
+	changed(*cluster, changes) (some, all bool)
+	// at lists the members with an address.
+	at(*cluster, netip.Addr) []Member
+	// members lists all of a family, sorted.
+	members(c *cluster, ipv6 bool) []Member
+}
+
+// live adds a set to the ruleset and returns its name, which is made of what it stands for.
+func (c *compiler) live(prefix string, kind SetKind, ipv6 bool, key string, from source) string {
+	name := setName(prefix, ipv6, key)
+	l := c.sets[name]
+	if l == nil {
+		l = &liveSet{source: from, set: &Set{Name: name, Kind: kind, IPv6: ipv6, Members: from.members(c.cluster, ipv6)}}
+		c.sets[name] = l
+	}
+	l.used = true
+	c.out.Sets[name] = l.set
+	return name
 }
 
 // understood is a policy made ready for the pods that it selects.
@@ -54,6 +134,9 @@ type understood struct {
 	subject  selector
 	isolates [2]bool // by Direction
 	rules    [2][]rule
+	faults   []Fault
+
+	done, used bool
 }
 
 // rule grants a flow that is one of its ports' and whose other end is one of its peers.
@@ -70,37 +153,40 @@ type portRange struct {
 	first, last uint16
 }
 
-// understand reads the policies that select pods of the own node, by namespace and in order of name.
+// understand returns the policies that select pods of the own node, by namespace and in order of name.
 func (c *compiler) understand() map[string][]*understood {
 	local := map[string][]*Pod{}
-	for ns, pods := range c.byNamespace {
-		for _, p := range pods {
-			if p.Node == c.Node {
-				local[ns] = append(local[ns], p)
-			}
-		}
+	for p := range c.cluster.local {
+		local[p.Namespace] = append(local[p.Namespace], p)
 	}
 	out := map[string][]*understood{}
-	for _, p := range c.Policies {
-		if p == nil || len(local[p.Namespace]) == 0 {
-			continue
+	for ns, pods := range local {
+		for _, p := range c.cluster.policies[ns] {
+			u := c.policies[p]
+			if u == nil {
+				u = &understood{id: p.Namespace + "/" + p.Name, subject: newSelector(&p.Spec.PodSelector)}
+				c.policies[p] = u
+			}
+			u.used = true
+			if slices.ContainsFunc(pods, func(pod *Pod) bool { return u.subject.mayMatch(pod.Labels) }) {
+				u.read(c.cluster, p)
+				c.out.Faults = append(c.out.Faults, u.faults...)
+				out[ns] = append(out[ns], u)
+			}
 		}
-		subject := newSelector(&p.Spec.PodSelector)
-		if slices.ContainsFunc(local[p.Namespace], func(pod *Pod) bool { return subject.mayMatch(pod.Labels) }) {
-			out[p.Namespace] = append(out[p.Namespace], c.policy(p, subject))
-		}
-	}
-	for _, list := range out {
-		slices.SortFunc(list, func(a, b *understood) int { return strings.Compare(a.id, b.id) })
+		slices.SortFunc(out[ns], func(a, b *understood) int { return strings.Compare(a.id, b.id) })
 	}
 	return out
 }
 
-// policy understands one policy. What it cannot understand isolates whom it may have meant and grants nothing.
-func (c *compiler) policy(p *networkingv1.NetworkPolicy, subject selector) *understood {
-	u := &understood{id: p.Namespace + "/" + p.Name, subject: subject}
+// read understands the rules of a policy, once. What cannot be understood isolates whom it may have meant and grants nothing.
+func (u *understood) read(c *cluster, p *networkingv1.NetworkPolicy) {
+	if u.done {
+		return
+	}
+	u.done = true
 	fault := func(format string, args ...any) {
-		c.out.Faults = append(c.out.Faults, Fault{u.id, fmt.Sprintf(format, args...)})
+		u.faults = append(u.faults, Fault{u.id, fmt.Sprintf(format, args...)})
 	}
 	u.isolates[Ingress] = len(p.Spec.PolicyTypes) == 0
 	u.isolates[Egress] = len(p.Spec.PolicyTypes) == 0 && len(p.Spec.Egress) > 0
@@ -111,28 +197,26 @@ func (c *compiler) policy(p *networkingv1.NetworkPolicy, subject selector) *unde
 			fault("policyTypes: %q: known are Ingress and Egress: it isolates both ways", t)
 		}
 	}
-	if subject.unclear != nil {
-		fault("podSelector: %v: every pod that it may have meant is isolated, and the policy grants nothing", subject.unclear)
-		return u
+	if u.subject.unclear != nil {
+		fault("podSelector: %v: every pod that it may have meant is isolated, and the policy grants nothing", u.subject.unclear)
+		return
+	}
+	inRule := func(dir string, i int) func(string, ...any) {
+		return func(format string, args ...any) { fault(dir+" rule %d: "+format, append([]any{i + 1}, args...)...) }
 	}
 	if u.isolates[Ingress] {
 		for i, r := range p.Spec.Ingress {
-			u.rules[Ingress] = append(u.rules[Ingress], c.rule(p.Namespace, r.From, r.Ports, func(format string, args ...any) {
-				fault("ingress rule %d: "+format, append([]any{i + 1}, args...)...)
-			}))
+			u.rules[Ingress] = append(u.rules[Ingress], c.rule(p.Namespace, r.From, r.Ports, inRule("ingress", i)))
 		}
 	}
 	if u.isolates[Egress] {
 		for i, r := range p.Spec.Egress {
-			u.rules[Egress] = append(u.rules[Egress], c.rule(p.Namespace, r.To, r.Ports, func(format string, args ...any) {
-				fault("egress rule %d: "+format, append([]any{i + 1}, args...)...)
-			}))
+			u.rules[Egress] = append(u.rules[Egress], c.rule(p.Namespace, r.To, r.Ports, inRule("egress", i)))
 		}
 	}
-	return u
 }
 
-func (c *compiler) rule(namespace string, list []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort, fault func(string, ...any)) rule {
+func (c *cluster) rule(namespace string, list []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort, fault func(string, ...any)) rule {
 	r := rule{peers: c.peersOf(namespace, list, fault), anyPort: len(ports) == 0}
 	for i := range ports {
 		if err := r.addPort(&ports[i]); err != nil {
@@ -252,13 +336,8 @@ type class struct {
 	// exact are the peers of single ports, and ranges those of more.
 	exact  map[portRange]*peers
 	ranges map[portRange]*peers
-	// endpoints are egress' ports with names: they are what each peer calls so.
+	// endpoints are egress' ports with names, each what a peer calls so.
 	endpoints map[string]endpoints
-}
-
-type endpoints struct {
-	port  NamedPort
-	peers *peers
 }
 
 func newClass(dir Direction) *class {
@@ -314,7 +393,10 @@ func (c *compiler) class(k *class) string {
 		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(k.endpoints)) {
-		chain.Rules = append(chain.Rules, c.askEndpoints(key, k.endpoints[key])...)
+		for _, ipv6 := range c.cluster.families {
+			set := c.live("n", Endpoints, ipv6, key, k.endpoints[key])
+			chain.Rules = append(chain.Rules, Rule{Kind: EndpointIn, Ref: set, IPv6: ipv6})
+		}
 	}
 	return c.chain(chain)
 }
@@ -409,52 +491,21 @@ func (c *compiler) ask(dir Direction, who *peers) []Rule {
 	if done {
 		return rules
 	}
-	for _, ipv6 := range c.families() {
-		if len(who.pods) > maxSetsOfGroup {
-			rules = append(rules, Rule{Kind: PeerIn, Ref: c.union(who, ipv6), IPv6: ipv6})
+	for _, ipv6 := range c.cluster.families {
+		in := func(set string) { rules = append(rules, Rule{Kind: PeerIn, Ref: set, IPv6: ipv6}) }
+		if keys := slices.Sorted(maps.Keys(who.pods)); len(keys) > maxSetsOfGroup {
+			in(c.live("u", Addresses, ipv6, strings.Join(keys, "|"), unionOf(who.pods)))
 		} else {
-			for _, k := range slices.Sorted(maps.Keys(who.pods)) {
-				rules = append(rules, Rule{Kind: PeerIn, Ref: c.podSet(who.pods[k], ipv6), IPv6: ipv6})
+			for _, k := range keys {
+				in(c.live("s", Addresses, ipv6, k, who.pods[k]))
 			}
 		}
 		if name := c.blocks(who, ipv6); name != "" {
-			rules = append(rules, Rule{Kind: PeerIn, Ref: name, IPv6: ipv6})
+			in(name)
 		}
 	}
 	c.groups[key] = rules
 	return rules
-}
-
-func (c *compiler) families() (ipv6 []bool) {
-	if c.ipv4 {
-		ipv6 = append(ipv6, false)
-	}
-	if c.ipv6 {
-		ipv6 = append(ipv6, true)
-	}
-	return ipv6
-}
-
-// podSet returns the name of the set of a peer's pods.
-func (c *compiler) podSet(p *podPeer, ipv6 bool) string {
-	name := setName("s", ipv6, p.key)
-	if c.out.Sets[name] == nil {
-		c.out.Sets[name] = &Set{Name: name, Kind: Addresses, IPv6: ipv6, Members: p.members(c.cluster, ipv6)}
-	}
-	return name
-}
-
-// union returns the name of the set of all pods of several peers.
-func (c *compiler) union(who *peers, ipv6 bool) string {
-	name := setName("u", ipv6, strings.Join(slices.Sorted(maps.Keys(who.pods)), "|"))
-	if c.out.Sets[name] == nil {
-		var members []Member
-		for _, p := range who.pods {
-			members = append(members, p.members(c.cluster, ipv6)...)
-		}
-		c.out.Sets[name] = &Set{Name: name, Kind: Addresses, IPv6: ipv6, Members: sortMembers(members)}
-	}
-	return name
 }
 
 // blocks returns the name of the set of all blocks, "" where they hold nothing of the family.
@@ -471,29 +522,6 @@ func (c *compiler) blocks(who *peers, ipv6 bool) string {
 	name := setName("b", ipv6, fmt.Sprint(members))
 	c.out.Sets[name] = &Set{Name: name, Kind: Blocks, IPv6: ipv6, Members: members}
 	return name
-}
-
-// askEndpoints makes the rules for a port's name: the peers that have such a port, each with its own number.
-func (c *compiler) askEndpoints(key string, e endpoints) (rules []Rule) {
-	for _, ipv6 := range c.families() {
-		name := setName("n", ipv6, key)
-		if c.out.Sets[name] == nil {
-			var members []Member
-			for _, pod := range c.byPort[e.port.Name] {
-				for _, a := range pod.IPs {
-					if owners := c.owners[a]; a.Is6() != ipv6 || len(owners) != 1 || owners[0] != pod || !e.peers.includes(c.cluster, pod, a) {
-						continue
-					}
-					for _, n := range numbers(pod, e.port) {
-						members = append(members, Member{Addr: a, Protocol: e.port.Protocol, Port: n})
-					}
-				}
-			}
-			c.out.Sets[name] = &Set{Name: name, Kind: Endpoints, IPv6: ipv6, Members: sortMembers(members)}
-		}
-		rules = append(rules, Rule{Kind: EndpointIn, Ref: name, IPv6: ipv6})
-	}
-	return rules
 }
 
 func setName(kind string, ipv6 bool, key string) string {

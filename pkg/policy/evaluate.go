@@ -132,8 +132,7 @@ func (e evaluator) podsAt(a netip.Addr) (pods []*Pod) {
 		return r
 	}
 	best := -1
-	for i := range e.Pods {
-		p := &e.Pods[i]
+	for _, p := range e.Pods {
 		switch {
 		case !p.networked() || !slices.Contains(p.IPs, a):
 		case rank(p) > best:

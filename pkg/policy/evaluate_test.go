@@ -23,9 +23,9 @@ func addrs(texts ...string) (out []netip.Addr) {
 
 // small is a cluster of two nodes. On the own node, one: web, b, hostpod, two bare pods of the namespace lab; elsewhere the rest.
 func small() *Snapshot {
-	pod := func(node, name string, labels string, ips []netip.Addr, ports ...NamedPort) Pod {
+	pod := func(node, name string, labels string, ips []netip.Addr, ports ...NamedPort) *Pod {
 		ns, short, _ := strings.Cut(name, "/")
-		p := Pod{Namespace: ns, Name: short, UID: types.UID(name), Node: node, IPs: ips, Ports: ports, Labels: map[string]string{}}
+		p := &Pod{Namespace: ns, Name: short, UID: types.UID(name), Node: node, IPs: ips, Ports: ports, Labels: map[string]string{}}
 		for _, l := range strings.Fields(labels) {
 			k, v, _ := strings.Cut(l, "=")
 			p.Labels[k] = v
@@ -44,7 +44,7 @@ func small() *Snapshot {
 			{"shop", map[string]string{"team": "shop"}}, {"edge", map[string]string{"team": "edge"}}, {"bare", nil},
 		},
 		PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/32")},
-		Pods: []Pod{
+		Pods: []*Pod{
 			pod("one", "shop/web", "app=web", addrs("10.244.1.10", "fd00:244:1::10"), http(8080), NamedPort{"dns", UDP, 53}),
 			pod("one", "shop/b", "app=b", addrs("10.244.1.11"), http(8081)),
 			pod("one", "shop/hostpod", "app=host", addrs("192.168.50.1")),
@@ -58,8 +58,7 @@ func small() *Snapshot {
 			pod("two", "edge/leaving", "app=leaving", addrs("10.244.2.70")),
 		},
 	}
-	for i := range s.Pods {
-		p := &s.Pods[i]
+	for _, p := range s.Pods {
 		p.HostNetwork = strings.HasPrefix(p.Name, "host")
 		p.Done, p.Terminating = p.Name == "job", p.Name == "leaving"
 	}
@@ -255,10 +254,10 @@ func TestEvaluateElsewhere(t *testing.T) {
 
 func TestContestedAddress(t *testing.T) {
 	twin := func(s *Snapshot, change func(*Pod)) {
-		p := s.Pods[0] // web
+		p := *s.Pods[0] // web
 		p.Name, p.UID, p.Labels = "twin", "twin", map[string]string{"app": "twin"}
 		change(&p)
-		s.Pods = append(s.Pods, p)
+		s.Pods = append(s.Pods, &p)
 	}
 	for name, c := range map[string]struct {
 		spec   string

@@ -73,6 +73,66 @@ func (p *peers) includes(c *cluster, pod *Pod, a netip.Addr) bool {
 	return false
 }
 
+// unionOf are the pods of several peers, by key.
+type unionOf map[string]*podPeer
+
+func (u unionOf) changed(c *cluster, ch changes) (some, all bool) {
+	for _, p := range u {
+		one, more := p.changed(c, ch)
+		some, all = some || one, all || more
+	}
+	return some, all
+}
+
+func (u unionOf) at(c *cluster, a netip.Addr) []Member {
+	for _, p := range u {
+		if m := p.at(c, a); m != nil {
+			return m
+		}
+	}
+	return nil
+}
+
+func (u unionOf) members(c *cluster, ipv6 bool) (out []Member) {
+	for _, p := range u {
+		out = append(out, p.members(c, ipv6)...)
+	}
+	return sortMembers(out)
+}
+
+// endpoints are what peers' pods call a port.
+type endpoints struct {
+	port  NamedPort // without a number
+	peers *peers
+}
+
+func (e endpoints) changed(c *cluster, ch changes) (some, all bool) {
+	some, all = unionOf(e.peers.pods).changed(c, ch)
+	return some || slices.ContainsFunc(ch.pods, func(p *Pod) bool { return len(numbers(p, e.port)) > 0 }), all
+}
+
+func (e endpoints) at(c *cluster, a netip.Addr) (out []Member) {
+	owners := c.owners(a)
+	if len(owners) != 1 || !e.peers.includes(c, owners[0], a) {
+		return nil
+	}
+	for _, n := range numbers(owners[0], e.port) {
+		out = append(out, Member{Addr: a, Protocol: e.port.Protocol, Port: n})
+	}
+	return out
+}
+
+func (e endpoints) members(c *cluster, ipv6 bool) (out []Member) {
+	for _, pod := range c.byPort[e.port.Name] {
+		for _, a := range pod.IPs {
+			if a.Is6() == ipv6 {
+				out = append(out, e.at(c, a)...)
+			}
+		}
+	}
+	return sortMembers(out)
+}
+
 // peersOf understands the peers of one rule of a policy.
 func (c *cluster) peersOf(namespace string, list []networkingv1.NetworkPolicyPeer, fault func(string, ...any)) *peers {
 	if len(list) == 0 {

@@ -15,8 +15,9 @@ import (
 type Snapshot struct {
 	// Node is the name of the own node, whose pods are protected.
 	Node string
-	// Pods are those of the whole cluster.
-	Pods       []Pod
+	// Pods are those of the whole cluster. One that changes is another *Pod: the same pointer in two snapshots is the same pod, and
+	// the same policy where it is a policy's.
+	Pods       []*Pod
 	Namespaces []Namespace
 	// Policies are as the API has them: nothing is taken for valid.
 	Policies []*networkingv1.NetworkPolicy
