@@ -1,5 +1,5 @@
-// Package nfnl reads nf_tables by netlink: what the kernel holds, how often it was changed, and each change as it happens. That
-// costs microseconds, where the nft program costs milliseconds, and shows every attribute.
+// Package nfnl speaks netlink with nf_tables: what the kernel holds, how often it was changed, each change as it happens, and
+// transactions that change elements of sets. That costs microseconds, where the nft program costs milliseconds, and shows every attribute.
 package nfnl
 
 import (

@@ -1,0 +1,207 @@
+package nfnl
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Attribute and flag numbers that golang.org/x/sys lacks (include/uapi/linux/netfilter/nf_tables.h).
+const (
+	// ElemEnd and ElemCatchAll are NFT_SET_ELEM_INTERVAL_END, an element that ends an interval, and NFT_SET_ELEM_CATCHALL, which has no key.
+	ElemEnd, ElemCatchAll = 1, 2
+
+	// elementsAtOnce bounds a list of elements, which is one attribute of at most 64 KB. The largest here has 80 bytes.
+	elementsAtOnce = 500
+)
+
+// Element is an element of a set or of a map of verdicts.
+type Element struct {
+	// Key has the fields' bytes, each padded to 4.
+	Key   string
+	Flags uint32
+	// Verdict is accept, drop, return, jump CHAIN or goto CHAIN. Elements of sets have none.
+	Verdict string
+	// Odd elements have more than that: a timeout, a counter, another kind of data.
+	Odd bool
+}
+
+// Set names a set or map.
+type Set struct {
+	Family      uint8
+	Table, Name string
+}
+
+// AddElements adds elements to a set.
+func (b *Batch) AddElements(table, set string, elements []Element) {
+	b.elements(unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, table, set, elements)
+}
+
+// DelElements takes elements out of a set. Only keys count.
+func (b *Batch) DelElements(table, set string, elements []Element) {
+	b.elements(unix.NFT_MSG_DELSETELEM, 0, table, set, elements)
+}
+
+// FlushSet takes all elements out of a set.
+func (b *Batch) FlushSet(table, set string) {
+	b.Add(unix.NFT_MSG_DELSETELEM, 0, Name(unix.NFTA_SET_ELEM_LIST_TABLE, table), Name(unix.NFTA_SET_ELEM_LIST_SET, set))
+}
+
+func (b *Batch) elements(msg, flags int, table, set string, elements []Element) {
+	for len(elements) > 0 {
+		n := min(len(elements), elementsAtOnce)
+		var list []byte
+		for _, e := range elements[:n] {
+			list = AppendAttr(list, unix.NFTA_LIST_ELEM|nested, e.encode())
+		}
+		b.Add(msg, flags, Name(unix.NFTA_SET_ELEM_LIST_TABLE, table), Name(unix.NFTA_SET_ELEM_LIST_SET, set),
+			Attr{unix.NFTA_SET_ELEM_LIST_ELEMENTS | nested, list})
+		elements = elements[n:]
+	}
+}
+
+// verdicts are the words for verdict codes (int32).
+var verdicts = map[string]int32{"drop": 0, "accept": 1, "continue": unix.NFT_CONTINUE, "return": unix.NFT_RETURN, "jump": unix.NFT_JUMP, "goto": unix.NFT_GOTO}
+
+func (e Element) encode() []byte {
+	b := make([]byte, 0, 80)
+	if e.Flags != 0 {
+		b = AppendAttr(b, unix.NFTA_SET_ELEM_FLAGS, binary.BigEndian.AppendUint32(nil, e.Flags))
+	}
+	if e.Flags&ElemCatchAll == 0 {
+		b = AppendAttr(b, unix.NFTA_SET_ELEM_KEY|nested, AppendAttr(nil, unix.NFTA_DATA_VALUE, []byte(e.Key)))
+	}
+	if e.Verdict != "" {
+		word, chain, _ := strings.Cut(e.Verdict, " ")
+		verdict := AppendAttr(nil, unix.NFTA_VERDICT_CODE, binary.BigEndian.AppendUint32(nil, uint32(verdicts[word])))
+		if chain != "" {
+			verdict = AppendAttr(verdict, unix.NFTA_VERDICT_CHAIN, append([]byte(chain), 0))
+		}
+		b = AppendAttr(b, unix.NFTA_SET_ELEM_DATA|nested, AppendAttr(nil, unix.NFTA_DATA_VERDICT|nested, verdict))
+	}
+	return b
+}
+
+// Elements returns what a set holds.
+func Elements(s Set) ([]Element, error) {
+	var out []Element
+	err := EachElement(s, func(attrs map[int][]byte) error {
+		e, err := decode(attrs)
+		out = append(out, e)
+		return err
+	})
+	return out, err
+}
+
+// EachElement calls do with the attributes of each element of a set.
+func EachElement(s Set, do func(attrs map[int][]byte) error) error {
+	answers, err := Request(s.Family, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
+		Name(unix.NFTA_SET_ELEM_LIST_TABLE, s.Table), Name(unix.NFTA_SET_ELEM_LIST_SET, s.Name))
+	if err != nil {
+		return fmt.Errorf("list the elements of set %s: %w", s.Name, err)
+	}
+	return eachElement(answers, do)
+}
+
+func eachElement(answers [][]byte, do func(attrs map[int][]byte) error) error {
+	for _, r := range answers {
+		a, err := Attributes(r)
+		if err != nil {
+			return err
+		}
+		list, err := List(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
+		if err != nil {
+			return err
+		}
+		for _, e := range list {
+			attrs, err := Attributes(e.Value)
+			if err != nil {
+				return err
+			}
+			if err := do(attrs); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Find returns the element that a look-up of a key finds in a set: in one of intervals the one that begins it.
+func Find(s Set, key string) (found Element, ok bool, err error) {
+	answers, err := Request(s.Family, unix.NFT_MSG_GETSETELEM, 0,
+		Name(unix.NFTA_SET_ELEM_LIST_TABLE, s.Table), Name(unix.NFTA_SET_ELEM_LIST_SET, s.Name),
+		Nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS, Attr{unix.NFTA_LIST_ELEM | nested, Element{Key: key}.encode()}))
+	if errors.Is(err, unix.ENOENT) {
+		// Either the element or the set is missing.
+		_, err := Request(s.Family, unix.NFT_MSG_GETSET, 0, Name(unix.NFTA_SET_TABLE, s.Table), Name(unix.NFTA_SET_NAME, s.Name))
+		if err != nil {
+			return Element{}, false, fmt.Errorf("find set %s: %w", s.Name, err)
+		}
+		return Element{}, false, nil
+	}
+	if err != nil {
+		return Element{}, false, fmt.Errorf("look into set %s: %w", s.Name, err)
+	}
+	err = eachElement(answers, func(attrs map[int][]byte) error {
+		found, err = decode(attrs)
+		ok = true
+		return err
+	})
+	return found, ok, err
+}
+
+func decode(attrs map[int][]byte) (Element, error) {
+	var e Element
+	for typ, value := range attrs {
+		switch typ {
+		case unix.NFTA_SET_ELEM_KEY:
+			key, err := Attributes(value)
+			if err != nil {
+				return Element{}, err
+			}
+			e.Key = string(key[unix.NFTA_DATA_VALUE])
+		case unix.NFTA_SET_ELEM_FLAGS:
+			if len(value) == 4 {
+				e.Flags = binary.BigEndian.Uint32(value)
+			}
+		case unix.NFTA_SET_ELEM_DATA:
+			var err error
+			if e.Verdict, err = decodeVerdict(value); err != nil {
+				return Element{}, err
+			}
+			e.Odd = e.Odd || e.Verdict == ""
+		case unix.NFTA_SET_ELEM_USERDATA, unix.NFTA_SET_ELEM_PAD: // a comment
+		default:
+			e.Odd = true
+		}
+	}
+	return e, nil
+}
+
+// decodeVerdict returns "" for data that is no verdict that anybody knows.
+func decodeVerdict(b []byte) (string, error) {
+	data, err := Attributes(b)
+	if err != nil {
+		return "", err
+	}
+	verdict, err := Attributes(data[unix.NFTA_DATA_VERDICT])
+	if err != nil {
+		return "", err
+	}
+	code := verdict[unix.NFTA_VERDICT_CODE]
+	if len(code) != 4 {
+		return "", nil
+	}
+	for word, n := range verdicts {
+		if n == int32(binary.BigEndian.Uint32(code)) {
+			if chain := Text(verdict[unix.NFTA_VERDICT_CHAIN]); chain != "" {
+				word += " " + chain
+			}
+			return word, nil
+		}
+	}
+	return "", nil
+}

@@ -1,0 +1,122 @@
+// Package enforce keeps a policy.Ruleset in the kernel, as table inet headcni-policy of the network namespace of its callers.
+//
+// Rules are written by the nft program, which knows their encoding; elements of sets and maps by netlink, which costs a hundredth and
+// knows no foreign table. A pod's start needs elements alone.
+package enforce
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"sync"
+
+	"github.com/headcni/headcni/internal/nfcmd"
+	"github.com/headcni/headcni/pkg/policy"
+)
+
+// Table keeps the table. It is safe for concurrent use.
+type Table struct {
+	file string
+
+	mu  sync.Mutex
+	nft nfcmd.NFT
+	// have is what the kernel holds as far as we know, nil where it has to be looked at.
+	have *held
+	// digests are of the rules of chains as the kernel listed them after we had written them.
+	digests map[string]digest
+	// recheck are the addresses in the sets of that name, each with the number of the Apply that put it there.
+	recheck map[netip.Addr]uint64
+	applies uint64
+	own     ownWrites
+}
+
+// held is what was applied last.
+type held struct {
+	rules *policy.Ruleset
+	opt   policy.Options
+}
+
+// Change is what an Apply did.
+type Change struct {
+	// Sets and Chains are how many were made, and Deleted how many sets, maps and chains went.
+	Sets, Chains, Deleted int
+	// Added and Removed are elements of sets and maps.
+	Added, Removed int
+	// Rechecked are addresses whose established flows are judged again from now on.
+	Rechecked int
+	// Programs is how often the nft program ran.
+	Programs int
+	// Cold: there was no table.
+	Cold bool
+	// Repaired says what the kernel had otherwise than it should, where it was looked at.
+	Repaired []string
+}
+
+// New returns a Table that has touched nothing yet. In file it keeps what the kernel's rules looked like when it had written them, so that
+// another process finds them as they are; without it, that process writes them anew. The folder must exist.
+func New(file string) *Table { return &Table{file: file} }
+
+// Apply makes the table hold want. What packets meet changes in one step, from all that was applied before to all of want.
+//
+// The first Apply compares with what the kernel holds, and writes nothing where that is want already. Later ones write the difference
+// to what was applied before, unless somebody else has changed the table (see Changes) or an Apply failed: then the first's way is
+// taken again. After an error the kernel still enforces what it did.
+func (t *Table) Apply(ctx context.Context, want *policy.Ruleset, opt policy.Options) (Change, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.applies++
+	p, err := t.plan(want, opt)
+	if err != nil {
+		return Change{}, fmt.Errorf("look at the policy table: %w", explain(err))
+	}
+	t.have = nil
+	if err := t.execute(ctx, p, want, opt); err != nil {
+		return p.change, fmt.Errorf("write the policy table: %w", explain(err))
+	}
+	t.putRecheck(p)
+	if !p.leftovers {
+		t.have = &held{want, opt}
+	}
+	return p.change, nil
+}
+
+func (t *Table) plan(want *policy.Ruleset, opt policy.Options) (*plan, error) {
+	if t.have != nil {
+		p := difference(t.have, &held{want, opt})
+		p.changeRecheck(want, t.recheck)
+		return p, nil
+	}
+	t.loadDigests()
+	o, err := observe()
+	if err != nil {
+		return nil, err
+	}
+	t.recheck = map[netip.Addr]uint64{}
+	for a := range o.recheck() {
+		t.recheck[a] = t.applies
+	}
+	p := o.plan(want, opt, t.digests)
+	if !p.empty() {
+		for a := range isolated(want) {
+			p.recheck[a] = true
+		}
+	}
+	p.changeRecheck(want, t.recheck)
+	return p, nil
+}
+
+// putRecheck notes whom a plan that is in force has put into recheck, and whom it has taken out.
+func (t *Table) putRecheck(p *plan) {
+	for a := range p.recheck {
+		t.recheck[a] = t.applies
+	}
+	maps.DeleteFunc(t.recheck, func(a netip.Addr, _ uint64) bool { return p.leave[a] })
+}
+
+// Doubt has the next Apply compare with what the kernel holds.
+func (t *Table) Doubt() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.have = nil
+}
