@@ -57,9 +57,10 @@ var level = map[string]int{
 	"pkg/tailscaled":            3,
 
 	// Rooms that several concerns meet in.
-	"pkg/conflist":   4,
-	"pkg/install":    4,
-	"pkg/membership": 4,
+	"pkg/conflist":     4,
+	"pkg/install":      4,
+	"pkg/membership":   4,
+	"pkg/policy/watch": 4,
 
 	"pkg/leases": 5,
 
