@@ -1,0 +1,78 @@
+// Package policy holds tests that show what the tests of pkg/policy are worth.
+package policy
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// mutants are faults that a compiler of policies can have. Each replaces the one place in a file of pkg/policy that reads old.
+var mutants = []struct{ name, file, old, new string }{
+	{"excepts are forgotten", "peers.go", "set.RemovePrefix(except)", "_ = except"},
+	{"a node is known by the address in the block only", "peers.go", "set.Add(a)", "_ = a"},
+	{"an excepted node keeps its other addresses", "peers.go", "set.Remove(a)", "_ = a"},
+	{"named ports behind blocks only", "peers.go", "for _, peer := range p.pods {\n\t\tif peer.matches(c, pod) {\n\t\t\treturn true", "for _, peer := range p.pods {\n\t\tif peer.matches(c, pod) {\n\t\t\treturn false"},
+	{"a selector alone is of all namespaces", "peers.go", "one := newPodPeer(namespace, nil, pods)", "one := newPodPeer(\"\", &selector{}, pods)"},
+	{"every namespace is every pod", "peers.go", "if namespaces.empty() && pods.empty() {", "if namespaces.empty() {"},
+	{"a peer that nobody understands is everybody", "peers.go", "fault(\"peer %d: %v: it stands for nobody\", i+1, err)\n\t\t\tcontinue", "return &peers{any: true}"},
+	{"ranges end before their last port", "compile.go", "edges[int(p.first)], edges[int(p.last)+1] = true, true", "edges[int(p.first)], edges[int(p.last)] = true, true"},
+	{"of overlapping ranges the first counts", "compile.go", "if r.last >= piece.last {", "if r.last >= piece.last && who.empty() {"},
+	{"every port is TCP's", "compile.go", "e := PortElement{Protocol: p.protocol,", "e := PortElement{Protocol: TCP,"},
+	{"a name is every protocol's", "compile.go", "p.Name == want.Name && p.Protocol == want.Protocol", "p.Name == want.Name"},
+	{"rules of one port replace each other", "compile.go", "to[p] == nil {", "true {"},
+	{"a pod's ports are those of the first of its class", "compile.go", "key += fmt.Sprint(numbers(pod, p))", "_ = p"},
+	{"a policy isolates both ways", "compile.go", "if u.isolates[dir] && u.subject.mayMatch(pod.Labels) {", "if u.subject.mayMatch(pod.Labels) {"},
+	{"egress rules without types do not isolate", "compile.go", "len(p.Spec.PolicyTypes) == 0 && len(p.Spec.Egress) > 0", "false"},
+	{"a subject that nobody understands is not isolated", "compile.go", "return u.subject.mayMatch(pod.Labels) })", "return u.subject.matches(pod.Labels) })"},
+	{"a union has the pods of some of its peers", "peers.go", "out = append(out, p.members(c, ipv6)...)", "if out == nil {\n\t\t\tout = p.members(c, ipv6)\n\t\t}"},
+	{"a set that changed stays", "compile.go", "if !some {", "if some || !some {"},
+	{"another's claim counts", "cluster.go", "if c.rank(p) == c.rank(best) {", "if c.rank(p) <= c.rank(best) {"},
+	{"completed pods keep their addresses", "snapshot.go", "return !p.HostNetwork && !p.Done", "return !p.HostNetwork"},
+	{"host-network pods have an address", "snapshot.go", "return !p.HostNetwork && !p.Done", "return !p.Done"},
+	{"who lacks a label is not NotIn", "selector.go", "yes := has && (r.values == nil || r.values[value]); yes == r.negate", "yes := has && (r.values == nil || r.values[value]); yes == r.negate || !has && r.values != nil"},
+	{"labels of namespaces are not asked", "cluster.go", "return labels != nil && p.namespaces.matches(labels)", "return labels != nil"},
+	{"a namespace that is not known has no labels", "cluster.go", "return labels != nil && p.namespaces.matches(labels)", "return p.namespaces.matches(labels)"},
+	{"a relabelled namespace is not noticed", "cluster.go", "now == nil || !maps.Equal(before, now)", "now == nil || !maps.Equal(before, before)"},
+	{"who went stays in the sets", "cluster.go", "change(gone, without)", "change(gone[:0], without)"},
+}
+
+// TestMutants breaks the compiler in each of these ways: pkg/policy's tests notice every one.
+func TestMutants(t *testing.T) {
+	dir, err := filepath.Abs("../../pkg/policy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range mutants {
+		t.Run(m.name, func(t *testing.T) {
+			path := filepath.Join(dir, m.file)
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := strings.Count(string(b), m.old); n != 1 {
+				t.Fatalf("%s: %d places read %q, want 1", m.file, n, m.old)
+			}
+			mutant, overlay := filepath.Join(t.TempDir(), m.file), filepath.Join(t.TempDir(), "overlay.json")
+			replace, err := json.Marshal(map[string]any{"Replace": map[string]string{path: mutant}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for file, content := range map[string][]byte{mutant: []byte(strings.Replace(string(b), m.old, m.new, 1)), overlay: replace} {
+				if err := os.WriteFile(file, content, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			out, err := exec.CommandContext(t.Context(), "go", "test", "-vet=off", "-overlay", overlay, "-failfast", "-run", "^(TestCases|TestCompileRandom)$", dir).CombinedOutput()
+			switch {
+			case err == nil:
+				t.Error("no test noticed")
+			case !strings.Contains(string(out), "--- FAIL: Test"):
+				t.Errorf("no test ran: %s", out)
+			}
+		})
+	}
+}
