@@ -2,6 +2,7 @@ package nstest
 
 import (
 	"encoding/binary"
+	"hash/crc32"
 	"net/netip"
 	"slices"
 
@@ -95,6 +96,28 @@ func tcp(src, dst netip.Addr, from, to uint16, flags byte) []byte {
 		b[11] = 1
 	}
 	return sum(src, dst, unix.IPPROTO_TCP, b, 16)
+}
+
+// SYN is the header that begins a TCP connection.
+func SYN(src, dst netip.Addr, from, to uint16) []byte { return tcp(src, dst, from, to, syn) }
+
+// SCTPInit is a packet that begins an SCTP association (RFC 9260, sections 3.1 and 3.3.2).
+func SCTPInit(from, to uint16) []byte {
+	b := binary.BigEndian.AppendUint16(nil, from)
+	b = binary.BigEndian.AppendUint16(b, to)
+	b = append(b, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 20, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1)
+	binary.LittleEndian.PutUint32(b[8:], crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	return b
+}
+
+// Echo is a request of ICMP or ICMPv6 with an identifier.
+func Echo(src, dst netip.Addr, id uint16) []byte {
+	typ := byte(8)
+	if src.Is6() {
+		typ = 128
+	}
+	_, payload := icmp(src, dst, typ, 0, binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, id), 1))
+	return payload
 }
 
 // icmp is a message of ICMP or ICMPv6.

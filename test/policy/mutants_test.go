@@ -1,4 +1,4 @@
-// Package policy holds tests that show what the tests of pkg/policy are worth.
+// Package policy tests pkg/policy and its enforcement together: real packets, and faults made on purpose.
 package policy
 
 import (
