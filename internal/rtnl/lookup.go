@@ -3,6 +3,7 @@ package rtnl
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -26,6 +27,8 @@ type Link struct {
 	MAC         net.HardwareAddr
 	Name        string
 	Kind, Alias string
+	// Master is the index of the bridge, bond or VRF that has it, 0: none.
+	Master int
 	// Group is IFLA_GROUP, 0 for every new link.
 	Group uint32
 	// PeerNetns is this namespace's number for the other end's, -1 where that is the same.
@@ -49,6 +52,18 @@ func GetLink(name string) Request {
 	r.AttrUint32(unix.IFLA_EXT_MASK, skipStats)
 	r.AttrString(unix.IFLA_IFNAME, name)
 	return r
+}
+
+// LinkByIndex looks a link up: ip link show, by its number. The error matches ENODEV if there is none.
+func (c *Conn) LinkByIndex(index int) (Link, error) {
+	r := Request{What: fmt.Sprintf("look up link %d", index), Type: unix.RTM_GETLINK}
+	r.Ifinfo(index, 0, 0)
+	r.AttrUint32(unix.IFLA_EXT_MASK, skipStats)
+	replies, err := c.Do(r)
+	if err != nil {
+		return Link{}, err
+	}
+	return ParseLink(replies[0])
 }
 
 // PeerOf looks the other end of a link up, in its own namespace.
@@ -90,6 +105,9 @@ func ParseLink(b []byte) (Link, error) {
 	}
 	if v := attrs[unix.IFLA_OPERSTATE]; len(v) == 1 {
 		l.Operational = v[0] == operUp
+	}
+	if v := attrs[unix.IFLA_MASTER]; len(v) == 4 {
+		l.Master = int(binary.NativeEndian.Uint32(v))
 	}
 	if v := attrs[unix.IFLA_GROUP]; len(v) == 4 {
 		l.Group = binary.NativeEndian.Uint32(v)

@@ -15,17 +15,22 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// mendAfter is how long something has to be lacking before it is put back: an ADD may be at work.
-const mendAfter = 500 * time.Millisecond
+const (
+	// mendAfter is how long something has to be lacking before it is put back: an ADD may be at work.
+	mendAfter = 500 * time.Millisecond
+	// settled is how long after a link was first seen plugins behind ours may still change its hardware address and MTU.
+	settled = 10 * time.Second
+)
 
-// Mender puts back on the host's ends of pods' links what the plugin made once and others can take away (NetworkManager,
+// Mender puts back on the host's ends of pods' links what the plugin made once and others can take away or change (NetworkManager,
 // systemd-networkd, a person). What a pod is to have is in its lease, which only we write. Of a pod whose addresses another IPAM
-// plugin gave there is none of ours: it is to have what it was seen to have since the daemon started. Nothing is asked of the pod
-// itself, which could name addresses of others.
+// plugin gave there is none of ours: it is to have what it was seen to have since the daemon started. So it is with what no lease says of
+// a link. Of the pod itself nothing is asked but its hardware address: it could name addresses of others.
 type Mender struct {
 	confDir string
 	links   podlink.Handle
 	since   map[string]time.Time // when it was first lacking
+	settled time.Duration
 
 	mu   sync.Mutex
 	seen map[string]seen // by the link's name
@@ -36,10 +41,15 @@ type seen struct {
 	podlink.Leased
 	// ours tells that there was a lease: what it had is nobody's once that has gone.
 	ours bool
+	// first is when the link was first seen. From the first look on that finds it settled, Made stays.
+	first  time.Time
+	stands bool
 }
 
 // NewMender looks after the networks whose pools are where the conflist in confDir has its own.
-func NewMender(confDir string) *Mender { return &Mender{confDir: confDir, seen: map[string]seen{}} }
+func NewMender(confDir string) *Mender {
+	return &Mender{confDir: confDir, settled: settled, seen: map[string]seen{}}
+}
 
 // See notes what pods' links have now.
 func (m *Mender) See() error {
@@ -60,7 +70,21 @@ func (m *Mender) See() error {
 				pod.Addrs = append(pod.Addrs, a)
 			}
 		}
-		m.seen[name] = seen{pod.Leased, was.ours}
+		switch {
+		case was.Made.Index != pod.Index:
+			was.first, was.stands = time.Now(), false
+		case was.stands:
+			pod.Made = was.Made
+		default:
+			was.stands = time.Since(was.first) >= m.settled
+		}
+		m.seen[name] = seen{pod.Leased, was.ours, was.first, was.stands}
+	}
+	for name, was := range before {
+		// By its name or alias it is nobody's now, but it is there.
+		if _, there := now[name]; !there && links.Exists(was.Made.Index) {
+			m.seen[name] = was
+		}
 	}
 	return nil
 }
@@ -77,11 +101,12 @@ func (m *Mender) pods(ctx context.Context) ([]podlink.Leased, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	taken := map[netip.Addr]bool{}
-	for _, p := range out {
+	for i, p := range out {
 		name := podlink.Name(p.ContainerID, p.IfName)
 		if s, ok := m.seen[name]; ok {
 			s.ours = true
 			m.seen[name] = s
+			out[i].Made = s.Made
 		}
 		for _, a := range p.Addrs {
 			taken[a] = true

@@ -78,3 +78,60 @@ func TestMendWithoutLease(t *testing.T) {
 		}
 	}
 }
+
+// TestMendChanged: what somebody changes of a link itself comes back as it was seen to be, but what plugins behind ours change at first
+// stays. A new link is compared with nothing that the last one of its name had.
+func TestMendChanged(t *testing.T) {
+	confDir, host := t.TempDir(), nstest.New(t)
+	conf := fmt.Sprintf(`{"name":"net","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, t.TempDir())
+	if err := os.WriteFile(filepath.Join(confDir, paths.ConflistName), []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m := NewMender(confDir)
+	link := podlink.Name("pod", "eth0")
+	make := func(mac string) {
+		host.Run(t, "sh", "-ec", strings.NewReplacer("LINK", link, "MAC", mac).Replace(
+			`ip link add LINK mtu 1280 address MAC type veth; ip link set LINK alias "net pod/eth0"; ip link set LINK up; ip route add 10.244.1.7 dev LINK proto static`))
+	}
+	state := func() string {
+		return host.Run(t, "sh", "-c", "ip link show "+link+" | sed 's/^[0-9]*: //'; ip route show 10.244.1.7")
+	}
+	see := func() { host.Do(t, m.See) }
+	mend := func() (done []string) {
+		host.Do(t, func() error {
+			_, _ = m.Sync(t.Context()) // it waits for what was just found
+			time.Sleep(mendAfter + 50*time.Millisecond)
+			got, err := m.Sync(t.Context())
+			done = got
+			return err
+		})
+		return done
+	}
+	make("02:00:00:00:00:01")
+	see()
+	host.Run(t, "ip", "link", "set", link, "address", "02:00:00:00:00:02")
+	ofLink := func(done []string) bool { return strings.Contains(fmt.Sprint(done), "its ") }
+	if done := mend(); ofLink(done) {
+		t.Errorf("what a plugin behind ours has set is changed: %q", done)
+	}
+	m.settled = 0
+	see()
+	want := state()
+	for _, damage := range []string{
+		"ip link set LINK address 02:00:00:00:00:03", "ip link set LINK mtu 1400", "ip link set LINK alias other",
+		"ip link set LINK down; ip link set LINK name other alias other address 02:00:00:00:00:03",
+	} {
+		host.Run(t, "sh", "-ec", strings.ReplaceAll(damage, "LINK", link))
+		if done := mend(); !ofLink(done) {
+			t.Errorf("%s: done %q", damage, done)
+		}
+		if got := state(); got != want {
+			t.Errorf("%s: got\n%s\nwant\n%s", damage, got, want)
+		}
+	}
+	host.Run(t, "ip", "link", "del", link)
+	make("02:00:00:00:00:04")
+	if done := mend(); ofLink(done) {
+		t.Errorf("a new link of the same name: %q", done)
+	}
+}

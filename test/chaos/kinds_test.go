@@ -216,7 +216,9 @@ ip $f route delete $(ip $f route show table 52 | awk '/ dev / { print $1 }' | pi
 // linkKinds break the host's end of a pod's link.
 func linkKinds() []*kind {
 	const conf = "/proc/sys/net/ipv4/conf/LINK/"
-	return []*kind{
+	return append(claiming("bridge",
+		script(4, "a pod's link in a bridge", "ip link add chaos-bridge type bridge; ip link set chaos-bridge up; ip link set LINK master chaos-bridge", "ip link delete chaos-bridge"),
+	),
 		script(8, "a pod's link down", "ip link set LINK down", ""),
 		script(8, "a pod's link down and up", "ip link set LINK down; ip link set LINK up", ""),
 		script(8, "a pod's link: routes flushed", "ip route flush dev LINK; ip -6 route flush dev LINK", ""),
@@ -228,7 +230,7 @@ func linkKinds() []*kind {
 echo $(cat rp_filter arp_ignore proxy_arp) > /run/chaos-LINK
 echo 1 > rp_filter; echo 0 > arp_ignore; echo 1 > proxy_arp`, `read -r a b c < /run/chaos-LINK; rm /run/chaos-LINK
 cd `+conf+" && echo $a > rp_filter && echo $b > arp_ignore && echo $c > proxy_arp"),
-	}
+	)
 }
 
 // hostKinds break what belongs to the host.

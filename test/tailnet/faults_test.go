@@ -324,12 +324,16 @@ func (w *broken) testPodLink(t *testing.T, p *lab.Pod) {
 		"sysctl -qw net.ipv6.conf.LINK.disable_ipv6=1; sysctl -qw net.ipv6.conf.LINK.disable_ipv6=0",
 		// The kernel tells of no change of these: the daemon sees them whenever it looks.
 		"sysctl -qw net.ipv4.conf.LINK.arp_ignore=0 net.ipv6.conf.LINK.accept_ra=2; ip link set LINK down; ip link set LINK up",
+		"ip link add other type bridge; ip link set other up; ip link set LINK master other",
+		"ip link delete other; ip link set LINK down; ip link set LINK name other; ip link set other up",
+		"ip neigh replace ADDR4 lladdr 02:00:00:00:00:77 nud permanent dev LINK; ip neigh replace ADDR6 lladdr 02:00:00:00:00:77 nud permanent dev LINK\n" +
+			"ip route replace ADDR4 dev lo; ip -6 route replace ADDR6 dev lo; ip address flush dev LINK",
 	} {
 		began := time.Now()
-		labtest.Sh(t, p.Node.Machine, "%s", strings.ReplaceAll(damage, "LINK", link[1]))
+		labtest.Sh(t, p.Node.Machine, "%s", strings.NewReplacer("LINK", link[1], "ADDR4", p.Addr(false).String(), "ADDR6", p.Addr(true).String()).Replace(damage))
 		labtest.Eventually(t, damage, func() error {
 			_, err := p.Node.Run(labtest.Within(t), "sh", "-c", fmt.Sprintf("ip route get %s | grep -q %s && ip -6 route get %s | grep -q %[2]s && "+
-				"[ \"$(cat /proc/sys/net/ipv4/conf/%[2]s/arp_ignore /proc/sys/net/ipv6/conf/%[2]s/accept_ra | xargs)\" = '8 0' ]", p.Addr(false), link[1], p.Addr(true)))
+				"! ip link show %[2]s | grep -q master && [ \"$(cat /proc/sys/net/ipv4/conf/%[2]s/arp_ignore /proc/sys/net/ipv6/conf/%[2]s/accept_ra | xargs)\" = '8 0' ]", p.Addr(false), link[1], p.Addr(true)))
 			return err
 		})
 		f.WaitBack(t, began)

@@ -27,7 +27,7 @@ func (n *Routes) Changes(ctx context.Context) (<-chan struct{}, error) {
 }
 
 // PodLinkLosses signals soon after something was taken from a pod's link, by itself or because the pod has ended: a route to a
-// single address, an address, or that it is up.
+// single address, an address, that it is up, or that it belongs to nobody else's bridge.
 func PodLinkLosses(ctx context.Context) (<-chan struct{}, error) {
 	// The kernel takes a link's routes away first, and then the link.
 	return watch(ctx, 5*nlwatch.Debounce, podLinkLoss, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_IFADDR)
@@ -40,7 +40,11 @@ func podLinkLoss(typ uint16, msg []byte) bool {
 		return len(msg) > unix.SizeofRtMsg && (msg[dstLen] == 32 || msg[dstLen] == 128) && tableOf(msg) == unix.RT_TABLE_MAIN
 	case unix.RTM_NEWLINK:
 		name, ok := attribute(msg, unix.SizeofIfInfomsg, unix.IFLA_IFNAME)
-		return ok && strings.HasPrefix(string(name), names.PodLinkPrefix) && binary.NativeEndian.Uint32(msg[flags:])&unix.IFF_UP == 0
+		if !ok || !strings.HasPrefix(string(name), names.PodLinkPrefix) {
+			return false
+		}
+		_, taken := attribute(msg, unix.SizeofIfInfomsg, unix.IFLA_MASTER)
+		return taken || binary.NativeEndian.Uint32(msg[flags:])&unix.IFF_UP == 0
 	case unix.RTM_DELADDR:
 		a, ok := attribute(msg, unix.SizeofIfAddrmsg, unix.IFA_ADDRESS)
 		addr, _ := netip.AddrFromSlice(a)

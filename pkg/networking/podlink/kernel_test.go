@@ -788,7 +788,7 @@ func TestGroup(t *testing.T) {
 	}
 	got := look()[hostEnd]
 	want := Attachment{
-		Leased: Leased{Network: "net", ContainerID: "c1", IfName: "eth0", Addrs: []netip.Addr{addr4, addr6}},
+		Leased: Leased{Network: "net", ContainerID: "c1", IfName: "eth0", Addrs: []netip.Addr{addr4, addr6}, Made: got.Made},
 		Name:   hostEnd, Index: got.Index, Label: "ns/web", UID: pod.UID, Ready: true,
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {

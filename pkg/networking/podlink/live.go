@@ -1,13 +1,11 @@
 package podlink
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -27,15 +25,15 @@ type LivePod struct {
 
 // Live lists the links of one network's pods with their addresses: the truth from which lost leases can be written anew.
 func (h *Handle) Live(network string) ([]LivePod, error) {
-	_, links, routes, err := h.podLinks()
+	v, err := h.podLinks()
 	if err != nil {
 		return nil, err
 	}
 	var live []LivePod
-	for _, l := range links {
+	for _, l := range v.links {
 		of, pod, ok := podOf(l)
-		if of == network && ok && len(routes[l.Index]) > 0 {
-			pod.Addrs = routes[l.Index]
+		if of == network && ok && len(v.routes[l.Index]) > 0 {
+			pod.Addrs = v.routes[l.Index]
 			live = append(live, pod)
 		}
 	}
@@ -67,15 +65,15 @@ type Attachment struct {
 
 // Attached lists the links of all networks' pods by name. A link whose alias and name differ is nobody's.
 func (h *Handle) Attached() (map[string]Attachment, error) {
-	_, links, routes, err := h.podLinks()
+	v, err := h.podLinks()
 	if err != nil {
 		return nil, err
 	}
 	all := map[string]Attachment{}
-	for _, l := range links {
+	for _, l := range v.links {
 		if network, pod, ok := podOf(l); ok && l.Name == Name(pod.ContainerID, pod.IfName) {
 			all[l.Name] = Attachment{
-				Leased: Leased{Network: network, ContainerID: pod.ContainerID, IfName: pod.IfName, Addrs: routes[l.Index]},
+				Leased: Leased{Network: network, ContainerID: pod.ContainerID, IfName: pod.IfName, Addrs: v.routes[l.Index], Made: madeOf(l)},
 				Name:   l.Name, Index: l.Index, Group: l.Group, Label: pod.Label, UID: pod.UID, Cut: len(l.Alias) == aliasMax, Ready: l.Operational,
 			}
 		}
@@ -110,29 +108,25 @@ func (h *Handle) SetGroup(group uint32, indexes ...int) error {
 	return errors.Join(errs...)
 }
 
-// hostRoute reads a route to a single address in the main table that was not made by the kernel itself.
-func hostRoute(b []byte) (link int, a netip.Addr, ok bool) {
-	if len(b) < unix.SizeofRtMsg {
-		return 0, a, false
-	}
-	m := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
-	attrs := rtnl.Attrs(b[unix.SizeofRtMsg:])
-	a, ok = netip.AddrFromSlice(attrs[unix.RTA_DST])
-	oif := attrs[unix.RTA_OIF]
-	if !ok || int(m.Dst_len) != a.BitLen() || m.Table != unix.RT_TABLE_MAIN || m.Protocol != unix.RTPROT_STATIC || len(oif) != 4 {
-		return 0, a, false
-	}
-	return int(binary.NativeEndian.Uint32(oif)), a, true
-}
-
-// listLinks lists all links whose name is like that of a pod's. It is a dump: not for ADD or DEL.
+// listLinks lists all links whose name is like that of a pod's, and under that name those whose alias says that it was theirs. It is a
+// dump: not for ADD or DEL.
 func listLinks(c *rtnl.Conn) (map[string]rtnl.Link, error) {
-	links := map[string]rtnl.Link{}
+	links, renamed := map[string]rtnl.Link{}, map[string]rtnl.Link{}
 	err := c.Links(func(l rtnl.Link) {
-		if l.Kind == "veth" && isName(l.Name) {
+		if l.Kind != "veth" {
+			return
+		}
+		if isName(l.Name) {
 			links[l.Name] = l
+		} else if _, pod, ok := podOf(l); ok {
+			renamed[Name(pod.ContainerID, pod.IfName)] = l
 		}
 	})
+	for name, l := range renamed {
+		if _, taken := links[name]; !taken {
+			links[name] = l
+		}
+	}
 	return links, err
 }
 
@@ -147,8 +141,9 @@ func (h *Handle) HasPods() bool {
 	if err != nil {
 		return false
 	}
-	links, err := listLinks(c)
-	return err == nil && len(links) > 0
+	found := false
+	err = c.Links(func(l rtnl.Link) { found = found || l.Kind == "veth" && isName(l.Name) })
+	return err == nil && found
 }
 
 // Sweep removes the links of one network's pods for which keep is false. It goes on past errors, and returns the names of

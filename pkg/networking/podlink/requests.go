@@ -64,6 +64,56 @@ func linkUp(side string, index int) rtnl.Request {
 	return r
 }
 
+// What follows changes a link back that somebody has changed.
+
+// linkDown: ip link set LINK down
+func linkDown(index int) rtnl.Request {
+	r := rtnl.Request{What: "set host link down", Type: unix.RTM_NEWLINK}
+	r.Ifinfo(index, 0, unix.IFF_UP)
+	return r
+}
+
+// renameLink: ip link set LINK name NAME
+func renameLink(index int, name string) rtnl.Request {
+	r := changeLink("name host link", index)
+	r.AttrString(unix.IFLA_IFNAME, name)
+	return r
+}
+
+// freeLink: ip link set LINK nomaster
+func freeLink(index int) rtnl.Request {
+	r := changeLink("take host link out of its bridge", index)
+	r.AttrUint32(unix.IFLA_MASTER, 0)
+	return r
+}
+
+// aliasLink: ip link set LINK alias ALIAS
+func aliasLink(index int, alias string) rtnl.Request {
+	r := changeLink("name owner of link", index)
+	r.Attr(unix.IFLA_IFALIAS, []byte(alias))
+	return r
+}
+
+// addressLink: ip link set LINK address MAC
+func addressLink(index int, mac net.HardwareAddr) rtnl.Request {
+	r := changeLink("set hardware address of host link", index)
+	r.Attr(unix.IFLA_ADDRESS, mac)
+	return r
+}
+
+// resizeLink: ip link set LINK mtu MTU
+func resizeLink(index, mtu int) rtnl.Request {
+	r := changeLink("set MTU of host link", index)
+	r.AttrUint32(unix.IFLA_MTU, uint32(mtu))
+	return r
+}
+
+func changeLink(what string, index int) rtnl.Request {
+	r := rtnl.Request{What: what, Type: unix.RTM_SETLINK}
+	r.Ifinfo(index, 0, 0)
+	return r
+}
+
 // addAddr: ip addr add ADDR dev LINK nodad
 func addAddr(side string, index int, p netip.Prefix) rtnl.Request {
 	r := rtnl.Request{What: fmt.Sprintf("add %s address %s", side, p), Type: unix.RTM_NEWADDR, Flags: rtnl.Create}
@@ -100,6 +150,13 @@ func addNeigh(side string, index int, a netip.Addr, mac net.HardwareAddr) rtnl.R
 func deleteRoute(index int, route Route) rtnl.Request {
 	r := addRoute("pod", index, route)
 	r.What, r.Type, r.Flags = fmt.Sprintf("delete pod route %s", route.Dst), unix.RTM_DELROUTE, 0
+	return r
+}
+
+// replaceRoute: ip route replace ADDR dev LINK
+func replaceRoute(index int, a netip.Addr) rtnl.Request {
+	r := addRoute("host", index, Route{Dst: netip.PrefixFrom(a, a.BitLen())})
+	r.Flags = unix.NLM_F_CREATE | unix.NLM_F_REPLACE
 	return r
 }
 
