@@ -62,7 +62,8 @@ var level = map[string]int{
 	"pkg/membership":   4,
 	"pkg/policy/watch": 4,
 
-	"pkg/leases": 5,
+	"pkg/leases":       5,
+	"pkg/policy/agent": 5,
 
 	"pkg/controller": 6,
 	"pkg/daemon":     6,

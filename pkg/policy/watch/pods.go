@@ -28,25 +28,18 @@ func (p *pod) name() types.NamespacedName {
 	return types.NamespacedName{Namespace: p.Namespace, Name: p.Name}
 }
 
-// keepPod takes from a Pod what policies can ask. Of one without addresses of its own they ask nothing.
+// keepPod takes from a Pod what policies can ask. Of one with its node's addresses they ask nothing; one that is done has none, but its
+// link may still be there.
 func keepPod(p *corev1.Pod) pod {
 	out := pod{Pod: policy.Pod{
 		Namespace: p.Namespace, Name: p.Name, UID: p.UID, Node: p.Spec.NodeName, HostNetwork: p.Spec.HostNetwork,
 		Done:        p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed,
 		Terminating: p.DeletionTimestamp != nil,
 	}, static: types.UID(p.Annotations[corev1.MirrorPodAnnotationKey])}
-	if out.HostNetwork || out.Done {
+	if out.HostNetwork {
 		return out
 	}
 	out.Labels = p.Labels
-	for _, ip := range p.Status.PodIPs {
-		if a, err := netip.ParseAddr(ip.IP); err == nil {
-			out.IPs = append(out.IPs, a.Unmap().WithZone(""))
-		}
-	}
-	if a, err := netip.ParseAddr(p.Status.PodIP); err == nil && len(out.IPs) == 0 {
-		out.IPs = append(out.IPs, a.Unmap().WithZone(""))
-	}
 	for _, c := range p.Spec.Containers {
 		out.Ports = appendPorts(out.Ports, c.Ports)
 	}
@@ -54,6 +47,17 @@ func keepPod(p *corev1.Pod) pod {
 		if c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways { // it runs as long as the others
 			out.Ports = appendPorts(out.Ports, c.Ports)
 		}
+	}
+	if out.Done {
+		return out
+	}
+	for _, ip := range p.Status.PodIPs {
+		if a, err := netip.ParseAddr(ip.IP); err == nil {
+			out.IPs = append(out.IPs, a.Unmap().WithZone(""))
+		}
+	}
+	if a, err := netip.ParseAddr(p.Status.PodIP); err == nil && len(out.IPs) == 0 {
+		out.IPs = append(out.IPs, a.Unmap().WithZone(""))
 	}
 	return out
 }

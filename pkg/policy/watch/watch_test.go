@@ -130,7 +130,7 @@ func TestSnapshot(t *testing.T) {
 	want := &policy.Snapshot{
 		Node: "a",
 		Pods: []*policy.Pod{
-			{Namespace: "ns", Name: "done", UID: "uid-done", Node: "b", Done: true},
+			{Namespace: "ns", Name: "done", UID: "uid-done", Node: "b", Labels: labels("done"), Done: true},
 			{Namespace: "ns", Name: "host", UID: "uid-host", Node: "b", HostNetwork: true},
 			{Namespace: "ns", Name: "leaving", UID: "uid-leaving", Node: "b", Labels: labels("leaving"), IPs: addrs("10.99.0.1"), Terminating: true},
 			{Namespace: "ns", Name: "static", UID: "uid-static", Node: "a", Labels: labels("static"), IPs: addrs("10.244.1.11")},
