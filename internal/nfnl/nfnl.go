@@ -108,6 +108,21 @@ func Attributes(b []byte) (map[int][]byte, error) {
 	return out, nil
 }
 
+// Get returns the value of the first attribute of a type, nil where there is none. It allocates nothing.
+func Get(b []byte, typ int) []byte {
+	for len(b) >= unix.SizeofNlAttr {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.SizeofNlAttr || n > len(b) {
+			return nil
+		}
+		if int(binary.NativeEndian.Uint16(b[2:]))&attrMask == typ {
+			return b[unix.SizeofNlAttr:n:n]
+		}
+		b = b[min((n+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(b)):]
+	}
+	return nil
+}
+
 // Text is a value that ends with a zero.
 func Text(b []byte) string {
 	if i := slices.Index(b, 0); i >= 0 {

@@ -29,6 +29,11 @@ type Table struct {
 	recheck map[netip.Addr]uint64
 	applies uint64
 	own     ownWrites
+	// last is what was applied last, whatever happened to the kernel since.
+	last *policy.Ruleset
+	// counts are of denied packets, by set and address, and named those of counters.
+	counts map[string]map[netip.Addr]tally
+	named  map[string]tally
 }
 
 // held is what was applied last.
@@ -74,6 +79,7 @@ func (t *Table) Apply(ctx context.Context, want *policy.Ruleset, opt policy.Opti
 	if err := t.execute(ctx, p, want, opt); err != nil {
 		return p.change, fmt.Errorf("write the policy table: %w", explain(err))
 	}
+	t.last = want
 	t.putRecheck(p)
 	if !p.leftovers {
 		t.have = &held{want, opt}
@@ -97,7 +103,7 @@ func (t *Table) plan(want *policy.Ruleset, opt policy.Options) (*plan, error) {
 		t.recheck[a] = t.applies
 	}
 	p := o.plan(want, opt, t.digests)
-	if !p.empty() {
+	if p.change.Cold || len(p.change.Repaired) > 0 {
 		for a := range isolated(want) {
 			p.recheck[a] = true
 		}

@@ -46,6 +46,12 @@ func baseOf(priority *int) base {
 	return base{"filter", unix.NF_INET_FORWARD, uint32(*priority), nfAccept, chainBase}
 }
 
+// place is what cannot be changed of a chain that is there.
+func (b base) place() base {
+	b.policy = 0
+	return b
+}
+
 const (
 	nfAccept = 1
 	// chainBase is NFT_CHAIN_BASE.
@@ -262,8 +268,7 @@ func (o *observed) planSets(p *plan, kinds map[string]kind, elements map[string]
 	}
 	for _, name := range sortedKeys(o.sets) {
 		if _, wanted := kinds[name]; !wanted {
-			p.drop.sets = append(p.drop.sets, name)
-			p.repaired("set %s is not wanted", name)
+			p.drop.sets = append(p.drop.sets, name) // left over, or somebody's that nothing of ours refers to
 		}
 	}
 }
@@ -322,18 +327,21 @@ func (o *observed) planChains(p *plan, chains []chain, digests map[string]digest
 		case !there:
 			p.chains = append(p.chains, c)
 			p.repaired("chain %s was missing", c.name)
-		case have.base != baseOf(c.priority):
+		case have.base.place() != baseOf(c.priority).place():
 			p.whole = true
 			p.repaired("chain %s was of another kind", c.name)
-		case d.Text != textDigest(c.rules) || d.Rules != have.rules || d.Rules == "":
+		case have.base != baseOf(c.priority) || d.Text != textDigest(c.rules) || d.Rules != have.rules || d.Rules == "":
 			p.rewrite = append(p.rewrite, c)
 			p.repaired("chain %s may have had other rules", c.name)
 		}
 	}
 	for _, name := range sortedKeys(o.chains) {
-		if !wanted[name] {
-			p.drop.chains = append(p.drop.chains, name)
-			p.repaired("chain %s is not wanted", name)
+		if wanted[name] {
+			continue
+		}
+		p.drop.chains = append(p.drop.chains, name)
+		if o.chains[name].base != (base{}) {
+			p.repaired("chain %s met packets", name)
 		}
 	}
 }
@@ -352,7 +360,6 @@ func (o *observed) planObjects(p *plan) {
 	for name, typ := range o.objects {
 		if name != policy.CounterUnknown && name != policy.CounterStateless {
 			p.drop.objects[name] = typ
-			p.repaired("object %s is not wanted", name)
 		}
 	}
 }

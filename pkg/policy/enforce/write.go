@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
@@ -233,11 +234,13 @@ func (t *Table) switchOver(p *plan) error {
 	return t.own.write(b.Run)
 }
 
-// sweep deletes what nothing refers to any more. It is no failure of the change where that fails: the next Apply finds what is left.
+// sweep deletes what nothing refers to any more, once no packet is on its way through it: a packet that is in a chain when that is
+// emptied by the transaction after the next falls out at its end, and the end of a class chain is its base chain's: accept. It is no failure of the change where that fails: the next Apply finds what is left.
 func (t *Table) sweep(p *plan) {
 	if p.drop.empty() {
 		return
 	}
+	awaitPackets()
 	b := nfnl.NewBatch(unix.NFPROTO_INET)
 	table := nfnl.Name(unix.NFTA_CHAIN_TABLE, policy.Table) // 1 in all kinds of messages
 	for _, name := range p.drop.chains {
@@ -256,7 +259,18 @@ func (t *Table) sweep(p *plan) {
 	p.leftovers = t.own.write(b.Run) != nil
 }
 
-// replace takes the table away and makes it anew in one transaction, with elements in nft's syntax. That costs nft's memory.
+// awaitPackets waits until the kernel has finished with all packets that it works on now (membarrier waits for a grace period of RCU:
+// some 15 ms without work).
+func awaitPackets() {
+	const global = 1 // MEMBARRIER_CMD_GLOBAL
+	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0); errno != 0 {
+		time.Sleep(100 * time.Millisecond) // a kernel that has it not, or not with nohz_full
+	}
+}
+
+// replace takes the table away and makes it anew in one transaction, with elements in nft's syntax. That costs nft's memory, and a packet
+// that is on its way through the old base chains meets neither: seen with one of 900,000 in 100 times. So this is for tables that
+// do not enforce any more as they should.
 func (t *Table) replace(ctx context.Context, p *plan, want *policy.Ruleset, opt policy.Options) error {
 	kinds, elements := kindsOf(want), elementsOf(want)
 	for a := range p.recheck {
@@ -301,10 +315,10 @@ func addElements(tx *knftables.Transaction, name string, k kind, elements []nfnl
 }
 
 // Remove deletes the table. Twice is fine.
-func (t *Table) Remove(ctx context.Context) error {
+func (t *Table) Remove(context.Context) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.have = nil
+	t.have, t.last = nil, nil
 	b := nfnl.NewBatch(unix.NFPROTO_INET)
 	b.Add(unix.NFT_MSG_DELTABLE, 0, nfnl.Name(unix.NFTA_TABLE_NAME, policy.Table))
 	if err := t.own.write(b.Run); err != nil && !errors.Is(err, unix.ENOENT) {
