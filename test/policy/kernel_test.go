@@ -133,6 +133,12 @@ func (w *world) note(packet []byte) {
 	}
 }
 
+func (w *world) has(id uint16) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.heard[id]
+}
+
 // send sends a flow's first packet and returns its identifier.
 func (w *world) send(f policy.Flow) (id uint16) {
 	w.t.Helper()
@@ -155,7 +161,7 @@ func (w *world) send(f policy.Flow) (id uint16) {
 	return id
 }
 
-func (w *world) apply(s *policy.Snapshot, rules *policy.Ruleset) {
+func (w *world) apply(rules *policy.Ruleset) {
 	w.t.Helper()
 	opt := policy.Options{Strict: true}
 	w.node.Do(w.t, func() error {
@@ -188,20 +194,15 @@ func (w *world) probe(s *policy.Snapshot, flows []policy.Flow) {
 			drop = append(drop, id)
 		}
 	}
-	has := func(id uint16) bool {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return w.heard[id]
-	}
 	for _, id := range pass {
-		for until := time.Now().Add(10 * time.Second); !has(id); time.Sleep(time.Millisecond) {
+		for until := time.Now().Add(10 * time.Second); !w.has(id); time.Sleep(time.Millisecond) {
 			if time.Now().After(until) {
 				w.t.Fatalf("%+v was dropped: the API says %+v\n%s", sent[id], policy.Evaluate(s, sent[id]), describe(s))
 			}
 		}
 	}
 	for _, id := range drop {
-		if has(id) {
+		if w.has(id) {
 			w.t.Fatalf("%+v passed: the API says %+v\n%s", sent[id], policy.Evaluate(s, sent[id]), describe(s))
 		}
 	}
@@ -231,7 +232,7 @@ func TestKernelRandom(t *testing.T) {
 		} else {
 			s = policytest.Change(r, s)
 		}
-		w.apply(s, compiler.Compile(s))
+		w.apply(compiler.Compile(s))
 		probes := policytest.Probes(r, s, 100)
 		w.probe(s, probes)
 		flows += len(probes)

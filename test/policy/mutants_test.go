@@ -37,10 +37,18 @@ var mutants = []struct{ name, file, old, new string }{
 	{"labels of namespaces are not asked", "cluster.go", "return labels != nil && p.namespaces.matches(labels)", "return labels != nil"},
 	{"a namespace that is not known has no labels", "cluster.go", "return labels != nil && p.namespaces.matches(labels)", "return p.namespaces.matches(labels)"},
 	{"a relabelled namespace is not noticed", "cluster.go", "now == nil || !maps.Equal(before, now)", "now == nil || !maps.Equal(before, before)"},
+	{"who began it is isolated", "table.go", `both("ct reply %[2]s saddr vmap @"+MapIn`, `both("ct original %[2]s saddr vmap @"+MapIn`},
+	{"answers pass by the port that they come from", "table.go", `"ct direction reply meta l4proto . th sport vmap @%s"`, `"ct direction reply meta l4proto . th dport vmap @%s"`},
+	{"flows that stand go on", "table.go", `shortWay := both(established + "ct original %[2]s saddr != @" + SetRecheck + "%[1]s ct reply %[2]s saddr != @" + SetRecheck + "%[1]s accept")`,
+		`shortWay := both(established + "ct original %[2]s saddr != @" + SetSelf + "%[1]s accept")`},
+	{"a pod is not itself", "table.go", `fmt.Sprintf("ct original ip saddr . ct reply ip saddr @%s4 accept", SetSelf),`, ""},
+	{"errors are denied", "table.go", `"ct state related meta l4proto { icmp, ipv6-icmp } accept",`, ""},
+	{"what is unknown passes", "table.go", "iifgroup != %d counter name %s drop", "iifgroup != %d counter name %s accept"},
+	{"no connection, no policy", "table.go", `[]string{"ct state invalid,untracked goto " + chainStateless},`, ""},
 	{"who went stays in the sets", "cluster.go", "change(gone, without)", "change(gone[:0], without)"},
 }
 
-// TestMutants breaks the compiler in each of these ways: pkg/policy's tests notice every one.
+// TestMutants breaks the compiler, or the fixed chains, in each of these ways: the tests notice every one.
 func TestMutants(t *testing.T) {
 	dir, err := filepath.Abs("../../pkg/policy")
 	if err != nil {
@@ -66,7 +74,11 @@ func TestMutants(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			out, err := exec.CommandContext(t.Context(), "go", "test", "-vet=off", "-overlay", overlay, "-failfast", "-run", "^(TestCases|TestCompileRandom)$", dir).CombinedOutput()
+			tests, in := "^(TestCases|TestCompileRandom)$", dir
+			if m.file == "table.go" {
+				tests, in = "^(TestCut|TestOwnNodeAndItself|TestNodePort|TestErrors|TestUnknownPod|TestNoConnection)$", "."
+			}
+			out, err := exec.CommandContext(t.Context(), "go", "test", "-vet=off", "-overlay", overlay, "-failfast", "-run", tests, in).CombinedOutput()
 			switch {
 			case err == nil:
 				t.Error("no test noticed")
