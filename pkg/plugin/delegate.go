@@ -29,6 +29,11 @@ const (
 	delegateWait = 2 * time.Minute
 	// A plugin that is being replaced is busy for a moment (ETXTBSY).
 	busyTries, busyWait = 10, 20 * time.Millisecond
+
+	// outputMax is how much a plugin may print in bytes, on standard output and as much on standard error: results have some hundred
+	// bytes. Of what it prints on standard error wordsMax bytes are handed on.
+	outputMax = 1 << 20
+	wordsMax  = 64 << 10
 )
 
 // errNoDelegate: the program is not there.
@@ -93,13 +98,12 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	if d.r.locked != nil {
 		inherited = append(inherited, d.r.locked)
 	}
-	var stdout, stderr bytes.Buffer
+	stdout, stderr := &bounded{keep: outputMax, stop: cancel}, &bounded{keep: wordsMax, stop: cancel}
 	var err error
 	for try := 1; ; try++ {
-		stdout.Reset()
 		cmd := exec.CommandContext(ctx, d.path)
 		cmd.Env = delegateEnv(os.Environ(), command)
-		cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = bytes.NewReader(d.stdin), &stdout, &stderr, inherited
+		cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = bytes.NewReader(d.stdin), stdout, stderr, inherited
 		// A grandchild that keeps the pipes open must not hold us.
 		cmd.WaitDelay = time.Second
 		if err = cmd.Run(); !errors.Is(err, syscall.ETXTBSY) || try == busyTries {
@@ -107,22 +111,47 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 		}
 		time.Sleep(busyWait)
 	}
-	if stderr.Len() > 0 {
+	if words := stderr.head; len(words) > 0 {
 		// The specification wants it on our own standard error.
-		_, _ = os.Stderr.Write(stderr.Bytes())
+		if stderr.printed > len(words) {
+			words = fmt.Appendf(words, "...\nheadcni: plugin %s printed more than that\n", d.name)
+		}
+		_, _ = os.Stderr.Write(words)
+	}
+	for stream, b := range map[string]*bounded{"output": stdout, "error": stderr} {
+		if b.printed > outputMax {
+			return nil, fmt.Errorf("plugin %s printed more than %d MiB on standard %s at %s, which no answer has, and was ended; see what it is: %s",
+				d.name, outputMax>>20, stream, command, d.path)
+		}
 	}
 	if err == nil {
-		return stdout.Bytes(), nil
+		return stdout.head, nil
 	}
 	var answer types.Error
-	if json.Unmarshal(stdout.Bytes(), &answer) == nil && answer.Msg != "" {
-		msg := fmt.Sprintf("plugin %s: %s", d.name, answer.Msg)
+	if json.Unmarshal(stdout.head, &answer) == nil && answer.Msg != "" {
+		msg, details := fmt.Sprintf("plugin %s: %s", d.name, printable.Cut(answer.Msg, textMax/4)), printable.Cut(answer.Details, textMax/2)
 		if answer.Code == 0 { // no error code (specification, section 5), so it gets one of ours
-			return nil, errors.New(strings.TrimSuffix(msg+"; "+answer.Details, "; "))
+			return nil, errors.New(strings.TrimSuffix(msg+"; "+details, "; "))
 		}
-		return nil, types.NewError(answer.Code, msg, answer.Details)
+		return nil, types.NewError(answer.Code, msg, details)
 	}
 	return nil, fmt.Errorf("run plugin %s: %w", d.path, err)
+}
+
+// bounded keeps the beginning of what a program prints, and ends the program where that is too much.
+type bounded struct {
+	keep, printed int // bytes
+	head          []byte
+	stop          func()
+}
+
+func (b *bounded) Write(p []byte) (int, error) {
+	if b.printed += len(p); b.printed > outputMax {
+		b.stop()
+		return 0, fs.ErrInvalid // the pipe is closed, which ends those that the program has started
+	}
+	b.head = append(b.head, p[:min(len(p), b.keep-len(b.head))]...)
+	return len(p), nil
 }
 
 func delegateEnv(env []string, command string) []string {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -793,6 +794,51 @@ func TestDelegate(t *testing.T) {
 		fails(t, b.Del(bg, a), CodeAddress)
 		b.empty(t) // the link went all the same
 	})
+}
+
+// A program that prints without end is ended, with all that it has started and whatever it does about broken pipes, and what was printed is
+// in no error. One that prints much and ends is believed.
+func TestDelegateWithoutEnd(t *testing.T) {
+	const answer = `[ $CNI_COMMAND = DEL ] || echo '{"ips":[{"address":"10.9.0.5/24"}]}'`
+	stderr := os.Stderr
+	t.Cleanup(func() { os.Stderr = stderr })
+	for name, c := range map[string]struct{ body, want string }{
+		"standard output":           {"yes secret", "my-ipam printed more than 1 MiB on standard output at ADD"},
+		"standard output, zeros":    {"cat /dev/zero", "my-ipam printed more than 1 MiB on standard output at ADD"},
+		"standard error":            {"yes secret >&2", "my-ipam printed more than 1 MiB on standard error at ADD"},
+		"both":                      {"yes secret & yes secret >&2", "my-ipam printed more than 1 MiB on standard"},
+		"after an answer":           {answer + "; yes secret", "my-ipam printed more than 1 MiB on standard output at ADD"},
+		"deaf to broken pipes":      {"trap '' PIPE; while :; do echo secret-secret-secret-secret-secret-secret-secret; done 2>/dev/null", "my-ipam printed more than 1 MiB on standard output at ADD"},
+		"an error without end":      {`echo '{"code":50,"msg":"'; yes secret`, "my-ipam printed more than 1 MiB on standard output at ADD"},
+		"a long error":              {`printf '{"code":50,"msg":"%0100000d"}' 0; exit 1`, "plugin my-ipam: " + strings.Repeat("0", textMax/4) + "..."},
+		"many words, and an answer": {answer + "; yes words | head -c 100000 >&2", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var err error
+			if os.Stderr, err = os.Create(filepath.Join(t.TempDir(), "stderr")); err != nil {
+				t.Fatal(err)
+			}
+			dir, b := script(t, "my-ipam", "[ $CNI_COMMAND = DEL ] || echo $$ > $d/pid\n"+c.body), newBench(t)
+			a := b.args(t, "c1", `{"ipam":{"type":"my-ipam"}}`)
+			a.Path = dir
+			if err = b.Add(bg, a); c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Fatalf("got %.3000v, want %q", err, c.want)
+			}
+			if err != nil && (strings.Contains(err.Error(), "secret") || len(err.Error()) > textMax) {
+				t.Errorf("too much in the error: %.3000v", err)
+			}
+			pid, err := os.ReadFile(filepath.Join(dir, "pid"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := os.Stat("/proc/" + strings.TrimSpace(string(pid))); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("it goes on: %v", err)
+			}
+			if info, err := os.Stderr.Stat(); err != nil || info.Size() > 3*wordsMax {
+				t.Errorf("%d bytes of it are on our own standard error, %v", info.Size(), err)
+			}
+		})
+	}
 }
 
 // Ports are mapped by portmap, and only for a pod that asks for some.

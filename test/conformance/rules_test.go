@@ -129,6 +129,7 @@ var rules = []rule{
 	{"Robustness", "an environment that no runtime should give: namespaces of the node itself and of the machine's first process, paths that are none, names, arguments; nothing of the node changes, and no other pod suffers", plugin, []string{"TestHostileEnvironment", "TestFirstProcess"}},
 	{"Robustness", "a plugin of CNI_PATH is run only from an absolute folder, and not where anybody may write it", plugin, []string{"TestHostilePath"}},
 	{"Robustness", "dataDir, log_file and daemon_socket where others have planted links, FIFOs and files: no file of others is written, and the error says what to do", plugin, []string{"TestHostileDataDir", "TestHostileLogFile", "TestHostileSpool"}},
+	{"Robustness", "an IPAM plugin or portmap that prints without end is ended, and the error says so", plugin, []string{"pkg/plugin.TestDelegateWithoutEnd"}},
 	{"Robustness", "input without end", both, []string{"internal/cnimain.TestInputWithoutEnd", "internal/cnimain.TestInputThatDoesNotEnd"}},
 	{"Robustness", "neither the input nor a secret in it comes out in errors or logs", both, []string{"TestNothingLeaksOut"}},
 	{"Robustness", "system calls that signals interrupt", plugin, []string{"TestSignals"}},
