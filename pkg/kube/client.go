@@ -143,6 +143,7 @@ type object interface {
 	runtime.Object
 	GetName() string
 	GetNamespace() string
+	GetResourceVersion() string
 }
 
 // objects implements Objects over REST.

@@ -37,7 +37,7 @@ type Feed[T, V any] struct {
 func Follow[T object, L runtime.Object, V any](ctx context.Context, client Client, objects Objects[T, L], empty T, f Feed[T, V]) {
 	// The library logs each failed try; the feed hears of them.
 	ctx = klog.NewContext(ctx, klog.New(nil))
-	r := reflection[T, V]{f}
+	r := reflection[T, V]{feed: f, rest: &metav1.ObjectMeta{}}
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			// In pages also where the library would take everything at once from the server's cache.
@@ -63,24 +63,28 @@ func Follow[T object, L runtime.Object, V any](ctx context.Context, client Clien
 		cache.ReflectorOptions{Name: fmt.Sprintf("%T", empty)}).RunWithContext(ctx)
 }
 
-// kept is what is kept of an object, on its way through the library, which asks it for its name only.
+// kept is what is kept of an object, on its way through the library, which asks it for its name and its version.
 type kept[V any] struct {
-	metav1.Object // nil
+	metav1.Object // empty, and of all
 	namespace     string
-	name          string
+	name, version string
 	of            V
 }
 
 func (k *kept[V]) GetNamespace() string             { return k.namespace }
 func (k *kept[V]) GetName() string                  { return k.name }
+func (k *kept[V]) GetResourceVersion() string       { return k.version }
 func (k *kept[V]) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
 func (k *kept[V]) DeepCopyObject() runtime.Object   { return k }
 
 // reflection is a Feed as the library wants it.
-type reflection[T object, V any] struct{ feed Feed[T, V] }
+type reflection[T object, V any] struct {
+	feed Feed[T, V]
+	rest metav1.Object // what objects say of themselves that is not kept
+}
 
 func (r reflection[T, V]) keep(o T) *kept[V] {
-	return &kept[V]{namespace: o.GetNamespace(), name: o.GetName(), of: r.feed.Keep(o)}
+	return &kept[V]{Object: r.rest, namespace: o.GetNamespace(), name: o.GetName(), version: o.GetResourceVersion(), of: r.feed.Keep(o)}
 }
 
 // keepList makes a list of what is kept of one page.
