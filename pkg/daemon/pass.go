@@ -160,9 +160,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		}},
 		{Name: partGuard, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return nil, d.guardTest.result(ctx, s.plan.firewall, func(passed *bool) {
-				if passed != nil {
-					d.metrics.SelfTest(*passed)
-				}
+				d.metrics.SelfTest(passed)
 				d.loop.Wake()
 			})
 		}},

@@ -21,6 +21,7 @@ type Metrics struct {
 	rearmPings  prometheus.Counter
 	corrections *prometheus.CounterVec
 	selfTest    *prometheus.GaugeVec
+	selfTestRan *prometheus.GaugeVec
 }
 
 // NewRegistry makes a registry with the metrics that each of our programs exports: its own, its version, and those of Go and the
@@ -57,7 +58,11 @@ func NewMetrics(version string) *Metrics {
 			Name: "headcni_corrections_total", Help: "Changes made to the node by part, the first set-up included.",
 		}, []string{"part"}),
 	}
-	// A vector without labels exports nothing before the first value: the test may not run everywhere.
+	// A vector without labels exports nothing before the first value: nothing is known before the test has ended, and the test may not run
+	// everywhere.
+	m.selfTestRan = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "headcni_guard_self_test_ran", Help: "1 where the self-test of the guard ran, 0 where the daemon may not make a network namespace for it.",
+	}, nil)
 	m.selfTest = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "headcni_guard_self_test_ok", Help: "1 where the guard stopped and counted packets that were sent in clear on purpose, 0 where it did not.",
 	}, nil)
@@ -65,7 +70,7 @@ func NewMetrics(version string) *Metrics {
 	policy := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "headcni_network_policy_enforced", Help: "1 where this node enforces NetworkPolicies, 0 where it does not.",
 	})
-	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
+	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
 	return m
 }
 
@@ -83,13 +88,12 @@ func (m *Metrics) Pools(read func() []Pool) { m.pools.read = read }
 // before the first scrape.
 func (m *Metrics) Drops(read func() map[string]uint64) { m.drops.read = read }
 
-// SelfTest records how the guard's self-test ended.
-func (m *Metrics) SelfTest(passed bool) {
-	v := 0.0
-	if passed {
-		v = 1
+// SelfTest records how the guard's self-test ended: nil where it could not run.
+func (m *Metrics) SelfTest(passed *bool) {
+	m.selfTestRan.WithLabelValues().Set(number(passed != nil))
+	if passed != nil {
+		m.selfTest.WithLabelValues().Set(number(*passed))
 	}
-	m.selfTest.WithLabelValues().Set(v)
 }
 
 // CountSpool counts what is in the spool. A scrape does so too.
@@ -114,10 +118,7 @@ func (m *Metrics) Pass(seconds float64) { m.passes.Observe(seconds) }
 
 // Part records whether a part of the node is right, and how many changes it took.
 func (m *Metrics) Part(name string, ok bool, changes int) {
-	v := 0.0
-	if ok {
-		v = 1
-	}
+	v := number(ok)
 	m.part.WithLabelValues(name).Set(v)
 	m.corrections.WithLabelValues(name).Add(float64(changes))
 }
@@ -131,3 +132,11 @@ func (m *Metrics) Peers(byPath map[string]int) {
 
 // RearmPing counts one ping.
 func (m *Metrics) RearmPing() { m.rearmPings.Inc() }
+
+// number is 1 for what is so.
+func number(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
+}

@@ -2,6 +2,7 @@ package hosts
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -158,5 +159,37 @@ func TestGuardCounts(t *testing.T) {
 	labtest.StartDaemon(t, n)
 	if got := forged() - first; got != 3 {
 		t.Errorf("a daemon that has just begun shows %d", got)
+	}
+}
+
+// With the capabilities of the chart's container the guard cannot try itself: that is no fault, and is said in words and as a metric.
+func TestGuardUntried(t *testing.T) {
+	w := surroundings.Enter(t)
+	n := w.a
+	const as = "setpriv --bounding-set -all,+net_admin,+net_raw,+dac_override "
+	labtest.Kill(t, n.Daemon)
+	var err error
+	if n.Daemon, err = n.Start("bash", nil, "-c", "exec "+as+"headcni-daemon run"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		labtest.Kill(t, n.Daemon)
+		labtest.StartDaemon(t, n)
+		w.works(t)
+	}()
+	const want = "could not run: this process may not make a network namespace"
+	labtest.Eventually(t, "status says that the self-test could not run", func() error {
+		if s := labtest.Sh(t, n.Machine, "headcni-daemon status || :"); !strings.Contains(s, want) {
+			return errors.New(s)
+		}
+		return nil
+	})
+	labtest.Ready(t, n)
+	metrics := labtest.Sh(t, n.Machine, "exec 3<>/dev/tcp/127.0.0.1/9669; printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3")
+	if !strings.Contains(metrics, "\nheadcni_guard_self_test_ran 0\n") || strings.Contains(metrics, "\nheadcni_guard_self_test_ok ") {
+		t.Errorf("metrics:\n%s", metrics)
+	}
+	if out, err := n.Run(t.Context(), "bash", "-c", as+"headcni-daemon check"); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("check: %s, %v", out, err)
 	}
 }

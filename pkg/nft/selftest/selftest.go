@@ -55,6 +55,10 @@ func inScratch(ctx context.Context, cfg nft.Config) ([]Result, error) {
 	if err == nil {
 		err = unix.Unshare(unix.CLONE_NEWNET)
 	}
+	if errors.Is(err, unix.EPERM) {
+		return nil, fmt.Errorf("%w: this process may not make a network namespace (it lacks CAP_SYS_ADMIN, as in the chart's container); "+
+			"`headcni-daemon check`, as root outside, tries the guard with the same kernel", ErrNotRun)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: make a network namespace: %w", ErrNotRun, err)
 	}
