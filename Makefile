@@ -39,7 +39,7 @@ TRIMMED = HEADCNI_TOOLS="$$HEADCNI_TOOLS/trimmed:$$HEADCNI_TOOLS";
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: need-go ## Two nodes, four pods, real Headscale and tailscaled, on this machine; ARGS=--keep leaves it running
@@ -120,10 +120,29 @@ e2e-old: need-go ## The chart on an older Kubernetes (1.34) with Debian's contai
 		export HEADCNI_TOOLS="$$HEADCNI_TOOLS/kubernetes-1.34:$$containerd/usr/bin:$$HEADCNI_TOOLS"; \
 		go test -v -count 1 -timeout 40m -run 'TestSmoke$$' ./test/e2e/ -args -versions 'kubelet v1\.34\..*containerd://1\.' $(E2EFLAGS)
 
+# The focus of upstream's tests of NetworkPolicies, and which tests of test/e2e to run.
+NETPOL ?= \[sig-network\] Netpol
+RUN    ?= TestNetpol
+
+.PHONY: e2e-policy
+e2e-policy: KUBERNETES = containerd kubernetes kubernetes-e2e
+e2e-policy: need-go ## Upstream's tests of NetworkPolicies, in both modes of kube-proxy; needs root, NETPOL=regexp RUN=TestNetpol/iptables
+	@if ((EUID != 0)); then echo "make e2e-policy: needs root: run 'sudo make e2e-policy'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 120m -run '$(RUN)' ./test/e2e/ -args -netpol '$(NETPOL)' $(E2EFLAGS)
+
+.PHONY: e2e-policy-old
+e2e-policy-old: KUBERNETES = kubernetes-1.34 kubernetes-e2e
+e2e-policy-old: RUN = TestNetpol/nftables
+e2e-policy-old: need-go ## The same on an older Kubernetes (1.34) with Debian's containerd (1.6); needs root
+	@if ((EUID != 0)); then echo "make e2e-policy-old: needs root: run 'sudo make e2e-policy-old'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) containerd=$$(test/tools/packages unpack containerd); \
+		export HEADCNI_TOOLS="$$HEADCNI_TOOLS/kubernetes-1.34:$$containerd/usr/bin:$$HEADCNI_TOOLS"; \
+		go test -v -count 1 -timeout 60m -run '$(RUN)' ./test/e2e/ -args -netpol '$(NETPOL)' -versions 'kubelet v1\.34\..*containerd://1\.' $(E2EFLAGS)
+
 .PHONY: e2e-faults
 e2e-faults: need-go ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
 	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$' ./test/e2e/ -args $(E2EFLAGS)
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$|TestNetpol$$' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-up
 e2e-up: TAILSCALE = tailscale-trimmed

@@ -31,6 +31,8 @@ const (
 
 var (
 	conformance   = flag.String("conformance", "", "run upstream's tests with this focus too, such as '\\[sig-network\\].*\\[Conformance\\]'")
+	policies      = flag.Bool("policies", false, "TestSmoke runs some of upstream's tests of NetworkPolicies too")
+	netpol        = flag.String("netpol", `\[sig-network\] Netpol`, "the focus of TestNetpol's tests of upstream's")
 	proxyMode     = flag.String("proxy-mode", cluster.ModeNFTables, "kube-proxy's mode, nftables or iptables")
 	noClusterCIDR = flag.Bool("no-cluster-cidr", false, "run kube-proxy without --cluster-cidr")
 	versions      = flag.String("versions", "", "fail unless this matches what every node says that it runs, such as 'kubelet v1.37.2, containerd://2.4.2'")

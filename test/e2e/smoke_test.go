@@ -40,6 +40,7 @@ func TestSmoke(t *testing.T) {
 		{"Logs", testLogs},
 		{"HelmTest", testHelm},
 		{"Conformance", testConformance},
+		{"Policies", testPolicies},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, w) })
 	}
