@@ -21,7 +21,9 @@ const timeout = 30 * time.Second
 
 // NFT is the nft program. The zero value works.
 type NFT struct {
-	found knftables.Interface // nil until the program was found and may be used
+	// Modules are the kernel's modules to name where it lacks a part, and a list of most if there are none.
+	Modules string
+	found   knftables.Interface // nil until the program was found and may be used
 }
 
 // Open finds the program. It is looked for again at each need, since an admin may install it in the meantime.
@@ -31,7 +33,7 @@ func (n *NFT) Open() error {
 	}
 	found, err := knftables.New("", "", knftables.NoObjectCommentEmulation)
 	if err != nil {
-		return Explain(err)
+		return n.Explain(err)
 	}
 	n.found = found
 	return nil
@@ -50,7 +52,7 @@ func (n *NFT) Write(ctx context.Context, fill func(tx *knftables.Transaction)) e
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
 			n.found = nil // it went away
 		}
-		return Explain(err)
+		return n.Explain(err)
 	}
 	return nil
 }
@@ -70,28 +72,55 @@ func Run(ctx context.Context, stdin []byte, name string, args ...string) (string
 	return string(out), nil
 }
 
-// Explain makes one line of an error of nft and says what to do about it.
-func Explain(err error) error {
+// Explain makes one line of an error of nft, or of the kernel's nf_tables, and says what to do about it, once.
+func Explain(err error) error { return new(NFT).Explain(err) }
+
+// Explain is the function, and names the modules that are needed here.
+func (n *NFT) Explain(err error) error {
 	if err == nil {
 		return nil
 	}
+	if errors.As(err, new(advised)) {
+		return err
+	}
+	if todo := n.advice(err); todo != "" {
+		return advised{oneLine{err}, todo}
+	}
+	return oneLine{err}
+}
+
+// advice is "" where nothing is known to do.
+func (n *NFT) advice(err error) string {
 	text := err.Error()
 	has := func(s string) bool { return strings.Contains(text, s) }
 	switch {
 	case errors.Is(err, exec.ErrNotFound), has("executable file not found"):
-		return fmt.Errorf("the program nft is missing (%w): install the package nftables, version 1.0.1 or later", oneLine{err})
+		return "the program nft is missing: install the package nftables, version 1.0.1 or later"
 	case errors.Is(err, unix.EPERM), has("Operation not permitted"):
-		return fmt.Errorf("%w: run as root or with CAP_NET_ADMIN", oneLine{err})
+		return "run as root or with CAP_NET_ADMIN"
 	case errors.Is(err, unix.EPROTONOSUPPORT):
-		return fmt.Errorf("%w: this kernel has no nf_tables: load the module nf_tables", oneLine{err})
+		return "this kernel has no nf_tables: load the module nf_tables"
 	case has("must be v1.0.1 or later"):
-		return fmt.Errorf("%w: upgrade the package nftables", oneLine{err})
-	case has("Operation not supported"), has("Could not process rule: No such file or directory"):
-		return fmt.Errorf("%w: the kernel may lack a part: load the modules nf_tables, nft_fib_ipv4, nft_fib_ipv6, "+
-			"nft_chain_nat, nft_masq and nft_nat", oneLine{err})
+		return "upgrade the package nftables"
+	case errors.Is(err, unix.EOPNOTSUPP), has("Operation not supported"), has("Could not process rule: No such file or directory"):
+		modules := n.Modules
+		if modules == "" {
+			modules = "nf_tables, nft_fib_ipv4, nft_fib_ipv6, nft_chain_nat, nft_masq and nft_nat"
+		}
+		return "the kernel may lack a part: load the modules " + modules
 	}
-	return oneLine{err}
+	return ""
 }
+
+// advised is an error with what to do about it.
+type advised struct {
+	error
+	todo string
+}
+
+func (e advised) Unwrap() error { return e.error }
+
+func (e advised) Error() string { return e.error.Error() + ": " + e.todo }
 
 // oneLine prints an error's lines as one, without nft's underlining.
 type oneLine struct{ error }

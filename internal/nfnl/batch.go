@@ -14,8 +14,8 @@ import (
 const (
 	// batchAnswer bounds the wait for the kernel's answer, which is there when the kernel has done the work.
 	batchAnswer = 10 * time.Second
-	// batchBuffer is room for the answers to a batch that fails: one for each message that is wrong.
-	batchBuffer = 4 << 20
+	// batchBuffer is room for the answers to a batch that fails: one for each message that is wrong. minRoom is for what is sent.
+	batchBuffer, minRoom = 4 << 20, 256 << 10
 	// nested marks an attribute that holds attributes.
 	nested = unix.NLA_F_NESTED
 )
@@ -74,8 +74,18 @@ func appendMessage(b []byte, typ, flags int, seq uint32, h header) []byte {
 	return append(b, h...)
 }
 
-// Run sends the batch. An error that is not ErrUnsure means that nothing of it took effect.
-func (b *Batch) Run() error {
+// ErrUnsure says that the kernel's answer to a batch was lost: it may have taken effect.
+var ErrUnsure = errors.New("the kernel's answer to a batch of nf_tables messages was lost")
+
+// Conn sends to the nf_tables of the network namespace in which it is used first. The zero value works. It keeps its socket until it is
+// garbage: the kernel has whoever closes one wait until all that was deleted is gone, some 10 ms.
+type Conn struct {
+	file *os.File
+	room int // for sending
+}
+
+// Run sends a batch. An error that is not ErrUnsure means that nothing of it took effect.
+func (c *Conn) Run(b *Batch) error {
 	if b.n == 0 {
 		return nil
 	}
@@ -86,67 +96,117 @@ func (b *Batch) Run() error {
 	flags := binary.NativeEndian.Uint16(out[last+6:])
 	binary.NativeEndian.PutUint16(out[last+6:], flags|unix.NLM_F_ACK)
 	out = appendMessage(out, unix.NFNL_MSG_BATCH_END, 0, b.n+1, mark)
-
-	fd, err := b.socket(len(out))
+	err := c.send(out)
+	if err == nil {
+		err = c.answer(b.n)
+	}
 	if err != nil {
-		return err
+		c.drop() // more answers may wait in it
+		return fmt.Errorf("batch of %d nf_tables messages: %w", b.n, err)
 	}
-	defer unix.Close(fd)
-	if err := unix.Sendto(fd, out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return fmt.Errorf("send a batch of %d nf_tables messages: %w", b.n, err)
-	}
-	return b.answer(fd)
+	return nil
 }
 
-// ErrUnsure says that the kernel's answer was lost: the batch may have taken effect.
-var ErrUnsure = errors.New("the kernel's answer to a batch of nf_tables messages was lost")
+// Generation is the function of that name.
+func (c *Conn) Generation() (uint32, error) {
+	gen, err := c.generation()
+	if err != nil {
+		c.drop()
+		return 0, fmt.Errorf("ask for the nf_tables generation: %w", err)
+	}
+	return gen, nil
+}
+
+func (c *Conn) generation() (uint32, error) {
+	const seq = 1
+	if err := c.send(appendMessage(nil, unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, 0, seq, header{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0})); err != nil {
+		return 0, err
+	}
+	_, _, body, err := c.receive()
+	if err != nil {
+		return 0, err
+	}
+	if id := Get(body[min(headerLen, len(body)):], unix.NFTA_GEN_ID); len(id) == 4 {
+		return binary.BigEndian.Uint32(id), nil
+	}
+	return 0, errors.New("the kernel's answer has none")
+}
 
 // answer waits for the first error or the acknowledgement of the last message. The kernel sends them when the batch is done: errors
 // first, in the order of messages, and the sequence number 0 where the whole batch is refused.
-func (b *Batch) answer(fd int) error {
-	buf := make([]byte, os.Getpagesize())
+func (c *Conn) answer(last uint32) error {
 	for {
-		n, _, err := unix.Recvfrom(fd, buf, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("%w (%w)", ErrUnsure, err)
-		}
-		// Each answer comes alone: struct nlmsghdr and the error number.
-		if n < unix.SizeofNlMsghdr+4 || binary.NativeEndian.Uint16(buf[4:]) != unix.NLMSG_ERROR {
-			continue
-		}
-		seq, errno := binary.NativeEndian.Uint32(buf[8:]), -int32(binary.NativeEndian.Uint32(buf[unix.SizeofNlMsghdr:]))
-		if errno != 0 {
-			return fmt.Errorf("message %d of a batch of %d: %w", seq, b.n, unix.Errno(errno))
-		}
-		if seq == b.n {
+		typ, seq, _, err := c.receive()
+		var errno unix.Errno
+		switch {
+		case errors.As(err, &errno):
+			return fmt.Errorf("message %d: %w", seq, err)
+		case err != nil:
+			return err
+		case typ == unix.NLMSG_ERROR && seq == last:
 			return nil
 		}
 	}
 }
 
-// socket can send size bytes at once.
-func (b *Batch) socket(size int) (fd int, err error) {
-	fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
-	if err != nil {
-		return -1, fmt.Errorf("open a socket to nf_tables: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			unix.Close(fd)
+// receive returns one message. An error that the kernel answers with is an unix.Errno; another means that there is no answer.
+func (c *Conn) receive() (typ uint16, seq uint32, body []byte, err error) {
+	buf := make([]byte, os.Getpagesize())
+	for {
+		n, _, err := unix.Recvfrom(int(c.file.Fd()), buf, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
 		}
-	}()
-	// Beyond the system's limit goes who may administer the network of the whole host. Others have what there is.
-	for opt, n := range map[int]int{unix.SO_SNDBUFFORCE: 2*size + batchBuffer, unix.SO_RCVBUFFORCE: batchBuffer} {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, n)
+		if err != nil {
+			return 0, 0, nil, fmt.Errorf("%w (%v)", ErrUnsure, err)
+		}
+		if n < unix.SizeofNlMsghdr {
+			continue
+		}
+		typ, seq, body = binary.NativeEndian.Uint16(buf[4:]), binary.NativeEndian.Uint32(buf[8:]), buf[unix.SizeofNlMsghdr:n]
+		if typ == unix.NLMSG_ERROR && len(body) >= 4 {
+			if errno := -int32(binary.NativeEndian.Uint32(body)); errno != 0 {
+				return typ, seq, nil, unix.Errno(errno)
+			}
+		}
+		return typ, seq, body, nil
 	}
-	timeout := unix.NsecToTimeval(batchAnswer.Nanoseconds())
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
-		return -1, fmt.Errorf("limit the wait for nf_tables: %w", err)
+}
+
+func (c *Conn) send(b []byte) error {
+	if err := c.open(len(b)); err != nil {
+		return err
 	}
-	return fd, nil
+	return unix.Sendto(int(c.file.Fd()), b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+}
+
+// open opens the socket where there is none, and makes room to send size bytes at once.
+func (c *Conn) open(size int) error {
+	if c.file == nil {
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+		if err != nil {
+			return fmt.Errorf("open a socket to nf_tables: %w", err)
+		}
+		c.file, c.room = os.NewFile(uintptr(fd), "nf_tables"), 0
+		timeout := unix.NsecToTimeval(batchAnswer.Nanoseconds())
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+			return fmt.Errorf("limit the wait for nf_tables: %w", err)
+		}
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, batchBuffer) // see below
+	}
+	if 2*size > c.room {
+		c.room = max(4*size, minRoom)
+		// Beyond the system's limit goes who may administer the network of the whole host. Others have what there is.
+		_ = unix.SetsockoptInt(int(c.file.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, c.room)
+	}
+	return nil
+}
+
+func (c *Conn) drop() {
+	if c.file != nil {
+		_ = c.file.Close() // nothing was promised
+		c.file = nil
+	}
 }
 
 // Uint32 is a number as nf_tables has it.

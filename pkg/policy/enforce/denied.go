@@ -42,7 +42,7 @@ func (t *Table) Denied(context.Context) (Denied, error) {
 	}
 	gone, err := t.count()
 	if err != nil {
-		return Denied{}, fmt.Errorf("read what was denied: %w", explain(err))
+		return Denied{}, fmt.Errorf("read what was denied: %w", t.explain(err))
 	}
 	d := Denied{
 		In: totals(t.counts[policy.SetDeniedIn]), Out: totals(t.counts[policy.SetDeniedOut]),
@@ -65,7 +65,7 @@ func (t *Table) count() (gone map[string][]nfnl.Element, err error) {
 	gone = map[string][]nfnl.Element{}
 	var is map[netip.Addr]bool
 	if t.last != nil {
-		is = isolated(t.last)
+		is = t.last.isolated
 	}
 	for name, counts := range t.counts {
 		now := map[netip.Addr]uint64{}
@@ -114,9 +114,8 @@ func (t *Table) countNamed() error {
 // forget deletes counts of addresses that are not isolated. Where that fails they are deleted the next time.
 func (t *Table) forget(gone map[string][]nfnl.Element) {
 	if t.last != nil {
-		is := isolated(t.last)
 		for _, counts := range t.counts {
-			maps.DeleteFunc(counts, func(a netip.Addr, _ tally) bool { return !is[a] })
+			maps.DeleteFunc(counts, func(a netip.Addr, _ tally) bool { return !t.last.isolated[a] })
 		}
 	}
 	b := nfnl.NewBatch(unix.NFPROTO_INET)
@@ -124,7 +123,7 @@ func (t *Table) forget(gone map[string][]nfnl.Element) {
 		b.DelElements(policy.Table, name, gone[name])
 	}
 	if b.Len() > 0 {
-		_ = t.own.write(b.Run)
+		_ = t.send(b)
 	}
 }
 
@@ -155,20 +154,21 @@ func (t *Table) Stats() Stats {
 	if t.last == nil {
 		return Stats{}
 	}
-	s := Stats{Recheck: len(t.recheck), Chains: len(policy.FixedChains(policy.Options{})) + len(t.last.Chains)}
-	for _, k := range kindsOf(t.last) {
+	r := t.last.rules
+	s := Stats{Recheck: len(t.recheck), Chains: len(policy.FixedChains(t.last.opt)) + len(r.Chains)}
+	for _, k := range kindsOf(r) {
 		if k.verdict {
 			s.Maps++
 		} else {
 			s.Sets++
 		}
 	}
-	for _, set := range t.last.Sets {
+	for _, set := range r.Sets {
 		s.Elements += len(set.Members)
 	}
-	for _, m := range t.last.Maps {
+	for _, m := range r.Maps {
 		s.Elements += len(m.Elements)
 	}
-	s.Elements += len(t.last.In) + len(t.last.Out) + 2*len(isolated(t.last)) + len(t.recheck)
+	s.Elements += len(r.In) + len(r.Out) + 2*len(t.last.isolated) + len(t.recheck)
 	return s
 }

@@ -6,12 +6,14 @@ package enforce
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"sync"
 
 	"github.com/headcni/headcni/internal/nfcmd"
+	"github.com/headcni/headcni/internal/nfnl"
 	"github.com/headcni/headcni/pkg/policy"
 )
 
@@ -19,8 +21,9 @@ import (
 type Table struct {
 	file string
 
-	mu  sync.Mutex
-	nft nfcmd.NFT
+	mu   sync.Mutex
+	nft  nfcmd.NFT
+	conn nfnl.Conn
 	// have is what the kernel holds as far as we know, nil where it has to be looked at.
 	have *held
 	// digests are of the rules of chains as the kernel listed them after we had written them.
@@ -30,16 +33,18 @@ type Table struct {
 	applies uint64
 	own     ownWrites
 	// last is what was applied last, whatever happened to the kernel since.
-	last *policy.Ruleset
+	last *held
 	// counts are of denied packets, by set and address, and named those of counters.
 	counts map[string]map[netip.Addr]tally
 	named  map[string]tally
 }
 
-// held is what was applied last.
+// held is what is applied.
 type held struct {
 	rules *policy.Ruleset
 	opt   policy.Options
+	// isolated are the addresses that are, in any direction.
+	isolated map[netip.Addr]bool
 }
 
 // Change is what an Apply did.
@@ -60,7 +65,12 @@ type Change struct {
 
 // New returns a Table that has touched nothing yet. In file it keeps what the kernel's rules looked like when it had written them, so that
 // another process finds them as they are; without it, that process writes them anew. The folder must exist.
-func New(file string) *Table { return &Table{file: file} }
+func New(file string) *Table { return &Table{file: file, nft: nfcmd.NFT{Modules: modules}} }
+
+// modules are the kernel's that the table needs.
+const modules = "nf_tables, nf_conntrack, nft_ct, nft_limit, nft_log and nft_reject_inet"
+
+func (t *Table) explain(err error) error { return t.nft.Explain(err) }
 
 // Apply makes the table hold want. What packets meet changes in one step, from all that was applied before to all of want.
 //
@@ -70,26 +80,43 @@ func New(file string) *Table { return &Table{file: file} }
 func (t *Table) Apply(ctx context.Context, want *policy.Ruleset, opt policy.Options) (Change, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.applies++
-	p, err := t.plan(want, opt)
-	if err != nil {
-		return Change{}, fmt.Errorf("look at the policy table: %w", explain(err))
+	c, err := t.apply(ctx, want, opt)
+	if errors.Is(err, errNotAsThought) {
+		c, err = t.apply(ctx, want, opt)
 	}
+	return c, err
+}
+
+// errNotAsThought says that a difference could not be written, perhaps because the table is not what was applied before.
+var errNotAsThought = errors.New("the policy table is not as it was left")
+
+func (t *Table) apply(ctx context.Context, rules *policy.Ruleset, opt policy.Options) (Change, error) {
+	t.applies++
+	want := &held{rules, opt, isolated(rules)}
+	p, err := t.plan(want)
+	if err != nil {
+		return Change{}, fmt.Errorf("look at the policy table: %w", t.explain(err))
+	}
+	thought := t.have != nil
 	t.have = nil
-	if err := t.execute(ctx, p, want, opt); err != nil {
-		return p.change, fmt.Errorf("write the policy table: %w", explain(err))
+	if err := t.execute(ctx, p, want); err != nil {
+		err = fmt.Errorf("write the policy table: %w", t.explain(err))
+		if thought && ctx.Err() == nil {
+			err = fmt.Errorf("%w: %w", errNotAsThought, err)
+		}
+		return p.change, err
 	}
 	t.last = want
 	t.putRecheck(p)
 	if !p.leftovers {
-		t.have = &held{want, opt}
+		t.have = want
 	}
 	return p.change, nil
 }
 
-func (t *Table) plan(want *policy.Ruleset, opt policy.Options) (*plan, error) {
+func (t *Table) plan(want *held) (*plan, error) {
 	if t.have != nil {
-		p := difference(t.have, &held{want, opt})
+		p := difference(t.have, want)
 		p.changeRecheck(want, t.recheck)
 		return p, nil
 	}
@@ -102,9 +129,9 @@ func (t *Table) plan(want *policy.Ruleset, opt policy.Options) (*plan, error) {
 	for a := range o.recheck() {
 		t.recheck[a] = t.applies
 	}
-	p := o.plan(want, opt, t.digests)
+	p := o.plan(want, t.digests)
 	if p.change.Cold || len(p.change.Repaired) > 0 {
-		for a := range isolated(want) {
+		for a := range want.isolated {
 			p.recheck[a] = true
 		}
 	}

@@ -12,8 +12,6 @@ import (
 	"github.com/headcni/headcni/pkg/policy"
 )
 
-func TestMain(m *testing.M) { nstest.Main(m) }
-
 // node is a network namespace with a Table in it.
 type node struct {
 	*testing.T
@@ -49,7 +47,7 @@ func (n *node) holds(want *policy.Ruleset, opt policy.Options) {
 		if err != nil {
 			return err
 		}
-		if p := o.plan(want, opt, n.table.digests); !p.empty() {
+		if p := o.plan(&held{want, opt, isolated(want)}, n.table.digests); !p.empty() {
 			return fmt.Errorf("the kernel does not hold what is wanted: %v", p.change.Repaired)
 		}
 		return nil

@@ -214,8 +214,8 @@ func isolated(r *policy.Ruleset) map[netip.Addr]bool {
 }
 
 // elementsOf are those of all sets and maps of a ruleset's table but of recheck and of those that the kernel fills.
-func elementsOf(r *policy.Ruleset) map[string][]nfnl.Element {
-	out := map[string][]nfnl.Element{}
+func elementsOf(want *held) map[string][]nfnl.Element {
+	out, r := map[string][]nfnl.Element{}, want.rules
 	for name, s := range r.Sets {
 		out[name] = membersOf(s)
 	}
@@ -228,7 +228,7 @@ func elementsOf(r *policy.Ruleset) map[string][]nfnl.Element {
 	for a, chain := range r.Out {
 		out[policy.MapOut+family(a)] = append(out[policy.MapOut+family(a)], dispatchOf(a, chain))
 	}
-	for a := range isolated(r) {
+	for a := range want.isolated {
 		key := addrKey(a)
 		out[policy.SetIsolated+family(a)] = append(out[policy.SetIsolated+family(a)], nfnl.Element{Key: key})
 		out[policy.SetSelf+family(a)] = append(out[policy.SetSelf+family(a)], nfnl.Element{Key: key + key})

@@ -20,7 +20,7 @@ func (t *Table) Dispatch(dir policy.Direction, a netip.Addr) (chain string, foun
 	if dir == policy.Ingress {
 		name = policy.MapIn
 	}
-	e, found, err := find(name+family(a), addrKey(a))
+	e, found, err := t.find(name+family(a), addrKey(a))
 	if err != nil || !found {
 		return "", false, err
 	}
@@ -33,7 +33,7 @@ func (t *Table) Dispatch(dir policy.Direction, a netip.Addr) (chain string, foun
 
 // Port implements policy.Elements.
 func (t *Table) Port(portMap string, p policy.Protocol, port uint16) (jump string, found bool, err error) {
-	keyLen, err := keyLenOf(portMap)
+	keyLen, err := t.keyLenOf(portMap)
 	if err != nil {
 		return "", false, err
 	}
@@ -41,7 +41,7 @@ func (t *Table) Port(portMap string, p policy.Protocol, port uint16) (jump strin
 	if keyLen == inetService.size {
 		key = rangeKey(port)
 	}
-	e, found, err := find(portMap, key)
+	e, found, err := t.find(portMap, key)
 	if err != nil || !found || e.Verdict == "accept" {
 		return "", found && err == nil, err
 	}
@@ -54,7 +54,7 @@ func (t *Table) Port(portMap string, p policy.Protocol, port uint16) (jump strin
 
 // Has implements policy.Elements.
 func (t *Table) Has(name string, m policy.Member) (bool, error) {
-	keyLen, err := keyLenOf(name)
+	keyLen, err := t.keyLenOf(name)
 	if err != nil {
 		return false, err
 	}
@@ -62,27 +62,27 @@ func (t *Table) Has(name string, m policy.Member) (bool, error) {
 	if keyLen > len(m.Addr.AsSlice()) {
 		kind = policy.Endpoints
 	}
-	_, found, err := find(name, member(kind, m).Key)
+	_, found, err := t.find(name, member(kind, m).Key)
 	return found, err
 }
 
-func find(name, key string) (nfnl.Element, bool, error) {
+func (t *Table) find(name, key string) (nfnl.Element, bool, error) {
 	e, found, err := nfnl.Find(set(name), key)
 	if err != nil {
-		return nfnl.Element{}, false, fmt.Errorf("ask the kernel: %w", explain(err))
+		return nfnl.Element{}, false, fmt.Errorf("ask the kernel: %w", t.explain(err))
 	}
 	return e, found, nil
 }
 
 // keyLenOf returns the length of a set's keys, in bytes.
-func keyLenOf(name string) (int, error) {
+func (t *Table) keyLenOf(name string) (int, error) {
 	res, err := nfnl.Request(unix.NFPROTO_INET, unix.NFT_MSG_GETSET, 0,
 		nfnl.Name(unix.NFTA_SET_TABLE, policy.Table), nfnl.Name(unix.NFTA_SET_NAME, name))
 	if err == nil && len(res) == 0 {
 		err = unix.ENOENT
 	}
 	if err != nil {
-		return 0, fmt.Errorf("ask the kernel for set %s: %w", name, explain(err))
+		return 0, fmt.Errorf("ask the kernel for set %s: %w", name, t.explain(err))
 	}
 	a, err := nfnl.Attributes(res[0])
 	return int(number(a[unix.NFTA_SET_KEY_LEN])), err

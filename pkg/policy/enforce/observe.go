@@ -230,12 +230,12 @@ func (o *observed) recheck() map[netip.Addr]bool {
 }
 
 // plan is what turns a table that holds o into one that holds want, but for recheck.
-func (o *observed) plan(want *policy.Ruleset, opt policy.Options, digests map[string]digest) *plan {
+func (o *observed) plan(want *held, digests map[string]digest) *plan {
 	p := newPlan()
 	p.table, p.change.Cold = !o.table, !o.table
-	kinds, elements := kindsOf(want), elementsOf(want)
+	kinds, elements := kindsOf(want.rules), elementsOf(want)
 	o.planSets(p, kinds, elements)
-	o.planChains(p, chainsOf(want, opt), digests)
+	o.planChains(p, chainsOf(want), digests)
 	o.planObjects(p)
 	if o.dormant {
 		p.whole = true

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/headcni/headcni/internal/nfnl"
 	"github.com/headcni/headcni/pkg/policy"
@@ -71,12 +72,12 @@ func (p *plan) empty() bool {
 func (d drop) empty() bool { return len(d.chains)+len(d.sets)+len(d.objects) == 0 }
 
 // chainsOf are all chains of a table, those before that others name.
-func chainsOf(r *policy.Ruleset, opt policy.Options) (out []chain) {
-	for _, c := range policy.FixedChains(opt) {
+func chainsOf(want *held) (out []chain) {
+	for _, c := range policy.FixedChains(want.opt) {
 		out = append(out, chain{c.Name, c.Priority, c.Rules})
 	}
-	for _, name := range sortedKeys(r.Chains) {
-		out = append(out, chain{name, nil, r.Chains[name].Text()})
+	for _, name := range sortedKeys(want.rules.Chains) {
+		out = append(out, chain{name, nil, want.rules.Chains[name].Text()})
 	}
 	return out
 }
@@ -88,14 +89,13 @@ func difference(old, want *held) *plan {
 	p.chainDifference(old, want)
 	p.dispatchDifference(policy.MapIn, old.rules.In, want.rules.In)
 	p.dispatchDifference(policy.MapOut, old.rules.Out, want.rules.Out)
-	was, is := isolated(old.rules), isolated(want.rules)
-	for a := range is {
-		if !was[a] {
+	for a := range want.isolated {
+		if !old.isolated[a] {
 			p.isolate(a, func(c *setChange, e nfnl.Element) { c.add = append(c.add, e) })
 		}
 	}
-	for a := range was {
-		if !is[a] {
+	for a := range old.isolated {
+		if !want.isolated[a] {
 			p.isolate(a, func(c *setChange, e nfnl.Element) { c.del = append(c.del, e) })
 		}
 	}
@@ -197,11 +197,12 @@ func compareMembers(a, b policy.Member) int {
 
 // chainDifference plans chains. Those of policies never change: their names are their content.
 func (p *plan) chainDifference(old, want *held) {
-	for _, name := range sortedKeys(want.rules.Chains) {
+	for name, c := range want.rules.Chains {
 		if old.rules.Chains[name] == nil {
-			p.chains = append(p.chains, chain{name, nil, want.rules.Chains[name].Text()})
+			p.chains = append(p.chains, chain{name, nil, c.Text()})
 		}
 	}
+	slices.SortFunc(p.chains, func(a, b chain) int { return strings.Compare(a.name, b.name) })
 	for name := range old.rules.Chains {
 		if want.rules.Chains[name] == nil {
 			p.drop.chains = append(p.drop.chains, name)
@@ -282,7 +283,7 @@ func (u users) rule(r policy.Rule) bool {
 }
 
 // changeRecheck plans the elements of the sets of that name. in are those that are there.
-func (p *plan) changeRecheck(want *policy.Ruleset, in map[netip.Addr]uint64) {
+func (p *plan) changeRecheck(want *held, in map[netip.Addr]uint64) {
 	for a := range p.recheck {
 		if _, there := in[a]; !there {
 			c := p.set(policy.SetRecheck + family(a))
@@ -293,9 +294,8 @@ func (p *plan) changeRecheck(want *policy.Ruleset, in map[netip.Addr]uint64) {
 	if len(in) == 0 {
 		return
 	}
-	is := isolated(want)
 	for a := range in {
-		if !is[a] {
+		if !want.isolated[a] {
 			p.leave[a] = true
 			c := p.set(policy.SetRecheck + family(a))
 			c.del = append(c.del, nfnl.Element{Key: addrKey(a)})

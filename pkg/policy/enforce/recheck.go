@@ -41,7 +41,7 @@ func (t *Table) Recheck(ctx context.Context, allowed func(policy.Flow) (egress, 
 		}
 	})
 	if err != nil {
-		return len(asked), fmt.Errorf("list the flows that the kernel tracks: %w", explain(err))
+		return len(asked), fmt.Errorf("list the flows that the kernel tracks: %w", t.explain(err))
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -59,9 +59,9 @@ func (t *Table) Recheck(ctx context.Context, allowed func(policy.Flow) (egress, 
 	if len(out) == 0 {
 		return len(t.recheck), nil
 	}
-	if err := t.own.write(b.Run); err != nil {
+	if err := t.send(b); err != nil {
 		t.have = nil
-		return len(t.recheck), fmt.Errorf("end the recheck of %s: %w", said(len(out), "address"), explain(err))
+		return len(t.recheck), fmt.Errorf("end the recheck of %s: %w", said(len(out), "address"), t.explain(err))
 	}
 	for _, a := range out {
 		delete(t.recheck, a)

@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/headcni/headcni/internal/nfcmd"
 	"github.com/headcni/headcni/internal/nfnl"
 	"github.com/headcni/headcni/pkg/policy"
 )
@@ -26,7 +25,7 @@ func (t *Table) Changes(ctx context.Context) (<-chan struct{}, error) {
 	end, err := nfnl.Transactions(ctx, policy.Table, e.take)
 	if err != nil {
 		t.unwatch()
-		return nil, fmt.Errorf("watch the policy table: %w", nfcmd.Explain(err))
+		return nil, fmt.Errorf("watch the policy table: %w", t.explain(err))
 	}
 	out := make(chan struct{}, 1)
 	go func() {
@@ -119,16 +118,17 @@ type ownWrite struct {
 // maxOwnWrites bounds what is kept for a watcher that does not look.
 const maxOwnWrites = 10000
 
-func (o *ownWrites) write(do func() error) error {
+// note has do write, and notes between which transactions.
+func (o *ownWrites) note(c *nfnl.Conn, do func() error) error {
 	if o.watchers == 0 {
 		return do()
 	}
-	before, err := nfnl.Generation()
+	before, err := c.Generation()
 	if err != nil {
 		return err
 	}
 	err = do()
-	after, genErr := nfnl.Generation()
+	after, genErr := c.Generation()
 	if err == nil && genErr == nil && len(o.list) < maxOwnWrites {
 		o.list = append(o.list, ownWrite{before: before, after: after})
 	}

@@ -27,9 +27,9 @@ const (
 
 // execute writes a plan. Each step leaves a table that enforces what it did before or what is wanted, and that a later comparison
 // can go on from.
-func (t *Table) execute(ctx context.Context, p *plan, want *policy.Ruleset, opt policy.Options) error {
+func (t *Table) execute(ctx context.Context, p *plan, want *held) error {
 	if p.whole {
-		return t.replace(ctx, p, want, opt)
+		return t.replace(ctx, p, want)
 	}
 	isBase := func(c chain) bool { return c.priority != nil }
 	others := slices.DeleteFunc(slices.Clone(p.chains), isBase)
@@ -56,7 +56,7 @@ func (t *Table) execute(ctx context.Context, p *plan, want *policy.Ruleset, opt 
 		}
 	}
 	if len(p.chains)+len(p.rewrite)+len(p.drop.chains) > 0 {
-		t.saveDigests(chainsOf(want, opt))
+		t.saveDigests(chainsOf(want))
 	}
 	t.sweep(p)
 	return nil
@@ -94,7 +94,12 @@ func (t *Table) define(ctx context.Context, p *plan, chains []chain) error {
 // run runs nft once.
 func (t *Table) run(ctx context.Context, p *plan, fill func(tx *knftables.Transaction)) error {
 	p.change.Programs++
-	return t.own.write(func() error { return t.nft.Write(ctx, fill) })
+	return t.own.note(&t.conn, func() error { return t.nft.Write(ctx, fill) })
+}
+
+// send sends a batch.
+func (t *Table) send(b *nfnl.Batch) error {
+	return t.own.note(&t.conn, func() error { return t.conn.Run(b) })
 }
 
 func defineTable(tx *knftables.Transaction) {
@@ -167,7 +172,7 @@ func (t *Table) capture(chains []chain, write func(again bool) error) error {
 	}
 	var last map[string]string
 	for try := range captureTries {
-		before, err := nfnl.Generation()
+		before, err := t.conn.Generation()
 		if err != nil {
 			return err
 		}
@@ -178,7 +183,7 @@ func (t *Table) capture(chains []chain, write func(again bool) error) error {
 		if err != nil {
 			return err
 		}
-		after, err := nfnl.Generation()
+		after, err := t.conn.Generation()
 		if err != nil {
 			return err
 		}
@@ -201,7 +206,7 @@ func (t *Table) fill(p *plan) error {
 			b.AddElements(policy.Table, name, list)
 			p.change.Added += len(list)
 			if n += len(list); n >= elementsAtOnce {
-				if err := t.own.write(b.Run); err != nil {
+				if err := t.send(b); err != nil {
 					return err
 				}
 				b, n = nfnl.NewBatch(unix.NFPROTO_INET), 0
@@ -211,7 +216,7 @@ func (t *Table) fill(p *plan) error {
 	if b.Len() == 0 {
 		return nil
 	}
-	return t.own.write(b.Run)
+	return t.send(b)
 }
 
 // switchOver changes all that packets meet in one transaction.
@@ -231,7 +236,7 @@ func (t *Table) switchOver(p *plan) error {
 	if b.Len() == 0 {
 		return nil
 	}
-	return t.own.write(b.Run)
+	return t.send(b)
 }
 
 // sweep deletes what nothing refers to any more, once no packet is on its way through it: a packet that is in a chain when that is
@@ -256,7 +261,7 @@ func (t *Table) sweep(p *plan) {
 	for _, name := range sortedKeys(p.drop.objects) {
 		b.Add(unix.NFT_MSG_DELOBJ, 0, table, nfnl.Name(unix.NFTA_OBJ_NAME, name), nfnl.Uint32(unix.NFTA_OBJ_TYPE, p.drop.objects[name]))
 	}
-	p.leftovers = t.own.write(b.Run) != nil
+	p.leftovers = t.send(b) != nil
 }
 
 // awaitPackets waits until the kernel has finished with all packets that it works on now (membarrier waits for a grace period of RCU:
@@ -271,13 +276,13 @@ func awaitPackets() {
 // replace takes the table away and makes it anew in one transaction, with elements in nft's syntax. That costs nft's memory, and a packet
 // that is on its way through the old base chains meets neither: seen with one of 900,000 in 100 times. So this is for tables that
 // do not enforce any more as they should.
-func (t *Table) replace(ctx context.Context, p *plan, want *policy.Ruleset, opt policy.Options) error {
-	kinds, elements := kindsOf(want), elementsOf(want)
+func (t *Table) replace(ctx context.Context, p *plan, want *held) error {
+	kinds, elements := kindsOf(want.rules), elementsOf(want)
 	for a := range p.recheck {
 		name := policy.SetRecheck + family(a)
 		elements[name] = append(elements[name], nfnl.Element{Key: addrKey(a)})
 	}
-	chains := chainsOf(want, opt)
+	chains := chainsOf(want)
 	p.change.Sets, p.change.Chains = len(kinds), len(chains)
 	err := t.capture(chains, func(bool) error {
 		return t.run(ctx, p, func(tx *knftables.Transaction) {
@@ -321,8 +326,8 @@ func (t *Table) Remove(context.Context) error {
 	t.have, t.last = nil, nil
 	b := nfnl.NewBatch(unix.NFPROTO_INET)
 	b.Add(unix.NFT_MSG_DELTABLE, 0, nfnl.Name(unix.NFTA_TABLE_NAME, policy.Table))
-	if err := t.own.write(b.Run); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("delete table inet %s: %w", policy.Table, explain(err))
+	if err := t.send(b); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("delete table inet %s: %w", policy.Table, t.explain(err))
 	}
 	return nil
 }
