@@ -57,13 +57,15 @@ var level = map[string]int{
 	"pkg/tailscaled":            3,
 
 	// Rooms that several concerns meet in.
-	"pkg/conflist":     4,
-	"pkg/install":      4,
-	"pkg/membership":   4,
-	"pkg/policy/watch": 4,
+	"pkg/conflist":      4,
+	"pkg/install":       4,
+	"pkg/membership":    4,
+	"pkg/policy/report": 4,
+	"pkg/policy/watch":  4,
 
-	"pkg/leases":       5,
-	"pkg/policy/agent": 5,
+	"pkg/leases":         5,
+	"pkg/policy/agent":   5,
+	"pkg/policy/explain": 5,
 
 	"pkg/controller": 6,
 	"pkg/daemon":     6,
@@ -186,11 +188,13 @@ func TestPluginsLinkLittle(t *testing.T) {
 	}
 }
 
-// Who asks a node for its status links a few MB.
-func TestNodeStatusLinksLittle(t *testing.T) {
-	for _, p := range list(t, "-deps", "./pkg/nodestatus") {
-		if folder(p.ImportPath, []string{"k8s.io", "sigs.k8s.io", "tailscale.com", "github.com/prometheus", "github.com/vishvananda"}) != "" {
-			t.Errorf("pkg/nodestatus links %s", p.ImportPath)
+// Who asks a node for its status, or of its policies, links a few MB.
+func TestAskingLinksLittle(t *testing.T) {
+	for _, pkg := range []string{"./pkg/nodestatus", "./pkg/policy/report"} {
+		for _, p := range list(t, "-deps", pkg) {
+			if folder(p.ImportPath, []string{"k8s.io", "sigs.k8s.io", "tailscale.com", "github.com/prometheus", "github.com/vishvananda"}) != "" {
+				t.Errorf("%s links %s", pkg, p.ImportPath)
+			}
 		}
 	}
 }

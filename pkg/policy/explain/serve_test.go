@@ -1,0 +1,75 @@
+package explain_test
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"net/netip"
+
+	"github.com/headcni/headcni/pkg/nodestatus"
+	"github.com/headcni/headcni/pkg/policy/explain"
+	"github.com/headcni/headcni/pkg/policy/report"
+)
+
+// serve has an Explainer answer on a socket.
+func serve(t *testing.T, x *explain.Explainer) (socket string) {
+	t.Helper()
+	socket = filepath.Join(t.TempDir(), "api.sock")
+	ctx, stop := context.WithCancel(t.Context())
+	up, down := make(chan struct{}), make(chan error)
+	go func() {
+		down <- nodestatus.Serve(ctx, socket, nodestatus.Answers{Others: x.Handlers()}, func() { close(up) }, func(err error) { t.Error(err) })
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-down; err != nil {
+			t.Error(err)
+		}
+	})
+	<-up
+	return socket
+}
+
+func TestOverTheSocket(t *testing.T) {
+	x := explainer(state(shop(t)), shop(t))
+	socket := serve(t, x)
+	same := cmpopts.EquateComparable(netip.Addr{})
+	want, err := x.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := report.AskList(t.Context(), socket); err != nil || !cmp.Equal(*want, got, same) {
+		t.Errorf("list: %v\n%s", err, cmp.Diff(*want, got, same))
+	}
+	q := report.Question{Namespace: "shop", Pod: "web", From: "edge/gw", Port: "http"}
+	answer, err := x.Explain(t.Context(), q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := report.AskExplain(t.Context(), socket, q); err != nil || !cmp.Equal(*answer, got, same) {
+		t.Errorf("explain: %v\n%s", err, cmp.Diff(*answer, got, same))
+	}
+	q.Pod = "wbe"
+	if _, err := report.AskExplain(t.Context(), socket, q); err == nil || err.Error() != "there is no pod shop/wbe: is shop/web meant?" {
+		t.Errorf("an error arrives as %v", err)
+	}
+	x.State = func() (*explain.State, error) { return nil, errors.New("off") }
+	if _, err := report.AskList(t.Context(), socket); err == nil || err.Error() != "off" {
+		t.Errorf("an error arrives as %v", err)
+	}
+}
+
+func TestNobodyAnswers(t *testing.T) {
+	if _, err := report.AskList(t.Context(), filepath.Join(t.TempDir(), "none.sock")); err == nil || !strings.Contains(err.Error(), "is headcni-daemon running?") {
+		t.Errorf("%v", err)
+	}
+	other := serve(t, &explain.Explainer{})
+	if _, err := nodestatus.Get(t.Context(), other, "/policy/else"); err == nil || !strings.Contains(err.Error(), "another version: restart it") {
+		t.Errorf("%v", err)
+	}
+}
