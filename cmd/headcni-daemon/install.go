@@ -21,7 +21,7 @@ func installCmd(f *flags) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if remove {
-				return install.Remove(cmd.Context(), slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil)))
+				return install.Remove(cmd.Context(), slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil)), "")
 			}
 			source, err := install.Source()
 			if err != nil {

@@ -60,7 +60,7 @@ func (d *Daemon) uninstallIfAsked(ctx context.Context) (asked bool, next time.Du
 
 func (d *Daemon) uninstallFor(ctx context.Context, v *nodeview.View) error {
 	if !d.uninstalled {
-		if err := uninstall(ctx, d.cfg, d.saved, d.log); err != nil {
+		if err := uninstall(ctx, d.cfg, d.saved, d.log, v.Runtime()); err != nil {
 			return err
 		}
 		d.log.Info("everything of ours is off this node; idle from here on")

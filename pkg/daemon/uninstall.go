@@ -50,11 +50,11 @@ func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	return uninstall(ctx, c, s, log)
+	return uninstall(ctx, c, s, log, "")
 }
 
-// uninstall is Uninstall in a process that has the lock.
-func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger) error {
+// uninstall is Uninstall in a process that has the lock. runtime is the node's, see install.Remove.
+func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger, runtime string) error {
 	// The conflist goes first, so that no pod starts on a node that is being taken down; the guard goes last.
 	err := errors.Join(
 		conflist.Restore(c.CNI.ConfDir, s.ConflistMode),
@@ -64,7 +64,7 @@ func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger) 
 	)
 	if err == nil {
 		// The plugins' own list goes with them; the state, which says what there was to put back, when all is done.
-		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx, log), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
+		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx, log, runtime), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
 		err = errors.Join(atomicfile.Remove(statePath()), removeRunFiles())

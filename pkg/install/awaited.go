@@ -29,14 +29,21 @@ type cachedAttachment struct {
 }
 
 // awaited lists the attachments, CONTAINERID/IFNAME, that a runtime will delete by its cache, and for which it will look for
-// plugins of ours. What cannot be read is nobody's: libcni cannot use it either.
-func awaited() (attachments []string) {
+// plugins of ours. What cannot be read is nobody's: libcni cannot use it either. runtime is the node's as its Node object says
+// (containerd://2.1.0), "" where nobody says: then the folders of containerd's tasks tell, which a container does not see.
+func awaited(runtime string) (attachments []string) {
+	containerds := func(id string) bool {
+		if runtime == "" {
+			return isContainerds(id)
+		}
+		return strings.HasPrefix(runtime, "containerd:")
+	}
 	for _, glob := range []string{cacheGlob, multusCacheGlob} {
 		files, _ := filepath.Glob(glob) // the pattern is right
 		for _, path := range files {
 			b, err := os.ReadFile(path)
 			var a cachedAttachment
-			if err != nil || json.Unmarshal(b, &a) != nil || !runsOurs(a.Config) || glob == cacheGlob && isContainerds(a.ContainerID) {
+			if err != nil || json.Unmarshal(b, &a) != nil || !runsOurs(a.Config) || glob == cacheGlob && containerds(a.ContainerID) {
 				continue
 			}
 			attachments = append(attachments, a.ContainerID+"/"+a.IfName)

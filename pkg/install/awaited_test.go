@@ -20,15 +20,20 @@ func TestRemoveWaitsForDel(t *testing.T) {
 		folder, conf string
 		containerd   bool // runs the sandbox
 		stays        bool
+		runtime      string // as the Node says
 	}{
-		"CRI-O":                          {"results", ours, false, true},
-		"one plugin":                     {"results", `{"type":"headcni"}`, false, true},
-		"another's link, our IPAM":       {"results", `{"plugins":[{"type":"bridge","ipam":{"type":"headcni-ipam"}}]}`, false, true},
-		"containerd":                     {"results", ours, true, false},
-		"multus on containerd":           {"multus/results", ours, true, true},
-		"another CNI":                    {"results", others, false, false},
-		"no configuration":               {"results", "junk", false, false},
-		"a folder that nobody caches in": {"other", ours, false, false},
+		"CRI-O":                    {"results", ours, false, true, ""},
+		"one plugin":               {"results", `{"type":"headcni"}`, false, true, ""},
+		"another's link, our IPAM": {"results", `{"plugins":[{"type":"bridge","ipam":{"type":"headcni-ipam"}}]}`, false, true, ""},
+		"containerd":               {"results", ours, true, false, ""},
+		"multus on containerd":     {"multus/results", ours, true, true, ""},
+		"another CNI":              {"results", others, false, false, ""},
+		"no configuration":         {"results", "junk", false, false, ""},
+		// In the chart's container nobody sees containerd's tasks.
+		"CRI-O, by its Node":                {"results", ours, false, true, "cri-o://1.34.0"},
+		"containerd, by its Node":           {"results", ours, false, false, "containerd://2.1.0-k3s1"},
+		"multus on containerd, by its Node": {"multus/results", ours, false, true, "containerd://2.1.0"},
+		"a folder that nobody caches in":    {"other", ours, false, false, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			nstest.FreshState(t)
@@ -50,7 +55,7 @@ func TestRemoveWaitsForDel(t *testing.T) {
 				t.Cleanup(func() { _ = os.RemoveAll(task) })
 			}
 			var log bytes.Buffer
-			if err := Remove(t.Context(), slog.New(slog.NewTextHandler(&log, nil))); err != nil {
+			if err := Remove(t.Context(), slog.New(slog.NewTextHandler(&log, nil)), tt.runtime); err != nil {
 				t.Fatal(err)
 			}
 			want := allPlugins
@@ -64,7 +69,7 @@ func TestRemoveWaitsForDel(t *testing.T) {
 			if err := os.Remove(cache); err != nil {
 				t.Fatal(err)
 			}
-			if err := Remove(t.Context(), quiet); err != nil {
+			if err := Remove(t.Context(), quiet, ""); err != nil {
 				t.Fatal(err)
 			}
 			nstest.WantFiles(t, to)

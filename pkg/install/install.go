@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -240,15 +241,15 @@ func knownFolders() string {
 
 // Remove takes away what Plugins put anywhere, but not a host-local, loopback or portmap that somebody has replaced
 // since. Where a container runtime will still ask for plugins of ours, to delete pods, it leaves all of them, with the note of
-// what is ours, and says so: without them those pods could never be deleted (docs/adr/0018-plugins-that-stay.md).
-func Remove(ctx context.Context, log *slog.Logger) error {
+// what is ours, and says so: without them those pods could never be deleted (docs/adr/0018-plugins-that-stay.md). runtime is awaited's.
+func Remove(ctx context.Context, log *slog.Logger, runtime string) error {
 	in, err := loadInstalled()
 	if err != nil {
 		return err
 	}
-	if waiting := awaited(); len(in) > 0 && len(waiting) > 0 {
+	if waiting := awaited(runtime); len(in) > 0 && len(waiting) > 0 {
 		log.Warn("the CNI plugins stay for now: the container runtime needs them to delete the pods that it still has from before; "+
-			"end these pods, then run the same command again", "attachments", waiting)
+			"end these pods, then run the same command again, or delete the files", "attachments", waiting, "files", slices.Sorted(maps.Keys(in)))
 		return nil
 	}
 	var errs []error

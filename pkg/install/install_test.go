@@ -106,12 +106,12 @@ func TestInstallUpgradeAndRemove(t *testing.T) {
 	install(t, two, to)
 	wantSame(t, two, to, allPlugins...)
 	nstest.WantFiles(t, to, allPlugins...)
-	if err := Remove(t.Context(), quiet); err != nil {
+	if err := Remove(t.Context(), quiet, ""); err != nil {
 		t.Fatal(err)
 	}
 	nstest.WantFiles(t, to)
 	nstest.WantFiles(t, paths.StateDir)
-	if err := Remove(t.Context(), quiet); err != nil {
+	if err := Remove(t.Context(), quiet, ""); err != nil {
 		t.Errorf("the second time: %v", err)
 	}
 }
@@ -135,7 +135,7 @@ func TestInstallLeavesForeignPlugins(t *testing.T) {
 			t.Errorf("host-local links to %q, %v", l, err)
 		}
 	}
-	if err := Remove(t.Context(), quiet); err != nil {
+	if err := Remove(t.Context(), quiet, ""); err != nil {
 		t.Fatal(err)
 	}
 	nstest.WantFiles(t, to, "host-local", "portmap")
@@ -148,7 +148,7 @@ func TestInstallLeavesForeignPlugins(t *testing.T) {
 	// One that was ours and that somebody has replaced since.
 	writePlugin(t, filepath.Join(same, "host-local"), "newer")
 	install(t, two, same)
-	if err := Remove(t.Context(), quiet); err != nil {
+	if err := Remove(t.Context(), quiet, ""); err != nil {
 		t.Fatal(err)
 	}
 	nstest.WantFiles(t, same, "host-local", "portmap")
@@ -282,7 +282,7 @@ func TestInstallKilled(t *testing.T) {
 	wantSame(t, two, to, allPlugins...)
 	nstest.WantFiles(t, to, allPlugins...)
 	nstest.WantFiles(t, paths.StateDir, filepath.Base(installedPath()))
-	if err := Remove(t.Context(), quiet); err != nil {
+	if err := Remove(t.Context(), quiet, ""); err != nil {
 		t.Fatal(err)
 	}
 	nstest.WantFiles(t, to)
@@ -307,7 +307,7 @@ func TestInstalledStateCorrupt(t *testing.T) {
 	if err := os.WriteFile(installedPath(), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, err := range []error{Remove(t.Context(), quiet), func() error { _, err := Plugins(t.Context(), plugins(t, "1", 0), t.TempDir()); return err }()} {
+	for _, err := range []error{Remove(t.Context(), quiet, ""), func() error { _, err := Plugins(t.Context(), plugins(t, "1", 0), t.TempDir()); return err }()} {
 		if err == nil || !strings.Contains(err.Error(), "remove the file to start afresh") {
 			t.Errorf("a broken %s: %v", installedPath(), err)
 		}

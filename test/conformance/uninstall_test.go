@@ -29,7 +29,7 @@ func TestDelFromCacheAfterUninstall(t *testing.T) {
 	got := n.add(l, r)
 	ping(t, n.host, got.addrs()...)
 
-	if err := install.Remove(t.Context(), log); err != nil {
+	if err := install.Remove(t.Context(), log, "cri-o://1.34.0"); err != nil {
 		t.Fatal(err)
 	}
 	remove(t, filepath.Join(n.dataDir, "net")) // as uninstall does with leases
@@ -46,7 +46,7 @@ func TestDelFromCacheAfterUninstall(t *testing.T) {
 		t.Errorf("the pod keeps its interface: %s", out)
 	}
 
-	if err := install.Remove(t.Context(), log); err != nil {
+	if err := install.Remove(t.Context(), log, "cri-o://1.34.0"); err != nil {
 		t.Fatal(err)
 	}
 	nstest.WantFiles(t, to)

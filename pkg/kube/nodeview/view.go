@@ -107,6 +107,14 @@ func (v *View) Controller(nodeKey string) (*kube.View, error) {
 	return &said, nil
 }
 
+// Runtime is our Node's container runtime, as kubelet says: containerd://2.1.0. It is "" while nobody says.
+func (v *View) Runtime() string {
+	if v.Node == nil {
+		return ""
+	}
+	return v.Node.Status.NodeInfo.ContainerRuntimeVersion
+}
+
 // UninstallAsked reports whether an annotation of our Node asks the daemon to uninstall.
 func (v *View) UninstallAsked() bool {
 	return v.Node != nil && v.Node.Annotations[kube.Uninstall] == "true"
