@@ -88,7 +88,7 @@ func (e Element) encode() []byte {
 // Elements returns what a set holds.
 func Elements(s Set) ([]Element, error) {
 	var out []Element
-	err := EachElement(s, func(attrs map[int][]byte) error {
+	err := EachElement(s, func(attrs []byte) error {
 		e, err := decode(attrs)
 		out = append(out, e)
 		return err
@@ -97,7 +97,7 @@ func Elements(s Set) ([]Element, error) {
 }
 
 // EachElement calls do with the attributes of each element of a set.
-func EachElement(s Set, do func(attrs map[int][]byte) error) error {
+func EachElement(s Set, do func(attrs []byte) error) error {
 	answers, err := Request(s.Family, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
 		Name(unix.NFTA_SET_ELEM_LIST_TABLE, s.Table), Name(unix.NFTA_SET_ELEM_LIST_SET, s.Name))
 	if err != nil {
@@ -106,22 +106,14 @@ func EachElement(s Set, do func(attrs map[int][]byte) error) error {
 	return eachElement(answers, do)
 }
 
-func eachElement(answers [][]byte, do func(attrs map[int][]byte) error) error {
+func eachElement(answers [][]byte, do func(attrs []byte) error) error {
 	for _, r := range answers {
-		a, err := Attributes(r)
-		if err != nil {
-			return err
-		}
-		list, err := List(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
+		list, err := List(Get(r, unix.NFTA_SET_ELEM_LIST_ELEMENTS))
 		if err != nil {
 			return err
 		}
 		for _, e := range list {
-			attrs, err := Attributes(e.Value)
-			if err != nil {
-				return err
-			}
-			if err := do(attrs); err != nil {
+			if err := do(e.Value); err != nil {
 				return err
 			}
 		}
@@ -145,7 +137,7 @@ func Find(s Set, key string) (found Element, ok bool, err error) {
 	if err != nil {
 		return Element{}, false, fmt.Errorf("look into set %s: %w", s.Name, err)
 	}
-	err = eachElement(answers, func(attrs map[int][]byte) error {
+	err = eachElement(answers, func(attrs []byte) error {
 		found, err = decode(attrs)
 		ok = true
 		return err
@@ -153,25 +145,22 @@ func Find(s Set, key string) (found Element, ok bool, err error) {
 	return found, ok, err
 }
 
-func decode(attrs map[int][]byte) (Element, error) {
+func decode(attrs []byte) (Element, error) {
+	list, err := List(attrs)
+	if err != nil {
+		return Element{}, err
+	}
 	var e Element
-	for typ, value := range attrs {
-		switch typ {
+	for _, a := range list {
+		switch a.Type {
 		case unix.NFTA_SET_ELEM_KEY:
-			key, err := Attributes(value)
-			if err != nil {
-				return Element{}, err
-			}
-			e.Key = string(key[unix.NFTA_DATA_VALUE])
+			e.Key = string(Get(a.Value, unix.NFTA_DATA_VALUE))
 		case unix.NFTA_SET_ELEM_FLAGS:
-			if len(value) == 4 {
-				e.Flags = binary.BigEndian.Uint32(value)
+			if len(a.Value) == 4 {
+				e.Flags = binary.BigEndian.Uint32(a.Value)
 			}
 		case unix.NFTA_SET_ELEM_DATA:
-			var err error
-			if e.Verdict, err = decodeVerdict(value); err != nil {
-				return Element{}, err
-			}
+			e.Verdict = decodeVerdict(Get(a.Value, unix.NFTA_DATA_VERDICT))
 			e.Odd = e.Odd || e.Verdict == ""
 		case unix.NFTA_SET_ELEM_USERDATA, unix.NFTA_SET_ELEM_PAD: // a comment
 		default:
@@ -181,27 +170,20 @@ func decode(attrs map[int][]byte) (Element, error) {
 	return e, nil
 }
 
-// decodeVerdict returns "" for data that is no verdict that anybody knows.
-func decodeVerdict(b []byte) (string, error) {
-	data, err := Attributes(b)
-	if err != nil {
-		return "", err
-	}
-	verdict, err := Attributes(data[unix.NFTA_DATA_VERDICT])
-	if err != nil {
-		return "", err
-	}
-	code := verdict[unix.NFTA_VERDICT_CODE]
+// decodeVerdict returns "" for what is no verdict that anybody knows.
+func decodeVerdict(b []byte) string {
+	code := Get(b, unix.NFTA_VERDICT_CODE)
 	if len(code) != 4 {
-		return "", nil
+		return ""
 	}
 	for word, n := range verdicts {
-		if n == int32(binary.BigEndian.Uint32(code)) {
-			if chain := Text(verdict[unix.NFTA_VERDICT_CHAIN]); chain != "" {
-				word += " " + chain
-			}
-			return word, nil
+		if n != int32(binary.BigEndian.Uint32(code)) {
+			continue
 		}
+		if chain := Text(Get(b, unix.NFTA_VERDICT_CHAIN)); chain != "" {
+			word += " " + chain
+		}
+		return word
 	}
-	return "", nil
+	return ""
 }

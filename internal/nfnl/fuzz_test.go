@@ -20,6 +20,10 @@ func FuzzAttributes(f *testing.F) {
 		if n > len(b) {
 			t.Errorf("%d bytes of attributes out of %d", n, len(b))
 		}
+		for typ := range 20 {
+			_ = Get(b, typ)
+		}
+		_, _ = decode(b) // what it cannot read it says
 		isRelevant(0, b, func(int, map[int][]byte) bool { return false })
 	})
 }

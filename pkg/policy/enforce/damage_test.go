@@ -114,7 +114,7 @@ func TestDamage(t *testing.T) {
 func TestDamagedSets(t *testing.T) {
 	n := newNode(t)
 	kinds := map[string]bool{}
-	for seed := range uint64(6) {
+	for seed := range uint64(4) {
 		want := policy.Compile(policytest.Cluster(rand.New(rand.NewPCG(seed, 3))))
 		n.table.Doubt()
 		n.apply(want, strict)
@@ -191,6 +191,20 @@ func TestOwnWritesWakeNobody(t *testing.T) {
 	n.ns.Run(t, "nft", "flush", "set", "inet", policy.Table, "isolated4")
 	if !signalled(changes, 10*time.Second) {
 		t.Error("a foreign write was not told of")
+	}
+}
+
+// What happened before somebody watches is looked at too.
+func TestWatchedLate(t *testing.T) {
+	n := newNode(t)
+	want := rules{port: 7777, peers: aAddrs, out: true}.ruleset()
+	n.apply(want, strict)
+	n.ns.Run(t, "nft", "flush", "set", "inet", policy.Table, "isolated4")
+	if !signalled(n.watch(), time.Second) {
+		t.Error("no signal")
+	}
+	if c := n.apply(want, strict); len(c.Repaired) != 1 {
+		t.Errorf("repaired %+v", c)
 	}
 }
 

@@ -70,10 +70,10 @@ func (t *Table) count() (gone map[string][]nfnl.Element, err error) {
 	for name, counts := range t.counts {
 		now := map[netip.Addr]uint64{}
 		for _, f := range []string{"4", "6"} {
-			err := nfnl.EachElement(set(name+f), func(attrs map[int][]byte) error {
-				key := nfnl.Get(attrs[unix.NFTA_SET_ELEM_KEY], unix.NFTA_DATA_VALUE)
+			err := nfnl.EachElement(set(name+f), func(attrs []byte) error {
+				key := nfnl.Get(nfnl.Get(attrs, unix.NFTA_SET_ELEM_KEY), unix.NFTA_DATA_VALUE)
 				if a, ok := netip.AddrFromSlice(key); ok {
-					now[a] = packets(nfnl.Get(attrs[unix.NFTA_SET_ELEM_EXPR], nftaExprData))
+					now[a] = packets(nfnl.Get(nfnl.Get(attrs, unix.NFTA_SET_ELEM_EXPR), nftaExprData))
 					if is != nil && !is[a] {
 						gone[name+f] = append(gone[name+f], nfnl.Element{Key: string(key)})
 					}

@@ -47,11 +47,15 @@ func large() *policy.Ruleset {
 func TestLarge(t *testing.T) {
 	n := newNode(t)
 	want := large()
+	changes := n.watch()
 	start := time.Now()
 	c := n.apply(want, strict)
 	t.Logf("cold: %v, %+v, %+v", time.Since(start), c, n.table.Stats())
 	if c.Programs > 2 || n.table.Stats().Elements < 42000 {
 		t.Errorf("%+v", c)
+	}
+	if signalled(changes, time.Second) {
+		t.Error("our own load was told of")
 	}
 	gen := n.generation()
 	n.restart()

@@ -15,8 +15,8 @@ import (
 // settle lets the rest of what somebody does arrive.
 const settle = 50 * time.Millisecond
 
-// Changes signals soon after somebody else has written to the table, which makes the next Apply compare all of it. Our own writes do not.
-// The channel is closed when ctx ends or the kernel's events cannot be read any more.
+// Changes signals soon after somebody else has written to the table, which makes the next Apply compare all of it, and at once where
+// something was applied before and might have been changed since. Our own writes do not signal. The channel is closed when ctx ends or the kernel's events cannot be read any more.
 func (t *Table) Changes(ctx context.Context) (<-chan struct{}, error) {
 	t.mu.Lock()
 	t.own.watchers++ // before the first event
@@ -28,6 +28,13 @@ func (t *Table) Changes(ctx context.Context) (<-chan struct{}, error) {
 		return nil, fmt.Errorf("watch the policy table: %w", t.explain(err))
 	}
 	out := make(chan struct{}, 1)
+	t.mu.Lock()
+	if t.have != nil {
+		// Nobody watched since it was applied.
+		t.have = nil
+		out <- struct{}{}
+	}
+	t.mu.Unlock()
 	go func() {
 		defer close(out)
 		defer t.unwatch()
