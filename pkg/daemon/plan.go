@@ -11,6 +11,7 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
@@ -102,9 +103,13 @@ func withNeighbours(prefixes []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.IsSingleIP() || p.Bits() == 0 })
 }
 
-// podMTU is what is configured, where the tun carries it, else the tun's.
+// podMTU is what is configured, where the tun carries it, else the tun's. Where somebody has set that too small for IPv6, which the part
+// links tells, new pods of both families get what IPv6 needs: the plugin refuses less.
 func podMTU(c config.Config, o observation) int {
 	tun := cmp.Or(o.tunMTU, names.TunMTU)
+	if slices.ContainsFunc(o.ranges.Pods, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		tun = max(tun, netconf.MinMTU6)
+	}
 	if c.Network.MTU == 0 {
 		return tun
 	}

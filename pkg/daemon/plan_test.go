@@ -154,6 +154,7 @@ func TestRefuse(t *testing.T) {
 func TestPodMTU(t *testing.T) {
 	for _, tt := range []struct{ configured, tun, want int }{
 		{0, 1280, 1280}, {0, 1400, 1400}, {0, 0, 1280}, {1200, 1280, 1200}, {9000, 1280, 1280}, {9000, 1400, 1400}, {9000, 0, 1280},
+		{0, 1200, 1280}, {1400, 1200, 1280}, // somebody has made the tun too small for IPv6
 	} {
 		c, o := typical()
 		c.Network.MTU, o.tunMTU = tt.configured, tt.tun

@@ -22,8 +22,8 @@ var unusable = []netip.Prefix{
 
 const (
 	minMTU = 576 // every IPv4 host must take datagrams of this size (RFC 791)
-	// minMTU6 is IPv6's (RFC 8200, section 5): below it the kernel takes IPv6 off the link.
-	minMTU6 = 1280
+	// MinMTU6 is IPv6's (RFC 8200, section 5): below it the kernel takes IPv6 off the link.
+	MinMTU6 = 1280
 	maxMTU  = 65535 // veth's
 )
 
@@ -132,7 +132,7 @@ func (d *decoder) validateMTU() {
 	low := minMTU
 	for _, s := range c.IPAM.Subnets {
 		if s.Addr().Is6() {
-			low = minMTU6
+			low = MinMTU6
 		}
 	}
 	if c.MTU != 0 && (c.MTU < low || c.MTU > maxMTU) {
