@@ -27,15 +27,18 @@ const (
 	chainEgress, chainIngress, chainStateless = "egress", "ingress", "stateless"
 	chainDenyIn, chainDenyOut                 = "deny-in", "deny-out"
 
-	// LogGroup is the NFLOG group of what is denied.
-	LogGroup = 4278
+	// LogGroup is the NFLOG group of what is denied. The prefix is the direction's word, behind LogUnknown where the pod's policies are
+	// not known yet, and before LogAnswer where the packet is none of who began the connection.
+	LogGroup   = 4278
+	LogUnknown = "unknown-"
+	LogAnswer  = "-answer"
 )
 
 // Options are how the table judges what policies do not say.
 type Options struct {
 	// Strict: a pod whose policies are not known yet reaches its own node and nobody else.
 	Strict bool
-	// Log: packets that are denied go to NFLOG group LogGroup, at most ten a second each way.
+	// Log: packets that are denied go to NFLOG group LogGroup, at most ten a second each way, and as many for pods whose policies are not known.
 	Log bool
 }
 
@@ -59,9 +62,13 @@ func FixedChains(opt Options) []FixedChain {
 	elsewhere := fmt.Sprintf(`iifname != "%s" oifname != "%[1]s" accept`, pods)
 	var gate []string
 	if opt.Strict {
-		gate = []string{
-			fmt.Sprintf(`iifname "%s" iifgroup != %d counter name %s drop`, pods, names.PolicyLinkGroup, CounterUnknown),
-			fmt.Sprintf(`oifname "%s" oifgroup != %d counter name %s drop`, pods, names.PolicyLinkGroup, CounterUnknown),
+		for _, side := range []struct {
+			word string
+			dir  Direction
+		}{{"iif", Egress}, {"oif", Ingress}} {
+			unknown := fmt.Sprintf(`%sname "%s" %[1]sgroup != %[3]d `, side.word, pods, names.PolicyLinkGroup)
+			gate = append(gate, opt.log(unknown, LogUnknown+side.dir.String())...)
+			gate = append(gate, unknown+"counter name "+CounterUnknown+" drop")
 		}
 	}
 	both := func(format string) []string {
@@ -101,14 +108,21 @@ func deny(opt Options, dir Direction, denied string) []string {
 		fmt.Sprintf("update @%s4 { ct %s ip saddr counter }", denied, end),
 		fmt.Sprintf("update @%s6 { ct %s ip6 saddr counter }", denied, end),
 	}
-	if opt.Log {
-		rules = append(rules, fmt.Sprintf(`limit rate 10/second burst 20 packets log prefix "%s " group %d snaplen 96`, dir, LogGroup))
-	}
+	rules = append(rules, opt.log("ct direction original ", dir.String())...)
+	rules = append(rules, opt.log("ct direction reply ", dir.String()+LogAnswer)...)
 	return append(rules,
 		// A flow that was allowed once ends at once instead of stalling for minutes.
 		"meta l4proto tcp ct state established reject with tcp reset",
 		"drop",
 	)
+}
+
+// log logs some of the packets that match, where that is asked for.
+func (o Options) log(match, prefix string) []string {
+	if !o.Log {
+		return nil
+	}
+	return []string{fmt.Sprintf(`%slimit rate 10/second burst 20 packets log prefix "%s " group %d snaplen 96`, match, prefix, LogGroup)}
 }
 
 // Opposite returns the other direction.

@@ -60,6 +60,7 @@ var level = map[string]int{
 	"pkg/conflist":      4,
 	"pkg/install":       4,
 	"pkg/membership":    4,
+	"pkg/policy/nflog":  4,
 	"pkg/policy/report": 4,
 	"pkg/policy/watch":  4,
 

@@ -9,7 +9,8 @@ import (
 )
 
 // Handlers answer report's questions on the daemon's socket.
-func (x *Explainer) Handlers() map[string]http.HandlerFunc {
+func (d *Drops) Handlers() map[string]http.HandlerFunc {
+	x := d.Explainer
 	return map[string]http.HandlerFunc{
 		"GET " + report.ListPath: func(w http.ResponseWriter, r *http.Request) {
 			respond(w, r, x.List)
@@ -19,6 +20,28 @@ func (x *Explainer) Handlers() map[string]http.HandlerFunc {
 				return x.Explain(ctx, report.QuestionOf(r.URL.Query()))
 			})
 		},
+		"GET " + report.DropsPath: func(w http.ResponseWriter, r *http.Request) {
+			respond(w, r, func(ctx context.Context) (*report.Drops, error) {
+				q := report.QuestionOf(r.URL.Query())
+				return d.Last(ctx, q.Namespace, q.Pod)
+			})
+		},
+		"GET " + report.FollowPath: d.follow,
+	}
+}
+
+// follow answers with a line for each event until the client goes.
+func (d *Drops) follow(w http.ResponseWriter, r *http.Request) {
+	q, lines, control, began := report.QuestionOf(r.URL.Query()), json.NewEncoder(w), http.NewResponseController(w), false
+	err := d.Follow(r.Context(), q.Namespace, q.Pod, func(e report.Event) error {
+		began = true
+		if err := lines.Encode(e); err != nil {
+			return err
+		}
+		return control.Flush()
+	})
+	if err != nil && !began {
+		http.Error(w, err.Error(), http.StatusUnprocessableEntity)
 	}
 }
 

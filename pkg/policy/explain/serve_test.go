@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -16,14 +17,14 @@ import (
 	"github.com/headcni/headcni/pkg/policy/report"
 )
 
-// serve has an Explainer answer on a socket.
-func serve(t *testing.T, x *explain.Explainer) (socket string) {
+// serve answers on a socket.
+func serve(t *testing.T, d *explain.Drops) (socket string) {
 	t.Helper()
 	socket = filepath.Join(t.TempDir(), "api.sock")
 	ctx, stop := context.WithCancel(t.Context())
 	up, down := make(chan struct{}), make(chan error)
 	go func() {
-		down <- nodestatus.Serve(ctx, socket, nodestatus.Answers{Others: x.Handlers()}, func() { close(up) }, func(err error) { t.Error(err) })
+		down <- nodestatus.Serve(ctx, socket, nodestatus.Answers{Others: d.Handlers()}, func() { close(up) }, func(err error) { t.Error(err) })
 	}()
 	t.Cleanup(func() {
 		stop()
@@ -37,7 +38,7 @@ func serve(t *testing.T, x *explain.Explainer) (socket string) {
 
 func TestOverTheSocket(t *testing.T) {
 	x := explainer(state(shop(t)), shop(t))
-	socket := serve(t, x)
+	socket := serve(t, &explain.Drops{Explainer: x})
 	same := cmpopts.EquateComparable(netip.Addr{})
 	want, err := x.List(t.Context())
 	if err != nil {
@@ -68,8 +69,17 @@ func TestNobodyAnswers(t *testing.T) {
 	if _, err := report.AskList(t.Context(), filepath.Join(t.TempDir(), "none.sock")); err == nil || !strings.Contains(err.Error(), "is headcni-daemon running?") {
 		t.Errorf("%v", err)
 	}
-	other := serve(t, &explain.Explainer{})
+	other := serve(t, &explain.Drops{})
 	if _, err := nodestatus.Get(t.Context(), other, "/policy/else"); err == nil || !strings.Contains(err.Error(), "another version: restart it") {
 		t.Errorf("%v", err)
+	}
+}
+
+func waitFor(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for until := time.Now().Add(10 * time.Second); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("waited for %s", what)
+		}
 	}
 }

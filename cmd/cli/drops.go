@@ -1,0 +1,70 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/policy/report"
+)
+
+func dropsCmd() *cobra.Command {
+	f := &policyFlags{socket: paths.APISocket}
+	var follow bool
+	var pod string
+	cmd := &cobra.Command{
+		Use:   "drops [-f] [--pod P]",
+		Short: "Show the packets that NetworkPolicies deny on this node, with both pods and the policies that isolate",
+		Long: "Show the packets that NetworkPolicies deny on this node: when, in which direction, both ends by name, protocol and port, and which\n" +
+			"policies isolate the pod.\n\n" +
+			"With -f the kernel logs them while the command runs, at most ten a second of each kind: the counters count all.\n" +
+			"Without it: those that were logged last, and the counters.\n\n" +
+			"It asks the daemon of this node, as root. Exit code 0: answered; 2: no answer.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return f.run(cmd, func(ctx context.Context, out io.Writer) error {
+				if follow {
+					return f.followDrops(ctx, out, cmd.ErrOrStderr(), pod)
+				}
+				d, err := report.AskDrops(ctx, f.socket, f.namespace, pod)
+				if err != nil {
+					return err
+				}
+				if f.output == "json" {
+					return printJSON(out, d)
+				}
+				return d.Print(out)
+			})
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "have the kernel log, and show each packet as it is denied, until Ctrl-C")
+	cmd.Flags().StringVar(&pod, "pod", "", "only packets from or to this pod (NAMESPACE/NAME, or NAME)")
+	return cmd
+}
+
+// followDrops prints a line for each packet; JSON is one object a line.
+func (f *policyFlags) followDrops(ctx context.Context, out, notes io.Writer, pod string) error {
+	lines := json.NewEncoder(out)
+	return report.Follow(ctx, f.socket, f.namespace, pod, func(e report.Event) error {
+		switch {
+		case e.Started != nil:
+			if e.Started.Note != "" {
+				fmt.Fprintln(notes, e.Started.Note)
+			}
+			fmt.Fprintf(notes, "node %s logs what policies deny, at most ten packets a second of each kind; Ctrl-C ends it\n", e.Started.Node)
+		case e.Lost > 0:
+			fmt.Fprintf(notes, "%d packets are not shown: there were too many\n", e.Lost)
+		case e.Drop != nil && f.output == "json":
+			return lines.Encode(e.Drop)
+		case e.Drop != nil:
+			_, err := fmt.Fprintln(out, e.Drop.Text())
+			return err
+		}
+		return nil
+	})
+}
