@@ -203,7 +203,7 @@ func (h *Handle) Mend(l Lack) error {
 			return err
 		}
 	}
-	for _, s := range hostSettings(l.name()) { // all: a link whose IPv6 comes back has the defaults
+	for _, s := range changed(hostSettings(l.name())) { // as they are now: a link whose IPv6 comes back has the defaults
 		if err := sysctl.Write(s.key, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) { // or the link has gone
 			return err
 		}
