@@ -92,19 +92,12 @@ func (t *Table) loadDigests() {
 	}
 }
 
-// saveDigests keeps those of the chains that are there. Where it cannot, the next process writes the chains anew: no reason to fail.
-func (t *Table) saveDigests(chains []chain) {
-	kept := make(map[string]digest, len(chains))
-	for _, c := range chains {
-		if d, ok := t.digests[c.name]; ok {
-			kept[c.name] = d
-		}
-	}
-	t.digests = kept
+// saveDigests keeps them for the next process. Where it cannot, that one writes the chains anew: no reason to fail.
+func (t *Table) saveDigests() {
 	if t.file == "" {
 		return
 	}
-	if b, err := json.Marshal(kept); err == nil {
+	if b, err := json.Marshal(t.digests); err == nil {
 		_ = atomicfile.WriteUnsynced(t.file, b, 0o600)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/headcni/headcni/internal/nfcmd"
 	"github.com/headcni/headcni/internal/nfnl"
@@ -26,6 +27,9 @@ type Table struct {
 	conn nfnl.Conn
 	// have is what the kernel holds as far as we know, nil where it has to be looked at.
 	have *held
+	// spare is what else it holds.
+	spare spares
+	keep  time.Duration
 	// digests are of the rules of chains as the kernel listed them after we had written them.
 	digests map[string]digest
 	// recheck are the addresses in the sets of that name, each with the number of the Apply that put it there.
@@ -65,7 +69,9 @@ type Change struct {
 
 // New returns a Table that has touched nothing yet. In file it keeps what the kernel's rules looked like when it had written them, so that
 // another process finds them as they are; without it, that process writes them anew. The folder must exist.
-func New(file string) *Table { return &Table{file: file, nft: nfcmd.NFT{Modules: modules}} }
+func New(file string) *Table {
+	return &Table{file: file, nft: nfcmd.NFT{Modules: modules}, spare: noSpares(), keep: keepSpare}
+}
 
 // modules are the kernel's that the table needs.
 const modules = "nf_tables, nf_conntrack, nft_ct, nft_limit, nft_log and nft_reject_inet"
@@ -97,17 +103,21 @@ func (t *Table) apply(ctx context.Context, rules *policy.Ruleset, opt policy.Opt
 	if err != nil {
 		return Change{}, fmt.Errorf("look at the policy table: %w", t.explain(err))
 	}
-	thought := t.have != nil
+	had := t.have
 	t.have = nil
 	if err := t.execute(ctx, p, want); err != nil {
 		err = fmt.Errorf("write the policy table: %w", t.explain(err))
-		if thought && ctx.Err() == nil {
+		if had != nil && ctx.Err() == nil {
 			err = fmt.Errorf("%w: %w", errNotAsThought, err)
 		}
 		return p.change, err
 	}
 	t.last = want
 	t.putRecheck(p)
+	if had != nil {
+		t.spare.update(had.rules, rules, time.Now())
+	}
+	t.sweep(p)
 	if !p.leftovers {
 		t.have = want
 	}
@@ -116,7 +126,7 @@ func (t *Table) apply(ctx context.Context, rules *policy.Ruleset, opt policy.Opt
 
 func (t *Table) plan(want *held) (*plan, error) {
 	if t.have != nil {
-		p := difference(t.have, want)
+		p := difference(t.have, want, t.spare)
 		p.changeRecheck(want, t.recheck)
 		return p, nil
 	}
@@ -125,11 +135,13 @@ func (t *Table) plan(want *held) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
+	maps.DeleteFunc(t.digests, func(name string, _ digest) bool { _, there := o.chains[name]; return !there })
 	t.recheck = map[netip.Addr]uint64{}
 	for a := range o.recheck() {
 		t.recheck[a] = t.applies
 	}
 	p := o.plan(want, t.digests)
+	t.spare = p.spare
 	if p.change.Cold || len(p.change.Repaired) > 0 {
 		for a := range want.isolated {
 			p.recheck[a] = true

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -268,7 +269,7 @@ func (o *observed) planSets(p *plan, kinds map[string]kind, elements map[string]
 	}
 	for _, name := range sortedKeys(o.sets) {
 		if _, wanted := kinds[name]; !wanted {
-			p.drop.sets = append(p.drop.sets, name) // left over, or somebody's that nothing of ours refers to
+			p.spare.sets[name] = spareSet{since: time.Now()} // or somebody's that nothing of ours refers to
 		}
 	}
 }
@@ -339,10 +340,19 @@ func (o *observed) planChains(p *plan, chains []chain, digests map[string]digest
 		if wanted[name] {
 			continue
 		}
-		p.drop.chains = append(p.drop.chains, name)
-		if o.chains[name].base != (base{}) {
+		switch c := o.chains[name]; {
+		case c.base != (base{}):
 			p.repaired("chain %s met packets", name)
+			p.drop.chains = append(p.drop.chains, name)
+		case c.rules == "" || c.rules != digests[name].Rules:
+			p.drop.chains = append(p.drop.chains, name) // somebody else's
+		default:
+			p.spare.chains[name] = time.Now()
 		}
+	}
+	if len(p.drop.chains) > 0 { // what is spare may refer to them
+		d := p.spare.expire(time.Now(), 0)
+		p.drop.chains, p.drop.sets = append(p.drop.chains, d.chains...), append(p.drop.sets, d.sets...)
 	}
 }
 

@@ -28,8 +28,10 @@ type plan struct {
 	rewrite []chain
 	// switches are changes of sets that packets meet: one transaction.
 	switches []setChange
-	// drop is what nothing refers to when the rest is done.
+	// drop is foreign, and nothing refers to it when the rest is done.
 	drop drop
+	// spare is what else is there, where the kernel was looked at.
+	spare spares
 	// recheck are the addresses whose established flows are to be judged again, and leave those that are no longer isolated.
 	recheck, leave map[netip.Addr]bool
 	// leftovers: something could not be deleted.
@@ -61,7 +63,7 @@ type setChange struct {
 func newPlan() *plan {
 	return &plan{
 		sets: map[string]kind{}, fill: map[string][]nfnl.Element{},
-		drop: drop{objects: map[string]uint32{}}, recheck: map[netip.Addr]bool{}, leave: map[netip.Addr]bool{},
+		drop: drop{objects: map[string]uint32{}}, spare: noSpares(), recheck: map[netip.Addr]bool{}, leave: map[netip.Addr]bool{},
 	}
 }
 
@@ -83,10 +85,10 @@ func chainsOf(want *held) (out []chain) {
 }
 
 // difference is what turns a table that holds old into one that holds want.
-func difference(old, want *held) *plan {
+func difference(old, want *held, spare spares) *plan {
 	p := newPlan()
-	lost := p.setDifference(old.rules, want.rules)
-	p.chainDifference(old, want)
+	lost := p.setDifference(old.rules, want.rules, spare)
+	p.chainDifference(old, want, spare)
 	p.dispatchDifference(policy.MapIn, old.rules.In, want.rules.In)
 	p.dispatchDifference(policy.MapOut, old.rules.Out, want.rules.Out)
 	for a := range want.isolated {
@@ -121,11 +123,14 @@ func (p *plan) set(name string) *setChange {
 }
 
 // setDifference plans the sets and maps that policies name, and returns those that lost elements.
-func (p *plan) setDifference(old, want *policy.Ruleset) (lost map[string]bool) {
+func (p *plan) setDifference(old, want *policy.Ruleset, spare spares) (lost map[string]bool) {
 	lost = map[string]bool{}
 	for name, s := range want.Sets {
-		switch o := old.Sets[name]; {
+		left, isSpare := spare.sets[name]
+		switch o := cmp.Or(old.Sets[name], left.set); {
 		case o == s:
+		case o == nil && isSpare: // nobody knows what it holds
+			p.switches = append(p.switches, setChange{set: name, flush: true, add: membersOf(s)})
 		case o == nil:
 			p.sets[name], p.fill[name] = kindOf(s), membersOf(s)
 		case s.Kind == policy.Blocks:
@@ -143,23 +148,16 @@ func (p *plan) setDifference(old, want *policy.Ruleset) (lost map[string]bool) {
 		}
 	}
 	for name, m := range want.Maps {
-		switch o := old.Maps[name]; {
+		left, isSpare := spare.sets[name]
+		switch o := cmp.Or(old.Maps[name], left.ports); {
 		case o == m:
+		case o == nil && isSpare:
+			p.switches = append(p.switches, setChange{set: name, flush: true, add: portsOf(m)})
 		case o == nil:
 			p.sets[name], p.fill[name] = kindOfMap(m), portsOf(m)
 		case !slices.Equal(o.Elements, m.Elements):
 			p.switches = append(p.switches, setChange{set: name, flush: true, add: portsOf(m)})
 			lost[name] = true
-		}
-	}
-	for name := range old.Sets {
-		if want.Sets[name] == nil {
-			p.drop.sets = append(p.drop.sets, name)
-		}
-	}
-	for name := range old.Maps {
-		if want.Maps[name] == nil {
-			p.drop.sets = append(p.drop.sets, name)
 		}
 	}
 	return lost
@@ -196,18 +194,13 @@ func compareMembers(a, b policy.Member) int {
 }
 
 // chainDifference plans chains. Those of policies never change: their names are their content.
-func (p *plan) chainDifference(old, want *held) {
+func (p *plan) chainDifference(old, want *held, spare spares) {
 	for name, c := range want.rules.Chains {
-		if old.rules.Chains[name] == nil {
+		if _, there := spare.chains[name]; !there && old.rules.Chains[name] == nil {
 			p.chains = append(p.chains, chain{name, nil, c.Text()})
 		}
 	}
 	slices.SortFunc(p.chains, func(a, b chain) int { return strings.Compare(a.name, b.name) })
-	for name := range old.rules.Chains {
-		if want.rules.Chains[name] == nil {
-			p.drop.chains = append(p.drop.chains, name)
-		}
-	}
 	if old.opt == want.opt {
 		return
 	}

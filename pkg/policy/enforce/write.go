@@ -35,7 +35,6 @@ func (t *Table) execute(ctx context.Context, p *plan, want *held) error {
 	others := slices.DeleteFunc(slices.Clone(p.chains), isBase)
 	bases := slices.DeleteFunc(slices.Clone(p.chains), func(c chain) bool { return !isBase(c) })
 	p.change.Sets, p.change.Chains = len(p.sets), len(p.chains)
-	p.change.Deleted = len(p.drop.chains) + len(p.drop.sets) + len(p.drop.objects)
 	if err := t.define(ctx, p, others); err != nil {
 		return err
 	}
@@ -55,10 +54,9 @@ func (t *Table) execute(ctx context.Context, p *plan, want *held) error {
 			return err
 		}
 	}
-	if len(p.chains)+len(p.rewrite)+len(p.drop.chains) > 0 {
-		t.saveDigests(chainsOf(want))
+	if len(p.chains)+len(p.rewrite) > 0 {
+		t.saveDigests()
 	}
-	t.sweep(p)
 	return nil
 }
 
@@ -239,12 +237,16 @@ func (t *Table) switchOver(p *plan) error {
 	return t.send(b)
 }
 
-// sweep deletes what nothing refers to any more, once no packet is on its way through it: a packet that is in a chain when that is
-// emptied by the transaction after the next falls out at its end, and the end of a class chain is its base chain's: accept. It is no failure of the change where that fails: the next Apply finds what is left.
+// sweep deletes what is foreign, and what has been spare for long, once no packet is on its way through it: a packet that is in a chain
+// when that is emptied by the transaction after the next falls out at its end, which is accept. It is no failure of the change where
+// that fails: the next Apply finds what is left.
 func (t *Table) sweep(p *plan) {
+	old := t.spare.expire(time.Now(), t.keep)
+	p.drop.sets, p.drop.chains = append(p.drop.sets, old.sets...), append(p.drop.chains, old.chains...)
 	if p.drop.empty() {
 		return
 	}
+	p.change.Deleted = len(p.drop.chains) + len(p.drop.sets) + len(p.drop.objects)
 	awaitPackets()
 	b := nfnl.NewBatch(unix.NFPROTO_INET)
 	table := nfnl.Name(unix.NFTA_CHAIN_TABLE, policy.Table) // 1 in all kinds of messages
@@ -262,6 +264,9 @@ func (t *Table) sweep(p *plan) {
 		b.Add(unix.NFT_MSG_DELOBJ, 0, table, nfnl.Name(unix.NFTA_OBJ_NAME, name), nfnl.Uint32(unix.NFTA_OBJ_TYPE, p.drop.objects[name]))
 	}
 	p.leftovers = t.send(b) != nil
+	for _, name := range p.drop.chains {
+		delete(t.digests, name)
+	}
 }
 
 // awaitPackets waits until the kernel has finished with all packets that it works on now (membarrier waits for a grace period of RCU:
@@ -303,7 +308,8 @@ func (t *Table) replace(ctx context.Context, p *plan, want *held) error {
 	if err != nil {
 		return err
 	}
-	t.saveDigests(chains)
+	t.spare, p.drop = noSpares(), drop{}
+	t.saveDigests()
 	return nil
 }
 
@@ -323,7 +329,7 @@ func addElements(tx *knftables.Transaction, name string, k kind, elements []nfnl
 func (t *Table) Remove(context.Context) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.have, t.last = nil, nil
+	t.have, t.last, t.spare = nil, nil, noSpares()
 	b := nfnl.NewBatch(unix.NFPROTO_INET)
 	b.Add(unix.NFT_MSG_DELTABLE, 0, nfnl.Name(unix.NFTA_TABLE_NAME, policy.Table))
 	if err := t.send(b); err != nil && !errors.Is(err, unix.ENOENT) {
