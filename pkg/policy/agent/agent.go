@@ -108,12 +108,16 @@ type Agent struct {
 	// dirty: the kernel has to be written to although nothing has changed.
 	dirty atomic.Bool
 
+	// logs: the kernel is to log what it denies.
+	logs atomic.Bool
+
 	recheck chan struct{} // asks for a recheck
 
-	mu    sync.Mutex
-	state State
-	rules *policy.Ruleset // in force
-	err   error
+	mu       sync.Mutex
+	state    State
+	snapshot *policy.Snapshot // what rules were made of
+	rules    *policy.Ruleset  // in force
+	err      error
 }
 
 // State is how policies stand on this node.
@@ -282,7 +286,7 @@ func (a *Agent) apply(ctx context.Context, s *policy.Snapshot, owners []owner, s
 			return err
 		}
 	}
-	change, err := a.Table.Apply(ctx, rules, a.Options)
+	change, err := a.Table.Apply(ctx, rules, a.options())
 	if err != nil {
 		a.dirty.Store(true)
 		return err
@@ -305,7 +309,7 @@ func (a *Agent) apply(ctx context.Context, s *policy.Snapshot, owners []owner, s
 	a.mu.Lock()
 	first := !a.state.InForce
 	a.state.InForce, a.state.Policies, a.state.Isolated = true, len(s.Policies), isolated
-	a.rules = rules
+	a.snapshot, a.rules = s, rules
 	a.mu.Unlock()
 	if first {
 		a.Log.Info("network policies are in force", "policies", len(s.Policies), "isolated", isolated, "stale", stale)
