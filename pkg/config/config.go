@@ -79,6 +79,12 @@ const (
 	LANAllow = "allow" // all pods, by a route over the node
 )
 
+// What a pod may do whose policies are not known yet.
+const (
+	PolicyStrict = "strict" // reach its own node, and nobody else
+	PolicyOpen   = "open"   // everything
+)
+
 // Network is what the node's network looks like. Pod CIDRs are this node's, cluster CIDRs this cluster's pools.
 type Network struct {
 	PodCIDRs     CIDRs `json:"podCIDRs"`
@@ -92,8 +98,10 @@ type Network struct {
 	TailnetEgress string   `json:"tailnetEgress"`
 	LANFirst      Tristate `json:"lanFirst"`
 	LANIngress    string   `json:"lanIngress"`
-	// NetworkPolicy asks for Kubernetes' NetworkPolicies to be enforced.
+	// NetworkPolicy has Kubernetes' NetworkPolicies enforced, on a node with a Kubernetes API.
 	NetworkPolicy bool `json:"networkPolicy"`
+	// PolicyStartup is what a pod may do whose policies are not known yet.
+	PolicyStartup string `json:"policyStartup"`
 }
 
 // IPAM is the conflist's `ipam`.
@@ -200,7 +208,7 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 func Default() Config {
 	return Config{
 		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
-		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto, LANIngress: LANDeny},
+		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
 		Kubernetes: Kubernetes{Enable: Auto, NodeGrace: "10m"},

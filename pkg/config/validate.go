@@ -97,6 +97,7 @@ func (c Config) validateNetwork(v *faults) {
 	n := c.Network
 	v.oneOf("network.tailnetEgress", n.TailnetEgress, EgressMasquerade, EgressPreserve, EgressDeny)
 	v.oneOf("network.lanIngress", n.LANIngress, LANDeny, LANAllow)
+	v.oneOf("network.policyStartup", n.PolicyStartup, PolicyStrict, PolicyOpen)
 	v.oneOf("network.lanFirst", string(n.LANFirst), string(Auto), "true", "false")
 	if n.MTU != 0 && (n.MTU < 576 || n.MTU > 65520) {
 		v.add("network.mtu", strconv.Itoa(n.MTU), "want 0 (the tun's) or 576 to 65520 bytes; IPv6 needs 1280")

@@ -52,6 +52,9 @@ func Adopt(c config.Config, kubernetes bool) (config.Config, json.RawMessage, er
 	if m := p.MagicDNS; m != nil && m.Enable && !c.DNS.MagicDNS.Enable {
 		c.DNS.MagicDNS = config.MagicDNS(*m)
 	}
+	if p.NetworkPolicy != nil && !*p.NetworkPolicy {
+		c.Network.NetworkPolicy = false
+	}
 	if err := c.Validate(); err != nil {
 		return c, nil, fmt.Errorf("with the settings of the conflist in %s that %s lacks: %w", c.CNI.ConfDir, paths.ConfigFile, err)
 	}

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 func input(c config.Config, adopted json.RawMessage, mtu int) Input {
 	return Input{
 		PodCIDRs: c.Network.PodCIDRs.Prefixes(), ServiceCIDRs: c.Network.ServiceCIDRs.Prefixes(), MTU: mtu, IPAM: c.IPAM, AdoptedIPAM: adopted,
-		MagicDNS: c.DNS.MagicDNS,
+		MagicDNS: c.DNS.MagicDNS, NetworkPolicy: c.Network.NetworkPolicy,
 	}
 }
 
@@ -39,6 +39,7 @@ func TestRender(t *testing.T) {
 	hostLocal := c
 	hostLocal.IPAM.Type = "host-local"
 	other := c
+	other.Network.NetworkPolicy = false
 	other.IPAM.Type = "whereabouts"
 	for name, c := range map[string]config.Config{"dual.conflist": c, "host-local.conflist": hostLocal, "other.conflist": other} {
 		t.Run(name, func(t *testing.T) {

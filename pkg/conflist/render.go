@@ -17,6 +17,8 @@ type Input struct {
 	// AdoptedIPAM is the ipam object of a person's conflist, nil = make one.
 	AdoptedIPAM json.RawMessage
 	MagicDNS    config.MagicDNS
+	// NetworkPolicy: NetworkPolicies are enforced on this node.
+	NetworkPolicy bool
 }
 
 // Render makes the conflist of this node. It does no I/O.
@@ -24,6 +26,9 @@ func Render(in Input) ([]byte, error) {
 	p := plugin{
 		Type: pluginType, Capabilities: map[string]bool{"portMappings": true}, PortMap: json.RawMessage("{}"), MTU: in.MTU,
 		IPAM: in.AdoptedIPAM, Gate: &gate{PodCIDRs: texts(in.PodCIDRs)},
+	}
+	if in.NetworkPolicy {
+		p.NetworkPolicy = &in.NetworkPolicy
 	}
 	if p.IPAM == nil {
 		made, err := json.Marshal(makeIPAM(in))

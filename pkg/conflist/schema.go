@@ -46,6 +46,8 @@ type plugin struct {
 	EnableIPv6  bool            `json:"enable_ipv6"`
 	IPAM        json.RawMessage `json:"ipam,omitempty"`
 	MagicDNS    *magicDNS       `json:"magic_dns,omitempty"`
+	// NetworkPolicy has ADD wait for the table that enforces NetworkPolicies too, where there is a gate.
+	NetworkPolicy *bool `json:"enable_network_policy,omitempty"`
 	// Gate is what the plugin asks the kernel before an ADD. Only the daemon writes one.
 	Gate *gate `json:"gate,omitempty"`
 }

@@ -93,7 +93,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	var err error
 	p.conflist, err = conflist.Render(conflist.Input{
 		PodCIDRs: own, ServiceCIDRs: o.ranges.Services, MTU: p.mtu,
-		IPAM: c.IPAM, AdoptedIPAM: o.ipam, MagicDNS: c.DNS.MagicDNS,
+		IPAM: c.IPAM, AdoptedIPAM: o.ipam, MagicDNS: c.DNS.MagicDNS, NetworkPolicy: c.Network.NetworkPolicy,
 	})
 	return p, err
 }

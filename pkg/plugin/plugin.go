@@ -30,7 +30,7 @@ type Links interface {
 
 // Node looks at the node as a whole. podlink.Handle is the real one.
 type Node interface {
-	Gate(podCIDRs []netip.Prefix) error
+	Gate(podCIDRs []netip.Prefix, policy bool) error
 	// Sweep removes the links of a network for which keep is false and returns those that it could not remove.
 	Sweep(network string, keep func(linkName string) bool) (left []string, err error)
 	HasPods() bool
@@ -137,7 +137,7 @@ func (p *Plugin) add(ctx context.Context, r *Request, ipamPlugin IPAM) (err erro
 	}
 	if gate := r.Config.Gate; gate != nil {
 		r.stage = stageGate
-		if err := p.Node.Gate(gate.PodCIDRs); err != nil {
+		if err := p.Node.Gate(gate.PodCIDRs, r.Config.NetworkPolicy); err != nil {
 			return err
 		}
 	}
@@ -251,7 +251,7 @@ func (p *Plugin) check(ctx context.Context, r *Request) error {
 	}
 	if gate := r.Config.Gate; gate != nil {
 		r.stage = stageGate
-		if err := p.Node.Gate(gate.PodCIDRs); err != nil {
+		if err := p.Node.Gate(gate.PodCIDRs, r.Config.NetworkPolicy); err != nil {
 			return err
 		}
 	}
@@ -318,7 +318,7 @@ func (p *Plugin) Status(ctx context.Context, a cnimain.Call) error {
 func (p *Plugin) status(ctx context.Context, r *Request) error {
 	r.stage = stageStatus
 	if gate := r.Config.Gate; gate != nil {
-		if err := p.Node.Gate(gate.PodCIDRs); err != nil {
+		if err := p.Node.Gate(gate.PodCIDRs, r.Config.NetworkPolicy); err != nil {
 			if p.Node.HasPods() {
 				r.stage = stageStatusLimited
 			}

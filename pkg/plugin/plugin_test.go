@@ -63,9 +63,9 @@ func (k *fakeKernel) Detach(containerID, ifName, _ string) (removed bool, err er
 	return removed, nil
 }
 
-func (k *fakeKernel) Check(podlink.State) error { return k.fail["check"] }
-func (k *fakeKernel) Gate([]netip.Prefix) error { return k.fail["gate"] }
-func (k *fakeKernel) HasPods() bool             { return len(k.links) > 0 }
+func (k *fakeKernel) Check(podlink.State) error       { return k.fail["check"] }
+func (k *fakeKernel) Gate([]netip.Prefix, bool) error { return k.fail["gate"] }
+func (k *fakeKernel) HasPods() bool                   { return len(k.links) > 0 }
 
 func (k *fakeKernel) InUse(a netip.Addr) bool { return k.inUse[a] }
 

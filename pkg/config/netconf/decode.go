@@ -156,7 +156,7 @@ func (d *decoder) top(o jsonobj.Object) {
 		"headscale_url": d.url, "tailscale_socket": d.absolute(new(string)), "auth_key": d.authKey,
 		"pod_cidr": d.cidr(&c.PodCIDR), "service_cidr": d.cidr(&c.ServiceCIDR), "mtu": d.decodeInto(&c.MTU, "a whole number of bytes"),
 		"enable_ipv6":           d.decodeInto(&c.EnableIPv6, "true or false"),
-		"enable_network_policy": checked[bool](d, "true or false"), // the daemon's
+		"enable_network_policy": d.decodeInto(&c.NetworkPolicy, "true or false"),
 		"ipMasq":                d.ipMasq,
 	})
 }

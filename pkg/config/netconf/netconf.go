@@ -50,6 +50,8 @@ type Config struct {
 
 	// Gate is nil where no daemon stands behind the configuration: then ADD does not ask whether the node is programmed.
 	Gate *Gate
+	// NetworkPolicy: where there is a gate, ADD asks for the table of NetworkPolicies too.
+	NetworkPolicy bool
 
 	LogLevel     slog.Level
 	LogFile      string // empty: standard error

@@ -47,7 +47,7 @@ func TestSpecificationExample(t *testing.T) {
 		MagicDNS: netconf.MagicDNS{
 			Enable: true, BaseDomain: "cluster.local", Nameservers: []string{"10.2.0.1"}, SearchDomains: []string{"c.binrc.com"},
 		},
-		LogLevel: slog.LevelWarn, DaemonSocket: paths.DaemonSocket,
+		LogLevel: slog.LevelWarn, DaemonSocket: paths.DaemonSocket, NetworkPolicy: true,
 	}
 	if diff := cmp.Diff(want, c, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 		cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.AllowUnexported(want.AuthKey)); diff != "" {

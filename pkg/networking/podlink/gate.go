@@ -15,9 +15,9 @@ import (
 var ErrNotProgrammed = errors.New("node network is not programmed")
 
 // Gate asks the kernel whether the daemon's node network is in force: an address of the node's own CIDR that no pod has
-// must lead nowhere, and both nft tables must exist. It takes some 15 us a question. The error matches ErrNotProgrammed
-// if the answer is no.
-func (h *Handle) Gate(podCIDRs []netip.Prefix) error {
+// must lead nowhere, and both nft tables must exist, and with policy that of NetworkPolicies. It takes some 15 us a question. The
+// error matches ErrNotProgrammed if the answer is no.
+func (h *Handle) Gate(podCIDRs []netip.Prefix, policy bool) error {
 	c, err := h.open()
 	if err != nil {
 		return err
@@ -27,7 +27,7 @@ func (h *Handle) Gate(podCIDRs []netip.Prefix) error {
 			return err
 		}
 	}
-	return gateTables(podCIDRs)
+	return gateTables(podCIDRs, policy)
 }
 
 // gateClosed looks the network's own address up, which no pod is ever given. A blackhole does not count as closed: see
@@ -44,26 +44,33 @@ func gateClosed(c *rtnl.Conn, cidr netip.Prefix) error {
 	return fmt.Errorf("%w: %w", ErrNotProgrammed, err)
 }
 
-// gateTables: nft list table ip headcni, ip6 headcni
-func gateTables(podCIDRs []netip.Prefix) error {
+// gateTables: nft list table ip headcni, ip6 headcni, inet headcni-policy
+func gateTables(podCIDRs []netip.Prefix, policy bool) error {
 	c, err := rtnl.Open(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return fmt.Errorf("%w: the kernel has no nf_tables: %w", ErrNotProgrammed, err)
 	}
 	defer c.Close()
-	for _, family := range []struct {
-		name   string
+	for _, t := range []struct {
+		family string
 		number byte
+		name   string
+		absent bool // it need not be there
 		ipv6   bool
-	}{{"ip", unix.NFPROTO_IPV4, false}, {"ip6", unix.NFPROTO_IPV6, true}} {
-		r := rtnl.Request{
-			What: fmt.Sprintf("look for nft table %s %s", family.name, names.NFTTable),
-			Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
+	}{
+		{"ip", unix.NFPROTO_IPV4, names.NFTTable, false, false}, {"ip6", unix.NFPROTO_IPV6, names.NFTTable, false, true},
+		{"inet", unix.NFPROTO_INET, names.PolicyTable, !policy, false},
+	} {
+		if t.absent {
+			continue
 		}
-		r.Bytes(family.number, unix.NFNETLINK_V0, 0, 0)
-		r.AttrString(unix.NFTA_TABLE_NAME, names.NFTTable)
+		r := rtnl.Request{
+			What: fmt.Sprintf("look for nft table %s %s", t.family, t.name), Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
+		}
+		r.Bytes(t.number, unix.NFNETLINK_V0, 0, 0)
+		r.AttrString(unix.NFTA_TABLE_NAME, t.name)
 		_, err := c.Do(r)
-		if errors.Is(err, unix.EAFNOSUPPORT) && family.ipv6 && !anyIPv6(podCIDRs) {
+		if errors.Is(err, unix.EAFNOSUPPORT) && t.ipv6 && !anyIPv6(podCIDRs) {
 			continue // a kernel without IPv6
 		}
 		if err != nil {

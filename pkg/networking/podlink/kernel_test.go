@@ -598,8 +598,9 @@ func TestGate(t *testing.T) {
 	}
 	n := nstest.New(t)
 	cidrs := []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd00:244:1::/64")}
+	policy := false
 	gate := func() (err error) {
-		on(t, n, func(h *Handle) error { err = h.Gate(cidrs); return nil })
+		on(t, n, func(h *Handle) error { err = h.Gate(cidrs, policy); return nil })
 		return err
 	}
 	// A node after a reboot: an uplink with default routes, nothing of ours.
@@ -626,6 +627,10 @@ func TestGate(t *testing.T) {
 	want("one table", "nft table ip6 headcni")
 	n.Run(t, "nft", "add", "table", "ip6", "headcni")
 	want("all", "")
+	policy = true
+	want("policy is on", "nft table inet headcni-policy")
+	n.Run(t, "nft", "add", "table", "inet", "headcni-policy")
+	want("all, and policy", "")
 	n.Run(t, "ip", "rule", "del", "pref", "5189")
 	n.Run(t, "ip", "route", "add", "unreachable", "10.244.1.0/24")
 	want("an unreachable route", "")
