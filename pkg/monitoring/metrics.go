@@ -14,6 +14,7 @@ type Metrics struct {
 	plugin *spoolCounter
 	pools  *pools
 	drops  *drops
+	policy *policy
 
 	passes      prometheus.Histogram
 	part        *prometheus.GaugeVec
@@ -40,6 +41,7 @@ func NewMetrics(version string) *Metrics {
 	m := &Metrics{
 		pools:  &pools{read: func() []Pool { return nil }},
 		drops:  &drops{read: func() map[string]uint64 { return nil }},
+		policy: newPolicy(),
 		plugin: &spoolCounter{t: newTotals(), log: func(error) {}},
 		passes: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "headcni_reconcile_duration_seconds", Help: "Duration of one observe-plan-apply pass over the node.",
@@ -66,11 +68,7 @@ func NewMetrics(version string) *Metrics {
 	m.selfTest = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "headcni_guard_self_test_ok", Help: "1 where the guard stopped and counted packets that were sent in clear on purpose, 0 where it did not.",
 	}, nil)
-	// It stays 0 until HeadCNI enforces them.
-	policy := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "headcni_network_policy_enforced", Help: "1 where this node enforces NetworkPolicies, 0 where it does not.",
-	})
-	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
+	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, m.policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
 	return m
 }
 

@@ -24,11 +24,33 @@ type Status struct {
 	Dropped map[string]uint64 `json:"dropped,omitempty"`
 	// GuardTest is what came of the guard's self-test, in words, "" before it has ended.
 	GuardTest string `json:"guardTest,omitempty"`
+	// Policy tells of NetworkPolicies, nil where they are not enforced.
+	Policy *Policy `json:"policy,omitempty"`
 	// Parts are those of the node, each with its error and remedy where it has one.
 	Parts    []reconcile.Status `json:"parts"`
 	PodCIDRs []PodCIDR          `json:"podCIDRs"`
 	// Tailnet is nil while tailscaled does not answer.
 	Tailnet *Tailnet `json:"tailnet,omitempty"`
+}
+
+// Policy is how NetworkPolicies stand on the node.
+type Policy struct {
+	// InForce is false until the first ones are.
+	InForce bool `json:"inForce"`
+	// Policies is how many the cluster has, Isolated how many addresses of own pods they concern.
+	Policies int `json:"policies"`
+	Isolated int `json:"isolated"`
+	// Stale: the API server has not answered since the daemon's start, and what it said before is in force.
+	Stale bool `json:"stale,omitempty"`
+	// Unknown are pods whose policies are not known yet, the one that waits longest first.
+	Unknown []UnknownPod `json:"unknown,omitempty"`
+}
+
+// UnknownPod is a pod that waits for its policies.
+type UnknownPod struct {
+	Pod   string    `json:"pod"` // NAMESPACE/NAME
+	Since time.Time `json:"since"`
+	Why   string    `json:"why"`
 }
 
 // PodCIDR tells how far the tailnet knows one of the node's pod CIDRs.

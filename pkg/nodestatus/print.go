@@ -28,6 +28,9 @@ func (s Status) Print(out io.Writer) error {
 	if s.GuardTest != "" || len(s.Dropped) > 0 {
 		fmt.Fprintf(w, "guard\t%s\n", s.guard())
 	}
+	if s.Policy != nil {
+		s.Policy.print(w)
+	}
 	if t := s.Tailnet; t == nil {
 		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
 	} else {
@@ -57,6 +60,28 @@ func (s Status) Print(out io.Writer) error {
 		s.PrintParts(out)
 	}
 	return nil
+}
+
+// maxUnknown is how many pods that wait for their policies are named.
+const maxUnknown = 5
+
+func (p *Policy) print(w io.Writer) {
+	if !p.InForce {
+		fmt.Fprintln(w, "policy\tNOT in force yet")
+		return
+	}
+	text := fmt.Sprintf("in force: %d in the cluster, %d addresses of this node's pods isolated", p.Policies, p.Isolated)
+	if p.Stale {
+		text += ", as the API server last said before this daemon's start"
+	}
+	fmt.Fprintf(w, "policy\t%s\n", text)
+	for i, u := range p.Unknown {
+		if i == maxUnknown {
+			fmt.Fprintf(w, "\t! and %d more pods\n", len(p.Unknown)-i)
+			break
+		}
+		fmt.Fprintf(w, "\t! %s waits since %s: %s\n", u.Pod, u.Since.Format(time.TimeOnly), u.Why)
+	}
 }
 
 // guard says what was dropped, what is most first, and whether the guard works.

@@ -83,6 +83,9 @@ func Of(client kube.Client, node string, log *slog.Logger) *Watch {
 		cidrs: map[string][]netip.Prefix{}, addrs: map[string][]netip.Addr{}}
 }
 
+// Client is how the API server is asked.
+func (w *Watch) Client() kube.Client { return w.client }
+
 // Node is our Node's name.
 func (w *Watch) Node() string { return w.node }
 
