@@ -70,6 +70,8 @@ type Daemon struct {
 	links        noderoutes.Links    // of the loop alone
 	pods         *leases.Mender
 	guardTest    guardTest
+	policy       *policyPart // nil where NetworkPolicies are not enforced
+	policyIsOff  bool        // of the loop alone: nothing of them is left in the kernel
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -118,6 +120,9 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	var forMember *membership.Kubernetes
 	if k != nil {
 		forMember = &membership.Kubernetes{Node: k.Node(), Namespace: k.Namespace(), JoinKey: k.JoinKey}
+	}
+	if d.cfg.Network.NetworkPolicy = c.Network.NetworkPolicy && k != nil; d.cfg.Network.NetworkPolicy {
+		d.policy = newPolicy(d)
 	}
 	d.member = membership.New(c, log, getenv, forMember)
 	d.board = d.newBoard(d.parts())
@@ -226,6 +231,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.metrics.Pools(d.pools)
 	d.metrics.Drops(d.drops)
+	d.metrics.Policy(d.policy.metrics)
 	if d.cfg.Monitoring.Listen != "" {
 		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
 		if err != nil {
@@ -244,6 +250,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	finished := make(chan struct{}, 1)
 	vital(func() error {
 		return cmdlog.Serve(ctx, paths.DaemonSocket, func() {
+			d.policy.wake()
 			select {
 			case finished <- struct{}{}:
 			default: // one is waiting already
@@ -252,6 +259,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	})
 	wg.Go(func() { d.count(ctx, finished) })
 	vital(func() error { return held.keep(ctx) })
+	d.policy.start(ctx, &wg, d.watchEvents)
 	d.watch(ctx, &wg)
 	if d.kubernetes != nil {
 		vital(func() error { return tailscaled.WatchMount(ctx) })

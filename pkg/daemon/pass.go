@@ -50,13 +50,9 @@ const (
 	partGuard = "guard"
 	// partState is what must be on disk for our next start.
 	partState = "state"
-	// partPolicy says that what network.networkPolicy asks for is not done.
+	// partPolicy are NetworkPolicies: in force, or off and nothing of them left.
 	partPolicy = "policy"
 )
-
-// errNoPolicy: what somebody relies on for safety must not be missing silently.
-var errNoPolicy = reconcile.Warning{Err: errors.New("network.networkPolicy is true, but this version enforces no NetworkPolicy: every pod can be reached by " +
-	"every other; keep apart what must be apart in other ways, or set it to false to say that you know")}
 
 // pass is what one pass observed and planned.
 type pass struct {
@@ -152,6 +148,13 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			s.programmed = err == nil
 			return done, err
 		}},
+		// A pass does not wait for policies, nor they for it. Switched off, they go when ADD does not ask for them any more.
+		{Name: partPolicy, Needs: policyNeeds(d.policy), Run: func(ctx context.Context, _ *pass) ([]string, error) {
+			if d.policy != nil {
+				return nil, d.policy.agent.Err()
+			}
+			return nil, d.switchPolicyOff(ctx)
+		}},
 		{Name: partHeadscale, Needs: []string{partTailnet}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Check(ctx, s.seen.Seen)
 		}},
@@ -165,11 +168,6 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			})
 		}},
 		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
-	}
-	if d.cfg.Network.NetworkPolicy {
-		parts = append(parts, reconcile.Part[*pass]{Name: partPolicy, Optional: true, Run: func(context.Context, *pass) ([]string, error) {
-			return nil, errNoPolicy
-		}})
 	}
 	if d.kubernetes != nil {
 		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {

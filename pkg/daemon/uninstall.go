@@ -67,7 +67,7 @@ func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger, 
 		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx, log, runtime), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
-		err = errors.Join(atomicfile.Remove(statePath()), removeRunFiles())
+		err = errors.Join(atomicfile.Remove(statePath()), removePolicyFiles(), removeRunFiles())
 	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
@@ -150,5 +150,5 @@ func unlessStopped(err error, mode string) error {
 }
 
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(noderoutes.New(s.Host, nil).Remove(ctx), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
+	return errors.Join(removePolicy(ctx), noderoutes.New(s.Host, nil).Remove(ctx), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
 }

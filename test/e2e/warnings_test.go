@@ -25,8 +25,7 @@ const (
 	otherConflist = `{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "gone"}]}`
 )
 
-// TestWarnings sees what is said where something is not as somebody may think: a NetworkPolicy that nobody enforces, a
-// node that uses another CNI, a Node that is gone.
+// TestWarnings sees what is said where something is not as somebody may think: a node that uses another CNI, a Node that is gone.
 func TestWarnings(t *testing.T) {
 	w := start(t, cluster.Options{ProxyMode: *proxyMode})
 	if err := os.WriteFile(w.Workers()[0].Path(otherPath), []byte(otherConflist), 0o600); err != nil {
@@ -39,7 +38,6 @@ func TestWarnings(t *testing.T) {
 		run  func(*testing.T, *world)
 	}{
 		{"OtherCNI", testOtherCNI},
-		{"NoNetworkPolicy", testNoNetworkPolicy},
 		{"StaleNode", testStaleNode},
 		{"OtherCNIIsBack", testOtherCNIIsBack},
 	} {
@@ -52,7 +50,6 @@ func TestWarnings(t *testing.T) {
 func warningValues(exclusive bool) map[string]any {
 	return map[string]any{"config": map[string]any{
 		"cni":        map[string]any{"exclusive": exclusive},
-		"network":    map[string]any{"networkPolicy": true},
 		"kubernetes": map[string]any{"nodeGrace": nodeGrace.String()},
 	}}
 }
@@ -112,30 +109,6 @@ func testOtherCNI(t *testing.T, w *world) {
 		t.Errorf("the other CNI's configuration: %v", err)
 	}
 	testPodToPod(t, w)
-}
-
-// testNoNetworkPolicy: as long as nobody enforces network.networkPolicy, every node says so by an event, a line in its log
-// and a metric, and is ready.
-func testNoNetworkPolicy(t *testing.T, w *world) {
-	const text = "this version enforces no NetworkPolicy"
-	eventually(t, "nodes", time.Minute, w.WaitReady)
-	for _, n := range w.Nodes {
-		w.warned(t, n, "policy", text)
-		out, err := n.Run(within(t, time.Minute), "curl", "-sS", "-m", "5", "http://127.0.0.1:9669/metrics")
-		if v, ok := metrics(out)["headcni_network_policy_enforced"]; err != nil || !ok || v != 0 {
-			t.Errorf("headcni_network_policy_enforced on %s: %v %v %v", n.Name, v, ok, err)
-		}
-	}
-	logs := w.kubectl(t, "logs", "-n", namespace, "-l", "app.kubernetes.io/component=daemon", "--tail=-1", "--prefix")
-	saying := map[string]bool{}
-	for line := range strings.Lines(logs) {
-		if strings.Contains(line, text) {
-			saying[strings.Fields(line)[0]] = true
-		}
-	}
-	if len(saying) != len(w.Nodes) {
-		t.Errorf("it is in the logs of %d of %d daemons", len(saying), len(w.Nodes))
-	}
 }
 
 // testStaleNode: a Node that is gone for longer than the grace period takes its node in Headscale with it; one that is back

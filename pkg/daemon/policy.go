@@ -1,0 +1,143 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/networking/podlink"
+	"github.com/headcni/headcni/pkg/nodestatus"
+	"github.com/headcni/headcni/pkg/policy"
+	"github.com/headcni/headcni/pkg/policy/agent"
+	"github.com/headcni/headcni/pkg/policy/enforce"
+	"github.com/headcni/headcni/pkg/policy/watch"
+)
+
+// policyPart is what enforces NetworkPolicies beside the passes. A nil one does nothing.
+type policyPart struct {
+	watch    *watch.Watch
+	agent    *agent.Agent
+	table    *enforce.Table
+	reporter *agent.Reporter
+
+	cancel  context.CancelFunc
+	running sync.WaitGroup
+}
+
+// policyPath is where the last snapshot is kept, and policyRulesPath what the kernel's rules looked like when they were written.
+func policyPath() string      { return filepath.Join(paths.StateDir, "policy.json") }
+func policyRulesPath() string { return filepath.Join(paths.RunDir, "policy-rules.json") }
+
+func newPolicy(d *Daemon) *policyPart {
+	events := kube.Reporter{Client: d.kubernetes.Client(), Program: "daemon", Instance: d.kubernetes.Node()}
+	p := &policyPart{
+		watch: watch.New(d.kubernetes.Client(), d.kubernetes.Node(), d.kubernetes.Nodes), table: enforce.New(policyRulesPath()),
+		reporter: agent.NewReporter(events.Write), cancel: func() {},
+	}
+	d.kubernetes.OnAddrs(p.watch.NodesChanged)
+	p.agent = agent.New(agent.Config{
+		Log: d.log, Node: d.kubernetes.Node(), Cluster: p.watch, Table: p.table, Links: new(podlink.Handle),
+		Options: policy.Options{Strict: d.cfg.Network.PolicyStartup == config.PolicyStrict}, File: policyPath(),
+		Changed: d.loop.Wake, Tell: p.reporter.Tell, Synced: d.metrics.PolicySynced, Failed: d.metrics.PolicyFailed,
+	})
+	return p
+}
+
+// start begins to enforce policies until ctx ends. events calls a function for what a channel signals.
+func (p *policyPart) start(
+	ctx context.Context, wg *sync.WaitGroup, events func(context.Context, func(context.Context) (<-chan struct{}, error), func()),
+) {
+	if p == nil {
+		return
+	}
+	ctx, p.cancel = context.WithCancel(ctx)
+	for _, run := range []func(){
+		func() { p.watch.Run(ctx, p.agent.Wake) },
+		func() { p.agent.Run(ctx) },
+		func() { p.reporter.Run(ctx) },
+		func() { events(ctx, agent.LinkChanges, p.agent.Wake) },
+		func() { events(ctx, p.table.Changes, p.agent.Repair) },
+	} {
+		p.running.Go(run)
+	}
+	wg.Go(p.running.Wait)
+}
+
+// wake has it look for a new pod.
+func (p *policyPart) wake() {
+	if p != nil {
+		p.agent.Wake()
+	}
+}
+
+// stop ends what start began. What is in the kernel stays.
+func (p *policyPart) stop() {
+	if p != nil {
+		p.cancel()
+		p.running.Wait()
+	}
+}
+
+// policyNeeds: who switches policies off waits until ADD does not ask for them any more.
+func policyNeeds(p *policyPart) []string {
+	if p == nil {
+		return []string{partConflist}
+	}
+	return nil
+}
+
+// switchPolicyOff takes away what an earlier daemon enforced, once.
+func (d *Daemon) switchPolicyOff(ctx context.Context) error {
+	if d.policyIsOff {
+		return nil
+	}
+	err := errors.Join(removePolicy(ctx), removePolicyFiles())
+	d.policyIsOff = err == nil
+	return err
+}
+
+// removePolicy takes the table away, and puts pods' links back into the group that they had.
+func removePolicy(ctx context.Context) error {
+	var links podlink.Handle
+	defer links.Close()
+	return agent.Off(ctx, enforce.New(""), &links)
+}
+
+func removePolicyFiles() error {
+	return errors.Join(atomicfile.Remove(policyPath()), atomicfile.Sweep(policyPath()), atomicfile.Remove(policyRulesPath()), atomicfile.Sweep(policyRulesPath()))
+}
+
+// metrics are for a scrape.
+func (p *policyPart) metrics() monitoring.PolicyState {
+	if p == nil {
+		return monitoring.PolicyState{}
+	}
+	s := p.agent.State()
+	out := monitoring.PolicyState{Enforced: s.InForce && p.agent.Err() == nil, Unknown: len(s.Unknown)}
+	size := p.table.Stats()
+	out.Sets, out.Elements, out.Chains, out.Recheck = size.Sets+size.Maps, size.Elements, size.Chains, size.Recheck
+	if len(s.Unknown) > 0 { // the oldest comes first
+		out.OldestUnknown = time.Since(s.Unknown[0].Since)
+	}
+	return out
+}
+
+// status is what people see of it.
+func (p *policyPart) status() *nodestatus.Policy {
+	if p == nil {
+		return nil
+	}
+	s := p.agent.State()
+	out := &nodestatus.Policy{InForce: s.InForce, Policies: s.Policies, Isolated: s.Isolated, Stale: s.Stale}
+	for _, u := range s.Unknown {
+		out.Unknown = append(out.Unknown, nodestatus.UnknownPod{Pod: u.Pod, Since: u.Since, Why: u.Why})
+	}
+	return out
+}
