@@ -240,7 +240,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		vital(wait)
 	}
 	vital(func() error {
-		return nodestatus.Serve(ctx, paths.APISocket, nodestatus.Answers{Status: d.status}, func() {
+		return nodestatus.Serve(ctx, paths.APISocket, nodestatus.Answers{Status: d.status, Others: d.policy.answers()}, func() {
 			// From here on `headcni-daemon status` finds somebody: it may come right after `systemctl start`.
 			if err := tellSystemd(d.getenv("NOTIFY_SOCKET"), "READY=1"); err != nil {
 				d.log.Warn("tell systemd that the daemon is up", "err", err)

@@ -3,6 +3,10 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
 	"path/filepath"
 	"sync"
 	"time"
@@ -17,6 +21,9 @@ import (
 	"github.com/headcni/headcni/pkg/policy"
 	"github.com/headcni/headcni/pkg/policy/agent"
 	"github.com/headcni/headcni/pkg/policy/enforce"
+	"github.com/headcni/headcni/pkg/policy/explain"
+	"github.com/headcni/headcni/pkg/policy/nflog"
+	"github.com/headcni/headcni/pkg/policy/report"
 	"github.com/headcni/headcni/pkg/policy/watch"
 )
 
@@ -26,6 +33,8 @@ type policyPart struct {
 	agent    *agent.Agent
 	table    *enforce.Table
 	reporter *agent.Reporter
+	strict   bool
+	log      *slog.Logger
 
 	cancel  context.CancelFunc
 	running sync.WaitGroup
@@ -39,12 +48,12 @@ func newPolicy(d *Daemon) *policyPart {
 	events := kube.Reporter{Client: d.kubernetes.Client(), Program: "daemon", Instance: d.kubernetes.Node()}
 	p := &policyPart{
 		watch: watch.New(d.kubernetes.Client(), d.kubernetes.Node(), d.kubernetes.Nodes), table: enforce.New(policyRulesPath()),
-		reporter: agent.NewReporter(events.Write), cancel: func() {},
+		reporter: agent.NewReporter(events.Write), cancel: func() {}, log: d.log, strict: d.cfg.Network.PolicyStartup == config.PolicyStrict,
 	}
 	d.kubernetes.OnAddrs(p.watch.NodesChanged)
 	p.agent = agent.New(agent.Config{
 		Log: d.log, Node: d.kubernetes.Node(), Cluster: p.watch, Table: p.table, Links: new(podlink.Handle),
-		Options: policy.Options{Strict: d.cfg.Network.PolicyStartup == config.PolicyStrict}, File: policyPath(),
+		Options: policy.Options{Strict: p.strict}, File: policyPath(),
 		Changed: d.loop.Wake, Tell: p.reporter.Tell, Synced: d.metrics.PolicySynced, Failed: d.metrics.PolicyFailed,
 	})
 	return p
@@ -114,6 +123,75 @@ func removePolicyFiles() error {
 	return errors.Join(atomicfile.Remove(policyPath()), atomicfile.Sweep(policyPath()), atomicfile.Remove(policyRulesPath()), atomicfile.Sweep(policyRulesPath()))
 }
 
+// linksNow reads pods' links anew each time, for several who ask at once.
+type linksNow struct{}
+
+func (linksNow) Attached() (map[string]podlink.Attachment, error) {
+	var h podlink.Handle
+	defer h.Close()
+	return h.Attached()
+}
+
+// answers are for those who ask why.
+func (p *policyPart) answers() map[string]http.HandlerFunc {
+	if p == nil {
+		off := func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "this node enforces no NetworkPolicies: network.networkPolicy is false, or there is no Kubernetes API", http.StatusUnprocessableEntity)
+		}
+		return map[string]http.HandlerFunc{
+			"GET " + report.ListPath: off, "GET " + report.ExplainPath: off, "GET " + report.DropsPath: off, "GET " + report.FollowPath: off,
+		}
+	}
+	d := explain.Drops{
+		Explainer: &explain.Explainer{State: p.explained, Kernel: p.table, Links: linksNow{}}, Log: p.agent.LogDenied, Read: nflog.Read,
+	}
+	return d.Handlers()
+}
+
+func (p *policyPart) explained() (*explain.State, error) {
+	snapshot, rules := p.agent.Current()
+	err := p.agent.Err()
+	if snapshot == nil {
+		return nil, fmt.Errorf("no NetworkPolicy is in force yet: %w", err)
+	}
+	out := &explain.State{Snapshot: snapshot, Rules: rules, Strict: p.strict, Problem: err}
+	for _, u := range p.agent.State().Unknown {
+		out.Waiting = append(out.Waiting, explain.Waiting{Pod: u.Pod, Why: u.Why, Since: u.Since})
+	}
+	return out, nil
+}
+
+// denied are the packets that policies dropped, by pod.
+func (p *policyPart) denied(s *monitoring.PolicyState) error {
+	snapshot, _ := p.agent.Current()
+	if snapshot == nil {
+		return nil
+	}
+	n, err := p.table.Denied(context.Background())
+	if err != nil {
+		return err
+	}
+	s.DeniedUnknown, s.DeniedStateless = n.Unknown, n.Stateless
+	all := map[monitoring.Denied]uint64{} // a pod that comes again has its predecessor's name
+	for _, pod := range snapshot.Pods {
+		if pod.Node != snapshot.Node {
+			continue
+		}
+		for _, a := range pod.IPs {
+			for direction, counts := range map[string]map[netip.Addr]uint64{"ingress": n.In, "egress": n.Out} {
+				if packets, isolated := counts[a]; isolated {
+					all[monitoring.Denied{Namespace: pod.Namespace, Pod: pod.Name, Direction: direction}] += packets
+				}
+			}
+		}
+	}
+	for d, packets := range all {
+		d.Packets = packets
+		s.Denied = append(s.Denied, d)
+	}
+	return nil
+}
+
 // metrics are for a scrape.
 func (p *policyPart) metrics() monitoring.PolicyState {
 	if p == nil {
@@ -121,6 +199,9 @@ func (p *policyPart) metrics() monitoring.PolicyState {
 	}
 	s := p.agent.State()
 	out := monitoring.PolicyState{Enforced: s.InForce && p.agent.Err() == nil, Unknown: len(s.Unknown)}
+	if err := p.denied(&out); err != nil {
+		p.log.Warn("count what network policies drop", "err", err)
+	}
 	size := p.table.Stats()
 	out.Sets, out.Elements, out.Chains, out.Recheck = size.Sets+size.Maps, size.Elements, size.Chains, size.Recheck
 	if len(s.Unknown) > 0 { // the oldest comes first

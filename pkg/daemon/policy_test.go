@@ -59,6 +59,12 @@ func TestPolicy(t *testing.T) {
 	if s := d.status(t.Context()).Policy; s == nil || !s.InForce || s.Policies != 1 || s.Isolated != 1 || len(s.Unknown) > 0 {
 		t.Errorf("%+v", s)
 	}
+	if st, err := d.policy.explained(); err != nil || len(st.Rules.In) != 1 || !st.Strict || len(st.Snapshot.Policies) != 1 {
+		t.Errorf("%+v, %v", st, err)
+	}
+	if m := d.policy.metrics(); !m.Enforced || m.Chains == 0 || m.Unknown != 0 {
+		t.Errorf("%+v", m)
+	}
 	shell("nft delete table inet headcni-policy")
 	waitUntil(t, inForce)
 	shell("ip link set " + link + " group 0")
