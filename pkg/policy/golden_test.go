@@ -74,6 +74,12 @@ func text(r *Ruleset, opt Options) string {
 		}
 		line("\tmap %s {%s }", d.name, elements(list))
 	}
+	var states []string
+	for state, verdict := range StateVerdicts(false) {
+		states = append(states, fmt.Sprintf("%s : %s", state, verdict))
+	}
+	slices.Sort(states)
+	line("\tmap %s {%s }", MapState, elements(states))
 	for _, c := range FixedChains(opt) {
 		head := ""
 		if c.Priority != nil {

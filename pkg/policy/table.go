@@ -17,6 +17,8 @@ const (
 	// SetIsolated holds the addresses of both maps, SetSelf each of them twice (addr . addr), SetRecheck those of local pods whose
 	// established flows must be judged again.
 	SetIsolated, SetSelf, SetRecheck = "isolated", "self", "recheck"
+	// MapState says what becomes of a packet by its connection's state (type ct_state : verdict): see StateVerdicts.
+	MapState = "state"
 	// SetDeniedIn and SetDeniedOut count what was denied, by the local pod's address: the kernel adds the elements.
 	SetDeniedIn, SetDeniedOut = "denied-in", "denied-out"
 	// CounterUnknown counts the packets of pods whose policies are not known yet.
@@ -24,8 +26,8 @@ const (
 	// CounterStateless counts the packets from and to isolated pods that belong to no connection.
 	CounterStateless = "stateless"
 
-	chainEgress, chainIngress, chainStateless = "egress", "ingress", "stateless"
-	chainDenyIn, chainDenyOut                 = "deny-in", "deny-out"
+	chainEgress, chainIngress, chainStateless, chainDoubt = "egress", "ingress", "stateless", "doubt"
+	chainDenyIn, chainDenyOut                             = "deny-in", "deny-out"
 
 	// LogGroup is the NFLOG group of what is denied. The prefix is the direction's word, behind LogUnknown where the pod's policies are
 	// not known yet, and before LogAnswer where the packet is none of who began the connection.
@@ -58,7 +60,6 @@ type FixedChain struct {
 func FixedChains(opt Options) []FixedChain {
 	egress, ingress := PriorityEgress, PriorityIngress
 	pods := names.PodLinks
-	established := "ct state established,related "
 	elsewhere := fmt.Sprintf(`iifname != "%s" oifname != "%[1]s" accept`, pods)
 	var gate []string
 	if opt.Strict {
@@ -74,26 +75,52 @@ func FixedChains(opt Options) []FixedChain {
 	both := func(format string) []string {
 		return []string{fmt.Sprintf(format, "4", "ip"), fmt.Sprintf(format, "6", "ip6")}
 	}
-	shortWay := both(established + "ct original %[2]s saddr != @" + SetRecheck + "%[1]s ct reply %[2]s saddr != @" + SetRecheck + "%[1]s accept")
 	return []FixedChain{
 		{Name: chainStateless, Rules: join(
 			both("%[2]s saddr @"+SetIsolated+"%[1]s counter name "+CounterStateless+" drop"),
 			both("%[2]s daddr @"+SetIsolated+"%[1]s counter name "+CounterStateless+" drop"),
 		)},
+		{Name: chainDoubt, Rules: both("ct original %[2]s saddr != @" + SetRecheck + "%[1]s ct reply %[2]s saddr != @" + SetRecheck + "%[1]s accept")},
 		{Name: chainDenyIn, Rules: deny(opt, Ingress, SetDeniedIn)},
 		{Name: chainDenyOut, Rules: deny(opt, Egress, SetDeniedOut)},
 		{Name: chainEgress, Priority: &egress, Rules: join(
 			[]string{elsewhere}, gate,
-			[]string{"ct state invalid,untracked goto " + chainStateless},
-			shortWay,
+			[]string{"ct state vmap @" + MapState},
 			both("ct original %[2]s saddr vmap @"+MapOut+"%[1]s"),
 		)},
 		{Name: chainIngress, Priority: &ingress, Rules: join(
-			[]string{elsewhere},
-			shortWay,
+			[]string{"ct state vmap @" + MapState},
 			both("ct reply %[2]s saddr vmap @"+MapIn+"%[1]s"),
 		)},
 	}
+}
+
+// StateVerdicts are the elements of MapState. A packet of a connection that stands goes the short way, and two look-ups longer while any pod
+// is under recheck: nearly always none is.
+func StateVerdicts(recheck bool) map[State]string {
+	short := "accept"
+	if recheck {
+		short = "jump " + chainDoubt
+	}
+	return map[State]string{
+		Established: short, Related: short, Invalid: "goto " + chainStateless, Untracked: "goto " + chainStateless,
+	}
+}
+
+// State is a connection's, as nf_tables has it (include/uapi/linux/netfilter/nf_conntrack_common.h: NF_CT_STATE_BIT).
+type State uint32
+
+// The states that MapState has. A new connection is in none of them.
+const (
+	Invalid     State = 1 << 0
+	Established State = 1 << 1
+	Related     State = 1 << 2
+	Untracked   State = 1 << 6
+)
+
+// String returns the name, as nft has it.
+func (s State) String() string {
+	return map[State]string{Invalid: "invalid", Established: "established", Related: "related", Untracked: "untracked"}[s]
 }
 
 // deny is where a packet ends that no rule accepted.

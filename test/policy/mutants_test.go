@@ -39,12 +39,11 @@ var mutants = []struct{ name, file, old, new string }{
 	{"a relabelled namespace is not noticed", "cluster.go", "now == nil || !maps.Equal(before, now)", "now == nil || !maps.Equal(before, before)"},
 	{"who began it is isolated", "table.go", `both("ct reply %[2]s saddr vmap @"+MapIn`, `both("ct original %[2]s saddr vmap @"+MapIn`},
 	{"answers pass by the port that they come from", "table.go", `"ct direction reply meta l4proto . th sport vmap @%s"`, `"ct direction reply meta l4proto . th dport vmap @%s"`},
-	{"flows that stand go on", "table.go", `shortWay := both(established + "ct original %[2]s saddr != @" + SetRecheck + "%[1]s ct reply %[2]s saddr != @" + SetRecheck + "%[1]s accept")`,
-		`shortWay := both(established + "ct original %[2]s saddr != @" + SetSelf + "%[1]s accept")`},
+	{"flows that stand go on", "table.go", `short = "jump " + chainDoubt`, `short = "accept"`},
 	{"a pod is not itself", "table.go", `fmt.Sprintf("ct original ip saddr . ct reply ip saddr @%s4 accept", SetSelf),`, ""},
 	{"errors are denied", "table.go", `"ct state related meta l4proto { icmp, ipv6-icmp } accept",`, ""},
 	{"what is unknown passes", "table.go", "iifgroup != %d counter name %s drop", "iifgroup != %d counter name %s accept"},
-	{"no connection, no policy", "table.go", `[]string{"ct state invalid,untracked goto " + chainStateless},`, ""},
+	{"no connection, no policy", "table.go", `Invalid: "goto " + chainStateless,`, `Invalid: "accept",`},
 	{"who went stays in the sets", "cluster.go", "change(gone, without)", "change(gone[:0], without)"},
 }
 

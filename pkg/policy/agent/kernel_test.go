@@ -289,7 +289,7 @@ func TestAway(t *testing.T) {
 		t.Error("what is old is used before the API server could answer:", err)
 	}
 	if !b.grouped(first) || b.listed() != before {
-		t.Error("a restart changed what was in force")
+		t.Errorf("a restart changed what was in force:\n%s\n%s", before, b.listed())
 	}
 	b.passUntil("what the last process knew in force", func() bool { return b.agent.State().Stale && b.grouped(restarted) })
 	if after := b.listed(); !b.grouped(first) || b.grouped(other) ||

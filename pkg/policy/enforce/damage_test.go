@@ -132,7 +132,7 @@ func TestDamagedSets(t *testing.T) {
 				"ipv6_addr . ipv6_addr": "2001:db8:99::1 . 2001:db8:99::1", "ipv4_addr . inet_proto . inet_service": "198.18.1.1 . tcp . 1",
 				"ipv6_addr . inet_proto . inet_service": "2001:db8:99::1 . tcp . 1", "ipv4_addr : verdict": "198.18.1.1 : goto deny-in",
 				"ipv6_addr : verdict": "2001:db8:99::1 : goto deny-in", "inet_proto . inet_service : verdict": "udp . 1 : accept",
-				"inet_service : verdict": "1-2 : accept",
+				"inet_service : verdict": "1-2 : accept", "ct_state : verdict": "new : accept",
 			}[k.typeText()]
 			if k.verdict {
 				what = "map"

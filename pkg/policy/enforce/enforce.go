@@ -49,6 +49,8 @@ type held struct {
 	opt   policy.Options
 	// isolated are the addresses that are, in any direction.
 	isolated map[netip.Addr]bool
+	// doubt: there are addresses under recheck.
+	doubt bool
 }
 
 // Change is what an Apply did.
@@ -98,7 +100,7 @@ var errNotAsThought = errors.New("the policy table is not as it was left")
 
 func (t *Table) apply(ctx context.Context, rules *policy.Ruleset, opt policy.Options) (Change, error) {
 	t.applies++
-	want := &held{rules, opt, isolated(rules)}
+	want := &held{rules: rules, opt: opt, isolated: isolated(rules)}
 	p, err := t.plan(want)
 	if err != nil {
 		return Change{}, fmt.Errorf("look at the policy table: %w", t.explain(err))
@@ -128,6 +130,9 @@ func (t *Table) plan(want *held) (*plan, error) {
 	if t.have != nil {
 		p := difference(t.have, want, t.spare)
 		p.changeRecheck(want, t.recheck)
+		if want.doubt != t.have.doubt {
+			*p.set(policy.MapState) = elementChange(policy.MapState, states(t.have.doubt), states(want.doubt))
+		}
 		return p, nil
 	}
 	t.loadDigests()
@@ -140,6 +145,8 @@ func (t *Table) plan(want *held) (*plan, error) {
 	for a := range o.recheck() {
 		t.recheck[a] = t.applies
 	}
+	doubt := len(t.recheck) > 0
+	want.doubt = doubt
 	p := o.plan(want, t.digests)
 	t.spare = p.spare
 	if p.change.Cold || len(p.change.Repaired) > 0 {
@@ -148,6 +155,11 @@ func (t *Table) plan(want *held) (*plan, error) {
 		}
 	}
 	p.changeRecheck(want, t.recheck)
+	if _, missing := p.sets[policy.MapState]; missing {
+		p.fill[policy.MapState] = states(want.doubt)
+	} else if want.doubt != doubt {
+		*p.set(policy.MapState) = elementChange(policy.MapState, o.elements[policy.MapState], states(want.doubt))
+	}
 	return p, nil
 }
 

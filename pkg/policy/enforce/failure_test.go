@@ -97,7 +97,7 @@ func TestKilled(t *testing.T) {
 		if !c.Cold && len(c.Repaired) > 0 {
 			partial++
 		}
-		if p := mustObserve(t).plan(&held{want, strict, isolated(want)}, next.digests); !p.empty() {
+		if p := mustObserve(t).plan(&held{rules: want, opt: strict, isolated: isolated(want), doubt: len(next.recheck) > 0}, next.digests); !p.empty() {
 			t.Errorf("round %d: the kernel does not hold what is wanted: %+v, %+v; changed %+v", round, p.change, p.drop, c)
 		}
 	}

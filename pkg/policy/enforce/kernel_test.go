@@ -47,7 +47,7 @@ func (n *node) holds(want *policy.Ruleset, opt policy.Options) {
 		if err != nil {
 			return err
 		}
-		if p := o.plan(&held{want, opt, isolated(want)}, n.table.digests); !p.empty() {
+		if p := o.plan(&held{rules: want, opt: opt, isolated: isolated(want), doubt: len(n.table.recheck) > 0}, n.table.digests); !p.empty() {
 			return fmt.Errorf("the kernel does not hold what is wanted: %v", p.change.Repaired)
 		}
 		return nil

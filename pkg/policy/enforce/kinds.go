@@ -26,6 +26,7 @@ var (
 	ipv6Addr    = field{"ipv6_addr", 8, 16}
 	inetProto   = field{"inet_proto", 12, 1}
 	inetService = field{"inet_service", 13, 2}
+	ctState     = field{"ct_state", 26, 4}
 )
 
 // kind is what a set or map is made of.
@@ -109,7 +110,7 @@ func kindOfMap(m *policy.PortMap) kind {
 
 // fixedKinds are the kinds of the sets and maps that are always there.
 func fixedKinds() map[string]kind {
-	out := map[string]kind{}
+	out := map[string]kind{policy.MapState: {key: []field{ctState}, verdict: true}}
 	for family, a := range map[string]field{"4": ipv4Addr, "6": ipv6Addr} {
 		one := kind{key: []field{a}}
 		for _, name := range []string{policy.MapIn, policy.MapOut} {
@@ -201,6 +202,14 @@ func dispatchOf(a netip.Addr, chain string) nfnl.Element {
 	return nfnl.Element{Key: addrKey(a), Verdict: "goto " + chain}
 }
 
+// states are the elements of the map of that name.
+func states(recheck bool) (out []nfnl.Element) {
+	for state, verdict := range policy.StateVerdicts(recheck) {
+		out = append(out, nfnl.Element{Key: string(binary.NativeEndian.AppendUint32(nil, uint32(state))), Verdict: verdict})
+	}
+	return out
+}
+
 // isolated are the addresses that a ruleset isolates in any direction.
 func isolated(r *policy.Ruleset) map[netip.Addr]bool {
 	out := make(map[netip.Addr]bool, len(r.In)+len(r.Out))
@@ -228,6 +237,7 @@ func elementsOf(want *held) map[string][]nfnl.Element {
 	for a, chain := range r.Out {
 		out[policy.MapOut+family(a)] = append(out[policy.MapOut+family(a)], dispatchOf(a, chain))
 	}
+	out[policy.MapState] = states(want.doubt)
 	for a := range want.isolated {
 		key := addrKey(a)
 		out[policy.SetIsolated+family(a)] = append(out[policy.SetIsolated+family(a)], nfnl.Element{Key: key})
@@ -272,6 +282,8 @@ func (k kind) keyText(key string) string {
 	for _, f := range k.key {
 		part := key[:f.size]
 		switch {
+		case f == ctState:
+			texts = append(texts, policy.State(binary.NativeEndian.Uint32([]byte(part))).String())
 		case f.size > 2:
 			a, _ := netip.AddrFromSlice([]byte(part)) // it has 4 or 16 bytes
 			texts = append(texts, a.String())

@@ -279,6 +279,21 @@ func isRecheck(name string) bool {
 }
 
 func (p *plan) compareElements(name string, k kind, have, want []nfnl.Element) {
+	c := elementChange(name, have, want)
+	if k.interval && len(c.add) == 0 && endsOnly(c.del) {
+		return
+	}
+	if len(c.del)+len(c.add) == 0 {
+		return
+	}
+	p.repaired("set %s: %s missing, %d foreign", name, said(len(c.add), "element"), len(c.del))
+	if k.interval { // their ends belong together
+		c = setChange{set: name, flush: true, add: want}
+	}
+	p.switches = append(p.switches, c)
+}
+
+func elementChange(name string, have, want []nfnl.Element) setChange {
 	wanted := make(map[nfnl.Element]bool, len(want))
 	for _, e := range want {
 		wanted[e] = true
@@ -296,17 +311,7 @@ func (p *plan) compareElements(name string, k kind, have, want []nfnl.Element) {
 			c.add = append(c.add, e)
 		}
 	}
-	if k.interval && len(c.add) == 0 && endsOnly(c.del) {
-		return
-	}
-	if len(c.del)+len(c.add) == 0 {
-		return
-	}
-	p.repaired("set %s: %s missing, %d foreign", name, said(len(c.add), "element"), len(c.del))
-	if k.interval { // their ends belong together
-		c = setChange{set: name, flush: true, add: want}
-	}
-	p.switches = append(p.switches, c)
+	return c
 }
 
 // endsOnly reports whether all are ends at address 0, which mean nothing: nft adds one to a set of intervals that it fills.

@@ -284,10 +284,9 @@ func (p *plan) changeRecheck(want *held, in map[netip.Addr]uint64) {
 		}
 	}
 	p.change.Rechecked = len(p.recheck)
-	if len(in) == 0 {
-		return
-	}
+	want.doubt = len(p.recheck) > 0
 	for a := range in {
+		want.doubt = want.doubt || want.isolated[a]
 		if !want.isolated[a] {
 			p.leave[a] = true
 			c := p.set(policy.SetRecheck + family(a))

@@ -59,6 +59,12 @@ func (t *Table) Recheck(ctx context.Context, allowed func(policy.Flow) (egress, 
 	if len(out) == 0 {
 		return len(t.recheck), nil
 	}
+	last := len(out) == len(t.recheck)
+	if last {
+		c := elementChange(policy.MapState, states(true), states(false))
+		b.DelElements(policy.Table, c.set, c.del)
+		b.AddElements(policy.Table, c.set, c.add)
+	}
 	if err := t.send(b); err != nil {
 		t.have = nil
 		return len(t.recheck), fmt.Errorf("end the recheck of %s: %w", said(len(out), "address"), t.explain(err))
@@ -66,6 +72,7 @@ func (t *Table) Recheck(ctx context.Context, allowed func(policy.Flow) (egress, 
 	for _, a := range out {
 		delete(t.recheck, a)
 	}
+	t.have.doubt = !last
 	return len(t.recheck), nil
 }
 
