@@ -297,7 +297,7 @@ func (a *Agent) apply(ctx context.Context, s *policy.Snapshot, owners []owner, s
 		default: // one is asked for already
 		}
 	}
-	if len(change.Repaired) > 0 {
+	if len(change.Repaired) > 0 && !change.First {
 		a.Log.Warn("put policies back that somebody else had changed", "changes", change.Repaired)
 	}
 	isolated := len(rules.In)

@@ -65,8 +65,10 @@ type Change struct {
 	Programs int
 	// Cold: there was no table.
 	Cold bool
-	// Repaired says what the kernel had otherwise than it should, where it was looked at.
+	// Repaired says what the kernel had otherwise than it should, where it was looked at. In a process's First it may be what changed
+	// while there was none.
 	Repaired []string
+	First    bool
 }
 
 // New returns a Table that has touched nothing yet. In file it keeps what the kernel's rules looked like when it had written them, so that
@@ -105,6 +107,7 @@ func (t *Table) apply(ctx context.Context, rules *policy.Ruleset, opt policy.Opt
 	if err != nil {
 		return Change{}, fmt.Errorf("look at the policy table: %w", t.explain(err))
 	}
+	p.change.First = t.last == nil
 	had := t.have
 	t.have = nil
 	if err := t.execute(ctx, p, want); err != nil {

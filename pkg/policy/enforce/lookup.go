@@ -1,6 +1,7 @@
 package enforce
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -68,10 +69,7 @@ func (t *Table) Has(name string, m policy.Member) (bool, error) {
 
 func (t *Table) find(name, key string) (nfnl.Element, bool, error) {
 	e, found, err := nfnl.Find(set(name), key)
-	if err != nil {
-		return nfnl.Element{}, false, fmt.Errorf("ask the kernel: %w", t.explain(err))
-	}
-	return e, found, nil
+	return e, found, t.notThere(name, err)
 }
 
 // keyLenOf returns the length of a set's keys, in bytes.
@@ -82,8 +80,19 @@ func (t *Table) keyLenOf(name string) (int, error) {
 		err = unix.ENOENT
 	}
 	if err != nil {
-		return 0, fmt.Errorf("ask the kernel for set %s: %w", name, t.explain(err))
+		return 0, t.notThere(name, err)
 	}
 	a, err := nfnl.Attributes(res[0])
 	return int(number(a[unix.NFTA_SET_KEY_LEN])), err
+}
+
+// notThere says what to do about an error of a look-up.
+func (t *Table) notThere(set string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("table inet %s has no %s (%w): the daemon is still at work, or somebody has changed the table: try again", policy.Table, set, err)
+	}
+	return fmt.Errorf("look into %s of table inet %s: %w", set, policy.Table, t.explain(err))
 }
