@@ -8,12 +8,11 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/policy/report"
 )
 
 func dropsCmd() *cobra.Command {
-	f := &policyFlags{socket: paths.APISocket}
+	f := &policyFlags{}
 	var follow bool
 	var pod string
 	cmd := &cobra.Command{

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -20,30 +21,23 @@ const (
 
 // policyFlags are the flags of all commands about policies.
 type policyFlags struct {
-	namespace, output string
-	// socket is the daemon's.
-	socket string
+	namespace, output, socket string
 }
 
 func (f *policyFlags) add(cmd *cobra.Command) {
 	cmd.PersistentFlags().StringVarP(&f.namespace, "namespace", "n", "default", "namespace of pods that are named without one")
 	cmd.PersistentFlags().StringVarP(&f.output, "output", "o", "text", "text or json")
+	cmd.PersistentFlags().StringVar(&f.socket, "socket", paths.APISocket, "where the daemon answers")
 }
 
 // run has the exit codes of all commands that ask the daemon: what ask prints is the answer, and an error that there is none.
 func (f *policyFlags) run(cmd *cobra.Command, ask func(ctx context.Context, out io.Writer) error) error {
-	err := error(nil)
-	if f.output != "text" && f.output != "json" {
-		err = fmt.Errorf("--output %s: want text or json", f.output)
-	}
-	if err == nil {
+	err := fmt.Errorf("--output %s: want text or json", f.output)
+	if f.output == "text" || f.output == "json" {
 		err = ask(cmd.Context(), cmd.OutOrStdout())
 	}
-	if code, is := err.(exitCode); err == nil || is {
-		if is {
-			return code
-		}
-		return nil
+	if err == nil || errors.Is(err, differs) {
+		return err
 	}
 	cmd.PrintErrln("headcnictl:", err)
 	return couldNotLook
@@ -52,7 +46,7 @@ func (f *policyFlags) run(cmd *cobra.Command, ask func(ctx context.Context, out 
 const exitCodes = "\n\nIt asks the daemon of this node, as root. Exit code 0: answered; 1: the kernel does otherwise than policies say; 2: no answer."
 
 func policyCmd() *cobra.Command {
-	f := &policyFlags{socket: paths.APISocket}
+	f := &policyFlags{}
 	cmd := &cobra.Command{
 		Use:   "policy",
 		Short: "Look at the NetworkPolicies that this node enforces",
@@ -98,7 +92,7 @@ func policyExplainCmd(f *policyFlags) *cobra.Command {
 			"  headcnictl policy explain shop/web\n" +
 			"  headcnictl policy explain -n shop web --from edge/gateway --port http\n" +
 			"  headcnictl policy explain shop/web --to 203.0.113.7 --port 53/udp" + exitCodes,
-		Args: cobra.ExactArgs(1),
+		Args: cobra.ExactArgs(1), DisableFlagsInUseLine: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return f.run(cmd, func(ctx context.Context, out io.Writer) error {
 				q.Pod, q.Namespace = args[0], f.namespace
