@@ -122,13 +122,17 @@ e2e-old: need-go ## The chart on an older Kubernetes (1.34) with Debian's contai
 
 # The focus of upstream's tests of NetworkPolicies, and which tests of test/e2e to run.
 NETPOL ?= \[sig-network\] Netpol
-RUN    ?= TestNetpol
+RUN    ?= TestNetpol|TestPolicy
+# The last commit that enforced no policies, which tests of upgrades begin with.
+OLD    ?= 41a85b4
 
 .PHONY: e2e-policy
 e2e-policy: KUBERNETES = containerd kubernetes kubernetes-e2e
-e2e-policy: need-go ## Upstream's tests of NetworkPolicies, in both modes of kube-proxy; needs root, NETPOL=regexp RUN=TestNetpol/iptables
+e2e-policy: need-go ## NetworkPolicies on a real Kubernetes: upstream's tests, starts, faults, an upgrade; needs root, RUN='TestNetpol/iptables' NETPOL=regexp
 	@if ((EUID != 0)); then echo "make e2e-policy: needs root: run 'sudo make e2e-policy'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 120m -run '$(RUN)' ./test/e2e/ -args -netpol '$(NETPOL)' $(E2EFLAGS)
+	@$(MAKE) image-at COMMIT='$(OLD)' IMAGE='headcni.local/headcni:$(OLD)'
+	@$(WITH_CLUSTER) export HEADCNI_OLD_IMAGE="$(CURDIR)/bin/headcni-image-$(OLD)-$(ARCH).tar" HEADCNI_OLD_CHART="$(CURDIR)/bin/headcni-chart-$(OLD)"; \
+		go test -v -count 1 -timeout 120m -run '$(RUN)' ./test/e2e/ -args -netpol '$(NETPOL)' $(E2EFLAGS)
 
 .PHONY: e2e-policy-old
 e2e-policy-old: KUBERNETES = kubernetes-1.34 kubernetes-e2e
@@ -142,7 +146,7 @@ e2e-policy-old: need-go ## The same on an older Kubernetes (1.34) with Debian's 
 .PHONY: e2e-faults
 e2e-faults: need-go ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
 	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$|TestNetpol$$' ./test/e2e/ -args $(E2EFLAGS)
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$|TestNetpol$$|TestPolicy' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-up
 e2e-up: TAILSCALE = tailscale-trimmed

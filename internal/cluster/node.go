@@ -29,6 +29,8 @@ const (
 	containerdSocket = "/run/containerd/containerd.sock"
 	baseSpec         = "/etc/kubernetes/base-spec.json"
 	controlPlaneRole = "node-role.kubernetes.io/control-plane"
+	// ManifestsDir is where kubelet finds static pods.
+	ManifestsDir = kubernetesDir + "/manifests"
 )
 
 // Node is a machine with containerd, kubelet and kube-proxy. Of what it inherits from a node of the lab, Run, Start, Do,
@@ -71,7 +73,7 @@ func (n *Node) prepare(ctx context.Context) error {
 	if files["kube-proxy.kubeconfig"], err = n.cluster.pki.kubeconfig("system:kube-proxy", ""); err != nil {
 		return err
 	}
-	if err := writeFiles(n.Path(kubernetesDir), files); err != nil {
+	if err := errors.Join(writeFiles(n.Path(kubernetesDir), files), writeFiles(n.Path(ManifestsDir), nil)); err != nil {
 		return err
 	}
 	return n.writeBaseSpec(ctx)
@@ -136,6 +138,7 @@ func (n *Node) kubeletConfig() object {
 		"clusterDNS":               []string{DNSAddress}, "clusterDomain": "cluster.local",
 		"cgroupDriver": "cgroupfs", "cgroupRoot": "/" + n.Cgroup(), "failCgroupV1": false,
 		"oomScoreAdj": 0, "failSwapOn": false,
+		"staticPodPath":       ManifestsDir,
 		"serializeImagePulls": false,
 		// The disk is the caller's, and however full it is, images stay.
 		"evictionHard":                object{"memory.available": "1Mi", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%", "imagefs.inodesFree": "0%"},
