@@ -144,6 +144,7 @@ func (t *Table) plan(want *held) (*plan, error) {
 		return nil, err
 	}
 	maps.DeleteFunc(t.digests, func(name string, _ digest) bool { _, there := o.chains[name]; return !there })
+	before := t.recheck
 	t.recheck = map[netip.Addr]uint64{}
 	for a := range o.recheck() {
 		t.recheck[a] = t.applies
@@ -152,6 +153,11 @@ func (t *Table) plan(want *held) (*plan, error) {
 	want.doubt = doubt
 	p := o.plan(want, t.digests)
 	t.spare = p.spare
+	for a := range before {
+		if _, there := t.recheck[a]; !there && want.isolated[a] {
+			p.repaired("%s was taken out of recheck", a)
+		}
+	}
 	if p.change.Cold || len(p.change.Repaired) > 0 {
 		for a := range want.isolated {
 			p.recheck[a] = true

@@ -215,3 +215,16 @@ func (w *world) sendRaw(ns *nstest.NS, packet []byte) {
 	w.Helper()
 	ns.Do(w, func() error { return nstest.Send(packet) })
 }
+
+// Who is under recheck stays so, whoever empties the set: else what was forbidden would go the short way.
+func TestRecheckEmptied(t *testing.T) {
+	w := newWorld(t)
+	want := rules{port: 7777, peers: aAddrs}.ruleset()
+	w.apply(want, strict)
+	w.ns.Run(t, "nft", "flush", "set", "inet", policy.Table, "recheck4")
+	w.table.Doubt()
+	if c := w.apply(want, strict); len(c.Repaired) == 0 {
+		t.Errorf("repaired %+v", c)
+	}
+	w.wantRecheck("emptied", 2)
+}
