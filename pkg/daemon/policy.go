@@ -136,7 +136,7 @@ func (linksNow) Attached() (map[string]podlink.Attachment, error) {
 func (p *policyPart) answers() map[string]http.HandlerFunc {
 	if p == nil {
 		off := func(w http.ResponseWriter, _ *http.Request) {
-			http.Error(w, "this node enforces no NetworkPolicies: network.networkPolicy is false, or there is no Kubernetes API", http.StatusUnprocessableEntity)
+			http.Error(w, "this node enforces no NetworkPolicies: set network.networkPolicy to true (chart: config.network.networkPolicy), on a node with a Kubernetes API", http.StatusUnprocessableEntity)
 		}
 		return map[string]http.HandlerFunc{
 			"GET " + report.ListPath: off, "GET " + report.ExplainPath: off, "GET " + report.DropsPath: off, "GET " + report.FollowPath: off,

@@ -65,6 +65,7 @@ func TestPolicy(t *testing.T) {
 	if m := d.policy.metrics(); !m.Enforced || m.Chains == 0 || m.Unknown != 0 {
 		t.Errorf("%+v", m)
 	}
+	askAboutPolicy(t, d, func() string { return shell("nft list ruleset") })
 	shell("nft delete table inet headcni-policy")
 	waitUntil(t, inForce)
 	shell("ip link set " + link + " group 0")
