@@ -170,6 +170,10 @@ bench: need-go ## Speed beside the reference plugins and the kernel alone, as ta
 		go test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 30m $(BENCHFLAGS) ./test/bench/ -args -scale '$(SCALE)' -table '$(CURDIR)/bin/bench.md'
 	@if [[ -e bin/bench.md ]]; then echo "the tables are in bin/bench.md, as Markdown"; fi
 
+.PHONY: bench-policy
+bench-policy: need-go ## What NetworkPolicies cost: a packet, and to compile and apply up to 10,000 of them, as tables; needs root, takes 8 minutes; SCALE=0.1
+	@$(MAKE) bench BENCH=Policy
+
 .PHONY: bench-cold
 bench-cold: need-go ## How long the first `make demo` takes on a clean clone, with no cache at all; TARGET=demo
 	@scripts/bench-cold '$(or $(TARGET),demo)'

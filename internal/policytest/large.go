@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -78,4 +79,25 @@ func LargePolicy(r *rand.Rand, namespace, name string) *networkingv1.NetworkPoli
 		{To: []networkingv1.NetworkPolicyPeer{{NamespaceSelector: &metav1.LabelSelector{}}}, Ports: []networkingv1.NetworkPolicyPort{{Port: &dns, Protocol: &udp}}},
 	}
 	return p
+}
+
+// LargeChange returns a large cluster after one change: another policy in the place of one, or a pod with the labels of another,
+// on the own node one time in three.
+func LargeChange(r *rand.Rand, old *policy.Snapshot) *policy.Snapshot {
+	s := *old
+	if r.IntN(3) == 0 && len(s.Policies) > 0 {
+		s.Policies = slices.Clone(s.Policies)
+		i := r.IntN(len(s.Policies))
+		s.Policies[i] = LargePolicy(r, s.Policies[i].Namespace, s.Policies[i].Name)
+		return &s
+	}
+	s.Pods = slices.Clone(s.Pods)
+	i := r.IntN(len(s.Pods))
+	if r.IntN(3) == 0 {
+		i = r.IntN(min(110, len(s.Pods)))
+	}
+	p := *s.Pods[i]
+	p.Labels = s.Pods[r.IntN(len(s.Pods))].Labels
+	s.Pods[i] = &p
+	return &s
 }

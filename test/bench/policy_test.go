@@ -2,8 +2,10 @@ package bench
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/internal/policytest"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/policy"
@@ -267,4 +270,89 @@ func BenchmarkPolicyPath(b *testing.B) {
 			r.compare(got, row{op.name, "us", name, off, ratio, ""})
 		}
 	}
+}
+
+// policySizes are clusters: pods and policies.
+var policySizes = [][2]int{{1000, 100}, {10000, 1000}, {30000, 10000}}
+
+// BenchmarkPolicyApply shows what it takes to compile a cluster's policies and bring them into an empty kernel, and then to do one
+// change: another policy, or other labels of a pod.
+func BenchmarkPolicyApply(b *testing.B) {
+	nstest.Require(b)
+	r := newReport(b, "Policies of a cluster, for a node of 110 pods:",
+		"| pods, policies | sets | elements | chains | cold: compile, ms | cold: apply, ms | one change: compile, ms | one change: apply, ms | n |")
+	for _, size := range policySizes {
+		s := policytest.Large(size[0], size[1])
+		rnd := rand.New(rand.NewPCG(1, 1))
+		got := samples{}
+		var rules *policy.Ruleset
+		node := nstest.New(b)
+		changes := max(2, int(40**scale))
+		for range 3 {
+			node.Do(b, func() error {
+				compiler, table := policy.NewCompiler(), enforce.New(b.TempDir()+"/chains")
+				do := func(name string, s *policy.Snapshot) error {
+					begin := time.Now()
+					rules = compiler.Compile(s)
+					got.add(name+": compile", time.Since(begin))
+					begin = time.Now()
+					_, err := table.Apply(b.Context(), rules, policy.Options{Strict: true})
+					got.add(name+": apply", time.Since(begin))
+					return err
+				}
+				if err := do("cold", s); err != nil {
+					return err
+				}
+				for range changes {
+					s = policytest.LargeChange(rnd, s)
+					if err := do("change", s); err != nil {
+						return err
+					}
+				}
+				return table.Remove(b.Context())
+			})
+		}
+		elements := len(rules.In) + len(rules.Out)
+		for _, set := range rules.Sets {
+			elements += len(set.Members)
+		}
+		for _, m := range rules.Maps {
+			elements += len(m.Elements)
+		}
+		fmt.Fprintf(&r.text, "| %d, %d | %d | %d | %d | %s | %s | %s | %s | %d |\n", size[0], size[1], len(rules.Sets)+len(rules.Maps), elements, len(rules.Chains),
+			digits(median(got["cold: compile"])), digits(median(got["cold: apply"])), digits(median(got["change: compile"])), digits(median(got["change: apply"])),
+			len(got["change: apply"]))
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkPolicyChurn has ten changes a second come to the largest cluster, and shows how long each takes to be in force: compiled,
+// and in the kernel. The way from the API server to the node is not part of it.
+func BenchmarkPolicyChurn(b *testing.B) {
+	nstest.Require(b)
+	size := policySizes[len(policySizes)-1]
+	s := policytest.Large(size[0], size[1])
+	rnd := rand.New(rand.NewPCG(2, 2))
+	var took []float64
+	lasts := time.Duration(60 * *scale * float64(time.Second))
+	nstest.New(b).Do(b, func() error {
+		compiler, table := policy.NewCompiler(), enforce.New(b.TempDir()+"/chains")
+		if _, err := table.Apply(b.Context(), compiler.Compile(s), policy.Options{Strict: true}); err != nil {
+			return err
+		}
+		begin := time.Now()
+		for due := begin; due.Before(begin.Add(lasts)); due = due.Add(100 * time.Millisecond) {
+			time.Sleep(time.Until(due))
+			s = policytest.LargeChange(rnd, s)
+			if _, err := table.Apply(b.Context(), compiler.Compile(s), policy.Options{Strict: true}); err != nil {
+				return err
+			}
+			took = append(took, float64(time.Since(due).Nanoseconds())/1e6)
+		}
+		return table.Remove(b.Context())
+	})
+	slices.Sort(took)
+	r := newReport(b, fmt.Sprintf("Ten changes a second, %d pods and %d policies, from the change to the kernel, ms:", size[0], size[1]), "| median | p99 | longest | n |")
+	fmt.Fprintf(&r.text, "| %s | %s | %s | %d |\n", digits(median(took)), digits(took[len(took)*99/100]), digits(took[len(took)-1]), len(took))
+	b.ReportMetric(0, "ns/op")
 }
