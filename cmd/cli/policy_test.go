@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -11,28 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/headcni/headcni/internal/daemontest"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/report"
 )
-
-// playDaemon answers as the daemon does, and returns its socket.
-func playDaemon(t *testing.T, others map[string]http.HandlerFunc) string {
-	t.Helper()
-	socket := filepath.Join(t.TempDir(), "api.sock")
-	ctx, stop := context.WithCancel(t.Context())
-	up, down := make(chan struct{}), make(chan error)
-	go func() {
-		down <- nodestatus.Serve(ctx, socket, nodestatus.Answers{Others: others}, func() { close(up) }, func(err error) { t.Error(err) })
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-down; err != nil {
-			t.Error(err)
-		}
-	})
-	<-up
-	return socket
-}
 
 func asJSON(v ...any) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
@@ -47,7 +28,7 @@ func TestPolicyExitCodes(t *testing.T) {
 	right := report.Explanation{Node: "one", Pod: pod, Answers: []report.Answer{{Sides: []report.Side{{Direction: "ingress", Kernel: report.Kernel{Asked: 3}}}}}}
 	wrong := report.Explanation{Node: "one", Pod: pod, Answers: []report.Answer{{Sides: []report.Side{{Direction: "ingress", Kernel: report.Kernel{Error: "gone"}}}}}}
 	var asked string
-	socket := playDaemon(t, map[string]http.HandlerFunc{
+	socket := daemontest.Serve(t, nodestatus.Answers{Others: map[string]http.HandlerFunc{
 		"GET " + report.ListPath: asJSON(report.List{Node: "one", Policies: 7}),
 		"GET " + report.ExplainPath: func(w http.ResponseWriter, r *http.Request) {
 			asked = r.URL.RawQuery
@@ -64,7 +45,7 @@ func TestPolicyExitCodes(t *testing.T) {
 		"GET " + report.FollowPath: asJSON(report.Event{Started: &report.Started{Node: "one", Note: "elsewhere"}}, report.Event{Lost: 4},
 			report.Event{Drop: &report.Drop{Time: time.Unix(0, 0).UTC(), Direction: "egress", From: *pod, To: *pod, Port: "80/tcp", Isolating: []string{"shop/deny"}}},
 			report.Event{Error: "the end"}),
-	})
+	}})
 	none := filepath.Join(t.TempDir(), "none")
 	for name, c := range map[string]struct {
 		socket, args string

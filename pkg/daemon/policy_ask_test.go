@@ -2,37 +2,18 @@ package daemon
 
 import (
 	"context"
-	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/headcni/headcni/internal/daemontest"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/report"
 )
 
-// serveAnswers has a daemon answer on a socket until the test ends.
-func serveAnswers(t *testing.T, d *Daemon) (socket string) {
-	t.Helper()
-	socket = filepath.Join(t.TempDir(), "api.sock")
-	ctx, stop := context.WithCancel(t.Context())
-	up, down := make(chan struct{}), make(chan error)
-	go func() {
-		down <- nodestatus.Serve(ctx, socket, nodestatus.Answers{Status: d.status, Others: d.policy.answers()}, func() { close(up) }, func(err error) { t.Error(err) })
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-down; err != nil {
-			t.Error(err)
-		}
-	})
-	<-up
-	return socket
-}
-
 // askAboutPolicy asks a daemon whose node has the pod ns/web, which everybody is denied, and follows what is denied until it is enough.
 func askAboutPolicy(t *testing.T, d *Daemon, rules func() string) {
 	t.Helper()
-	socket := serveAnswers(t, d)
+	socket := daemontest.Serve(t, nodestatus.Answers{Others: d.policy.answers()})
 	l, err := report.AskList(t.Context(), socket)
 	if err != nil || len(l.Pods) != 1 || l.Pods[0].Name != "ns/web" || len(l.Pods[0].Ingress.By) != 1 || l.Problem != "" {
 		t.Errorf("%+v, %v", l, err)
@@ -58,7 +39,7 @@ func askAboutPolicy(t *testing.T, d *Daemon, rules func() string) {
 
 func TestPolicyIsOff(t *testing.T) {
 	d := newDaemon(t, testConfig(t))
-	socket := serveAnswers(t, d)
+	socket := daemontest.Serve(t, nodestatus.Answers{Others: d.policy.answers()})
 	_, list := report.AskList(t.Context(), socket)
 	_, explain := report.AskExplain(t.Context(), socket, report.Question{Pod: "web"})
 	_, drops := report.AskDrops(t.Context(), socket, "", "")

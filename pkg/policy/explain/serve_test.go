@@ -1,8 +1,8 @@
 package explain_test
 
 import (
-	"context"
 	"errors"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,8 +10,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	"net/netip"
 
+	"github.com/headcni/headcni/internal/daemontest"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/explain"
 	"github.com/headcni/headcni/pkg/policy/report"
@@ -20,20 +20,7 @@ import (
 // serve answers on a socket.
 func serve(t *testing.T, d *explain.Drops) (socket string) {
 	t.Helper()
-	socket = filepath.Join(t.TempDir(), "api.sock")
-	ctx, stop := context.WithCancel(t.Context())
-	up, down := make(chan struct{}), make(chan error)
-	go func() {
-		down <- nodestatus.Serve(ctx, socket, nodestatus.Answers{Others: d.Handlers()}, func() { close(up) }, func(err error) { t.Error(err) })
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-down; err != nil {
-			t.Error(err)
-		}
-	})
-	<-up
-	return socket
+	return daemontest.Serve(t, nodestatus.Answers{Others: d.Handlers()})
 }
 
 func TestOverTheSocket(t *testing.T) {
