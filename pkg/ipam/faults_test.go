@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -177,7 +178,13 @@ const smallSize = 5
 
 func openWith(t testing.TB, c Config, fs store.FS) *Pool {
 	t.Helper()
-	p, err := open(c, store.Options{BootID: testBoot, FS: fs})
+	return openAt(t, c, fs, nil)
+}
+
+// openAt is openWith at an age of the boot.
+func openAt(t testing.TB, c Config, fs store.FS, age func() time.Duration) *Pool {
+	t.Helper()
+	p, err := open(c, store.Options{BootID: testBoot, FS: fs, Age: age})
 	if err != nil {
 		t.Fatal(err)
 	}

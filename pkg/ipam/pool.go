@@ -16,6 +16,9 @@ import (
 	"github.com/headcni/headcni/pkg/ipam/store"
 )
 
+// restTime is how long a freed address is not given again while others are free.
+const restTime = 30 * time.Second
+
 // Pool gives the addresses of one network. It may be used by many goroutines, and by many processes at once.
 type Pool struct {
 	cfg    Config
@@ -170,15 +173,24 @@ func (p *Pool) choose(tx *store.Tx, set int, want choice) (choice, error) {
 // that nothing is free, it is made anew once: that walks all leases, but only in a pool that is damaged or full.
 func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
 	from, inUse, fresh := p.spaces[set], 0, false
+	resting, rested := false, false // some are put aside; they are needed nevertheless
 	for {
 		c, err := pick(p.cfg.Strategy, from, last, tx, p.draw)
 		switch {
 		case err != nil && !errors.Is(err, store.ErrIndex):
 			return choice{}, err
+		case err == nil && c.rng == nil && resting:
+			from, inUse, resting = p.spaces[set], 0, false // rather one that rests than none
+			rested = true
+			continue
 		case err == nil && c.rng != nil:
 			linked, err := tx.Linked(c.addr)
 			if err != nil {
 				return choice{}, err
+			}
+			if rest := p.resting(tx, c.addr); !linked && !rested && len(rest) > 0 {
+				from, resting = from.without(rest...), true
+				continue
 			}
 			if !linked && (p.cfg.InUse == nil || !p.cfg.InUse(c.addr)) {
 				return c, nil
@@ -204,6 +216,16 @@ func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
 			return choice{}, err
 		}
 	}
+}
+
+// resting returns all addresses that rest in an address's window, if it is one of them: other nodes know the pod that had it until their
+// watch on Pods tells them.
+func (p *Pool) resting(tx *store.Tx, a netip.Addr) []netip.Addr {
+	base, _ := store.Locate(a)
+	if list := tx.Resting(base, restTime); slices.Contains(list, a) {
+		return list
+	}
+	return nil
 }
 
 func (p *Pool) exhausted(set, inUse int) error {

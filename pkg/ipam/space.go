@@ -160,19 +160,24 @@ func (s space) size() number {
 	return n
 }
 
-// without returns the space less one address.
-func (s space) without(a netip.Addr) space {
-	out := make(space, 0, len(s)+1)
+// without returns the space less some addresses.
+func (s space) without(addrs ...netip.Addr) space {
+	addrs = slices.Clone(addrs)
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	addrs = slices.Compact(addrs)
+	out := make(space, 0, len(s)+len(addrs))
 	for _, sp := range s {
-		if !sp.contains(a) {
+		i, _ := slices.BinarySearchFunc(addrs, sp.lo, netip.Addr.Compare)
+		for ; i < len(addrs) && sp.contains(addrs[i]); i++ {
+			if sp.lo != addrs[i] {
+				out = append(out, span{sp.lo, addrs[i].Prev(), sp.rng})
+			}
+			if sp.lo = addrs[i].Next(); addrs[i] == sp.hi {
+				break
+			}
+		}
+		if !sp.hi.Less(sp.lo) && sp.lo.IsValid() {
 			out = append(out, sp)
-			continue
-		}
-		if sp.lo != a {
-			out = append(out, span{sp.lo, a.Prev(), sp.rng})
-		}
-		if sp.hi != a {
-			out = append(out, span{a.Next(), sp.hi, sp.rng})
 		}
 	}
 	return out

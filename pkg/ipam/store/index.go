@@ -16,6 +16,7 @@ import (
 //	64    addresses taken, uint16 per group
 //	576   fullest block, uint8 per group
 //	832   the address being changed, uint64: 0 for none, else its offset + 1
+//	1024  the addresses freed last, each with when (rest.go)
 //	4096  one bit per address, in little-endian words
 //
 // The file is sparse: it takes 4 KiB and what is in use. The address being changed comes last in its block of the file,
@@ -26,6 +27,8 @@ const (
 	indexFullest = indexTaken + 2*groups
 	indexIntent  = indexFullest + groups
 	indexUsed    = indexIntent + 8
+	indexRest    = 1024
+	indexRead    = indexRest + restPlaces*restPlace
 	indexData    = 4096
 	indexTemp    = "index/.new"
 )
@@ -35,6 +38,8 @@ type window struct {
 	name string
 	fd   int
 	bits Bitmap
+	// freed are the addresses that were freed last, in no order.
+	freed [restPlaces]freed
 }
 
 func indexName(base netip.Addr) string {
@@ -92,7 +97,7 @@ func (tx *Tx) openWindow(base netip.Addr) (*window, error) {
 }
 
 func (tx *Tx) readWindow(w *window) error {
-	b := make([]byte, indexUsed)
+	b := make([]byte, indexRead)
 	if err := readUpTo(tx.s.fs, w.fd, b, 0); err != nil {
 		return wrap("read", w.name, err)
 	}
@@ -104,6 +109,7 @@ func (tx *Tx) readWindow(w *window) error {
 		w.bits.fullest[g] = b[indexFullest+g]
 	}
 	w.bits.load = func(g int, d *groupData) error { return tx.readGroup(w, g, d) }
+	w.readRest(b[indexRest:])
 	intent := binary.LittleEndian.Uint64(b[indexIntent:])
 	if intent == 0 {
 		return nil

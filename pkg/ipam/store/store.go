@@ -50,6 +50,8 @@ type Options struct {
 	FS FS
 	// LockTimeout is the longest wait for the lock; a context may end it earlier. Default DefaultLockTimeout.
 	LockTimeout time.Duration
+	// Age is how long ago the boot was. Default the kernel's word.
+	Age func() time.Duration
 }
 
 // Store is the leases of one network. It holds no file open between calls and may be used by many goroutines.
@@ -58,11 +60,15 @@ type Store struct {
 	bootID  string
 	fs      FS
 	timeout time.Duration
+	age     func() time.Duration
 }
 
 // New returns the store in the folder dir. It touches nothing.
 func New(dir string, o Options) (*Store, error) {
-	s := &Store{dir: dir, bootID: o.BootID, fs: o.FS, timeout: o.LockTimeout}
+	s := &Store{dir: dir, bootID: o.BootID, fs: o.FS, timeout: o.LockTimeout, age: o.Age}
+	if s.age == nil {
+		s.age = sinceBoot
+	}
 	if s.fs == nil {
 		s.fs = System{}
 	}

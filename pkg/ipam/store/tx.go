@@ -200,6 +200,9 @@ func (tx *Tx) Delete(e Entry) error {
 		return err
 	}
 	for _, a := range held {
+		if e.Whole {
+			tx.rest(a) // before, so that it does not become free without
+		}
 		if err := tx.free(a); err != nil {
 			return err
 		}
