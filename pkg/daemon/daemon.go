@@ -275,6 +275,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.loop.Run(ctx)
 	d.guardTest.running.Wait() // it ends with ctx
+	d.policy.stop()
+	d.policy.leave()
 	err = context.Cause(ctx)
 	cancel(nil) // before the deferred Wait
 	d.log.Info("stopped; the network stays in force")

@@ -94,6 +94,26 @@ func (p *policyPart) stop() {
 	}
 }
 
+// leaveTimeout bounds what is asked when the daemon stops.
+const leaveTimeout = 3 * time.Second
+
+// leave is called when the daemon stops. Policies stay in force, unless who comes next enforces none: new pods would be unknown for
+// ever. The last snapshot stays in any case: with it they are back at once where the rights were taken by mistake.
+func (p *policyPart) leave() {
+	if p == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
+	defer cancel()
+	if !p.watch.Revoked(ctx) {
+		return
+	}
+	p.log.Warn("NetworkPolicies are taken off this node: its daemons may read them no longer, as after a rollback to a version that enforces none")
+	if err := removePolicy(ctx); err != nil {
+		p.log.Error("take NetworkPolicies off this node; do it by `nft delete table inet headcni-policy`", "err", err)
+	}
+}
+
 // policyNeeds: who switches policies off waits until ADD does not ask for them any more.
 func policyNeeds(p *policyPart) []string {
 	if p == nil {

@@ -9,7 +9,10 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	kubetesting "k8s.io/client-go/testing"
 
 	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
@@ -73,6 +76,22 @@ func TestPolicy(t *testing.T) {
 	stop()
 	if _, err := os.Stat(policyPath()); err != nil || !inForce() {
 		t.Error("a daemon that stops takes policies along, or forgets them:", err)
+	}
+	d.policy.leave()
+	if !inForce() {
+		t.Error("a daemon that stops takes policies along")
+	}
+	revoked := true
+	client.PrependReactor("list", "networkpolicies", func(kubetesting.Action) (bool, runtime.Object, error) {
+		return revoked, nil, apierrors.NewForbidden(networkingv1.Resource("networkpolicies"), "", nil)
+	})
+	d.policy.leave()
+	if out := shell("nft list ruleset") + shell("ip link show "+link); strings.Contains(out, "headcni-policy") || strings.Contains(out, "group 4278") {
+		t.Error("new pods of a version that enforces no policies would wait for ever:", out)
+	}
+	revoked = false
+	if _, err := os.Stat(policyPath()); err != nil {
+		t.Error(err)
 	}
 
 	off := newDaemon(t, c)

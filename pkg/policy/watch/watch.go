@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/headcni/headcni/internal/netset"
@@ -136,6 +137,18 @@ func (w *Watch) answered(kind string) func(error) {
 			w.changed()
 		}
 	}
+}
+
+// Revoked reports whether the API server lets us read no policies any more, although it knows what we may do: a version that enforces
+// none takes our place, as after helm rollback.
+func (w *Watch) Revoked(ctx context.Context) bool {
+	_, err := w.client.NetworkPolicies("").List(ctx, metav1.ListOptions{Limit: 1})
+	if !apierrors.IsForbidden(err) {
+		return false
+	}
+	// An API server that has just started denies everything until it has read its RBAC rules.
+	_, err = w.client.Nodes().Get(ctx, w.node, metav1.GetOptions{})
+	return err == nil
 }
 
 // Away says why the API server cannot be asked for all that is followed, and since when; nil while it can.

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -247,6 +248,27 @@ func TestChanges(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, w, "no policy", func(c *Cluster) bool { return len(c.Policies) == 0 })
+}
+
+// TestRevoked: only who may read Nodes and no policies was told to stop.
+func TestRevoked(t *testing.T) {
+	for _, c := range []struct {
+		forbidden []string
+		away      bool
+		want      bool
+	}{{nil, false, false}, {[]string{"networkpolicies"}, false, true}, {[]string{"networkpolicies", "nodes"}, false, false}, {nil, true, false}} {
+		client := kubetest.New(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}})
+		client.PrependReactor("*", "*", func(a kubetesting.Action) (bool, runtime.Object, error) {
+			if c.away {
+				return true, nil, errors.New("connection refused")
+			}
+			kind := a.GetResource()
+			return slices.Contains(c.forbidden, kind.Resource), nil, apierrors.NewForbidden(kind.GroupResource(), "", errors.New("RBAC"))
+		})
+		if got := New(client, "a", nil).Revoked(t.Context()); got != c.want {
+			t.Errorf("%+v: %v", c, got)
+		}
+	}
 }
 
 // TestShared: pods with the same labels hold one map, and what is no longer used is not kept for ever.
