@@ -106,9 +106,9 @@ WITH_CLUSTER = $(call PREPARE,e2e,$(LAB),headscale $(TAILSCALE) cni-plugins helm
 
 .PHONY: e2e
 e2e: KUBERNETES = containerd kubernetes kubernetes-e2e
-e2e: need-go ## The chart on a real Kubernetes, with upstream's network conformance tests; needs root, E2EFLAGS=-help
+e2e: need-go ## The chart on a real Kubernetes, with upstream's network conformance tests and some of NetworkPolicies; needs root, E2EFLAGS=-help
 	@if ((EUID != 0)); then echo "make e2e: needs root: run 'sudo make e2e'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m -run 'TestSmoke$$' ./test/e2e/ -args -conformance '$(CONFORMANCE)' $(E2EFLAGS)
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m -run 'TestSmoke$$' ./test/e2e/ -args -policies -conformance '$(CONFORMANCE)' $(E2EFLAGS)
 
 CONFORMANCE ?= \[sig-network\].*\[Conformance\]
 
@@ -130,7 +130,7 @@ OLD    ?= 41a85b4
 e2e-policy: KUBERNETES = containerd kubernetes kubernetes-e2e
 e2e-policy: need-go ## NetworkPolicies on a real Kubernetes: upstream's tests, starts, faults, an upgrade; needs root, RUN='TestNetpol/iptables' NETPOL=regexp
 	@if ((EUID != 0)); then echo "make e2e-policy: needs root: run 'sudo make e2e-policy'" >&2; exit 1; fi
-	@$(MAKE) image-at COMMIT='$(OLD)' IMAGE='headcni.local/headcni:$(OLD)'
+	@[[ -e bin/headcni-image-$(OLD)-$(ARCH).tar ]] || $(MAKE) image-at COMMIT='$(OLD)' IMAGE='headcni.local/headcni:$(OLD)'
 	@$(WITH_CLUSTER) export HEADCNI_OLD_IMAGE="$(CURDIR)/bin/headcni-image-$(OLD)-$(ARCH).tar" HEADCNI_OLD_CHART="$(CURDIR)/bin/headcni-chart-$(OLD)"; \
 		go test -v -count 1 -timeout 120m -run '$(RUN)' ./test/e2e/ -args -netpol '$(NETPOL)' $(E2EFLAGS)
 

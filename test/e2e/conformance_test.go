@@ -69,7 +69,7 @@ func TestNetpol(t *testing.T) {
 // once would time out on two processors.
 func (w *world) policies(t *testing.T, focus string) {
 	t.Helper()
-	s := suite{focus: focus, procs: 3, limit: 40 * time.Minute}
+	s := suite{focus: focus, procs: 4, limit: 40 * time.Minute}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
 	switch {
 	case err == nil:
