@@ -33,9 +33,9 @@ func directionName(d policy.Direction) string {
 // between judges connections from one end to another. The answers for addresses that are treated alike are one.
 func (a *answerer) between(from, to *report.End, p *port) ([]report.Answer, error) {
 	for i, e := range []*report.End{from, to} {
-		if e.Kind == kindPod && len(e.Addrs) == 0 && a.waiting(e.Name) != nil {
-			s := a.unknown(e, directions[i])
-			return []report.Answer{{Verdict: report.Denied, Sides: []report.Side{s}}}, nil
+		if w := a.waiting(e.Name); w != nil && len(e.Addrs) == 0 {
+			s := a.unknown(w, directions[i])
+			return []report.Answer{{Verdict: s.Verdict, Sides: []report.Side{s}}}, nil
 		}
 		if len(e.Addrs) == 0 {
 			return nil, fmt.Errorf("pod %s: %s", e.Name, e.Note)
@@ -133,10 +133,12 @@ func verdict(all []judged, p *port, allowed func(judged) bool) report.Verdict {
 // side is what the policies of one end say.
 func (a *answerer) side(s *policy.Snapshot, end *report.End, dir policy.Direction, all []judged, p *port) report.Side {
 	j := all[0].side(dir)
-	if j.Here && a.Strict && j.Reason != policy.OwnNode && j.Reason != policy.Itself && a.waiting(j.Pod) != nil {
-		side := a.unknown(end, dir)
+	if w := a.waiting(j.Pod); w != nil && j.Here && j.Reason != policy.OwnNode && j.Reason != policy.Itself {
+		side := a.unknown(w, dir)
 		for _, f := range all {
-			a.ask(&side.Kernel, dir, f, false)
+			if a.Strict {
+				a.ask(&side.Kernel, dir, f, false)
+			}
 		}
 		return side
 	}
@@ -174,10 +176,9 @@ func who(e *report.End) string {
 }
 
 // unknown is a side of a pod whose policies are not known yet.
-func (a *answerer) unknown(end *report.End, dir policy.Direction) report.Side {
-	w := a.waiting(end.Name)
+func (a *answerer) unknown(w *Waiting, dir policy.Direction) report.Side {
 	side := report.Side{
-		Direction: directionName(dir), Of: end.Name, Verdict: report.Denied,
+		Direction: directionName(dir), Of: w.Pod, Verdict: report.Denied,
 		Reason: "its policies are not known yet, and until then it reaches its own node alone: " + w.Why,
 	}
 	if !a.Strict {
@@ -228,10 +229,12 @@ func (a *answerer) ask(k *report.Kernel, dir policy.Direction, f judged, want bo
 // about explains a pod's policies, whoever the other end is.
 func (a *answerer) about(pod *report.End) []report.Answer {
 	if len(pod.Addrs) == 0 {
-		if a.waiting(pod.Name) == nil {
+		w := a.waiting(pod.Name)
+		if w == nil {
 			return nil
 		}
-		return []report.Answer{{Verdict: report.Denied, Sides: []report.Side{a.unknown(pod, policy.Ingress), a.unknown(pod, policy.Egress)}}}
+		in := a.unknown(w, policy.Ingress)
+		return []report.Answer{{Verdict: in.Verdict, Sides: []report.Side{in, a.unknown(w, policy.Egress)}}}
 	}
 	p := a.find(pod.Name)
 	if p.HostNetwork {
@@ -244,8 +247,8 @@ func (a *answerer) about(pod *report.End) []report.Answer {
 }
 
 func (a *answerer) aboutSide(end *report.End, pod *policy.Pod, dir policy.Direction, by []string) report.Side {
-	if a.waiting(end.Name) != nil {
-		return a.unknown(end, dir)
+	if w := a.waiting(end.Name); w != nil {
+		return a.unknown(w, dir)
 	}
 	here := pod.Node == a.Snapshot.Node
 	side := report.Side{Direction: directionName(dir), Of: end.Name, Isolating: by, Faults: a.faultsOf(by, dir)}

@@ -206,6 +206,31 @@ func TestList(t *testing.T) {
 	golden.Check(t, "testdata/list.txt", b.String())
 }
 
+// TestWaitingPodSharesAnAddress: of two pods of one address the one that waits need not be the one that was named, and in open mode it is let out.
+func TestWaitingPodSharesAnAddress(t *testing.T) {
+	for _, strict := range []bool{true, false} {
+		s := shop(t)
+		twin := *s.Pods[3] // shop/fresh, which waits
+		twin.Name, twin.UID = "twin", "0"
+		s.Pods = append(s.Pods, &twin)
+		s.Pods[3].UID = "1"
+		s.Nodes[1].Addrs = append(s.Nodes[1].Addrs, s.Pods[3].IPs...)
+		st := state(s)
+		st.Strict = strict
+		st.Waiting = []explain.Waiting{{Pod: "shop/twin", Why: "it is new", Since: began}}
+		for _, from := range []string{"fresh", "twin", "10.244.1.13", "two"} {
+			e, err := explainer(st, s, "shop/fresh", "shop/twin").Explain(t.Context(), report.Question{Namespace: "shop", Pod: "open", From: from, Port: "80"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			last := e.Answers[len(e.Answers)-1]
+			if allowed := last.Verdict == report.Allowed; allowed == strict || !strings.Contains(last.Sides[0].Reason, "it is new") {
+				t.Errorf("strict %t, from %s: %+v", strict, from, e)
+			}
+		}
+	}
+}
+
 func TestErrorsTellWhatToDo(t *testing.T) {
 	x := explainer(state(shop(t)), shop(t))
 	for q, want := range map[report.Question]string{
