@@ -146,6 +146,7 @@ func (w *Watch) trim(n *corev1.Node) *corev1.Node {
 		return out
 	}
 	out.UID = n.UID
+	out.Status.NodeInfo.ContainerRuntimeVersion = n.Status.NodeInfo.ContainerRuntimeVersion
 	for key, v := range n.Annotations {
 		if strings.HasPrefix(key, "headcni.io/") {
 			out.Annotations[key] = v

@@ -54,6 +54,7 @@ func TestWatchWatch(t *testing.T) {
 	own := node("a", "10.244.3.0/24")
 	own.Annotations = map[string]string{"other/x": strings.Repeat("x", 1000), kube.Mode: "host"}
 	own.Status.Images = []corev1.ContainerImage{{Names: []string{"big"}}}
+	own.Status.NodeInfo = corev1.NodeSystemInfo{ContainerRuntimeVersion: "cri-o://1.34.0", OSImage: "big"}
 	if _, err := nodes.Update(t.Context(), own, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -61,6 +62,9 @@ func TestWatchWatch(t *testing.T) {
 	v := w.View()
 	if !cmp.Equal(v.Node.Annotations, map[string]string{kube.Mode: "host"}) || v.Node.Status.Images != nil {
 		t.Errorf("keeps more than it needs: %+v", v.Node)
+	}
+	if v.Runtime() != "cri-o://1.34.0" || v.Node.Status.NodeInfo.OSImage != "" {
+		t.Errorf("runtime %q of %+v", v.Runtime(), v.Node.Status.NodeInfo)
 	}
 	if h := v.Holder(prefixes("10.244.2.128/25")[0]); h != "b" {
 		t.Errorf("holder %q", h)
