@@ -54,7 +54,7 @@ type Cluster interface {
 	// Snapshot is nil until everything is known.
 	Snapshot() *watch.Cluster
 	// Away says why the API server cannot be asked, and since when.
-	Away() (error, time.Time)
+	Away() (since time.Time, err error)
 }
 
 // Table is the kernel's: an enforce.Table.
@@ -243,7 +243,7 @@ func (a *Agent) sync(ctx context.Context) (next time.Duration, err error) {
 // cluster is what is known of the cluster; stale where it is what an earlier process knew. Without the API server and without that the
 // node stays as it is, unless it has no pods yet: then the table stands with nothing in it, so that pods can start and wait.
 func (a *Agent) cluster(links map[string]podlink.Attachment) (c *watch.Cluster, stale bool, err error) {
-	away, _ := a.Cluster.Away()
+	_, away := a.Cluster.Away()
 	c = a.Cluster.Snapshot()
 	waited := time.Since(a.began)
 	if c == nil && (waited < awayPatience || away == nil && waited < syncPatience) {

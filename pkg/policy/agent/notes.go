@@ -109,7 +109,7 @@ func (n *notes) faults(log *slog.Logger, s *policy.Snapshot, faults []policy.Fau
 }
 
 // since says in words that the API server is away, "" where it is not.
-func since(err error, at time.Time) string {
+func since(at time.Time, err error) string {
 	if err == nil {
 		return ""
 	}

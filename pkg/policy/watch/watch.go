@@ -152,15 +152,15 @@ func (w *Watch) Revoked(ctx context.Context) bool {
 }
 
 // Away says why the API server cannot be asked for all that is followed, and since when; nil while it can.
-func (w *Watch) Away() (err error, since time.Time) {
+func (w *Watch) Away() (since time.Time, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, kind := range []string{kindPods, kindNamespaces, kindPolicies} {
 		if err := w.away[kind]; err != nil {
-			return fmt.Errorf("read %s: %w", kind, err), w.awaySince
+			return w.awaySince, fmt.Errorf("read %s: %w", kind, err)
 		}
 	}
-	return nil, time.Time{}
+	return time.Time{}, nil
 }
 
 // Cluster is what is known of the cluster at one moment.

@@ -171,7 +171,7 @@ func TestWhole(t *testing.T) {
 			w, told := start(t, &all, client)
 			if kind != "nodes" {
 				for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-					if err, since := w.Away(); errors.Is(err, away) && !since.IsZero() && told.Load() > 0 {
+					if since, err := w.Away(); errors.Is(err, away) && !since.IsZero() && told.Load() > 0 {
 						break
 					}
 					if time.Now().After(end) {
@@ -186,7 +186,7 @@ func TestWhole(t *testing.T) {
 			back.Store(true)
 			all.Store(true)
 			waitFor(t, w, "a whole cluster", func(c *Cluster) bool { return podOf(c, "web") != nil })
-			if err, since := w.Away(); err != nil || !since.IsZero() {
+			if since, err := w.Away(); err != nil || !since.IsZero() {
 				t.Error(err, since)
 			}
 		})
