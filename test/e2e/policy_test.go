@@ -646,7 +646,8 @@ func testWithoutAPIServer(t *testing.T, p *parties) {
 		if err := p.StartAPIServer(within(t, time.Minute)); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the new static pod is heard", time.Minute, hears("new", 0))
+		// kubelet tells of it when it next looks at the pod, which it does each minute and a half at most.
+		eventually(t, "the new static pod is heard", 3*time.Minute, hears("new", 0))
 	}))
 }
 
