@@ -150,10 +150,25 @@ func testStaleNode(t *testing.T, w *world) {
 	}
 }
 
-// testOtherCNIIsBack: uninstalling gives the other CNI its configuration back.
+// testOtherCNIIsBack: uninstalling gives the other CNI its configuration back. The plugins go, though containerd's pods are still there and
+// in libcni's cache, but not from a node where such a pod is in multus's.
 func testOtherCNIIsBack(t *testing.T, w *world) {
+	without, with := w.Workers()[0], w.Workers()[1]
+	for _, n := range []*cluster.Node{without, with} {
+		if _, err := n.Run(within(t, time.Minute), "bash", "-c", "grep -l headcni /var/lib/cni/results/*"); err != nil {
+			t.Fatalf("libcni's cache on %s knows no pod of ours: this test cannot fail: %v", n.Name, err)
+		}
+	}
+	if _, err := with.Run(within(t, time.Minute), "bash", "-c", "mkdir -p /var/lib/cni/multus/results && cp /var/lib/cni/results/* /var/lib/cni/multus/results"); err != nil {
+		t.Fatal(err)
+	}
 	w.uninstall(t)
-	if b, err := os.ReadFile(w.Workers()[0].Path(otherPath)); err != nil || string(b) != otherConflist {
+	if b, err := os.ReadFile(without.Path(otherPath)); err != nil || string(b) != otherConflist {
 		t.Errorf("the other CNI's configuration: %q, %v", b, err)
+	}
+	for n, stay := range map[*cluster.Node]bool{without: false, with: true} {
+		if _, err := os.Stat(n.Path("/opt/cni/bin/headcni")); (err == nil) != stay {
+			t.Errorf("on %s the plugin is there: %t (%v), want %t", n.Name, err == nil, err, stay)
+		}
 	}
 }
