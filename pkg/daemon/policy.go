@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -66,6 +67,8 @@ func (p *policyPart) start(
 	if p == nil {
 		return
 	}
+	// Most of the memory is what is known of the cluster: garbage may be half as much.
+	debug.SetGCPercent(gcPercent)
 	ctx, p.cancel = context.WithCancel(ctx)
 	for _, run := range []func(){
 		func() { p.watch.Run(ctx, p.agent.Wake) },
@@ -93,6 +96,9 @@ func (p *policyPart) stop() {
 		p.running.Wait()
 	}
 }
+
+// gcPercent is GOGC while a whole cluster is followed.
+const gcPercent = 50
 
 // leaveTimeout bounds what is asked when the daemon stops.
 const leaveTimeout = 3 * time.Second

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -104,6 +105,9 @@ type Agent struct {
 	// kept is the last snapshot of an earlier process, until the API server has sent everything; loaded tells that it was looked for.
 	kept   *watch.Cluster
 	loaded bool
+
+	// freed: what the first reading of the cluster took was given back.
+	freed bool
 
 	// dirty: the kernel has to be written to although nothing has changed.
 	dirty atomic.Bool
@@ -204,6 +208,10 @@ func (a *Agent) pass(ctx context.Context) time.Duration {
 	a.mu.Unlock()
 	if news {
 		a.Changed()
+	}
+	if !a.freed && err == nil {
+		a.freed = true
+		debug.FreeOSMemory() // a whole cluster was read, of which little is kept
 	}
 	return next
 }

@@ -146,23 +146,50 @@ func (s shared) share(p *policy.Pod) {
 	for i := range p.Ports {
 		p.Ports[i].Name = s.text(p.Ports[i].Name)
 	}
-	if len(p.Labels) == 0 {
-		p.Labels = nil
-		return
+	p.Labels = s.labels(p.Labels)
+}
+
+// labels returns the one copy of labels, nil for none.
+func (s shared) labels(l map[string]string) map[string]string {
+	if len(l) == 0 {
+		return nil
 	}
 	var key strings.Builder
-	for _, k := range slices.Sorted(maps.Keys(p.Labels)) {
-		key.WriteString(k + "\x00" + p.Labels[k] + "\x00")
+	for _, k := range slices.Sorted(maps.Keys(l)) {
+		key.WriteString(k + "\x00" + l[k] + "\x00")
 	}
 	if have, ok := s[key.String()].(map[string]string); ok {
-		p.Labels = have
-		return
+		return have
 	}
-	own := make(map[string]string, len(p.Labels))
-	for k, v := range p.Labels {
+	own := make(map[string]string, len(l))
+	for k, v := range l {
 		own[s.text(k)] = v
 	}
-	p.Labels, s[key.String()] = own, own
+	s[key.String()] = own
+	return own
+}
+
+// sharePolicy does so for the labels that a policy's selectors ask for: a map takes more memory than all else of a peer.
+func (s shared) sharePolicy(p *networkingv1.NetworkPolicy) {
+	share := func(sel *metav1.LabelSelector) {
+		if sel != nil {
+			sel.MatchLabels = s.labels(sel.MatchLabels)
+		}
+	}
+	peers := func(list []networkingv1.NetworkPolicyPeer) {
+		for _, peer := range list {
+			share(peer.PodSelector)
+			share(peer.NamespaceSelector)
+		}
+	}
+	p.Namespace = s.text(p.Namespace)
+	share(&p.Spec.PodSelector)
+	for _, r := range p.Spec.Ingress {
+		peers(r.From)
+	}
+	for _, r := range p.Spec.Egress {
+		peers(r.To)
+	}
 }
 
 // text returns the one copy of a short text. Labels' keys end with a zero, texts do not.
@@ -174,9 +201,9 @@ func (s shared) text(t string) string {
 	return t
 }
 
-// prune forgets everything once there is more than pods could need: what is used by then stays with its pods.
-func (s shared) prune(pods int) {
-	if len(s) > 4*pods+1024 {
+// prune forgets everything once there is more than so many pods and policies could need: what is used by then stays with them.
+func (s shared) prune(n int) {
+	if len(s) > 4*n+1024 {
 		clear(s)
 	}
 }

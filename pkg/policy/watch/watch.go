@@ -313,12 +313,14 @@ func (w *Watch) setNamespace(n policy.Namespace) bool {
 func (w *Watch) replacePolicies(all []*networkingv1.NetworkPolicy) {
 	clear(w.policies)
 	for _, p := range all {
+		w.pods.shared.sharePolicy(p)
 		w.policies[nameOf(p)] = p
 	}
 }
 
 func (w *Watch) setPolicy(p *networkingv1.NetworkPolicy) bool {
 	before := w.policies[nameOf(p)]
+	w.pods.shared.sharePolicy(p)
 	w.policies[nameOf(p)] = p
 	return before == nil || before.UID != p.UID || before.Generation != p.Generation || !equalSpecs(before, p)
 }
