@@ -19,9 +19,9 @@ import (
 	"github.com/headcni/headcni/internal/labtest"
 )
 
-// raLifetime is how long a router's word holds, raInterval how often it is given.
+// raLifetime is how long a router's word holds, raInterval how often it is given: a machine with much to do skips several.
 const (
-	raLifetime = 5 * time.Second
+	raLifetime = 15 * time.Second
 	raInterval = 250 * time.Millisecond
 )
 
