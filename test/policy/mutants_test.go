@@ -42,7 +42,7 @@ var mutants = []struct{ name, file, old, new string }{
 	{"flows that stand go on", "table.go", `short = "jump " + chainDoubt`, `short = "accept"`},
 	{"a pod is not itself", "table.go", `fmt.Sprintf("ct original ip saddr . ct reply ip saddr @%s4 accept", SetSelf),`, ""},
 	{"errors are denied", "table.go", `"ct state related meta l4proto { icmp, ipv6-icmp } accept",`, ""},
-	{"what is unknown passes", "table.go", "iifgroup != %d counter name %s drop", "iifgroup != %d counter name %s accept"},
+	{"what is unknown passes", "table.go", `unknown+"counter name "+CounterUnknown+" drop"`, `unknown+"counter name "+CounterUnknown+" accept"`},
 	{"no connection, no policy", "table.go", `Invalid: "goto " + chainStateless,`, `Invalid: "accept",`},
 	{"who went stays in the sets", "cluster.go", "change(gone, without)", "change(gone[:0], without)"},
 }
