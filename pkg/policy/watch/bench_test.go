@@ -78,7 +78,7 @@ func largePod(i int) *corev1.Pod {
 			Namespace: fmt.Sprint("team-", i%100), Name: fmt.Sprintf("%s-7d9c6b8f5d-%05d", app, i), ResourceVersion: "5", UID: types.UID(fmt.Sprintf("4be5a08a-17ba-4ab0-ac38-%012d", i)),
 			Labels:        map[string]string{"app.kubernetes.io/name": app, "app.kubernetes.io/part-of": "shop", "team": fmt.Sprint(i % 100), "pod-template-hash": "7d9c6b8f5d"},
 			Annotations:   map[string]string{"checksum/config": strings.Repeat("0123456789abcdef", 4)},
-			ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kubelet", FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:status":"` + strings.Repeat("x", 2000) + `"}`)}}},
+			ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kubelet", FieldsV1: metav1.NewFieldsV1(`{"f:status":"` + strings.Repeat("x", 2000) + `"}`)}},
 		},
 		Spec: corev1.PodSpec{NodeName: fmt.Sprint("node-", i/110)},
 		Status: corev1.PodStatus{
