@@ -3,6 +3,7 @@ package policy_test
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/headcni/headcni/internal/policytest"
@@ -40,6 +41,35 @@ func BenchmarkChange(b *testing.B) {
 			c.Compile(s)
 			for b.Loop() {
 				s = policytest.LargeChange(r, s)
+				c.Compile(s)
+			}
+		})
+	}
+}
+
+// BenchmarkOneNamespace compiles after one change elsewhere, where a hundred pods of the own node are selected by all of many policies.
+func BenchmarkOneNamespace(b *testing.B) {
+	for _, n := range []int{100, 1000, 10000} {
+		b.Run(fmt.Sprintf("policies=%d", n), func(b *testing.B) {
+			r := rand.New(rand.NewPCG(1, 1))
+			s := policytest.Large(1100, 0)
+			for _, p := range s.Pods {
+				p.Namespace = "ns-0"
+			}
+			for i := range n {
+				p := policytest.LargePolicy(r, "ns-0", fmt.Sprint("policy-", i))
+				p.Spec.PodSelector.MatchLabels = nil
+				s.Policies = append(s.Policies, p)
+			}
+			c := policy.NewCompiler()
+			c.Compile(s)
+			for b.Loop() {
+				next := *s
+				next.Pods = slices.Clone(s.Pods)
+				pod := *s.Pods[1000]
+				pod.Labels = s.Pods[r.IntN(1000)].Labels
+				next.Pods[1000] = &pod
+				s = &next
 				c.Compile(s)
 			}
 		})

@@ -27,8 +27,9 @@ type cluster struct {
 	byLabel map[string]map[string][]*Pod
 	// byPort has the pods with a named port, by its name.
 	byPort map[string][]*Pod
-	// policies are those of a namespace.
+	// policies are those of a namespace, and versions how often they have changed.
 	policies map[string][]*networkingv1.NetworkPolicy
+	versions map[string]int
 }
 
 type nodeAddr struct {
@@ -43,13 +44,15 @@ type changes struct {
 	// pods are those that came, went, or share an address with one that did, and addrs the addresses of these.
 	pods  []*Pod
 	addrs map[netip.Addr]bool
+	// policies are those that went.
+	policies []*networkingv1.NetworkPolicy
 	// spaces are the labels, before and after, of the namespaces where they are different, nil where there was or is none.
 	spaces [][2]map[string]string
 }
 
 func newCluster() *cluster {
 	return &cluster{
-		Snapshot: &Snapshot{}, local: map[*Pod]bool{}, policies: map[string][]*networkingv1.NetworkPolicy{}, claims: map[netip.Addr][]*Pod{}, byNamespace: map[string][]*Pod{},
+		Snapshot: &Snapshot{}, local: map[*Pod]bool{}, policies: map[string][]*networkingv1.NetworkPolicy{}, versions: map[string]int{}, claims: map[netip.Addr][]*Pod{}, byNamespace: map[string][]*Pod{},
 		byLabel: map[string]map[string][]*Pod{}, byPort: map[string][]*Pod{},
 	}
 }
@@ -69,13 +72,7 @@ func (c *cluster) update(s *Snapshot) (ch changes) {
 		c.setNodes()
 	}
 	ch.pods, ch.addrs = c.setPods(old.Pods, s.Pods)
-	gone, come := difference(old.Policies, s.Policies)
-	for _, p := range gone {
-		put(c.policies, p.Namespace, p, without)
-	}
-	for _, p := range come {
-		put(c.policies, p.Namespace, p, with)
-	}
+	ch.policies = c.setPolicies(old.Policies, s.Policies)
 	spaces := make(map[string]map[string]string, len(s.Namespaces))
 	for _, n := range s.Namespaces {
 		labels := n.Labels
@@ -96,6 +93,19 @@ func (c *cluster) update(s *Snapshot) (ch changes) {
 	}
 	c.spaces = spaces
 	return ch
+}
+
+func (c *cluster) setPolicies(old, now []*networkingv1.NetworkPolicy) (gone []*networkingv1.NetworkPolicy) {
+	gone, come := difference(old, now)
+	for _, p := range gone {
+		put(c.policies, p.Namespace, p, without)
+		c.versions[p.Namespace]++
+	}
+	for _, p := range come {
+		put(c.policies, p.Namespace, p, with)
+		c.versions[p.Namespace]++
+	}
+	return gone
 }
 
 func (c *cluster) setNodes() {
@@ -369,6 +379,6 @@ func sortMembers(m []Member) []Member {
 	if len(m) == 0 {
 		return nil
 	}
-	slices.SortFunc(m, Member.compare)
-	return slices.CompactFunc(m, func(a, b Member) bool { return a.compare(b) == 0 })
+	slices.SortFunc(m, Member.Compare)
+	return slices.CompactFunc(m, func(a, b Member) bool { return a.Compare(b) == 0 })
 }

@@ -46,7 +46,7 @@ func (r *Ruleset) Has(set string, m Member) (bool, error) {
 	if s.Kind == Blocks {
 		return slices.ContainsFunc(s.Members, func(b Member) bool { return b.Addr.Compare(m.Addr) <= 0 && m.Addr.Compare(b.Last) <= 0 }), nil
 	}
-	_, found := slices.BinarySearchFunc(s.Members, m, Member.compare)
+	_, found := slices.BinarySearchFunc(s.Members, m, Member.Compare)
 	return found, nil
 }
 

@@ -26,7 +26,7 @@ func (p *peers) add(o *peers) {
 		}
 		p.pods[key] = peer
 	}
-	p.nets = append(p.nets[:len(p.nets):len(p.nets)], o.nets...)
+	p.nets = append(p.nets, o.nets...)
 }
 
 func (p *peers) empty() bool { return !p.any && len(p.pods) == 0 && len(p.nets) == 0 }

@@ -77,7 +77,8 @@ type Member struct {
 	Port     uint16
 }
 
-func (m Member) compare(o Member) int {
+// Compare orders members by address, protocol and port.
+func (m Member) Compare(o Member) int {
 	return cmp.Or(m.Addr.Compare(o.Addr), cmp.Compare(m.Protocol, o.Protocol), cmp.Compare(m.Port, o.Port))
 }
 

@@ -123,7 +123,7 @@ func TestGuardCounts(t *testing.T) {
 	w := surroundings.Enter(t)
 	n := w.a
 	rules := func() string {
-		return labtest.Sh(t, n.Machine, "nft -s list ruleset | grep -v -e expires -e timeout; ip rule; ip -6 rule; ip -o link show type veth | grep -v hc || :")
+		return labtest.Sh(t, n.Machine, "nft -s list ruleset | grep -v -e expires -e 'elements = { .* timeout '; ip rule; ip -6 rule; ip -o link show type veth | grep -v hc || :")
 	}
 	before := rules()
 	if out := labtest.Sh(t, n.Machine, "headcni-daemon check"); strings.Count(out, "stopped, counted as") < 4 {

@@ -19,9 +19,9 @@ import (
 	"github.com/headcni/headcni/internal/labtest"
 )
 
-// raLifetime is how long a router's word holds, raInterval how often it is given: a machine with much to do skips several.
+// raLifetime is how long a router's word holds, raInterval how often it is given.
 const (
-	raLifetime = 15 * time.Second
+	raLifetime = 5 * time.Second
 	raInterval = 250 * time.Millisecond
 )
 

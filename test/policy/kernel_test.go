@@ -139,6 +139,16 @@ func (w *world) has(id uint16) bool {
 	return w.heard[id]
 }
 
+// waitFor waits until a probe has come in: who listens may have to wait for a processor.
+func (w *world) waitFor(id uint16, what string) {
+	w.t.Helper()
+	for until := time.Now().Add(patience); !w.has(id); time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			w.t.Fatalf("%s was dropped", what)
+		}
+	}
+}
+
 // send sends a flow's first packet and returns its identifier.
 func (w *world) send(f policy.Flow) (id uint16) {
 	w.t.Helper()
@@ -195,10 +205,8 @@ func (w *world) probe(s *policy.Snapshot, flows []policy.Flow) {
 		}
 	}
 	for _, id := range pass {
-		for until := time.Now().Add(10 * time.Second); !w.has(id); time.Sleep(time.Millisecond) {
-			if time.Now().After(until) {
-				w.t.Fatalf("%+v was dropped: the API says %+v\n%s", sent[id], policy.Evaluate(s, sent[id]), describe(s))
-			}
+		if !w.has(id) {
+			w.waitFor(id, fmt.Sprintf("%+v, of which the API says %+v\n%s", sent[id], policy.Evaluate(s, sent[id]), describe(s)))
 		}
 	}
 	for _, id := range drop {

@@ -171,7 +171,7 @@ func memberDifference(k policy.SetKind, old, want []policy.Member) (del, add []n
 		case len(old) == 0:
 			c = 1
 		case len(want) > 0:
-			c = compareMembers(old[0], want[0])
+			c = old[0].Compare(want[0])
 		}
 		if c < 0 {
 			del = append(del, member(k, old[0]))
@@ -187,10 +187,6 @@ func memberDifference(k policy.SetKind, old, want []policy.Member) (del, add []n
 		}
 	}
 	return del, add
-}
-
-func compareMembers(a, b policy.Member) int {
-	return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.Port, b.Port))
 }
 
 // chainDifference plans chains. Those of policies never change: their names are their content.

@@ -16,7 +16,8 @@ import (
 const settle = 50 * time.Millisecond
 
 // Changes signals soon after somebody else has written to the table, which makes the next Apply compare all of it, and at once where
-// something was applied before and might have been changed since. Our own writes do not signal. The channel is closed when ctx ends or the kernel's events cannot be read any more.
+// something was applied before and might have been changed since. Our own writes do not signal. The channel is closed when ctx ends or
+// the kernel's events cannot be read any more.
 func (t *Table) Changes(ctx context.Context) (<-chan struct{}, error) {
 	t.mu.Lock()
 	t.own.watchers++ // before the first event

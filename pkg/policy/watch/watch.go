@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -34,7 +35,8 @@ type Watch struct {
 	pods       pods
 	namespaces map[string]policy.Namespace
 	policies   map[types.NamespacedName]*networkingv1.NetworkPolicy
-	synced     map[string]bool // by kind
+	list       []*networkingv1.NetworkPolicy // of policies, nil after a change: the same order makes it cheap to compare
+	synced     map[string]bool               // by kind
 	away       map[string]error
 	awaySince  time.Time // zero while the API server can be asked for everything
 	since      time.Time // of the first change that no snapshot has, zero where there is none
@@ -81,7 +83,9 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 			Keep: keepPolicy, Answered: w.answered(kindPolicies),
 			Replace: func(all []*networkingv1.NetworkPolicy) { w.replaced(kindPolicies, func() { w.replacePolicies(all) }) },
 			Set:     func(p *networkingv1.NetworkPolicy) { w.change(func() bool { return w.setPolicy(p) }) },
-			Remove:  func(p *networkingv1.NetworkPolicy) { w.change(func() bool { return drop(w.policies, nameOf(p)) }) },
+			Remove: func(p *networkingv1.NetworkPolicy) {
+				w.change(func() bool { w.list = nil; return drop(w.policies, nameOf(p)) })
+			},
 		})
 	})
 	wg.Wait()
@@ -185,9 +189,10 @@ func (w *Watch) Snapshot() *Cluster {
 	for _, n := range w.namespaces {
 		s.Namespaces = append(s.Namespaces, n)
 	}
-	for _, p := range w.policies {
-		s.Policies = append(s.Policies, p)
+	if w.list == nil {
+		w.list = slices.Collect(maps.Values(w.policies))
 	}
+	s.Policies = w.list
 	c := &Cluster{Snapshot: s, Static: map[types.UID]types.UID{}, Since: w.since}
 	w.place(c, nodes)
 	w.since = time.Time{}
@@ -312,6 +317,7 @@ func (w *Watch) setNamespace(n policy.Namespace) bool {
 
 func (w *Watch) replacePolicies(all []*networkingv1.NetworkPolicy) {
 	clear(w.policies)
+	w.list = nil
 	for _, p := range all {
 		w.pods.shared.sharePolicy(p)
 		w.policies[nameOf(p)] = p
@@ -322,6 +328,7 @@ func (w *Watch) setPolicy(p *networkingv1.NetworkPolicy) bool {
 	before := w.policies[nameOf(p)]
 	w.pods.shared.sharePolicy(p)
 	w.policies[nameOf(p)] = p
+	w.list = nil
 	return before == nil || before.UID != p.UID || before.Generation != p.Generation || !equalSpecs(before, p)
 }
 
