@@ -171,7 +171,7 @@ bench: need-go ## Speed beside the reference plugins and the kernel alone, as ta
 	@if [[ -e bin/bench.md ]]; then echo "the tables are in bin/bench.md, as Markdown"; fi
 
 .PHONY: bench-policy
-bench-policy: need-go ## What NetworkPolicies cost: a packet, and to compile and apply up to 10,000 of them, as tables; needs root, takes 8 minutes; SCALE=0.1
+bench-policy: need-go ## What NetworkPolicies cost: a packet, and to compile and apply up to 10,000 of them, as tables; needs root, takes 3 minutes; SCALE=0.1
 	@$(MAKE) bench BENCH=Policy
 
 .PHONY: bench-cold
