@@ -156,22 +156,21 @@ func (w *world) stopFlows() {
 	}
 }
 
-// defences are our rules, last routes and tables.
-const defences = `for f in -4 -6; do ip $f rule; ip $f route show type unreachable; done
-for f in ip ip6; do nft -s list table $f headcni | sed '/^\tset ask/,/^\t}$/d'; done`
+// defences are our rules, last routes and tables. What is asked of a node is asked all the time while it is repaired, on the processors
+// that are to repair it: a process for each family, and one for the tables.
+const defences = `for f in -4 -6; do ip -force $f -batch - <<< $'rule\nroute show type unreachable' || :; done
+nft -s 'list table ip headcni; list table ip6 headcni' | sed '/^\tset ask/,/^\t}$/d'`
 
 // state is what faults must leave alone on a node, or what must come back: rules, guard, last routes, tailscaled's routes, the tun, the
 // conflist and the sockets. Which addresses pods have gone through lately is none of it.
 func state(ctx context.Context, n *lab.Node) (string, error) {
 	return n.Run(ctx, "bash", "-c", defences+fmt.Sprintf(`
 for f in -4 -6; do
-	ip $f route show table 52 | sort; ip $f route show default
-	ip $f -o address show dev %[1]s scope global | awk '{ print $4 }'
-done
-ip -o link show dev %[1]s | grep -o 'mtu [0-9]*'
-cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
-cat %[2]s/%[3]s
-cd %[4]s && ls -d api.sock daemon.sock daemon.lock`, n.Tun, paths.CNIConfDir, paths.ConflistName, paths.RunDir))
+	ip -force $f -o -batch - <<< $'route show table 52\nroute show default\naddress show dev %[1]s scope global\nlink show dev %[1]s' || :
+done | sed -E 's/^[0-9]+: //; s/.* mtu ([0-9]+) .*/mtu \1/; s/^[^ ]+ +inet6? ([^ ]+) .*/\1/' | LC_ALL=C sort
+read -r a < /proc/sys/net/ipv4/ip_forward; read -r b < /proc/sys/net/ipv6/conf/all/forwarding; echo $a $b
+echo "$(< %[2]s/%[3]s)"
+cd %[4]s && for f in api.sock daemon.sock daemon.lock; do [[ -e $f ]] && echo $f; done`, n.Tun, paths.CNIConfDir, paths.ConflistName, paths.RunDir))
 }
 
 // repaired waits until all nodes are ready and as before, and after that something has arrived by each stream.
