@@ -93,7 +93,7 @@ func headscalePolicy() object {
 
 // setUp starts Headscale on the control host.
 func (c *Control) setUp(ctx context.Context, opt Options) error {
-	c.URL = fmt.Sprintf("http://%s:%d", underlayAddrs(1)[0].Addr(), headscalePort)
+	c.URL = "http://" + netip.AddrPortFrom(opt.underlay(1)[0].Addr(), headscalePort).String()
 	policy := headscalePolicy()
 	if opt.Policy != nil {
 		opt.Policy(policy)
@@ -105,6 +105,9 @@ func (c *Control) setUp(ctx context.Context, opt Options) error {
 	config := headscaleConfig(serverURL, opt.Batch)
 	if opt.Relay {
 		withRelay(config)
+	}
+	if opt.OnlyIPv6 {
+		delete(config["derp"].(object)["server"].(object), "ipv4")
 	}
 	files := map[string]object{"config.yaml": config, "policy.hujson": policy}
 	for _, dir := range []string{"/etc/headscale", "/run/headscale"} {

@@ -33,6 +33,8 @@ type Options struct {
 	Plugins []string
 	// UnderlayMTU in bytes, 0 = 1500.
 	UnderlayMTU int
+	// OnlyIPv6 leaves IPv4 out on the underlay. It does not go with Relay.
+	OnlyIPv6 bool
 	// Delays are how long a frame is on a node's wire, in either direction, of the nodes in turn: a round trip between two
 	// nodes takes four times that, one between a node and the control host twice. A wire with a delay is a line.
 	Delays []time.Duration
@@ -160,7 +162,7 @@ func (l *Lab) hosts() string {
 		if i > 0 {
 			n = i + 10
 		}
-		for _, a := range underlayAddrs(n) {
+		for _, a := range l.opt.underlay(n) {
 			fmt.Fprintf(&hosts, "%s %s\n", a.Addr(), name)
 		}
 	}
@@ -192,7 +194,7 @@ func (l *Lab) makeMachines(ctx context.Context) error {
 
 // wire makes the underlay.
 func (l *Lab) wire() error {
-	if err := l.Control.addBridge(l.opt.UnderlayMTU); err != nil {
+	if err := l.Control.addBridge(l.opt); err != nil {
 		return err
 	}
 	for i, n := range l.Nodes {

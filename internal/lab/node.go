@@ -32,7 +32,7 @@ type Node struct {
 	Mode string
 	// PodCIDRs are the node's own, an IPv4 and an IPv6 one.
 	PodCIDRs []netip.Prefix
-	// Underlay are the node's addresses on the underlay, IPv4 first.
+	// Underlay are the node's addresses on the underlay, IPv4 first, where it has that.
 	Underlay []netip.Addr
 	// Tun is the name of tailscaled's interface, Port the one of the node on the underlay bridge.
 	Tun, Port string
@@ -54,7 +54,7 @@ func (n *Node) plugIn(i int) error {
 		n.Tun = "headcni01"
 	}
 	host := i + 11
-	for _, a := range underlayAddrs(host) {
+	for _, a := range n.lab.opt.underlay(host) {
 		n.Underlay = append(n.Underlay, a.Addr())
 	}
 	n.PodCIDRs = podCIDRs(i + 1)
@@ -63,13 +63,12 @@ func (n *Node) plugIn(i int) error {
 
 // plug connects the node to the underlay.
 func (n *Node) plug(control *Machine) (err error) {
-	mtu, host := n.lab.opt.UnderlayMTU, n.index+11
-	d := n.delay()
-	if d == 0 {
-		return n.Machine.plug(control, n.Port, true, host, mtu)
+	mtu, d := n.lab.opt.UnderlayMTU, n.delay()
+	near := n.wire()[len(n.wire())-1]
+	if err := n.Machine.plug(control, near, d == 0, mtu); err != nil {
+		return err
 	}
-	near := n.wire()[1]
-	if err := n.Machine.plug(control, near, false, host, mtu); err != nil {
+	if err := n.configure("eth0", n.lab.opt.underlay(n.index+11), n.lab.opt.underlay(1)); err != nil || d == 0 {
 		return err
 	}
 	far := n.Port + "far"

@@ -20,25 +20,34 @@ var (
 	underlay6 = netip.MustParsePrefix("fd77:77:77::/64")
 )
 
-// underlayAddrs are the addresses of host number n, 1 to 254.
+// underlayAddrs are the addresses of host number n, 1 to 254, where the underlay has both families.
 func underlayAddrs(n int) []netip.Prefix {
 	a4, a6 := underlay4.Addr().As4(), underlay6.Addr().As16()
 	a4[3], a6[15] = byte(n), byte(n)
 	return []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4(a4), underlay4.Bits()), netip.PrefixFrom(netip.AddrFrom16(a6), underlay6.Bits())}
 }
 
+// underlay are the addresses of host number n.
+func (o Options) underlay(n int) []netip.Prefix {
+	all := underlayAddrs(n)
+	if o.OnlyIPv6 {
+		return all[1:]
+	}
+	return all
+}
+
 // addBridge makes the underlay on the control host, which is host 1 on it.
-func (m *Machine) addBridge(mtu int) error {
+func (m *Machine) addBridge(opt Options) error {
 	snooping := false // it would hold neighbour discovery back until its first query
-	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName, MTU: mtu}, MulticastSnooping: &snooping}
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridgeName, MTU: opt.UnderlayMTU}, MulticastSnooping: &snooping}
 	if err := m.Net.LinkAdd(bridge); err != nil {
 		return fmt.Errorf("add the underlay bridge: %w", err)
 	}
-	return m.configure(bridgeName, underlayAddrs(1), nil)
+	return m.configure(bridgeName, opt.underlay(1), nil)
 }
 
-// plug connects host number n to control by a veth pair eth0 - port, which is a port of the underlay or stands alone.
-func (m *Machine) plug(control *Machine, port string, bridged bool, n, mtu int) error {
+// plug connects the machine to control by a veth pair eth0 - port, which is a port of the underlay or stands alone.
+func (m *Machine) plug(control *Machine, port string, bridged bool, mtu int) error {
 	attrs := netlink.LinkAttrs{Name: port, MTU: mtu}
 	if bridged {
 		bridge, err := control.Net.LinkByName(bridgeName)
@@ -56,10 +65,7 @@ func (m *Machine) plug(control *Machine, port string, bridged bool, n, mtu int) 
 	if err := control.Net.LinkAdd(veth); err != nil {
 		return fmt.Errorf("plug %s into the underlay: %w", m.Name, err)
 	}
-	if err := control.configure(port, nil, nil); err != nil {
-		return err
-	}
-	return m.configure("eth0", underlayAddrs(n), underlayAddrs(1))
+	return control.configure(port, nil, nil)
 }
 
 // addPort adds a port to the underlay, whose other end is a link on the same machine.
