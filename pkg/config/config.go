@@ -120,8 +120,12 @@ type CNI struct {
 	Exclusive bool `json:"exclusive"`
 }
 
-// DNS is what pods are told about name resolution.
+// DNS is how names are resolved: by pods, and by the cluster for the tailnet's names.
 type DNS struct {
+	// ManageCoreDNS has the controller keep the tailnet's domain in the cluster's DNS; auto means where it is CoreDNS with a
+	// ConfigMap that nobody else writes.
+	ManageCoreDNS Tristate `json:"manageCoreDNS"`
+	// MagicDNS is what pods are told.
 	MagicDNS MagicDNS `json:"magicDNS"`
 }
 
@@ -211,6 +215,7 @@ func Default() Config {
 		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
+		DNS:        DNS{ManageCoreDNS: Auto},
 		Kubernetes: Kubernetes{Enable: Auto, NodeGrace: "10m"},
 		Monitoring: Monitoring{Listen: "127.0.0.1:9669"},
 		Logging:    Logging{Level: "info", Format: "text"},

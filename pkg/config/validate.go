@@ -25,6 +25,7 @@ func (c Config) Validate() error {
 	v.oneOf("logging.format", c.Logging.Format, "text", "json")
 	v.absolute("cni.binDir", c.CNI.BinDir)
 	v.absolute("cni.confDir", c.CNI.ConfDir)
+	v.oneOf("dns.manageCoreDNS", string(c.DNS.ManageCoreDNS), string(Auto), "true", "false")
 	v.oneOf("kubernetes.enable", string(c.Kubernetes.Enable), string(Auto), "true", "false")
 	if c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, "/ ") {
 		v.add("ipam.type", c.IPAM.Type, "want headcni-ipam or the name of another IPAM plugin, such as host-local")

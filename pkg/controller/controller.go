@@ -36,6 +36,9 @@ type Controller struct {
 	keyAt    time.Time
 	slowAt   time.Time
 	findings []finding // of the slow check
+	// namesOf are the zones that the cluster's DNS was last looked at for, namesAt is when, namesNote what was said of it.
+	namesOf, namesNote string
+	namesAt            time.Time
 
 	mu      sync.Mutex
 	nodes   map[string]node

@@ -15,6 +15,10 @@
 //	""                   configmaps  headcni-controller: get, update
 //	coordination.k8s.io  leases      create; headcni-controller: get, update
 //
+// and in kube-system:
+//
+//	""                   configmaps  coredns: get, update; coredns-custom: get, update, delete; create on K3s
+//
 // What `headcni-controller uninstall` asks: nodes list and patch; and in its own namespace
 //
 //	apps                 deployments headcni-controller: get, patch
@@ -22,6 +26,8 @@
 //	""                   configmaps  headcni-controller: get, delete
 //	""                   pods        headcni-test: delete
 //	coordination.k8s.io  leases      headcni-controller: delete
+//
+// and in kube-system what `run` asks there, but for create.
 //
 // The chart makes the Secret headcni-join and the ConfigMap headcni-controller, empty: who may create Secrets in kube-system
 // can have the token of any service account there put into one. Where that right is given all the same, missing ones are

@@ -45,7 +45,7 @@ func trim(n *corev1.Node) *corev1.Node {
 		}
 	}
 	out.Name, out.UID, out.ResourceVersion, out.CreationTimestamp = n.Name, n.UID, n.ResourceVersion, n.CreationTimestamp
-	for _, key := range []string{kube.NodeKey, kube.Mode, kube.Headscale, kube.Allocated, kube.Uninstall} {
+	for _, key := range []string{kube.NodeKey, kube.Mode, kube.TailnetDomain, kube.Headscale, kube.Allocated, kube.Uninstall} {
 		if v, ok := n.Annotations[key]; ok {
 			if out.Annotations == nil {
 				out.Annotations = map[string]string{}
@@ -61,7 +61,7 @@ func (c *Controller) setNode(n node) {
 	old, had := c.nodes[n.name]
 	c.nodes[n.name] = n
 	c.mu.Unlock()
-	same := had && old.key == n.key && old.mode == n.mode && old.viewText == n.viewText && old.leaving == n.leaving &&
+	same := had && old.key == n.key && old.mode == n.mode && old.domain == n.domain && old.viewText == n.viewText && old.leaving == n.leaving &&
 		slices.Equal(old.cidrs, n.cidrs)
 	if !same {
 		c.loop.Wake()

@@ -35,6 +35,8 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	}
 	// A Node that is being uninstalled is left alone, the others are not: uninstall itself stops all controllers first, and
 	// whoever has one node's kubelet can put that annotation on it.
+	// It needs no Headscale, and nothing waits for it.
+	defer func() { err = errors.Join(err, c.names(ctx, nodes)) }()
 	up := 0.0
 	defer func() { c.metrics.headscale.Set(up) }()
 	api, cred, err := c.connect(ctx)

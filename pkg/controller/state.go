@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -18,8 +19,10 @@ type node struct {
 	name string
 	// key and mode are what the node's own daemon says; "" before it has joined.
 	key, mode string
-	cidrs     []netip.Prefix
-	cidrErr   error
+	// domain is the tailnet's, as the node's own daemon says; "" before it has joined.
+	domain  string
+	cidrs   []netip.Prefix
+	cidrErr error
 	// shared are its addresses in the tailnet's IPv4 range, be they the tailnet's or another network's.
 	shared  []netip.Addr
 	created time.Time
@@ -49,6 +52,7 @@ func nodeOf(n *corev1.Node) node {
 			out.shared = append(out.shared, ip)
 		}
 	}
+	out.domain = strings.ToLower(strings.TrimSuffix(n.Annotations[kube.TailnetDomain], "."))
 	out.view, _, _ = kube.ViewOf(n) // a damaged one is written anew
 	return out
 }

@@ -34,7 +34,7 @@ func (c *Controller) Uninstall(ctx context.Context) error {
 		return err
 	}
 	var errs []error
-	errs = append(errs, c.askNodes(ctx), c.forgetNodes(ctx))
+	errs = append(errs, c.forgetNames(ctx), c.askNodes(ctx), c.forgetNodes(ctx))
 	for _, made := range []struct {
 		kind, name string
 		remove     func(context.Context, string, metav1.DeleteOptions) error
@@ -181,7 +181,7 @@ func (c *Controller) cleanNodes(ctx context.Context) error {
 func ourAnnotations(n *corev1.Node) map[string]any {
 	change := map[string]any{}
 	for _, key := range []string{
-		kube.NodeKey, kube.Mode, kube.TailnetIPs, kube.Headscale, kube.Allocated, kube.Uninstall, kube.Uninstalled,
+		kube.NodeKey, kube.Mode, kube.TailnetIPs, kube.TailnetDomain, kube.Headscale, kube.Allocated, kube.Uninstall, kube.Uninstalled,
 	} {
 		if _, ok := n.Annotations[key]; ok {
 			change[key] = nil

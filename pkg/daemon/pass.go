@@ -69,6 +69,7 @@ func (s *pass) wantOfNode() nodeview.Want {
 	w := nodeview.Want{Mode: s.seen.Mode, Up: s.programmed}
 	if s.seen.Running() {
 		w.NodeKey, w.TailnetIPs = s.seen.Tailnet.Self.NodeKey, s.seen.Tailnet.Self.IPs
+		w.TailnetDomain = s.seen.Tailnet.MagicDNSSuffix
 	}
 	return w
 }

@@ -44,6 +44,8 @@ const (
 	NodeKey    = prefix + "node-key"
 	Mode       = prefix + "mode"
 	TailnetIPs = prefix + "tailnet-ips"
+	// TailnetDomain is the domain of the tailnet's names, as its tailscaled knows it.
+	TailnetDomain = prefix + "tailnet-domain"
 	// Headscale is written by the controller: the node as Headscale sees it, a View as JSON.
 	Headscale = prefix + "headscale"
 	// Allocated is "true" where the controller gave the Node its pod CIDRs.

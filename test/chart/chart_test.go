@@ -429,7 +429,7 @@ func TestAdmissionPolicyKnowsTheAnnotations(t *testing.T) {
 		if o.Kind != "ValidatingAdmissionPolicy" {
 			continue
 		}
-		for _, a := range []string{kube.NodeKey, kube.Mode, kube.TailnetIPs, kube.Uninstalled} {
+		for _, a := range []string{kube.NodeKey, kube.Mode, kube.TailnetIPs, kube.TailnetDomain, kube.Uninstalled} {
 			if !strings.Contains(o.text, "'"+a+"'") {
 				t.Errorf("the daemon may not write %s", a)
 			}

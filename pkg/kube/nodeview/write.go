@@ -35,6 +35,8 @@ type Want struct {
 	NodeKey    string
 	Mode       string
 	TailnetIPs []netip.Addr
+	// TailnetDomain is the domain of the tailnet's names; "" where it has none.
+	TailnetDomain string
 	// Up is true where pods can start.
 	Up bool
 }
@@ -54,7 +56,7 @@ func planNodeWrite(n *corev1.Node, want Want) nodeWrite {
 			ips = append(ips, ip.String())
 		}
 		for key, v := range map[string]string{
-			kube.NodeKey: want.NodeKey, kube.Mode: want.Mode, kube.TailnetIPs: strings.Join(ips, ","),
+			kube.NodeKey: want.NodeKey, kube.Mode: want.Mode, kube.TailnetIPs: strings.Join(ips, ","), kube.TailnetDomain: want.TailnetDomain,
 		} {
 			if n.Annotations[key] != v {
 				w.annotations[key] = v
@@ -166,5 +168,6 @@ func (w *Watch) Uninstalled(ctx context.Context, v *View) error {
 	}
 	return w.annotate(ctx, map[string]any{
 		kube.Uninstalled: time.Now().UTC().Format(time.RFC3339), kube.NodeKey: nil, kube.Mode: nil, kube.TailnetIPs: nil,
+		kube.TailnetDomain: nil,
 	})
 }

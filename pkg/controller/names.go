@@ -1,0 +1,368 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/dns/corefile"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+const (
+	// checkDNS is the finding about the cluster's DNS.
+	checkDNS = "dns"
+	// namesCheck is how often CoreDNS' ConfigMaps are looked at although the zones are the same.
+	namesCheck = time.Minute
+
+	dnsNamespace = "kube-system"
+	// dnsMain is CoreDNS' ConfigMap, dnsCustom the one that K3s and AKS leave to their users: there dnsMain is rewritten.
+	dnsMain, dnsMainKey     = "coredns", "Corefile"
+	dnsCustom, dnsCustomKey = "coredns-custom", "headcni.server"
+	// dnsServerKeys end the keys of dnsCustom that CoreDNS reads as server blocks.
+	dnsServerKeys = ".server"
+
+	managedBy = "app.kubernetes.io/managed-by"
+)
+
+// dnsState is what there is of CoreDNS; nil where there is none.
+type dnsState struct{ main, custom *corev1.ConfigMap }
+
+// dnsPlan is what to write, with the resourceVersion that was read.
+type dnsPlan struct {
+	update, create, remove *corev1.ConfigMap
+	// finding is what somebody has to do, note what is as it should be and good to know; "" = nothing.
+	finding, note string
+}
+
+// names keeps the tailnet's domain in the cluster's DNS.
+func (c *Controller) names(ctx context.Context, nodes []node) error {
+	zones, finding := c.zones(nodes)
+	text := fmt.Sprint(zones, finding)
+	if text == c.namesOf && c.now().Sub(c.namesAt) < namesCheck {
+		return nil
+	}
+	p, err := c.writeNames(ctx, zones)
+	if apierrors.IsForbidden(err) {
+		p, err = dnsPlan{finding: err.Error() + ": upgrade the chart, which gives that right, or set dns.manageCoreDNS to false"}, nil
+	}
+	if err != nil {
+		return err
+	}
+	if finding == "" {
+		finding = p.finding
+	}
+	c.metrics.findings.WithLabelValues(checkDNS).Set(0)
+	if finding != "" {
+		c.metrics.findings.WithLabelValues(checkDNS).Set(1)
+	}
+	c.announce(ctx, checkDNS, finding, c.about())
+	if p.note != c.namesNote {
+		c.log.Info("the cluster's DNS", "note", p.note)
+	}
+	c.namesOf, c.namesAt, c.namesNote = text, c.now(), p.note
+	return nil
+}
+
+// zones are those that CoreDNS is to forward. None is known before a node says the tailnet's domain, and while nodes contradict each
+// other: what stands there stays then.
+func (c *Controller) zones(nodes []node) (zones []corefile.Zone, finding string) {
+	domain, err := tailnetDomain(nodes)
+	if err == nil && domain != "" {
+		err = c.checkDomain(domain)
+	}
+	if err != nil {
+		return nil, "names of the tailnet: " + err.Error()
+	}
+	if domain == "" {
+		return nil, ""
+	}
+	return []corefile.Zone{{Name: domain, Upstreams: upstreams(nodes)}}, ""
+}
+
+// tailnetDomain is what all nodes say, "" where none says any. One node that was broken into must not lead a domain of its choice
+// to itself, so all must agree.
+func tailnetDomain(nodes []node) (string, error) {
+	said := map[string][]string{}
+	for _, n := range nodes {
+		if n.domain != "" && n.key != "" && !n.leaving {
+			said[n.domain] = append(said[n.domain], n.name)
+		}
+	}
+	var domains []string
+	for d := range said {
+		domains = append(domains, d)
+	}
+	if len(domains) == 1 {
+		return domains[0], nil
+	}
+	slices.Sort(domains)
+	var each []string
+	for _, d := range domains {
+		each = append(each, fmt.Sprintf("%s say %.253q", abridge(said[d]), d))
+	}
+	if len(each) > 0 {
+		return "", fmt.Errorf("nodes say different domains (%s): CoreDNS stays as it is until they agree", strings.Join(each, ", "))
+	}
+	return "", nil
+}
+
+// checkDomain says what is wrong with the tailnet's domain, but for what only the Corefile tells.
+func (c *Controller) checkDomain(domain string) error {
+	if err := corefile.CheckDomain(domain); err != nil {
+		return fmt.Errorf("%w: see dns.base_domain of Headscale", err)
+	}
+	u, err := url.Parse(c.cfg.Headscale.URL)
+	if err == nil && corefile.Apart(strings.ToLower(u.Hostname()), []string{domain}) != nil {
+		return fmt.Errorf("headscale.url %s is inside the tailnet's domain %s, so that nobody finds Headscale before it is found: change dns.base_domain of Headscale",
+			u.Hostname(), domain)
+	}
+	return nil
+}
+
+// upstreams answer for the tailnet's domain, as tailscaled does on each node: CoreDNS asks the one of its own node. Pods without
+// IPv4 reach the other address.
+func upstreams(nodes []node) []netip.AddrPort {
+	for _, n := range nodes {
+		if slices.ContainsFunc(n.cidrs, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
+			return []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{100, 100, 100, 100}), 53)}
+		}
+	}
+	return []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("fd7a:115c:a1e0::53"), 53)}
+}
+
+// writeNames observes, plans and writes. No zones write nothing, but where they are not wanted at all.
+func (c *Controller) writeNames(ctx context.Context, zones []corefile.Zone) (dnsPlan, error) {
+	mode := c.cfg.DNS.ManageCoreDNS
+	if len(zones) == 0 && mode != "false" {
+		return dnsPlan{}, nil
+	}
+	have, err := c.dnsState(ctx)
+	if apierrors.IsForbidden(err) && mode == "false" {
+		return dnsPlan{}, nil // who may not read has not written
+	}
+	if err != nil {
+		return dnsPlan{}, err
+	}
+	p := planDNS(have, zones, mode)
+	return p, c.applyDNS(ctx, p)
+}
+
+func (c *Controller) dnsState(ctx context.Context) (s dnsState, err error) {
+	if s.main, err = c.dnsMap(ctx, dnsMain); err != nil || s.main == nil {
+		return s, err
+	}
+	s.custom, err = c.dnsMap(ctx, dnsCustom)
+	return s, err
+}
+
+func (c *Controller) dnsMap(ctx context.Context, name string) (*corev1.ConfigMap, error) {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	m, err := c.client.ConfigMaps(dnsNamespace).Get(ctx, name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read ConfigMap %s/%s: %w", dnsNamespace, name, err)
+	}
+	return m, nil
+}
+
+// applyDNS writes. Somebody who wrote since wins: the next pass looks again.
+func (c *Controller) applyDNS(ctx context.Context, p dnsPlan) error {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	maps := c.client.ConfigMaps(dnsNamespace)
+	var errs []error
+	for _, w := range []struct {
+		object *corev1.ConfigMap
+		write  func(*corev1.ConfigMap) error
+	}{
+		{p.update, func(m *corev1.ConfigMap) error { _, err := maps.Update(ctx, m, metav1.UpdateOptions{}); return err }},
+		{p.create, func(m *corev1.ConfigMap) error { _, err := maps.Create(ctx, m, metav1.CreateOptions{}); return err }},
+		{p.remove, func(m *corev1.ConfigMap) error {
+			return maps.Delete(ctx, m.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &m.UID, ResourceVersion: &m.ResourceVersion}})
+		}},
+	} {
+		if w.object == nil {
+			continue
+		}
+		if err := w.write(w.object); err != nil {
+			errs = append(errs, fmt.Errorf("write ConfigMap %s/%s: %w", dnsNamespace, w.object.Name, err))
+			continue
+		}
+		c.log.Info("wrote CoreDNS' configuration", "configmap", w.object.Name)
+	}
+	return errors.Join(errs...)
+}
+
+// planDNS says what to write so that CoreDNS has these zones; with mode "false" it has none of ours. It does no I/O.
+func planDNS(have dnsState, zones []corefile.Zone, mode config.Tristate) dnsPlan {
+	if mode == "false" {
+		return withoutNames(have)
+	}
+	if have.main == nil || have.main.Data[dnsMainKey] == "" {
+		return notOurs(mode, fmt.Sprintf("the cluster's DNS is not CoreDNS with a ConfigMap %s/%s", dnsNamespace, dnsMain))
+	}
+	text, err := corefile.Outside(have.main.Data[dnsMainKey])
+	if err != nil {
+		return dnsPlan{finding: dnsFinding(dnsMain, err)}
+	}
+	file, err := corefile.Parse(text)
+	if err != nil {
+		return dnsPlan{finding: dnsFinding(dnsMain, fmt.Errorf("cannot be read: %w", err))}
+	}
+	domains, port, err := file.Cluster()
+	if err != nil {
+		return dnsPlan{finding: dnsFinding(dnsMain, err)}
+	}
+	for _, z := range zones {
+		if err := corefile.Apart(z.Name, domains); err != nil {
+			return dnsPlan{finding: "names of the tailnet: " + err.Error() + ": change dns.base_domain of Headscale, or set dns.manageCoreDNS to false"}
+		}
+	}
+	foreign := slices.DeleteFunc(slices.Clone(file.Imports), isCustomImport)
+	switch {
+	case len(foreign) > 0:
+		return notOurs(mode, fmt.Sprintf("the Corefile imports %s, which may serve the zone already", strings.Join(foreign, ", ")))
+	case len(file.Imports) > 0:
+		return planCustom(have, file, zones, port)
+	}
+	if by := writtenBy(have.main); by != "" && mode == config.Auto {
+		return notOurs(mode, fmt.Sprintf("%s writes ConfigMap %s/%s", by, dnsNamespace, dnsMain))
+	}
+	next, err := corefile.Set(have.main.Data[dnsMainKey], zones, port)
+	if err != nil {
+		return dnsPlan{finding: dnsFinding(dnsMain, err)}
+	}
+	if next == have.main.Data[dnsMainKey] {
+		return dnsPlan{}
+	}
+	p := dnsPlan{update: withKey(have.main, dnsMainKey, next)}
+	if !file.Reloads() {
+		p.note = "the Corefile has no plugin reload: kubectl -n kube-system rollout restart deployment coredns"
+	}
+	return p
+}
+
+// notOurs is a cluster's DNS that we do not write to: to be done by hand where it was asked for.
+func notOurs(mode config.Tristate, why string) dnsPlan {
+	text := why + ": pods do not resolve the tailnet's names until you put there what `headcnictl dns corefile` prints"
+	if mode == config.Auto {
+		return dnsPlan{note: text}
+	}
+	return dnsPlan{finding: text}
+}
+
+func dnsFinding(name string, err error) string {
+	return fmt.Sprintf("ConfigMap %s/%s %s; it stays as it is, and pods do not resolve the tailnet's names", dnsNamespace, name,
+		strings.ReplaceAll(err.Error(), "\n", "; "))
+}
+
+// isCustomImport reports whether a Corefile's import is that of dnsCustom, which K3s and AKS have.
+func isCustomImport(pattern string) bool { return strings.HasSuffix(pattern, "custom/*"+dnsServerKeys) }
+
+// writtenBy names who keeps a ConfigMap as it is and would undo what we write, or fail at it.
+func writtenBy(m *corev1.ConfigMap) string {
+	if m.Labels["addonmanager.kubernetes.io/mode"] == "Reconcile" {
+		return "the add-on manager"
+	}
+	if m.Labels[managedBy] == "Helm" {
+		return "Helm"
+	}
+	return ""
+}
+
+// planCustom keeps the server blocks in a key of our own.
+func planCustom(have dnsState, main corefile.File, zones []corefile.Zone, port int) dnsPlan {
+	want := "# Written by headcni-controller: change dns.* and remoteClusters in HeadCNI's values.\n" + corefile.Render(zones, port)
+	others := map[string]corefile.File{dnsMain: main}
+	if have.custom != nil {
+		for key, text := range have.custom.Data {
+			if key == dnsCustomKey || !strings.HasSuffix(key, dnsServerKeys) {
+				continue
+			}
+			f, err := corefile.Parse(text)
+			if err != nil {
+				return dnsPlan{finding: dnsFinding(dnsCustom, fmt.Errorf("(%s) cannot be read: %w", key, err))}
+			}
+			others[key] = f
+		}
+	}
+	for where, f := range others {
+		for _, z := range zones {
+			if key := f.Serves(z.Name, port); key != "" {
+				return dnsPlan{finding: dnsFinding(dnsCustom, fmt.Errorf("cannot have a server block for %s: %s has %s already, which is not of headcni: "+
+					"remove that one, or set dns.manageCoreDNS to false", z.Name, where, key))}
+			}
+		}
+	}
+	switch {
+	case have.custom == nil:
+		return dnsPlan{create: &corev1.ConfigMap{
+			ObjectMeta: metav1.ObjectMeta{Name: dnsCustom, Namespace: dnsNamespace, Labels: map[string]string{managedBy: kube.Controller}},
+			Data:       map[string]string{dnsCustomKey: want},
+		}}
+	case have.custom.Data[dnsCustomKey] == want:
+		return dnsPlan{}
+	}
+	return dnsPlan{update: withKey(have.custom, dnsCustomKey, want)}
+}
+
+// withoutNames takes out what is ours.
+func withoutNames(have dnsState) dnsPlan {
+	var p dnsPlan
+	if have.custom != nil {
+		if _, ok := have.custom.Data[dnsCustomKey]; ok && len(have.custom.Data) == 1 && have.custom.Labels[managedBy] == kube.Controller {
+			p.remove = have.custom
+			return p
+		} else if ok {
+			p.update = have.custom.DeepCopy()
+			delete(p.update.Data, dnsCustomKey)
+			return p
+		}
+	}
+	if have.main == nil {
+		return p
+	}
+	next, err := corefile.Set(have.main.Data[dnsMainKey], nil, 0)
+	if err != nil {
+		p.finding = dnsFinding(dnsMain, err)
+	} else if next != have.main.Data[dnsMainKey] {
+		p.update = withKey(have.main, dnsMainKey, next)
+	}
+	return p
+}
+
+func withKey(m *corev1.ConfigMap, key, text string) *corev1.ConfigMap {
+	next := m.DeepCopy()
+	if next.Data == nil {
+		next.Data = map[string]string{}
+	}
+	next.Data[key] = text
+	return next
+}
+
+// forgetNames takes what is ours out of the cluster's DNS.
+func (c *Controller) forgetNames(ctx context.Context) error {
+	have, err := c.dnsState(ctx)
+	if err != nil {
+		return err
+	}
+	p := withoutNames(have)
+	if p.finding != "" {
+		c.log.Warn("CoreDNS' configuration stays as it is", "why", p.finding)
+	}
+	return c.applyDNS(ctx, p)
+}

@@ -1,0 +1,188 @@
+package controller
+
+import (
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	clienttesting "k8s.io/client-go/testing"
+
+	"github.com/headcni/headcni/internal/kubetest"
+	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/dns/corefile"
+)
+
+const (
+	plain = ".:53 {\n    kubernetes cluster.local in-addr.arpa ip6.arpa\n    forward . /etc/resolv.conf\n    reload\n}\n"
+	k3s   = plain + "import /etc/coredns/custom/*.server\n"
+)
+
+func configMap(name string, labels map[string]string, keysAndTexts ...string) *corev1.ConfigMap {
+	m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: dnsNamespace, Labels: labels, ResourceVersion: "1"}, Data: map[string]string{}}
+	for i := 0; i < len(keysAndTexts); i += 2 {
+		m.Data[keysAndTexts[i]] = keysAndTexts[i+1]
+	}
+	return m
+}
+
+// named is a Node that says the tailnet's domain.
+func named(name, domain string, cidrs ...string) node {
+	n := kn(name, name, cidrs...)
+	n.domain = domain
+	return n
+}
+
+func namer(t *testing.T, mode config.Tristate, objects ...runtime.Object) (*Controller, kubetest.Client) {
+	t.Helper()
+	cfg := config.Default()
+	cfg.Headscale.URL, cfg.DNS.ManageCoreDNS = "https://headscale.example.com", mode
+	client := kubetest.New(objects...)
+	return newController(cfg, slog.New(slog.NewTextHandler(t.Output(), nil)), func(string) string { return "" }, client, "test"), client
+}
+
+func dataOf(t *testing.T, client kubetest.Client, name string) map[string]string {
+	t.Helper()
+	m, err := client.ConfigMaps(dnsNamespace).Get(t.Context(), name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m.Data
+}
+
+func TestNames(t *testing.T) {
+	one := named("one", "hc.internal", "10.244.1.0/24")
+	section, err := corefile.Set("", []corefile.Zone{{Name: "hc.internal", Upstreams: upstreams([]node{one})}}, 53)
+	if err != nil {
+		t.Fatal(err)
+	}
+	helm := map[string]string{managedBy: "Helm"}
+	changed := strings.Replace(section, "servfail 1s", "servfail 9s", 1)
+	own, _ := strings.CutPrefix(section, section[:strings.Index(section, "\n")+1])
+	own = "# Written by headcni-controller: change dns.* and remoteClusters in HeadCNI's values.\n" + strings.TrimSuffix(own, "# END headcni\n")
+	for name, tt := range map[string]struct {
+		mode         config.Tristate
+		main, custom *corev1.ConfigMap
+		nodes        []node
+		// wantMain "" means as it was; wantCustom nil means none.
+		wantMain    string
+		wantCustom  map[string]string
+		wantFinding string
+	}{
+		"plain":               {main: configMap(dnsMain, nil, dnsMainKey, plain, "other", "x"), wantMain: plain + section},
+		"as it should be":     {main: configMap(dnsMain, nil, dnsMainKey, plain+section), wantMain: plain + section},
+		"changed by somebody": {main: configMap(dnsMain, nil, dnsMainKey, plain+changed), wantMain: plain + section},
+		"false":               {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, plain+section), wantMain: plain},
+		"false, broken":       {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, "{\n"+section), wantMain: "{\n"},
+		"nobody says":         {main: configMap(dnsMain, nil, dnsMainKey, plain+changed), nodes: []node{named("one", "")}, wantMain: plain + changed},
+		"a cluster without IPv4": {
+			main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "hc.internal", "fd00:244:1::/64")},
+			wantMain: plain + strings.Replace(section, "100.100.100.100:53", "[fd7a:115c:a1e0::53]:53", 1),
+		},
+		"nodes disagree": {
+			main: configMap(dnsMain, nil, dnsMainKey, plain+section), nodes: []node{one, named("two", "example.com")}, wantMain: plain + section,
+			wantFinding: `nodes say different domains (two say "example.com", one say "hc.internal")`,
+		},
+		"no domain":            {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "x {\n}")}, wantFinding: "is no domain"},
+		"the cluster's domain": {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "cluster.local")}, wantFinding: "inside the cluster's domain cluster.local"},
+		"above the cluster's":  {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "local")}, wantFinding: "cluster.local is inside local"},
+		"Headscale's own":      {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "example.com")}, wantFinding: "headscale.example.com is inside"},
+		"does not parse":       {main: configMap(dnsMain, nil, dnsMainKey, plain+"x {"), wantFinding: "cannot be read: line 6"},
+		"somebody else's":      {main: configMap(dnsMain, nil, dnsMainKey, plain+"hc.internal {\n whoami\n}\n"), wantFinding: "has a server block hc.internal already"},
+		"no kubernetes":        {main: configMap(dnsMain, nil, dnsMainKey, ".:53 {\n whoami\n}\n"), wantFinding: "no server block with the plugin kubernetes"},
+		"Helm's, auto":         {main: configMap(dnsMain, helm, dnsMainKey, plain)},
+		"Helm's, true":         {mode: "true", main: configMap(dnsMain, helm, dnsMainKey, plain), wantMain: plain + section},
+		"no CoreDNS, auto":     {},
+		"no CoreDNS, true":     {mode: "true", wantFinding: "headcnictl dns corefile"},
+		"imports":              {mode: "true", main: configMap(dnsMain, nil, dnsMainKey, plain+"import /x\n"), wantFinding: "imports /x"},
+		"K3s":                  {main: configMap(dnsMain, nil, dnsMainKey, k3s), wantCustom: map[string]string{dnsCustomKey: own}},
+		"AKS": {
+			main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, nil, "a.server", "a.test {\n whoami\n}\n"),
+			wantCustom: map[string]string{dnsCustomKey: own, "a.server": "a.test {\n whoami\n}\n"},
+		},
+		"K3s, somebody else's": {
+			main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, nil, "a.server", "hc.internal {\n whoami\n}\n"),
+			wantCustom: map[string]string{"a.server": "hc.internal {\n whoami\n}\n"}, wantFinding: "a.server has hc.internal already",
+		},
+		"K3s, false": {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, map[string]string{managedBy: "headcni-controller"}, dnsCustomKey, own)},
+		"AKS, false": {
+			mode: "false", main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, nil, dnsCustomKey, own), wantCustom: map[string]string{},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if tt.mode == "" {
+				tt.mode = config.Auto
+			}
+			if tt.nodes == nil {
+				tt.nodes = []node{one}
+			}
+			var objects []runtime.Object
+			var want map[string]string
+			if tt.main != nil {
+				objects, want = append(objects, tt.main), tt.main.DeepCopy().Data
+				if tt.wantMain != "" {
+					want[dnsMainKey] = tt.wantMain
+				}
+			}
+			if tt.custom != nil {
+				objects = append(objects, tt.custom)
+			}
+			c, client := namer(t, tt.mode, objects...)
+			for range 2 { // the second changes nothing more
+				c.namesOf = ""
+				if err := c.names(t.Context(), tt.nodes); err != nil {
+					t.Fatal(err)
+				}
+				if diff := cmp.Diff(want, dataOf(t, client, dnsMain)); diff != "" {
+					t.Error(diff)
+				}
+				if diff := cmp.Diff(tt.wantCustom, dataOf(t, client, dnsCustom)); diff != "" {
+					t.Error(diff)
+				}
+			}
+			text := c.announced[checkDNS]
+			if !strings.Contains(text, tt.wantFinding) || (text == "") != (tt.wantFinding == "") || strings.Contains(text, "\n") {
+				t.Errorf("finding %q, want %q", text, tt.wantFinding)
+			}
+			writes := 0
+			for _, a := range client.Actions() {
+				if a.GetResource().Resource == "configmaps" && a.GetVerb() != "get" {
+					writes++
+				}
+			}
+			if writes > 1 {
+				t.Errorf("%d writes", writes)
+			}
+			if err := c.forgetNames(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if text := dataOf(t, client, dnsMain)[dnsMainKey] + dataOf(t, client, dnsCustom)[dnsCustomKey]; strings.Contains(text, "headcni") {
+				t.Errorf("uninstall leaves %s", text)
+			}
+		})
+	}
+}
+
+// TestNamesForbidden: a chart that gives no right yet is a finding; the pass goes on.
+func TestNamesForbidden(t *testing.T) {
+	for verb, mode := range map[string]config.Tristate{"get": config.Auto, "update": config.Auto} {
+		c, client := namer(t, mode, configMap(dnsMain, nil, dnsMainKey, plain))
+		client.PrependReactor(verb, "configmaps", func(clienttesting.Action) (bool, runtime.Object, error) {
+			return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "configmaps"}, dnsMain, nil)
+		})
+		if err := c.names(t.Context(), []node{named("one", "hc.internal", "10.244.1.0/24")}); err != nil {
+			t.Errorf("%s: %v", verb, err)
+		}
+		if text := c.announced[checkDNS]; !strings.Contains(text, "upgrade the chart") {
+			t.Errorf("%s: %q", verb, text)
+		}
+	}
+}

@@ -1,0 +1,78 @@
+package corefile
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/util/validation"
+)
+
+// Zone is a domain that CoreDNS is to ask others for.
+type Zone struct {
+	// Name is the domain, in lower case without its final dot.
+	Name string
+	// Upstreams answer for it.
+	Upstreams []netip.AddrPort
+}
+
+// CheckDomain says what is wrong with the name of a zone.
+func CheckDomain(name string) error {
+	if faults := validation.IsDNS1123Subdomain(name); len(faults) > 0 {
+		return fmt.Errorf("%q is no domain: %s", name, strings.Join(faults, "; "))
+	}
+	for label := range strings.SplitSeq(name, ".") {
+		if len(label) > maxLabel {
+			return fmt.Errorf("%q is no domain: %q is longer than %d characters", name, label, maxLabel)
+		}
+	}
+	if isReverse(name) {
+		return fmt.Errorf("%q is a domain of addresses", name)
+	}
+	return nil
+}
+
+// maxLabel is the longest label that DNS has, in bytes (RFC 1035, section 2.3.4).
+const maxLabel = 63
+
+// Apart says what is wrong with a zone beside the cluster's own domains: the more specific of two answers, so neither may hold the other.
+func Apart(zone string, clusters []string) error {
+	var errs []error
+	for _, c := range clusters {
+		if inside(zone, c) {
+			errs = append(errs, fmt.Errorf("%s is inside the cluster's domain %s", zone, c))
+		} else if inside(c, zone) {
+			errs = append(errs, fmt.Errorf("the cluster's domain %s is inside %s", c, zone))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Render makes the server blocks. Their port is that of CoreDNS' others. No zones are no text.
+func Render(zones []Zone, port int) string {
+	var out strings.Builder
+	for _, z := range zones {
+		var upstreams []string
+		for _, u := range z.Upstreams {
+			upstreams = append(upstreams, u.String())
+		}
+		fmt.Fprintf(&out, blockText, z.Name, port, strings.Join(upstreams, " "))
+	}
+	return out.String()
+}
+
+// The answers live for 5 s at their source; more would keep a node that moved away out of reach by its name. A failure is asked
+// again after a second instead of five. There is one upstream for each node, and so a health check could only add failures.
+const blockText = `%s:%d {
+    errors
+    cache 30 {
+        success 9984 5
+        denial 1024 5
+        servfail 1s
+    }
+    forward . %s {
+        max_fails 0
+    }
+}
+`
