@@ -194,7 +194,7 @@ bench-faults: need-go ## What pods lose when one part after another breaks, as i
 	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
 
 .PHONY: chaos
-chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 40 a minute; FAULTS=2000 SEED=7 FROM=120 ONLY='nft|ip rule'
+chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 60 a minute; FAULTS=2000 SEED=7 FROM=120 ONLY='nft|ip rule'
 	@if ((EUID != 0)); then echo "make chaos: needs root: run 'sudo make chaos'" >&2; exit 1; fi
 	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 24h -run TestChaos ./test/chaos/ -args \
 		-table -faults $(or $(FAULTS),300) -seed $(or $(SEED),0) -from $(or $(FROM),1) -only '$(ONLY)'

@@ -157,9 +157,9 @@ func (w *world) stopFlows() {
 }
 
 // defences are our rules, last routes and tables. What is asked of a node is asked all the time while it is repaired, on the processors
-// that are to repair it: a process for each family, and one for the tables.
+// that are to repair it: two processes for each family. (nft 1.0.6 finds the last table only where one process is to list two.)
 const defences = `for f in -4 -6; do ip -force $f -batch - <<< $'rule\nroute show type unreachable' || :; done
-nft -s 'list table ip headcni; list table ip6 headcni' | sed '/^\tset ask/,/^\t}$/d'`
+{ nft -s list table ip headcni; nft -s list table ip6 headcni; } | sed '/^\tset ask/,/^\t}$/d'`
 
 // state is what faults must leave alone on a node, or what must come back: rules, guard, last routes, tailscaled's routes, the tun, the
 // conflist and the sockets. Which addresses pods have gone through lately is none of it.
