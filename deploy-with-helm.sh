@@ -177,6 +177,8 @@ check_arguments() {
 	case ${BASH_REMATCH[1]} in
 	localhost | 127.* | '[::1]') usage_error "-u $url is the node itself on every node: give a name or address that all nodes reach" ;;
 	esac
+	lasting_url ||
+		usage_error "-u $url: tailscaled comes back to an http:// URL only where its host is a private address, written as one: use https://"
 	[[ $namespace =~ ^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || usage_error "-n $namespace is not a namespace's name"
 	[[ $timeout =~ ^(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?$ ]] || usage_error "--timeout $timeout is not a time such as 90s or 5m"
 	time_limit=$((10#${BASH_REMATCH[2]:-0} * 3600 + 10#${BASH_REMATCH[4]:-0} * 60 + 10#${BASH_REMATCH[6]:-0}))
@@ -190,6 +192,12 @@ check_arguments() {
 
 kube() { kubectl ${kube_flags[@]+"${kube_flags[@]}"} --request-timeout=20s "$@" 3>&-; }
 in_namespace() { kube --namespace "$namespace" "$@"; }
+
+# lasting_url holds where tailscaled comes back to: at any other URL it insists on TLS at port 443 after a while.
+lasting_url() {
+	local byte='(\.[0-9]{1,3})'
+	[[ $url != http://* || $url =~ ^http://((127|10)$byte{3}|192\.168$byte{2}|172\.(1[6-9]|2[0-9]|3[01])$byte{2}|\[[fF][cCdD][0-9A-Fa-f]{2}:[0-9A-Fa-f:]*\])(:|/|$) ]]
+}
 
 # prepare says how kubectl and helm are to be called.
 prepare() {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -30,7 +31,6 @@ import (
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/pathmtu"
 	"github.com/headcni/headcni/pkg/reconcile"
-	"github.com/headcni/headcni/pkg/tailscale"
 	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
@@ -110,6 +110,12 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	if err != nil {
 		return nil, err
 	}
+	if saved.Prefs == nil {
+		// A node that has pods already goes on, and the part headscale says it.
+		if err := lastingURL(c.Headscale.URL); err != nil {
+			return nil, err
+		}
+	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
 		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, kubernetes: k, saved: saved, kept: saved,
@@ -168,6 +174,9 @@ func CheckConfig(c config.Config, getenv func(string) string, file string) (note
 	if c.Headscale.URL == "" && mode != config.ModeHost {
 		errs = append(errs, errors.New("headscale.url: none; give the control server's, such as https://headscale.example.com"))
 	}
+	if err := lastingURL(c.Headscale.URL); err != nil {
+		errs = append(errs, err)
+	}
 	cred, err := c.Headscale.Credential(getenv)
 	switch {
 	case err == nil && !kubernetes: // a Secret's files can be read by everybody in the pod
@@ -180,6 +189,14 @@ func CheckConfig(c config.Config, getenv func(string) string, file string) (note
 		errs = append(errs, err)
 	}
 	return note, errors.Join(errs...)
+}
+
+// lastingURL says why a node would lose Headscale.
+func lastingURL(url string) error {
+	if err := config.Lasting(url); err != nil {
+		return fmt.Errorf("headscale.url: %q: %w", url, err)
+	}
+	return nil
 }
 
 // prerequisites names everything that is missing at once, each with its remedy.
@@ -290,9 +307,6 @@ func (d *Daemon) Run(ctx context.Context) error {
 func (d *Daemon) warn() {
 	if len(d.cfg.Network.ClusterCIDRs) == 0 && d.kubernetes == nil {
 		d.log.Warn("network.clusterCIDRs is empty: pods of other nodes are strangers; set it to the range that all nodes' pods have")
-	}
-	if u := d.cfg.Headscale.URL; u != "" && !tailscale.ReconnectsReliably(u) {
-		d.log.Warn("tailscaled comes back to an http:// URL only where its host is a private address: give Headscale a certificate and an https:// URL", "url", u)
 	}
 	if cred, err := d.cfg.Headscale.Credential(d.getenv); err == nil && cred.Plain {
 		d.log.Warn("the Headscale key stands in a configuration file: move it to a file of mode 0600 and name that in HEADSCALE_API_KEY_FILE or headscale.apiKeyFile")

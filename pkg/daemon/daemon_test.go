@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/nodestatus"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // The daemon works in the namespaces of its process: these tests have those of the test binary for themselves, one
@@ -281,6 +283,9 @@ func TestCheckConfig(t *testing.T) {
 		"public file":        {func(c *config.Config) { c.Headscale.APIKeyFile = public }, nil, []string{"chmod 0600 " + public}, false},
 		"key in a public configuration": {func(c *config.Config) { c.Headscale.AuthKey = secret.New("s3cret") }, nil,
 			[]string{"everybody can read " + public, "headscale.authKeyFile"}, false},
+		"a URL to which tailscaled does not come back": {func(c *config.Config) { c.Headscale.APIKeyFile, c.Headscale.URL = private, "http://headscale.lan:8080" }, nil,
+			[]string{`headscale.url: "http://headscale.lan:8080"`, "port 443", "https://"}, false},
+		"a private address": {func(c *config.Config) { c.Headscale.APIKeyFile, c.Headscale.URL = private, "http://10.1.2.3:8080" }, nil, nil, false},
 		"nothing at all": {func(c *config.Config) { *c = config.Default(); c.CNI.ConfDir = "/no/such" }, nil,
 			[]string{"network.podCIDRs", "headscale.url", "no Headscale key"}, false},
 	} {
@@ -297,6 +302,25 @@ func TestCheckConfig(t *testing.T) {
 			if !strings.Contains(err.Error(), w) || strings.Contains(err.Error(), "s3cret") {
 				t.Errorf("%s: want %q in %v", name, w, err)
 			}
+		}
+	}
+}
+
+// A node that is in the tailnet by a URL to which tailscaled does not come back goes on, and says so.
+func TestLosesHeadscale(t *testing.T) {
+	for name, tt := range map[string]struct {
+		configured, tailscaled string
+		want                   bool
+	}{
+		"configured":           {"http://headscale.lan:8080", "", true},
+		"tailscaled's own":     {"", "http://203.0.113.1:8080", true},
+		"a private address":    {"http://10.0.0.1:8080", "http://10.0.0.1:8080", false},
+		"https":                {"", "https://headscale.lan", false},
+		"no tailscaled so far": {"", "", false},
+	} {
+		err := losesHeadscale(tt.configured, observation{controlURL: tt.tailscaled})
+		if (err != nil) != tt.want || tt.want && (!errors.As(err, new(reconcile.Warning)) || !strings.Contains(err.Error(), "https://")) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

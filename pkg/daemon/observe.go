@@ -44,7 +44,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		prefs, err := d.member.Prefs(ctx)
 		if err == nil {
 			users := prefs.Saved(tailscale.PrefsSpec{})
-			o.prefs = &users
+			o.prefs, o.controlURL = &users, prefs.ControlURL
 			o.sites = sites(o.Mode, prefs.AdvertiseRoutes)
 		} else if o.TailnetErr == nil {
 			o.TailnetErr = err

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -157,7 +158,8 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return nil, d.switchPolicyOff(ctx)
 		}},
 		{Name: partHeadscale, Needs: []string{partTailnet}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return d.member.Check(ctx, s.seen.Seen)
+			done, err := d.member.Check(ctx, s.seen.Seen)
+			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), err)
 		}},
 		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), farResolver(s.seen), strangers(s.seen), smallPath(s.seen.path))
@@ -202,6 +204,15 @@ func sharedCGNAT(o observation) error {
 				`from there (pods are not concerned); add "nodeAttrs": [{"target": ["*"], "attr": ["%s"]}] to Headscale's policy, and keep `+
 				"prefixes.v4 in Headscale's configuration clear of that network", p, netset.TailnetIPv4, tailscale.AttrSharesCGNAT)}
 		}
+	}
+	return nil
+}
+
+// losesHeadscale says that tailscaled will not come back to its control server. A node that joined by such a URL works until a link of it
+// changes.
+func losesHeadscale(url string, o observation) error {
+	if err := lastingURL(cmp.Or(url, o.controlURL)); err != nil {
+		return reconcile.Warning{Err: fmt.Errorf("this node is in the tailnet until its tailscaled has to connect anew: %w", err)}
 	}
 	return nil
 }

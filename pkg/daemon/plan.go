@@ -40,6 +40,8 @@ type observation struct {
 	nodeAddr4, nodeAddr6 netip.Addr
 	// prefs are tailscaled's now, nil while it does not answer.
 	prefs *tailscale.SavedPrefs
+	// controlURL is tailscaled's control server, "" while it does not answer.
+	controlURL string
 	// ipam is the ipam object of a conflist written by hand, nil where there is none.
 	ipam json.RawMessage
 	// ranges are those in force: the configuration's, in Kubernetes with what that says.

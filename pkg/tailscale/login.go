@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"net/url"
 	"strings"
 	"time"
@@ -317,18 +316,6 @@ func (c *Client) loginGaveUp(ctx context.Context, last string, err error) error 
 			"and an https:// URL, or a private address"
 	}
 	return fmt.Errorf("%w: %w; %s; tailscaled goes on trying", ErrControl, err, advice)
-}
-
-// ReconnectsReliably reports whether tailscaled can come back to a control URL after a failure. It cannot to an http://
-// one whose host is a name or a public address: from the second connection within two minutes on it insists on port 443
-// (controlhttp's forceNoise443), and each try extends the two minutes.
-func ReconnectsReliably(controlURL string) bool {
-	u, err := url.Parse(orDefault(controlURL))
-	if err != nil || u.Scheme != "http" {
-		return err == nil
-	}
-	addr, err := netip.ParseAddr(u.Hostname())
-	return u.Hostname() == "localhost" || err == nil && (addr.IsPrivate() || addr.IsLoopback())
 }
 
 const lastLoginError = "The last login error was: "

@@ -52,18 +52,6 @@ func TestPlanLogin(t *testing.T) {
 	}
 }
 
-func TestReconnectsReliably(t *testing.T) {
-	for url, want := range map[string]bool{
-		"https://hs.example.com": true, "https://192.0.2.1:8443": true, "http://10.0.0.1:8080": true, "http://127.0.0.1": true,
-		"http://localhost:8080": true, "http://[fd00::1]:8080": true, "http://192.0.2.1:8080": false, "http://hs.example.com:8080": false,
-		"http://[2001:db8::1]": false, "": true,
-	} {
-		if got := ReconnectsReliably(url); got != want {
-			t.Errorf("%q: %v", url, got)
-		}
-	}
-}
-
 // fake is a LocalAPI that only misbehaves; what a good one does is tested on the real one.
 func fake(t *testing.T, h http.HandlerFunc) *Client {
 	t.Helper()

@@ -261,6 +261,7 @@ func TestRefused(t *testing.T) {
 		want string
 	}{
 		"no URL":            {key, "config.headscale.url is required"},
+		"a public http URL": {slices.Concat(key, []string{"--set", "config.headscale.url=http://headscale.lan:8080"}), "tailscaled comes back to an http:// URL only"},
 		"key twice":         {slices.Concat(url, key, []string{"--set", "apiKey=x"}), "give the key once"},
 		"key and Secret":    {slices.Concat(url, key, []string{"--set", "existingSecret=x"}), "not both"},
 		"monitored twice":   {slices.Concat(url, key, []string{"--set", "monitoring.podMonitor.enabled=true,monitoring.serviceMonitor.enabled=true"}), "enable one"},

@@ -211,6 +211,8 @@ func TestUsage(t *testing.T) {
 		"no scheme":             {[]string{"-u", "hs.example.com", "-k", apiKey}, nil, "", "is not a URL"},
 		"two values in one URL": {[]string{"-u", "https://a,b=c", "-k", apiKey}, nil, "", "is not a URL"},
 		"the node itself":       {[]string{"-u", "http://127.0.0.1:8080", "-k", apiKey}, nil, "", "all nodes reach"},
+		"a public http URL":     {[]string{"-u", "http://headscale.lan:8080", "-k", apiKey}, nil, "", "use https://"},
+		"an http URL with 10.":  {[]string{"-u", "http://10.0.0.1.example.com", "-k", apiKey}, nil, "", "use https://"},
 		"unknown":               {with("--wait=1"), nil, "", "unknown option --wait"},
 		"no value":              {with("--set"), nil, "", "--set needs a value"},
 		"a key by --set":        {with("--set", "config.headscale.authKey=x"), nil, "", "must not hold the key"},
