@@ -31,6 +31,7 @@ type Capture struct {
 
 	mu       sync.Mutex
 	clear    int
+	asked    int
 	between  map[[2]netip.Addr]int
 	examples []string
 	err      error
@@ -170,6 +171,9 @@ func (c *Capture) count(frame []byte) {
 	src, dst, ok := outermost(frame)
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if dst == netset.ResolverIPv4 {
+		c.asked++
+	}
 	if !ok || !belongsInTunnel(src) && !belongsInTunnel(dst) {
 		return
 	}
@@ -219,11 +223,9 @@ func inTunnel() []netip.Prefix {
 	return slices.Concat(ClusterCIDRs, ServiceCIDRs, []netip.Prefix{netset.TailnetIPv4, netset.TailnetIPv6})
 }
 
-// resolver is tailscaled's own, which is on each node. A tailscaled that has just begun asks it, by the default route.
-var resolver = netip.MustParseAddr("100.100.100.100")
-
+// A stock tailscaled that has just begun asks its own resolver by the default route: that is counted apart.
 func belongsInTunnel(a netip.Addr) bool {
-	return a != resolver && slices.ContainsFunc(inTunnel(), func(p netip.Prefix) bool { return p.Contains(a) })
+	return a != netset.ResolverIPv4 && slices.ContainsFunc(inTunnel(), func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // Clear is the number of packets in clear so far.
@@ -237,6 +239,8 @@ func (c *Capture) Clear() int {
 type Captured struct {
 	// Total are all frames, Clear those in clear.
 	Total, Clear int
+	// Asked are those to tailscaled's resolver, which no node with our rules sends. They are not in Clear.
+	Asked int
 	Between      map[[2]netip.Addr]int // how many in clear, by source and destination
 	Examples     []string              // "source > destination", and what is carried, of the first packets in clear
 }
@@ -264,7 +268,7 @@ func (c *Capture) Stop() (Captured, error) {
 	if err != nil {
 		return Captured{}, err
 	}
-	return Captured{Total: int(total - c.before), Clear: c.clear, Between: c.between, Examples: c.examples}, nil
+	return Captured{Total: int(total - c.before), Clear: c.clear, Asked: c.asked, Between: c.between, Examples: c.examples}, nil
 }
 
 // SendClear puts one packet with pods' addresses on a node's wire, as a leak would: the proof that a capture there sees

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // Moment is how long a fault lasts, or something is looked at that must not happen.
@@ -137,6 +138,11 @@ func OfTailnet(v6 bool) []netip.Addr {
 		return addrs("fd7a:115c:a1e0::1", "fd7a:115c:a1e0::2", "fd7a:115c:a1e0::3", "fd7a:115c:a1e0::53", "fd7a:115c:a1e0:77::4")
 	}
 	return addrs("100.64.0.1", "100.64.0.2", "100.64.0.3", "100.100.100.100", "100.127.3.4")
+}
+
+// Resolver is where a node's tailscaled answers.
+func Resolver(v6 bool) []netip.Addr {
+	return []netip.Addr{[]netip.Addr{netset.ResolverIPv4, netset.ResolverIPv6}[Index(v6)]}
 }
 
 // OfNobody are addresses of the cluster's that no pod has: one of the first node's, one of a node that there is not.

@@ -15,6 +15,9 @@ var (
 	TailnetIPv4 = netip.MustParsePrefix("100.64.0.0/10")
 	// TailnetIPv6 is Tailscale's unique local range (tailscale.com/kb/1033).
 	TailnetIPv6 = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+	// ResolverIPv4 and ResolverIPv6 are where each node's tailscaled answers that node, and nobody else (tailscale.com/kb/1381).
+	ResolverIPv4 = netip.MustParseAddr("100.100.100.100")
+	ResolverIPv6 = netip.MustParseAddr("fd7a:115c:a1e0::53")
 )
 
 // Union returns the prefixes of all lists, masked and in order of address, without those inside another. It does not join

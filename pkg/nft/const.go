@@ -132,7 +132,7 @@ var linkLocal = map[knftables.Family]string{knftables.IPv4Family: "169.254.0.0/1
 const podGateway6 = "fe80::1"
 
 // quad100 is tailscaled's own resolver and web server inside the tun: the node itself rather than a tailnet device.
-var quad100 = map[knftables.Family]string{
-	knftables.IPv4Family: "100.100.100.100",
-	knftables.IPv6Family: "fd7a:115c:a1e0::53",
+var quad100 = map[knftables.Family]netip.Addr{
+	knftables.IPv4Family: netset.ResolverIPv4,
+	knftables.IPv6Family: netset.ResolverIPv6,
 }

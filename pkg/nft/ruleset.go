@@ -206,6 +206,10 @@ func guard(family knftables.Family, cfg Config) []string {
 		rules = append(rules, rule(`%s ip saddr %s%s ip daddr %[2]s%[4]s %[5]s`, out, tailnet[family], notShared(family, "saddr"),
 			notShared(family, "daddr"), drop(DropTailnetClear)))
 	}
+	if family == knftables.IPv4Family {
+		// By whomever, and whatever the host has in the tailnet's range.
+		rules = append(rules, rule(`%s ip daddr %s %s`, out, quad100[family], drop(DropTailnetClear)))
+	}
 	return append(rules,
 		rule(`%s %s %s`, out, toTailnet(family), drop(DropTailnetClear)),
 		// By the tunnel neither: a service is what DNAT has made a pod of.

@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // ErrNoTun means that no interface carries the tailnet addresses.
@@ -63,11 +65,11 @@ func Links() ([]Link, error) {
 	return links, nil
 }
 
-// Service addresses of every tailnet, where tailscaled answers DNS, and the range of IPv6 tailnet addresses.
+// Where tailscaled answers DNS, as routes, and the range of IPv6 tailnet addresses.
 var (
-	serviceAddr4 = netip.MustParsePrefix("100.100.100.100/32")
-	serviceAddr6 = netip.MustParsePrefix("fd7a:115c:a1e0::53/128")
-	tailnet6     = netip.MustParsePrefix("fd7a:115c:a1e0::/48")
+	serviceAddr4 = netip.PrefixFrom(netset.ResolverIPv4, 32)
+	serviceAddr6 = netip.PrefixFrom(netset.ResolverIPv6, 128)
+	tailnet6     = netset.TailnetIPv6
 )
 
 // TunnelRoutes are the routes that a running tailscaled which accepts routes has surely made into its interface: to its

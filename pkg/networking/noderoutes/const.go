@@ -16,7 +16,9 @@ import (
 // rule there for one of its own. Everything of these numbers is ours, whoever made it.
 const (
 	// prefTailnet: tailnet addresses, by tailscaled's table, before a wide static route in main (fd00::/8) takes them.
-	prefTailnet = 5187
+	prefTailnet = 5186
+	// prefResolverElse: tailscaled's own address is nobody else's, whoever asks, and whatever routes the host has around it.
+	prefResolverElse = 5187
 	// prefOwn: own pods, by main's routes that are longer than the pod CIDR: no peer can take them, and a hole in the
 	// CIDR does not find the default route.
 	prefOwn = 5188
@@ -65,6 +67,8 @@ type family struct {
 	name    string // in words
 	af      int
 	tailnet netip.Prefix // all tailnet addresses
+	// resolver is tailscaled's own address on each node.
+	resolver netip.Addr
 	// shared tells that others use the tailnet's range too.
 	shared bool
 	// conf is the sysctl folder, forwarding the switch for the whole host.
@@ -72,8 +76,8 @@ type family struct {
 }
 
 var families = []family{
-	{"IPv4", unix.AF_INET, netset.TailnetIPv4, true, "net/ipv4/conf", sysctl.IPv4Forwarding},
-	{"IPv6", unix.AF_INET6, netset.TailnetIPv6, false, "net/ipv6/conf", sysctl.IPv6Forwarding},
+	{"IPv4", unix.AF_INET, netset.TailnetIPv4, netset.ResolverIPv4, true, "net/ipv4/conf", sysctl.IPv4Forwarding},
+	{"IPv6", unix.AF_INET6, netset.TailnetIPv6, netset.ResolverIPv6, false, "net/ipv6/conf", sysctl.IPv6Forwarding},
 }
 
 // of returns the prefixes of the family.

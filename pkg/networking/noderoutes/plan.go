@@ -154,6 +154,8 @@ func wantedRules(f family, cfg Config) []rule {
 		add(prefClusterElse, p, unreachable)
 	}
 	add(prefTailnet, f.tailnet, tunnel)
+	// tailscaled itself, which its mark lets by prefTailnet, must not ask the LAN either when it begins.
+	add(prefResolverElse, netip.PrefixFrom(f.resolver, f.resolver.BitLen()), func(r *rule) { unreachable(r); r.mask = 0 })
 	if f.shared {
 		add(prefTailnetHost, f.tailnet, func(r *rule) { r.suppress = int32(f.tailnet.Bits()) })
 		for _, p := range f.of(netset.Union(cfg.Cluster, cfg.Own, cfg.Leaving)) {

@@ -44,7 +44,7 @@ func TestPlanGolden(t *testing.T) {
 
 func TestPlan(t *testing.T) {
 	cfg := Config{Own: prefixes("10.244.1.0/24"), Cluster: prefixes("10.244.0.0/16"), TunName: "headcni01"}
-	const first = "rule 5187: to 100.64.0.0/10 fwmark 0x0/0x80000 lookup 52"
+	const first = "rule 5186: to 100.64.0.0/10 fwmark 0x0/0x80000 lookup 52"
 	const second = "rule 5188: to 10.244.1.0/24 fwmark 0x0/0x80000 lookup main suppress_prefixlength 24"
 	for name, c := range map[string]struct {
 		change func(*state)
@@ -53,7 +53,7 @@ func TestPlan(t *testing.T) {
 		"steady":       {func(*state) {}, ""},
 		"rule missing": {func(s *state) { s.rules = s.rules[1:] }, "add " + first + "\n"},
 		"rule twice":   {func(s *state) { s.rules = append(s.rules, s.rules[0]) }, "delete " + first + "\n"},
-		"rule without suppress": {func(s *state) { s.rules[1].suppress = noSuppress },
+		"rule without suppress": {func(s *state) { s.rules[2].suppress = noSuppress },
 			"add " + second + "\ndelete rule 5188: to 10.244.1.0/24 fwmark 0x0/0x80000 lookup main\n"},
 		"rule of another origin": {func(s *state) { s.rules[0].proto = unix.RTPROT_STATIC },
 			"add " + first + "\ndelete " + first + " protocol 4\n"},

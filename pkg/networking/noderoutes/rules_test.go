@@ -30,11 +30,11 @@ var fibAddrs = map[string]*strings.Replacer{
 	"-4": strings.NewReplacer("$frompod", "from 10.244.1.10 iif hca", "$lan1", "192.168.88.1", "$lan2", "192.168.88.254", "$lan3", "192.168.88.7", "$lanbits", "24",
 		"$lannet", "192.168.88.0/24", "$pod", "10.244.1.10", "$hole", "10.244.1.99", "$remotenet", "10.244.2.0/24",
 		"$remote", "10.244.2.20", "$foreign", "198.51.100.0/24", "$outside", "198.51.100.7", "$ownhalf", "10.244.1.0/25",
-		"$tailnet", "100.64.0.9", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$cloudnet", "100.100.2.0/24", "$cloud", "100.100.2.136", "$nodad", "", "ip ", "ip -4 "),
+		"$resolver", "100.100.100.100", "$around", "100.100.0.0/16", "$tailnet", "100.64.0.9", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$cloudnet", "100.100.2.0/24", "$cloud", "100.100.2.136", "$nodad", "", "ip ", "ip -4 "),
 	"-6": strings.NewReplacer("$frompod", "from fd00:244:1::10 iif hca", "$lan1", "fd88::1", "$lan2", "fd88::254", "$lan3", "fd88::7", "$lanbits", "64",
 		"$lannet", "fd88::/64", "$pod", "fd00:244:1::10", "$hole", "fd00:244:1::99", "$remotenet", "fd00:244:2::/64",
 		"$remote", "fd00:244:2::20", "$foreign", "2001:db8:7::/48", "$outside", "2001:db8:7::7", "$ownhalf", "fd00:244:1::/65",
-		"$tailnet", "fd7a:115c:a1e0::9", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$cloudnet", "fd7a:115c:a1e0:2::/64", "$cloud", "fd7a:115c:a1e0:2::136", "$nodad", "nodad", "ip ", "ip -6 "),
+		"$resolver", "fd7a:115c:a1e0::53", "$around", "fd7a:115c:a1e0::/64", "$tailnet", "fd7a:115c:a1e0::9", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$cloudnet", "fd7a:115c:a1e0:2::/64", "$cloud", "fd7a:115c:a1e0:2::136", "$nodad", "nodad", "ip ", "ip -6 "),
 }
 
 // Where does a packet go? The kernel is asked, with our rules beside tailscaled's, in each of these calamities.
@@ -63,7 +63,11 @@ func TestRulesDecide(t *testing.T) {
 				"$tailnet $frompod": "headcni01", "$cloud $frompod": unreachable}},
 			{"the same, and the tunnel is dead", "ip route flush table 52; ip route add $cgn via $lan2", true, map[string]string{
 				"$tailnet $frompod": unreachable, "$cloud $frompod": unreachable, "$outside $frompod": "eth0"}},
-			{"our rules are gone and the tunnel is dead", "for p in 5187 5188 5189 5190 5191 5192 5193 5194 5195; do while ip rule del pref $p 2>/dev/null; do :; done; done; " +
+			{"tailscaled's resolver", "ip route add $resolver dev headcni01 table 52", true, map[string]string{
+				"$resolver": "headcni01", "$resolver $frompod": "headcni01"}},
+			{"the same, and the tunnel is dead, and the host has a network around it", "ip route flush table 52; ip route add $around via $lan2", true, map[string]string{
+				"$resolver": unreachable, "$resolver $frompod": unreachable, "$resolver mark 0x80000": unreachable}},
+			{"our rules are gone and the tunnel is dead", "for p in 5186 5187 5188 5189 5190 5191 5192 5193 5194 5195; do while ip rule del pref $p 2>/dev/null; do :; done; done; " +
 				"ip route flush table 52", true, map[string]string{"$pod": "hca", "$remote": unreachable, "$hole": unreachable}},
 		} {
 			t.Run(flag+" "+c.name, func(t *testing.T) {
