@@ -44,7 +44,10 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		prefs, err := d.member.Prefs(ctx)
 		if err == nil {
 			users := prefs.Saved(tailscale.PrefsSpec{})
-			o.prefs, o.controlURL = &users, prefs.ControlURL
+			o.prefs, o.controlURL, o.corpDNS = &users, prefs.ControlURL, prefs.CorpDNS
+			if dns, err := d.member.DNS(ctx); err == nil { // an older tailscaled does not tell
+				o.splits = dns.Splits
+			}
 			o.sites = sites(o.Mode, prefs.AdvertiseRoutes)
 		} else if o.TailnetErr == nil {
 			o.TailnetErr = err

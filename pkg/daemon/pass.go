@@ -49,6 +49,8 @@ const (
 	partRuntime = "runtime"
 	// partGuard is whether the guard stops what is sent in clear on purpose, with this kernel and these rules.
 	partGuard = "guard"
+	// partNames is whether questions for names can go in a circle.
+	partNames = "names"
 	// partState is what must be on disk for our next start.
 	partState = "state"
 	// partPolicy are NetworkPolicies: in force, or off and nothing of them left.
@@ -169,6 +171,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 				d.metrics.SelfTest(passed)
 				d.loop.Wake()
 			})
+		}},
+		{Name: partNames, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+			return nil, nameRisksOf(s.seen, d.cfg.DNS.MagicDNS.BaseDomain).err()
 		}},
 		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}

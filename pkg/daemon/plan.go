@@ -40,6 +40,9 @@ type observation struct {
 	nodeAddr4, nodeAddr6 netip.Addr
 	// prefs are tailscaled's now, nil while it does not answer.
 	prefs *tailscale.SavedPrefs
+	// corpDNS is tailscaled's accept-dns, splits are the domains that the tailnet sends to resolvers of their own.
+	corpDNS bool
+	splits  []string
 	// controlURL is tailscaled's control server, "" while it does not answer.
 	controlURL string
 	// ipam is the ipam object of a conflist written by hand, nil where there is none.

@@ -18,7 +18,7 @@ func (d *Daemon) status(ctx context.Context) nodestatus.Status {
 	last, confirmed := d.last, d.confirmed
 	d.mu.Unlock()
 	s := nodestatus.Status{Version: d.version, Mode: last.Mode, Tun: last.tun, TunMTU: last.tunMTU, SmallPath: last.path.Peer, SmallPathBytes: last.path.Bytes}
-	s.Policy = d.policy.status()
+	s.Policy, s.Names = d.policy.status(), nameRisksOf(last, d.cfg.DNS.MagicDNS.BaseDomain).texts()
 	s.Dropped, s.GuardTest = nonZero(d.drops()), d.guardTest.said()
 	t, prefs := d.member.Look(ctx)
 	var approved []netip.Prefix

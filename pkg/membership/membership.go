@@ -368,6 +368,9 @@ func (m *Member) follow(ctx context.Context, fn func(context.Context, *tailscale
 // Prefs are tailscaled's now.
 func (m *Member) Prefs(ctx context.Context) (tailscale.Prefs, error) { return m.client.Prefs(ctx) }
 
+// DNS is what Headscale says of names.
+func (m *Member) DNS(ctx context.Context) (tailscale.DNS, error) { return m.client.DNS(ctx) }
+
 // EnsurePrefs makes tailscaled's prefs what spec says, and returns what it changed, also when it failed half-way.
 func (m *Member) EnsurePrefs(ctx context.Context, spec tailscale.PrefsSpec) ([]string, error) {
 	changes, err := m.client.EnsurePrefs(ctx, spec)

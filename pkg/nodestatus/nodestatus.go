@@ -26,6 +26,8 @@ type Status struct {
 	GuardTest string `json:"guardTest,omitempty"`
 	// Policy tells of NetworkPolicies, nil where they are not enforced.
 	Policy *Policy `json:"policy,omitempty"`
+	// Names are what may lead questions for names in a circle, each with what to do. Two of them are an error of the part names.
+	Names []string `json:"names,omitempty"`
 	// Parts are those of the node, each with its error and remedy where it has one.
 	Parts    []reconcile.Status `json:"parts"`
 	PodCIDRs []PodCIDR          `json:"podCIDRs"`

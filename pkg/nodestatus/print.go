@@ -39,6 +39,9 @@ func (s Status) Print(out io.Writer) error {
 			fmt.Fprintf(w, "\t! %s\n", h)
 		}
 	}
+	for i, text := range s.Names {
+		fmt.Fprintf(w, "%s\t! %s\n", []string{"names", ""}[min(i, 1)], text)
+	}
 	for _, c := range s.PodCIDRs {
 		if s.Tailnet == nil {
 			fmt.Fprintf(w, "pods\t%s\n", c.CIDR)

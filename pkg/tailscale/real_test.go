@@ -70,6 +70,9 @@ func TestJoinRealTailnet(t *testing.T) {
 		!slices.Equal(st.Self.Tags, []string{"tag:headcni"}) || st.MagicDNSSuffix != "tailnet.test" || !st.Self.KeyExpiry.IsZero() {
 		t.Errorf("joined: %+v", st)
 	}
+	if dns, err := c.DNS(ctx); err != nil || len(dns.Splits) != 0 || len(dns.Records) != 0 {
+		t.Errorf("DNS: %+v, %v", dns, err)
+	}
 	if strings.Contains(d.Log(), key.Reveal()) {
 		t.Error("the key is in tailscaled's log")
 	}
