@@ -240,9 +240,9 @@ type Captured struct {
 	// Total are all frames, Clear those in clear.
 	Total, Clear int
 	// Asked are those to tailscaled's resolver, which no node with our rules sends. They are not in Clear.
-	Asked int
-	Between      map[[2]netip.Addr]int // how many in clear, by source and destination
-	Examples     []string              // "source > destination", and what is carried, of the first packets in clear
+	Asked    int
+	Between  map[[2]netip.Addr]int // how many in clear, by source and destination
+	Examples []string              // "source > destination", and what is carried, of the first packets in clear
 }
 
 // Stop ends the capture. It fails where the kernel had to drop frames: then nobody knows what was in them.
