@@ -36,7 +36,7 @@ func TestMetrics(t *testing.T) {
 	w.kubectl(t, "create", "namespace", echoes)
 	n := w.Workers()[0]
 	quiet := func() counts {
-		var last counts
+		last := counts{allocated: -1} // is no reading
 		eventually(t, "the counters come to rest", time.Minute, func(ctx context.Context) error {
 			now, err := w.counts(ctx, n)
 			if err == nil && now != last {
@@ -47,6 +47,7 @@ func TestMetrics(t *testing.T) {
 		})
 		return last
 	}
+	w.kubectl(t, "rollout", "status", "-n", "kube-system", "deployment/coredns", "--timeout=110s") // its pods may be on the node
 	before := quiet()
 	for round := range rounds {
 		if round == 1 {
