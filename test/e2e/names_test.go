@@ -1,0 +1,156 @@
+package e2e
+
+import (
+	"context"
+	_ "embed" // testdata
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/headcni/headcni/internal/cluster"
+	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/pkg/kube"
+)
+
+//go:embed testdata/names.yaml
+var namesManifest string
+
+// askers are pods that may ask CoreDNS and nobody else, and whom they ask about what.
+type askers struct {
+	*world
+	pods []*corev1.Pod
+	// servers are CoreDNS' pods.
+	servers []corev1.Pod
+	// addresses are the nodes' names in the tailnet, and what they must lead to: an IPv4 and an IPv6 address.
+	addresses map[string][]string
+}
+
+// TestNames has pods that may ask CoreDNS and nobody else resolve the tailnet's names, by each of its pods, while Headscale is dead and
+// after tailscaled was restarted. Afterwards the Corefile is as it was, to the byte.
+func TestNames(t *testing.T) {
+	w := start(t, cluster.Options{ProxyMode: *proxyMode, Policy: func(policy map[string]any) {
+		policy["nodeAttrs"] = []map[string]any{{"target": []string{lab.Tag}, "attr": []string{"cache-network-maps", "magicdns-aaaa"}}}
+	}})
+	before := w.corefile(t)
+	w.apply(t, "echo.yaml", echoManifest)
+	w.install(t, nil)
+	eventually(t, "nodes", 2*time.Minute, w.WaitReady)
+	eventually(t, "pods", 2*time.Minute, w.findPods)
+	w.apply(t, "names.yaml", namesManifest)
+	a := &askers{world: w, addresses: map[string][]string{}}
+	a.find(t)
+	began := time.Now()
+	// kubelet brings a changed ConfigMap into CoreDNS' pods within a minute and a half.
+	eventually(t, "names of the tailnet", 4*time.Minute, a.all)
+	t.Logf("%6.1f s  until all CoreDNS answer for the tailnet", time.Since(began).Seconds())
+	if after := w.corefile(t); !strings.HasPrefix(after, before) {
+		t.Errorf("the Corefile was\n%s\nand is\n%s", before, after)
+	}
+	a.deniedElsewhere(t)
+
+	if err := w.Control.Headscale.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.all(within(t, time.Minute)); err != nil {
+		t.Errorf("while Headscale is dead: %v", err)
+	}
+	w.kubectl(t, "delete", "pods", "-n", namespace, "-l", "app.kubernetes.io/component=tailscaled", "--wait=false")
+	time.Sleep(time.Second)
+	w.daemonsReady(t, "headcni-tailscaled")
+	eventually(t, "names after tailscaled was restarted without Headscale", 2*time.Minute, a.all)
+	if err := w.Control.StartHeadscale(within(t, time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	w.uninstall(t)
+	if after := w.corefile(t); after != before {
+		t.Errorf("the Corefile was\n%s\nand is after uninstall\n%s", before, after)
+	}
+}
+
+func (w *world) corefile(t *testing.T) string {
+	t.Helper()
+	return w.kubectl(t, "get", "configmap", "-n", "kube-system", "coredns", "-o", "jsonpath={.data.Corefile}")
+}
+
+// find waits for the pods, and learns the nodes' addresses in the tailnet.
+func (a *askers) find(t *testing.T) {
+	t.Helper()
+	eventually(t, "pods that ask, and what they ask for", 2*time.Minute, func(ctx context.Context) error {
+		a.pods = nil
+		list, err := a.Client.CoreV1().Pods("names").List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for i := range list.Items {
+			if p := &list.Items[i]; isReady(p) {
+				a.pods = append(a.pods, p)
+			}
+		}
+		if len(a.pods) != len(a.Workers()) {
+			return fmt.Errorf("%d pods", len(a.pods))
+		}
+		servers, err := a.Client.CoreV1().Pods("kube-system").List(ctx, metav1.ListOptions{LabelSelector: "k8s-app=kube-dns"})
+		if err != nil {
+			return err
+		}
+		a.servers = servers.Items
+		for _, n := range a.Nodes {
+			o, err := n.Object(ctx)
+			if err != nil {
+				return err
+			}
+			ips := strings.Split(o.Annotations[kube.TailnetIPs], ",")
+			if len(ips) != 2 {
+				return fmt.Errorf("%s has tailnet addresses %v", n.Name, ips)
+			}
+			a.addresses[n.Name+"."+lab.BaseDomain] = ips
+		}
+		return nil
+	})
+}
+
+// all asks for every node's name, of both families, by UDP and TCP, each of CoreDNS' pods, from every pod. A name of the cluster is
+// answered as before.
+func (a *askers) all(ctx context.Context) error {
+	var errs []error
+	for _, from := range a.pods {
+		if out, err := a.dig(ctx, from, "echo.e2e.svc.cluster.local"); err != nil || out == "" {
+			errs = append(errs, fmt.Errorf("a name of the cluster from %s: %q %v", from.Spec.NodeName, out, err))
+		}
+		for _, server := range a.servers {
+			for name, want := range a.addresses {
+				for i, kind := range []string{"A", "AAAA"} {
+					for _, by := range []string{"+notcp", "+tcp"} {
+						out, err := a.dig(ctx, from, "@"+server.Status.PodIP, by, name, kind)
+						if err != nil || out != want[i] {
+							errs = append(errs, fmt.Errorf("%s %s %s from %s by CoreDNS on %s: %q %v, want %s", name, kind, by, from.Spec.NodeName, server.Spec.NodeName, out, err, want[i]))
+						}
+					}
+				}
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *askers) dig(ctx context.Context, from *corev1.Pod, args ...string) (string, error) {
+	out, err := a.Kubectl(ctx, append([]string{"exec", "-n", from.Namespace, from.Name, "--", "dig", "+short", "+tries=1", "+time=2"}, args...)...)
+	return strings.TrimSpace(out), err
+}
+
+// deniedElsewhere: these pods reach CoreDNS only, and so not the tailnet's resolver by themselves.
+func (a *askers) deniedElsewhere(t *testing.T) {
+	t.Helper()
+	for _, from := range a.pods {
+		for name := range a.addresses {
+			if out, err := a.dig(within(t, time.Minute), from, "@100.100.100.100", name); err == nil {
+				t.Errorf("%s asks 100.100.100.100 itself and is answered %q", from.Spec.NodeName, out)
+			}
+		}
+	}
+}
