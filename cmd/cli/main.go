@@ -38,7 +38,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(demoCmd(), dropsCmd(), ipamCmd(), keyCmd(), policyCmd(), probeCmd(), versionCmd())
+	cmd.AddCommand(demoCmd(), dnsCmd(), dropsCmd(), ipamCmd(), keyCmd(), policyCmd(), probeCmd(), versionCmd())
 	return cmd
 }
 

@@ -34,6 +34,10 @@ func (c Client) Pods(namespace string) kube.Objects[*corev1.Pod, *corev1.PodList
 	return c.CoreV1().Pods(namespace)
 }
 
+func (c Client) Services(namespace string) kube.Objects[*corev1.Service, *corev1.ServiceList] {
+	return c.CoreV1().Services(namespace)
+}
+
 func (c Client) Deployments(namespace string) kube.Objects[*appsv1.Deployment, *appsv1.DeploymentList] {
 	return c.AppsV1().Deployments(namespace)
 }

@@ -18,6 +18,7 @@
 // and in kube-system:
 //
 //	""                   configmaps  coredns: get, update; coredns-custom: get, update, delete; create on K3s
+//	""                   services    kube-dns: get, by `headcnictl dns`
 //
 // What `headcni-controller uninstall` asks: nodes list and patch; and in its own namespace
 //

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/dns/corefile"
+	"github.com/headcni/headcni/pkg/dns/tailnet"
 	"github.com/headcni/headcni/pkg/kube"
 )
 
@@ -77,68 +77,33 @@ func (c *Controller) names(ctx context.Context, nodes []node) error {
 // zones are those that CoreDNS is to forward. None is known before a node says the tailnet's domain, and while nodes contradict each
 // other: what stands there stays then.
 func (c *Controller) zones(nodes []node) (zones []corefile.Zone, finding string) {
-	domain, err := tailnetDomain(nodes)
-	if err == nil && domain != "" {
-		err = c.checkDomain(domain)
-	}
-	if err != nil {
-		return nil, "names of the tailnet: " + err.Error()
-	}
-	if domain == "" {
-		return nil, ""
-	}
-	return []corefile.Zone{{Name: domain, Upstreams: upstreams(nodes)}}, ""
-}
-
-// tailnetDomain is what all nodes say, "" where none says any. One node that was broken into must not lead a domain of its choice
-// to itself, so all must agree.
-func tailnetDomain(nodes []node) (string, error) {
-	said := map[string][]string{}
+	var said []tailnet.Node
 	for _, n := range nodes {
-		if n.domain != "" && n.key != "" && !n.leaving {
-			said[n.domain] = append(said[n.domain], n.name)
+		if n.key != "" && !n.leaving {
+			said = append(said, tailnet.Node{Name: n.name, Domain: n.domain, PodCIDRs: n.cidrs})
 		}
 	}
-	var domains []string
-	for d := range said {
-		domains = append(domains, d)
+	z, ok, err := tailnet.Zone(said)
+	if err == nil && ok {
+		err = c.checkServer(z.Name)
 	}
-	if len(domains) == 1 {
-		return domains[0], nil
+	switch {
+	case err != nil:
+		return nil, "names of the tailnet: " + err.Error()
+	case !ok:
+		return nil, ""
 	}
-	slices.Sort(domains)
-	var each []string
-	for _, d := range domains {
-		each = append(each, fmt.Sprintf("%s say %.253q", abridge(said[d]), d))
-	}
-	if len(each) > 0 {
-		return "", fmt.Errorf("nodes say different domains (%s): CoreDNS stays as it is until they agree", strings.Join(each, ", "))
-	}
-	return "", nil
+	return []corefile.Zone{z}, ""
 }
 
-// checkDomain says what is wrong with the tailnet's domain, but for what only the Corefile tells.
-func (c *Controller) checkDomain(domain string) error {
-	if err := corefile.CheckDomain(domain); err != nil {
-		return fmt.Errorf("%w: see dns.base_domain of Headscale", err)
-	}
+// checkServer says whether Headscale itself would have to be found by the tailnet's names.
+func (c *Controller) checkServer(domain string) error {
 	u, err := url.Parse(c.cfg.Headscale.URL)
 	if err == nil && corefile.Apart(strings.ToLower(u.Hostname()), []string{domain}) != nil {
 		return fmt.Errorf("headscale.url %s is inside the tailnet's domain %s, so that nobody finds Headscale before it is found: change dns.base_domain of Headscale",
 			u.Hostname(), domain)
 	}
 	return nil
-}
-
-// upstreams answer for the tailnet's domain, as tailscaled does on each node: CoreDNS asks the one of its own node. Pods without
-// IPv4 reach the other address.
-func upstreams(nodes []node) []netip.AddrPort {
-	for _, n := range nodes {
-		if slices.ContainsFunc(n.cidrs, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
-			return []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{100, 100, 100, 100}), 53)}
-		}
-	}
-	return []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("fd7a:115c:a1e0::53"), 53)}
 }
 
 // writeNames observes, plans and writes. No zones write nothing, but where they are not wanted at all.

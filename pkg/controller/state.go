@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -52,7 +51,7 @@ func nodeOf(n *corev1.Node) node {
 			out.shared = append(out.shared, ip)
 		}
 	}
-	out.domain = strings.ToLower(strings.TrimSuffix(n.Annotations[kube.TailnetDomain], "."))
+	out.domain = n.Annotations[kube.TailnetDomain]
 	out.view, _, _ = kube.ViewOf(n) // a damaged one is written anew
 	return out
 }

@@ -26,6 +26,7 @@ type Client interface {
 	Secrets(namespace string) Objects[*corev1.Secret, *corev1.SecretList]
 	ConfigMaps(namespace string) Objects[*corev1.ConfigMap, *corev1.ConfigMapList]
 	Pods(namespace string) Objects[*corev1.Pod, *corev1.PodList]
+	Services(namespace string) Objects[*corev1.Service, *corev1.ServiceList]
 	Namespaces() Objects[*corev1.Namespace, *corev1.NamespaceList]
 	Deployments(namespace string) Objects[*appsv1.Deployment, *appsv1.DeploymentList]
 	Leases(namespace string) Objects[*coordinationv1.Lease, *coordinationv1.LeaseList]
@@ -106,6 +107,10 @@ func (c *client) ConfigMaps(namespace string) Objects[*corev1.ConfigMap, *corev1
 
 func (c *client) Pods(namespace string) Objects[*corev1.Pod, *corev1.PodList] {
 	return &objects[*corev1.Pod, *corev1.PodList]{c.core, c.params, "pods", namespace, &corev1.Pod{}, &corev1.PodList{}}
+}
+
+func (c *client) Services(namespace string) Objects[*corev1.Service, *corev1.ServiceList] {
+	return &objects[*corev1.Service, *corev1.ServiceList]{c.core, c.params, "services", namespace, &corev1.Service{}, &corev1.ServiceList{}}
 }
 
 func (c *client) Deployments(namespace string) Objects[*appsv1.Deployment, *appsv1.DeploymentList] {

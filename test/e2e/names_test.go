@@ -52,6 +52,7 @@ func TestNames(t *testing.T) {
 		t.Errorf("the Corefile was\n%s\nand is\n%s", before, after)
 	}
 	a.deniedElsewhere(t)
+	a.printed(t)
 
 	if err := w.Control.Headscale.Kill(); err != nil {
 		t.Fatal(err)
@@ -151,6 +152,24 @@ func (a *askers) deniedElsewhere(t *testing.T) {
 			if out, err := a.dig(within(t, time.Minute), from, "@100.100.100.100", name); err == nil {
 				t.Errorf("%s asks 100.100.100.100 itself and is answered %q", from.Spec.NodeName, out)
 			}
+		}
+	}
+}
+
+// printed: what `headcnictl dns` prints in the controller's pod is what the controller writes, and has the cluster's DNS for Headscale.
+func (a *askers) printed(t *testing.T) {
+	t.Helper()
+	ctl := func(args ...string) string {
+		return a.kubectl(t, append([]string{"exec", "-n", namespace, "deploy/headcni-controller", "--", "headcnictl", "dns"}, args...)...)
+	}
+	if out := ctl("corefile"); !strings.Contains(a.corefile(t), strings.TrimSpace(out)) {
+		t.Errorf("headcnictl dns corefile prints\n%s\nand the Corefile is\n%s", out, a.corefile(t))
+	}
+	address := a.kubectl(t, "get", "service", "-n", "kube-system", "kube-dns", "-o", "jsonpath={.spec.clusterIP}")
+	out := ctl("headscale", "--service-cidr", cluster.ServiceCIDRs)
+	for _, want := range []string{"cluster.local:\n      - " + address, "# Checked: no rule of the policy names"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
 		}
 	}
 }

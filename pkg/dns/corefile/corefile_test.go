@@ -42,7 +42,7 @@ hc.internal:53 {
         denial 1024 5
         servfail 1s
     }
-    forward . 100.100.100.100:53 {
+    forward . 100.100.100.100 {
         max_fails 0
     }
 }

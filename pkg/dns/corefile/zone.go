@@ -49,30 +49,36 @@ func Apart(zone string, clusters []string) error {
 	return errors.Join(errs...)
 }
 
+// The answers live for 5 s at their source; more would keep a node that moved away out of reach by its name. A failure is asked
+// again after a second instead of five. There is one upstream for each node, and so a health check could only add failures.
+const (
+	cacheLines   = "success 9984 5\ndenial 1024 5\nservfail 1s"
+	forwardLines = "max_fails 0"
+)
+
 // Render makes the server blocks. Their port is that of CoreDNS' others. No zones are no text.
 func Render(zones []Zone, port int) string {
 	var out strings.Builder
 	for _, z := range zones {
-		var upstreams []string
-		for _, u := range z.Upstreams {
-			upstreams = append(upstreams, u.String())
-		}
-		fmt.Fprintf(&out, blockText, z.Name, port, strings.Join(upstreams, " "))
+		fmt.Fprintf(&out, "%s:%d {\n    errors\n    cache 30 {\n%s    }\n    forward . %s {\n%s    }\n}\n",
+			z.Name, port, indented(cacheLines), addresses(z.Upstreams), indented(forwardLines))
 	}
 	return out.String()
 }
 
-// The answers live for 5 s at their source; more would keep a node that moved away out of reach by its name. A failure is asked
-// again after a second instead of five. There is one upstream for each node, and so a health check could only add failures.
-const blockText = `%s:%d {
-    errors
-    cache 30 {
-        success 9984 5
-        denial 1024 5
-        servfail 1s
-    }
-    forward . %s {
-        max_fails 0
-    }
+func indented(lines string) string {
+	return "        " + strings.ReplaceAll(lines, "\n", "\n        ") + "\n"
 }
-`
+
+// addresses are as forward takes them: without a port where it is 53.
+func addresses(list []netip.AddrPort) string {
+	var out []string
+	for _, a := range list {
+		if a.Port() == defaultPort {
+			out = append(out, a.Addr().String())
+		} else {
+			out = append(out, a.String())
+		}
+	}
+	return strings.Join(out, " ")
+}
