@@ -145,3 +145,24 @@ func TestDNSHeadscale(t *testing.T) {
 		t.Errorf("%q", found)
 	}
 }
+
+func TestDNSRecords(t *testing.T) {
+	wants := func(name, label string, ips ...string) *corev1.Service {
+		return &corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "shop", Annotations: map[string]string{kube.TailnetName: label}}, Spec: corev1.ServiceSpec{ClusterIPs: ips},
+		}
+	}
+	var out, log bytes.Buffer
+	client := kubetest.New(wants("web", "web", "10.96.0.5"), wants("node", "a", "10.96.0.6"), wants("headless", "h", "None"), wants("none", "", "10.96.0.7"))
+	if err := printRecords(t.Context(), client, "hc.internal", []headscale.Node{{Name: "a"}}, &out, &log); err != nil {
+		t.Fatal(err)
+	}
+	var list []map[string]string
+	unmarshal(t, out.String(), &list)
+	if len(list) != 1 || list[0]["name"] != "web.hc.internal" || list[0]["type"] != "A" || list[0]["value"] != "10.96.0.5" {
+		t.Errorf("%v", list)
+	}
+	if lines := strings.Count(log.String(), "\n"); lines != 2 || !strings.Contains(log.String(), "shop/headless: no name: it has no address") {
+		t.Error(log.String())
+	}
+}

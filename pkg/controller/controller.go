@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/dns/records"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/monitoring"
@@ -40,11 +41,16 @@ type Controller struct {
 	namesOf, namesNote string
 	namesAt            time.Time
 
-	mu      sync.Mutex
-	nodes   map[string]node
-	synced  bool
-	last    error // of the leader's last pass
-	leading bool
+	// nodeNames are those of all nodes of the tailnet, nil before Headscale has told them.
+	nodeNames []string
+
+	mu    sync.Mutex
+	nodes map[string]node
+	// services are those that want a name in the tailnet, by namespace/name; nil before they are read.
+	services map[string]records.Service
+	synced   bool
+	last     error // of the leader's last pass
+	leading  bool
 }
 
 // New checks what the controller cannot do without. It does not connect.
@@ -96,6 +102,7 @@ func (c *Controller) Run(ctx context.Context, listen string) error {
 		})
 	}
 	wg.Go(func() { c.watch(ctx) })
+	wg.Go(func() { c.watchServices(ctx) })
 	c.log.Info("started", "identity", c.identity, "headscale", c.cfg.Headscale.URL)
 	err := c.campaign(ctx)
 	cancel()

@@ -7,12 +7,13 @@
 // What `headcni-controller run` asks of the API server:
 //
 //	""                   nodes       list, watch, patch   annotations; spec.podCIDRs of Nodes that have none
-//	events.k8s.io        events      create               in the namespace default (Nodes) and in its own (the Deployment)
+//	""                   services    list, watch          which want a name in the tailnet
+//	events.k8s.io        events      create               about Nodes, Services and its own Deployment
 //
 // and in its own namespace:
 //
 //	""                   secrets     headcni-join: get, update
-//	""                   configmaps  headcni-controller: get, update
+//	""                   configmaps  headcni-controller, headcni-dns-records: get, update
 //	coordination.k8s.io  leases      create; headcni-controller: get, update
 //
 // and in kube-system:

@@ -45,9 +45,18 @@ type dnsPlan struct {
 	finding, note string
 }
 
-// names keeps the tailnet's domain in the cluster's DNS.
+// names keeps the tailnet's domain in the cluster's DNS, and the names of Services for the tailnet.
 func (c *Controller) names(ctx context.Context, nodes []node) error {
 	zones, finding := c.zones(nodes)
+	domain := ""
+	if len(zones) > 0 {
+		domain = zones[0].Name
+	}
+	return errors.Join(c.serviceNames(ctx, domain), c.clusterDNS(ctx, zones, finding))
+}
+
+// clusterDNS keeps zones in the cluster's DNS. finding is why there are none.
+func (c *Controller) clusterDNS(ctx context.Context, zones []corefile.Zone, finding string) error {
 	text := fmt.Sprint(zones, finding)
 	if text == c.namesOf && c.now().Sub(c.namesAt) < namesCheck {
 		return nil

@@ -65,6 +65,10 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 		return false, errors.Join(keyErr, err)
 	}
 	up = 1
+	c.nodeNames = []string{}
+	for _, t := range tailnet {
+		c.nodeNames = append(c.nodeNames, t.Name)
+	}
 	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), services: c.cfg.Network.ServiceCIDRs.Prefixes(),
 		tags: c.cfg.Tailscale.Tags, nodes: nodes, tailnet: tailnet}
 	o.grace, _ = time.ParseDuration(c.cfg.Kubernetes.NodeGrace) // validated

@@ -31,6 +31,9 @@ const (
 	Lease = "headcni-controller"
 	// Memory is the ConfigMap in which the controller records which node of the tailnet belongs to which Node.
 	Memory = "headcni-controller"
+	// Records is the ConfigMap with the names of Services, for a Headscale that reads it as dns.extra_records_path.
+	Records    = "headcni-dns-records"
+	RecordsKey = "extra-records.json"
 	// Controller is the controllers' Deployment.
 	Controller = "headcni-controller"
 )
@@ -55,6 +58,9 @@ const (
 	Uninstall   = prefix + "uninstall"
 	Uninstalled = prefix + "uninstalled"
 )
+
+// TailnetName, on a Service, is the name that it wants in the tailnet, without the tailnet's domain.
+const TailnetName = prefix + "tailnet-name"
 
 // States of a View.
 const (
@@ -116,6 +122,16 @@ func PodCIDRs(n *corev1.Node) ([]netip.Prefix, error) {
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+// ClusterIPs are a Service's own addresses; a headless one has none.
+func ClusterIPs(s *corev1.Service) (out []netip.Addr) {
+	for _, text := range s.Spec.ClusterIPs {
+		if ip, err := netip.ParseAddr(text); err == nil { // "None" is none
+			out = append(out, ip)
+		}
+	}
+	return out
 }
 
 // ErrNotInCluster means that the address of the API server is not known.
