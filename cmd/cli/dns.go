@@ -30,7 +30,7 @@ func dnsCmd() *cobra.Command {
 	cmd.PersistentFlags().StringVar(&f.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"), "how to reach the API server; without it, as a pod")
 	cmd.PersistentFlags().StringVar(&f.domain, "domain", "", "the tailnet's domain; without it, what the nodes say")
 	cmd.PersistentFlags().StringVar(&f.clusterDomain, "cluster-domain", "", "the cluster's domain; without it, what CoreDNS' ConfigMap says, else cluster.local")
-	cmd.AddCommand(dnsCorefileCmd(f), dnsHeadscaleCmd(f), dnsRecordsCmd(f))
+	cmd.AddCommand(dnsCorefileCmd(f), dnsHeadscaleCmd(f), dnsRecordsCmd(f), dnsRemoteCmd(f))
 	return cmd
 }
 

@@ -11,6 +11,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/headcni/headcni/internal/kubetest"
+	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/dns/corefile"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -164,5 +165,30 @@ func TestDNSRecords(t *testing.T) {
 	}
 	if lines := strings.Count(log.String(), "\n"); lines != 2 || !strings.Contains(log.String(), "shop/headless: no name: it has no address") {
 		t.Error(log.String())
+	}
+}
+
+// TestDNSRemote: what is printed is an entry that another cluster's configuration takes.
+func TestDNSRemote(t *testing.T) {
+	h := toHeadscale{domain: "east.k8s", dns: []netip.Addr{netip.MustParseAddr("10.96.0.10")}, services: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")}}
+	pods := []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}
+	var b bytes.Buffer
+	if err := h.printRemote(&b, "east", pods); err != nil {
+		t.Fatal(err)
+	}
+	c := config.Default()
+	unmarshal(t, b.String(), &c.Network.RemoteClusters)
+	if err := c.Validate(); err != nil || len(c.Network.RemoteClusters) != 1 || c.Network.RemoteClusters[0].DNS.Servers[0] != "10.96.0.10" {
+		t.Errorf("%v %+v", err, c.Network.RemoteClusters)
+	}
+	if err := h.printRemote(&b, "", pods); err == nil {
+		t.Error("a cluster without a name")
+	}
+	nodes := kubetest.New(
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.244.0.0/24"}}},
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "b"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.244.1.0/24"}}},
+	)
+	if got, err := podRanges(t.Context(), nodes, config.Network{}); err != nil || len(got) != 1 || got[0].String() != "10.244.0.0/23" {
+		t.Errorf("%v %v", got, err)
 	}
 }

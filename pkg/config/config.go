@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 
 	"sigs.k8s.io/yaml"
@@ -90,8 +91,10 @@ type Network struct {
 	PodCIDRs     CIDRs `json:"podCIDRs"`
 	ClusterCIDRs CIDRs `json:"clusterCIDRs"`
 	// RemoteCIDRs are the pods of other clusters on the same tailnet.
-	RemoteCIDRs  CIDRs `json:"remoteCIDRs"`
-	ServiceCIDRs CIDRs `json:"serviceCIDRs"`
+	RemoteCIDRs CIDRs `json:"remoteCIDRs"`
+	// RemoteClusters are other clusters on the same tailnet; their ranges count as RemoteCIDRs.
+	RemoteClusters []RemoteCluster `json:"remoteClusters"`
+	ServiceCIDRs   CIDRs           `json:"serviceCIDRs"`
 	// MTU of pods in bytes; 0 = the tun's.
 	MTU           int      `json:"mtu"`
 	Masquerade    bool     `json:"masquerade"`
@@ -103,6 +106,23 @@ type Network struct {
 	// PolicyStartup is what a pod may do whose policies are not known yet.
 	PolicyStartup string `json:"policyStartup"`
 }
+
+// RemoteCluster is another cluster on the same tailnet.
+type RemoteCluster struct {
+	Name         string    `json:"name"`
+	PodCIDRs     CIDRs     `json:"podCIDRs"`
+	ServiceCIDRs CIDRs     `json:"serviceCIDRs"`
+	DNS          RemoteDNS `json:"dns"`
+}
+
+// RemoteDNS says who answers for the names of another cluster: Servers, addresses in its ranges, for Domain. Both or neither are given.
+type RemoteDNS struct {
+	Domain  string   `json:"domain"`
+	Servers []string `json:"servers"`
+}
+
+// ranges are the cluster's, with their keys.
+func (r RemoteCluster) ranges() CIDRs { return slices.Concat(r.PodCIDRs, r.ServiceCIDRs) }
 
 // IPAM is the conflist's `ipam`.
 type IPAM struct {
@@ -125,6 +145,8 @@ type DNS struct {
 	// ManageCoreDNS has the controller keep the tailnet's domain in the cluster's DNS; auto means where it is CoreDNS with a
 	// ConfigMap that nobody else writes.
 	ManageCoreDNS Tristate `json:"manageCoreDNS"`
+	// Alias is the domain by which other clusters ask for this cluster's names; empty means the cluster's own domain.
+	Alias string `json:"alias"`
 	// MagicDNS is what pods are told.
 	MagicDNS MagicDNS `json:"magicDNS"`
 }

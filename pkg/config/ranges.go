@@ -19,8 +19,21 @@ type Ranges struct {
 // Ranges are those that the configuration names.
 func (n Network) Ranges() Ranges {
 	return Ranges{
-		Pods: n.PodCIDRs.Prefixes(), Cluster: n.ClusterCIDRs.Prefixes(), Remote: n.RemoteCIDRs.Prefixes(), Services: n.ServiceCIDRs.Prefixes(),
+		Pods: n.PodCIDRs.Prefixes(), Cluster: n.ClusterCIDRs.Prefixes(), Remote: n.remote(), Services: n.ServiceCIDRs.Prefixes(),
 	}
+}
+
+// remote are the ranges of other clusters, each once.
+func (n Network) remote() []netip.Prefix {
+	out := n.RemoteCIDRs.Prefixes()
+	for _, c := range n.RemoteClusters {
+		for _, p := range c.ranges().Prefixes() {
+			if !slices.Contains(out, p) {
+				out = append(out, p)
+			}
+		}
+	}
+	return out
 }
 
 // Outside returns the pod CIDRs of a node that the cluster CIDRs, where there are any, do not cover: other nodes would not know

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,6 +26,9 @@ func (c Config) Validate() error {
 	v.oneOf("logging.format", c.Logging.Format, "text", "json")
 	v.absolute("cni.binDir", c.CNI.BinDir)
 	v.absolute("cni.confDir", c.CNI.ConfDir)
+	if c.DNS.Alias != "" && !domain.MatchString(c.DNS.Alias) {
+		v.add("dns.alias", c.DNS.Alias, wantDomain)
+	}
 	v.oneOf("dns.manageCoreDNS", string(c.DNS.ManageCoreDNS), string(Auto), "true", "false")
 	v.oneOf("kubernetes.enable", string(c.Kubernetes.Enable), string(Auto), "true", "false")
 	if c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, "/ ") {
@@ -124,6 +128,68 @@ func (c Config) validateNetwork(v *faults) {
 			"choose a range inside, or widen network.clusterCIDRs on every node", []string(n.ClusterCIDRs)))
 	}
 	c.validateRanges(v, n.Ranges())
+	n.validateRemote(v)
+}
+
+// domain matches what may be a domain: labels of lower-case letters, digits and dashes (RFC 1123, section 2.1).
+var domain = regexp.MustCompile(`^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+const wantDomain = "want a domain in lower case, such as east.k8s.example.com"
+
+// validateRemote checks other clusters: no two may have one address, name or domain, since each would hide the other.
+func (n Network) validateRemote(v *faults) {
+	type owner struct {
+		who   string
+		cidrs CIDRs
+	}
+	owners := []owner{
+		{"this cluster's network.clusterCIDRs", n.ClusterCIDRs}, {"this node's network.podCIDRs", n.PodCIDRs}, {"this cluster's network.serviceCIDRs", n.ServiceCIDRs},
+	}
+	names, domains := map[string]bool{}, map[string]string{}
+	for _, c := range n.RemoteClusters {
+		key := "network.remoteClusters[" + c.Name + "]"
+		if !domain.MatchString(c.Name) || strings.Contains(c.Name, ".") || names[c.Name] {
+			v.add("network.remoteClusters.name", c.Name, "want a name of lower-case letters, digits and dashes, that no other of them has")
+		}
+		names[c.Name] = true
+		for _, s := range c.ranges() {
+			v.cidr(key, s)
+			p, err := netip.ParsePrefix(s)
+			for _, o := range owners {
+				if err == nil && slices.ContainsFunc(o.cidrs.Prefixes(), p.Overlaps) {
+					v.add(key, s, "overlaps "+o.who+"; clusters that reach each other need ranges of their own")
+				}
+			}
+		}
+		owners = append(owners, owner{"network.remoteClusters[" + c.Name + "]", c.ranges()})
+		c.validateDNS(v, key, domains)
+	}
+}
+
+// validateDNS checks who answers for another cluster's names. domains are those of the clusters before, by whom.
+func (c RemoteCluster) validateDNS(v *faults, key string, domains map[string]string) {
+	d := c.DNS
+	if d.Domain == "" && len(d.Servers) == 0 {
+		return
+	}
+	if !domain.MatchString(d.Domain) {
+		v.add(key+".dns.domain", d.Domain, wantDomain)
+	} else if other, ok := domains[d.Domain]; ok {
+		v.add(key+".dns.domain", d.Domain, "is the domain of "+other+" too; give one of them another (dns.alias there)")
+	}
+	domains[d.Domain] = key
+	if len(d.Servers) == 0 {
+		v.add(key+".dns.servers", "", "want the address of its DNS")
+	}
+	for _, s := range d.Servers {
+		a, err := netip.ParseAddr(s)
+		switch {
+		case err != nil:
+			v.add(key+".dns.servers", s, "want an address, such as 10.97.0.10")
+		case !slices.ContainsFunc(c.ranges().Prefixes(), func(p netip.Prefix) bool { return p.Contains(a) }):
+			v.add(key+".dns.servers", s, "is in none of the cluster's ranges: questions would not go by the tunnel")
+		}
+	}
 }
 
 // host is the control server's address where the URL has one instead of a name.

@@ -57,6 +57,9 @@ func (f field) set(value string) error {
 		}
 		f.v.SetInt(int64(n))
 	case reflect.Slice:
+		if f.v.Type().Elem().Kind() != reflect.String {
+			return fmt.Errorf("cannot be set like this; write it into the file")
+		}
 		list := reflect.MakeSlice(f.v.Type(), 0, 4)
 		for s := range strings.SplitSeq(value, ",") {
 			if s = strings.TrimSpace(s); s != "" {

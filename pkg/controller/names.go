@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -102,7 +103,40 @@ func (c *Controller) zones(nodes []node) (zones []corefile.Zone, finding string)
 	case !ok:
 		return nil, ""
 	}
-	return []corefile.Zone{z}, ""
+	remote, err := remoteZones(c.cfg.Network.RemoteClusters, z.Name)
+	if err != nil {
+		return nil, "names of other clusters: " + err.Error()
+	}
+	return append([]corefile.Zone{z}, remote...), ""
+}
+
+// remoteZones are the domains of other clusters. MagicDNS answers for all that is below the tailnet's domain itself.
+func remoteZones(clusters []config.RemoteCluster, tailnet string) (zones []corefile.Zone, err error) {
+	for _, c := range clusters {
+		if c.DNS.Domain == "" {
+			continue
+		}
+		z := corefile.Zone{Name: c.DNS.Domain}
+		if err := corefile.Apart(z.Name, []string{tailnet}); err != nil {
+			return nil, fmt.Errorf("%s: %s and the tailnet's domain %s are inside each other: give that cluster another domain (dns.alias there)", c.Name, z.Name, tailnet)
+		}
+		for _, s := range c.DNS.Servers {
+			if a, err := netip.ParseAddr(s); err == nil { // validated
+				z.Upstreams = append(z.Upstreams, netip.AddrPortFrom(a, 53))
+			}
+		}
+		zones = append(zones, z)
+	}
+	return zones, nil
+}
+
+// withAlias adds the domain by which other clusters ask for this one's names: CoreDNS asks itself. port is its own.
+func withAlias(zones []corefile.Zone, alias string, domains []string, port int) []corefile.Zone {
+	if alias == "" || len(domains) == 0 || slices.Contains(domains, alias) {
+		return zones
+	}
+	self := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(port))
+	return append(slices.Clone(zones), corefile.Zone{Name: alias, As: domains[0], Upstreams: []netip.AddrPort{self}})
 }
 
 // checkServer says whether Headscale itself would have to be found by the tailnet's names.
@@ -128,7 +162,7 @@ func (c *Controller) writeNames(ctx context.Context, zones []corefile.Zone) (dns
 	if err != nil {
 		return dnsPlan{}, err
 	}
-	p := planDNS(have, zones, mode)
+	p := planDNS(have, zones, c.cfg.DNS)
 	return p, c.applyDNS(ctx, p)
 }
 
@@ -181,8 +215,9 @@ func (c *Controller) applyDNS(ctx context.Context, p dnsPlan) error {
 	return errors.Join(errs...)
 }
 
-// planDNS says what to write so that CoreDNS has these zones; with mode "false" it has none of ours. It does no I/O.
-func planDNS(have dnsState, zones []corefile.Zone, mode config.Tristate) dnsPlan {
+// planDNS says what to write so that CoreDNS has these zones; where it is not to be managed it has none of ours. It does no I/O.
+func planDNS(have dnsState, zones []corefile.Zone, c config.DNS) dnsPlan {
+	mode := c.ManageCoreDNS
 	if mode == "false" {
 		return withoutNames(have)
 	}
@@ -201,9 +236,11 @@ func planDNS(have dnsState, zones []corefile.Zone, mode config.Tristate) dnsPlan
 	if err != nil {
 		return dnsPlan{finding: dnsFinding(dnsMain, err)}
 	}
+	zones = withAlias(zones, c.Alias, domains, port)
 	for _, z := range zones {
 		if err := corefile.Apart(z.Name, domains); err != nil {
-			return dnsPlan{finding: "names of the tailnet: " + err.Error() + ": change dns.base_domain of Headscale, or set dns.manageCoreDNS to false"}
+			return dnsPlan{finding: "names of the tailnet: " + strings.ReplaceAll(err.Error(), "\n", "; ") +
+				": change dns.base_domain of Headscale, dns.alias or network.remoteClusters, or set dns.manageCoreDNS to false"}
 		}
 	}
 	foreign := slices.DeleteFunc(slices.Clone(file.Imports), isCustomImport)
@@ -260,7 +297,7 @@ func writtenBy(m *corev1.ConfigMap) string {
 
 // planCustom keeps the server blocks in a key of our own.
 func planCustom(have dnsState, main corefile.File, zones []corefile.Zone, port int) dnsPlan {
-	want := "# Written by headcni-controller: change dns.* and remoteClusters in HeadCNI's values.\n" + corefile.Render(zones, port)
+	want := "# Written by headcni-controller: change dns.* and network.remoteClusters in HeadCNI's values.\n" + corefile.Render(zones, port)
 	others := map[string]corefile.File{dnsMain: main}
 	if have.custom != nil {
 		for key, text := range have.custom.Data {

@@ -68,7 +68,7 @@ func TestNames(t *testing.T) {
 	helm := map[string]string{managedBy: "Helm"}
 	changed := strings.Replace(section, "servfail 1s", "servfail 9s", 1)
 	own, _ := strings.CutPrefix(section, section[:strings.Index(section, "\n")+1])
-	own = "# Written by headcni-controller: change dns.* and remoteClusters in HeadCNI's values.\n" + strings.TrimSuffix(own, "# END headcni\n")
+	own = "# Written by headcni-controller: change dns.* and network.remoteClusters in HeadCNI's values.\n" + strings.TrimSuffix(own, "# END headcni\n")
 	for name, tt := range map[string]struct {
 		mode         config.Tristate
 		main, custom *corev1.ConfigMap
@@ -185,5 +185,55 @@ func TestNamesForbidden(t *testing.T) {
 		if text := c.announced[checkDNS]; !strings.Contains(text, "upgrade the chart") {
 			t.Errorf("%s: %q", verb, text)
 		}
+	}
+}
+
+// TestNamesOfOtherClusters: domains of other clusters, and the one by which they ask for ours, stand beside the tailnet's.
+func TestNamesOfOtherClusters(t *testing.T) {
+	one := named("one", "hc.internal", "10.244.1.0/24")
+	for name, tt := range map[string]struct {
+		domain, alias string
+		want          []string // server blocks of ours
+		wantFinding   string
+	}{
+		"a domain of its own":    {domain: "west.k8s", want: []string{"hc.internal:53", "west.k8s:53"}},
+		"both":                   {domain: "west.k8s", alias: "east.k8s", want: []string{"hc.internal:53", "west.k8s:53", "east.k8s:53"}},
+		"the cluster's as alias": {alias: "cluster.local", want: []string{"hc.internal:53"}},
+		"inside the tailnet's":   {domain: "west.hc.internal", wantFinding: "west: west.hc.internal and the tailnet's domain hc.internal are inside each other"},
+		"as ours":                {domain: "cluster.local", wantFinding: "cluster.local is inside the cluster's domain"},
+		"an alias inside ours":   {alias: "east.cluster.local", wantFinding: "east.cluster.local is inside the cluster's domain"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, client := namer(t, config.Auto, configMap(dnsMain, nil, dnsMainKey, plain))
+			c.cfg.DNS.Alias = tt.alias
+			c.cfg.Network.RemoteClusters = []config.RemoteCluster{{Name: "west", ServiceCIDRs: config.CIDRs{"10.97.0.0/16"}}}
+			if tt.domain != "" {
+				c.cfg.Network.RemoteClusters[0].DNS = config.RemoteDNS{Domain: tt.domain, Servers: []string{"10.97.0.10", "fd00:97::a"}}
+			}
+			if err := c.names(t.Context(), []node{one}); err != nil {
+				t.Fatal(err)
+			}
+			if text := c.announced[checkDNS]; !strings.Contains(text, tt.wantFinding) || (text == "") != (tt.wantFinding == "") {
+				t.Errorf("finding %q, want %q", text, tt.wantFinding)
+			}
+			text := dataOf(t, client, dnsMain)[dnsMainKey]
+			f, err := corefile.Parse(strings.TrimPrefix(text, plain))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, b := range f.Blocks {
+				got = append(got, b.Keys...)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Error(diff)
+			}
+			if tt.domain == "west.k8s" && !strings.Contains(text, "forward . 10.97.0.10 fd00:97::a {") {
+				t.Error(text)
+			}
+			if line := "    rewrite stop name suffix .east.k8s. .cluster.local. answer auto\n"; (tt.alias == "east.k8s") != strings.Contains(text, line) {
+				t.Error(text)
+			}
+		})
 	}
 }

@@ -42,7 +42,7 @@ func TestNames(t *testing.T) {
 	}})
 	before := w.corefile(t)
 	w.apply(t, "echo.yaml", echoManifest)
-	w.install(t, nil)
+	w.install(t, map[string]any{"config": map[string]any{"dns": map[string]any{"alias": "e2e.k8s.lab"}}})
 	eventually(t, "nodes", 2*time.Minute, w.WaitReady)
 	eventually(t, "pods", 2*time.Minute, w.findPods)
 	w.apply(t, "names.yaml", namesManifest)
@@ -131,6 +131,7 @@ func (a *askers) all(ctx context.Context) error {
 	}
 	for _, server := range a.servers {
 		ask(a.service, "@"+server.Status.PodIP, "echo.e2e.svc.cluster.local")
+		ask(a.service, "@"+server.Status.PodIP, "echo.e2e.svc.e2e.k8s.lab") // as other clusters ask
 		for _, name := range slices.Sorted(maps.Keys(a.addresses)) {
 			for i, kind := range []string{"A", "AAAA"} {
 				for _, by := range []string{"+notcp", "+tcp"} {
@@ -189,6 +190,9 @@ func (a *askers) printed(t *testing.T) {
 		t.Errorf("headcnictl dns corefile prints\n%s\nand the Corefile is\n%s", out, a.corefile(t))
 	}
 	address := a.kubectl(t, "get", "service", "-n", "kube-system", "kube-dns", "-o", "jsonpath={.spec.clusterIP}")
+	if out := ctl("remote", "--name", "e2e", "--service-cidr", cluster.ServiceCIDRs); !strings.Contains(out, "domain: e2e.k8s.lab\n") || !strings.Contains(out, "- "+address+"\n") {
+		t.Errorf("headcnictl dns remote prints\n%s", out)
+	}
 	out := ctl("headscale", "--service-cidr", cluster.ServiceCIDRs)
 	for _, want := range []string{"cluster.local:\n      - " + address, "# Checked: no rule of the policy names"} {
 		if !strings.Contains(out, want) {

@@ -34,7 +34,7 @@ const kubeadm = `.:53 {
 
 var tailnet = []Zone{{Name: "hc.internal", Upstreams: []netip.AddrPort{netip.MustParseAddrPort("100.100.100.100:53")}}}
 
-const section = `# BEGIN headcni (written by headcni-controller: change dns.* and remoteClusters in HeadCNI's values)
+const section = `# BEGIN headcni (written by headcni-controller: change dns.* and network.remoteClusters in HeadCNI's values)
 hc.internal:53 {
     errors
     cache 30 {

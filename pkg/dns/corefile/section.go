@@ -9,10 +9,10 @@ import (
 
 const (
 	// begin and end are whole lines. beginGlued stands where the text before had no final line end, and the one there is ours.
-	begin      = "# BEGIN headcni (written by headcni-controller: change dns.* and remoteClusters in HeadCNI's values)"
-	beginGlued = "# BEGIN headcni, with the line end before it (written by headcni-controller: change dns.* and remoteClusters in HeadCNI's values)"
+	begin      = "# BEGIN headcni (written by headcni-controller: change dns.* and network.remoteClusters in HeadCNI's values)"
+	beginGlued = "# BEGIN headcni, with the line end before it (written by headcni-controller: change dns.* and network.remoteClusters in HeadCNI's values)"
 	end        = "# END headcni"
-	// marks begin what a person may have made of these lines.
+	// The marks are what counts of these lines: what is said behind them may differ from version to version.
 	beginMark, endMark = "# BEGIN headcni", "# END headcni"
 )
 
@@ -22,9 +22,9 @@ func split(text string) (before, section, after string, err error) {
 	start, stop := -1, -1
 	for line := range strings.Lines(text) {
 		switch bare := strings.TrimRight(line, "\r\n"); {
-		case bare == begin && start < 0:
+		case strings.HasPrefix(bare, beginMark+" (") && start < 0:
 			start = at
-		case bare == beginGlued && start < 0 && at > 0:
+		case strings.HasPrefix(bare, beginMark+", with the line end before it (") && start < 0 && at > 0:
 			start = at - 1
 		case bare == end && start >= 0 && stop < 0:
 			stop = at + len(line)

@@ -15,6 +15,8 @@ type Zone struct {
 	Name string
 	// Upstreams answer for it.
 	Upstreams []netip.AddrPort
+	// As is the domain below which the upstreams have the names, and "" where they have them below Name.
+	As string
 }
 
 // CheckDomain says what is wrong with the name of a zone.
@@ -60,8 +62,13 @@ const (
 func Render(zones []Zone, port int) string {
 	var out strings.Builder
 	for _, z := range zones {
-		fmt.Fprintf(&out, "%s:%d {\n    errors\n    cache 30 {\n%s    }\n    forward . %s {\n%s    }\n}\n",
-			z.Name, port, indented(cacheLines), addresses(z.Upstreams), indented(forwardLines))
+		rewrite := ""
+		if z.As != "" {
+			// Answers have the name that was asked for again.
+			rewrite = fmt.Sprintf("    rewrite stop name suffix .%s. .%s. answer auto\n", z.Name, z.As)
+		}
+		fmt.Fprintf(&out, "%s:%d {\n    errors\n%s    cache 30 {\n%s    }\n    forward . %s {\n%s    }\n}\n",
+			z.Name, port, rewrite, indented(cacheLines), addresses(z.Upstreams), indented(forwardLines))
 	}
 	return out.String()
 }

@@ -1,0 +1,49 @@
+package config
+
+import (
+	"slices"
+	"strings"
+	"testing"
+)
+
+func remote(name, pods, services, domain string, servers ...string) RemoteCluster {
+	return RemoteCluster{Name: name, PodCIDRs: CIDRs{pods}, ServiceCIDRs: CIDRs{services}, DNS: RemoteDNS{Domain: domain, Servers: servers}}
+}
+
+func TestRemoteClusters(t *testing.T) {
+	c := Default()
+	c.Network.ClusterCIDRs, c.Network.ServiceCIDRs, c.Network.RemoteCIDRs = CIDRs{"10.244.0.0/16"}, CIDRs{"10.96.0.0/16"}, CIDRs{"10.245.0.0/16"}
+	west := remote("west", "10.245.0.0/16", "10.97.0.0/16", "west.k8s", "10.97.0.10")
+	c.Network.RemoteClusters = []RemoteCluster{west}
+	if err := c.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, p := range c.Network.Ranges().Remote {
+		got = append(got, p.String())
+	}
+	if want := []string{"10.245.0.0/16", "10.97.0.0/16"}; !slices.Equal(got, want) {
+		t.Errorf("ranges of other clusters are %v, want %v", got, want)
+	}
+	for want, other := range map[string]RemoteCluster{
+		`network.remoteClusters[east]: "10.245.1.0/24": overlaps network.remoteClusters[west]`: remote("east", "10.245.1.0/24", "10.98.0.0/16", ""),
+		"overlaps this cluster's network.clusterCIDRs":                                         remote("east", "10.244.9.0/24", "10.98.0.0/16", ""),
+		"overlaps this cluster's network.serviceCIDRs":                                         remote("east", "10.246.0.0/16", "10.96.0.0/12", ""),
+		"is the domain of network.remoteClusters[west] too":                                    remote("east", "10.246.0.0/16", "10.98.0.0/16", "west.k8s", "10.98.0.10"),
+		"want a domain":       remote("east", "10.246.0.0/16", "10.98.0.0/16", "a..b", "10.98.0.10"),
+		"in none of the":      remote("east", "10.246.0.0/16", "10.98.0.0/16", "east.k8s", "192.0.2.1"),
+		"want the address":    remote("east", "10.246.0.0/16", "10.98.0.0/16", "east.k8s"),
+		"that no other":       remote("west", "10.246.0.0/16", "10.98.0.0/16", ""),
+		"has host bits set":   remote("east", "10.246.0.1/16", "10.98.0.0/16", ""),
+		"want an address":     remote("east", "10.246.0.0/16", "10.98.0.0/16", "east.k8s", "dns"),
+		"overlaps 100.64.0.0": remote("east", "100.64.0.0/16", "10.98.0.0/16", ""),
+	} {
+		c.Network.RemoteClusters = []RemoteCluster{west, other}
+		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	if err := c.Set("network.remoteClusters", "x"); err == nil {
+		t.Error("a list of clusters from one word")
+	}
+}
