@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -69,15 +70,15 @@ func (c *Controller) clusterDNS(ctx context.Context, zones []corefile.Zone, find
 	if err != nil {
 		return err
 	}
-	if finding == "" {
-		finding = p.finding
+	if finding == "" || c.cfg.DNS.ManageCoreDNS == "false" {
+		finding = p.finding // where nothing is to be written, nothing is missing
 	}
 	c.metrics.findings.WithLabelValues(checkDNS).Set(0)
 	if finding != "" {
 		c.metrics.findings.WithLabelValues(checkDNS).Set(1)
 	}
 	c.announce(ctx, checkDNS, finding, c.about())
-	if p.note != c.namesNote {
+	if p.note != "" && p.note != c.namesNote {
 		c.log.Info("the cluster's DNS", "note", p.note)
 	}
 	c.namesOf, c.namesAt, c.namesNote = text, c.now(), p.note
@@ -191,16 +192,16 @@ func (c *Controller) dnsMap(ctx context.Context, name string) (*corev1.ConfigMap
 func (c *Controller) applyDNS(ctx context.Context, p dnsPlan) error {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	maps := c.client.ConfigMaps(dnsNamespace)
+	objects := c.client.ConfigMaps(dnsNamespace)
 	var errs []error
 	for _, w := range []struct {
 		object *corev1.ConfigMap
 		write  func(*corev1.ConfigMap) error
 	}{
-		{p.update, func(m *corev1.ConfigMap) error { _, err := maps.Update(ctx, m, metav1.UpdateOptions{}); return err }},
-		{p.create, func(m *corev1.ConfigMap) error { _, err := maps.Create(ctx, m, metav1.CreateOptions{}); return err }},
+		{p.update, func(m *corev1.ConfigMap) error { _, err := objects.Update(ctx, m, metav1.UpdateOptions{}); return err }},
+		{p.create, func(m *corev1.ConfigMap) error { _, err := objects.Create(ctx, m, metav1.CreateOptions{}); return err }},
 		{p.remove, func(m *corev1.ConfigMap) error {
-			return maps.Delete(ctx, m.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &m.UID, ResourceVersion: &m.ResourceVersion}})
+			return objects.Delete(ctx, m.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &m.UID, ResourceVersion: &m.ResourceVersion}})
 		}},
 	} {
 		if w.object == nil {
@@ -311,9 +312,9 @@ func planCustom(have dnsState, main corefile.File, zones []corefile.Zone, port i
 			others[key] = f
 		}
 	}
-	for where, f := range others {
+	for _, where := range slices.Sorted(maps.Keys(others)) {
 		for _, z := range zones {
-			if key := f.Serves(z.Name, port); key != "" {
+			if key := others[where].Serves(z.Name, port); key != "" {
 				return dnsPlan{finding: dnsFinding(dnsCustom, fmt.Errorf("cannot have a server block for %s: %s has %s already, which is not of headcni: "+
 					"remove that one, or set dns.manageCoreDNS to false", z.Name, where, key))}
 			}

@@ -83,6 +83,7 @@ func TestNames(t *testing.T) {
 		"changed by somebody": {main: configMap(dnsMain, nil, dnsMainKey, plain+changed), wantMain: plain + section},
 		"false":               {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, plain+section), wantMain: plain},
 		"false, broken":       {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, "{\n"+section), wantMain: "{\n"},
+		"false, no domain":    {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "x {")}},
 		"nobody says":         {main: configMap(dnsMain, nil, dnsMainKey, plain+changed), nodes: []node{named("one", "")}, wantMain: plain + changed},
 		"a cluster without IPv4": {
 			main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "hc.internal", "fd00:244:1::/64")},
