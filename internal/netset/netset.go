@@ -1,4 +1,4 @@
-// Package netset is the algebra of sets of IP prefixes, and the two ranges that every tailnet has.
+// Package netset is the algebra of sets of IP prefixes, the two ranges that every tailnet has, and the addresses that mean the node itself.
 package netset
 
 import (
@@ -18,6 +18,11 @@ var (
 	// ResolverIPv4 and ResolverIPv6 are where each node's tailscaled answers that node, and nobody else (tailscale.com/kb/1381).
 	ResolverIPv4 = netip.MustParseAddr("100.100.100.100")
 	ResolverIPv6 = netip.MustParseAddr("fd7a:115c:a1e0::53")
+	// AnswererIPv4 and AnswererIPv6 are where each node's daemon answers for the tailnet's names, for the node and its pods (pkg/dns/answer). The
+	// IPv4 one is link-local, and neither NodeLocal DNSCache (169.254.20.10) nor a cloud's metadata (169.254.169.254, 169.254.170.2) nor the pods'
+	// gateway has it. The IPv6 one is a unique local address (RFC 4193): what pods send to fe80::/10 ends at their link.
+	AnswererIPv4 = netip.MustParseAddr("169.254.116.52")
+	AnswererIPv6 = netip.MustParseAddr("fd68:6561:6463:6e69::53")
 )
 
 // Union returns the prefixes of all lists, masked and in order of address, without those inside another. It does not join

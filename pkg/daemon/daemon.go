@@ -70,6 +70,7 @@ type Daemon struct {
 	links        noderoutes.Links    // of the loop alone
 	pods         *leases.Mender
 	guardTest    guardTest
+	answerer     *answerer
 	policy       *policyPart // nil where NetworkPolicies are not enforced
 	policyIsOff  bool        // of the loop alone: nothing of them is left in the kernel
 
@@ -131,6 +132,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 		d.policy = newPolicy(d)
 	}
 	d.member = membership.New(c, log, getenv, forMember)
+	d.answerer = newAnswerer(d.member.Names)
 	d.board = d.newBoard(d.parts())
 	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return debounce }
 	d.node = noderoutes.New(saved.Host, func(h noderoutes.Saved) error {
@@ -379,6 +381,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 		}
 	}
 	wg.Go(func() { d.paths.Run(ctx, d.loop.Wake) })
+	wg.Go(func() { d.answerer.run(ctx, d.loop.Wake) })
 	wg.Go(func() { d.watchPaths(ctx) })
 	wg.Go(func() { d.member.Watch(ctx, d.loop.Wake) })
 	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing) })

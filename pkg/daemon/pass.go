@@ -49,7 +49,7 @@ const (
 	partRuntime = "runtime"
 	// partGuard is whether the guard stops what is sent in clear on purpose, with this kernel and these rules.
 	partGuard = "guard"
-	// partNames is whether questions for names can go in a circle.
+	// partNames is the node's name server for the tailnet, and whether questions for names can go in a circle.
 	partNames = "names"
 	// partState is what must be on disk for our next start.
 	partState = "state"
@@ -172,8 +172,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 				d.loop.Wake()
 			})
 		}},
-		{Name: partNames, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, nameRisksOf(s.seen, d.cfg.DNS.MagicDNS.BaseDomain).err()
+		{Name: partNames, Needs: []string{partFirewall}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+			done, err := d.answerer.sync(s.plan.firewall.Own)
+			return done, errors.Join(err, nameRisksOf(s.seen, d.cfg.DNS.MagicDNS.BaseDomain).err())
 		}},
 		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/dns/answer"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/install"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
@@ -150,5 +151,5 @@ func unlessStopped(err error, mode string) error {
 }
 
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(removePolicy(ctx), noderoutes.New(s.Host, nil).Remove(ctx), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
+	return errors.Join(removePolicy(ctx), noderoutes.New(s.Host, nil).Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
 }

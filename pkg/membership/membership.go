@@ -368,6 +368,27 @@ func (m *Member) follow(ctx context.Context, fn func(context.Context, *tailscale
 // Prefs are tailscaled's now.
 func (m *Member) Prefs(ctx context.Context) (tailscale.Prefs, error) { return m.client.Prefs(ctx) }
 
+// Names asks tailscaled for what there is by name: its status, and what Headscale says of names, nil where an older tailscaled does not tell.
+// It may be called beside everything else.
+func (m *Member) Names(ctx context.Context) (tailscale.Status, *tailscale.DNS, error) {
+	m.mu.Lock()
+	socket := m.socket
+	m.mu.Unlock()
+	if socket == "" {
+		return tailscale.Status{}, nil, tailscale.ErrUnreachable // before the first pass
+	}
+	c := tailscale.New(socket)
+	s, err := c.Status(ctx)
+	if err != nil {
+		return s, nil, err
+	}
+	dns, err := c.DNS(ctx)
+	if err != nil {
+		return s, nil, nil // what it does not tell is said by leaving it out
+	}
+	return s, &dns, nil
+}
+
 // DNS is what Headscale says of names.
 func (m *Member) DNS(ctx context.Context) (tailscale.DNS, error) { return m.client.DNS(ctx) }
 

@@ -26,6 +26,8 @@ const (
 	// setAsked holds the neighbours that pods have begun something with lately, setAskers the pods that did. The kernel fills both.
 	setAsked  = "asked"
 	setAskers = "askers"
+	// setCurious holds the pods that ask the node for names, each with its rate. The kernel fills it.
+	setCurious = "curious"
 	// setShared holds what is the host's inside the tailnet's range.
 	setShared = "shared"
 
@@ -98,6 +100,8 @@ const (
 	DropTailnetEgress = "tailnet_egress"
 	// A pod sends something else to tailscaled's own address than a question to its resolver.
 	DropTailscaled = "tailscaled"
+	// A pod asks the node for names faster than it is answered.
+	DropPodFloods = "pod_floods"
 	// tailscaled's own packets in its own tunnel.
 	DropTunnelInTunnel = "tunnel_in_tunnel"
 	// The node's word to its pod that there is no way, while the tunnel is away.
@@ -107,7 +111,7 @@ const (
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
 	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
-	DropServiceClear, DropPodSource, DropTailnetEgress, DropTailscaled, DropTunnelInTunnel, DropNoWay,
+	DropServiceClear, DropPodSource, DropTailnetEgress, DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropNoWay,
 }
 
 // The kernel has one table of neighbours a family for all links and all namespaces, with room for 1024 (gc_thresh3), and one that does not
@@ -118,6 +122,18 @@ const (
 	askedSize         = 768
 	askedFor          = 5 * time.Second
 )
+
+// A pod may ask its node for nameBurst names at once and nameRate a second: CoreDNS is a pod too, and asks for all others.
+const (
+	nameRate, nameBurst = 2000, 4000
+	curiousSize         = 4096
+)
+
+// answerer is where the node itself answers for the tailnet's names.
+var answerer = map[knftables.Family]netip.Addr{
+	knftables.IPv4Family: netset.AnswererIPv4,
+	knftables.IPv6Family: netset.AnswererIPv6,
+}
 
 // tailnet are all tailnet addresses.
 var tailnet = map[knftables.Family]netip.Prefix{

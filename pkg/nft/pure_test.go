@@ -57,15 +57,15 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"meta": "3.13", "mark": "3.13", "set": "3.14 meta set", "drop": "3.13", "accept": "3.13", "return": "3.13",
 		"masquerade": "3.18 nft_masq", "fully-random": "3.18", "snat": "3.13 nft_nat", "to": "3.13",
 		"fib": "4.10 nft_fib", "iif": "4.10 fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
-		"update": "4.1 nft_dynset", "{": "4.1", "}": "4.1", "timeout": "4.1", "5s": "4.1", "60s": "4.1", "limit": "3.13", "rate": "3.13",
-		"64/second": "3.13", "burst": "4.3", "128": "4.3", "packets": "4.3", "state": "3.13 ct", "established,related": "3.13",
+		"update": "4.1 nft_dynset", "{": "4.1", "}": "4.1", "timeout": "4.1", "5s": "4.1", "60s": "4.1", "limit": "3.13", "rate": "3.13", "over": "4.3",
+		"64/second": "3.13", "burst": "4.3", "128": "4.3", "2000/second": "3.13", "4000": "4.3", "packets": "4.3", "state": "3.13 ct", "established,related": "3.13",
 		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13",
 		"ct": "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
 		"tcp": "3.13", "udp": "3.13", "dport": "3.13", "53": "3.13", "flags": "3.13", "(syn": "3.13", "rst)": "3.13", "syn": "3.13", "option": "4.11 exthdr", "maxseg": "4.11 exthdr",
 		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
-	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|sites|links|asked|askers)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|sites|links|asked|askers|curious)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
 	for name, cfg := range variants() {
 		for _, table := range rulesetOf(cfg) {

@@ -50,6 +50,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
 			setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
+			{name: setCurious, size: curiousSize},
 		},
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
@@ -93,6 +94,11 @@ func antispoof(family knftables.Family, cfg Config) []string {
 		// A pod's packet has passed this check already: that it is not looked up again is for speed.
 		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setCluster, drop(DropOutsideForged)),
 	)
+	rules = append(rules,
+		// The node's name server is for the node and its pods.
+		rule(`iifname != "%s" iifname != "lo" %s daddr %s %s`, names.PodLinks, family, answerer[family], drop(DropLANIngress)),
+		rule(`iifname "%s" %s daddr %s update @%s { %[2]s saddr timeout 60s limit rate over %[5]d/second burst %[6]d packets } %[7]s`,
+			names.PodLinks, family, answerer[family], setCurious, nameRate, nameBurst, drop(DropPodFloods)))
 	if !cfg.LANIngress {
 		// Here and not in lan, because IPVS has services on the node itself, and sends to pods as the node does.
 		rules = append(rules, rule(`%s %s daddr @%s %s`, foreign("iifname", cfg), family, setServices, drop(DropLANIngress)))
@@ -206,6 +212,8 @@ func guard(family knftables.Family, cfg Config) []string {
 		rules = append(rules, rule(`%s ip saddr %s%s ip daddr %[2]s%[4]s %[5]s`, out, tailnet[family], notShared(family, "saddr"),
 			notShared(family, "daddr"), drop(DropTailnetClear)))
 	}
+	// Where the daemon has gone, or has not come so far.
+	rules = append(rules, rule(`oifname != "%s" oifname != "lo" %s daddr %s %s`, names.PodLinks, fam, answerer[family], drop(DropTailnetClear)))
 	if family == knftables.IPv4Family {
 		// By whomever, and whatever the host has in the tailnet's range.
 		rules = append(rules, rule(`%s ip daddr %s %s`, out, quad100[family], drop(DropTailnetClear)))

@@ -52,7 +52,9 @@ type Peer struct {
 	NodeKey string
 	// Name is the first label of the MagicDNS name, else the host name.
 	Name string
-	IPs  []netip.Addr
+	// DNSName is the whole MagicDNS name, in lower case without a final dot; "" where it has none.
+	DNSName string
+	IPs     []netip.Addr
 	// Routes are those for which the node is primary now, without its own addresses.
 	Routes []netip.Prefix
 	// Allowed are all prefixes that WireGuard takes from the node; control sends only what is approved and primary.
@@ -144,7 +146,7 @@ func (w *wirePeer) peer() Peer {
 	p := Peer{
 		ID: w.ID, NodeKey: w.PublicKey, IPs: w.TailscaleIPs, Routes: w.PrimaryRoutes, Allowed: w.AllowedIPs, Tags: w.Tags,
 		Online: w.Online, Active: w.Active, CurAddr: w.CurAddr, Relay: w.Relay, Expired: w.Expired, ExitNode: w.ExitNode,
-		Handshake: w.LastHandshake, Bytes: w.RxBytes + w.TxBytes,
+		DNSName: plainName(w.DNSName), Handshake: w.LastHandshake, Bytes: w.RxBytes + w.TxBytes,
 	}
 	p.Name, _, _ = strings.Cut(w.DNSName, ".")
 	if p.Name == "" {

@@ -1,0 +1,108 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/dns/answer"
+	"github.com/headcni/headcni/pkg/reconcile"
+	"github.com/headcni/headcni/pkg/tailscale"
+)
+
+// answerer is the node's name server for the tailnet.
+type answerer struct {
+	server answer.Server
+	own    atomic.Pointer[[]netip.Prefix] // whose pods may ask
+	wanted chan []netip.Addr              // where it is to answer, once
+
+	mu  sync.Mutex
+	at  []netip.Addr
+	err error
+}
+
+type asksTailscaled func(context.Context) (tailscale.Status, *tailscale.DNS, error)
+
+func newAnswerer(ask asksTailscaled) *answerer {
+	a := &answerer{wanted: make(chan []netip.Addr, 1)}
+	a.server = answer.Server{
+		Source: func(ctx context.Context) (answer.Names, error) { return namesOf(ask(ctx)) },
+		May: func(client netip.Addr) bool {
+			own := a.own.Load()
+			return own != nil && slices.ContainsFunc(*own, func(p netip.Prefix) bool { return p.Contains(client) })
+		},
+	}
+	return a
+}
+
+// namesOf are those of all devices and the extra records. A tailscaled that does not run knows nobody, which is no reason to forget them.
+func namesOf(s tailscale.Status, dns *tailscale.DNS, err error) (answer.Names, error) {
+	if err != nil {
+		return answer.Names{}, err
+	}
+	if s.State != tailscale.Running || s.MagicDNSSuffix == "" {
+		return answer.Names{}, fmt.Errorf("tailscaled says %s", s.State)
+	}
+	n := answer.Names{Domain: s.MagicDNSSuffix, Hosts: map[string][]netip.Addr{}, Incomplete: dns == nil}
+	for _, p := range append(slices.Clone(s.Peers), s.Self) {
+		if p.DNSName != "" {
+			n.Hosts[p.DNSName] = p.IPs
+		}
+	}
+	if dns != nil {
+		for name, addrs := range dns.Records {
+			if _, device := n.Hosts[name]; !device { // as tailscaled has it: nobody takes a device's name
+				n.Hosts[name] = addrs
+			}
+		}
+	}
+	return n, nil
+}
+
+// sync has the node answer pods of these ranges, and says what it had to do. The server is where the families of the first ranges are.
+func (a *answerer) sync(own []netip.Prefix) ([]string, error) {
+	a.own.Store(&own)
+	a.mu.Lock()
+	if a.at == nil {
+		for i, addr := range []netip.Addr{netset.AnswererIPv4, netset.AnswererIPv6} {
+			if len(netset.OfFamily(own, i == 1)) > 0 {
+				a.at = append(a.at, addr)
+			}
+		}
+		if a.at != nil {
+			a.wanted <- a.at
+		}
+	}
+	at, failed := a.at, a.err
+	a.mu.Unlock()
+	a.server.Renew() // the pass may be of a change of peers
+	done, err := answer.EnsureAddrs(at)
+	if err == nil {
+		err = failed
+	}
+	return done, err
+}
+
+// run answers until ctx ends. What keeps it from that is tried again.
+func (a *answerer) run(ctx context.Context, wake func()) {
+	var at []netip.Addr
+	select {
+	case <-ctx.Done():
+		return
+	case at = <-a.wanted:
+	}
+	for ctx.Err() == nil {
+		err := a.server.Run(ctx, at)
+		a.mu.Lock()
+		a.err = err
+		a.mu.Unlock()
+		if err != nil {
+			wake()
+		}
+		reconcile.Sleep(ctx, retryMax)
+	}
+}
