@@ -363,7 +363,7 @@ func checkVersions(t *testing.T, isOld bool, objects []manifest) {
 
 // capabilities are all that any container has.
 var capabilities = map[string][]corev1.Capability{
-	"install": {"DAC_OVERRIDE"}, "headcni-daemon": {"NET_ADMIN", "NET_RAW", "DAC_OVERRIDE"}, "tailscaled": {"NET_ADMIN", "NET_RAW"},
+	"install": {"DAC_OVERRIDE"}, "headcni-daemon": {"NET_ADMIN", "NET_RAW", "DAC_OVERRIDE", "NET_BIND_SERVICE"}, "tailscaled": {"NET_ADMIN", "NET_RAW"},
 }
 
 func checkPod(t *testing.T, o manifest, pod corev1.PodTemplateSpec) {

@@ -82,12 +82,12 @@ func (s *Server) Run(ctx context.Context, addrs []netip.Addr) error {
 		at := netip.AddrPortFrom(a, port).String()
 		udp, err := lc.ListenPacket(ctx, "udp", at)
 		if err != nil {
-			return fmt.Errorf("answer for the tailnet's names: %w; something else listens at port %d there: bind it to addresses of its own", err, port)
+			return cannotListen(err)
 		}
 		closers = append(closers, udp)
 		tcp, err := lc.Listen(ctx, "tcp", at)
 		if err != nil {
-			return fmt.Errorf("answer for the tailnet's names: %w; something else listens at port %d there: bind it to addresses of its own", err, port)
+			return cannotListen(err)
 		}
 		closers = append(closers, tcp)
 		wg.Go(func() { cancel(s.serveUDP(ctx, udp.(*net.UDPConn), a)) })
@@ -99,6 +99,14 @@ func (s *Server) Run(ctx context.Context, addrs []netip.Addr) error {
 		return fmt.Errorf("answer for the tailnet's names: %w", err)
 	}
 	return nil
+}
+
+func cannotListen(err error) error {
+	advice := "the daemon needs root, and in a container the capability NET_BIND_SERVICE"
+	if errors.Is(err, unix.EADDRINUSE) {
+		advice = "something else listens there on all addresses: bind it to addresses of its own"
+	}
+	return fmt.Errorf("answer for the tailnet's names: %w; %s", err, advice)
 }
 
 func freeBind(network, _ string, c syscall.RawConn) (err error) {
