@@ -82,8 +82,8 @@ func decodeRule(m []byte) (rule, error) {
 		return rule{}, err
 	}
 	r := rule{af: int(m[0]), table: uint32(m[4]), action: m[7], suppress: noSuppress}
-	const unresolvedGoto = 0x4
-	flags := binary.NativeEndian.Uint32(m[8:]) &^ unresolvedGoto
+	const unresolvedGoto, noSuchIIF = 0x4, 0x8 // what the kernel says of it
+	flags := binary.NativeEndian.Uint32(m[8:]) &^ (unresolvedGoto | noSuchIIF)
 	r.not = flags&ruleInvert != 0
 	if flags &^= ruleInvert; flags != 0 || m[3] != 0 {
 		r.extra = fmt.Sprintf(" flags %#x tos %#x", flags, m[3])
@@ -109,6 +109,8 @@ func decodeRule(m []byte) (rule, error) {
 			r.suppress = int32(num())
 		case nl.FRA_PROTOCOL:
 			r.proto = v[0]
+		case nl.FRA_IIFNAME:
+			r.iif = unix.ByteSliceToString(v)
 		case nl.FRA_DST, nl.FRA_SRC:
 			addr, ok := netip.AddrFromSlice(v)
 			if !ok {
@@ -145,6 +147,9 @@ func encodeRule(r rule) *nl.NetlinkRequest {
 	if r.from.IsValid() {
 		hdr[2] = byte(r.from.Bits())
 		req.AddData(nl.NewRtAttr(nl.FRA_SRC, r.from.Addr().AsSlice()))
+	}
+	if r.iif != "" {
+		req.AddData(nl.NewRtAttr(nl.FRA_IIFNAME, nl.ZeroTerminated(r.iif)))
 	}
 	u32(nl.FRA_PRIORITY, r.pref)
 	u32(nl.FRA_FWMARK, r.mark)

@@ -21,6 +21,7 @@ type rule struct {
 	pref     uint32
 	not      bool         // it matches what the selectors together do not
 	from, to netip.Prefix // zero: all
+	iif      string       // the link that the packet came by; "": any, and the node itself
 	mark     uint32
 	mask     uint32
 	action   uint8 // nl.FR_ACT_*
@@ -42,6 +43,9 @@ func (r rule) String() string {
 	}
 	if r.to.IsValid() {
 		fmt.Fprintf(&b, " to %s", r.to)
+	}
+	if r.iif != "" {
+		fmt.Fprintf(&b, " iif %s", r.iif)
 	}
 	if r.mark != 0 || r.mask != 0 {
 		fmt.Fprintf(&b, " fwmark %#x/%#x", r.mark, r.mask)
@@ -160,6 +164,9 @@ func wantedRules(f family, cfg Config) []rule {
 		add(prefTailnetHost, f.tailnet, func(r *rule) { r.suppress = int32(f.tailnet.Bits()) })
 		for _, p := range f.of(netset.Union(cfg.Cluster, cfg.Own, cfg.Leaving)) {
 			add(prefTailnetElse, f.tailnet, func(r *rule) { unreachable(r); r.from = p })
+		}
+		if cfg.TunName != "" {
+			add(prefTailnetElse, f.tailnet, func(r *rule) { unreachable(r); r.iif = cfg.TunName })
 		}
 	} else {
 		add(prefTailnetElse, f.tailnet, unreachable)

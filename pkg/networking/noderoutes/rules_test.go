@@ -30,11 +30,11 @@ var fibAddrs = map[string]*strings.Replacer{
 	"-4": strings.NewReplacer("$frompod", "from 10.244.1.10 iif hca", "$lan1", "192.168.88.1", "$lan2", "192.168.88.254", "$lan3", "192.168.88.7", "$lanbits", "24",
 		"$lannet", "192.168.88.0/24", "$pod", "10.244.1.10", "$hole", "10.244.1.99", "$remotenet", "10.244.2.0/24",
 		"$remote", "10.244.2.20", "$foreign", "198.51.100.0/24", "$outside", "198.51.100.7", "$ownhalf", "10.244.1.0/25",
-		"$resolver", "100.100.100.100", "$around", "100.100.0.0/16", "$tailnet", "100.64.0.9", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$cloudnet", "100.100.2.0/24", "$cloud", "100.100.2.136", "$nodad", "", "ip ", "ip -4 "),
+		"$resolver", "100.100.100.100", "$around", "100.100.0.0/16", "$tailnet", "100.64.0.9", "$self", "100.64.0.2", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$cloudnet", "100.100.2.0/24", "$cloud", "100.100.2.136", "$nodad", "", "ip ", "ip -4 "),
 	"-6": strings.NewReplacer("$frompod", "from fd00:244:1::10 iif hca", "$lan1", "fd88::1", "$lan2", "fd88::254", "$lan3", "fd88::7", "$lanbits", "64",
 		"$lannet", "fd88::/64", "$pod", "fd00:244:1::10", "$hole", "fd00:244:1::99", "$remotenet", "fd00:244:2::/64",
 		"$remote", "fd00:244:2::20", "$foreign", "2001:db8:7::/48", "$outside", "2001:db8:7::7", "$ownhalf", "fd00:244:1::/65",
-		"$resolver", "fd7a:115c:a1e0::53", "$around", "fd7a:115c:a1e0::/64", "$tailnet", "fd7a:115c:a1e0::9", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$cloudnet", "fd7a:115c:a1e0:2::/64", "$cloud", "fd7a:115c:a1e0:2::136", "$nodad", "nodad", "ip ", "ip -6 "),
+		"$resolver", "fd7a:115c:a1e0::53", "$around", "fd7a:115c:a1e0::/64", "$tailnet", "fd7a:115c:a1e0::9", "$self", "fd7a:115c:a1e0::2", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$cloudnet", "fd7a:115c:a1e0:2::/64", "$cloud", "fd7a:115c:a1e0:2::136", "$nodad", "nodad", "ip ", "ip -6 "),
 }
 
 // Where does a packet go? The kernel is asked, with our rules beside tailscaled's, in each of these calamities.
@@ -63,6 +63,10 @@ func TestRulesDecide(t *testing.T) {
 				"$tailnet $frompod": "headcni01", "$cloud $frompod": unreachable}},
 			{"the same, and the tunnel is dead", "ip route flush table 52; ip route add $cgn via $lan2", true, map[string]string{
 				"$tailnet $frompod": unreachable, "$cloud $frompod": unreachable, "$outside $frompod": "eth0"}},
+			{"somebody took the node's own address from the tun", "ip route add $cgn via $lan2", true, map[string]string{
+				"$self from $tailnet iif headcni01": unreachable, "$pod from $tailnet iif headcni01": "hca", "$lan3 from $tailnet iif headcni01": "eth0"}},
+			{"the same, and the tun was made anew", "ip link del headcni01; ip link add headcni01 type veth peer name again; ip link set headcni01 up", true, map[string]string{
+				"$self from $tailnet iif headcni01": unreachable}},
 			{"tailscaled's resolver", "ip route add $resolver dev headcni01 table 52", true, map[string]string{
 				"$resolver": "headcni01", "$resolver $frompod": "headcni01"}},
 			{"the same, and the tunnel is dead, and the host has a network around it", "ip route flush table 52; ip route add $around via $lan2", true, map[string]string{
@@ -163,9 +167,10 @@ func anyRulesLeft(t *testing.T, flag string, addrs *strings.Replacer) error {
 		return err
 	}
 	pod := &netlink.RouteGetOptions{Iif: "hca", SrcAddr: net.ParseIP(addrs.Replace("$pod"))}
+	tunnel := &netlink.RouteGetOptions{Iif: "headcni01", SrcAddr: net.ParseIP(addrs.Replace("$tailnet"))}
 	gone := make([]bool, len(all))
 	for i := 1; i <= 1<<len(all); i++ {
-		for to, from := range map[string][]*netlink.RouteGetOptions{"$tailnet": {nil, pod}, "$remote": {nil, pod}} {
+		for to, from := range map[string][]*netlink.RouteGetOptions{"$tailnet": {nil, pod, tunnel}, "$remote": {nil, pod, tunnel}} {
 			for _, o := range from {
 				routes, err := netlink.RouteGetWithOptions(net.ParseIP(addrs.Replace(to)), o)
 				if err == nil && len(routes) == 1 && routes[0].LinkIndex == eth0.Attrs().Index {
