@@ -31,8 +31,7 @@ const (
 	prefCluster = 5191
 	// prefClusterElse: or nowhere, whatever other routes there are.
 	prefClusterElse = 5192
-	// prefTailnetElse: tailnet addresses else lead nowhere. In IPv4 that is for pods, and for what comes out of the tunnel, which
-	// is for the node's own address where somebody has taken that away. It is not for the node itself: clouds have resolvers in
+	// prefTailnetElse: tailnet addresses else lead nowhere. In IPv4 that is for pods alone: clouds have resolvers in
 	// 100.64.0.0/10, which hosts reach by their default route.
 	prefTailnetElse = 5193
 	// prefLAN: main's routes but the default one, before foreign subnet routes: the node keeps its own networks. It and the next
@@ -42,7 +41,11 @@ const (
 	// prefLANFirst: main's default route as well, where the user wants no foreign routes at all.
 	prefLANFirst = 5195
 
-	prefFirst, prefLast = prefTailnet, prefLANFirst
+	// prefTunnelElse: in IPv4 it is for what comes out of the tunnel too, which is for the node's own address where somebody has taken
+	// that away. It has a number of its own, so that the rules always stand in the same order.
+	prefTunnelElse = 5196
+
+	prefFirst, prefLast = prefTailnet, prefTunnelElse
 
 	// tailscaleTable is where tailscaled puts the routes that it accepted.
 	tailscaleTable = 52

@@ -166,7 +166,7 @@ func wantedRules(f family, cfg Config) []rule {
 			add(prefTailnetElse, f.tailnet, func(r *rule) { unreachable(r); r.from = p })
 		}
 		if cfg.TunName != "" {
-			add(prefTailnetElse, f.tailnet, func(r *rule) { unreachable(r); r.iif = cfg.TunName })
+			add(prefTunnelElse, f.tailnet, func(r *rule) { unreachable(r); r.iif = cfg.TunName })
 		}
 	} else {
 		add(prefTailnetElse, f.tailnet, unreachable)

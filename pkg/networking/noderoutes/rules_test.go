@@ -71,7 +71,7 @@ func TestRulesDecide(t *testing.T) {
 				"$resolver": "headcni01", "$resolver $frompod": "headcni01"}},
 			{"the same, and the tunnel is dead, and the host has a network around it", "ip route flush table 52; ip route add $around via $lan2", true, map[string]string{
 				"$resolver": unreachable, "$resolver $frompod": unreachable, "$resolver mark 0x80000": unreachable}},
-			{"our rules are gone and the tunnel is dead", "for p in 5186 5187 5188 5189 5190 5191 5192 5193 5194 5195; do while ip rule del pref $p 2>/dev/null; do :; done; done; " +
+			{"our rules are gone and the tunnel is dead", "for p in 5186 5187 5188 5189 5190 5191 5192 5193 5194 5195 5196; do while ip rule del pref $p 2>/dev/null; do :; done; done; " +
 				"ip route flush table 52", true, map[string]string{"$pod": "hca", "$remote": unreachable, "$hole": unreachable}},
 		} {
 			t.Run(flag+" "+c.name, func(t *testing.T) {
