@@ -61,7 +61,7 @@ func dataOf(t *testing.T, client kubetest.Client, name string) map[string]string
 
 func TestNames(t *testing.T) {
 	one := named("one", "hc.internal", "10.244.1.0/24")
-	section, err := corefile.Set("", []corefile.Zone{{Name: "hc.internal", Upstreams: []netip.AddrPort{netip.MustParseAddrPort("100.100.100.100:53")}}}, 53)
+	section, err := corefile.Set("", []corefile.Zone{{Name: "hc.internal", Upstreams: []netip.AddrPort{netip.MustParseAddrPort("169.254.116.52:53"), netip.MustParseAddrPort("100.100.100.100:53")}}}, 53)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,7 +87,7 @@ func TestNames(t *testing.T) {
 		"nobody says":         {main: configMap(dnsMain, nil, dnsMainKey, plain+changed), nodes: []node{named("one", "")}, wantMain: plain + changed},
 		"a cluster without IPv4": {
 			main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "hc.internal", "fd00:244:1::/64")},
-			wantMain: plain + strings.Replace(section, "100.100.100.100", "fd7a:115c:a1e0::53", 1),
+			wantMain: plain + strings.Replace(section, "169.254.116.52 100.100.100.100", "fd68:6561:6463:6e69::53 fd7a:115c:a1e0::53", 1),
 		},
 		"nodes disagree": {
 			main: configMap(dnsMain, nil, dnsMainKey, plain+section), nodes: []node{one, named("two", "example.com")}, wantMain: plain + section,

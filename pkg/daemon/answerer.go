@@ -2,11 +2,13 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/dns/answer"
@@ -20,9 +22,11 @@ type answerer struct {
 	own    atomic.Pointer[[]netip.Prefix] // whose pods may ask
 	wanted chan []netip.Addr              // where it is to answer, once
 
-	mu  sync.Mutex
-	at  []netip.Addr
-	err error
+	mu sync.Mutex
+	at []netip.Addr
+	// listening tells that it answers, err why it does not; neither is known in the beginning.
+	listening bool
+	err       error
 }
 
 type asksTailscaled func(context.Context) (tailscale.Status, *tailscale.DNS, error)
@@ -77,32 +81,40 @@ func (a *answerer) sync(own []netip.Prefix) ([]string, error) {
 			a.wanted <- a.at
 		}
 	}
-	at, failed := a.at, a.err
+	at, listening, failed := a.at, a.listening, a.err
 	a.mu.Unlock()
 	a.server.Renew() // the pass may be of a change of peers
-	done, err := answer.EnsureAddrs(at)
-	if err == nil {
-		err = failed
+	if failed != nil {
+		// Whoever listens on all addresses would be asked in the server's place, and CoreDNS would believe it.
+		return nil, errors.Join(failed, answer.RemoveAddrs())
 	}
-	return done, err
+	if !listening {
+		return nil, nil
+	}
+	return answer.EnsureAddrs(at)
 }
 
-// run answers until ctx ends. What keeps it from that is tried again.
-func (a *answerer) run(ctx context.Context, wake func()) {
+// set says whether it answers, and has a pass look at it.
+func (a *answerer) set(listening bool, err error, wake func()) {
+	a.mu.Lock()
+	a.listening, a.err = listening, err
+	a.mu.Unlock()
+	wake()
+}
+
+// run answers until ctx ends. What keeps it from that is tried again each so often.
+func (a *answerer) run(ctx context.Context, each time.Duration, wake func()) {
 	var at []netip.Addr
 	select {
 	case <-ctx.Done():
 		return
 	case at = <-a.wanted:
 	}
+	a.server.Listening = func() { a.set(true, nil, wake) }
 	for ctx.Err() == nil {
-		err := a.server.Run(ctx, at)
-		a.mu.Lock()
-		a.err = err
-		a.mu.Unlock()
-		if err != nil {
-			wake()
+		if err := a.server.Run(ctx, at); err != nil {
+			a.set(false, err, wake)
 		}
-		reconcile.Sleep(ctx, retryMax)
+		reconcile.Sleep(ctx, each)
 	}
 }

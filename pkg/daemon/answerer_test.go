@@ -1,13 +1,19 @@
 package daemon
 
 import (
+	"context"
 	"errors"
+	"net"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/dns/answer"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -33,4 +39,54 @@ func TestNamesOf(t *testing.T) {
 	if _, err := namesOf(s, nil, errors.New("dead")); err == nil {
 		t.Error("what a dead tailscaled says counts")
 	}
+}
+
+// The address is there while the server listens. Else whoever listens on all addresses would be asked in its place.
+func TestAnswererBesideAnother(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "ip", "link", "set", "lo", "up")
+	var other net.PacketConn
+	ns.Do(t, func() (err error) { other, err = net.ListenPacket("udp", ":53"); return err })
+	defer other.Close()
+	a := newAnswerer(func(context.Context) (tailscale.Status, *tailscale.DNS, error) {
+		return tailscale.Status{}, nil, errors.New("dead")
+	})
+	woken := make(chan struct{}, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		ns.Do(t, func() error {
+			a.run(ctx, 10*time.Millisecond, func() {
+				select {
+				case woken <- struct{}{}:
+				default:
+				}
+			})
+			return nil
+		})
+	}()
+	defer func() { cancel(); <-ended }()
+	// until has passes run, as the daemon would, until one ends as it should.
+	until := func(what string, ok func(error) bool) {
+		t.Helper()
+		for {
+			var err error
+			ns.Do(t, func() error { _, err = a.sync([]netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}); return nil })
+			has := strings.Contains(ns.Run(t, "ip", "addr", "show", "lo"), netset.AnswererIPv4.String())
+			if ok(err) && has == (err == nil) {
+				return
+			}
+			select {
+			case <-woken:
+			case <-time.After(20 * time.Second):
+				t.Fatalf("%s: %v, the address is there: %t", what, err, has)
+			}
+		}
+	}
+	until("another one listens", func(err error) bool {
+		return err != nil && strings.Contains(err.Error(), "something else listens there")
+	})
+	other.Close()
+	until("it has gone", func(err error) bool { return err == nil })
 }

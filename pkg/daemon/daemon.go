@@ -381,7 +381,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 		}
 	}
 	wg.Go(func() { d.paths.Run(ctx, d.loop.Wake) })
-	wg.Go(func() { d.answerer.run(ctx, d.loop.Wake) })
+	wg.Go(func() { d.answerer.run(ctx, retryMax, d.loop.Wake) })
 	wg.Go(func() { d.watchPaths(ctx) })
 	wg.Go(func() { d.member.Watch(ctx, d.loop.Wake) })
 	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing) })

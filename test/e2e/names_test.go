@@ -119,8 +119,8 @@ func (a *askers) find(t *testing.T) {
 	})
 }
 
-// all asks for every node's name, of both families, by UDP and TCP, each of CoreDNS' pods, from every pod. A name of the cluster is
-// answered as before. One shell of each pod asks all: kubectl takes its time.
+// all asks for every node's name, of both families, by UDP and TCP, each of CoreDNS' pods, from every pod. A name that nobody has is none,
+// and a name of the cluster is answered as before. One shell of each pod asks all: kubectl takes its time.
 func (a *askers) all(ctx context.Context) error {
 	var script strings.Builder
 	var want []string
@@ -130,6 +130,9 @@ func (a *askers) all(ctx context.Context) error {
 		want = append(want, question+": "+answer)
 	}
 	for _, server := range a.servers {
+		nobody := "@" + server.Status.PodIP + " nobody." + lab.BaseDomain
+		fmt.Fprintf(&script, "echo \"%s: $(dig +tries=1 +time=2 %s | sed -n 's/.*status: \\([A-Z]*\\).*/\\1/p')\"\n", nobody, nobody)
+		want = append(want, nobody+": NXDOMAIN")
 		ask(a.service, "@"+server.Status.PodIP, "echo.e2e.svc.cluster.local")
 		ask(a.service, "@"+server.Status.PodIP, "echo.e2e.svc.e2e.k8s.lab") // as other clusters ask
 		for _, name := range slices.Sorted(maps.Keys(a.addresses)) {

@@ -33,6 +33,8 @@ type Server struct {
 	Source func(context.Context) (Names, error)
 	// May reports whether a client is a pod of this node. The node itself, which asks from the address it asks at, always may.
 	May func(netip.Addr) bool
+	// Listening, if any, is called when all addresses are listened at.
+	Listening func()
 	// Port to listen at; 0 is 53.
 	Port uint16
 
@@ -94,6 +96,9 @@ func (s *Server) Run(ctx context.Context, addrs []netip.Addr) error {
 		wg.Go(func() { cancel(s.serveTCP(ctx, &wg, tcp, a)) })
 	}
 	wg.Go(func() { s.keep(ctx) })
+	if s.Listening != nil {
+		s.Listening()
+	}
 	<-ctx.Done()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("answer for the tailnet's names: %w", err)

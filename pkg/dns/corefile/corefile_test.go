@@ -32,7 +32,7 @@ const kubeadm = `.:53 {
 }
 `
 
-var tailnet = []Zone{{Name: "hc.internal", Upstreams: []netip.AddrPort{netip.MustParseAddrPort("100.100.100.100:53")}}}
+var tailnet = []Zone{{Name: "hc.internal", Upstreams: []netip.AddrPort{netip.MustParseAddrPort("169.254.116.52:53"), netip.MustParseAddrPort("100.100.100.100:53")}}}
 
 const section = `# BEGIN headcni (written by headcni-controller: change dns.* and network.remoteClusters in HeadCNI's values)
 hc.internal:53 {
@@ -42,8 +42,8 @@ hc.internal:53 {
         denial 1024 5
         servfail 1s
     }
-    forward . 100.100.100.100 {
-        max_fails 0
+    forward . 169.254.116.52 100.100.100.100 {
+        policy sequential
     }
 }
 # END headcni

@@ -43,7 +43,7 @@ func HelmValues(zones []Zone, clusterDomain string) (string, error) {
 		servers = append(servers, helmServer{Zones: []helmZone{{z.Name + "."}}, Port: defaultPort, Plugins: []helmPlugin{
 			{Name: "errors"},
 			{Name: "cache", Parameters: "30", ConfigBlock: cacheLines},
-			{Name: "forward", Parameters: ". " + addresses(z.Upstreams), ConfigBlock: forwardLines},
+			{Name: "forward", Parameters: ". " + addresses(z.Upstreams), ConfigBlock: forwardLines(z)},
 		}})
 	}
 	b, err := yaml.Marshal(map[string]any{"servers": servers})

@@ -13,7 +13,7 @@ import (
 type Zone struct {
 	// Name is the domain, in lower case without its final dot.
 	Name string
-	// Upstreams answer for it.
+	// Upstreams answer for it, the first that is there.
 	Upstreams []netip.AddrPort
 	// As is the domain below which the upstreams have the names, and "" where they have them below Name.
 	As string
@@ -52,11 +52,17 @@ func Apart(zone string, clusters []string) error {
 }
 
 // The answers live for 5 s at their source; more would keep a node that moved away out of reach by its name. A failure is asked
-// again after a second instead of five. There is one upstream for each node, and so a health check could only add failures.
-const (
-	cacheLines   = "success 9984 5\ndenial 1024 5\nservfail 1s"
-	forwardLines = "max_fails 0"
-)
+// again after a second instead of five.
+const cacheLines = "success 9984 5\ndenial 1024 5\nservfail 1s"
+
+// forwardLines are how the upstreams are asked: one after the other, but for those that do not answer a health check. Where there is one, that
+// could only add failures.
+func forwardLines(z Zone) string {
+	if len(z.Upstreams) == 1 {
+		return "max_fails 0"
+	}
+	return "policy sequential"
+}
 
 // Render makes the server blocks. Their port is that of CoreDNS' others. No zones are no text.
 func Render(zones []Zone, port int) string {
@@ -68,7 +74,7 @@ func Render(zones []Zone, port int) string {
 			rewrite = fmt.Sprintf("    rewrite stop name suffix .%s. .%s. answer auto\n", z.Name, z.As)
 		}
 		fmt.Fprintf(&out, "%s:%d {\n    errors\n%s    cache 30 {\n%s    }\n    forward . %s {\n%s    }\n}\n",
-			z.Name, port, rewrite, indented(cacheLines), addresses(z.Upstreams), indented(forwardLines))
+			z.Name, port, rewrite, indented(cacheLines), addresses(z.Upstreams), indented(forwardLines(z)))
 	}
 	return out.String()
 }

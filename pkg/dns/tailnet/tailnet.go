@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/dns/corefile"
 )
 
@@ -52,13 +53,14 @@ func Zone(nodes []Node) (z corefile.Zone, ok bool, err error) {
 	return z, false, fmt.Errorf("nodes say different domains (%s): CoreDNS stays as it is until they agree", strings.Join(each, ", "))
 }
 
-// upstreams answer for the tailnet's domain, as tailscaled does on each node: CoreDNS asks the one of its own node. Pods without
-// IPv4 reach the other address.
+// upstreams answer for the tailnet's domain on each node: the daemon, and tailscaled while the daemon is restarted or of a version that does
+// not. CoreDNS asks those of its own node. Pods without IPv4 reach the other addresses.
 func upstreams(nodes []Node) []netip.AddrPort {
+	answerer, resolver := netset.AnswererIPv6, netset.ResolverIPv6
 	for _, n := range nodes {
 		if slices.ContainsFunc(n.PodCIDRs, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
-			return []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{100, 100, 100, 100}), 53)}
+			answerer, resolver = netset.AnswererIPv4, netset.ResolverIPv4
 		}
 	}
-	return []netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("fd7a:115c:a1e0::53"), 53)}
+	return []netip.AddrPort{netip.AddrPortFrom(answerer, 53), netip.AddrPortFrom(resolver, 53)}
 }
