@@ -174,7 +174,10 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		}},
 		{Name: partNames, Needs: []string{partFirewall}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
 			done, err := d.answerer.sync(s.plan.firewall.Own)
-			return done, errors.Join(err, nameRisksOf(s.seen, d.cfg.DNS.MagicDNS.BaseDomain).err())
+			if d.kubernetes != nil { // elsewhere nothing is known to ask the host's resolver for pods, and status has it
+				err = errors.Join(err, nameRisksOf(s.seen, d.cfg.DNS.MagicDNS.BaseDomain).err())
+			}
+			return done, err
 		}},
 		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}
