@@ -177,9 +177,11 @@ func (h toHeadscale) print(out io.Writer) error {
 # Two clusters with the same domain cannot both be split: give one of them another domain.
 %s
 # In Headscale's policy, merged with what is there; no restart (headscale policy set; SIGHUP where it is a file).
-# acls: let in whom you like instead of "*", which means devices of the tailnet. nodeAttrs (0.29): pods get IPv6 addresses of tailnet names.
+# acls: let in whom you like instead of "*", which means devices of the tailnet. nodeAttrs (0.29): tailscaled has IPv6
+# addresses of tailnet names too, where it answers in place of a daemon that is restarted.
 # %s
-# autoApprovers only where headcni-controller has a pre-auth key: with an API key it approves the routes of the nodes that advertise services.
+# The tailnet reaches services, the cluster's DNS among them, where a node advertises their ranges. HeadCNI does not do that so far: what you have
+# doing it needs these autoApprovers, or headscale nodes approve-routes.
 #   "autoApprovers": {"routes": {%s}}
 `, lines, policy, h.approvers())
 	return err
@@ -270,7 +272,7 @@ func (h toHeadscale) checkPolicy(text string) (found []string) {
 		}
 	}
 	if !slices.ContainsFunc(p.NodeAttrs, func(a policyAttr) bool { return slices.Contains(a.Attr, "magicdns-aaaa") }) {
-		found = append(found, "nobody has the attribute magicdns-aaaa: names of the tailnet have no IPv6 addresses")
+		found = append(found, "nobody has the attribute magicdns-aaaa: tailscaled has no IPv6 addresses of names where it answers in place of a daemon")
 	}
 	return found
 }
