@@ -121,7 +121,7 @@ type RemoteDNS struct {
 	Servers []string `json:"servers"`
 }
 
-// ranges are the cluster's, with their keys.
+// ranges are all that the cluster has.
 func (r RemoteCluster) ranges() CIDRs { return slices.Concat(r.PodCIDRs, r.ServiceCIDRs) }
 
 // IPAM is the conflist's `ipam`.

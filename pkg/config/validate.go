@@ -161,7 +161,7 @@ func (n Network) validateRemote(v *faults) {
 				}
 			}
 		}
-		owners = append(owners, owner{"network.remoteClusters[" + c.Name + "]", c.ranges()})
+		owners = append(owners, owner{key, c.ranges()})
 		c.validateDNS(v, key, domains)
 	}
 }

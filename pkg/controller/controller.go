@@ -40,6 +40,9 @@ type Controller struct {
 	// namesOf are the zones that the cluster's DNS was last looked at for, namesAt is when, namesNote what was said of it.
 	namesOf, namesNote string
 	namesAt            time.Time
+	// recordsOf are the names of Services that the ConfigMap for Headscale was last looked at for, recordsAt is when.
+	recordsOf string
+	recordsAt time.Time
 
 	// nodeNames are those of all nodes of the tailnet, nil before Headscale has told them.
 	nodeNames []string

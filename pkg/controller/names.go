@@ -24,7 +24,7 @@ import (
 const (
 	// checkDNS is the finding about the cluster's DNS.
 	checkDNS = "dns"
-	// namesCheck is how often CoreDNS' ConfigMaps are looked at although the zones are the same.
+	// namesCheck is how often ConfigMaps about names are looked at although what they are to hold is the same.
 	namesCheck = time.Minute
 
 	dnsNamespace = "kube-system"

@@ -20,7 +20,7 @@ const aboutService = "service/"
 
 // watchServices keeps the Services that want a name in the tailnet, and asks for a pass where these change, until ctx ends.
 func (c *Controller) watchServices(ctx context.Context) {
-	type kept = *records.Service // nil where it wants none
+	type kept = *records.Service
 	key := func(s *records.Service) string { return s.Namespace + "/" + s.Name }
 	kube.Follow(ctx, c.client, c.client.Services(metav1.NamespaceAll), &corev1.Service{}, kube.Feed[*corev1.Service, kept]{
 		Keep: serviceOf,
@@ -85,7 +85,14 @@ func (c *Controller) serviceNames(ctx context.Context, domain string) error {
 		return err
 	}
 	c.tellServices(ctx, refused)
-	return c.writeRecords(ctx, text)
+	if text == c.recordsOf && c.now().Sub(c.recordsAt) < namesCheck {
+		return nil
+	}
+	if err := c.writeRecords(ctx, text); err != nil {
+		return err
+	}
+	c.recordsOf, c.recordsAt = text, c.now()
+	return nil
 }
 
 // tellServices announces why Services have no name, and that others have one again.

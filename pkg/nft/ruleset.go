@@ -93,12 +93,11 @@ func antispoof(family knftables.Family, cfg Config) []string {
 		rule(`iifname "%s" fib saddr . iif oif missing %s`, names.PodLinks, drop(DropPodForged)),
 		// A pod's packet has passed this check already: that it is not looked up again is for speed.
 		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setCluster, drop(DropOutsideForged)),
-	)
-	rules = append(rules,
-		// The node's name server is for the node and its pods.
+		// The node's name server is for the node and its pods. Here nobody has the address of another, so that the set holds pods alone.
 		rule(`iifname != "%s" iifname != "lo" %s daddr %s %s`, names.PodLinks, family, answerer[family], drop(DropLANIngress)),
 		rule(`iifname "%s" %s daddr %s update @%s { %[2]s saddr timeout 60s limit rate over %[5]d/second burst %[6]d packets } %[7]s`,
-			names.PodLinks, family, answerer[family], setCurious, nameRate, nameBurst, drop(DropPodFloods)))
+			names.PodLinks, family, answerer[family], setCurious, nameRate, nameBurst, drop(DropPodFloods)),
+	)
 	if !cfg.LANIngress {
 		// Here and not in lan, because IPVS has services on the node itself, and sends to pods as the node does.
 		rules = append(rules, rule(`%s %s daddr @%s %s`, foreign("iifname", cfg), family, setServices, drop(DropLANIngress)))
