@@ -16,20 +16,25 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/pidlock"
 	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/dns/nodedns"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/networking/deadman"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/nft/selftest"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/pathmtu"
+	"github.com/headcni/headcni/pkg/policy/nodepolicy"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscaled"
 )
@@ -69,10 +74,10 @@ type Daemon struct {
 	table52      *noderoutes.Table52 // of the loop alone
 	links        noderoutes.Links    // of the loop alone
 	pods         *leases.Mender
-	guardTest    guardTest
-	answerer     *answerer
-	policy       *policyPart // nil where NetworkPolicies are not enforced
-	policyIsOff  bool        // of the loop alone: nothing of them is left in the kernel
+	guardTest    selftest.Once
+	answerer     *nodedns.Answerer
+	policy       *nodepolicy.Enforcer // nil where NetworkPolicies are not enforced
+	policyIsOff  bool                 // of the loop alone: nothing of them is left in the kernel
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -129,10 +134,10 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 		forMember = &membership.Kubernetes{Node: k.Node(), Namespace: k.Namespace(), JoinKey: k.JoinKey}
 	}
 	if d.cfg.Network.NetworkPolicy = c.Network.NetworkPolicy && k != nil; d.cfg.Network.NetworkPolicy {
-		d.policy = newPolicy(d)
+		d.policy = d.newPolicy()
 	}
 	d.member = membership.New(c, log, getenv, forMember)
-	d.answerer = newAnswerer(d.member.Names)
+	d.answerer = nodedns.New(d.member.Names)
 	d.board = d.newBoard(d.parts())
 	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return debounce }
 	d.node = noderoutes.New(saved.Host, func(h noderoutes.Saved) error {
@@ -223,7 +228,7 @@ func prerequisites(c config.Config, kubernetes bool) error {
 
 // Run keeps the node right until ctx ends. Then it stops and leaves the network working.
 func (d *Daemon) Run(ctx context.Context) error {
-	held, err := lock(ctx, lockPath())
+	held, err := pidlock.Take(ctx, lockPath(), "headcni-daemon")
 	if err != nil {
 		return err
 	}
@@ -250,7 +255,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.metrics.Pools(d.pools)
 	d.metrics.Drops(d.drops)
-	d.metrics.Policy(d.policy.metrics)
+	d.metrics.Policy(d.policy.Metrics)
 	if d.cfg.Monitoring.Listen != "" {
 		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
 		if err != nil {
@@ -259,7 +264,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		vital(wait)
 	}
 	vital(func() error {
-		return nodestatus.Serve(ctx, paths.APISocket, nodestatus.Answers{Status: d.status, Others: d.policy.answers()}, func() {
+		return nodestatus.Serve(ctx, paths.APISocket, nodestatus.Answers{Status: d.status, Others: d.policy.Answers()}, func() {
 			// From here on `headcni-daemon status` finds somebody: it may come right after `systemctl start`.
 			if err := tellSystemd(d.getenv("NOTIFY_SOCKET"), "READY=1"); err != nil {
 				d.log.Warn("tell systemd that the daemon is up", "err", err)
@@ -269,7 +274,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	finished := make(chan struct{}, 1)
 	vital(func() error {
 		return cmdlog.Serve(ctx, paths.DaemonSocket, func() {
-			d.policy.wake()
+			d.policy.Wake()
 			select {
 			case finished <- struct{}{}:
 			default: // one is waiting already
@@ -277,8 +282,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 		}, socketErr)
 	})
 	wg.Go(func() { d.count(ctx, finished) })
-	vital(func() error { return held.keep(ctx) })
-	d.policy.start(ctx, &wg, d.watchEvents)
+	vital(func() error { return held.Keep(ctx) })
+	d.policy.Start(ctx, &wg, d.watchEvents)
 	d.watch(ctx, &wg)
 	if d.kubernetes != nil {
 		vital(func() error { return tailscaled.WatchMount(ctx) })
@@ -293,9 +298,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 		d.log.Info("started", "podCIDRs", d.cfg.Network.PodCIDRs, "mode", d.cfg.Tailscale.Mode)
 	}
 	d.loop.Run(ctx)
-	d.guardTest.running.Wait() // it ends with ctx
-	d.policy.stop()
-	d.policy.leave()
+	d.guardTest.Running.Wait() // it ends with ctx
+	d.policy.Stop()
+	d.policy.Leave()
 	err = context.Cause(ctx)
 	cancel(nil) // before the deferred Wait
 	d.log.Info("stopped; the network stays in force")
@@ -341,6 +346,9 @@ func (d *Daemon) pools() []monitoring.Pool {
 	return found
 }
 
+// lockPath is the file that the running daemon of this mount namespace locks.
+func lockPath() string { return filepath.Join(paths.RunDir, "daemon.lock") }
+
 // totalsPath is where the metrics of the plugin are kept until the next boot.
 func totalsPath() string { return filepath.Join(paths.RunDir, "metrics.json") }
 
@@ -370,18 +378,18 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 			}
 		})
 	})
-	addresses := []string{hostPort(d.cfg.Headscale.URL)}
+	addresses := []string{deadman.HostPort(d.cfg.Headscale.URL)}
 	if d.kubernetes != nil {
-		addresses = append(addresses, hostPort(d.kubernetes.Server()))
+		addresses = append(addresses, deadman.HostPort(d.kubernetes.Server()))
 		wg.Go(func() { d.kubernetes.Run(ctx, d.loop.Wake) })
 	}
 	for _, address := range addresses {
 		if address != "" {
-			wg.Go(func() { newDeadman(address).run(ctx, func() { d.reportCutOff(address) }) })
+			wg.Go(func() { deadman.New(address).Run(ctx, func() { d.reportCutOff(address) }) })
 		}
 	}
 	wg.Go(func() { d.paths.Run(ctx, d.loop.Wake) })
-	wg.Go(func() { d.answerer.run(ctx, retryMax, d.loop.Wake) })
+	wg.Go(func() { d.answerer.Run(ctx, retryMax, d.loop.Wake) })
 	wg.Go(func() { d.watchPaths(ctx) })
 	wg.Go(func() { d.member.Watch(ctx, d.loop.Wake) })
 	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing) })

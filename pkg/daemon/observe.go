@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/dns/nodedns"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -44,9 +45,9 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		prefs, err := d.member.Prefs(ctx)
 		if err == nil {
 			users := prefs.Saved(tailscale.PrefsSpec{})
-			o.prefs, o.controlURL, o.corpDNS = &users, prefs.ControlURL, prefs.CorpDNS
+			o.prefs, o.controlURL, o.dns.CorpDNS = &users, prefs.ControlURL, prefs.CorpDNS
 			if dns, err := d.member.DNS(ctx); err == nil { // an older tailscaled does not tell
-				o.splits = dns.Splits
+				o.dns.Splits = dns.Splits
 			}
 			o.sites = sites(o.Mode, prefs.AdvertiseRoutes)
 		} else if o.TailnetErr == nil {
@@ -66,7 +67,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.shared, err = noderoutes.SharedWithTailnet(); err != nil {
 		return o, err
 	}
-	o.nameservers = nameservers("/")
+	o.dns.Nameservers = nodedns.Nameservers("/")
 	if o.nodeAddr4, err = sourceAddr(unix.AF_INET); err != nil {
 		return o, err
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/dns/nodedns"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -155,7 +156,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		// A pass does not wait for policies, nor they for it. Switched off, they go when ADD does not ask for them any more.
 		{Name: partPolicy, Needs: policyNeeds(d.policy), Run: func(ctx context.Context, _ *pass) ([]string, error) {
 			if d.policy != nil {
-				return nil, d.policy.agent.Err()
+				return nil, d.policy.Err()
 			}
 			return nil, d.switchPolicyOff(ctx)
 		}},
@@ -164,18 +165,18 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), err)
 		}},
 		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), farResolver(s.seen), strangers(s.seen), smallPath(s.seen.path))
+			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path))
 		}},
 		{Name: partGuard, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			return nil, d.guardTest.result(ctx, s.plan.firewall, func(passed *bool) {
+			return nil, d.guardTest.Result(ctx, s.plan.firewall, func(passed *bool) {
 				d.metrics.SelfTest(passed)
 				d.loop.Wake()
 			})
 		}},
 		{Name: partNames, Needs: []string{partFirewall}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			done, err := d.answerer.sync(s.plan.firewall.Own)
+			done, err := d.answerer.Sync(s.plan.firewall.Own)
 			if d.kubernetes != nil { // elsewhere nothing is known to ask the host's resolver for pods, and status has it
-				err = errors.Join(err, nameRisksOf(s.seen, d.cfg.DNS.MagicDNS.BaseDomain).err())
+				err = errors.Join(err, nodedns.RisksOf(s.seen.dns, d.cfg.DNS.MagicDNS.BaseDomain).Err())
 			}
 			return done, err
 		}},
@@ -183,7 +184,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 	}
 	if d.kubernetes != nil {
 		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, runtimeUse(s.seen.Kubernetes.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
+			return nil, conflist.RuntimeUse(s.seen.Kubernetes.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
 		}}, reconcile.Part[*pass]{Name: partKubernetes, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.kubernetes.Sync(ctx, s.seen.Kubernetes, s.wantOfNode())
 		}})

@@ -13,6 +13,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/dns/nodedns"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
@@ -34,15 +35,11 @@ type observation struct {
 	sites []netip.Prefix
 	// shared are networks that the host has inside the tailnet's IPv4 range.
 	shared []netip.Prefix
-	// nameservers are the host's.
-	nameservers []netip.Addr
+	dns    nodedns.Seen
 	// nodeAddr4 and nodeAddr6 are the node's own addresses towards its pods; the zero Addr where it has none.
 	nodeAddr4, nodeAddr6 netip.Addr
 	// prefs are tailscaled's now, nil while it does not answer.
 	prefs *tailscale.SavedPrefs
-	// corpDNS is tailscaled's accept-dns, splits are the domains that the tailnet sends to resolvers of their own.
-	corpDNS bool
-	splits  []string
 	// controlURL is tailscaled's control server, "" while it does not answer.
 	controlURL string
 	// ipam is the ipam object of a conflist written by hand, nil where there is none.

@@ -3,125 +3,19 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
-	"log/slog"
-	"net/http"
-	"net/netip"
-	"path/filepath"
-	"runtime/debug"
-	"sync"
-	"time"
 
-	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config"
-	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/kube"
-	"github.com/headcni/headcni/pkg/monitoring"
-	"github.com/headcni/headcni/pkg/networking/podlink"
-	"github.com/headcni/headcni/pkg/nodestatus"
-	"github.com/headcni/headcni/pkg/policy"
-	"github.com/headcni/headcni/pkg/policy/agent"
-	"github.com/headcni/headcni/pkg/policy/enforce"
-	"github.com/headcni/headcni/pkg/policy/explain"
-	"github.com/headcni/headcni/pkg/policy/nflog"
-	"github.com/headcni/headcni/pkg/policy/report"
-	"github.com/headcni/headcni/pkg/policy/watch"
+	"github.com/headcni/headcni/pkg/policy/nodepolicy"
 )
 
-// policyPart is what enforces NetworkPolicies beside the passes. A nil one does nothing.
-type policyPart struct {
-	watch    *watch.Watch
-	agent    *agent.Agent
-	table    *enforce.Table
-	reporter *agent.Reporter
-	strict   bool
-	log      *slog.Logger
-
-	cancel  context.CancelFunc
-	running sync.WaitGroup
-}
-
-// policyPath is where the last snapshot is kept, and policyRulesPath what the kernel's rules looked like when they were written.
-func policyPath() string      { return filepath.Join(paths.StateDir, "policy.json") }
-func policyRulesPath() string { return filepath.Join(paths.RunDir, "policy-rules.json") }
-
-func newPolicy(d *Daemon) *policyPart {
-	events := kube.Reporter{Client: d.kubernetes.Client(), Program: "daemon", Instance: d.kubernetes.Node()}
-	p := &policyPart{
-		watch: watch.New(d.kubernetes.Client(), d.kubernetes.Node(), d.kubernetes.Nodes), table: enforce.New(policyRulesPath()),
-		reporter: agent.NewReporter(events.Write), cancel: func() {}, log: d.log, strict: d.cfg.Network.PolicyStartup == config.PolicyStrict,
-	}
-	d.kubernetes.OnAddrs(p.watch.NodesChanged)
-	p.agent = agent.New(agent.Config{
-		Log: d.log, Node: d.kubernetes.Node(), Cluster: p.watch, Table: p.table, Links: new(podlink.Handle),
-		Options: policy.Options{Strict: p.strict}, File: policyPath(),
-		Changed: d.loop.Wake, Tell: p.reporter.Tell, Synced: d.metrics.PolicySynced, Failed: d.metrics.PolicyFailed,
+func (d *Daemon) newPolicy() *nodepolicy.Enforcer {
+	return nodepolicy.New(nodepolicy.Options{
+		Kubernetes: d.kubernetes, Metrics: d.metrics, Log: d.log, Strict: d.cfg.Network.PolicyStartup == config.PolicyStrict, Changed: d.loop.Wake,
 	})
-	return p
-}
-
-// start begins to enforce policies until ctx ends. events calls a function for what a channel signals.
-func (p *policyPart) start(
-	ctx context.Context, wg *sync.WaitGroup, events func(context.Context, func(context.Context) (<-chan struct{}, error), func()),
-) {
-	if p == nil {
-		return
-	}
-	// Most of the memory is what is known of the cluster: garbage may be half as much.
-	debug.SetGCPercent(gcPercent)
-	ctx, p.cancel = context.WithCancel(ctx)
-	for _, run := range []func(){
-		func() { p.watch.Run(ctx, p.agent.Wake) },
-		func() { p.agent.Run(ctx) },
-		func() { p.reporter.Run(ctx) },
-		func() { events(ctx, agent.LinkChanges, p.agent.Wake) },
-		func() { events(ctx, p.table.Changes, p.agent.Repair) },
-	} {
-		p.running.Go(run)
-	}
-	wg.Go(p.running.Wait)
-}
-
-// wake has it look for a new pod.
-func (p *policyPart) wake() {
-	if p != nil {
-		p.agent.Wake()
-	}
-}
-
-// stop ends what start began. What is in the kernel stays.
-func (p *policyPart) stop() {
-	if p != nil {
-		p.cancel()
-		p.running.Wait()
-	}
-}
-
-// gcPercent is GOGC while a whole cluster is followed.
-const gcPercent = 50
-
-// leaveTimeout bounds what is asked when the daemon stops.
-const leaveTimeout = 3 * time.Second
-
-// leave is called when the daemon stops. Policies stay in force, unless who comes next enforces none: new pods would be unknown for
-// ever. The last snapshot stays in any case: with it they are back at once where the rights were taken by mistake.
-func (p *policyPart) leave() {
-	if p == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
-	defer cancel()
-	if !p.watch.Revoked(ctx) {
-		return
-	}
-	p.log.Warn("NetworkPolicies are taken off this node: its daemons may read them no longer, as after a rollback to a version that enforces none")
-	if err := removePolicy(ctx); err != nil {
-		p.log.Error("take NetworkPolicies off this node; do it by `nft delete table inet headcni-policy`", "err", err)
-	}
 }
 
 // policyNeeds: who switches policies off waits until ADD does not ask for them any more.
-func policyNeeds(p *policyPart) []string {
+func policyNeeds(p *nodepolicy.Enforcer) []string {
 	if p == nil {
 		return []string{partConflist}
 	}
@@ -133,118 +27,7 @@ func (d *Daemon) switchPolicyOff(ctx context.Context) error {
 	if d.policyIsOff {
 		return nil
 	}
-	err := errors.Join(removePolicy(ctx), removePolicyFiles())
+	err := errors.Join(nodepolicy.Remove(ctx), nodepolicy.RemoveFiles())
 	d.policyIsOff = err == nil
 	return err
-}
-
-// removePolicy takes the table away, and puts pods' links back into the group that they had.
-func removePolicy(ctx context.Context) error {
-	var links podlink.Handle
-	defer links.Close()
-	return agent.Off(ctx, enforce.New(""), &links)
-}
-
-func removePolicyFiles() error {
-	return errors.Join(atomicfile.Remove(policyPath()), atomicfile.Sweep(policyPath()), atomicfile.Remove(policyRulesPath()), atomicfile.Sweep(policyRulesPath()))
-}
-
-// linksNow reads pods' links anew each time, for several who ask at once.
-type linksNow struct{}
-
-func (linksNow) Attached() (map[string]podlink.Attachment, error) {
-	var h podlink.Handle
-	defer h.Close()
-	return h.Attached()
-}
-
-// answers are for those who ask why.
-func (p *policyPart) answers() map[string]http.HandlerFunc {
-	if p == nil {
-		off := func(w http.ResponseWriter, _ *http.Request) {
-			http.Error(w, "this node enforces no NetworkPolicies: set network.networkPolicy to true (chart: config.network.networkPolicy), on a node with a Kubernetes API", http.StatusUnprocessableEntity)
-		}
-		return map[string]http.HandlerFunc{
-			"GET " + report.ListPath: off, "GET " + report.ExplainPath: off, "GET " + report.DropsPath: off, "GET " + report.FollowPath: off,
-		}
-	}
-	d := explain.Drops{
-		Explainer: &explain.Explainer{State: p.explained, Kernel: p.table, Links: linksNow{}}, Log: p.agent.LogDenied, Read: nflog.Read,
-	}
-	return d.Handlers()
-}
-
-func (p *policyPart) explained() (*explain.State, error) {
-	snapshot, rules := p.agent.Current()
-	err := p.agent.Err()
-	if snapshot == nil {
-		return nil, fmt.Errorf("no NetworkPolicy is in force yet: %w", err)
-	}
-	out := &explain.State{Snapshot: snapshot, Rules: rules, Strict: p.strict, Problem: err}
-	for _, u := range p.agent.State().Unknown {
-		out.Waiting = append(out.Waiting, explain.Waiting{Pod: u.Pod, Why: u.Why, Since: u.Since})
-	}
-	return out, nil
-}
-
-// denied are the packets that policies dropped, by pod.
-func (p *policyPart) denied(s *monitoring.PolicyState) error {
-	snapshot, _ := p.agent.Current()
-	if snapshot == nil {
-		return nil
-	}
-	n, err := p.table.Denied(context.Background())
-	if err != nil {
-		return err
-	}
-	s.DeniedUnknown, s.DeniedStateless = n.Unknown, n.Stateless
-	all := map[monitoring.Denied]uint64{} // a pod that comes again has its predecessor's name
-	for _, pod := range snapshot.Pods {
-		if pod.Node != snapshot.Node {
-			continue
-		}
-		for _, a := range pod.IPs {
-			for direction, counts := range map[string]map[netip.Addr]uint64{"ingress": n.In, "egress": n.Out} {
-				if packets, isolated := counts[a]; isolated {
-					all[monitoring.Denied{Namespace: pod.Namespace, Pod: pod.Name, Direction: direction}] += packets
-				}
-			}
-		}
-	}
-	for d, packets := range all {
-		d.Packets = packets
-		s.Denied = append(s.Denied, d)
-	}
-	return nil
-}
-
-// metrics are for a scrape.
-func (p *policyPart) metrics() monitoring.PolicyState {
-	if p == nil {
-		return monitoring.PolicyState{}
-	}
-	s := p.agent.State()
-	out := monitoring.PolicyState{Enforced: s.InForce && p.agent.Err() == nil, Unknown: len(s.Unknown)}
-	if err := p.denied(&out); err != nil {
-		p.log.Warn("count what network policies drop", "err", err)
-	}
-	size := p.table.Stats()
-	out.Sets, out.Elements, out.Chains, out.Recheck = size.Sets+size.Maps, size.Elements, size.Chains, size.Recheck
-	if len(s.Unknown) > 0 { // the oldest comes first
-		out.OldestUnknown = time.Since(s.Unknown[0].Since)
-	}
-	return out
-}
-
-// status is what people see of it.
-func (p *policyPart) status() *nodestatus.Policy {
-	if p == nil {
-		return nil
-	}
-	s := p.agent.State()
-	out := &nodestatus.Policy{InForce: s.InForce, Policies: s.Policies, Isolated: s.Isolated, Stale: s.Stale}
-	for _, u := range s.Unknown {
-		out.Unknown = append(out.Unknown, nodestatus.UnknownPod{Pod: u.Pod, Since: u.Since, Why: u.Why})
-	}
-	return out
 }

@@ -13,7 +13,7 @@ import (
 // askAboutPolicy asks a daemon whose node has the pod ns/web, which everybody is denied, and follows what is denied until it is enough.
 func askAboutPolicy(t *testing.T, d *Daemon, rules func() string) {
 	t.Helper()
-	socket := daemontest.Serve(t, nodestatus.Answers{Others: d.policy.answers()})
+	socket := daemontest.Serve(t, nodestatus.Answers{Others: d.policy.Answers()})
 	l, err := report.AskList(t.Context(), socket)
 	if err != nil || len(l.Pods) != 1 || l.Pods[0].Name != "ns/web" || len(l.Pods[0].Ingress.By) != 1 || l.Problem != "" {
 		t.Errorf("%+v, %v", l, err)
@@ -39,7 +39,7 @@ func askAboutPolicy(t *testing.T, d *Daemon, rules func() string) {
 
 func TestPolicyIsOff(t *testing.T) {
 	d := newDaemon(t, testConfig(t))
-	socket := daemontest.Serve(t, nodestatus.Answers{Others: d.policy.answers()})
+	socket := daemontest.Serve(t, nodestatus.Answers{Others: d.policy.Answers()})
 	_, list := report.AskList(t.Context(), socket)
 	_, explain := report.AskExplain(t.Context(), socket, report.Question{Pod: "web"})
 	_, drops := report.AskDrops(t.Context(), socket, "", "")

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -15,9 +16,13 @@ import (
 	kubetesting "k8s.io/client-go/testing"
 
 	"github.com/headcni/headcni/internal/kubetest"
+	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
+
+// policyFiles are what is kept on disk.
+var policyFiles = []string{filepath.Join(paths.StateDir, "policy.json"), filepath.Join(paths.RunDir, "policy-rules.json")}
 
 // TestPolicy: NetworkPolicies are in force beside the passes, stay so when the daemon stops, and go when they are switched off, and at
 // uninstall; a pod that runs has its link's group as long.
@@ -41,11 +46,11 @@ func TestPolicy(t *testing.T) {
 	start := func() (d *Daemon, stop func()) {
 		d = newDaemon(t, c)
 		d.cfg.Network.NetworkPolicy, d.kubernetes = true, nodeview.Of(client, "a", quiet)
-		d.policy = newPolicy(d)
+		d.policy = d.newPolicy()
 		d.board = d.newBoard(d.parts())
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
-		d.policy.start(ctx, &wg, d.watchEvents)
+		d.policy.Start(ctx, &wg, d.watchEvents)
 		wg.Go(func() { d.kubernetes.Run(ctx, d.loop.Wake) })
 		return d, func() { cancel(); wg.Wait() }
 	}
@@ -54,7 +59,7 @@ func TestPolicy(t *testing.T) {
 	}
 	d, stop := start()
 	defer stop()
-	waitUntil(t, func() bool { return d.policy.agent.Err() == nil && inForce() })
+	waitUntil(t, func() bool { return d.policy.Err() == nil && inForce() })
 	d.pass(t.Context())
 	if text := partErrors(d)[partPolicy]; text != "" {
 		t.Error(text)
@@ -62,10 +67,7 @@ func TestPolicy(t *testing.T) {
 	if s := d.status(t.Context()).Policy; s == nil || !s.InForce || s.Policies != 1 || s.Isolated != 1 || len(s.Unknown) > 0 {
 		t.Errorf("%+v", s)
 	}
-	if st, err := d.policy.explained(); err != nil || len(st.Rules.In) != 1 || !st.Strict || len(st.Snapshot.Policies) != 1 {
-		t.Errorf("%+v, %v", st, err)
-	}
-	if m := d.policy.metrics(); !m.Enforced || m.Chains == 0 || m.Unknown != 0 {
+	if m := d.policy.Metrics(); !m.Enforced || m.Chains == 0 || m.Unknown != 0 {
 		t.Errorf("%+v", m)
 	}
 	askAboutPolicy(t, d, func() string { return shell("nft list ruleset") })
@@ -74,10 +76,10 @@ func TestPolicy(t *testing.T) {
 	shell("ip link set " + link + " group 0")
 	waitUntil(t, inForce)
 	stop()
-	if _, err := os.Stat(policyPath()); err != nil || !inForce() {
+	if _, err := os.Stat(policyFiles[0]); err != nil || !inForce() {
 		t.Error("a daemon that stops takes policies along, or forgets them:", err)
 	}
-	d.policy.leave()
+	d.policy.Leave()
 	if !inForce() {
 		t.Error("a daemon that stops takes policies along")
 	}
@@ -85,12 +87,12 @@ func TestPolicy(t *testing.T) {
 	client.PrependReactor("list", "networkpolicies", func(kubetesting.Action) (bool, runtime.Object, error) {
 		return revoked, nil, apierrors.NewForbidden(networkingv1.Resource("networkpolicies"), "", nil)
 	})
-	d.policy.leave()
+	d.policy.Leave()
 	if out := shell("nft list ruleset") + shell("ip link show "+link); strings.Contains(out, "headcni-policy") || strings.Contains(out, "group 4278") {
 		t.Error("new pods of a version that enforces no policies would wait for ever:", out)
 	}
 	revoked = false
-	if _, err := os.Stat(policyPath()); err != nil {
+	if _, err := os.Stat(policyFiles[0]); err != nil {
 		t.Error(err)
 	}
 
@@ -105,7 +107,7 @@ func TestPolicy(t *testing.T) {
 		if out := shell("nft list ruleset"); strings.Contains(out, "headcni-policy") || strings.Contains(shell("ip link show "+link), "group 4278") {
 			t.Error(when, out)
 		}
-		for _, path := range []string{policyPath(), policyRulesPath()} {
+		for _, path := range policyFiles {
 			if _, err := os.Stat(path); err == nil {
 				t.Error(when, "it leaves", path)
 			}
@@ -116,7 +118,7 @@ func TestPolicy(t *testing.T) {
 	d, stop = start()
 	defer stop()
 	waitUntil(t, inForce)
-	d.policy.stop()
+	d.policy.Stop()
 	if err := uninstall(t.Context(), d.cfg, d.saved, quiet, ""); err != nil {
 		t.Fatal(err)
 	}

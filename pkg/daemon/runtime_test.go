@@ -1,8 +1,6 @@
 package daemon
 
 import (
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -13,6 +11,7 @@ import (
 
 	"github.com/headcni/headcni/internal/kubetest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/monitoring"
@@ -70,7 +69,7 @@ func TestRuntimeThatLooksElsewhere(t *testing.T) {
 		if ready, got := look(); !ready || !strings.Contains(got, "has not seen") {
 			t.Errorf("at once: %v, %q", ready, got)
 		}
-		d.conflistAt = time.Now().Add(-runtimePatience)
+		d.conflistAt = time.Now().Add(-conflist.RuntimePatience)
 		ready, got := look()
 		for _, want := range []string{"/etc/cni/net.d/10-headcni.conflist", text, "cni.confDir /etc/cni/net.d and cni.binDir /opt/cni/bin"} {
 			if ready || !strings.Contains(got, want) {
@@ -102,57 +101,5 @@ func TestRuntimeThatLooksElsewhere(t *testing.T) {
 	slices.Sort(got)
 	if want := []string{kube.ReasonNotRight, kube.ReasonNotRight, kube.ReasonRight, kube.ReasonRight}; !slices.Equal(got, want) {
 		t.Errorf("events %v; want %v", got, want)
-	}
-}
-
-func TestUsualFolders(t *testing.T) {
-	put := func(root, name, text string) {
-		t.Helper()
-		path := filepath.Join(root, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	all := strings.Join(usualFolders(t.TempDir()), "; ")
-	for _, want := range []string{
-		"K3s with its own flannel: /var/lib/rancher/k3s/agent/etc/cni/net.d and /var/lib/rancher/k3s/data/cni", "RKE2",
-		"MicroK8s: /var/snap/microk8s/current/args/cni-network and /var/snap/microk8s/current/opt/cni/bin",
-	} {
-		if !strings.Contains(all, want) {
-			t.Errorf("%q; want %q in it", all, want)
-		}
-	}
-	const head = "Num       RefCount Protocol Flags    Type St Inode Path\n" +
-		"0000000000000000: 00000002 00000000 00010000 0001 01 20433 "
-	pod := t.TempDir() // a pod on the host's network
-	put(pod, "proc/net/unix", head+"/var/snap/microk8s/common/run/containerd.sock\n")
-	if got := usualFolders(pod); len(got) != 1 || !strings.HasPrefix(got[0], "MicroK8s: ") {
-		t.Errorf("by the socket: %q", got)
-	}
-	put(pod, "proc/net/unix", head+"/run/k3s/containerd/containerd.sock.ttrpc\n")
-	if got := usualFolders(pod); len(got) != 4 {
-		t.Errorf("by a longer name: %q", got)
-	}
-	host := t.TempDir()
-	put(host, "var/lib/rancher/rke2/agent/etc/containerd/config.toml", "")
-	if got := usualFolders(host); len(got) != 1 || !strings.HasPrefix(got[0], "RKE2") {
-		t.Errorf("by the file: %q", got)
-	}
-}
-
-// What lasts is said in the same words: else each pass would log it and write an event.
-func TestRuntimeUseRepeatsItself(t *testing.T) {
-	written := time.Now()
-	var said []string
-	for _, waited := range []time.Duration{2 * runtimePatience, 3*runtimePatience + time.Second} {
-		if err := runtimeUse(notReady[0], written, written.Add(waited), config.Default().CNI, "/"); err != nil {
-			said = append(said, err.Error())
-		}
-	}
-	if len(said) != 2 || said[0] != said[1] {
-		t.Errorf("%q", said)
 	}
 }

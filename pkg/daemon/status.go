@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/dns/nodedns"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -18,8 +19,8 @@ func (d *Daemon) status(ctx context.Context) nodestatus.Status {
 	last, confirmed := d.last, d.confirmed
 	d.mu.Unlock()
 	s := nodestatus.Status{Version: d.version, Mode: last.Mode, Tun: last.tun, TunMTU: last.tunMTU, SmallPath: last.path.Peer, SmallPathBytes: last.path.Bytes}
-	s.Policy, s.Names = d.policy.status(), nameRisksOf(last, d.cfg.DNS.MagicDNS.BaseDomain).texts()
-	s.Dropped, s.GuardTest = nonZero(d.drops()), d.guardTest.said()
+	s.Policy, s.Names = d.policy.Status(), nodedns.RisksOf(last.dns, d.cfg.DNS.MagicDNS.BaseDomain).Texts()
+	s.Dropped, s.GuardTest = nonZero(d.drops()), d.guardTest.Said()
 	t, prefs := d.member.Look(ctx)
 	var approved []netip.Prefix
 	if t != nil {

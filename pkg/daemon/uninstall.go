@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/atomicfile"
+	"github.com/headcni/headcni/internal/pidlock"
 	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config"
@@ -22,6 +23,7 @@ import (
 	"github.com/headcni/headcni/pkg/install"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
+	"github.com/headcni/headcni/pkg/policy/nodepolicy"
 	"github.com/headcni/headcni/pkg/tailscale"
 	"github.com/headcni/headcni/pkg/tailscaled"
 )
@@ -42,7 +44,7 @@ func Uninstall(ctx context.Context, c config.Config, log *slog.Logger) error {
 	if err := trusted.MkdirAll(paths.RunDir, 0o755); err != nil {
 		return err
 	}
-	held, err := lock(ctx, lockPath())
+	held, err := pidlock.Take(ctx, lockPath(), "headcni-daemon")
 	if err != nil {
 		return err
 	}
@@ -68,7 +70,7 @@ func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger, 
 		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx, log, runtime), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
-		err = errors.Join(atomicfile.Remove(statePath()), removePolicyFiles(), removeRunFiles())
+		err = errors.Join(atomicfile.Remove(statePath()), nodepolicy.RemoveFiles(), removeRunFiles())
 	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
@@ -151,5 +153,5 @@ func unlessStopped(err error, mode string) error {
 }
 
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(removePolicy(ctx), noderoutes.New(s.Host, nil).Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
+	return errors.Join(nodepolicy.Remove(ctx), noderoutes.New(s.Host, nil).Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
 }

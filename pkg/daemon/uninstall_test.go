@@ -254,28 +254,6 @@ func TestUninstallRemovesLeasesElsewhere(t *testing.T) {
 	}
 }
 
-// A child that a killed daemon was about to start has its lock for a moment; an uninstall that had it removes its file.
-func TestLockOfTheDead(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "lock")
-	first, err := lock(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		time.Sleep(lockWait / 4)
-		_ = os.Remove(path)
-		first.Close()
-	}()
-	second, err := lock(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer second.Close()
-	if _, err := lock(t.Context(), path); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("(pid %d): stop it first", os.Getpid())) {
-		t.Errorf("a second one: %v", err)
-	}
-}
-
 // Killed at any moment, an uninstall is finished by the next one.
 func TestUninstallKilled(t *testing.T) {
 	c, binDir, before := inhabitable(t)

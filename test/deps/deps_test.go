@@ -29,6 +29,7 @@ var level = map[string]int{
 	"internal/rtnl":       0,
 	"internal/trusted":    -1, // even files are written by it
 	"internal/version":    0,
+	"internal/pidlock":    1,
 	"internal/nfnl":       1,
 	"internal/unixsock":   1,
 
@@ -47,6 +48,7 @@ var level = map[string]int{
 	"pkg/ipam":                  3,
 	"pkg/kube":                  3,
 	"pkg/monitoring":            3,
+	"pkg/networking/deadman":    3,
 	"pkg/networking/noderoutes": 3,
 	"pkg/networking/podlink":    3,
 	"pkg/nft":                   3,
@@ -58,6 +60,7 @@ var level = map[string]int{
 
 	// Rooms that several concerns meet in.
 	"pkg/conflist":      4,
+	"pkg/dns/nodedns":   4,
 	"pkg/install":       4,
 	"pkg/membership":    4,
 	"pkg/policy/nflog":  4,
@@ -68,14 +71,16 @@ var level = map[string]int{
 	"pkg/policy/agent":   5,
 	"pkg/policy/explain": 5,
 
-	"pkg/controller": 6,
-	"pkg/daemon":     6,
-	"pkg/plugin":     6,
+	"pkg/policy/nodepolicy": 6,
+
+	"pkg/controller": 7,
+	"pkg/daemon":     7,
+	"pkg/plugin":     7,
 
 	// The lab starts our programs as processes and needs their configuration and clients only.
-	"internal/lab": 6,
+	"internal/lab": 7,
 
-	"cmd": 7,
+	"cmd": 8,
 }
 
 // testOnly packages import testing. Nothing that ships may.

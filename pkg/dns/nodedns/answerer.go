@@ -1,4 +1,6 @@
-package daemon
+// Package nodedns is what a node does for names: it answers its pods for the tailnet, and finds what leads their questions in a circle,
+// or to nobody.
+package nodedns
 
 import (
 	"context"
@@ -16,8 +18,8 @@ import (
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
-// answerer is the node's name server for the tailnet.
-type answerer struct {
+// Answerer is the node's name server for the tailnet. Make it with New.
+type Answerer struct {
 	server answer.Server
 	own    atomic.Pointer[[]netip.Prefix] // whose pods may ask
 	wanted chan []netip.Addr              // where it is to answer, once
@@ -29,10 +31,9 @@ type answerer struct {
 	err       error
 }
 
-type asksTailscaled func(context.Context) (tailscale.Status, *tailscale.DNS, error)
-
-func newAnswerer(ask asksTailscaled) *answerer {
-	a := &answerer{wanted: make(chan []netip.Addr, 1)}
+// New returns an Answerer of what ask says: it may be a tailscaled that tells no DNS, or does not answer.
+func New(ask func(context.Context) (tailscale.Status, *tailscale.DNS, error)) *Answerer {
+	a := &Answerer{wanted: make(chan []netip.Addr, 1)}
 	a.server = answer.Server{
 		Source: func(ctx context.Context) (answer.Names, error) { return namesOf(ask(ctx)) },
 		May: func(client netip.Addr) bool {
@@ -67,8 +68,11 @@ func namesOf(s tailscale.Status, dns *tailscale.DNS, err error) (answer.Names, e
 	return n, nil
 }
 
-// sync has the node answer pods of these ranges, and says what it had to do. The server is where the families of the first ranges are.
-func (a *answerer) sync(own []netip.Prefix) ([]string, error) {
+// errStarts passes as soon as the server listens, which wakes the next pass.
+const errStarts = reconcile.Waiting("the name server for the tailnet starts")
+
+// Sync has the node answer pods of these ranges, and says what it had to do. The server is where the families of the first ranges are.
+func (a *Answerer) Sync(own []netip.Prefix) ([]string, error) {
 	a.own.Store(&own)
 	a.mu.Lock()
 	if a.at == nil {
@@ -88,22 +92,22 @@ func (a *answerer) sync(own []netip.Prefix) ([]string, error) {
 		// Whoever listens on all addresses would be asked in the server's place, and CoreDNS would believe it.
 		return nil, errors.Join(failed, answer.RemoveAddrs())
 	}
-	if !listening {
-		return nil, nil
+	if !listening && at != nil {
+		return nil, errStarts
 	}
 	return answer.EnsureAddrs(at)
 }
 
 // set says whether it answers, and has a pass look at it.
-func (a *answerer) set(listening bool, err error, wake func()) {
+func (a *Answerer) set(listening bool, err error, wake func()) {
 	a.mu.Lock()
 	a.listening, a.err = listening, err
 	a.mu.Unlock()
 	wake()
 }
 
-// run answers until ctx ends. What keeps it from that is tried again each so often.
-func (a *answerer) run(ctx context.Context, each time.Duration, wake func()) {
+// Run answers until ctx ends. What keeps it from that is tried again each so often.
+func (a *Answerer) Run(ctx context.Context, each time.Duration, wake func()) {
 	var at []netip.Addr
 	select {
 	case <-ctx.Done():

@@ -1,4 +1,4 @@
-package daemon
+package conflist
 
 import (
 	"fmt"
@@ -12,17 +12,18 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// runtimePatience is how long after our conflist the runtime and kubelet may still say that there is no network: they look
+// RuntimePatience is how long after our conflist the runtime and kubelet may still say that there is no network: they look
 // every 5 and 10 s.
-const runtimePatience = time.Minute
+const RuntimePatience = time.Minute
 
-// runtimeUse judges whether the container runtime uses the conflist that stands since written, the zero Time where it does
-// not stand. notReady is what kubelet says of a missing network plugin, "" = nothing. With the wrong folders everything of ours is right and no pod starts.
-func runtimeUse(notReady string, written, now time.Time, cni config.CNI, root string) error {
+// RuntimeUse judges whether the container runtime uses the conflist that stands since written, the zero Time where it does
+// not stand. notReady is what kubelet says of a missing network plugin, "" = nothing. root is where the host's files are. With the wrong
+// folders everything of ours is right and no pod starts.
+func RuntimeUse(notReady string, written, now time.Time, cni config.CNI, root string) error {
 	if notReady == "" || written.IsZero() {
 		return nil
 	}
-	if now.Sub(written) < runtimePatience {
+	if now.Sub(written) < RuntimePatience {
 		return reconcile.Unseen{Err: reconcile.Waiting("kubelet has not seen the node's network yet")}
 	}
 	return reconcile.Warning{Err: fmt.Errorf("kubelet says that there is no network plugin although %s stands since %s (%q): the container runtime "+

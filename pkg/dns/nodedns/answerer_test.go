@@ -1,4 +1,4 @@
-package daemon
+package nodedns
 
 import (
 	"context"
@@ -48,7 +48,7 @@ func TestAnswererBesideAnother(t *testing.T) {
 	var other net.PacketConn
 	ns.Do(t, func() (err error) { other, err = net.ListenPacket("udp", ":53"); return err })
 	defer other.Close()
-	a := newAnswerer(func(context.Context) (tailscale.Status, *tailscale.DNS, error) {
+	a := New(func(context.Context) (tailscale.Status, *tailscale.DNS, error) {
 		return tailscale.Status{}, nil, errors.New("dead")
 	})
 	woken := make(chan struct{}, 1)
@@ -57,7 +57,7 @@ func TestAnswererBesideAnother(t *testing.T) {
 	go func() {
 		defer close(ended)
 		ns.Do(t, func() error {
-			a.run(ctx, 10*time.Millisecond, func() {
+			a.Run(ctx, 10*time.Millisecond, func() {
 				select {
 				case woken <- struct{}{}:
 				default:
@@ -72,7 +72,7 @@ func TestAnswererBesideAnother(t *testing.T) {
 		t.Helper()
 		for {
 			var err error
-			ns.Do(t, func() error { _, err = a.sync([]netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}); return nil })
+			ns.Do(t, func() error { _, err = a.Sync([]netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}); return nil })
 			has := strings.Contains(ns.Run(t, "ip", "addr", "show", "lo"), netset.AnswererIPv4.String())
 			if ok(err) && has == (err == nil) {
 				return

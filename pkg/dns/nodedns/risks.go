@@ -1,4 +1,4 @@
-package daemon
+package nodedns
 
 import (
 	"cmp"
@@ -15,26 +15,35 @@ import (
 // defaultClusterDomain is what Kubernetes calls its own domain where nobody says otherwise.
 const defaultClusterDomain = "cluster.local"
 
-// nameRisks are things that may lead questions for names in a circle, or to nobody, each with what to do. Any of the last two alone is
+// Seen is what is seen on a node of who is asked for names.
+type Seen struct {
+	// Nameservers are the host's.
+	Nameservers []netip.Addr
+	// CorpDNS is tailscaled's accept-dns, Splits are the domains that the tailnet sends to resolvers of their own.
+	CorpDNS bool
+	Splits  []string
+}
+
+// Risks are things that may lead questions for names in a circle, or to nobody, each with what to do. Any of the last two alone is
 // somebody's good right.
-type nameRisks struct {
+type Risks struct {
 	resolvConf error // pods with the host's resolver, which CoreDNS forwards to, are sent to the tailnet's
 	acceptDNS  error // tailscaled writes the host's resolver
 	split      error // the tailnet's devices, this one among them, ask the cluster for the cluster's own domain
 }
 
-// nameRisksOf finds them. It does no I/O.
-func nameRisksOf(o observation, clusterDomain string) (r nameRisks) {
+// RisksOf finds them. clusterDomain is Kubernetes' own, "" = cluster.local.
+func RisksOf(o Seen, clusterDomain string) (r Risks) {
 	own := func(a netip.Addr) bool { return a == netset.ResolverIPv4 || a == netset.ResolverIPv6 }
-	if i := slices.IndexFunc(o.nameservers, own); i >= 0 {
+	if i := slices.IndexFunc(o.Nameservers, own); i >= 0 {
 		r.resolvConf = fmt.Errorf("the host's resolv.conf names tailscaled's resolver %s, and pods with the host's (dnsPolicy Default), as CoreDNS is, ask it for "+
-			"everything: give kubelet a file with other name servers (resolvConf in its configuration, --resolv-conf)", o.nameservers[i])
+			"everything: give kubelet a file with other name servers (resolvConf in its configuration, --resolv-conf)", o.Nameservers[i])
 	}
-	if o.corpDNS {
+	if o.CorpDNS {
 		r.acceptDNS = errors.New("tailscaled's accept-dns is on, by which it writes the host's resolv.conf: run `tailscale set --accept-dns=false`")
 	}
 	domain := strings.ToLower(cmp.Or(clusterDomain, defaultClusterDomain))
-	for _, s := range o.splits {
+	for _, s := range o.Splits {
 		if s == domain || strings.HasSuffix(domain, "."+s) || strings.HasSuffix(s, "."+domain) {
 			r.split = fmt.Errorf("Headscale's dns.nameservers.split sends %s, the cluster's own, to the cluster: this is for devices outside it, and must not reach CoreDNS' own questions", s)
 			break
@@ -44,12 +53,12 @@ func nameRisksOf(o observation, clusterDomain string) (r nameRisks) {
 }
 
 // found are those that are there.
-func (r nameRisks) found() []error {
+func (r Risks) found() []error {
 	return slices.DeleteFunc([]error{r.resolvConf, r.acceptDNS, r.split}, func(err error) bool { return err == nil })
 }
 
-// err is an error where two of them make a circle possible, and where CoreDNS asks somebody who answers for nothing but the tailnet.
-func (r nameRisks) err() error {
+// Err is an error where two of them make a circle possible, and where CoreDNS asks somebody who answers for nothing but the tailnet.
+func (r Risks) Err() error {
 	switch found := r.found(); {
 	case len(found) >= 2:
 		return fmt.Errorf("questions for names can go in a circle: %w", errors.Join(found...))
@@ -59,8 +68,8 @@ func (r nameRisks) err() error {
 	return nil
 }
 
-// texts are for people.
-func (r nameRisks) texts() (out []string) {
+// Texts are for people.
+func (r Risks) Texts() (out []string) {
 	for _, err := range r.found() {
 		out = append(out, err.Error())
 	}

@@ -1,4 +1,4 @@
-package daemon
+package nodedns
 
 import (
 	"net/netip"
@@ -8,7 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -31,7 +30,7 @@ func TestNameservers(t *testing.T) {
 			}
 		}
 		var got []string
-		for _, a := range nameservers(root) {
+		for _, a := range Nameservers(root) {
 			got = append(got, a.String())
 		}
 		if !slices.Equal(got, strings.Fields(c.want)) {
@@ -59,8 +58,7 @@ func TestFarResolver(t *testing.T) {
 		"IPv6":                            {"2001:db8::1", tailnet, false},
 		"no tailscaled":                   {"100.100.3.1", nil, false},
 	} {
-		o := observation{Seen: membership.Seen{Tailnet: c.tail}, shared: shared, nameservers: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr(c.server)}}
-		err := farResolver(o)
+		err := FarResolver(c.tail, []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr(c.server)}, shared)
 		if (err != nil) != c.want || err != nil && !strings.Contains(err.Error(), "ip route add "+c.server) {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -1,4 +1,4 @@
-package daemon
+package nodedns
 
 import (
 	"bufio"
@@ -12,14 +12,16 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/reconcile"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 // resolvConfs are where the name servers stand that pods with the host's resolver get (dnsPolicy Default, and CoreDNS as a rule). In a
 // container it is kubelet's choice. On a host with systemd-resolved the first has the local stub alone, and kubelet is given the second.
 var resolvConfs = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
 
-// nameservers are those of the first file that has one that is not the host's loopback. What cannot be read has none.
-func nameservers(root string) (found []netip.Addr) {
+// Nameservers are those of the first file that has one that is not the host's loopback. What cannot be read has none. root is where the
+// host's files are.
+func Nameservers(root string) (found []netip.Addr) {
 	for _, path := range resolvConfs {
 		f, err := os.Open(filepath.Join(root, path))
 		if err != nil {
@@ -42,20 +44,21 @@ func nameservers(root string) (found []netip.Addr) {
 	return found
 }
 
-// farResolver says that pods do not reach a name server that the host reaches by its default route: to pods that range is the tailnet's,
+// FarResolver says that pods do not reach a name server that the host reaches by its default route: to pods that range is the tailnet's,
 // but for networks to which the host has a route of its own. The tailnet's resolver they do reach, and so what its devices have or lead to.
-func farResolver(o observation) error {
-	if o.Tailnet == nil {
+// shared are the networks that the host has inside the tailnet's IPv4 range.
+func FarResolver(t *tailscale.Status, nameservers []netip.Addr, shared []netip.Prefix) error {
+	if t == nil {
 		return nil
 	}
-	for _, a := range o.nameservers {
+	for _, a := range nameservers {
 		contains := func(p netip.Prefix) bool { return p.Contains(a) }
-		if !netset.TailnetIPv4.Contains(a) || a.String() == netconf.MagicDNSServer || slices.ContainsFunc(o.shared, contains) ||
-			slices.Contains(o.Tailnet.Self.IPs, a) {
+		if !netset.TailnetIPv4.Contains(a) || a.String() == netconf.MagicDNSServer || slices.ContainsFunc(shared, contains) ||
+			slices.Contains(t.Self.IPs, a) {
 			continue
 		}
 		known := false
-		for _, p := range o.Tailnet.Peers {
+		for _, p := range t.Peers {
 			known = known || slices.Contains(p.IPs, a) || slices.ContainsFunc(p.Routes, contains)
 		}
 		if !known {
