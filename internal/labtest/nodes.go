@@ -17,6 +17,7 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/pkg/config/secret"
 	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
 // Sh runs a line of shell on a machine, and must succeed.
@@ -79,6 +80,22 @@ func Ready(t testing.TB, n *lab.Node) {
 	if err := n.WaitReady(Within(t)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// Part is what is wrong with a part of a node, "" = nothing, and whether the node is ready all the same.
+func Part(t testing.TB, n *lab.Node, name string) (text string, ready bool) {
+	t.Helper()
+	var s nodestatus.Status
+	if err := json.Unmarshal([]byte(Sh(t, n.Machine, "headcni-daemon status -o json || :")), &s); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range s.Parts {
+		if p.Name == name {
+			return p.Error, s.Ready
+		}
+	}
+	t.Fatalf("%s has no part %s", n.Name, name)
+	return "", false
 }
 
 // Stop ends processes as systemd does, Kill as the kernel does where memory is short.

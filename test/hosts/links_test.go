@@ -36,7 +36,7 @@ func TestTunComesBack(t *testing.T) {
 
 // linksRight says what the node's part links says, or that the node is not ready.
 func linksRight(t *testing.T, n *lab.Node) error {
-	text, ready := partOf(t, n, "links")
+	text, ready := labtest.Part(t, n, "links")
 	if text != "" || !ready {
 		return fmt.Errorf("ready %t: %s", ready, text)
 	}
@@ -65,7 +65,7 @@ func TestTunWithoutIPv6(t *testing.T) {
 func wantLinks(t *testing.T, n *lab.Node, words ...string) {
 	t.Helper()
 	labtest.Eventually(t, "wait until it is said", func() error {
-		text, ready := partOf(t, n, "links")
+		text, ready := labtest.Part(t, n, "links")
 		for _, word := range words {
 			if ready || !strings.Contains(text, word) {
 				return fmt.Errorf("ready %t, and %q does not say %q", ready, text, word)

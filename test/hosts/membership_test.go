@@ -298,7 +298,7 @@ func TestDeadman(t *testing.T) {
 		t.Fatal("Headscale is reached although a peer took its prefix")
 	}
 	takenBack := func() error {
-		if text, _ := partOf(t, n, "config"); !strings.Contains(text, "taken back") || !strings.Contains(text, "network.lanFirst") {
+		if text, _ := labtest.Part(t, n, "config"); !strings.Contains(text, "taken back") || !strings.Contains(text, "network.lanFirst") {
 			return fmt.Errorf("config: %q", text)
 		}
 		return nil

@@ -51,7 +51,7 @@ func TestFarResolver(t *testing.T) {
 	said := func(want bool) {
 		t.Helper()
 		labtest.Eventually(t, fmt.Sprintf("status names the name server: %t", want), func() error {
-			if text, ready := partOf(t, n, "foreign"); strings.Contains(text, server) != want || !ready {
+			if text, ready := labtest.Part(t, n, "foreign"); strings.Contains(text, server) != want || !ready {
 				return fmt.Errorf("ready %t: %q", ready, text)
 			}
 			return nil

@@ -1,7 +1,6 @@
 package hosts
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -9,7 +8,6 @@ import (
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
-	"github.com/headcni/headcni/pkg/nodestatus"
 )
 
 // The service CIDRs of the labs' cluster.
@@ -212,7 +210,7 @@ func TestForeignFirewall(t *testing.T) {
 		ct state { established, related } accept; jump zones; reject with icmpx admin-prohibited; }; chain zones { }; }'`)
 	labtest.WantRefused(t, "through the firewall", w.a1, labtest.Echo(w.a2, false))
 	labtest.Eventually(t, "wait for the firewall to be named", func() error {
-		text, ready := partOf(t, n, "foreign")
+		text, ready := labtest.Part(t, n, "foreign")
 		for _, want := range []string{"chain inet firewalld filter_FORWARD", "firewall-cmd", "hc+", n.Tun} {
 			if !strings.Contains(text, want) {
 				return fmt.Errorf("%q does not say %q", text, want)
@@ -232,28 +230,12 @@ func TestForeignFirewall(t *testing.T) {
 	labtest.Sh(t, n.Machine, `for i in 'hc*' %s; do nft "add rule inet firewalld zones iifname \"$i\" accept"; done`, n.Tun)
 	w.works(t)
 	labtest.Eventually(t, "wait for the firewall to be right", func() error {
-		if text, _ := partOf(t, n, "foreign"); text != "" {
+		if text, _ := labtest.Part(t, n, "foreign"); text != "" {
 			return fmt.Errorf("%s", text)
 		}
 		return nil
 	})
 	labtest.Sh(t, n.Machine, "nft delete table inet firewalld")
-}
-
-// partOf is what is wrong with a part of a node, and whether the node is ready all the same.
-func partOf(t *testing.T, n *lab.Node, name string) (text string, ready bool) {
-	t.Helper()
-	var s nodestatus.Status
-	if err := json.Unmarshal([]byte(labtest.Sh(t, n.Machine, "headcni-daemon status -o json || :")), &s); err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range s.Parts {
-		if p.Name == name {
-			return p.Error, s.Ready
-		}
-	}
-	t.Fatalf("%s has no part %s", n.Name, name)
-	return "", false
 }
 
 // A tailnet peer that advertises the node's LAN, the services and Headscale's network gets none of their traffic.

@@ -244,7 +244,7 @@ func TestUplinkOwnCGNAT(t *testing.T) {
 	at := labtest.Service(t, w.Control, netip.AddrPortFrom(netip.MustParseAddr(neighbour), 0))
 	said := func(n *lab.Node, want bool) func() error {
 		return func() error {
-			text, ready := partOf(t, n, "foreign")
+			text, ready := labtest.Part(t, n, "foreign")
 			for _, part := range []string{"100.64.200.0/24", "disable-linux-cgnat-drop-rule"} {
 				if strings.Contains(text, part) != want {
 					return fmt.Errorf("the daemon says %q", text)

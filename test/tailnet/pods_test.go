@@ -30,6 +30,13 @@ func TestCrowd(t *testing.T) {
 	n := l.Nodes[crowded]
 	labtest.Start(t, n, nil)
 	labtest.Ready(t, n)
+	// Which no pod waits for, and which has an address of its own on lo.
+	labtest.Eventually(t, "the name server answers", func() error {
+		if text, _ := labtest.Part(t, n, "names"); text != "" {
+			return errors.New(text)
+		}
+		return nil
+	})
 	before := routes(t, n)
 	pods := make([]*lab.Pod, crowd)
 	atOnce(t, func(ctx context.Context, i int) (err error) {

@@ -1,17 +1,13 @@
 package tailnet
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 	"testing"
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
-	"github.com/headcni/headcni/pkg/nodestatus"
-	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // Two nodes whose cluster CIDRs contradict each other both say so, stay ready for their own pods, and take nothing of what the
@@ -37,14 +33,10 @@ func TestContradictingRanges(t *testing.T) {
 		ranges   []string
 	}{{ours, theirs, []string{"10.99.1.0/24", "fd99:0:1::/64"}}, {theirs, ours, []string{"10.244.1.0/24", "fd00:244:1::/64"}}} {
 		labtest.Eventually(t, c.n.Name+" tells of the other's ranges", func() error {
-			var s nodestatus.Status
-			if err := json.Unmarshal([]byte(labtest.Sh(t, c.n.Machine, "headcni-daemon status -o json || :")), &s); err != nil {
-				return err
-			}
-			i := slices.IndexFunc(s.Parts, func(p reconcile.Status) bool { return p.Name == "foreign" })
+			text, ready := labtest.Part(t, c.n, "foreign")
 			for _, want := range append(c.ranges, c.other.Name, "network.clusterCIDRs") {
-				if !s.Ready || !strings.Contains(s.Parts[i].Error, want) {
-					return fmt.Errorf("ready: %v, foreign says %q; want %s in it", s.Ready, s.Parts[i].Error, want)
+				if !ready || !strings.Contains(text, want) {
+					return fmt.Errorf("ready: %v, foreign says %q; want %s in it", ready, text, want)
 				}
 			}
 			return nil
