@@ -71,12 +71,13 @@ func TestBothREADMEsSayTheSame(t *testing.T) {
 
 func TestLinksLeadSomewhere(t *testing.T) {
 	link := regexp.MustCompile(`(?:\]\(|src=")([^)#":]+)[)#"]`)
-	docs, err := filepath.Glob(filepath.Join(root, "docs/adr/*.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"README.md", "README_CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "chart/README.md", "docs/architecture.md", "docs/security.md", "docs/reliability.md", "SECURITY.md"} {
-		docs = append(docs, filepath.Join(root, name))
+	var docs []string
+	for _, pattern := range []string{"*.md", "chart/*.md", "docs/*.md", "docs/adr/*.md"} {
+		found, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil || len(found) == 0 {
+			t.Fatalf("%s: %v, %v", pattern, found, err)
+		}
+		docs = append(docs, found...)
 	}
 	for _, doc := range docs {
 		b, err := os.ReadFile(doc)
@@ -88,6 +89,30 @@ func TestLinksLeadSomewhere(t *testing.T) {
 				t.Errorf("%s links to %s, which is not there", doc, m[1])
 			}
 		}
+	}
+}
+
+// TestMapIsWhole: docs/architecture.md has a row for each package that is built into a program.
+func TestMapIsWhole(t *testing.T) {
+	inMap := read(t, "docs/architecture.md")
+	seen := 0
+	for _, below := range []string{"cmd", "internal", "pkg"} {
+		err := filepath.WalkDir(filepath.Join(root, below), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			folder, err := filepath.Rel(root, filepath.Dir(path))
+			if seen++; err == nil && !strings.Contains(inMap, "`"+folder+"`") {
+				t.Errorf("docs/architecture.md says nothing of %s", folder)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if seen < 100 {
+		t.Errorf("%d files: were they looked for in the right place?", seen)
 	}
 }
 
