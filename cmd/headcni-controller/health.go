@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -61,7 +62,7 @@ func health(ctx context.Context, out io.Writer, listen string) error {
 	for _, p := range answer.Parts {
 		text := "ok"
 		if !p.OK {
-			text = p.Error
+			text = strings.TrimSpace(p.Error + "  " + p.IDs())
 		}
 		fmt.Fprintf(out, "%-10s %s\n", p.Name, text)
 	}

@@ -1,12 +1,12 @@
 package config
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strings"
 
 	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // Credential is a Headscale API key or pre-auth key and where it was found.
@@ -20,7 +20,7 @@ type Credential struct {
 }
 
 // ErrNoCredential means that no source holds a key.
-var ErrNoCredential = errors.New("no Headscale key: set HEADSCALE_API_KEY_FILE or headscale.apiKeyFile to a file that holds an API key or a pre-auth key")
+var ErrNoCredential = findings.New(findings.NoKey, "no Headscale key: set HEADSCALE_API_KEY_FILE or headscale.apiKeyFile to a file that holds an API key or a pre-auth key")
 
 // Variables that hold a key, and those that name a file which does, in the order in which they count.
 const (
@@ -72,10 +72,10 @@ func (c Credential) Exposed(configFile string) error {
 		return nil // whoever reads the file gets the error
 	}
 	if c.Plain {
-		return fmt.Errorf("%s: everybody can read %s (mode %04o), which holds the key: move it to a file of mode 0600 and name that in headscale.authKeyFile",
+		return findings.Errorf(findings.KeyExposed, "%s: everybody can read %s (mode %04o), which holds the key: move it to a file of mode 0600 and name that in headscale.authKeyFile",
 			c.Source, path, info.Mode().Perm())
 	}
-	return fmt.Errorf("%s: everybody can read %s (mode %04o): chmod 0600 %[2]s", c.Source, path, info.Mode().Perm())
+	return findings.Errorf(findings.KeyExposed, "%s: everybody can read %s (mode %04o): chmod 0600 %[2]s", c.Source, path, info.Mode().Perm())
 }
 
 // readKey reads a file of one line.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // disabledSuffix hides a configuration from runtimes: they read .conf, .conflist and .json.
@@ -65,7 +66,7 @@ func StandFirst(dir string, exclusive bool, remember func(names []string) error)
 		return nil, err
 	}
 	if !exclusive {
-		return nil, fmt.Errorf("another CNI's configuration comes before ours in %s, so the runtime uses that: %s; uninstall the other CNI and "+
+		return nil, findings.Errorf(findings.OtherCNI, "another CNI's configuration comes before ours in %s, so the runtime uses that: %s; uninstall the other CNI and "+
 			"remove the file, or set cni.exclusive: true to have it hidden until uninstall", dir, strings.Join(others, ", "))
 	}
 	if err := remember(others); err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/dns/records"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/monitoring"
@@ -31,6 +32,8 @@ type Controller struct {
 	loop      *reconcile.Loop
 	// announced are the texts that were announced last, by what they are about: only news is.
 	announced map[string]string
+	// stands is what stands of that now, by mu.
+	stands map[string]reconcile.Status
 
 	// Of the leader's loop: api is the client that keyAt, slowAt and findings are of. keyAt is when the join key was looked for.
 	api      *headscale.Client
@@ -82,7 +85,7 @@ func newController(c config.Config, log *slog.Logger, getenv func(string) string
 	return &Controller{
 		cfg: c, log: log, headscale: headscale.NewConnector(c.Headscale, getenv), client: client, namespace: kube.Namespace(getenv),
 		identity: fmt.Sprintf("%s_%08x", identity, rand.Uint32()), metrics: newMetrics(version), now: time.Now,
-		loop: reconcile.NewLoop(), announced: map[string]string{}, nodes: map[string]node{},
+		loop: reconcile.NewLoop(), announced: map[string]string{}, stands: map[string]reconcile.Status{}, nodes: map[string]node{},
 	}
 }
 
@@ -131,9 +134,9 @@ func (c *Controller) Ready() (bool, []reconcile.Status) {
 	if c.leading {
 		last := reconcile.Status{Name: "leader", OK: c.last == nil}
 		if c.last != nil {
-			last.Error = c.last.Error()
+			last.Error, last.Findings = c.last.Error(), reconcile.FoundIn(c.last, findings.HeadscaleOther, false)
 		}
-		parts = append(parts, last)
+		parts = append(append(parts, last), c.standing()...)
 	}
 	return c.synced, parts
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -23,6 +22,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/dns/nodedns"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/leases"
@@ -155,7 +155,7 @@ func (d *Daemon) newBoard(parts []reconcile.Part[*pass]) *reconcile.Board[*pass]
 }
 
 // errNoPodCIDRs is for a node that nobody gives any.
-var errNoPodCIDRs = errors.New("network.podCIDRs: none; give this node a range of its own, such as 10.244.1.0/24")
+var errNoPodCIDRs = findings.New(findings.NoPodCIDR, "network.podCIDRs: none; give this node a range of its own, such as 10.244.1.0/24")
 
 // CheckConfig finds what makes a valid configuration useless on this machine, joined: no pod CIDRs, no key to join with, a key that
 // cannot be read, or that everybody can. It uses what a conflist of the user's says where the configuration is silent, as New
@@ -201,7 +201,7 @@ func CheckConfig(c config.Config, getenv func(string) string, file string) (note
 // lastingURL says why a node would lose Headscale.
 func lastingURL(url string) error {
 	if err := config.Lasting(url); err != nil {
-		return fmt.Errorf("headscale.url: %q: %w", url, err)
+		return findings.Errorf(findings.URLNotLasting, "headscale.url: %q: %w", url, err)
 	}
 	return nil
 }
@@ -210,10 +210,10 @@ func lastingURL(url string) error {
 func prerequisites(c config.Config, kubernetes bool) error {
 	var errs []error
 	if os.Geteuid() != 0 {
-		errs = append(errs, errors.New("needs root for routes and nftables; run it with sudo or as a systemd unit"))
+		errs = append(errs, findings.New(findings.NotRoot, "needs root for routes and nftables; run it with sudo or as a systemd unit"))
 	}
 	if _, err := exec.LookPath("nft"); err != nil {
-		errs = append(errs, errors.New("needs the nft program (1.0.1 or later); install nftables (apt-get install nftables)"))
+		errs = append(errs, findings.New(findings.NoNFT, "needs the nft program (1.0.1 or later); install nftables (apt-get install nftables)"))
 	}
 	if len(c.Network.PodCIDRs) == 0 && !kubernetes {
 		errs = append(errs, errNoPodCIDRs)

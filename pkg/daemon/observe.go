@@ -16,6 +16,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/dns/nodedns"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -118,12 +119,12 @@ func (d *Daemon) observeCluster(o *observation) error {
 	o.leaving = l.Leaving
 	for _, p := range l.PodCIDRs {
 		if name := o.Kubernetes.Holder(p); name != "" {
-			o.held = append(o.held, fmt.Errorf("pod range %s: Kubernetes has given it, or a part of it, to Node %s; delete this Node and let "+
+			o.held = append(o.held, findings.Errorf(findings.RangeTaken, "pod range %s: Kubernetes has given it, or a part of it, to Node %s; delete this Node and let "+
 				"kubelet register it again for another one", p, name))
 		}
 	}
 	for _, p := range d.cfg.Network.Outside(l.PodCIDRs) {
-		o.held = append(o.held, fmt.Errorf("pod range %s: Kubernetes gives it to this Node (Node.spec.podCIDRs), but it is outside network.clusterCIDRs %v: "+
+		o.held = append(o.held, findings.Errorf(findings.RangeOutside, "pod range %s: Kubernetes gives it to this Node (Node.spec.podCIDRs), but it is outside network.clusterCIDRs %v: "+
 			"make kube-controller-manager's --cluster-cidr and network.clusterCIDRs (Helm: config.network.clusterCIDRs) agree on every node",
 			p, []string(d.cfg.Network.ClusterCIDRs)))
 	}

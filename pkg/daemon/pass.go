@@ -16,6 +16,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/dns/nodedns"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -112,7 +113,7 @@ func (d *Daemon) pass(ctx context.Context) time.Duration {
 // parts are those of this node, in order: what /readyz and status show, and what a pass goes through.
 func (d *Daemon) parts() []reconcile.Part[*pass] {
 	parts := []reconcile.Part[*pass]{
-		{Name: partConfig, Run: func(_ context.Context, s *pass) ([]string, error) {
+		{Name: partConfig, Finding: findings.ConfigUnusable, Run: func(_ context.Context, s *pass) ([]string, error) {
 			if s.refused == nil {
 				d.note(func(saved *state) {
 					saved.Mode, saved.TunName, saved.TunMTU = s.seen.lastKnown()
@@ -121,71 +122,71 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			}
 			return nil, s.refused
 		}},
-		{Name: partFirewall, Needs: []string{partConfig}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		{Name: partFirewall, Finding: findings.FirewallRules, Needs: []string{partConfig}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			done, err := d.tables.Sync(ctx, s.plan.firewall)
 			more, err2 := d.hostFirewall.Sync(ctx, hostfirewall.Config{TunName: s.plan.firewall.TunName})
 			return append(done, more...), errors.Join(err, err2)
 		}},
-		{Name: partRoutes, Needs: []string{partFirewall}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		{Name: partRoutes, Finding: findings.RoutingRules, Needs: []string{partFirewall}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.node.Sync(ctx, s.plan.node)
 		}},
 		// It does not wait for the tailnet: without its addresses the tun is not found, and the tailnet not either.
-		{Name: partLinks, Needs: []string{partRoutes}, Run: func(_ context.Context, s *pass) ([]string, error) {
+		{Name: partLinks, Finding: findings.Links, Needs: []string{partRoutes}, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return d.links.Sync(s.seen.tunLink())
 		}},
-		{Name: partPods, Needs: []string{partRoutes}, Optional: true, Run: func(ctx context.Context, _ *pass) ([]string, error) {
+		{Name: partPods, Finding: findings.PodLinks, Needs: []string{partRoutes}, Optional: true, Run: func(ctx context.Context, _ *pass) ([]string, error) {
 			return d.pods.Sync(ctx)
 		}},
-		{Name: partTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		{Name: partTailnet, Finding: findings.NotInTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Join(ctx, s.seen.Seen)
 		}},
-		{Name: partPrefs, Needs: []string{partTailnet}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		{Name: partPrefs, Finding: findings.Prefs, Needs: []string{partTailnet}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.syncPrefs(ctx, s.plan)
 		}},
-		{Name: partTunnel, Needs: []string{partPrefs}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+		{Name: partTunnel, Finding: findings.TunnelRoutes, Needs: []string{partPrefs}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return d.table52.Sync(s.seen.accepted())
 		}},
-		{Name: partApproval, Needs: []string{partPrefs}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		{Name: partApproval, Finding: findings.NotApproved, Needs: []string{partPrefs}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Approve(ctx, s.seen.Seen, s.plan.prefs)
 		}},
-		{Name: partConflist, Needs: []string{partPrefs}, Run: func(_ context.Context, s *pass) (done []string, err error) {
+		{Name: partConflist, Finding: findings.Conflist, Needs: []string{partPrefs}, Run: func(_ context.Context, s *pass) (done []string, err error) {
 			done, err = d.syncConflist(s.plan)
 			s.programmed = err == nil
 			return done, err
 		}},
 		// A pass does not wait for policies, nor they for it. Switched off, they go when ADD does not ask for them any more.
-		{Name: partPolicy, Needs: policyNeeds(d.policy), Run: func(ctx context.Context, _ *pass) ([]string, error) {
+		{Name: partPolicy, Finding: findings.PolicyNot, Needs: policyNeeds(d.policy), Run: func(ctx context.Context, _ *pass) ([]string, error) {
 			if d.policy != nil {
 				return nil, d.policy.Err()
 			}
 			return nil, d.switchPolicyOff(ctx)
 		}},
-		{Name: partHeadscale, Needs: []string{partTailnet}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		{Name: partHeadscale, Finding: findings.HeadscaleOther, Needs: []string{partTailnet}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			done, err := d.member.Check(ctx, s.seen.Seen)
 			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), err)
 		}},
-		{Name: partForeign, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+		{Name: partForeign, Finding: findings.ForeignFirewall, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path))
 		}},
-		{Name: partGuard, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		{Name: partGuard, Finding: findings.GuardFails, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return nil, d.guardTest.Result(ctx, s.plan.firewall, func(passed *bool) {
 				d.metrics.SelfTest(passed)
 				d.loop.Wake()
 			})
 		}},
-		{Name: partNames, Needs: []string{partFirewall}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+		{Name: partNames, Finding: findings.NameServer, Needs: []string{partFirewall}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
 			done, err := d.answerer.Sync(s.plan.firewall.Own)
 			if d.kubernetes != nil { // elsewhere nothing is known to ask the host's resolver for pods, and status has it
 				err = errors.Join(err, nodedns.RisksOf(s.seen.dns, d.cfg.DNS.MagicDNS.BaseDomain).Err())
 			}
 			return done, err
 		}},
-		{Name: partState, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
+		{Name: partState, Finding: findings.StateNotKept, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}
 	if d.kubernetes != nil {
-		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
+		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Finding: findings.RuntimeElsewhere, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return nil, conflist.RuntimeUse(s.seen.Kubernetes.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
-		}}, reconcile.Part[*pass]{Name: partKubernetes, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
+		}}, reconcile.Part[*pass]{Name: partKubernetes, Finding: findings.APIServer, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.kubernetes.Sync(ctx, s.seen.Kubernetes, s.wantOfNode())
 		}})
 	}
@@ -210,7 +211,7 @@ func sharedCGNAT(o observation) error {
 	}
 	for _, p := range o.hostPrefixes {
 		if p.Overlaps(netset.TailnetIPv4) {
-			return reconcile.Warning{Err: fmt.Errorf("an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
+			return reconcile.Warning{Err: findings.Errorf(findings.HostInTailnet, "an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
 				`from there (pods are not concerned); add "nodeAttrs": [{"target": ["*"], "attr": ["%s"]}] to Headscale's policy, and keep `+
 				"prefixes.v4 in Headscale's configuration clear of that network", p, netset.TailnetIPv4, tailscale.AttrSharesCGNAT)}
 		}
@@ -222,7 +223,7 @@ func sharedCGNAT(o observation) error {
 // changes.
 func losesHeadscale(url string, o observation) error {
 	if err := lastingURL(cmp.Or(url, o.controlURL)); err != nil {
-		return reconcile.Warning{Err: fmt.Errorf("this node is in the tailnet until its tailscaled has to connect anew: %w", err)}
+		return reconcile.Warning{Err: findings.Errorf(findings.URLNotLasting, "this node is in the tailnet until its tailscaled has to connect anew: %w", err)}
 	}
 	return nil
 }
@@ -309,7 +310,7 @@ func (d *Daemon) syncConflist(p plan) (done []string, err error) {
 		}
 	}()
 	if _, err := os.Stat(filepath.Join(d.cfg.CNI.BinDir, "headcni")); err != nil {
-		return nil, fmt.Errorf("the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
+		return nil, findings.Errorf(findings.PluginMissing, "the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
 	}
 	changed, err := conflist.Write(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
 		return d.remember(func(s *state) { s.ConflistMode = mode })

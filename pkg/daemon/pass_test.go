@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -29,6 +31,15 @@ func TestSharedCGNAT(t *testing.T) {
 		err := sharedCGNAT(c.o)
 		if (err != nil) != (c.want != "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+	}
+}
+
+// Whatever is wrong with a part has an id, also where the error says none.
+func TestEveryPartHasAFinding(t *testing.T) {
+	for _, p := range (&Daemon{kubernetes: &nodeview.Watch{}}).parts() {
+		if _, ok := findings.Of(p.Finding); !ok {
+			t.Errorf("part %s: %q is no finding", p.Name, p.Finding)
 		}
 	}
 }

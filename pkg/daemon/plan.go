@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 
@@ -14,6 +13,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/dns/nodedns"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
@@ -124,7 +124,7 @@ func refuse(c config.Config, clusterCIDRs []netip.Prefix, o observation) error {
 	for _, h := range o.hostPrefixes {
 		for _, p := range clusterCIDRs {
 			if p.Overlaps(h) {
-				errs = append(errs, fmt.Errorf("pod range %s overlaps %s, which an interface of this host has: choose another range", p, h))
+				errs = append(errs, findings.Errorf(findings.RangeOverlapsHost, "pod range %s overlaps %s, which an interface of this host has: choose another range", p, h))
 			}
 		}
 	}
@@ -137,7 +137,7 @@ func duplicate(own []netip.Prefix, o observation) error {
 	for _, p := range own {
 		for _, peer := range o.peers() {
 			if r, ok := taken(p, peer); ok && !o.owns(p) {
-				errs = append(errs, fmt.Errorf("pod range %s: %s advertises %s already and is online; give this node another network.podCIDRs", p, peer.Name, r))
+				errs = append(errs, findings.Errorf(findings.RangeTaken, "pod range %s: %s advertises %s already and is online; give this node another network.podCIDRs", p, peer.Name, r))
 			}
 		}
 	}
@@ -160,7 +160,7 @@ func strangers(o observation) error {
 			routes := slices.DeleteFunc(netset.OfFamily(p.Routes, ipv6), func(r netip.Prefix) bool { return r.Bits() == 0 })
 			inside := func(r netip.Prefix) bool { return netset.Covers(cluster, r) }
 			if len(routes) > 0 && !slices.ContainsFunc(routes, inside) {
-				errs = append(errs, fmt.Errorf("%s, which has a tag of ours, advertises %v, outside our network.clusterCIDRs and network.remoteCIDRs %v: it gets "+
+				errs = append(errs, findings.Errorf(findings.StrangeRoutes, "%s, which has a tag of ours, advertises %v, outside our network.clusterCIDRs and network.remoteCIDRs %v: it gets "+
 					"nothing from this node as pods; if they are pods, make network.clusterCIDRs the same on both nodes, or name them in network.remoteCIDRs",
 					p.Name, routes, netset.OfFamily(cluster, ipv6)))
 			}
@@ -199,7 +199,7 @@ func smallPath(p pathmtu.Path) error {
 	if !p.Silent {
 		return nil
 	}
-	return reconcile.Warning{Err: fmt.Errorf("path to %s carries %d bytes, and no router says so: TCP of pods is clamped, but larger UDP packets vanish; let "+
+	return reconcile.Warning{Err: findings.Errorf(findings.PathSmall, "path to %s carries %d bytes, and no router says so: TCP of pods is clamped, but larger UDP packets vanish; let "+
 		"ICMP \"fragmentation needed\" pass on the way, or set network.mtu to %[2]d (IPv6 pods need 1280) on every node", p.Peer, p.Bytes)}
 }
 

@@ -5,9 +5,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/networking/deadman"
 )
 
@@ -32,7 +32,7 @@ func (d *Daemon) fingerprint() string {
 
 // errTakenBack is why nothing is applied any more.
 func errTakenBack(address string) error {
-	return fmt.Errorf("taken back: with our routes this node could not reach %s for %s, without them it could; look for a peer that "+
+	return findings.Errorf(findings.TakenBack, "taken back: with our routes this node could not reach %s for %s, without them it could; look for a peer that "+
 		"advertises its prefix (headscale nodes list-routes), set network.lanFirst: true or change the CIDRs: a changed configuration "+
 		"is tried again", address, deadman.Patience)
 }

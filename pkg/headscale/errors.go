@@ -13,14 +13,15 @@ import (
 	"strings"
 
 	"github.com/headcni/headcni/internal/printable"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // Kinds of errors, for errors.Is.
 var (
 	// ErrUnauthorized means that the key is wrong, has expired, or is no API key.
-	ErrUnauthorized = errors.New("the API key is refused by Headscale")
+	ErrUnauthorized = findings.New(findings.APIKeyRefused, "the API key is refused by Headscale")
 	// ErrUnreachable means that no answer came.
-	ErrUnreachable = errors.New("cannot reach Headscale")
+	ErrUnreachable = findings.New(findings.HeadscaleUnreached, "cannot reach Headscale")
 	// ErrNotFound means that there is no such node, key or user.
 	ErrNotFound = errors.New("not known to Headscale")
 )
@@ -51,6 +52,14 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("Headscale answers %d: %s", e.Status, text)
 }
 
+// FindingID says which finding a refusal is.
+func (e *Error) FindingID() findings.ID {
+	if e.kind == ErrUnauthorized {
+		return findings.APIKeyRefused
+	}
+	return findings.HeadscaleOther
+}
+
 // Is makes errors.Is find the sentinels above.
 func (e *Error) Is(target error) bool { return e.kind != nil && target == e.kind }
 
@@ -65,7 +74,7 @@ const (
 
 // unexpected is the error for an answer that Headscale does not give.
 func (c *Client) unexpected(why error) error {
-	return fmt.Errorf("%s does not answer like Headscale's API: %s; check headscale.url", c.base, printable.Cut(why.Error(), maxMessage))
+	return findings.Errorf(findings.NotHeadscale, "%s does not answer like Headscale's API: %s; check headscale.url", c.base, printable.Cut(why.Error(), maxMessage))
 }
 
 // redirected is the error for an answer that redirects. It shows the scheme and host of the target; the rest may be anything.
@@ -74,7 +83,7 @@ func (c *Client) redirected(res *http.Response) error {
 	if u, err := res.Location(); err == nil && u.Scheme+"://"+u.Host != c.base {
 		to = "to " + strconv.Quote(u.Scheme+"://"+u.Host)
 	}
-	return fmt.Errorf("%s sends %s (%d) instead of answering: set headscale.url to where Headscale itself answers; the API key is sent nowhere else",
+	return findings.Errorf(findings.NotHeadscale, "%s sends %s (%d) instead of answering: set headscale.url to where Headscale itself answers; the API key is sent nowhere else",
 		c.base, to, res.StatusCode)
 }
 
@@ -109,7 +118,7 @@ func (c *Client) refusal(status int, body []byte, list bool) error {
 	case status == http.StatusUnauthorized, status == http.StatusForbidden, strings.TrimSpace(string(body)) == "Unauthorized":
 		e.kind = ErrUnauthorized
 	case status == http.StatusNotFound && (list || e.Message == "" || !looksLikeAPI(body)):
-		return fmt.Errorf("%s has no such page: this is not Headscale's API, or one older than 0.26; check headscale.url", c.base)
+		return findings.Errorf(findings.NotHeadscale, "%s has no such page: this is not Headscale's API, or one older than 0.26; check headscale.url", c.base)
 	case list: // a list that is not found says nothing of what is on it
 	case status == http.StatusNotFound, e.Code == grpcNotFound, strings.Contains(e.Message, "record not found"),
 		strings.Contains(e.Message, "node not found"), strings.Contains(e.Message, "no longer exists"):
@@ -132,7 +141,11 @@ func (c *Client) unreachable(err error) error {
 	if errors.Is(err, context.Canceled) {
 		return context.Canceled
 	}
-	return fmt.Errorf("%w at %s: %w; %s", ErrUnreachable, c.base, err, c.advice(err))
+	id := findings.HeadscaleUnreached
+	if isTLS(err) {
+		id = findings.HeadscaleCert
+	}
+	return findings.Errorf(id, "%w at %s: %w; %s", ErrUnreachable, c.base, err, c.advice(err))
 }
 
 func (c *Client) advice(err error) string {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -55,7 +56,7 @@ func (m *Member) known(ctx context.Context, api *headscale.Client, s Seen) ([]st
 	node, err := api.NodeByKey(ctx, s.Tailnet.Self.NodeKey)
 	switch {
 	case errors.Is(err, headscale.ErrNotFound) && !m.ours(s.Tailnet.Self):
-		return nil, errors.New("Headscale does not know this node any more: log it in again with `tailscale up --force-reauth`")
+		return nil, findings.New(findings.NodeUnknown, "Headscale does not know this node any more: log it in again with `tailscale up --force-reauth`")
 	case errors.Is(err, headscale.ErrNotFound):
 		return m.joinAnew(ctx, secondLook, lookInterval)
 	case err != nil:
@@ -82,7 +83,7 @@ func keyExpiry(expiry, now time.Time) error {
 	if expiry.IsZero() || expiry.Sub(now) > headscale.NodeKeyWarning {
 		return nil
 	}
-	return reconcile.Warning{Err: fmt.Errorf("the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
+	return reconcile.Warning{Err: findings.Errorf(findings.NodeKeyEnds, "the node key expires at %s, and with it the pods' network: give the daemon an API key, run `headscale nodes "+
 		"expire --disable -i ID`, or log in with a key that has tags", expiry.UTC().Format(time.RFC3339))}
 }
 
@@ -104,7 +105,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 		return err
 	}
 	if h.Skew > maxSkew || h.Skew < -maxSkew {
-		return reconcile.Warning{Err: fmt.Errorf("Headscale's clock is about %s from this node's: keys may seem expired; let an NTP client set both", h.Skew.Round(time.Minute))}
+		return reconcile.Warning{Err: findings.Errorf(findings.ClocksApart, "Headscale's clock is about %s from this node's: keys may seem expired; let an NTP client set both", h.Skew.Round(time.Minute))}
 	}
 	key, err := api.OwnAPIKey(ctx)
 	if errors.Is(err, headscale.ErrNotFound) {
@@ -114,7 +115,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 		return err
 	}
 	if !key.Expiration.IsZero() && time.Until(key.Expiration) < headscale.APIKeyWarning {
-		return reconcile.Warning{Err: fmt.Errorf("the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
+		return reconcile.Warning{Err: findings.Errorf(findings.APIKeyEnds, "the API key %s expires at %s: make another (headscale apikeys create) and put it into the key file; it is "+
 			"picked up without a restart", key.Prefix, key.Expiration.UTC().Format(time.RFC3339))}
 	}
 	return nil

@@ -10,6 +10,7 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -45,13 +46,13 @@ func (m *Member) approvedBy(c *nodeview.View, key string, missing []netip.Prefix
 	case v == nil && time.Since(m.advertisedAt) < viewPatience:
 		return reconcile.Waiting("headcni-controller has not looked at this node yet")
 	case v == nil:
-		return fmt.Errorf("%v: headcni-controller has said nothing of this node: see `kubectl -n %s logs deploy/headcni-controller`", missing, m.kubernetes.Namespace)
+		return findings.Errorf(findings.ControllerSilent, "%v: headcni-controller has said nothing of this node: see `kubectl -n %s logs deploy/headcni-controller`", missing, m.kubernetes.Namespace)
 	case v.State == kube.StateUnseen:
 		return m.cannotTell(missing, errors.New("headcni-controller has a pre-auth key, which can neither see nor approve them"))
 	case v.State == kube.StateRouted && len(netset.Without(missing, v.Routes)) == 0:
 		return nil
 	case v.State == kube.StateRefused:
-		return fmt.Errorf("%v: headcni-controller does not approve them: %s", missing, v.Message)
+		return findings.Errorf(findings.ApprovalRefused, "%v: headcni-controller does not approve them: %s", missing, v.Message)
 	case v.Message != "":
 		return reconcile.Waiting("headcni-controller says: " + v.Message)
 	}
@@ -82,7 +83,7 @@ func (m *Member) checkByView(ctx context.Context, s Seen) ([]string, error) {
 		return nil, keyExpiry(self.KeyExpiry, time.Now())
 	}
 	if s.Mode == config.ModeHost {
-		return nil, errors.New("Headscale does not know this node (deleted there, or another server than headcni-controller's): log it in " +
+		return nil, findings.New(findings.NodeUnknown, "Headscale does not know this node (deleted there, or another server than headcni-controller's): log it in "+
 			"again with `tailscale up --force-reauth`")
 	}
 	return m.joinAnew(ctx, unknownPatience, rejoinInterval)
@@ -98,11 +99,11 @@ func (m *Member) joinAnew(ctx context.Context, patience, interval time.Duration)
 		return nil, reconcile.Soon{Waiting: "Headscale does not know this node; joins anew if it stays so", In: left}
 	}
 	if time.Since(m.rejoined) < interval {
-		return nil, fmt.Errorf("Headscale does not know this node although it joined at %s: is headscale.url, here and of headcni-controller, "+
+		return nil, findings.Errorf(findings.NodeUnknown, "Headscale does not know this node although it joined at %s: is headscale.url, here and of headcni-controller, "+
 			"the Headscale that this node is in?", m.rejoined.UTC().Format(time.RFC3339))
 	}
 	if err := m.login(ctx, true); err != nil {
-		return nil, fmt.Errorf("Headscale does not know this node any more: %w", err)
+		return nil, findings.Errorf(findings.NodeUnknown, "Headscale does not know this node any more: %w", err)
 	}
 	m.rejoined, m.unknown, m.confirmed = time.Now(), time.Time{}, confirmation{}
 	return []string{"joined anew: Headscale did not know this node any more"}, reconcile.Waiting("has just joined anew")

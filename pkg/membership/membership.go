@@ -14,6 +14,7 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -127,7 +128,7 @@ func (m *Member) Status(ctx context.Context, mode string) (*tailscale.Status, er
 		if refused := tailscaled.BesideHost(m.cfg.Tailscale); refused != nil {
 			return nil, fmt.Errorf("the dedicated tailscaled does not answer at %s and could not be started: %w", m.client.Socket(), refused)
 		}
-		return nil, fmt.Errorf("the dedicated tailscaled does not answer at %s: start it (systemctl start headcni-tailscaled, or run "+
+		return nil, findings.Errorf(findings.TailscaledSilent, "the dedicated tailscaled does not answer at %s: start it (systemctl start headcni-tailscaled, or run "+
 			"`headcni-daemon tailscaled`)", m.client.Socket())
 	}
 	if err != nil {
@@ -294,7 +295,7 @@ func (m *Member) approveBy(ctx context.Context, api *headscale.Client, key strin
 	case time.Since(m.approvedAt) < approvalSettles:
 		return changed, reconcile.Waiting("the routes are approved and on their way")
 	default:
-		return changed, fmt.Errorf("%v: approved in Headscale but not routed to this node; another node may advertise them too "+
+		return changed, findings.Errorf(findings.RoutedElsewhere, "%v: approved in Headscale but not routed to this node; another node may advertise them too "+
 			"(headscale nodes list-routes), or had them when it was deleted: restart Headscale 0.27 or 0.28 then", missing)
 	}
 }
@@ -312,7 +313,7 @@ func (m *Member) cannotTell(missing []netip.Prefix, why error) error {
 	if time.Since(m.advertisedAt) < approvalSettles {
 		return reconcile.Unseen{Err: reconcile.Waiting("the routes are advertised")}
 	}
-	return reconcile.Unseen{Err: fmt.Errorf("%v: Headscale has not told whether they are approved, and %w; see `headscale nodes list-routes`. To have it "+
+	return reconcile.Unseen{Err: findings.Errorf(findings.ApprovalUnseen, "%v: Headscale has not told whether they are approved, and %w; see `headscale nodes list-routes`. To have it "+
 		"done, give the daemon an API key or add autoApprovers to the policy: \"autoApprovers\": {\"routes\": {\"%s\": [\"tag:headcni\"]}}",
 		missing, why, missing[0])}
 }
@@ -407,4 +408,4 @@ func (m *Member) Routes(nodeKey string) (routes []netip.Prefix, ok bool) {
 }
 
 // errStopped: the user's `tailscale down` is theirs to undo.
-var errStopped = errors.New("tailscaled is stopped: run `tailscale up`")
+var errStopped = findings.New(findings.TailscaledStopped, "tailscaled is stopped: run `tailscale up`")

@@ -112,7 +112,7 @@ func (s Status) PrintParts(out io.Writer) {
 	for _, p := range s.Parts {
 		text := "ok"
 		if !p.OK {
-			text = p.Error
+			text = strings.TrimSpace(p.Error + "  " + p.IDs())
 		}
 		fmt.Fprintf(out, "%-10s %s\n", p.Name, text)
 	}

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // Part is one thing that has to be as it should be. S is what one pass observed and planned, which all its parts share.
@@ -19,6 +21,8 @@ type Part[S any] struct {
 	Needs []string
 	// Optional parts are shown, but readiness does not depend on them.
 	Optional bool
+	// Finding is what an error is that does not say it itself, "" = nothing that people are told of.
+	Finding findings.ID
 	// Run makes the part as it should be and says what it changed, also when it failed half-way.
 	Run func(ctx context.Context, s S) (changes []string, err error)
 }
@@ -73,6 +77,59 @@ type Status struct {
 	Name  string `json:"name"`
 	OK    bool   `json:"ok"`
 	Error string `json:"error,omitempty"` // with the remedy
+	// Findings are what Error joins, each with its id. A part that waits for another has none: the other one has.
+	Findings []Found `json:"findings,omitempty"`
+	// Since is when the part last ceased to be right.
+	Since time.Time `json:"since,omitzero"`
+}
+
+// Found is a fault with its id.
+type Found struct {
+	ID       findings.ID       `json:"id"`
+	Severity findings.Severity `json:"severity"`
+	Text     string            `json:"text"` // of one line
+}
+
+// IDs are those of all that was found, for a line of text.
+func (s Status) IDs() string { return idsOf(s.Findings) }
+
+func idsOf(found []Found) string {
+	var ids []string
+	for _, f := range found {
+		if !slices.Contains(ids, string(f.ID)) {
+			ids = append(ids, string(f.ID))
+		}
+	}
+	return strings.Join(ids, " ")
+}
+
+// oneLine is an error's text: one part, one line, also where errors are joined.
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+
+// FoundIn tells what an error's faults are. What says no id itself has the one of fallback. Faults of a part that must be right are
+// failures, whatever they are elsewhere.
+func FoundIn(err error, fallback findings.ID, optional bool) (found []Found) {
+	for _, e := range findings.Split(err) {
+		id := findings.IDOf(e)
+		if id == "" {
+			id = fallback
+		}
+		f, known := findings.Of(id)
+		if !known {
+			continue
+		}
+		severity := f.Severity
+		switch unseen := every[Unseen](e); {
+		case every[Waiting](e):
+			severity = findings.Wait
+		case unseen:
+			severity = findings.Warn
+		case !optional:
+			severity = findings.Fail
+		}
+		found = append(found, Found{ID: id, Severity: severity, Text: oneLine(e)})
+	}
+	return found
 }
 
 // Options of a Board. Every field may be left out.
@@ -101,6 +158,8 @@ type Board[S any] struct {
 // outcome is how a part stands.
 type outcome struct {
 	text     string // of its error, "" = none
+	found    []Found
+	since    time.Time // of the error
 	optional bool
 	reported bool
 }
@@ -129,7 +188,7 @@ func (b *Board[S]) Run(ctx context.Context, s S) time.Duration {
 	next := b.opt.FullCheck
 	for _, p := range b.parts {
 		if i := slices.IndexFunc(p.Needs, func(n string) bool { return !ok[n] }); i >= 0 {
-			b.record(p, nil, Waiting("waits for "+p.Needs[i])) // which is tried again when it is due
+			b.record(p, nil, needs{Waiting("waits for " + p.Needs[i])}) // which is tried again when it is due
 			continue
 		}
 		changes, err := p.Run(ctx, s)
@@ -145,17 +204,31 @@ func (b *Board[S]) Run(ctx context.Context, s S) time.Duration {
 	return next
 }
 
+// needs is the Waiting of a part for another one, which has the fault.
+type needs struct{ Waiting }
+
+// Unwrap returns what is waited for.
+func (n needs) Unwrap() error { return n.Waiting }
+
 // record keeps the outcome, and logs and reports it where it is news.
 func (b *Board[S]) record(p Part[S], changes []string, err error) {
 	name := p.Name
 	o := outcome{optional: p.Optional}
 	isUnseen, isWaiting := every[Unseen](err), every[Waiting](err)
 	if err != nil {
-		o.text = strings.ReplaceAll(err.Error(), "\n", "; ") // joined errors; one part, one line
+		o.text = oneLine(err)
 		o.optional = o.optional || isUnseen
+		if _, other := err.(needs); !other {
+			o.found = FoundIn(err, p.Finding, p.Optional)
+		}
 	}
 	b.mu.Lock()
 	before := b.last[name]
+	if o.since = before.since; err != nil && o.since.IsZero() {
+		o.since = time.Now()
+	} else if err == nil {
+		o.since = time.Time{}
+	}
 	o.reported = before.reported
 	fault := err != nil && !isWaiting && !isUnseen
 	report := o.text != before.text && (fault || err == nil && before.reported)
@@ -171,21 +244,29 @@ func (b *Board[S]) record(p Part[S], changes []string, err error) {
 	if len(changes) > 0 {
 		log.Info("corrected", "part", name, "changes", changes)
 	}
+	what := []any{"part", name}
+	ids := idsOf(o.found)
+	if ids != "" {
+		what = append(what, "id", ids)
+	}
 	switch {
 	case o.text == before.text:
 	case err == nil:
-		log.Info("ready", "part", name)
+		log.Info("ready", what...)
 	case isWaiting:
-		log.Debug("waiting", "part", name, "err", o.text)
+		log.Debug("waiting", append(what, "err", o.text)...)
 	case isUnseen:
-		log.Warn("cannot be seen from here", "part", name, "err", o.text)
+		log.Warn("cannot be seen from here", append(what, "err", o.text)...)
 	default:
-		log.Error("failed", "part", name, "err", o.text)
+		log.Error("failed", append(what, "err", o.text)...)
 	}
 	if report && b.opt.Report != nil {
 		text := o.text
-		if err == nil {
+		switch {
+		case err == nil:
 			text = "works again"
+		case ids != "":
+			text = ids + " " + text // an Event's note is cut at its end
 		}
 		b.opt.Report(name, err == nil, text)
 	}
@@ -197,7 +278,10 @@ func (b *Board[S]) Doubt(part, why string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if o := b.last[part]; o.text == "" {
-		o.text = why
+		o.text, o.since = why, time.Now()
+		if i := slices.IndexFunc(b.parts, func(p Part[S]) bool { return p.Name == part }); i >= 0 {
+			o.found = FoundIn(Waiting(why), b.parts[i].Finding, false)
+		}
 		b.last[part] = o
 	}
 }
@@ -210,7 +294,7 @@ func (b *Board[S]) Ready() (bool, []Status) {
 	var out []Status
 	for _, p := range b.parts {
 		o := b.last[p.Name]
-		out = append(out, Status{Name: p.Name, OK: o.text == "", Error: o.text})
+		out = append(out, Status{Name: p.Name, OK: o.text == "", Error: o.text, Findings: o.found, Since: o.since})
 		ready = ready && (o.text == "" || o.optional)
 	}
 	return ready, out

@@ -6,12 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // outcomes is what each part of a test says next.
@@ -50,7 +53,7 @@ func TestOrderNeedsAndNews(t *testing.T) {
 	}
 	ready, got := b.Ready()
 	want := []Status{{Name: "a", Error: "no nft: install nftables"}, {Name: "b", Error: "waits for a"}, {Name: "c", OK: true}}
-	if diff := cmp.Diff(want, got); ready || diff != "" {
+	if diff := cmp.Diff(want, got, noTime); ready || diff != "" {
 		t.Error(ready, diff)
 	}
 	changed = nil
@@ -107,7 +110,7 @@ func TestUnseen(t *testing.T) {
 		b.Run(t.Context(), outcomes{"a": Unseen{errors.New("nobody has told")}})
 	}
 	ready, got := b.Ready()
-	if diff := cmp.Diff([]Status{{Name: "a", Error: "nobody has told"}}, got); !ready || diff != "" {
+	if diff := cmp.Diff([]Status{{Name: "a", Error: "nobody has told"}}, got, noTime); !ready || diff != "" {
 		t.Error(ready, diff)
 	}
 	if n := strings.Count(out.String(), "nobody has told"); n != 1 || !strings.Contains(out.String(), "level=WARN") {
@@ -255,4 +258,54 @@ func TestLoop(t *testing.T) {
 			t.Error(diff)
 		}
 	})
+}
+
+var noTime = cmpopts.IgnoreFields(Status{}, "Since")
+
+// Each fault is told by its own id or its part's, and since when; a part that waits for another tells nothing.
+func TestFindings(t *testing.T) {
+	var out bytes.Buffer
+	var reported []string
+	parts := []Part[outcomes]{
+		{Name: "a", Finding: findings.Conflist}, {Name: "b", Finding: findings.Prefs, Needs: []string{"a"}}, {Name: "c", Finding: findings.HeadscaleOther, Optional: true},
+	}
+	for i, p := range parts {
+		parts[i].Run = func(_ context.Context, o outcomes) ([]string, error) { return nil, o[p.Name] }
+	}
+	b := NewBoard(Options{
+		Log: slog.New(slog.NewTextHandler(&out, nil)), Report: func(part string, _ bool, text string) { reported = append(reported, part+": "+text) },
+	}, parts)
+	other := findings.New(findings.OtherCNI, "flannel's file")
+	ends := Warning{findings.New(findings.APIKeyEnds, "ends in a week")}
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		b.Run(t.Context(), outcomes{"a": errors.Join(other, errors.New("disk full")), "c": errors.Join(ends, Waiting("comes"))})
+		time.Sleep(time.Minute)
+		b.Run(t.Context(), outcomes{"a": errors.Join(other, errors.New("disk still full")), "c": ends})
+		_, got := b.Ready()
+		want := []Status{
+			{Name: "a", Error: "flannel's file; disk still full", Since: began, Findings: []Found{
+				{findings.OtherCNI, findings.Fail, "flannel's file"}, {findings.Conflist, findings.Fail, "disk still full"},
+			}},
+			{Name: "b", Error: "waits for a", Since: began},
+			{Name: "c", Error: "ends in a week", Since: began, Findings: []Found{{findings.APIKeyEnds, findings.Warn, "ends in a week"}}},
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+		if got[0].IDs() != "HC111 HC110" {
+			t.Error(got[0].IDs())
+		}
+		b.Run(t.Context(), nil)
+		if _, got := b.Ready(); !got[0].Since.IsZero() || got[0].Findings != nil {
+			t.Error("right again, and still:", got[0])
+		}
+		b.Doubt("a", "gone")
+		if _, got := b.Ready(); got[0].Findings[0] != (Found{findings.Conflist, findings.Wait, "gone"}) {
+			t.Error(got[0])
+		}
+	})
+	if !strings.Contains(out.String(), `id="HC111 HC110"`) || !slices.Contains(reported, "a: HC111 HC110 flannel's file; disk full") {
+		t.Error("neither the log nor the report names the ids:", out.String(), reported)
+	}
 }

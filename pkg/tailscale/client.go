@@ -18,6 +18,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 const (
@@ -33,7 +35,7 @@ const (
 )
 
 // ErrUnreachable means that no tailscaled answers at the socket.
-var ErrUnreachable = errors.New("no tailscaled answers")
+var ErrUnreachable = findings.New(findings.TailscaledSilent, "no tailscaled answers")
 
 // Client talks to one tailscaled. It is safe for concurrent use and keeps no connection open between calls for long.
 type Client struct {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 const (
@@ -25,13 +26,13 @@ const (
 // What Login's errors are to be told apart by.
 var (
 	// ErrKeyRefused means that the control server does not take the key.
-	ErrKeyRefused = errors.New("the control server refuses the key")
+	ErrKeyRefused = findings.New(findings.JoinKeyRefused, "the control server refuses the key")
 	// ErrControl means that the control server cannot be reached or fails.
-	ErrControl = errors.New("the control server does not answer")
+	ErrControl = findings.New(findings.HeadscaleUnreached, "the control server does not answer")
 	// ErrNeedsKey means that tailscaled is not logged in and there is no key to do it with.
-	ErrNeedsKey = errors.New("tailscaled is not logged in and there is no key to join with")
+	ErrNeedsKey = findings.New(findings.NoKey, "tailscaled is not logged in and there is no key to join with")
 	// ErrOtherControl means that tailscaled is logged in somewhere else.
-	ErrOtherControl = errors.New("tailscaled is logged in to another control server")
+	ErrOtherControl = findings.New(findings.OtherControl, "tailscaled is logged in to another control server")
 )
 
 // LoginOptions say how to join.

@@ -1,17 +1,17 @@
 package tailscale
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // ErrNoTun means that no interface carries the tailnet addresses.
-var ErrNoTun = errors.New("no interface has the tailnet addresses")
+var ErrNoTun = findings.New(findings.NoTunnelDevice, "no interface has the tailnet addresses")
 
 // Link is a network interface with its addresses.
 type Link struct {

@@ -19,6 +19,7 @@ import (
 	"github.com/headcni/headcni/internal/trusted"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -174,7 +175,7 @@ func BesideHost(c config.Tailscale) error {
 	if !Answers(socket) {
 		return nil
 	}
-	return fmt.Errorf("the host's own tailscaled answers at %s and two in one network namespace break each other's routes; "+
+	return findings.Errorf(findings.TwoTailscaleds, "the host's own tailscaled answers at %s and two in one network namespace break each other's routes; "+
 		"use it with tailscale.mode: host, or stop it first (systemctl disable --now tailscaled)", socket)
 }
 

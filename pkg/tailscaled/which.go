@@ -2,12 +2,12 @@ package tailscaled
 
 import (
 	"context"
-	"fmt"
 	"net"
 	"time"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // Mode decides auto: what it settled on before, else whichever tailscaled answers.
@@ -43,7 +43,7 @@ func Socket(c config.Tailscale, mode string) string {
 
 // ErrNone is what auto says while it has found neither.
 func ErrNone(c config.Tailscale) error {
-	return fmt.Errorf("no tailscaled answers at %s or %s: install Tailscale and run `tailscale up --login-server URL`, or start "+
+	return findings.Errorf(findings.TailscaledSilent, "no tailscaled answers at %s or %s: install Tailscale and run `tailscale up --login-server URL`, or start "+
 		"`headcni-daemon tailscaled`", Socket(c, config.ModeHost), Socket(c, config.ModeDaemon))
 }
 

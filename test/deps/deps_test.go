@@ -33,6 +33,9 @@ var level = map[string]int{
 	"internal/nfnl":       1,
 	"internal/unixsock":   1,
 
+	// What can be wrong, which every package may say.
+	"pkg/findings": 0,
+
 	"internal/sysctl": 1,
 	"pkg/config":      1,
 

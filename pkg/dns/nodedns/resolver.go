@@ -2,7 +2,6 @@ package nodedns
 
 import (
 	"bufio"
-	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -11,6 +10,7 @@ import (
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -62,7 +62,7 @@ func FarResolver(t *tailscale.Status, nameservers []netip.Addr, shared []netip.P
 			known = known || slices.Contains(p.IPs, a) || slices.ContainsFunc(p.Routes, contains)
 		}
 		if !known {
-			return reconcile.Warning{Err: fmt.Errorf("the host's name server %s is in %s, where pods reach the tailnet alone: pods with the host's resolver "+
+			return reconcile.Warning{Err: findings.Errorf(findings.ResolverFar, "the host's name server %s is in %s, where pods reach the tailnet alone: pods with the host's resolver "+
 				"(dnsPolicy Default, CoreDNS as a rule) get no answers from it; give the host a route of its own to it, such as `ip route add %[1]s via "+
 				"GATEWAY`, which has to come back at a boot, or give kubelet another resolvConf", a, netset.TailnetIPv4)}
 		}

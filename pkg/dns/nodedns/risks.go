@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -61,9 +62,9 @@ func (r Risks) found() []error {
 func (r Risks) Err() error {
 	switch found := r.found(); {
 	case len(found) >= 2:
-		return fmt.Errorf("questions for names can go in a circle: %w", errors.Join(found...))
+		return findings.Errorf(findings.NamesCircle, "questions for names can go in a circle: %w", errors.Join(found...))
 	case r.resolvConf != nil:
-		return reconcile.Warning{Err: r.resolvConf}
+		return reconcile.Warning{Err: findings.With(findings.NamesRisk, r.resolvConf)}
 	}
 	return nil
 }

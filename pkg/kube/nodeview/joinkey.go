@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/kube"
 )
 
@@ -20,7 +21,7 @@ func (w *Watch) JoinKey(ctx context.Context) (secret.Secret, error) {
 	defer cancel()
 	s, err := w.client.Secrets(w.namespace).Get(ctx, kube.JoinSecret, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) || err == nil && len(s.Data[kube.JoinSecretKey]) == 0 {
-		return secret.Secret{}, fmt.Errorf("headcni-controller has not made a key to join with yet (Secret %s/%s): see `kubectl -n %[1]s logs "+
+		return secret.Secret{}, findings.Errorf(findings.NoKey, "headcni-controller has not made a key to join with yet (Secret %s/%s): see `kubectl -n %[1]s logs "+
 			"deploy/headcni-controller`", w.namespace, kube.JoinSecret)
 	}
 	if err = w.keyDenied.judge(err, time.Now()); err != nil {

@@ -1,7 +1,6 @@
 package nodeview
 
 import (
-	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -11,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
@@ -136,13 +136,13 @@ func (v *View) ErrNoCIDR(waited time.Duration) error {
 	var err error
 	switch {
 	case v.Err != nil:
-		return fmt.Errorf("no pod CIDR is known yet and the API server cannot be asked: %w", v.Err)
+		return findings.Errorf(findings.NoPodCIDR, "no pod CIDR is known yet and the API server cannot be asked: %w", v.Err)
 	case !v.Synced:
 		return reconcile.Waiting("asks the API server for this node's pod CIDR")
 	case v.Node == nil:
-		err = fmt.Errorf("Kubernetes has no Node %s: kubelet makes it; set kubernetes.nodeName or NODE_NAME if it is called otherwise", v.name)
+		err = findings.Errorf(findings.NoPodCIDR, "Kubernetes has no Node %s: kubelet makes it; set kubernetes.nodeName or NODE_NAME if it is called otherwise", v.name)
 	default:
-		err = fmt.Errorf("Kubernetes has given Node %s no pod CIDR yet; kube-controller-manager does so with --allocate-node-cidrs and "+
+		err = findings.Errorf(findings.NoPodCIDR, "Kubernetes has given Node %s no pod CIDR yet; kube-controller-manager does so with --allocate-node-cidrs and "+
 			"--cluster-cidr, headcni-controller where network.clusterCIDRs is set", v.name)
 	}
 	if waited < cidrPatience {
