@@ -29,7 +29,7 @@ func TestByHand(t *testing.T) {
 		name string
 		test func(*testing.T)
 	}{
-		{"pods", w.attach}, {"look around", w.lookAround}, {"restart", w.restart}, {"firewall", w.firewall}, {"reboot", w.reboot}, {"power cut", w.cut},
+		{"pods", w.attach}, {"look around", w.lookAround}, {"podman", w.podman}, {"restart", w.restart}, {"firewall", w.firewall}, {"reboot", w.reboot}, {"power cut", w.cut},
 		{"journal", w.journal}, {"kill", w.kill}, {"uninstall", w.uninstall},
 	} {
 		ok = ok && t.Run(part.name, part.test)

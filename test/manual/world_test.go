@@ -164,8 +164,13 @@ func newBase(t *testing.T, image, program string, cert []byte) string {
 	put(t, base, "/etc/systemd/system/writable-cgroups.service", writableUnit, 0o644)
 	put(t, base, "/srv/pod/etc/resolv.conf", "", 0o644)
 	copyTo(t, base, program, "/srv/pod/headcnictl")
+	put(t, base, "/etc/containers/containers.conf", podmanConf, 0o644)
+	command(t, "chroot", base, "install", "-D", "/bin/busybox", "/srv/box/bin/busybox")
 	// adm may read the journal, as Debian's installer makes the first user.
 	command(t, "chroot", base, "sh", "-ec", "useradd -m -s /bin/bash -G sudo,adm "+admin+"; update-ca-certificates >/dev/null 2>&1; systemctl enable --quiet writable-cgroups nftables")
+	// Here podman is a program, without a service and a network of its own.
+	command(t, "chroot", base, "rm", "-r", "/etc/cni/net.d")
+	command(t, "chroot", base, "systemctl", "mask", "--quiet", "podman.service", "podman.socket", "podman-restart.service", "podman-auto-update.service", "podman-auto-update.timer")
 	return base
 }
 
