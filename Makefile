@@ -193,6 +193,11 @@ bench-faults: need-go ## What pods lose when one part after another breaks, as i
 	@if ((EUID != 0)); then echo "make bench-faults: needs root: run 'sudo make bench-faults'" >&2; exit 1; fi
 	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m ./test/reliability/ -args -all $(FAULTFLAGS)
 
+.PHONY: bench-names
+bench-names: need-go ## How fast a pod is answered for names of the cluster and of the tailnet, on a real Kubernetes, as a table; needs root, takes 6 minutes
+	@if ((EUID != 0)); then echo "make bench-names: needs root: run 'sudo make bench-names'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m -run 'TestNamesSpeed$$' ./test/e2e/ -args $(E2EFLAGS)
+
 .PHONY: chaos
 chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 60 a minute; FAULTS=2000 SEED=7 FROM=120 ONLY='nft|ip rule'
 	@if ((EUID != 0)); then echo "make chaos: needs root: run 'sudo make chaos'" >&2; exit 1; fi
