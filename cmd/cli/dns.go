@@ -102,17 +102,17 @@ func askNodes(ctx context.Context, client kube.Client) (said []tailnet.Node, err
 
 // askCluster is the cluster's domain as CoreDNS has it. A cluster with another DNS mostly has the usual one.
 func askCluster(ctx context.Context, client kube.Client) ([]string, error) {
-	m, err := client.ConfigMaps("kube-system").Get(ctx, "coredns", metav1.GetOptions{})
+	m, err := client.ConfigMaps(corefile.Namespace).Get(ctx, corefile.ConfigMap, metav1.GetOptions{})
 	if err == nil {
-		file, err := corefile.Parse(m.Data["Corefile"])
+		file, err := corefile.Parse(m.Data[corefile.Key])
 		if err != nil {
-			return nil, fmt.Errorf("ConfigMap kube-system/coredns cannot be read: %w; give --cluster-domain", err)
+			return nil, fmt.Errorf("ConfigMap %s/%s cannot be read: %w; give --cluster-domain", corefile.Namespace, corefile.ConfigMap, err)
 		}
 		if domains, _, err := file.Cluster(); err == nil {
 			return domains, nil
 		}
 	}
-	return []string{"cluster.local"}, nil
+	return []string{corefile.ClusterDomain}, nil
 }
 
 // Clusters that the DNS text can be for.

@@ -27,13 +27,6 @@ const (
 	// namesCheck is how often ConfigMaps about names are looked at although what they are to hold is the same.
 	namesCheck = time.Minute
 
-	dnsNamespace = "kube-system"
-	// dnsMain is CoreDNS' ConfigMap, dnsCustom the one that K3s and AKS leave to their users: there dnsMain is rewritten.
-	dnsMain, dnsMainKey     = "coredns", "Corefile"
-	dnsCustom, dnsCustomKey = "coredns-custom", "headcni.server"
-	// dnsServerKeys end the keys of dnsCustom that CoreDNS reads as server blocks.
-	dnsServerKeys = ".server"
-
 	managedBy = "app.kubernetes.io/managed-by"
 )
 
@@ -168,22 +161,22 @@ func (c *Controller) writeNames(ctx context.Context, zones []corefile.Zone) (dns
 }
 
 func (c *Controller) dnsState(ctx context.Context) (s dnsState, err error) {
-	if s.main, err = c.dnsMap(ctx, dnsMain); err != nil || s.main == nil {
+	if s.main, err = c.dnsMap(ctx, corefile.ConfigMap); err != nil || s.main == nil {
 		return s, err
 	}
-	s.custom, err = c.dnsMap(ctx, dnsCustom)
+	s.custom, err = c.dnsMap(ctx, corefile.Custom)
 	return s, err
 }
 
 func (c *Controller) dnsMap(ctx context.Context, name string) (*corev1.ConfigMap, error) {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	m, err := c.client.ConfigMaps(dnsNamespace).Get(ctx, name, metav1.GetOptions{})
+	m, err := c.client.ConfigMaps(corefile.Namespace).Get(ctx, name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read ConfigMap %s/%s: %w", dnsNamespace, name, err)
+		return nil, fmt.Errorf("read ConfigMap %s/%s: %w", corefile.Namespace, name, err)
 	}
 	return m, nil
 }
@@ -192,7 +185,7 @@ func (c *Controller) dnsMap(ctx context.Context, name string) (*corev1.ConfigMap
 func (c *Controller) applyDNS(ctx context.Context, p dnsPlan) error {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	objects := c.client.ConfigMaps(dnsNamespace)
+	objects := c.client.ConfigMaps(corefile.Namespace)
 	var errs []error
 	for _, w := range []struct {
 		object *corev1.ConfigMap
@@ -208,7 +201,7 @@ func (c *Controller) applyDNS(ctx context.Context, p dnsPlan) error {
 			continue
 		}
 		if err := w.write(w.object); err != nil {
-			errs = append(errs, fmt.Errorf("write ConfigMap %s/%s: %w", dnsNamespace, w.object.Name, err))
+			errs = append(errs, fmt.Errorf("write ConfigMap %s/%s: %w", corefile.Namespace, w.object.Name, err))
 			continue
 		}
 		c.log.Info("wrote CoreDNS' configuration", "configmap", w.object.Name)
@@ -222,20 +215,20 @@ func planDNS(have dnsState, zones []corefile.Zone, c config.DNS) dnsPlan {
 	if mode == "false" {
 		return withoutNames(have)
 	}
-	if have.main == nil || have.main.Data[dnsMainKey] == "" {
-		return notOurs(mode, fmt.Sprintf("the cluster's DNS is not CoreDNS with a ConfigMap %s/%s", dnsNamespace, dnsMain))
+	if have.main == nil || have.main.Data[corefile.Key] == "" {
+		return notOurs(mode, fmt.Sprintf("the cluster's DNS is not CoreDNS with a ConfigMap %s/%s", corefile.Namespace, corefile.ConfigMap))
 	}
-	text, err := corefile.Outside(have.main.Data[dnsMainKey])
+	text, err := corefile.Outside(have.main.Data[corefile.Key])
 	if err != nil {
-		return dnsPlan{finding: dnsFinding(dnsMain, err)}
+		return dnsPlan{finding: dnsFinding(corefile.ConfigMap, err)}
 	}
 	file, err := corefile.Parse(text)
 	if err != nil {
-		return dnsPlan{finding: dnsFinding(dnsMain, fmt.Errorf("cannot be read: %w", err))}
+		return dnsPlan{finding: dnsFinding(corefile.ConfigMap, fmt.Errorf("cannot be read: %w", err))}
 	}
 	domains, port, err := file.Cluster()
 	if err != nil {
-		return dnsPlan{finding: dnsFinding(dnsMain, err)}
+		return dnsPlan{finding: dnsFinding(corefile.ConfigMap, err)}
 	}
 	zones = withAlias(zones, c.Alias, domains, port)
 	for _, z := range zones {
@@ -252,16 +245,16 @@ func planDNS(have dnsState, zones []corefile.Zone, c config.DNS) dnsPlan {
 		return planCustom(have, file, zones, port)
 	}
 	if by := writtenBy(have.main); by != "" && mode == config.Auto {
-		return notOurs(mode, fmt.Sprintf("%s writes ConfigMap %s/%s", by, dnsNamespace, dnsMain))
+		return notOurs(mode, fmt.Sprintf("%s writes ConfigMap %s/%s", by, corefile.Namespace, corefile.ConfigMap))
 	}
-	next, err := corefile.Set(have.main.Data[dnsMainKey], zones, port)
+	next, err := corefile.Set(have.main.Data[corefile.Key], zones, port)
 	if err != nil {
-		return dnsPlan{finding: dnsFinding(dnsMain, err)}
+		return dnsPlan{finding: dnsFinding(corefile.ConfigMap, err)}
 	}
-	if next == have.main.Data[dnsMainKey] {
+	if next == have.main.Data[corefile.Key] {
 		return dnsPlan{}
 	}
-	p := dnsPlan{update: withKey(have.main, dnsMainKey, next)}
+	p := dnsPlan{update: withKey(have.main, corefile.Key, next)}
 	if !file.Reloads() {
 		p.note = "the Corefile has no plugin reload: kubectl -n kube-system rollout restart deployment coredns"
 	}
@@ -278,12 +271,14 @@ func notOurs(mode config.Tristate, why string) dnsPlan {
 }
 
 func dnsFinding(name string, err error) string {
-	return fmt.Sprintf("ConfigMap %s/%s %s; it stays as it is, and pods do not resolve the tailnet's names", dnsNamespace, name,
+	return fmt.Sprintf("ConfigMap %s/%s %s; it stays as it is, and pods do not resolve the tailnet's names", corefile.Namespace, name,
 		strings.ReplaceAll(err.Error(), "\n", "; "))
 }
 
-// isCustomImport reports whether a Corefile's import is that of dnsCustom, which K3s and AKS have.
-func isCustomImport(pattern string) bool { return strings.HasSuffix(pattern, "custom/*"+dnsServerKeys) }
+// isCustomImport reports whether a Corefile's import is that of corefile.Custom, which K3s and AKS have.
+func isCustomImport(pattern string) bool {
+	return strings.HasSuffix(pattern, "custom/*"+corefile.ServerKeys)
+}
 
 // writtenBy names who keeps a ConfigMap as it is and would undo what we write, or fail at it.
 func writtenBy(m *corev1.ConfigMap) string {
@@ -299,15 +294,15 @@ func writtenBy(m *corev1.ConfigMap) string {
 // planCustom keeps the server blocks in a key of our own.
 func planCustom(have dnsState, main corefile.File, zones []corefile.Zone, port int) dnsPlan {
 	want := "# Written by headcni-controller: change dns.* and network.remoteClusters in HeadCNI's values.\n" + corefile.Render(zones, port)
-	others := map[string]corefile.File{dnsMain: main}
+	others := map[string]corefile.File{corefile.ConfigMap: main}
 	if have.custom != nil {
 		for key, text := range have.custom.Data {
-			if key == dnsCustomKey || !strings.HasSuffix(key, dnsServerKeys) {
+			if key == corefile.CustomKey || !strings.HasSuffix(key, corefile.ServerKeys) {
 				continue
 			}
 			f, err := corefile.Parse(text)
 			if err != nil {
-				return dnsPlan{finding: dnsFinding(dnsCustom, fmt.Errorf("(%s) cannot be read: %w", key, err))}
+				return dnsPlan{finding: dnsFinding(corefile.Custom, fmt.Errorf("(%s) cannot be read: %w", key, err))}
 			}
 			others[key] = f
 		}
@@ -315,7 +310,7 @@ func planCustom(have dnsState, main corefile.File, zones []corefile.Zone, port i
 	for _, where := range slices.Sorted(maps.Keys(others)) {
 		for _, z := range zones {
 			if key := others[where].Serves(z.Name, port); key != "" {
-				return dnsPlan{finding: dnsFinding(dnsCustom, fmt.Errorf("cannot have a server block for %s: %s has %s already, which is not of headcni: "+
+				return dnsPlan{finding: dnsFinding(corefile.Custom, fmt.Errorf("cannot have a server block for %s: %s has %s already, which is not of headcni: "+
 					"remove that one, or set dns.manageCoreDNS to false", z.Name, where, key))}
 			}
 		}
@@ -323,36 +318,36 @@ func planCustom(have dnsState, main corefile.File, zones []corefile.Zone, port i
 	switch {
 	case have.custom == nil:
 		return dnsPlan{create: &corev1.ConfigMap{
-			ObjectMeta: metav1.ObjectMeta{Name: dnsCustom, Namespace: dnsNamespace, Labels: map[string]string{managedBy: kube.Controller}},
-			Data:       map[string]string{dnsCustomKey: want},
+			ObjectMeta: metav1.ObjectMeta{Name: corefile.Custom, Namespace: corefile.Namespace, Labels: map[string]string{managedBy: kube.Controller}},
+			Data:       map[string]string{corefile.CustomKey: want},
 		}}
-	case have.custom.Data[dnsCustomKey] == want:
+	case have.custom.Data[corefile.CustomKey] == want:
 		return dnsPlan{}
 	}
-	return dnsPlan{update: withKey(have.custom, dnsCustomKey, want)}
+	return dnsPlan{update: withKey(have.custom, corefile.CustomKey, want)}
 }
 
 // withoutNames takes out what is ours.
 func withoutNames(have dnsState) dnsPlan {
 	var p dnsPlan
 	if have.custom != nil {
-		if _, ok := have.custom.Data[dnsCustomKey]; ok && len(have.custom.Data) == 1 && have.custom.Labels[managedBy] == kube.Controller {
+		if _, ok := have.custom.Data[corefile.CustomKey]; ok && len(have.custom.Data) == 1 && have.custom.Labels[managedBy] == kube.Controller {
 			p.remove = have.custom
 			return p
 		} else if ok {
 			p.update = have.custom.DeepCopy()
-			delete(p.update.Data, dnsCustomKey)
+			delete(p.update.Data, corefile.CustomKey)
 			return p
 		}
 	}
 	if have.main == nil {
 		return p
 	}
-	next, err := corefile.Set(have.main.Data[dnsMainKey], nil, 0)
+	next, err := corefile.Set(have.main.Data[corefile.Key], nil, 0)
 	if err != nil {
-		p.finding = dnsFinding(dnsMain, err)
-	} else if next != have.main.Data[dnsMainKey] {
-		p.update = withKey(have.main, dnsMainKey, next)
+		p.finding = dnsFinding(corefile.ConfigMap, err)
+	} else if next != have.main.Data[corefile.Key] {
+		p.update = withKey(have.main, corefile.Key, next)
 	}
 	return p
 }

@@ -25,7 +25,7 @@ const (
 )
 
 func configMap(name string, labels map[string]string, keysAndTexts ...string) *corev1.ConfigMap {
-	m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: dnsNamespace, Labels: labels, ResourceVersion: "1"}, Data: map[string]string{}}
+	m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: corefile.Namespace, Labels: labels, ResourceVersion: "1"}, Data: map[string]string{}}
 	for i := 0; i < len(keysAndTexts); i += 2 {
 		m.Data[keysAndTexts[i]] = keysAndTexts[i+1]
 	}
@@ -49,7 +49,7 @@ func namer(t *testing.T, mode config.Tristate, objects ...runtime.Object) (*Cont
 
 func dataOf(t *testing.T, client kubetest.Client, name string) map[string]string {
 	t.Helper()
-	m, err := client.ConfigMaps(dnsNamespace).Get(t.Context(), name, metav1.GetOptions{})
+	m, err := client.ConfigMaps(corefile.Namespace).Get(t.Context(), name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return nil
 	}
@@ -78,45 +78,45 @@ func TestNames(t *testing.T) {
 		wantCustom  map[string]string
 		wantFinding string
 	}{
-		"plain":               {main: configMap(dnsMain, nil, dnsMainKey, plain, "other", "x"), wantMain: plain + section},
-		"as it should be":     {main: configMap(dnsMain, nil, dnsMainKey, plain+section), wantMain: plain + section},
-		"changed by somebody": {main: configMap(dnsMain, nil, dnsMainKey, plain+changed), wantMain: plain + section},
-		"false":               {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, plain+section), wantMain: plain},
-		"false, broken":       {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, "{\n"+section), wantMain: "{\n"},
-		"false, no domain":    {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "x {")}},
-		"nobody says":         {main: configMap(dnsMain, nil, dnsMainKey, plain+changed), nodes: []node{named("one", "")}, wantMain: plain + changed},
+		"plain":               {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain, "other", "x"), wantMain: plain + section},
+		"as it should be":     {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+section), wantMain: plain + section},
+		"changed by somebody": {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+changed), wantMain: plain + section},
+		"false":               {mode: "false", main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+section), wantMain: plain},
+		"false, broken":       {mode: "false", main: configMap(corefile.ConfigMap, nil, corefile.Key, "{\n"+section), wantMain: "{\n"},
+		"false, no domain":    {mode: "false", main: configMap(corefile.ConfigMap, nil, corefile.Key, plain), nodes: []node{named("one", "x {")}},
+		"nobody says":         {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+changed), nodes: []node{named("one", "")}, wantMain: plain + changed},
 		"a cluster without IPv4": {
-			main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "hc.internal", "fd00:244:1::/64")},
+			main: configMap(corefile.ConfigMap, nil, corefile.Key, plain), nodes: []node{named("one", "hc.internal", "fd00:244:1::/64")},
 			wantMain: plain + strings.Replace(section, "169.254.116.52 100.100.100.100", "fd68:6561:6463:6e69::53 fd7a:115c:a1e0::53", 1),
 		},
 		"nodes disagree": {
-			main: configMap(dnsMain, nil, dnsMainKey, plain+section), nodes: []node{one, named("two", "example.com")}, wantMain: plain + section,
+			main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+section), nodes: []node{one, named("two", "example.com")}, wantMain: plain + section,
 			wantFinding: `nodes say different domains (two: "example.com", one: "hc.internal")`,
 		},
-		"no domain":            {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "x {\n}")}, wantFinding: "is no domain"},
-		"the cluster's domain": {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "cluster.local")}, wantFinding: "inside the cluster's domain cluster.local"},
-		"above the cluster's":  {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "local")}, wantFinding: "cluster.local is inside local"},
-		"Headscale's own":      {main: configMap(dnsMain, nil, dnsMainKey, plain), nodes: []node{named("one", "example.com")}, wantFinding: "headscale.example.com is inside"},
-		"does not parse":       {main: configMap(dnsMain, nil, dnsMainKey, plain+"x {"), wantFinding: "cannot be read: line 6"},
-		"somebody else's":      {main: configMap(dnsMain, nil, dnsMainKey, plain+"hc.internal {\n whoami\n}\n"), wantFinding: "has a server block hc.internal already"},
-		"no kubernetes":        {main: configMap(dnsMain, nil, dnsMainKey, ".:53 {\n whoami\n}\n"), wantFinding: "no server block with the plugin kubernetes"},
-		"Helm's, auto":         {main: configMap(dnsMain, helm, dnsMainKey, plain)},
-		"Helm's, true":         {mode: "true", main: configMap(dnsMain, helm, dnsMainKey, plain), wantMain: plain + section},
+		"no domain":            {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain), nodes: []node{named("one", "x {\n}")}, wantFinding: "is no domain"},
+		"the cluster's domain": {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain), nodes: []node{named("one", "cluster.local")}, wantFinding: "inside the cluster's domain cluster.local"},
+		"above the cluster's":  {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain), nodes: []node{named("one", "local")}, wantFinding: "cluster.local is inside local"},
+		"Headscale's own":      {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain), nodes: []node{named("one", "example.com")}, wantFinding: "headscale.example.com is inside"},
+		"does not parse":       {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+"x {"), wantFinding: "cannot be read: line 6"},
+		"somebody else's":      {main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+"hc.internal {\n whoami\n}\n"), wantFinding: "has a server block hc.internal already"},
+		"no kubernetes":        {main: configMap(corefile.ConfigMap, nil, corefile.Key, ".:53 {\n whoami\n}\n"), wantFinding: "no server block with the plugin kubernetes"},
+		"Helm's, auto":         {main: configMap(corefile.ConfigMap, helm, corefile.Key, plain)},
+		"Helm's, true":         {mode: "true", main: configMap(corefile.ConfigMap, helm, corefile.Key, plain), wantMain: plain + section},
 		"no CoreDNS, auto":     {},
 		"no CoreDNS, true":     {mode: "true", wantFinding: "headcnictl dns corefile"},
-		"imports":              {mode: "true", main: configMap(dnsMain, nil, dnsMainKey, plain+"import /x\n"), wantFinding: "imports /x"},
-		"K3s":                  {main: configMap(dnsMain, nil, dnsMainKey, k3s), wantCustom: map[string]string{dnsCustomKey: own}},
+		"imports":              {mode: "true", main: configMap(corefile.ConfigMap, nil, corefile.Key, plain+"import /x\n"), wantFinding: "imports /x"},
+		"K3s":                  {main: configMap(corefile.ConfigMap, nil, corefile.Key, k3s), wantCustom: map[string]string{corefile.CustomKey: own}},
 		"AKS": {
-			main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, nil, "a.server", "a.test {\n whoami\n}\n"),
-			wantCustom: map[string]string{dnsCustomKey: own, "a.server": "a.test {\n whoami\n}\n"},
+			main: configMap(corefile.ConfigMap, nil, corefile.Key, k3s), custom: configMap(corefile.Custom, nil, "a.server", "a.test {\n whoami\n}\n"),
+			wantCustom: map[string]string{corefile.CustomKey: own, "a.server": "a.test {\n whoami\n}\n"},
 		},
 		"K3s, somebody else's": {
-			main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, nil, "a.server", "hc.internal {\n whoami\n}\n"),
+			main: configMap(corefile.ConfigMap, nil, corefile.Key, k3s), custom: configMap(corefile.Custom, nil, "a.server", "hc.internal {\n whoami\n}\n"),
 			wantCustom: map[string]string{"a.server": "hc.internal {\n whoami\n}\n"}, wantFinding: "a.server has hc.internal already",
 		},
-		"K3s, false": {mode: "false", main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, map[string]string{managedBy: "headcni-controller"}, dnsCustomKey, own)},
+		"K3s, false": {mode: "false", main: configMap(corefile.ConfigMap, nil, corefile.Key, k3s), custom: configMap(corefile.Custom, map[string]string{managedBy: "headcni-controller"}, corefile.CustomKey, own)},
 		"AKS, false": {
-			mode: "false", main: configMap(dnsMain, nil, dnsMainKey, k3s), custom: configMap(dnsCustom, nil, dnsCustomKey, own), wantCustom: map[string]string{},
+			mode: "false", main: configMap(corefile.ConfigMap, nil, corefile.Key, k3s), custom: configMap(corefile.Custom, nil, corefile.CustomKey, own), wantCustom: map[string]string{},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -131,7 +131,7 @@ func TestNames(t *testing.T) {
 			if tt.main != nil {
 				objects, want = append(objects, tt.main), tt.main.DeepCopy().Data
 				if tt.wantMain != "" {
-					want[dnsMainKey] = tt.wantMain
+					want[corefile.Key] = tt.wantMain
 				}
 			}
 			if tt.custom != nil {
@@ -143,10 +143,10 @@ func TestNames(t *testing.T) {
 				if err := c.names(t.Context(), tt.nodes); err != nil {
 					t.Fatal(err)
 				}
-				if diff := cmp.Diff(want, dataOf(t, client, dnsMain)); diff != "" {
+				if diff := cmp.Diff(want, dataOf(t, client, corefile.ConfigMap)); diff != "" {
 					t.Error(diff)
 				}
-				if diff := cmp.Diff(tt.wantCustom, dataOf(t, client, dnsCustom)); diff != "" {
+				if diff := cmp.Diff(tt.wantCustom, dataOf(t, client, corefile.Custom)); diff != "" {
 					t.Error(diff)
 				}
 			}
@@ -166,7 +166,7 @@ func TestNames(t *testing.T) {
 			if err := c.forgetNames(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if text := dataOf(t, client, dnsMain)[dnsMainKey] + dataOf(t, client, dnsCustom)[dnsCustomKey]; strings.Contains(text, "headcni") {
+			if text := dataOf(t, client, corefile.ConfigMap)[corefile.Key] + dataOf(t, client, corefile.Custom)[corefile.CustomKey]; strings.Contains(text, "headcni") {
 				t.Errorf("uninstall leaves %s", text)
 			}
 		})
@@ -176,9 +176,9 @@ func TestNames(t *testing.T) {
 // TestNamesForbidden: a chart that gives no right yet is a finding; the pass goes on.
 func TestNamesForbidden(t *testing.T) {
 	for verb, mode := range map[string]config.Tristate{"get": config.Auto, "update": config.Auto} {
-		c, client := namer(t, mode, configMap(dnsMain, nil, dnsMainKey, plain))
+		c, client := namer(t, mode, configMap(corefile.ConfigMap, nil, corefile.Key, plain))
 		client.PrependReactor(verb, "configmaps", func(clienttesting.Action) (bool, runtime.Object, error) {
-			return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "configmaps"}, dnsMain, nil)
+			return true, nil, apierrors.NewForbidden(schema.GroupResource{Resource: "configmaps"}, corefile.ConfigMap, nil)
 		})
 		if err := c.names(t.Context(), []node{named("one", "hc.internal", "10.244.1.0/24")}); err != nil {
 			t.Errorf("%s: %v", verb, err)
@@ -205,7 +205,7 @@ func TestNamesOfOtherClusters(t *testing.T) {
 		"an alias inside ours":   {alias: "east.cluster.local", wantFinding: "east.cluster.local is inside the cluster's domain"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c, client := namer(t, config.Auto, configMap(dnsMain, nil, dnsMainKey, plain))
+			c, client := namer(t, config.Auto, configMap(corefile.ConfigMap, nil, corefile.Key, plain))
 			c.cfg.DNS.Alias = tt.alias
 			c.cfg.Network.RemoteClusters = []config.RemoteCluster{{Name: "west", ServiceCIDRs: config.CIDRs{"10.97.0.0/16"}}}
 			if tt.domain != "" {
@@ -217,7 +217,7 @@ func TestNamesOfOtherClusters(t *testing.T) {
 			if text := c.announced[checkDNS]; !strings.Contains(text, tt.wantFinding) || (text == "") != (tt.wantFinding == "") {
 				t.Errorf("finding %q, want %q", text, tt.wantFinding)
 			}
-			text := dataOf(t, client, dnsMain)[dnsMainKey]
+			text := dataOf(t, client, corefile.ConfigMap)[corefile.Key]
 			f, err := corefile.Parse(strings.TrimPrefix(text, plain))
 			if err != nil {
 				t.Fatal(err)

@@ -9,12 +9,10 @@ import (
 	"strings"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/dns/corefile"
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
-
-// defaultClusterDomain is what Kubernetes calls its own domain where nobody says otherwise.
-const defaultClusterDomain = "cluster.local"
 
 // Seen is what is seen on a node of who is asked for names.
 type Seen struct {
@@ -43,7 +41,7 @@ func RisksOf(o Seen, clusterDomain string) (r Risks) {
 	if o.CorpDNS {
 		r.acceptDNS = errors.New("tailscaled's accept-dns is on, by which it writes the host's resolv.conf: run `tailscale set --accept-dns=false`")
 	}
-	domain := strings.ToLower(cmp.Or(clusterDomain, defaultClusterDomain))
+	domain := strings.ToLower(cmp.Or(clusterDomain, corefile.ClusterDomain))
 	for _, s := range o.Splits {
 		if s == domain || strings.HasSuffix(domain, "."+s) || strings.HasSuffix(s, "."+domain) {
 			r.split = fmt.Errorf("Headscale's dns.nameservers.split sends %s, the cluster's own, to the cluster: this is for devices outside it, and must not reach CoreDNS' own questions", s)
