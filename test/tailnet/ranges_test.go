@@ -1,6 +1,7 @@
 package tailnet
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -9,6 +10,9 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
 )
+
+// otherCluster are the ranges of a cluster beside the lab's, which Headscale's policy of narrow lets pass.
+var otherCluster = []netip.Prefix{netip.MustParsePrefix("10.99.0.0/16"), netip.MustParsePrefix("fd99::/32")}
 
 // Two nodes whose cluster CIDRs contradict each other both say so, stay ready for their own pods, and take nothing of what the
 // other advertises for pods.
@@ -21,7 +25,7 @@ func TestContradictingRanges(t *testing.T) {
 	labtest.Stop(t, theirs.Daemon)
 	if err := theirs.ConfigureDaemon(func(_ *lab.Node, c map[string]any) {
 		n := labtest.Section(c, "network")
-		n["podCIDRs"], n["clusterCIDRs"] = []string{"10.99.1.0/24", "fd99:0:1::/64"}, []string{"10.99.0.0/16", "fd99::/32"}
+		n["podCIDRs"], n["clusterCIDRs"] = []string{"10.99.1.0/24", "fd99:0:1::/64"}, otherCluster
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -49,6 +53,48 @@ func TestContradictingRanges(t *testing.T) {
 	if after := pathsOf(t, ours); after != before {
 		t.Errorf("what a peer advertises has changed what is routed, accepted or kept from NAT:\n%s\nwas\n%s", after, before)
 	}
+	t.Run("named", func(t *testing.T) { twoClusters(t, l, pod) })
+}
+
+// twoClusters has each node name the other's cluster. Then the pods of both reach each other by their own addresses, through the tunnel or
+// not at all.
+func twoClusters(t *testing.T, l *lab.Lab, pod *lab.Pod) {
+	named, ranges := []string{"theirs", "ours"}, [][]netip.Prefix{otherCluster, lab.ClusterCIDRs}
+	for i, n := range l.Nodes {
+		labtest.Stop(t, n.Daemon)
+		if err := n.ConfigureDaemon(func(_ *lab.Node, c map[string]any) {
+			s := labtest.Section(c, "network")
+			s["remoteClusters"] = []map[string]any{{"name": named[i], "podCIDRs": ranges[i]}}
+			if i == 1 {
+				s["podCIDRs"], s["clusterCIDRs"] = []string{"10.99.1.0/24", "fd99:0:1::/64"}, otherCluster
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	labtest.StartDaemon(t, l.Nodes...)
+	for _, n := range l.Nodes {
+		labtest.Eventually(t, n.Name+" has no stranger beside it", func() error {
+			if text, _ := labtest.Part(t, n, "foreign"); text != "" {
+				return errors.New(text)
+			}
+			return nil
+		})
+	}
+	remote := labtest.AddPod(t, l.Nodes[1], "remote", lab.PodOptions{})
+	inClear := labtest.Capture(t, l)
+	for _, v6 := range []bool{false, true} {
+		if a := remote.Addr(v6); !otherCluster[labtest.Index(v6)].Contains(a) {
+			t.Fatalf("the other cluster's pod has %s", a)
+		}
+		labtest.WantTCP(t, "to the other cluster, "+labtest.Family(v6), pod, labtest.Echo(remote, v6), pod.Addr(v6))
+		labtest.WantTCP(t, "from the other cluster, "+labtest.Family(v6), remote, labtest.Echo(pod, v6), remote.Addr(v6))
+	}
+	labtest.Kill(t, l.Nodes[1].Tailscaled)
+	for _, v6 := range []bool{false, true} {
+		_, _, _ = lab.Echo(labtest.Within(t), remote, pod.Addr(v6), 64) // nobody can answer
+	}
+	labtest.NoneInClear(t, inClear())
 }
 
 // pathsOf are a node's rules and the sets that its tables decide by.

@@ -17,7 +17,12 @@ import (
 
 // narrow is a lab whose underlay carries less than tailscaled's full packets of 1340 bytes.
 var narrow = labtest.OneByOne(func(t testing.TB) *lab.Lab {
-	return labtest.New(t, lab.Options{Nodes: 2, Modes: []string{host, daemon}, Bin: labtest.Programs(t), UnderlayMTU: 1300})
+	return labtest.New(t, lab.Options{Nodes: 2, Modes: []string{host, daemon}, Bin: labtest.Programs(t), UnderlayMTU: 1300, Policy: func(p map[string]any) {
+		acl := p["acls"].([]map[string]any)[0]
+		for _, c := range otherCluster {
+			acl["src"], acl["dst"] = append(acl["src"].([]string), c.String()), append(acl["dst"].([]string), c.String()+":*")
+		}
+	}})
 })
 
 // TCP of pods is clamped by itself to what the path carries, and unclamped when that grows.
