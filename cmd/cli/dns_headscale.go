@@ -135,18 +135,10 @@ func askClusterDNS(ctx context.Context, client kube.Client) ([]netip.Addr, error
 	return out, err
 }
 
-func askServiceCIDRs(ctx context.Context, client kube.Client) (out []netip.Prefix, err error) {
-	list, err := client.ServiceCIDRs().List(ctx, metav1.ListOptions{})
-	if err == nil {
-		for _, s := range list.Items {
-			more, err := prefixesOf("ServiceCIDR "+s.Name, s.Spec.CIDRs)
-			if err != nil {
-				return nil, err
-			}
-			out = append(out, more...)
-		}
-	} else if !apierrors.IsNotFound(err) && !apierrors.IsForbidden(err) {
-		return nil, fmt.Errorf("list the ServiceCIDRs: %w; give --service-cidr", err)
+func askServiceCIDRs(ctx context.Context, client kube.Client) ([]netip.Prefix, error) {
+	out, err := kube.ServiceRanges(ctx, client)
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsForbidden(err) {
+		return nil, fmt.Errorf("ask for the ranges of services: %w; give --service-cidr", err)
 	}
 	if len(out) == 0 {
 		return nil, errors.New("the ranges of services are not known: give --service-cidr")

@@ -105,6 +105,31 @@ type Network struct {
 	NetworkPolicy bool `json:"networkPolicy"`
 	// PolicyStartup is what a pod may do whose policies are not known yet.
 	PolicyStartup string `json:"policyStartup"`
+	// AdvertiseServices leads the tailnet to the cluster's services.
+	AdvertiseServices AdvertiseServices `json:"advertiseServices"`
+}
+
+// OnlyNamed is AdvertiseServices.Only for Services that have a name in the tailnet.
+const OnlyNamed = "named"
+
+// AdvertiseServices says by which Nodes the tailnet reaches services. The zero value is by none.
+type AdvertiseServices struct {
+	// NodeSelector are labels that a Node must have, all of them; without any no Node has them.
+	NodeSelector map[string]string `json:"nodeSelector"`
+	// Only is OnlyNamed, or empty: all addresses in the ranges of services.
+	Only string `json:"only"`
+	// HealthURL is where each of these Nodes asks its kube-proxy whether services work; empty: nowhere.
+	HealthURL string `json:"healthURL"`
+}
+
+// Selects reports whether a Node with these labels is to lead the tailnet to services.
+func (a AdvertiseServices) Selects(labels map[string]string) bool {
+	for key, want := range a.NodeSelector {
+		if have, ok := labels[key]; !ok || have != want {
+			return false
+		}
+	}
+	return len(a.NodeSelector) > 0
 }
 
 // RemoteCluster is another cluster on the same tailnet.
@@ -233,8 +258,9 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 // Default is the configuration where nothing is set.
 func Default() Config {
 	return Config{
-		Tailscale:  Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
-		Network:    Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict},
+		Tailscale: Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
+		Network: Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict,
+			AdvertiseServices: AdvertiseServices{NodeSelector: map[string]string{}, HealthURL: "http://127.0.0.1:10256/healthz"}},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},
 		DNS:        DNS{ManageCoreDNS: Auto},

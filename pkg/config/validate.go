@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -129,6 +130,30 @@ func (c Config) validateNetwork(v *faults) {
 	}
 	c.validateRanges(v, n.Ranges())
 	n.validateRemote(v)
+	n.AdvertiseServices.validate(v)
+}
+
+// label and labelValue match what Kubernetes takes as a label.
+var (
+	label      = regexp.MustCompile(`^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
+	labelValue = regexp.MustCompile(`^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$`)
+)
+
+func (a AdvertiseServices) validate(v *faults) {
+	const key = "network.advertiseServices."
+	for _, name := range slices.Sorted(maps.Keys(a.NodeSelector)) {
+		if value := a.NodeSelector[name]; !label.MatchString(name) || !labelValue.MatchString(value) {
+			v.add(key+"nodeSelector", name+": "+value, `want a label as Kubernetes has them, such as node-restriction.kubernetes.io/services: "true"`)
+		}
+	}
+	if a.Only != "" && a.Only != OnlyNamed {
+		v.add(key+"only", a.Only, "want "+OnlyNamed+", or nothing for all services")
+	}
+	if a.HealthURL != "" {
+		if u, err := url.Parse(a.HealthURL); err != nil || u.Scheme != "http" || u.Host == "" || u.User != nil {
+			v.add(key+"healthURL", withoutUser(a.HealthURL), "want http://HOST:PORT/PATH without a password, or nothing")
+		}
+	}
 }
 
 // domain matches what may be a domain: labels of lower-case letters, digits and dashes (RFC 1123, section 2.1).

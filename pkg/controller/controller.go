@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"sync"
 	"time"
@@ -46,6 +47,10 @@ type Controller struct {
 	// recordsOf are the names of Services that the ConfigMap for Headscale was last looked at for, recordsAt is when.
 	recordsOf string
 	recordsAt time.Time
+
+	// rangesOf are the ranges of services that Kubernetes named last, rangesAt is when.
+	rangesOf []netip.Prefix
+	rangesAt time.Time
 
 	// nodeNames are those of all nodes of the tailnet, nil before Headscale has told them.
 	nodeNames []string

@@ -8,6 +8,7 @@
 //
 //	""                   nodes       list, watch, patch   annotations; spec.podCIDRs of Nodes that have none
 //	""                   services    list, watch          which want a name in the tailnet
+//	networking.k8s.io    servicecidrs list                where network.advertiseServices chooses Nodes
 //	events.k8s.io        events      create               about Nodes, Services and its own Deployment
 //
 // and in its own namespace:
@@ -19,6 +20,7 @@
 // and in kube-system:
 //
 //	""                   configmaps  coredns: get, update; coredns-custom: get, update, delete; create on K3s
+//	""                   configmaps  kubeadm-config: get, where the ServiceCIDRs cannot be read
 //	""                   services    kube-dns: get, by `headcnictl dns`
 //
 // What `headcni-controller uninstall` asks: nodes list and patch; and in its own namespace

@@ -89,7 +89,7 @@ func TestColdStart(t *testing.T) {
 	began := time.Now()
 	p := makePlan(o)
 	planned := time.Since(began)
-	if err := c.approve(t.Context(), api, p.approvals); err != nil {
+	if err := c.approve(t.Context(), api, p.approvals, nil); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("planned in %v; %d calls of 2 ms in %v", planned, len(s.Calls("")), time.Since(began)-planned)
@@ -120,7 +120,7 @@ func TestRangeMoves(t *testing.T) {
 		}
 	}
 	give()
-	if err := c.approve(t.Context(), api, list); err != nil {
+	if err := c.approve(t.Context(), api, list, nil); err != nil {
 		t.Fatal(err)
 	}
 	set := s.Calls("POST ")[1:]
@@ -132,7 +132,7 @@ func TestRangeMoves(t *testing.T) {
 	s, c, api = newCrowd(t, 3)
 	give()
 	s.refuses = "2"
-	if err := c.approve(t.Context(), api, list); err == nil || !strings.Contains(err.Error(), "it will not") {
+	if err := c.approve(t.Context(), api, list, nil); err == nil || !strings.Contains(err.Error(), "it will not") {
 		t.Errorf("the error is lost: %v", err)
 	}
 	if fmt.Sprint(s.approved()) != "map[2:[10.244.1.0/24] 3:[10.244.3.0/24]]" {

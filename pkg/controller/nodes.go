@@ -18,9 +18,11 @@ func (c *Controller) watch(ctx context.Context) { kube.WatchNodes(ctx, c.client,
 // nodeStore is where the watch puts Nodes.
 type nodeStore Controller
 
-func (s *nodeStore) Trim(n *corev1.Node) *corev1.Node { return trim(n) }
-func (s *nodeStore) SetNode(n *corev1.Node)           { (*Controller)(s).setNode(nodeOf(n)) }
-func (s *nodeStore) RemoveNode(n *corev1.Node)        { (*Controller)(s).dropNode(n.Name) }
+func (s *nodeStore) Trim(n *corev1.Node) *corev1.Node {
+	return trim(n, s.cfg.Network.AdvertiseServices.NodeSelector)
+}
+func (s *nodeStore) SetNode(n *corev1.Node)    { (*Controller)(s).setNode(nodeOf(n)) }
+func (s *nodeStore) RemoveNode(n *corev1.Node) { (*Controller)(s).dropNode(n.Name) }
 
 // Answered need not tell: until the Nodes are read, Ready says so.
 func (s *nodeStore) Answered(error) {}
@@ -36,9 +38,22 @@ func (s *nodeStore) ReplaceNodes(nodes []*corev1.Node) {
 	s.loop.Wake()
 }
 
-// trim keeps only what the controller uses of a Node: a whole one is 10 kB.
-func trim(n *corev1.Node) *corev1.Node {
+// trim keeps only what the controller uses of a Node: a whole one is 10 kB. Of labels it keeps those of selector, if there are any, and
+// only then whether the Node is ready.
+func trim(n *corev1.Node, selector map[string]string) *corev1.Node {
 	out := &corev1.Node{Spec: corev1.NodeSpec{PodCIDR: n.Spec.PodCIDR, PodCIDRs: n.Spec.PodCIDRs}}
+	for key := range selector {
+		if v, ok := n.Labels[key]; ok {
+			if out.Labels == nil {
+				out.Labels = map[string]string{}
+			}
+			out.Labels[key] = v
+		}
+	}
+	if i := slices.IndexFunc(n.Status.Conditions, isReady); i >= 0 && len(selector) > 0 {
+		out.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}}
+		out.Spec.Unschedulable = n.Spec.Unschedulable
+	}
 	for _, a := range n.Status.Addresses {
 		if ip, err := netip.ParseAddr(a.Address); err == nil && netset.TailnetIPv4.Contains(ip) {
 			out.Status.Addresses = append(out.Status.Addresses, a)
@@ -62,7 +77,7 @@ func (c *Controller) setNode(n node) {
 	c.nodes[n.name] = n
 	c.mu.Unlock()
 	same := had && old.key == n.key && old.mode == n.mode && old.domain == n.domain && old.viewText == n.viewText && old.leaving == n.leaving &&
-		slices.Equal(old.cidrs, n.cidrs)
+		slices.Equal(old.cidrs, n.cidrs) && maps.Equal(old.labels, n.labels) && old.fit == n.fit
 	if !same {
 		c.loop.Wake()
 	}

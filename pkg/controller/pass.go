@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/kube"
@@ -76,24 +77,26 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 	if o.memory, found, err = c.loadMemory(ctx); err != nil {
 		return false, errors.Join(keyErr, err)
 	}
+	var lacking []finding
+	o.serve, lacking, _ = c.serving(ctx, nodes, o.memory.Serve)
 	p := makePlan(o)
 	if err := c.saveMemory(ctx, p.memory, found); err != nil {
 		return false, errors.Join(keyErr, err) // what is not remembered is not done
 	}
 	err = c.apply(ctx, api, o, p)
 	c.slow(ctx, api, o)
-	findings := c.findings
+	findings := append(slices.Clone(c.findings), lacking...)
 	if p.expiring != "" {
-		findings = append(slices.Clone(findings), finding{checkNodeKeys, p.expiring})
+		findings = append(findings, finding{checkNodeKeys, p.expiring})
 	}
 	if p.full != nil {
-		findings = append(slices.Clone(findings), finding{checkRanges, p.full.Error()})
+		findings = append(findings, finding{checkRanges, p.full.Error()})
 	}
 	if p.held > 0 {
-		findings = append(slices.Clone(findings), finding{checkRemovals, p.heldText(o)})
+		findings = append(findings, finding{checkRemovals, p.heldText(o)})
 	}
 	if p.claimed != "" {
-		findings = append(slices.Clone(findings), finding{checkClaims, p.claimed})
+		findings = append(findings, finding{checkClaims, p.claimed})
 	}
 	c.report(ctx, withViews(nodes, p.views), findings, true)
 	return p.pending, errors.Join(keyErr, err)
@@ -110,7 +113,7 @@ func (c *Controller) connect(ctx context.Context) (*headscale.Client, config.Cre
 
 // apply makes the differences, going on past errors.
 func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observation, p plan) error {
-	errs := []error{c.approve(ctx, api, p.approvals)}
+	errs := []error{c.approve(ctx, api, p.approvals, o.serve.Ranges)}
 	errs = append(errs, joinErrors(each(p.disableExpiry, func(id headscale.ID) error { return unlessGone(api.DisableExpiry(ctx, id)) })))
 	errs = append(errs, joinErrors(each(p.remove, func(t headscale.Node) error {
 		err := api.DeleteNode(ctx, t)
@@ -123,8 +126,9 @@ func (c *Controller) apply(ctx context.Context, api *headscale.Client, o observa
 }
 
 // approve takes routes before it gives any, so that a range that moves is never approved for two: one that could not be
-// taken from a node is given to none. A node has one approval in the list, and so one call at a time.
-func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []approval) error {
+// taken from a node is given to none, but for those that several may have (shared). A node has one approval in the list, and so one
+// call at a time.
+func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []approval, shared []netip.Prefix) error {
 	set := func(t headscale.Node, own, stale []netip.Prefix) error {
 		changed, err := api.ApproveRoutes(ctx, t, own, stale)
 		if err == nil && changed {
@@ -137,7 +141,7 @@ func (c *Controller) approve(ctx context.Context, api *headscale.Client, list []
 	var kept []netip.Prefix
 	for i, a := range taking {
 		if taken[i] != nil {
-			kept = append(kept, a.stale...)
+			kept = append(kept, slices.DeleteFunc(slices.Clone(a.stale), func(p netip.Prefix) bool { return netset.Covers(shared, p) })...)
 		}
 	}
 	giving := slices.DeleteFunc(slices.Clone(list), func(a approval) bool {
@@ -203,14 +207,20 @@ func (c *Controller) patch(ctx context.Context, node string, kind types.PatchTyp
 // unseen is a pass with a pre-auth key: nodes can join, and nothing can be seen or approved.
 func (c *Controller) unseen(ctx context.Context, nodes []node) error {
 	views := map[string]kube.View{}
+	serve, findings, known := c.serving(ctx, nodes, serving{})
 	for _, n := range nodes {
 		v := kube.View{NodeKey: n.key, State: kube.StateUnseen}
+		if !known {
+			v.Services = n.view.Services
+		} else if serve.chooses(n) {
+			v.Services = serve.Routes
+		}
 		if n.key != "" && !n.leaving && v.String() != n.viewText {
 			views[n.name] = v
 		}
 	}
 	o := observation{now: c.now(), ranges: c.cfg.Network.ClusterCIDRs.Prefixes(), nodes: nodes}
-	findings := []finding{{checkAutoApprovers, preAuthAdvice(o.podRanges(), c.cfg.Tailscale.Tags)}}
+	findings = append(findings, finding{checkAutoApprovers, preAuthAdvice(slices.Concat(o.podRanges(), serve.Routes), c.cfg.Tailscale.Tags)})
 	given, full := o.allocate()
 	err := errors.Join(c.showAll(ctx, nodes, views), c.giveAll(ctx, given))
 	if full != nil {
@@ -248,7 +258,7 @@ func (c *Controller) slow(ctx context.Context, api *headscale.Client, o observat
 		text, err = "{}", nil // without a policy everything is allowed
 	}
 	if err == nil {
-		found, err = checkPolicy(text, needs{o.podRanges(), o.tags, o.sharing(), headscale.StarCoversRoutes(health.Version)})
+		found, err = checkPolicy(text, needs{o.podRanges(), o.serve.Routes, o.tags, o.sharing(), headscale.StarCoversRoutes(health.Version)})
 	}
 	if err != nil {
 		c.log.Warn("look at the policy", "err", err)

@@ -56,6 +56,7 @@ func makePlan(o observation) plan {
 	known := o.memory.index()
 	claims, refused := o.claims(known)
 	granted := o.grant(claims, known)
+	leads := o.leads(claims, granted)
 	ranges := netset.NewSet(o.ranges...)
 	if len(o.ranges) == 0 {
 		// Only what is granted: a Node with a range that is refused, 0.0.0.0/0 for instance, takes no route from anybody.
@@ -67,12 +68,22 @@ func makePlan(o observation) plan {
 		if n.key == "" || n.leaving {
 			continue
 		}
-		v := p.view(n, ranges, claims, refused, granted[n.name])
+		v := p.view(n, claims, refused, granted[n.name])
+		if t, ok := claims[n.name]; ok {
+			m, _ := known.of(t)
+			p.approve(t, slices.Concat(granted[n.name].cidrs, leads[n.name]), func(r netip.Prefix) bool {
+				_, pods := ranges.Covering(r)
+				return pods || netset.Covers(o.serve.Ranges, r) || slices.Contains(m.Services, r)
+			})
+			if o.serve.chooses(n) {
+				v.Services = o.serve.Routes
+			}
+		}
 		if v.String() != n.viewText {
 			p.views[n.name] = v
 		}
 	}
-	p.remember(o, claims, granted)
+	p.remember(o, claims, granted, leads)
 	p.expiring = o.expiring(claims)
 	p.claimed = o.foreignClaims(claims, granted, known, ranges)
 	p.allocate, p.full = o.allocate()
@@ -285,7 +296,7 @@ func (o observation) fault(n node, taken *netset.Set) string {
 }
 
 // view is the Node as Headscale sees it.
-func (p *plan) view(n node, ranges *netset.Set, claims map[string]headscale.Node, refused map[string]string, g grant) kube.View {
+func (p *plan) view(n node, claims map[string]headscale.Node, refused map[string]string, g grant) kube.View {
 	v := kube.View{NodeKey: n.key}
 	t, known := claims[n.name]
 	switch {
@@ -302,7 +313,6 @@ func (p *plan) view(n node, ranges *netset.Set, claims map[string]headscale.Node
 		at := t.Expiry.UTC().Truncate(time.Second)
 		v.Expiry = &at
 	}
-	p.approve(t, g.cidrs, ranges)
 	missing := netset.Without(g.cidrs, t.Primary)
 	switch {
 	case g.why != "":
@@ -338,15 +348,10 @@ func (p *plan) why(t headscale.Node, missing []netip.Prefix) string {
 	return fmt.Sprintf("%v are approved", missing)
 }
 
-// approve plans what is to change among the approved routes of a node of the tailnet: within the pod ranges exactly own,
-// everything else stays as it is.
-func (p *plan) approve(t headscale.Node, own []netip.Prefix, ranges *netset.Set) {
-	var stale []netip.Prefix
-	for _, r := range netset.Without(t.Approved, own) {
-		if _, ours := ranges.Covering(r); ours {
-			stale = append(stale, r)
-		}
-	}
+// approve plans what is to change among the approved routes of a node of the tailnet: of those that are ours to give it has
+// exactly own, everything else stays as it is.
+func (p *plan) approve(t headscale.Node, own []netip.Prefix, ours func(netip.Prefix) bool) {
+	stale := slices.DeleteFunc(netset.Without(t.Approved, own), func(r netip.Prefix) bool { return !ours(r) })
 	if len(stale) > 0 || len(netset.Without(own, t.Approved)) > 0 {
 		p.approvals = append(p.approvals, approval{node: t, own: own, stale: stale})
 		p.pending = true
@@ -354,7 +359,9 @@ func (p *plan) approve(t headscale.Node, own []netip.Prefix, ranges *netset.Set)
 }
 
 // remember plans the memory, and what becomes of nodes of the tailnet that no Node claims any more.
-func (p *plan) remember(o observation, claims map[string]headscale.Node, granted map[string]grant) {
+func (p *plan) remember(o observation, claims map[string]headscale.Node, granted map[string]grant, leads map[string][]netip.Prefix) {
+	known := o.memory.index()
+	p.memory.Serve = o.serve
 	claimed := map[headscale.ID]bool{}
 	inUse := netset.NewSet()
 	for _, n := range o.nodes {
@@ -364,8 +371,10 @@ func (p *plan) remember(o observation, claims map[string]headscale.Node, granted
 		}
 		claimed[t.ID] = true
 		inUse.Add(granted[n.name].cidrs...)
+		m, _ := known.of(t)
 		p.memory.Members = append(p.memory.Members, member{
 			ID: t.ID, Node: n.name, Daemon: n.mode == config.ModeDaemon && o.joined(t) && bears(t, n), Routes: granted[n.name].cidrs, Created: t.Created,
+			Services: leftOf(m.Services, leads[n.name], t.Approved),
 		})
 		// Not one that has expired: `headscale nodes expire` is how an administrator shuts a node out.
 		if n.mode == config.ModeDaemon && o.joined(t) && t.Expiry.After(o.now) && t.Expiry.Sub(o.now) < headscale.NodeKeyRescue {
@@ -428,7 +437,9 @@ func (p *plan) retire(o observation, m member, t headscale.Node, inUse *netset.S
 			stale = append(stale, r)
 		}
 	}
-	if len(stale) > 0 {
+	// To services several lead, and nothing is lost where one ends.
+	m.Services = leftOf(m.Services, nil, t.Approved)
+	if stale = append(stale, m.Services...); len(stale) > 0 {
 		p.approvals = append(p.approvals, approval{node: t, stale: stale})
 	}
 	if over && !m.Daemon && len(stale) == 0 {

@@ -26,7 +26,7 @@ const (
 	checkClaims        = "claims"    // no node advertises pods of another
 )
 
-var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkCGNAT, checkRanges, checkNodeKeys, checkRemovals, checkClaims}
+var checks = []string{checkKey, checkACL, checkAutoApprovers, checkMaps, checkCGNAT, checkRanges, checkNodeKeys, checkRemovals, checkClaims, checkServices}
 
 // finding is something that somebody should change.
 type finding struct {
@@ -57,8 +57,9 @@ type policy struct {
 
 // needs are what the cluster needs of the policy.
 type needs struct {
-	ranges []netip.Prefix // of pods
-	tags   []string       // of nodes
+	ranges   []netip.Prefix // of pods
+	services []netip.Prefix // that the tailnet is to reach
+	tags     []string       // of nodes
 	// sharing are Nodes with addresses of another network in the tailnet's range.
 	sharing []string
 	// starCovers tells whether * means every address, as up to 0.28; since 0.29 it means tailnet addresses only.
@@ -79,8 +80,16 @@ func checkPolicy(text string, n needs) ([]finding, error) {
 	if f := p.rules(n.ranges, n.tags, n.starCovers); f != "" {
 		found = append(found, finding{checkACL, f})
 	}
+	if f := p.unreached(n.services, n.starCovers); f != "" {
+		found = append(found, finding{checkServices, f})
+	}
 	for route, who := range p.AutoApprovers.Routes {
 		r, err := netip.ParsePrefix(route)
+		if err == nil && slices.ContainsFunc(n.services, r.Overlaps) {
+			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s lead to services in %s, so that one node "+
+				"that was broken into can take the tailnet's traffic to them; headcni-controller approves that for the Nodes that "+
+				"network.advertiseServices chooses: remove the line \"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, quoted(who))})
+		}
 		if err == nil && slices.ContainsFunc(n.ranges, r.Overlaps) {
 			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s take any part of %s, so that one "+
 				"node that was broken into can take other nodes' pods; headcni-controller approves routes by itself: remove the line "+
@@ -137,6 +146,50 @@ func (p policy) allowed(r netip.Prefix, starCovers bool) bool {
 		}
 	}
 	return false
+}
+
+// unreached names the routes to services that no rule lets anybody use, "" where there is none.
+func (p policy) unreached(services []netip.Prefix, starCovers bool) string {
+	if p.ACLs == nil && p.Grants == nil {
+		return ""
+	}
+	var dst []string
+	for _, a := range p.ACLs {
+		for _, d := range a.Dst {
+			host := d[:max(strings.LastIndex(d, ":"), 0)] // without the ports
+			dst = append(dst, strings.Trim(host, "[]"))
+		}
+	}
+	for _, g := range p.Grants {
+		dst = append(dst, g.Dst...)
+	}
+	var missing []string
+	for _, r := range services {
+		if !slices.ContainsFunc(dst, func(d string) bool { return p.overlaps(r, d, starCovers) }) {
+			missing = append(missing, r.String())
+		}
+	}
+	if len(missing) == 0 {
+		return ""
+	}
+	var want []string
+	for _, m := range missing {
+		want = append(want, m+":*")
+	}
+	return fmt.Sprintf("no rule of Headscale's policy lets anybody reach the services of %s: add to acls, for whom you like, {\"action\": \"accept\", "+
+		"\"src\": [\"*\"], \"dst\": %s}", abridge(missing), quoted(want[:min(len(want), maxListed)]))
+}
+
+// overlaps reports whether a rule's destination has an address of r.
+func (p policy) overlaps(r netip.Prefix, dst string, starCovers bool) bool {
+	if host, ok := p.Hosts[dst]; ok {
+		dst = host
+	}
+	if a, err := netip.ParseAddr(dst); err == nil {
+		return r.Contains(a)
+	}
+	q, err := netip.ParsePrefix(dst)
+	return dst == "*" && starCovers || err == nil && q.Overlaps(r)
 }
 
 // anyPort keeps the destinations that allow every port, without the port.

@@ -28,8 +28,11 @@ type node struct {
 	// allocated: the CIDRs are from us, not from Kubernetes.
 	allocated bool
 	leaving   bool // is being uninstalled
-	view      kube.View
-	viewText  string // as it stands on the Node, "" = none
+	// labels are those that network.advertiseServices chooses by. fit: the Node is ready and nobody keeps pods away from it.
+	labels   map[string]string
+	fit      bool
+	view     kube.View
+	viewText string // as it stands on the Node, "" = none
 }
 
 // maxKey is longer than any node key. We write the key back, and a Node takes 256 kB of annotations: whoever has a node must
@@ -52,8 +55,13 @@ func nodeOf(n *corev1.Node) node {
 		}
 	}
 	out.domain = n.Annotations[kube.TailnetDomain]
+	out.labels, out.fit = n.Labels, !n.Spec.Unschedulable && slices.ContainsFunc(n.Status.Conditions, isReady)
 	out.view, _, _ = kube.ViewOf(n) // a damaged one is written anew
 	return out
+}
+
+func isReady(c corev1.NodeCondition) bool {
+	return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 }
 
 // withViews are nodes with the views that we give them. What stands on a Node, whoever has the node can write too: it must
@@ -79,6 +87,8 @@ type observation struct {
 	ranges []netip.Prefix
 	// services are network.serviceCIDRs.
 	services []netip.Prefix
+	// serve is what the tailnet is to reach of them.
+	serve serving
 	// tags are those that our nodes join with.
 	tags    []string
 	nodes   []node
@@ -91,6 +101,8 @@ type memory struct {
 	Members []member `json:"members,omitempty"`
 	// Removed are the nodes that were removed from Headscale within the last hour.
 	Removed []removal `json:"removed,omitempty"`
+	// Serve is what was last known of services that the tailnet reaches.
+	Serve serving `json:"serve,omitzero"`
 }
 
 // removal is the first try to remove a node from Headscale.
@@ -107,6 +119,8 @@ type member struct {
 	Daemon bool `json:"daemon,omitempty"`
 	// Routes are what we approved for it.
 	Routes []netip.Prefix `json:"routes,omitempty"`
+	// Services are the routes to services that we approved for it and have not seen taken back.
+	Services []netip.Prefix `json:"services,omitempty"`
 	// Created is when it joined. Headscale gives numbers anew: with another database, and with SQLite that of the last node
 	// that was deleted. Zero in what older versions wrote.
 	Created time.Time `json:"created,omitzero"`

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -158,7 +159,7 @@ func (c *Controller) forget(ctx context.Context, api *headscale.Client, known me
 	case e.Daemon:
 		err = api.DeleteNode(ctx, t)
 	default:
-		_, err = api.ApproveRoutes(ctx, t, nil, e.Routes)
+		_, err = api.ApproveRoutes(ctx, t, nil, slices.Concat(e.Routes, e.Services))
 	}
 	return unlessGone(err)
 }

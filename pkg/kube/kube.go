@@ -81,6 +81,8 @@ type View struct {
 	NodeKey string         `json:"nodeKey"`
 	State   string         `json:"state"`
 	Routes  []netip.Prefix `json:"routes,omitempty"`
+	// Services are the ranges of services, or addresses of some, that the node is to lead the tailnet to. Those are no part of the State.
+	Services []netip.Prefix `json:"services,omitempty"`
 	// Expiry of the node key; nil where it does not expire.
 	Expiry  *time.Time `json:"expiry,omitempty"`
 	Message string     `json:"message,omitempty"`

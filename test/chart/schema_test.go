@@ -22,12 +22,13 @@ type schema map[string]any
 
 // allowed are the keys of config.* with few values, as Validate has them; TestSchemaAgreesWithValidate holds both together.
 var allowed = map[string][]any{
-	"tailscale.mode":        {"auto", "host", "daemon"},
-	"network.tailnetEgress": {"masquerade", "preserve", "deny"},
-	"network.policyStartup": {"strict", "open"},
-	"ipam.strategy":         {"sequential", "random", "dense-pack"},
-	"logging.level":         {"debug", "info", "warn", "error"},
-	"logging.format":        {"text", "json"},
+	"tailscale.mode":                 {"auto", "host", "daemon"},
+	"network.tailnetEgress":          {"masquerade", "preserve", "deny"},
+	"network.policyStartup":          {"strict", "open"},
+	"ipam.strategy":                  {"sequential", "random", "dense-pack"},
+	"network.advertiseServices.only": {"", "named"},
+	"logging.level":                  {"debug", "info", "warn", "error"},
+	"logging.format":                 {"text", "json"},
 }
 
 // free are the parts of values.yaml outside config that are Kubernetes' own types, or the user's own keys.
@@ -71,6 +72,8 @@ func ofType(key string, t reflect.Type) schema {
 		return object(properties)
 	case t.Kind() == reflect.Slice:
 		return schema{"type": "array", "items": ofType(key, t.Elem())}
+	case t.Kind() == reflect.Map:
+		return schema{"type": "object", "additionalProperties": ofType(key, t.Elem())}
 	case t.Kind() == reflect.Bool:
 		return schema{"type": "boolean"}
 	case t.Kind() == reflect.Int:

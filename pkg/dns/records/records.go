@@ -36,9 +36,19 @@ type Refusal struct {
 	Reason  string
 }
 
-// Plan gives each Service its name below the tailnet's domain, where it may have it. taken are the names of the tailnet's nodes. Of two
-// that want one name the Service that was made first has it, so that nobody takes a name that is in use.
+// Plan gives each Service its name below the tailnet's domain, where it may have it.
 func Plan(domain string, services []Service, taken []string) (out []Record, refused []Refusal) {
+	accepted, refused := Accept(services, taken)
+	for _, s := range accepted {
+		out = append(out, recordsOf(domain, s)...)
+	}
+	slices.SortFunc(out, func(a, b Record) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Type, b.Type)) })
+	return out, refused
+}
+
+// Accept says which Services may have the names that they want, the oldest first. taken are the names of the tailnet's nodes. Of two that
+// want one name the Service that was made first has it, so that nobody takes a name that is in use.
+func Accept(services []Service, taken []string) (accepted []Service, refused []Refusal) {
 	services = slices.Clone(services)
 	slices.SortFunc(services, func(a, b Service) int {
 		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
@@ -62,10 +72,9 @@ func Plan(domain string, services []Service, taken []string) (out []Record, refu
 			continue
 		}
 		has[s.Label] = s
-		out = append(out, recordsOf(domain, s)...)
+		accepted = append(accepted, s)
 	}
-	slices.SortFunc(out, func(a, b Record) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Type, b.Type)) })
-	return out, refused
+	return accepted, refused
 }
 
 // recordsOf makes one record of each family: of two the tailnet's resolver answers the first only.
