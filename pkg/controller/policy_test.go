@@ -57,6 +57,37 @@ func TestCheckPolicy(t *testing.T) {
 	}
 }
 
+func TestCheckPolicyForServices(t *testing.T) {
+	services := prefixes("10.96.0.0/12", "fd00:96::/108")
+	for name, c := range map[string]struct {
+		text       string
+		starCovers bool
+		want       map[string]string
+	}{
+		"nobody may":    {`{"acls": [{"action": "accept", "src": ["*"], "dst": ["10.0.0.0/16:*"]}]}`, false, map[string]string{checkServices: `reach the services of 10.96.0.0/12, fd00:96::/108: add to acls`}},
+		"somebody may":  {`{"hosts": {"s": "10.96.0.10"}, "acls": [{"action": "accept", "src": ["*"], "dst": ["s:53", "[fd00:96::/108]:443"]}]}`, false, nil},
+		"by a grant":    {`{"grants": [{"src": ["*"], "dst": ["10.96.0.0/12", "fd00:96::1"], "ip": ["tcp:80"]}]}`, false, nil},
+		"a star, 0.29":  {`{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]}`, false, map[string]string{checkServices: "10.96.0.0/12"}},
+		"and before":    {`{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]}`, true, nil},
+		"no policy":     {`{}`, false, nil},
+		"auto-approved": {`{"autoApprovers": {"routes": {"10.96.0.0/16": ["tag:headcni"]}}}`, false, map[string]string{checkAutoApprovers: `the tailnet's traffic to them`}},
+	} {
+		found, err := checkPolicy(c.text, needs{services: services, starCovers: c.starCovers})
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = slices.DeleteFunc(found, func(f finding) bool { return f.check == checkMaps })
+		if len(found) != len(c.want) {
+			t.Errorf("%s: %v", name, found)
+		}
+		for _, f := range found {
+			if !strings.Contains(f.text, c.want[f.check]) || c.want[f.check] == "" {
+				t.Errorf("%s: %v", name, f)
+			}
+		}
+	}
+}
+
 // While the policy cannot be read, what was found in it stands.
 func TestFindingsOutliveAFault(t *testing.T) {
 	s := headscaletest.New(t)
