@@ -122,6 +122,15 @@ type AdvertiseServices struct {
 	HealthURL string `json:"healthURL"`
 }
 
+// WithoutKubernetes says why a node without a Kubernetes API cannot have it, nil where it is not asked for.
+func (a AdvertiseServices) WithoutKubernetes() error {
+	if len(a.NodeSelector) == 0 {
+		return nil
+	}
+	return errors.New("network.advertiseServices: labels of Node objects choose who leads the tailnet to services, and this node has no Kubernetes API: " +
+		"remove the key, set kubernetes.kubeconfig, or advertise a range by hand (tailscale set --advertise-routes)")
+}
+
 // Selects reports whether a Node with these labels is to lead the tailnet to services.
 func (a AdvertiseServices) Selects(labels map[string]string) bool {
 	for key, want := range a.NodeSelector {

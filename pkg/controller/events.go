@@ -24,7 +24,7 @@ func idOf(key string) findings.ID {
 	return map[string]findings.ID{
 		checkKey: findings.APIKeyEnds, checkACL: findings.PolicyLacksRanges, checkAutoApprovers: findings.PolicyAutoApprovers,
 		checkMaps: findings.PolicyLacksMaps, checkCGNAT: findings.PolicyLacksCGNAT, checkRanges: findings.NoRangesLeft, checkNodeKeys: findings.NodeKeyEnds,
-		checkRemovals: findings.RemovalsHeld, checkClaims: findings.ForeignClaims, checkDNS: findings.ClusterDNS,
+		checkRemovals: findings.RemovalsHeld, checkClaims: findings.ForeignClaims, checkDNS: findings.ClusterDNS, checkServices: findings.ServicesNowhere,
 	}[key]
 }
 

@@ -36,6 +36,7 @@ import (
 	"github.com/headcni/headcni/pkg/pathmtu"
 	"github.com/headcni/headcni/pkg/policy/nodepolicy"
 	"github.com/headcni/headcni/pkg/reconcile"
+	"github.com/headcni/headcni/pkg/serviceroute"
 	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
@@ -76,6 +77,7 @@ type Daemon struct {
 	pods         *leases.Mender
 	guardTest    selftest.Once
 	answerer     *nodedns.Answerer
+	services     *serviceroute.Gate
 	policy       *nodepolicy.Enforcer // nil where NetworkPolicies are not enforced
 	policyIsOff  bool                 // of the loop alone: nothing of them is left in the kernel
 
@@ -138,6 +140,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	d.member = membership.New(c, log, getenv, forMember)
 	d.answerer = nodedns.New(d.member.Names)
+	d.services = serviceroute.New(c.Network.AdvertiseServices.HealthURL, partFirewall, partRoutes, partLinks)
 	d.board = d.newBoard(d.parts())
 	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return debounce }
 	d.node = noderoutes.New(saved.Host, func(h noderoutes.Saved) error {
@@ -177,6 +180,9 @@ func CheckConfig(c config.Config, getenv func(string) string, file string) (note
 	mode := c.Tailscale.Mode
 	if mode == config.ModeAuto {
 		mode = tailscaled.Mode(c.Tailscale, "")
+	}
+	if !kubernetes {
+		errs = append(errs, c.Network.AdvertiseServices.WithoutKubernetes())
 	}
 	if c.Headscale.URL == "" && mode != config.ModeHost {
 		errs = append(errs, errors.New("headscale.url: none; give the control server's, such as https://headscale.example.com"))
@@ -390,6 +396,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	}
 	wg.Go(func() { d.paths.Run(ctx, d.loop.Wake) })
 	wg.Go(func() { d.answerer.Run(ctx, retryMax, d.loop.Wake) })
+	wg.Go(func() { d.services.Run(ctx, d.loop.Wake) })
 	wg.Go(func() { d.watchPaths(ctx) })
 	wg.Go(func() { d.member.Watch(ctx, d.loop.Wake) })
 	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing) })

@@ -17,7 +17,7 @@ const uninstallRetry = 5 * time.Second
 // newWatch is nil without Kubernetes.
 func newWatch(c config.Config, log *slog.Logger, getenv func(string) string, version string) (*nodeview.Watch, error) {
 	if !c.InKubernetes(getenv) {
-		return nil, nil
+		return nil, c.Network.AdvertiseServices.WithoutKubernetes()
 	}
 	if p := c.Network.PodCIDRs; len(p) > 0 {
 		return nil, fmt.Errorf("network.podCIDRs: %v: in Kubernetes the Node object says which they are (Node.spec.podCIDRs): remove the "+

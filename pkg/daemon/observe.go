@@ -50,7 +50,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 			if dns, err := d.member.DNS(ctx); err == nil { // an older tailscaled does not tell
 				o.dns.Splits = dns.Splits
 			}
-			o.sites = sites(o.Mode, prefs.AdvertiseRoutes)
+			o.advertised, o.sites = prefs.AdvertiseRoutes, sites(o.Mode, prefs.AdvertiseRoutes)
 		} else if o.TailnetErr == nil {
 			o.TailnetErr = err
 		}
@@ -130,6 +130,8 @@ func (d *Daemon) observeCluster(o *observation) error {
 	}
 	o.ranges, err = rangesInForce(d.cfg, l)
 	o.PodCIDRs = o.ranges.Pods
+	_, parts := d.board.Ready()
+	o.serves, o.servesErr = d.services.Routes(l.Services, o.ranges.Services, d.saved.Advertised, parts)
 	return err
 }
 

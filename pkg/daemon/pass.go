@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
@@ -20,7 +19,6 @@ import (
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/reconcile"
-	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 // The parts of a node in the order in which they are made right: the guard stands before anything can be routed, the
@@ -57,6 +55,8 @@ const (
 	partState = "state"
 	// partPolicy are NetworkPolicies: in force, or off and nothing of them left.
 	partPolicy = "policy"
+	// partServices is whether the tailnet reaches services by this node, where it is to.
+	partServices = "services"
 )
 
 // pass is what one pass observed and planned.
@@ -166,7 +166,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), err)
 		}},
 		{Name: partForeign, Finding: findings.ForeignFirewall, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, errors.Join(d.foreignDrops(s.seen.tun), sharedCGNAT(s.seen), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path))
+			return nil, errors.Join(d.foreignDrops(s.seen.tun), s.seen.Tailnet.SharedCGNAT(s.seen.hostPrefixes), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path))
 		}},
 		{Name: partGuard, Finding: findings.GuardFails, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return nil, d.guardTest.Result(ctx, s.plan.firewall, func(passed *bool) {
@@ -188,6 +188,8 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return nil, conflist.RuntimeUse(s.seen.Kubernetes.PluginNotReady(), d.conflistAt, time.Now(), d.cfg.CNI, "/")
 		}}, reconcile.Part[*pass]{Name: partKubernetes, Finding: findings.APIServer, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.kubernetes.Sync(ctx, s.seen.Kubernetes, s.wantOfNode())
+		}}, reconcile.Part[*pass]{Name: partServices, Finding: findings.ServicesNotHere, Needs: []string{partPrefs}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+			return nil, s.seen.servesErr
 		}})
 	}
 	return parts
@@ -202,21 +204,6 @@ func (d *Daemon) foreignDrops(tun string) error {
 	return fmt.Errorf("another program's firewall drops what pods send and get, which no rule of ours can change: %s; let %s* and %s "+
 		"pass there, for instance `firewall-cmd --permanent --zone=trusted --add-interface=%[2]s+ --add-interface=%[3]s && "+
 		"firewall-cmd --reload`", strings.Join(drops, ", "), names.PodLinkPrefix, tun)
-}
-
-// sharedCGNAT says that tailscaled keeps this host from a network of its own, which no rule of ours can change.
-func sharedCGNAT(o observation) error {
-	if o.Tailnet == nil || o.Tailnet.SharesCGNAT {
-		return nil
-	}
-	for _, p := range o.hostPrefixes {
-		if p.Overlaps(netset.TailnetIPv4) {
-			return reconcile.Warning{Err: findings.Errorf(findings.HostInTailnet, "an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
-				`from there (pods are not concerned); add "nodeAttrs": [{"target": ["*"], "attr": ["%s"]}] to Headscale's policy, and keep `+
-				"prefixes.v4 in Headscale's configuration clear of that network", p, netset.TailnetIPv4, tailscale.AttrSharesCGNAT)}
-		}
-	}
-	return nil
 }
 
 // losesHeadscale says that tailscaled will not come back to its control server. A node that joined by such a URL works until a link of it

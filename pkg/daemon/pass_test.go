@@ -28,7 +28,7 @@ func TestSharedCGNAT(t *testing.T) {
 		"allowed":        {observation{Seen: membership.Seen{Tailnet: &tailscale.Status{SharesCGNAT: true}}, hostPrefixes: prefixes("100.64.200.0/24")}, ""},
 		"no tailscaled":  {observation{hostPrefixes: prefixes("100.64.200.0/24")}, ""},
 	} {
-		err := sharedCGNAT(c.o)
+		err := c.o.Tailnet.SharedCGNAT(c.o.hostPrefixes)
 		if (err != nil) != (c.want != "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}

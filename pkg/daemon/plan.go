@@ -19,6 +19,7 @@ import (
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/pathmtu"
 	"github.com/headcni/headcni/pkg/reconcile"
+	"github.com/headcni/headcni/pkg/serviceroute"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -33,6 +34,9 @@ type observation struct {
 	hostPrefixes []netip.Prefix
 	// sites are networks beside this node that its user advertises to the tailnet.
 	sites []netip.Prefix
+	// advertised is all that tailscaled advertises, serves are the routes to services that it is to, servesErr is what keeps it from more.
+	advertised, serves []netip.Prefix
+	servesErr          error
 	// shared are networks that the host has inside the tailnet's IPv4 range.
 	shared []netip.Prefix
 	dns    nodedns.Seen
@@ -76,17 +80,18 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		return plan{}, err
 	}
 	p := plan{
-		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: clusterCIDRs, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
+		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: clusterCIDRs, Services: o.ranges.Services, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Shared: o.shared, TunName: o.tun,
+			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Served: serviceroute.Served(o.serves, netset.Without(o.advertised, s.Advertised), o.ranges.Services), Shared: o.shared, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
 			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: netset.Without(o.sites, slices.Concat(own, o.leaving)),
 			Links:      withNeighbours(o.hostPrefixes),
 			Masquerade: c.Network.Masquerade, TailnetEgress: c.Network.TailnetEgress, HostMode: o.Mode == config.ModeHost,
 		},
-		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: own, DropRoutes: netset.Without(s.Advertised, own)},
+		prefs:     tailscale.PrefsSpec{AdvertiseRoutes: slices.Concat(own, o.serves)},
 		duplicate: errors.Join(append(o.held, duplicate(own, o))...),
 	}
+	p.prefs.DropRoutes = netset.Without(s.Advertised, p.prefs.AdvertiseRoutes)
 	p.mtu = podMTU(c, o)
 	if o.Mode == config.ModeDaemon {
 		// The dedicated tailscaled must not take the host's resolver over.

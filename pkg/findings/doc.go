@@ -16,6 +16,7 @@ var groups = []struct {
 	{'4', "Paths between nodes"},
 	{'5', "Names"},
 	{'6', "NetworkPolicies"},
+	{'7', "Services for the tailnet"},
 	{'9', "HeadCNI itself"},
 }
 

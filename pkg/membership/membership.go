@@ -237,16 +237,16 @@ func (m *Member) mint(ctx context.Context, api *headscale.Client) (secret.Secret
 }
 
 // Approve makes sure that the tailnet routes our CIDRs to us: with an API key by approving them, else by saying what the policy
-// lacks. Headscale is asked where tailscaled or Headscale's last answer, which Check renews, says that they are not routed.
+// lacks. Routes to services, which spec may have too, are the controller's. Headscale is asked where tailscaled or Headscale's last answer, which Check renews, says that they are not routed.
 func (m *Member) Approve(ctx context.Context, s Seen, spec tailscale.PrefsSpec) (changed []string, err error) {
 	self := s.Tailnet.Self
-	missing := netset.Without(spec.AdvertiseRoutes, self.Routes)
+	missing := netset.Without(s.PodCIDRs, self.Routes)
 	// Headscale tells the peers of an approval, and of its end, at once, the node itself with its next change. Its own word counts.
 	answered := m.confirmed.key == self.NodeKey
-	withdrawn := answered && len(netset.Without(spec.AdvertiseRoutes, m.confirmed.routes)) > 0
+	withdrawn := answered && len(netset.Without(s.PodCIDRs, m.confirmed.routes)) > 0
 	confirmed := answered && !withdrawn
 	if len(spec.DropRoutes) == 0 && !withdrawn && (len(missing) == 0 || confirmed && time.Since(m.confirmed.at) < lookInterval) {
-		return nil, m.contradicted(s.Kubernetes, self.NodeKey, spec.AdvertiseRoutes)
+		return nil, m.contradicted(s.Kubernetes, self.NodeKey, s.PodCIDRs)
 	}
 	if m.cfg.Headscale.URL == "" && s.Kubernetes == nil {
 		return nil, m.cannotTell(missing, config.ErrNoCredential)
@@ -263,11 +263,11 @@ func (m *Member) Approve(ctx context.Context, s Seen, spec tailscale.PrefsSpec) 
 	case confirmed && errors.Is(err, headscale.ErrUnreachable):
 		return nil, nil // nothing says that it is otherwise now
 	case err != nil:
-		return nil, notApproved(spec.AdvertiseRoutes, err)
+		return nil, notApproved(s.PodCIDRs, err)
 	case api == nil:
 		return nil, m.cannotTell(missing, errors.New("a pre-auth key can neither see nor approve them"))
 	}
-	return m.approveBy(ctx, api, self.NodeKey, spec)
+	return m.approveBy(ctx, api, self.NodeKey, tailscale.PrefsSpec{AdvertiseRoutes: s.PodCIDRs, DropRoutes: spec.DropRoutes})
 }
 
 // approveBy approves with an API key and remembers what Headscale then routes to us.

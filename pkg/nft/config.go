@@ -16,6 +16,8 @@ type Config struct {
 	Own, Cluster []netip.Prefix
 	// KeepSource are the service CIDRs. Pods keep their source towards these and Cluster.
 	KeepSource []netip.Prefix
+	// Served are those of them, or addresses in them, that devices of the tailnet reach over this node.
+	Served []netip.Prefix
 	// Shared are networks that the host has inside the tailnet's 100.64.0.0/10, which is not the tailnet's alone.
 	Shared []netip.Prefix
 	// TunName is tailscaled's interface. While it is "" no packet may leave for another node's pod.
@@ -54,7 +56,7 @@ func (c Config) Validate() error {
 	if c.PathMTU != 0 && c.PathMTU < 576 {
 		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
-	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Shared, c.Sites, c.Links) {
+	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Sites, c.Links) {
 		if !p.IsValid() || p.Bits() == 0 {
 			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))
 		}

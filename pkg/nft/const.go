@@ -19,6 +19,8 @@ const (
 	setOwn = "own"
 	// setServices holds the service CIDRs. A packet that still has such a destination when it leaves was for no service.
 	setServices = "services"
+	// setServed holds the services that devices of the tailnet reach over this node.
+	setServed = "served"
 	// setSites holds the networks beside the node that its user advertises to the tailnet.
 	setSites = "sites"
 	// setLinks holds the networks that the host has neighbours in.
@@ -94,6 +96,8 @@ const (
 	DropTailnetClear = "tailnet_in_clear"
 	// A service destination leaves: nobody has made it a pod's.
 	DropServiceClear = "service_in_clear"
+	// A device of the tailnet sends to a service over a node that does not lead there (Config.Served).
+	DropTailnetService = "tailnet_service"
 	// A pod's source leaves by a foreign link, or towards a tailnet device, although there is to be the node's.
 	DropPodSource = "pod_source"
 	// A pod begins something with a tailnet device that it must not (Config.TailnetEgress).
@@ -111,7 +115,7 @@ const (
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
 	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
-	DropServiceClear, DropPodSource, DropTailnetEgress, DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropNoWay,
+	DropServiceClear, DropTailnetService, DropPodSource, DropTailnetEgress, DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropNoWay,
 }
 
 // The kernel has one table of neighbours a family for all links and all namespaces, with room for 1024 (gc_thresh3), and one that does not

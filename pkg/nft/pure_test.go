@@ -23,6 +23,7 @@ func variants() map[string]Config {
 		"preserve":      with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
 		"deny":          with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
 		"lan-allow":     with(func(c *Config) { c.LANIngress = true; c.Sites = prefixes("192.168.5.0/24") }),
+		"serves":        with(func(c *Config) { c.Served = prefixes("10.96.0.0/12", "fd00:96::7/128") }),
 		"clamp":         with(func(c *Config) { c.PathMTU = 1232 }),
 		"no-masquerade": with(func(c *Config) { c.Masquerade = false; c.HostMode = false }),
 		"no-tun":        with(func(c *Config) { c.TunName = ""; c.NodeAddr4, c.NodeAddr6 = netip.Addr{}, netip.Addr{} }),
@@ -65,7 +66,7 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
-	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|sites|links|asked|askers|curious)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
 	for name, cfg := range variants() {
 		for _, table := range rulesetOf(cfg) {

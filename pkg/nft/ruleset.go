@@ -48,7 +48,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 		counters: reasons,
 		sets: []set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
-			setOf(family, setServices, cfg.KeepSource), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
+			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
 			setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
 			{name: setCurious, size: curiousSize},
 		},
@@ -98,6 +98,10 @@ func antispoof(family knftables.Family, cfg Config) []string {
 		rule(`iifname "%s" %s daddr %s update @%s { %[2]s saddr timeout 60s limit rate over %[5]d/second burst %[6]d packets } %[7]s`,
 			names.PodLinks, family, answerer[family], setCurious, nameRate, nameBurst, drop(DropPodFloods)),
 	)
+	if cfg.TunName != "" {
+		// tailscaled lets in what its node advertises. This is the second line, and keeps an exit node from leading to services.
+		rules = append(rules, rule(`iifname "%s" %s daddr @%s %[2]s daddr != @%[4]s %[5]s`, cfg.TunName, family, setServices, setServed, drop(DropTailnetService)))
+	}
 	if !cfg.LANIngress {
 		// Here and not in lan, because IPVS has services on the node itself, and sends to pods as the node does.
 		rules = append(rules, rule(`%s %s daddr @%s %s`, foreign("iifname", cfg), family, setServices, drop(DropLANIngress)))
@@ -291,6 +295,11 @@ func nat(family knftables.Family, cfg Config) []string {
 	}
 	if tun != "" {
 		fromTun := rule(`meta mark & %s == %s`, markMask, markFromTunnel)
+		if len(netset.OfFamily(cfg.Served, family == knftables.IPv6Family)) > 0 {
+			// A device of the tailnet at a service: who answers from elsewhere knows the way back to this node only. kube-proxy does the same
+			// where it knows the cluster's range. A pod of this node sees the device itself, unless kube-proxy hides it.
+			rules = append(rules, rule(`%s oifname != "%s" ct status dnat ct original %s daddr @%s masquerade fully-random`, fromTun, names.PodLinks, fam, setServed))
+		}
 		rules = append(rules,
 			// A peer that routes through us to another peer must not get our identity.
 			rule(`%s oifname "%s" return`, fromTun, tun),

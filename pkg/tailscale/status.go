@@ -7,6 +7,10 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // Backend states of tailscaled (ipn.State).
@@ -189,4 +193,20 @@ func (w wireStatus) status() Status {
 		return strings.Compare(a.Name+"\x00"+a.ID, b.Name+"\x00"+b.ID)
 	})
 	return s
+}
+
+// SharedCGNAT warns that tailscaled keeps this host from a network of its own inside the tailnet's range, which no rule of ours can change.
+// It is nil where tailscaled does not answer.
+func (s *Status) SharedCGNAT(hostPrefixes []netip.Prefix) error {
+	if s == nil || s.SharesCGNAT {
+		return nil
+	}
+	for _, p := range hostPrefixes {
+		if p.Overlaps(netset.TailnetIPv4) {
+			return reconcile.Warning{Err: findings.Errorf(findings.HostInTailnet, "an interface of this host has %s, a part of the tailnet's %s: tailscaled's firewall drops what the host itself gets "+
+				`from there (pods are not concerned); add "nodeAttrs": [{"target": ["*"], "attr": ["%s"]}] to Headscale's policy, and keep `+
+				"prefixes.v4 in Headscale's configuration clear of that network", p, netset.TailnetIPv4, AttrSharesCGNAT)}
+		}
+	}
+	return nil
 }

@@ -58,6 +58,7 @@ var level = map[string]int{
 	"pkg/nodestatus":            3,
 	"pkg/pathmtu":               3,
 	"pkg/policy":                3,
+	"pkg/serviceroute":          3,
 	"pkg/tailscale":             3,
 	"pkg/tailscaled":            3,
 

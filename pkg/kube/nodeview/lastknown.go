@@ -17,6 +17,8 @@ type LastKnown struct {
 	Leaving      []netip.Prefix `json:"leaving,omitempty"`
 	ClusterCIDRs []netip.Prefix `json:"clusterCIDRs,omitempty"`
 	ServiceCIDRs []netip.Prefix `json:"serviceCIDRs,omitempty"`
+	// Services are the routes to services that the controller has this node advertise.
+	Services []netip.Prefix `json:"services,omitempty"`
 }
 
 // Update merges in what the view says of the Node of this name. It does no I/O.
@@ -33,6 +35,9 @@ func (l LastKnown) Update(v *View, node string) (LastKnown, error) {
 	l.ClusterCIDRs = v.PodCIDRs
 	if v.Node == nil {
 		return l, nil
+	}
+	if said, _, err := kube.ViewOf(v.Node); err == nil { // a damaged one is written anew
+		l.Services = said.Services
 	}
 	now, err := kube.PodCIDRs(v.Node)
 	if err != nil || len(now) == 0 {

@@ -45,7 +45,11 @@ const (
 	// that away. It has a number of its own, so that the rules always stand in the same order.
 	prefTunnelElse = 5196
 
-	prefFirst, prefLast = prefTailnet, prefTunnelElse
+	// prefServices: services are the node's own business, whatever leads to them: a peer that advertises their range, for devices of the
+	// tailnet, must not even choose the source of what the node itself sends, which the kernel does before kube-proxy's DNAT.
+	prefServices = 5197
+
+	prefFirst, prefLast = prefTailnet, prefServices
 
 	// tailscaleTable is where tailscaled puts the routes that it accepted.
 	tailscaleTable = 52

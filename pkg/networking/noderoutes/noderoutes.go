@@ -18,6 +18,8 @@ import (
 type Config struct {
 	// Own are this node's pod CIDRs. Cluster are the pod CIDRs of all clusters, Own included.
 	Own, Cluster []netip.Prefix
+	// Services are the ranges of services.
+	Services []netip.Prefix
 	// Leaving are former pod CIDRs of this node whose pods still run here. The rest of them may be another node's by now.
 	Leaving []netip.Prefix
 	// TunName is tailscaled's interface, "" while it is not known.

@@ -176,6 +176,9 @@ func wantedRules(f family, cfg Config) []rule {
 	if cfg.LANFirst {
 		add(prefLANFirst, f.tailnet, func(r *rule) { r.not = true })
 	}
+	for _, p := range f.of(netset.Union(cfg.Services)) {
+		add(prefServices, p, func(*rule) {})
+	}
 	slices.SortStableFunc(out, func(a, b rule) int { return cmp.Compare(a.pref, b.pref) })
 	return out
 }
