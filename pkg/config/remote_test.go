@@ -47,3 +47,35 @@ func TestRemoteClusters(t *testing.T) {
 		t.Error("a list of clusters from one word")
 	}
 }
+
+func TestAdvertiseServices(t *testing.T) {
+	for want, a := range map[string]AdvertiseServices{
+		"":                   {NodeSelector: map[string]string{"node-restriction.kubernetes.io/services": "true", "plain": ""}, Only: OnlyNamed, HealthURL: "http://[::1]:10256/healthz"},
+		"want a label":       {NodeSelector: map[string]string{"a/b/c": "true"}},
+		`"services: not ok"`: {NodeSelector: map[string]string{"services": "not ok"}},
+		"want named":         {Only: "all"},
+		"want http://HOST":   {HealthURL: "https://127.0.0.1/healthz"},
+		"***@":               {HealthURL: "http://user:hunter2@127.0.0.1/healthz"},
+	} {
+		c := Default()
+		c.Network.AdvertiseServices = a
+		if err := c.Validate(); (err == nil) != (want == "") || err != nil && (!strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "hunter2")) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	chosen := AdvertiseServices{NodeSelector: map[string]string{"a": "", "b": "1"}}
+	for _, c := range []struct {
+		labels map[string]string
+		want   bool
+	}{{nil, false}, {map[string]string{"b": "1"}, false}, {map[string]string{"a": "", "b": "1", "c": "2"}, true}, {map[string]string{"a": "", "b": "2"}, false}} {
+		if got := chosen.Selects(c.labels); got != c.want {
+			t.Errorf("%v: %v", c.labels, got)
+		}
+	}
+	if (AdvertiseServices{}).Selects(map[string]string{"a": ""}) {
+		t.Error("no labels are every Node's")
+	}
+	if err := chosen.WithoutKubernetes(); err == nil || Default().Network.AdvertiseServices.WithoutKubernetes() != nil {
+		t.Error("outside Kubernetes")
+	}
+}

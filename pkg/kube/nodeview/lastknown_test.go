@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/headcni/headcni/pkg/kube"
 )
 
 func TestLastKnown(t *testing.T) {
@@ -51,6 +53,17 @@ func TestLastKnown(t *testing.T) {
 	}
 	if _, err := known.Update(v(node("a", "10.244.1.7/24")), "a"); err == nil {
 		t.Error("took a CIDR with host bits")
+	}
+	told := v(node("a", "10.244.1.0/24"), "10.244.1.0/24")
+	told.Node.Annotations = map[string]string{kube.Headscale: kube.View{State: kube.StatePending, Services: prefixes("10.96.0.0/12")}.String()}
+	for _, c := range []struct {
+		v    *View
+		want int
+	}{{told, 1}, {&View{}, 1}, {v(nil), 1}, {v(node("a", "10.244.1.0/24"), "10.244.1.0/24"), 0}} { // away, gone, told no more
+		var err error
+		if known, err = known.Update(c.v, "a"); err != nil || len(known.Services) != c.want {
+			t.Errorf("leads to %v, %v, want %d", known.Services, err, c.want)
+		}
 	}
 	live := prefixes("10.244.1.9/32")[0].Addr()
 	l := LastKnown{Leaving: prefixes("10.244.1.0/24", "10.244.2.0/24")}.WithoutVacated([]netip.Addr{live})

@@ -24,16 +24,16 @@ ip rule add pref 5210 fwmark 0x80000/0xff0000 lookup main
 ip rule add pref 5230 fwmark 0x80000/0xff0000 lookup default
 ip rule add pref 5250 fwmark 0x80000/0xff0000 unreachable
 ip rule add pref 5270 lookup 52
-for r in $remotenet $foreign $lannet $ownhalf $tailnet; do ip route add $r dev headcni01 table 52; done`
+for r in $remotenet $foreign $lannet $ownhalf $tailnet $services; do ip route add $r dev headcni01 table 52; done`
 
 var fibAddrs = map[string]*strings.Replacer{
 	"-4": strings.NewReplacer("$frompod", "from 10.244.1.10 iif hca", "$lan1", "192.168.88.1", "$lan2", "192.168.88.254", "$lan3", "192.168.88.7", "$lanbits", "24",
 		"$lannet", "192.168.88.0/24", "$pod", "10.244.1.10", "$hole", "10.244.1.99", "$remotenet", "10.244.2.0/24",
-		"$remote", "10.244.2.20", "$foreign", "198.51.100.0/24", "$outside", "198.51.100.7", "$ownhalf", "10.244.1.0/25",
+		"$remote", "10.244.2.20", "$foreign", "198.51.100.0/24", "$outside", "198.51.100.7", "$ownhalf", "10.244.1.0/25", "$services", "10.96.0.0/12", "$service", "10.96.0.1",
 		"$resolver", "100.100.100.100", "$around", "100.100.0.0/16", "$tailnet", "100.64.0.9", "$self", "100.64.0.2", "$wide", "10.0.0.0/8", "$cgn", "100.64.0.0/10", "$cloudnet", "100.100.2.0/24", "$cloud", "100.100.2.136", "$nodad", "", "ip ", "ip -4 "),
 	"-6": strings.NewReplacer("$frompod", "from fd00:244:1::10 iif hca", "$lan1", "fd88::1", "$lan2", "fd88::254", "$lan3", "fd88::7", "$lanbits", "64",
 		"$lannet", "fd88::/64", "$pod", "fd00:244:1::10", "$hole", "fd00:244:1::99", "$remotenet", "fd00:244:2::/64",
-		"$remote", "fd00:244:2::20", "$foreign", "2001:db8:7::/48", "$outside", "2001:db8:7::7", "$ownhalf", "fd00:244:1::/65",
+		"$remote", "fd00:244:2::20", "$foreign", "2001:db8:7::/48", "$outside", "2001:db8:7::7", "$ownhalf", "fd00:244:1::/65", "$services", "fd00:96::/108", "$service", "fd00:96::1",
 		"$resolver", "fd7a:115c:a1e0::53", "$around", "fd7a:115c:a1e0::/64", "$tailnet", "fd7a:115c:a1e0::9", "$self", "fd7a:115c:a1e0::2", "$wide", "fd00::/16", "$cgn", "fd00::/8", "$cloudnet", "fd7a:115c:a1e0:2::/64", "$cloud", "fd7a:115c:a1e0:2::136", "$nodad", "nodad", "ip ", "ip -6 "),
 }
 
@@ -46,7 +46,8 @@ func TestRulesDecide(t *testing.T) {
 			lanFirst       bool
 			want           map[string]string // destination (and mark) -> link
 		}{
-			{"all well, though a peer advertises our CIDR and our LAN", "true", false, map[string]string{
+			{"all well, though a peer advertises our CIDR, our LAN and the services", "true", false, map[string]string{
+				"$service": "eth0", "$service $frompod": "eth0",
 				"$pod": "hca", "$hole": unreachable, "$remote": "headcni01", "$lan3": "eth0", "$tailnet": "headcni01",
 				"$outside": "headcni01", "$lan2 mark 0x80000": "eth0"}},
 			{"the user wants no foreign routes", "true", true, map[string]string{
@@ -71,14 +72,14 @@ func TestRulesDecide(t *testing.T) {
 				"$resolver": "headcni01", "$resolver $frompod": "headcni01"}},
 			{"the same, and the tunnel is dead, and the host has a network around it", "ip route flush table 52; ip route add $around via $lan2", true, map[string]string{
 				"$resolver": unreachable, "$resolver $frompod": unreachable, "$resolver mark 0x80000": unreachable}},
-			{"our rules are gone and the tunnel is dead", "for p in 5186 5187 5188 5189 5190 5191 5192 5193 5194 5195 5196; do while ip rule del pref $p 2>/dev/null; do :; done; done; " +
+			{"our rules are gone and the tunnel is dead", "for p in 5186 5187 5188 5189 5190 5191 5192 5193 5194 5195 5196 5197; do while ip rule del pref $p 2>/dev/null; do :; done; done; " +
 				"ip route flush table 52", true, map[string]string{"$pod": "hca", "$remote": unreachable, "$hole": unreachable}},
 		} {
 			t.Run(flag+" "+c.name, func(t *testing.T) {
 				ns := nstest.New(t)
 				ns.Run(t, "sh", "-ec", addrs.Replace(fibWorld))
 				cfg := Config{Own: prefixes("10.244.1.0/24", "fd00:244:1::/64"),
-					Cluster: prefixes("10.244.0.0/16", "fd00:244::/32"), TunName: "headcni01", LANFirst: c.lanFirst}
+					Cluster: prefixes("10.244.0.0/16", "fd00:244::/32"), Services: prefixes("10.96.0.0/12", "fd00:96::/108"), TunName: "headcni01", LANFirst: c.lanFirst}
 				mustSync(t, ns, New(Saved{}, nil), cfg)
 				ns.Run(t, "sh", "-ec", addrs.Replace(c.calamity))
 				for dst, want := range c.want {
