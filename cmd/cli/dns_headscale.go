@@ -172,8 +172,8 @@ func (h toHeadscale) print(out io.Writer) error {
 # acls: let in whom you like instead of "*", which means devices of the tailnet. nodeAttrs (0.29): tailscaled has IPv6
 # addresses of tailnet names too, where it answers in place of a daemon that is restarted.
 # %s
-# The tailnet reaches services, the cluster's DNS among them, where a node advertises their ranges. HeadCNI does not do that so far: what you have
-# doing it needs these autoApprovers, or headscale nodes approve-routes.
+# The tailnet reaches services, the cluster's DNS among them, by the Nodes that network.advertiseServices chooses. headcni-controller approves their
+# routes. Only where it has a pre-auth key in place of an API key they need autoApprovers; then every node with the tag may lead there.
 #   "autoApprovers": {"routes": {%s}}
 `, lines, policy, h.approvers())
 	return err
