@@ -53,7 +53,7 @@ func TestMakePlan(t *testing.T) {
 	own, cluster := prefixes("10.244.1.0/24", "fd00:244:1::/64"), prefixes("10.244.0.0/16", "10.245.0.0/16", "fd00:244::/32")
 	off := false
 	want := plan{
-		node: noderoutes.Config{Own: own, Cluster: cluster, TunName: "headcni01", LANFirst: true},
+		node: noderoutes.Config{Own: own, Cluster: cluster, Services: prefixes("10.96.0.0/16"), TunName: "headcni01", LANFirst: true},
 		firewall: nft.Config{
 			Own: own, Cluster: cluster, KeepSource: prefixes("10.96.0.0/16"), TunName: "headcni01", NodeAddr4: o.nodeAddr4,
 			Masquerade: true, TailnetEgress: "masquerade", Links: prefixes("192.0.2.0/24"),
@@ -62,6 +62,18 @@ func TestMakePlan(t *testing.T) {
 		conflist: got.conflist, // golden in TestPlanConflist
 		mtu:      1280,
 	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
+		t.Error(diff)
+	}
+
+	// A route to services, one that it no longer is to have, and two that its user has put there.
+	leads := o
+	leads.serves, leads.advertised = prefixes("10.96.0.7/32"), prefixes("10.96.0.7/32", "10.96.0.8/32", "10.96.128.0/17", "0.0.0.0/0")
+	if got, err = makePlan(c, leads, state{Advertised: prefixes("10.244.1.0/24", "10.96.0.7/32", "10.96.0.8/32")}); err != nil {
+		t.Fatal(err)
+	}
+	want.prefs.AdvertiseRoutes, want.prefs.DropRoutes = append(slices.Clone(own), leads.serves...), prefixes("10.96.0.8/32")
+	want.firewall.Served = prefixes("10.96.0.7/32", "10.96.128.0/17")
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
 		t.Error(diff)
 	}
