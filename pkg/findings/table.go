@@ -73,18 +73,18 @@ const (
 	TunnelRoutes  ID = "HC404"
 	StrangeRoutes ID = "HC405"
 
-	NameServer    ID = "HC501"
-	NamesCircle   ID = "HC502"
-	ResolverFar   ID = "HC503"
-	NamesRisk     ID = "HC504"
-	ClusterDNS    ID = "HC505"
-	PolicyNot     ID = "HC601"
-	PolicyWaits   ID = "HC602"
-	PolicyStale   ID = "HC603"
+	NameServer  ID = "HC501"
+	NamesCircle ID = "HC502"
+	ResolverFar ID = "HC503"
+	NamesRisk   ID = "HC504"
+	ClusterDNS  ID = "HC505"
+	PolicyNot   ID = "HC601"
+	PolicyWaits ID = "HC602"
+	PolicyStale ID = "HC603"
 
 	ServicesNotHere ID = "HC701"
 	ServicesNowhere ID = "HC702"
-	Contradiction ID = "HC900"
+	Contradiction   ID = "HC900"
 )
 
 // Table holds every finding, in the order of ids.
