@@ -20,20 +20,24 @@ import (
 const healthTimeout = 5 * time.Second
 
 func healthCmd() *cobra.Command {
-	var listen string
+	var listen, output string
 	cmd := &cobra.Command{
 		Use:   "health",
 		Short: "Exit 0 where the controller running here is ready; else say what is not right",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return health(cmd.Context(), cmd.OutOrStdout(), listen)
+			if output != "text" && output != "json" {
+				return fmt.Errorf("--output %s: want text or json", output)
+			}
+			return health(cmd.Context(), cmd.OutOrStdout(), listen, output)
 		},
 	}
 	cmd.Flags().StringVar(&listen, "listen", defaultListen, "the address that the controller was given")
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
 }
 
-func health(ctx context.Context, out io.Writer, listen string) error {
+func health(ctx context.Context, out io.Writer, listen, output string) error {
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
 		return fmt.Errorf("--listen %s: want ADDRESS:PORT", listen)
@@ -58,6 +62,12 @@ func health(ctx context.Context, out io.Writer, listen string) error {
 	}
 	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
 		return fmt.Errorf("ask the controller: %w", err)
+	}
+	if output == "json" {
+		if err := json.NewEncoder(out).Encode(answer); err != nil {
+			return err
+		}
+		answer.Parts = nil
 	}
 	for _, p := range answer.Parts {
 		text := "ok"

@@ -11,7 +11,9 @@ import (
 // Status is what a running daemon knows of its node.
 type Status struct {
 	Version string `json:"version"`
-	Ready   bool   `json:"ready"`
+	// Time is when it said so, by its own clock.
+	Time  time.Time `json:"time,omitzero"`
+	Ready bool      `json:"ready"`
 	// Mode is host or daemon, "" while auto has found no tailscaled.
 	Mode string `json:"mode"`
 	// Tun is the tailnet's interface, TunMTU its MTU in bytes, 0 while it has not been seen.

@@ -36,7 +36,9 @@ func Serve(ctx context.Context, socket string, answers Answers, listening func()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(answers.Status(r.Context())) // the client has gone
+		s := answers.Status(r.Context())
+		s.Time = time.Now()
+		_ = json.NewEncoder(w).Encode(s) // the client has gone
 	})
 	for pattern, answer := range answers.Others {
 		mux.HandleFunc(pattern, answer)

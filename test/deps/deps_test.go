@@ -65,6 +65,7 @@ var level = map[string]int{
 	// Rooms that several concerns meet in.
 	"pkg/conflist":      4,
 	"pkg/dns/nodedns":   4,
+	"pkg/doctor":        4,
 	"pkg/install":       4,
 	"pkg/membership":    4,
 	"pkg/policy/nflog":  4,

@@ -1,0 +1,90 @@
+// Package podexec runs fixed commands in pods, as kubectl exec does. It is a package of its own since only headcnictl links what it needs.
+package podexec
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/remotecommand"
+	utilexec "k8s.io/client-go/util/exec"
+)
+
+// maxOutput bounds what is kept of a command's output, in bytes.
+const maxOutput = 64 << 20
+
+// Pod is where a command runs.
+type Pod struct {
+	Namespace, Name, Container string
+}
+
+// Exit is the error of a command that ran and did not exit with 0.
+type Exit struct {
+	Code   int
+	Stderr string
+}
+
+func (e Exit) Error() string {
+	return strings.TrimSpace(fmt.Sprintf("exit code %d: %s", e.Code, e.Stderr))
+}
+
+// Run runs a command and returns what it wrote to standard output, also where it returns an Exit.
+func Run(ctx context.Context, c *rest.Config, pod Pod, command ...string) ([]byte, error) {
+	u, err := address(c, pod, command)
+	if err != nil {
+		return nil, err
+	}
+	// WebSocket is what API servers of today speak and proxies let pass; SPDY is for those before 1.31.
+	ws, err := remotecommand.NewWebSocketExecutor(c, "GET", u.String())
+	if err != nil {
+		return nil, err
+	}
+	spdy, err := remotecommand.NewSPDYExecutor(c, "POST", u)
+	if err != nil {
+		return nil, err
+	}
+	executor, err := remotecommand.NewFallbackExecutor(ws, spdy, func(err error) bool {
+		return httpstream.IsUpgradeFailure(err) || httpstream.IsHTTPSProxyError(err)
+	})
+	if err != nil {
+		return nil, err
+	}
+	var stdout, stderr limited
+	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdout: &stdout, Stderr: &stderr})
+	var exit utilexec.ExitError
+	switch {
+	case err == nil:
+	case errors.As(err, &exit):
+		err = Exit{exit.ExitStatus(), strings.TrimSpace(stderr.String())}
+	case ctx.Err() != nil:
+		err = fmt.Errorf("no answer in time: %w", context.Cause(ctx))
+	}
+	return stdout.Bytes(), err
+}
+
+// address is that of the pod's subresource exec.
+func address(c *rest.Config, pod Pod, command []string) (*url.URL, error) {
+	group := *c
+	group.GroupVersion, group.APIPath = &schema.GroupVersion{Version: "v1"}, "/api"
+	base, path, err := rest.DefaultServerUrlFor(&group)
+	if err != nil {
+		return nil, err
+	}
+	u := base.JoinPath(path, "namespaces", pod.Namespace, "pods", pod.Name, "exec")
+	u.RawQuery = url.Values{"container": {pod.Container}, "stdout": {"true"}, "stderr": {"true"}, "command": command}.Encode()
+	return u, nil
+}
+
+// limited keeps the first maxOutput bytes.
+type limited struct{ bytes.Buffer }
+
+func (l *limited) Write(p []byte) (int, error) {
+	_, err := l.Buffer.Write(p[:min(len(p), max(0, maxOutput-l.Len()))])
+	return len(p), err
+}
