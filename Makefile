@@ -78,6 +78,7 @@ test: need-go ## All tests but e2e's and test-manual's, with the race detector, 
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm) \
+		prometheus=$$(test/tools/packages unpack prometheus); export PATH="$$PATH:$$prometheus/usr/bin"; \
 		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		cd test/tools/oci; go vet ./...; go test ./...

@@ -18,7 +18,9 @@ import (
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
+	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/reconcile"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 // The parts of a node in the order in which they are made right: the guard stands before anything can be routed, the
@@ -93,7 +95,10 @@ func (d *Daemon) pass(ctx context.Context) time.Duration {
 		s.plan, s.refused = makePlan(d.cfg, s.seen, d.saved)
 	}
 	if s.seen.Tailnet != nil {
-		d.metrics.Peers(s.seen.Tailnet.PathCounts())
+		d.metrics.Tailnet(monitoring.Tailnet{
+			Peers: tailscale.PathCounts(s.seen.Tailnet.Peers), PodPeers: tailscale.PathCounts(s.seen.podPeers()),
+			KeyExpiry: s.seen.Tailnet.Self.KeyExpiry, SmallestPath: cmp.Or(s.seen.path.Bytes, s.seen.tunMTU),
+		})
 	}
 	if !s.seen.Running() {
 		d.board.Doubt(partTailnet, s.seen.NotRunning())

@@ -185,14 +185,17 @@ func (o observation) accepted() noderoutes.Accepted {
 	return noderoutes.Accepted{TunName: o.tun, Routes: o.Tailnet.TunnelRoutes()}
 }
 
-// directPeers are those with pods: their paths are worth knowing. Packets through a relay are a TCP stream, and fit.
-func (o observation) directPeers() []pathmtu.Peer {
+// podPeers are those with pods.
+func (o observation) podPeers() []tailscale.Peer {
 	cluster := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
+	inside := func(r netip.Prefix) bool { return netset.Covers(cluster, r) }
+	return slices.DeleteFunc(slices.Clone(o.peers()), func(p tailscale.Peer) bool { return len(p.IPs) == 0 || !slices.ContainsFunc(p.Routes, inside) })
+}
+
+// directPeers are those whose paths are worth knowing. Packets through a relay are a TCP stream, and fit.
+func (o observation) directPeers() []pathmtu.Peer {
 	var out []pathmtu.Peer
-	for _, p := range o.peers() {
-		if len(p.IPs) == 0 || !slices.ContainsFunc(p.Routes, func(r netip.Prefix) bool { return netset.Covers(cluster, r) }) {
-			continue
-		}
+	for _, p := range o.podPeers() {
 		endpoint, _ := netip.ParseAddrPort(p.CurAddr) // "" is none
 		out = append(out, pathmtu.Peer{Name: p.Name, Addr: p.IPs[0], Endpoint: endpoint})
 	}

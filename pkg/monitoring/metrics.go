@@ -2,6 +2,8 @@
 package monitoring
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	dto "github.com/prometheus/client_model/go"
@@ -19,6 +21,9 @@ type Metrics struct {
 	passes      prometheus.Histogram
 	part        *prometheus.GaugeVec
 	peers       *prometheus.GaugeVec
+	podPeers    *prometheus.GaugeVec
+	nodeKey     prometheus.Gauge
+	path        prometheus.Gauge
 	rearmPings  prometheus.Counter
 	corrections *prometheus.CounterVec
 	selfTest    *prometheus.GaugeVec
@@ -53,6 +58,15 @@ func NewMetrics(version string) *Metrics {
 		peers: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "headcni_tailnet_peers", Help: "Tailnet peers by path: direct, relayed, idle or offline.",
 		}, []string{"path"}),
+		podPeers: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "headcni_pod_peers", Help: "Those of them that have pods, by path.",
+		}, []string{"path"}),
+		nodeKey: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "headcni_node_key_expiry_timestamp_seconds", Help: "When this node's key in the tailnet expires, 0 where it is not known or never does.",
+		}),
+		path: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "headcni_smallest_path_bytes", Help: "Largest packet inside the tunnel that the paths to all peers with pods carry, 0 where it is not known.",
+		}),
 		rearmPings: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "headcni_rearm_pings_total", Help: "Pings sent to make, keep and heal WireGuard sessions.",
 		}),
@@ -68,7 +82,7 @@ func NewMetrics(version string) *Metrics {
 	m.selfTest = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "headcni_guard_self_test_ok", Help: "1 where the guard stopped and counted packets that were sent in clear on purpose, 0 where it did not.",
 	}, nil)
-	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, m.policy, m.passes, m.part, m.peers, m.rearmPings, m.corrections)
+	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, m.policy, m.passes, m.part, m.peers, m.podPeers, m.nodeKey, m.path, m.rearmPings, m.corrections)
 	return m
 }
 
@@ -121,10 +135,26 @@ func (m *Metrics) Part(name string, ok bool, changes int) {
 	m.corrections.WithLabelValues(name).Add(float64(changes))
 }
 
-// Peers records how many peers there are on each path.
-func (m *Metrics) Peers(byPath map[string]int) {
-	for path, n := range byPath {
+// Tailnet is what a pass saw of it.
+type Tailnet struct {
+	// Peers are how many there are on each path, PodPeers those of them that have pods.
+	Peers, PodPeers map[string]int
+	// KeyExpiry is of the node's key, the zero Time where it never ends.
+	KeyExpiry time.Time
+	// SmallestPath is what the paths to all peers with pods carry inside the tunnel, in bytes.
+	SmallestPath int
+}
+
+// Tailnet records it.
+func (m *Metrics) Tailnet(t Tailnet) {
+	for path, n := range t.Peers {
 		m.peers.WithLabelValues(path).Set(float64(n))
+		m.podPeers.WithLabelValues(path).Set(float64(t.PodPeers[path]))
+	}
+	m.path.Set(float64(t.SmallestPath))
+	m.nodeKey.Set(0)
+	if !t.KeyExpiry.IsZero() {
+		m.nodeKey.Set(float64(t.KeyExpiry.Unix()))
 	}
 }
 

@@ -64,6 +64,7 @@ func TestServe(t *testing.T) {
 		}
 	}
 	m.Part("rules", true, 3)
+	m.Tailnet(Tailnet{Peers: map[string]int{"direct": 4, "offline": 1}, PodPeers: map[string]int{"direct": 3}, KeyExpiry: time.Unix(1800000000, 0), SmallestPath: 1230})
 	m.Pools(func() []Pool { return []Pool{{"headcni", "ipv4", 3, 253}, {"other", "ipv6", 1, 0}} })
 
 	ctx, cancel := context.WithCancel(t.Context())
@@ -85,6 +86,8 @@ func TestServe(t *testing.T) {
 		`headcni_part_ok{part="rules"} 1`, `headcni_corrections_total{part="rules"} 3`, `headcni_build_info{version="v1"} 1`,
 		`headcni_ip_pool_addresses_in_use{family="ipv4",network="headcni"} 3`, `headcni_ip_pool_addresses{family="ipv4",network="headcni"} 253`,
 		`headcni_ip_pool_addresses_in_use{family="ipv6",network="other"} 1`,
+		`headcni_tailnet_peers{path="offline"} 1`, `headcni_pod_peers{path="direct"} 3`, `headcni_pod_peers{path="offline"} 0`,
+		"headcni_node_key_expiry_timestamp_seconds 1.8e+09", "headcni_smallest_path_bytes 1230",
 	} {
 		if !strings.Contains(body, want) {
 			t.Errorf("metrics lack %q", want)

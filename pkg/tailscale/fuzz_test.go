@@ -22,7 +22,7 @@ func FuzzStatus(f *testing.F) {
 			t.Errorf("%d peers of %d", len(s.Peers), len(w.Peer))
 		}
 		n := 0
-		for _, count := range s.PathCounts() {
+		for _, count := range PathCounts(s.Peers) {
 			n += count
 		}
 		if n != len(s.Peers) {

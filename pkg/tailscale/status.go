@@ -99,10 +99,10 @@ func (p Peer) Path() string {
 	return "idle"
 }
 
-// PathCounts counts the peers by Path, every path present.
-func (s Status) PathCounts() map[string]int {
+// PathCounts counts peers by Path, every path present.
+func PathCounts(peers []Peer) map[string]int {
 	n := map[string]int{"direct": 0, "relayed": 0, "idle": 0, "offline": 0}
-	for _, p := range s.Peers {
+	for _, p := range peers {
 		n[p.Path()]++
 	}
 	return n
