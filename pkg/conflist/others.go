@@ -46,6 +46,9 @@ func before(dir string) ([]string, error) {
 	return out, nil
 }
 
+// Before is what a runtime reads before ours in dir, for whoever looks before there is one of ours.
+func Before(dir string) ([]string, error) { return before(dir) }
+
 func isMultus(b []byte) bool {
 	var c struct {
 		Type    string

@@ -42,7 +42,8 @@ type Check struct {
 	Found    []Finding
 }
 
-func (c *Check) add(id findings.ID, format string, args ...any) {
+// Add notes a finding, whose cause is what was seen.
+func (c *Check) Add(id findings.ID, format string, args ...any) {
 	f, _ := findings.Of(id)
 	c.Found = append(c.Found, Finding{ID: id, Severity: f.Severity, Where: c.Where, Title: f.Title, Cause: fmt.Sprintf(format, args...), Remedy: f.Remedy})
 }
@@ -95,7 +96,7 @@ func ranges(nodes []Node) Check {
 		for _, p := range n.PodCIDRs {
 			for _, h := range all {
 				if h.of != n.Name && h.p.Overlaps(p) {
-					c.add(findings.NodeRangesOverlap, "Node %s has %s and Node %s has %s", h.of, h.p, n.Name, p)
+					c.Add(findings.NodeRangesOverlap, "Node %s has %s and Node %s has %s", h.of, h.p, n.Name, p)
 				}
 			}
 			all = append(all, held{n.Name, p})
@@ -122,7 +123,7 @@ func versions(nodes []Node) Check {
 		c.OK, c.Count = "", 0
 	}
 	if len(by) > 1 {
-		c.add(findings.VersionsDiffer, "HeadCNI %s", strings.Join(texts, ", "))
+		c.Add(findings.VersionsDiffer, "HeadCNI %s", strings.Join(texts, ", "))
 	}
 	return c
 }
@@ -133,7 +134,7 @@ func clocks(nodes []Node) Check {
 	for _, n := range nodes {
 		worst = max(worst, n.Skew.Abs())
 		if n.Skew.Abs() > maxSkew {
-			c.add(findings.ClocksApart, "the clock of %s is %s from this machine's", n.Name, n.Skew.Round(time.Second))
+			c.Add(findings.ClocksApart, "the clock of %s is %s from this machine's", n.Name, n.Skew.Round(time.Second))
 		}
 	}
 	c.OK = fmt.Sprintf("the nodes' clocks are within %s of this machine's", max(worst.Round(time.Second), time.Second))
@@ -158,7 +159,7 @@ func ofController(controllers []Controller) Check {
 	case len(why) == 0:
 		why = []string{"none of its pods leads"}
 	}
-	c.add(findings.ControllerSilent, "%s", strings.Join(why, "; "))
+	c.Add(findings.ControllerSilent, "%s", strings.Join(why, "; "))
 	return c
 }
 
@@ -166,10 +167,10 @@ func ofNode(n Node) Check {
 	c := Check{Where: n.Name, Count: 1}
 	switch {
 	case errors.Is(n.Err, errNoDaemon):
-		c.add(findings.NoDaemonPod, "%v", n.Err)
+		c.Add(findings.NoDaemonPod, "%v", n.Err)
 		return c
 	case n.Err != nil:
-		c.add(findings.DaemonSilent, "%v", n.Err)
+		c.Add(findings.DaemonSilent, "%v", n.Err)
 		return c
 	}
 	s := n.Status
@@ -181,18 +182,18 @@ func ofNode(n Node) Check {
 				waits = append(waits, p.Name+": "+p.Error)
 			}
 		}
-		c.add(findings.NotReady, "%s", strings.Join(waits, "; "))
+		c.Add(findings.NotReady, "%s", strings.Join(waits, "; "))
 	}
 	if t := s.Tailnet; t != nil {
 		for _, h := range t.Health {
-			c.add(findings.TailscaledUnwell, "%s", h)
+			c.Add(findings.TailscaledUnwell, "%s", h)
 		}
 		c.Count++
 	}
 	// What is an error already is said once.
 	if !slices.ContainsFunc(c.Found, func(f Finding) bool { return f.ID == findings.NamesCircle || f.ID == findings.NamesRisk }) {
 		for _, text := range s.Names {
-			c.add(findings.NamesRisk, "%s", text)
+			c.Add(findings.NamesRisk, "%s", text)
 		}
 	}
 	c.OK = fmt.Sprintf("%d parts right, %s mode, %s (MTU %d)", len(s.Parts), cmp.Or(s.Mode, "unknown"), cmp.Or(s.Tun, "no tunnel"), s.TunMTU)
@@ -224,10 +225,10 @@ func paths(n Node) Check {
 		}
 	}
 	if names := by["relayed"]; len(names) > 0 {
-		c.add(findings.PeerRelayed, "relayed: %s", abridge(names))
+		c.Add(findings.PeerRelayed, "relayed: %s", abridge(names))
 	}
 	if names := by["offline"]; len(names) > 0 {
-		c.add(findings.PeerOffline, "offline: %s", abridge(names))
+		c.Add(findings.PeerOffline, "offline: %s", abridge(names))
 	}
 	return c
 }
@@ -244,7 +245,7 @@ func guard(n Node) Check {
 		}
 	}
 	if len(texts) > 0 {
-		c.add(findings.GuardDropped, "packets stopped since the tables were made: %s", strings.Join(texts, ", "))
+		c.Add(findings.GuardDropped, "packets stopped since the tables were made: %s", strings.Join(texts, ", "))
 	}
 	return c
 }
@@ -253,11 +254,11 @@ func policies(n Node) Check {
 	p := n.Status.Policy
 	c := Check{Where: n.Name, OK: fmt.Sprintf("NetworkPolicies in force: %d in the cluster, %d addresses of its pods isolated", p.Policies, p.Isolated), Count: 1}
 	if p.InForce && p.Stale {
-		c.add(findings.PolicyStale, "the API server has not answered since the daemon's start")
+		c.Add(findings.PolicyStale, "the API server has not answered since the daemon's start")
 	}
 	if len(p.Unknown) > 0 {
 		u := p.Unknown[0]
-		c.add(findings.PolicyWaits, "%d %s; %s: %s", len(p.Unknown), plural(len(p.Unknown), "pod"), u.Pod, u.Why)
+		c.Add(findings.PolicyWaits, "%d %s; %s: %s", len(p.Unknown), plural(len(p.Unknown), "pod"), u.Pod, u.Why)
 		c.Found[len(c.Found)-1].Since = u.Since
 	}
 	return c

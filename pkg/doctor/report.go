@@ -23,7 +23,6 @@ type Report struct {
 	Findings []Finding    `json:"findings"`
 	Nodes    []NodeReport `json:"nodes"`
 	checks   []Check
-	seen     Seen
 }
 
 // NodeReport is one node.
@@ -44,8 +43,11 @@ func NewReport(version string, s Seen, thorough bool) Report {
 	return newReport(version, s, slices.DeleteFunc(Judge(s), func(c Check) bool { return c.Thorough && !thorough }))
 }
 
+// NewReportOf is a report of checks that were made elsewhere.
+func NewReportOf(version string, checks []Check) Report { return newReport(version, Seen{}, checks) }
+
 func newReport(version string, s Seen, checks []Check) Report {
-	r := Report{Version: version, OK: true, Findings: []Finding{}, Nodes: []NodeReport{}, checks: checks, seen: s}
+	r := Report{Version: version, OK: true, Findings: []Finding{}, Nodes: []NodeReport{}, checks: checks}
 	wrong := map[string]bool{}
 	for _, c := range r.checks {
 		for _, f := range c.Found {

@@ -65,13 +65,13 @@ var level = map[string]int{
 	// Rooms that several concerns meet in.
 	"pkg/conflist":      4,
 	"pkg/dns/nodedns":   4,
-	"pkg/doctor":        4,
 	"pkg/install":       4,
 	"pkg/membership":    4,
 	"pkg/policy/nflog":  4,
 	"pkg/policy/report": 4,
 	"pkg/policy/watch":  4,
 
+	"pkg/doctor":         5,
 	"pkg/leases":         5,
 	"pkg/policy/agent":   5,
 	"pkg/policy/explain": 5,
