@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -49,6 +50,8 @@ type PodOptions struct {
 	Idle bool
 	// Config is the CNI configuration; nil means the one the daemon has put on the node.
 	Config *libcni.NetworkConfigList
+	// Namespace is the Pod's; "" means lab.
+	Namespace string
 }
 
 // pluginExec runs plugins on a node for libcni.
@@ -102,7 +105,7 @@ func (n *Node) Conflist() (*libcni.NetworkConfigList, error) {
 func (p *Pod) runtimeConf() *libcni.RuntimeConf {
 	return &libcni.RuntimeConf{
 		ContainerID: p.ID, NetNS: "/run/netns/" + p.Name, IfName: ifName,
-		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "lab"}, {"K8S_POD_NAME", p.Name}},
+		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", cmp.Or(p.opt.Namespace, "lab")}, {"K8S_POD_NAME", p.Name}},
 	}
 }
 

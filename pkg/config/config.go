@@ -80,6 +80,12 @@ const (
 	LANAllow = "allow" // all pods, by a route over the node
 )
 
+// Who may use networks behind devices of the tailnet that are not the cluster's.
+const (
+	SubnetsDeny  = "deny"  // pods whose Namespace names them
+	SubnetsAllow = "allow" // all pods
+)
+
 // What a pod may do whose policies are not known yet.
 const (
 	PolicyStrict = "strict" // reach its own node, and nobody else
@@ -96,11 +102,13 @@ type Network struct {
 	RemoteClusters []RemoteCluster `json:"remoteClusters"`
 	ServiceCIDRs   CIDRs           `json:"serviceCIDRs"`
 	// MTU of pods in bytes; 0 = the tun's.
-	MTU           int      `json:"mtu"`
-	Masquerade    bool     `json:"masquerade"`
-	TailnetEgress string   `json:"tailnetEgress"`
-	LANFirst      Tristate `json:"lanFirst"`
-	LANIngress    string   `json:"lanIngress"`
+	MTU           int    `json:"mtu"`
+	Masquerade    bool   `json:"masquerade"`
+	TailnetEgress string `json:"tailnetEgress"`
+	// TailnetSubnets is who may use networks behind devices of the tailnet that are not the cluster's.
+	TailnetSubnets string   `json:"tailnetSubnets"`
+	LANFirst       Tristate `json:"lanFirst"`
+	LANIngress     string   `json:"lanIngress"`
 	// NetworkPolicy has Kubernetes' NetworkPolicies enforced, on a node with a Kubernetes API.
 	NetworkPolicy bool `json:"networkPolicy"`
 	// PolicyStartup is what a pod may do whose policies are not known yet.
@@ -268,7 +276,7 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 func Default() Config {
 	return Config{
 		Tailscale: Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
-		Network: Network{Masquerade: true, TailnetEgress: EgressMasquerade, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict,
+		Network: Network{Masquerade: true, TailnetEgress: EgressMasquerade, TailnetSubnets: SubnetsDeny, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict,
 			AdvertiseServices: AdvertiseServices{NodeSelector: map[string]string{}, HealthURL: "http://127.0.0.1:10256/healthz"}},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},

@@ -16,6 +16,9 @@ type Ranges struct {
 	Services              []netip.Prefix
 }
 
+// All are the cluster's, and other clusters'.
+func (r Ranges) All() []netip.Prefix { return netset.Union(r.Pods, r.Cluster, r.Remote, r.Services) }
+
 // Ranges are those that the configuration names.
 func (n Network) Ranges() Ranges {
 	return Ranges{

@@ -102,6 +102,7 @@ func (c Config) validateTailscale(v *faults) {
 func (c Config) validateNetwork(v *faults) {
 	n := c.Network
 	v.oneOf("network.tailnetEgress", n.TailnetEgress, EgressMasquerade, EgressPreserve, EgressDeny)
+	v.oneOf("network.tailnetSubnets", n.TailnetSubnets, SubnetsDeny, SubnetsAllow)
 	v.oneOf("network.lanIngress", n.LANIngress, LANDeny, LANAllow)
 	v.oneOf("network.policyStartup", n.PolicyStartup, PolicyStrict, PolicyOpen)
 	v.oneOf("network.lanFirst", string(n.LANFirst), string(Auto), "true", "false")

@@ -30,11 +30,13 @@ import (
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/deadman"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nft/selftest"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/pathmtu"
 	"github.com/headcni/headcni/pkg/policy/nodepolicy"
+	"github.com/headcni/headcni/pkg/policy/subnets"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/serviceroute"
 	"github.com/headcni/headcni/pkg/tailscaled"
@@ -79,6 +81,7 @@ type Daemon struct {
 	answerer     *nodedns.Answerer
 	services     *serviceroute.Gate
 	policy       *nodepolicy.Enforcer // nil where NetworkPolicies are not enforced
+	subnets      *subnets.Agent       // nil where no Namespace is asked
 	policyIsOff  bool                 // of the loop alone: nothing of them is left in the kernel
 
 	saved   state       // what we go by
@@ -137,6 +140,9 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	if d.cfg.Network.NetworkPolicy = c.Network.NetworkPolicy && k != nil; d.cfg.Network.NetworkPolicy {
 		d.policy = d.newPolicy()
+	}
+	if k != nil && c.Network.TailnetSubnets == config.SubnetsDeny {
+		d.subnets = subnets.New(subnets.Config{Log: log, Client: k.Client(), Node: k.Node(), Table: d.tables, Links: new(podlink.Handle), Changed: d.loop.Wake})
 	}
 	d.member = membership.New(c, log, getenv, forMember)
 	d.answerer = nodedns.New(d.member.Names)
@@ -281,6 +287,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	vital(func() error {
 		return cmdlog.Serve(ctx, paths.DaemonSocket, func() {
 			d.policy.Wake()
+			d.subnets.Wake()
 			select {
 			case finished <- struct{}{}:
 			default: // one is waiting already
@@ -290,6 +297,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	wg.Go(func() { d.count(ctx, finished) })
 	vital(func() error { return held.Keep(ctx) })
 	d.policy.Start(ctx, &wg, d.watchEvents)
+	d.subnets.Start(ctx, &wg, d.watchEvents)
 	d.watch(ctx, &wg)
 	if d.kubernetes != nil {
 		vital(func() error { return tailscaled.WatchMount(ctx) })
@@ -306,6 +314,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.loop.Run(ctx)
 	d.guardTest.Running.Wait() // it ends with ctx
 	d.policy.Stop()
+	d.subnets.Stop()
 	d.policy.Leave()
 	err = context.Cause(ctx)
 	cancel(nil) // before the deferred Wait

@@ -65,9 +65,10 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.hostPrefixes, err = hostPrefixes(o.tun); err != nil {
 		return o, err
 	}
-	if o.shared, err = noderoutes.SharedWithTailnet(); err != nil {
+	if o.hostNetworks, err = noderoutes.HostNetworks(); err != nil {
 		return o, err
 	}
+	o.shared = noderoutes.SharedWithTailnet(o.hostNetworks)
 	o.dns.Nameservers = nodedns.Nameservers("/")
 	if o.nodeAddr4, err = sourceAddr(unix.AF_INET); err != nil {
 		return o, err
@@ -79,6 +80,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		return o, err
 	}
 	o.path, _ = d.paths.Smallest()
+	o.subnets = d.saved.Subnets.Learn(d.subnets.News(o.ranges.All(), o.Tailnet, o.prefs))
 	return o, nil
 }
 

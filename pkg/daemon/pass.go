@@ -53,6 +53,8 @@ const (
 	partGuard = "guard"
 	// partNames is the node's name server for the tailnet, and whether questions for names can go in a circle.
 	partNames = "names"
+	// partSubnets is who may use networks behind devices of the tailnet.
+	partSubnets = "subnets"
 	// partState is what must be on disk for our next start.
 	partState = "state"
 	// partPolicy are NetworkPolicies: in force, or off and nothing of them left.
@@ -122,7 +124,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			if s.refused == nil {
 				d.note(func(saved *state) {
 					saved.Mode, saved.TunName, saved.TunMTU = s.seen.lastKnown()
-					saved.Path = s.seen.path
+					saved.Path, saved.Subnets = s.seen.path, s.seen.subnets
 				})
 			}
 			return nil, s.refused
@@ -155,6 +157,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return d.member.Approve(ctx, s.seen.Seen, s.plan.prefs)
 		}},
 		{Name: partConflist, Finding: findings.Conflist, Needs: []string{partPrefs}, Run: func(_ context.Context, s *pass) (done []string, err error) {
+			if !s.seen.subnets.Asked {
+				return nil, reconcile.Waiting("asks the API server which subnets of the tailnet Namespaces name")
+			}
 			done, err = d.syncConflist(s.plan)
 			s.programmed = err == nil
 			return done, err
@@ -185,6 +190,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 				err = errors.Join(err, nodedns.RisksOf(s.seen.dns, d.cfg.DNS.MagicDNS.BaseDomain).Err())
 			}
 			return done, err
+		}},
+		{Name: partSubnets, Finding: findings.Subnets, Needs: []string{partFirewall}, Optional: true, Run: func(context.Context, *pass) ([]string, error) {
+			return nil, d.subnets.Err()
 		}},
 		{Name: partState, Finding: findings.StateNotKept, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
 	}

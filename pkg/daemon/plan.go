@@ -18,6 +18,7 @@ import (
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/pathmtu"
+	"github.com/headcni/headcni/pkg/policy/subnets"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/serviceroute"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -37,6 +38,10 @@ type observation struct {
 	// advertised is all that tailscaled advertises, serves are the routes to services that it is to, servesErr is what keeps it from more.
 	advertised, serves []netip.Prefix
 	servesErr          error
+	// hostNetworks are what the host has routes to but the default one.
+	hostNetworks []netip.Prefix
+	// subnets are networks behind devices of the tailnet.
+	subnets subnets.Known
 	// shared are networks that the host has inside the tailnet's IPv4 range.
 	shared []netip.Prefix
 	dns    nodedns.Seen
@@ -92,6 +97,8 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 		duplicate: errors.Join(append(o.held, duplicate(own, o))...),
 	}
 	p.prefs.DropRoutes = netset.Without(s.Advertised, p.prefs.AdvertiseRoutes)
+	host := subnets.Host{Addrs: []netip.Addr{o.nodeAddr4, o.nodeAddr6}, Links: o.hostPrefixes, Routes: o.hostNetworks, Cluster: o.ranges.All()}
+	o.subnets.Plan(host, c.Network.TailnetSubnets == config.SubnetsAllow, &p.node, &p.firewall)
 	p.mtu = podMTU(c, o)
 	if o.Mode == config.ModeDaemon {
 		// The dedicated tailscaled must not take the host's resolver over.

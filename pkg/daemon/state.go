@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/pathmtu"
+	"github.com/headcni/headcni/pkg/policy/subnets"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -42,6 +43,8 @@ type state struct {
 	TakenBackFor string `json:"takenBackFor,omitempty"`
 	// Hidden are the names of other CNIs' configurations that cni.exclusive has hidden.
 	Hidden []string `json:"hidden,omitempty"`
+	// Subnets are networks behind devices of the tailnet.
+	Subnets subnets.Known `json:"subnets,omitzero"`
 	// Kubernetes is what it last said.
 	Kubernetes nodeview.LastKnown `json:"kubernetes,omitzero"`
 }

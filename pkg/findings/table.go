@@ -81,6 +81,7 @@ const (
 	PolicyNot   ID = "HC601"
 	PolicyWaits ID = "HC602"
 	PolicyStale ID = "HC603"
+	Subnets     ID = "HC604"
 
 	ServicesNotHere ID = "HC701"
 	ServicesNowhere ID = "HC702"
@@ -260,6 +261,7 @@ var Table = []Finding{
 	{PolicyNot, Fail, "NetworkPolicies are not in force", "They could not be learned, compiled or written. New pods wait for them, and those that run keep what they had.", "see the text; `headcnictl policy list` on the node says how they stand."},
 	{PolicyWaits, Warn, "pods wait for their policies", "The API server has not told of them yet, so they reach their own node only.", "see that the node's daemon reaches the API server."},
 	{PolicyStale, Warn, "policies are those of before the daemon's start", "The API server has not answered since, and the last known ones are in force.", "see that the node reaches the API server."},
+	{Subnets, Warn, "who may use subnets of the tailnet is not as Namespaces say", "Namespaces cannot be read, or the kernel did not take it. Pods keep what they had, and new ones have no consent.", "see the text: the chart's ClusterRole lets the daemon list and watch namespaces."},
 
 	{ServicesNotHere, Fail, "the tailnet does not reach services by this node", "The node is chosen by `network.advertiseServices`, and services do not work on it: its kube-proxy does not say that they do, or its own rules or links are not as they should be.", "see the text; it leads there again by itself once they work. Where kube-proxy's health is elsewhere, set `network.advertiseServices.healthURL`."},
 	{ServicesNowhere, Warn, "the tailnet does not reach services as it is to", "No Node has the labels of `network.advertiseServices`, the ranges of services are not known or cannot be used, or Headscale's policy lets nobody there.", "see the text; `headcnictl dns headscale` prints the lines for Headscale."},

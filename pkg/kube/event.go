@@ -33,6 +33,8 @@ type Event struct {
 	// Action is the event's action: one word for the subject.
 	Action string
 	Note   string
+	// Key, where it is set, makes an event one with what others write of the same object and key.
+	Key string
 	// Resolved is false where somebody has to do something.
 	Resolved bool
 }
@@ -67,8 +69,12 @@ func (r Reporter) Write(ctx context.Context, e Event) error {
 	if len(e.Note) > maxNote {
 		e.Note = strings.ToValidUTF8(e.Note[:maxNote-3], "") + "..."
 	}
+	key := e.Key
+	if key == "" {
+		key = fmt.Sprintf("%x", e.Time.UnixNano())
+	}
 	_, err := r.Client.Events(namespace).Create(ctx, &eventsv1.Event{
-		ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("%s.%x", e.About.Name, e.Time.UnixNano()), Namespace: namespace},
+		ObjectMeta: metav1.ObjectMeta{Name: e.About.Name + "." + key, Namespace: namespace},
 		EventTime:  metav1.NewMicroTime(e.Time.Truncate(time.Microsecond)), Type: kind, Reason: reason, Action: e.Action, Note: e.Note,
 		Regarding: e.About, ReportingController: prefix + r.Program, ReportingInstance: r.Instance,
 	}, metav1.CreateOptions{})

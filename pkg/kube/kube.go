@@ -62,6 +62,9 @@ const (
 // TailnetName, on a Service, is the name that it wants in the tailnet, without the tailnet's domain.
 const TailnetName = prefix + "tailnet-name"
 
+// TailnetSubnets, on a Namespace, are the networks behind devices of the tailnet that its pods may use: prefixes separated by commas.
+const TailnetSubnets = prefix + "tailnet-subnets"
+
 // States of a View.
 const (
 	// StateRouted: the routes in View.Routes lead to the node.

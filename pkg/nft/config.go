@@ -39,6 +39,20 @@ type Config struct {
 	PathMTU int
 	// HostMode: tailscaled is the host's own, and may be a user's exit node or subnet router.
 	HostMode bool
+	// Subnets are networks behind devices of the tailnet that are not the cluster's.
+	Subnets Subnets
+}
+
+// Subnets say who reaches networks behind devices of the tailnet. The zero value lets no pod.
+type Subnets struct {
+	// Open lets every pod.
+	Open bool
+	// Known are those that pods reach by the tunnel or not at all, without networks of the host's own, Beside, that lie in them.
+	Known, Beside []netip.Prefix
+	// Named are those that some pods may reach: Tables.Consent says which.
+	Named []netip.Prefix
+	// Exit: the node's user has chosen an exit node. What leaves by the tunnel then is for a subnet only where it is Known.
+	Exit bool
 }
 
 // Validate returns all faults joined.
@@ -56,7 +70,8 @@ func (c Config) Validate() error {
 	if c.PathMTU != 0 && c.PathMTU < 576 {
 		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
-	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Sites, c.Links) {
+	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Sites, c.Links,
+		c.Subnets.Known, c.Subnets.Beside, c.Subnets.Named) {
 		if !p.IsValid() || p.Bits() == 0 {
 			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))
 		}

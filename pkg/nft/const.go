@@ -32,6 +32,11 @@ const (
 	setCurious = "curious"
 	// setShared holds what is the host's inside the tailnet's range.
 	setShared = "shared"
+	// setSubnets holds the networks behind devices of the tailnet, setBeside the host's own inside them.
+	setSubnets = "subnets"
+	setBeside  = "beside"
+	// consentPrefix begins the names of the sets of pods' links that may reach a subnet. Tables.Consent fills them.
+	consentPrefix = "to_"
 
 	// chainAntispoof runs before conntrack, so that a forged packet never makes an entry.
 	chainAntispoof = "antispoof"
@@ -102,6 +107,10 @@ const (
 	DropPodSource = "pod_source"
 	// A pod begins something with a tailnet device that it must not (Config.TailnetEgress).
 	DropTailnetEgress = "tailnet_egress"
+	// A pod sends to a network behind a device of the tailnet, or hears from one, without consent (Config.Subnets).
+	DropTailnetSubnet = "tailnet_subnet"
+	// What is for such a network would leave by a foreign link.
+	DropSubnetClear = "subnet_in_clear"
 	// A pod sends something else to tailscaled's own address than a question to its resolver.
 	DropTailscaled = "tailscaled"
 	// A pod asks the node for names faster than it is answered.
@@ -115,7 +124,8 @@ const (
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
 	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
-	DropServiceClear, DropTailnetService, DropPodSource, DropTailnetEgress, DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropNoWay,
+	DropServiceClear, DropTailnetService, DropPodSource, DropTailnetEgress, DropTailnetSubnet, DropSubnetClear,
+	DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropNoWay,
 }
 
 // The kernel has one table of neighbours a family for all links and all namespaces, with room for 1024 (gc_thresh3), and one that does not

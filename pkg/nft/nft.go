@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"sync"
 
@@ -30,6 +31,10 @@ type Tables struct {
 	// What was written last, what the kernel listed right after, and the generation at which it still held that.
 	text    string
 	written observed
+
+	// Who may reach which subnet, nil before anybody has said so, and how that is written.
+	consent map[netip.Prefix][]int
+	conn    nfnl.Conn
 
 	// What was counted in all, by reason, and what each counter of the kernel said last, by family and reason.
 	drops, seen map[string]uint64
@@ -82,7 +87,8 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 			break
 		}
 	}
-	return changes(first, before), nil
+	_, err = t.writeConsent() // a table that was made anew has lost it
+	return changes(first, before), err
 }
 
 // write makes the tables hold want, in one transaction for both families where that works.
@@ -123,6 +129,9 @@ func (t table) replace(tx *knftables.Transaction, have listing) {
 		return
 	}
 	t.fill(tx)
+	for _, name := range stale(t, have) {
+		tx.Delete(t.set(set{name: name, links: true}))
+	}
 }
 
 // recreate takes the whole table away and makes it again.
@@ -170,8 +179,8 @@ func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
 
 // relevant looks at an event's table, which is attribute 1 of every kind of object, so that kube-proxy's thousands of
 // changes wake nobody.
-func relevant(_ int, attrs map[int][]byte) bool {
-	return nfnl.Text(attrs[unix.NFTA_RULE_TABLE]) == names.NFTTable
+func relevant(msg int, attrs map[int][]byte) bool {
+	return nfnl.Text(attrs[unix.NFTA_RULE_TABLE]) == names.NFTTable && !ofConsent(msg, attrs)
 }
 
 // hasIPv6 is false on a host that was started with ipv6.disable=1 or has no IPv6 in its kernel.

@@ -60,7 +60,7 @@ const (
 	// NFT_SET_ELEM_INTERVAL_END.
 	nftSetElemIntervalEnd = 1
 	// The nft program's own numbers for key types (its enum datatypes), which the kernel keeps.
-	ipaddrType, ip6addrType = 7, 8
+	ipaddrType, ip6addrType, ifindexType = 7, 8, 20
 )
 
 // list reads our table of one family.
@@ -144,8 +144,8 @@ func listSets(fam uint8, out listing) error {
 		if out["set "+name], err = flatten(s, nftaSetHandle, unix.NFTA_SET_ID, nftaSetCount); err != nil {
 			return err
 		}
-		if name == setAsked || name == setAskers {
-			continue // the kernel fills them
+		if name == setAsked || name == setAskers || name == setCurious || strings.HasPrefix(name, consentPrefix) {
+			continue // the kernel fills them, and Consent
 		}
 		elements, err := nfnl.Request(fam, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
 			nfnl.Name(unix.NFTA_SET_ELEM_LIST_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_SET_ELEM_LIST_SET, name))
@@ -287,14 +287,19 @@ func (t table) mustRecreate(have listing) bool {
 	for _, s := range t.sets {
 		known["set "+s.name], known["elements of set "+s.name] = true, true
 		def, ok := have["set "+s.name]
-		flags := nftSetInterval
-		if s.size > 0 {
-			flags = nftSetFilled
+		flags, kind := attrText(unix.NFTA_SET_FLAGS, nftSetInterval), kind
+		switch {
+		case s.links:
+			flags, kind = "", ifindexType // the kernel tells no flags where there are none
+		case s.size > 0:
+			flags = attrText(unix.NFTA_SET_FLAGS, nftSetFilled)
 		}
-		if ok && !(strings.Contains(def, attrText(unix.NFTA_SET_FLAGS, flags)) &&
-			strings.Contains(def, attrText(unix.NFTA_SET_KEY_TYPE, kind))) {
+		if ok && !(strings.Contains(def, flags) && strings.Contains(def, attrText(unix.NFTA_SET_KEY_TYPE, kind))) {
 			return true
 		}
+	}
+	for _, name := range stale(t, have) {
+		known["set "+name] = true // fill deletes it
 	}
 	objects := 0
 	for name := range have {

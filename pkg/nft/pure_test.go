@@ -19,9 +19,17 @@ import (
 func variants() map[string]Config {
 	with := func(change func(*Config)) Config { c := typical(); change(&c); return c }
 	return map[string]Config{
-		"typical":       typical(),
-		"preserve":      with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
-		"deny":          with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
+		"typical":  typical(),
+		"preserve": with(func(c *Config) { c.TailnetEgress = config.EgressPreserve }),
+		"deny":     with(func(c *Config) { c.TailnetEgress = config.EgressDeny }),
+		"subnets": with(func(c *Config) {
+			c.TailnetEgress = config.EgressDeny
+			c.Subnets = Subnets{Known: prefixes("192.168.50.0/24", "10.128.0.0/9", "fd00:50::/64"), Beside: prefixes("10.130.0.0/16"),
+				Named: prefixes("192.168.50.0/24", "192.168.50.128/25", "fd00:50::/64"), Exit: true}
+		}),
+		"subnets-open": with(func(c *Config) {
+			c.Subnets = Subnets{Open: true, Known: prefixes("192.168.50.0/24", "fd00:50::/64"), Named: prefixes("192.168.50.0/24")}
+		}),
 		"lan-allow":     with(func(c *Config) { c.LANIngress = true; c.Sites = prefixes("192.168.5.0/24") }),
 		"serves":        with(func(c *Config) { c.Served = prefixes("10.96.0.0/12", "fd00:96::7/128") }),
 		"clamp":         with(func(c *Config) { c.PathMTU = 1232 }),
@@ -57,16 +65,18 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"nd-redirect": "3.13", "nd-neighbor-solicit": "3.13", "mld2-listener-report": "3.13 (nft 0.9)",
 		"meta": "3.13", "mark": "3.13", "set": "3.14 meta set", "drop": "3.13", "accept": "3.13", "return": "3.13",
 		"masquerade": "3.18 nft_masq", "fully-random": "3.18", "snat": "3.13 nft_nat", "to": "3.13",
-		"fib": "4.10 nft_fib", "iif": "4.10 fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
+		"fib": "4.10 nft_fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
 		"update": "4.1 nft_dynset", "{": "4.1", "}": "4.1", "timeout": "4.1", "5s": "4.1", "60s": "4.1", "limit": "3.13", "rate": "3.13", "over": "4.3",
 		"64/second": "3.13", "burst": "4.3", "128": "4.3", "2000/second": "3.13", "4000": "4.3", "packets": "4.3", "state": "3.13 ct", "established,related": "3.13",
-		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13",
-		"ct": "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
+		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13", "iif": "3.13 meta, 4.10 fib",
+		"l4proto": "3.14 meta", "reject": "3.14 nft_reject", "with": "3.14", "reset": "3.14", "admin-prohibited": "3.14", "invalid": "3.13 ct", "related": "3.13 ct",
+		"established": "3.13 ct",
+		"ct":          "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
 		"tcp": "3.13", "udp": "3.13", "dport": "3.13", "53": "3.13", "flags": "3.13", "(syn": "3.13", "rst)": "3.13", "syn": "3.13", "option": "4.11 exthdr", "maxseg": "4.11 exthdr",
 		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
-	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious|subnets|beside|to_[0-9a-f._]+/[0-9]+)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
 	for name, cfg := range variants() {
 		for _, table := range rulesetOf(cfg) {
@@ -115,8 +125,9 @@ func TestEveryDropCounts(t *testing.T) {
 			for _, c := range table.chains {
 				for _, r := range c.rules {
 					_, reason, counts := strings.Cut(r, `counter name "`)
-					reason, ok := strings.CutSuffix(reason, `" drop`)
-					if counts != strings.HasSuffix(r, "drop") || counts && (!ok || !slices.Contains(reasons, reason)) {
+					reason, end, ok := strings.Cut(reason, `" `)
+					ends := end == "drop" || strings.HasPrefix(end, "reject with ")
+					if counts != (strings.HasSuffix(r, "drop") || strings.Contains(r, "reject")) || counts && !ends || counts && (!ok || !slices.Contains(reasons, reason)) {
 						t.Errorf("%s, chain %s: %q", name, c.name, r)
 					}
 					seen[reason] = true

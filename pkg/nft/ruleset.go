@@ -26,6 +26,8 @@ type set struct {
 	elements []netip.Prefix
 	// size is not 0 where the kernel fills the set, and how far.
 	size uint64
+	// links: it holds links, of pods that may reach the prefix of this name. Consent fills it.
+	links bool
 }
 
 type chain struct {
@@ -46,12 +48,12 @@ func tableOf(family knftables.Family, cfg Config) table {
 	return table{
 		family:   family,
 		counters: reasons,
-		sets: []set{
+		sets: append([]set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
 			setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
-			{name: setCurious, size: curiousSize},
-		},
+			{name: setCurious, size: curiousSize}, setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
+		}, consentSets(family, cfg)...),
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
 			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, tunnel(cfg)},
@@ -151,10 +153,10 @@ func clamp(family knftables.Family, cfg Config) []string {
 // DNAT by whomever. Without a conntrack entry there is neither. In front stands what is frequent.
 func lan(family knftables.Family, cfg Config) []string {
 	fam := string(family)
-	rules := fromPods(fam, cfg)
+	rules := fromPods(family, cfg)
 	toPods := rule(`oifname != "%s"`, names.PodLinks)
 	if cfg.TunName != "" {
-		rules = append(rules, rule(`iifname "%s" accept`, cfg.TunName))
+		rules = append(rules, fromTunnel(family, cfg)...)
 		toPods = rule(`oifname != "%s" %s`, cfg.TunName, toPods)
 	}
 	rules = append(rules, toPods+" accept", "ct direction reply accept",
@@ -177,12 +179,10 @@ func lan(family knftables.Family, cfg Config) []string {
 }
 
 // fromPods lets pods send, but for one that goes through the neighbours of the node. In front stands what is frequent.
-func fromPods(fam string, cfg Config) []string {
-	from := rule(`iifname "%s"`, names.PodLinks)
+func fromPods(family knftables.Family, cfg Config) []string {
+	fam, from := string(family), rule(`iifname "%s"`, names.PodLinks)
 	rules := []string{rule(`%s oifname "%s" accept`, from, names.PodLinks)}
-	if cfg.TunName != "" {
-		rules = append(rules, rule(`%s oifname "%s" accept`, from, cfg.TunName))
-	}
+	rules = append(rules, toSubnets(family, cfg)...)
 	return append(rules, from+" ct state established,related accept",
 		rule(`%s %s daddr != @%s accept`, from, fam, setLinks),
 		rule(`%s %s daddr @%s update @%[3]s { %[2]s daddr timeout %[4]ds } accept`, from, fam, setAsked, int(askedFor.Seconds())),
@@ -205,6 +205,9 @@ func guard(family knftables.Family, cfg Config) []string {
 		if cfg.TailnetEgress == config.EgressDeny {
 			// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
 			out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setKeepSource, quad100[family], setOwn)
+			if len(cfg.Subnets.Known) > 0 {
+				out += rule(` %s daddr != @%s`, fam, setSubnets) // the forward hook has judged that
+			}
 			rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropTailnetEgress))
 		}
 	}
@@ -257,7 +260,7 @@ func notShared(family knftables.Family, side string) string {
 func last(family knftables.Family, cfg Config) []string {
 	fam := string(family)
 	rules := []string{toPod}
-	if cfg.TunName != "" && cfg.TailnetEgress != config.EgressPreserve && cfg.TailnetEgress != config.EgressDeny {
+	if cfg.TunName != "" && cfg.TailnetEgress != config.EgressPreserve {
 		rules = append(rules, throughTunnel(family, cfg))
 		out := rule(`oifname "%[1]s" %[2]s daddr != %[3]s %[2]s saddr @%[4]s`, cfg.TunName, fam, quad100[family], setOwn)
 		// A device that called the pod by its own address hears that address.
@@ -284,7 +287,7 @@ func nat(family knftables.Family, cfg Config) []string {
 		switch {
 		case cfg.TailnetEgress == config.EgressPreserve:
 			rules = append(rules, rule(`%s saddr @%s oifname "%s" return`, fam, setOwn, tun))
-		case !cfg.Masquerade && cfg.TailnetEgress != config.EgressDeny:
+		case !cfg.Masquerade:
 			rules = append(rules, rule(`%s saddr @%s oifname "%s" masquerade fully-random`, fam, setOwn, tun))
 		}
 	}
@@ -367,7 +370,7 @@ func (t table) fill(tx *knftables.Transaction) {
 	}
 	for _, s := range t.sets {
 		tx.Add(t.set(s))
-		if s.size > 0 {
+		if s.filled() {
 			continue
 		}
 		tx.Flush(t.set(s))
@@ -384,6 +387,9 @@ func (t table) fill(tx *knftables.Transaction) {
 	}
 }
 
+// filled: not by what a Config says.
+func (s set) filled() bool { return s.size > 0 || s.links }
+
 func (t table) object() *knftables.Table {
 	return &knftables.Table{Family: t.family, Name: names.NFTTable}
 }
@@ -392,6 +398,9 @@ func (t table) set(s set) *knftables.Set {
 	kind := "ipv4_addr"
 	if t.family == knftables.IPv6Family {
 		kind = "ipv6_addr"
+	}
+	if s.links {
+		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: "iface_index"}
 	}
 	if s.size > 0 {
 		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind, Size: &s.size,

@@ -24,6 +24,7 @@ type schema map[string]any
 var allowed = map[string][]any{
 	"tailscale.mode":                 {"auto", "host", "daemon"},
 	"network.tailnetEgress":          {"masquerade", "preserve", "deny"},
+	"network.tailnetSubnets":         {"deny", "allow"},
 	"network.policyStartup":          {"strict", "open"},
 	"ipam.strategy":                  {"sequential", "random", "dense-pack"},
 	"network.advertiseServices.only": {"", "named"},

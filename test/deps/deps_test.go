@@ -77,6 +77,7 @@ var level = map[string]int{
 	"pkg/policy/explain": 5,
 
 	"pkg/policy/nodepolicy": 6,
+	"pkg/policy/subnets":    6,
 
 	"pkg/controller": 7,
 	"pkg/daemon":     7,

@@ -27,7 +27,10 @@ const (
 	// prefTailnetHost: a network that the host has inside 100.64.0.0/10, which is not the tailnet's alone, by main's routes
 	// that are longer.
 	prefTailnetHost = 5190
-	// prefCluster: other nodes' pods, by tailscaled's table.
+	// prefBeside: a network of the host's own inside a subnet of the tailnet, for pods, by main's routes that are no shorter. No range of
+	// the cluster's or the tailnet's is such a network or such a subnet, so that they share numbers without asking which comes first.
+	prefBeside = prefTailnetHost
+	// prefCluster: other nodes' pods, by tailscaled's table; for pods subnets too.
 	prefCluster = 5191
 	// prefClusterElse: or nowhere, whatever other routes there are.
 	prefClusterElse = 5192

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -202,12 +203,11 @@ func listRoutes(f family) ([]route, error) {
 	return out, nil
 }
 
-// SharedWithTailnet are the parts of the tailnet's IPv4 range that main has routes to: networks of the host's own, which pods may
-// reach all the same (prefTailnetHost).
-func SharedWithTailnet() ([]netip.Prefix, error) {
+// HostNetworks are what main has routes to but the default one: networks of the host's own, and its pods.
+func HostNetworks() ([]netip.Prefix, error) {
 	var out []netip.Prefix
 	for _, f := range families {
-		if !f.shared {
+		if !hasFamily(f) {
 			continue
 		}
 		filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST}
@@ -218,12 +218,20 @@ func SharedWithTailnet() ([]netip.Prefix, error) {
 			return nil, fmt.Errorf("list %s routes: %w", f.name, err)
 		}
 		for _, r := range routes {
-			if to := routeTo(r, f); f.tailnet.Contains(to.Addr()) && to.Bits() > f.tailnet.Bits() {
+			if to := routeTo(r, f); to.Bits() > 0 && !to.Addr().IsLinkLocalUnicast() && !to.Addr().IsMulticast() {
 				out = append(out, to)
 			}
 		}
 	}
-	return netset.Union(out), nil
+	return out, nil
+}
+
+// SharedWithTailnet are the parts of the tailnet's IPv4 range that are among the host's networks, which pods may reach all the same
+// (prefTailnetHost).
+func SharedWithTailnet(host []netip.Prefix) []netip.Prefix {
+	return netset.Union(slices.DeleteFunc(slices.Clone(host), func(p netip.Prefix) bool {
+		return !netset.Covers([]netip.Prefix{netset.TailnetIPv4}, p) || p.Bits() == netset.TailnetIPv4.Bits()
+	}))
 }
 
 // routeTo is a route's destination, which the library leaves out where it is everything.

@@ -24,6 +24,9 @@ type Config struct {
 	Leaving []netip.Prefix
 	// TunName is tailscaled's interface, "" while it is not known.
 	TunName string
+	// Subnets are networks behind devices of the tailnet that pods reach by the tunnel or not at all, but for networks of the host's own
+	// that lie in them, Beside.
+	Subnets, Beside []netip.Prefix
 	// LANFirst keeps the node's default route before routes that peers advertise: for hosts whose user had neither
 	// accept-routes nor an exit node.
 	LANFirst bool

@@ -157,6 +157,19 @@ func wantedRules(f family, cfg Config) []rule {
 		add(prefCluster, p, tunnel)
 		add(prefClusterElse, p, unreachable)
 	}
+	pods := f.of(netset.Union(cfg.Own, cfg.Leaving))
+	fromPods := func(pref uint32, to netip.Prefix, change func(*rule)) {
+		for _, p := range pods {
+			add(pref, to, func(r *rule) { change(r); r.from = p })
+		}
+	}
+	for _, p := range f.of(netset.Union(cfg.Beside)) {
+		fromPods(prefBeside, p, func(r *rule) { r.suppress = int32(p.Bits()) - 1 })
+	}
+	for _, p := range f.of(netset.Union(cfg.Subnets)) {
+		fromPods(prefCluster, p, tunnel)
+		fromPods(prefClusterElse, p, unreachable)
+	}
 	add(prefTailnet, f.tailnet, tunnel)
 	// tailscaled itself, which its mark lets by prefTailnet, must not ask the LAN either when it begins.
 	add(prefResolverElse, netip.PrefixFrom(f.resolver, f.resolver.BitLen()), func(r *rule) { unreachable(r); r.mask = 0 })

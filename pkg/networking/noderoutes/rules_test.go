@@ -130,7 +130,11 @@ func TestRulesShareTheTailnetsRange(t *testing.T) {
 	ns.Run(t, "ip", "route", "add", "100.64.0.0/10", "via", "192.168.88.254")
 	ns.Run(t, "ip", "route", "add", "unreachable", "100.65.0.0/16")
 	var shared []netip.Prefix
-	ns.Do(t, func() (err error) { shared, err = SharedWithTailnet(); return err })
+	ns.Do(t, func() error {
+		networks, err := HostNetworks()
+		shared = SharedWithTailnet(networks)
+		return err
+	})
 	if want := prefixes("100.100.2.0/24"); !slices.Equal(shared, want) {
 		t.Errorf("shared with the tailnet: %v, want %v", shared, want)
 	}
@@ -202,4 +206,53 @@ func left(all []rule, gone []bool) (out []rule) {
 		}
 	}
 	return out
+}
+
+// Pods reach a subnet of the tailnet by the tunnel or not at all; the host goes its own way, and its own networks inside stay where they are.
+func TestRulesOfSubnets(t *testing.T) {
+	const unreachable = "unreachable"
+	for flag, more := range map[string]*strings.Replacer{
+		"-4": strings.NewReplacer("$part", "198.51.100.128/25", "$inpart", "198.51.100.200", "$around", "198.51.0.0/16"),
+		"-6": strings.NewReplacer("$part", "2001:db8:7:8::/64", "$inpart", "2001:db8:7:8::9", "$around", "2001:db8::/32"),
+	} {
+		fill := func(text string) string { return fibAddrs[flag].Replace(more.Replace(text)) }
+		for _, c := range []struct {
+			name, calamity string
+			want           map[string]string
+		}{
+			{"all well", "true", map[string]string{"$outside $frompod": "headcni01", "$outside": "eth0", "$inpart $frompod": "eth0", "$inpart": "eth0",
+				"$remote $frompod": "headcni01", "$lan3 $frompod": "eth0"}},
+			{"the tunnel is dead", "ip route flush table 52", map[string]string{"$outside $frompod": unreachable, "$outside": "eth0", "$inpart $frompod": "eth0"}},
+			{"the tun is gone", "ip link del headcni01", map[string]string{"$outside $frompod": unreachable}},
+			{"the tunnel is dead and a wider route is there", "ip route flush table 52; ip route add $around via $lan2 dev eth0",
+				map[string]string{"$outside $frompod": unreachable, "$outside": "eth0"}},
+			{"the host's own network is away", "ip route del $part", map[string]string{"$inpart $frompod": "headcni01"}},
+			{"both", "ip route del $part; ip route flush table 52", map[string]string{"$inpart $frompod": unreachable}},
+		} {
+			t.Run(flag+" "+c.name, func(t *testing.T) {
+				ns := nstest.New(t)
+				ns.Run(t, "sh", "-ec", fill(fibWorld+"\nip route add $part via $lan2 dev eth0"))
+				cfg := Config{Own: prefixes("10.244.1.0/24", "fd00:244:1::/64"), Cluster: prefixes("10.244.0.0/16", "fd00:244::/32"), TunName: "headcni01",
+					LANFirst: true, Subnets: prefixes("198.51.100.0/24", "2001:db8:7::/48"), Beside: prefixes("198.51.100.128/25", "2001:db8:7:8::/64")}
+				routes := New(Saved{}, nil)
+				mustSync(t, ns, routes, cfg)
+				ns.Run(t, "sh", "-ec", fill(c.calamity))
+				for dst, want := range c.want {
+					out, err := ns.Command("ip", strings.Fields("route get "+fill(dst))...).CombinedOutput()
+					got := string(out)
+					if err != nil && (strings.Contains(got, "unreachable") || strings.Contains(got, "No route to host")) {
+						got = "dev unreachable "
+					}
+					if !strings.Contains(got, "dev "+want+" ") {
+						t.Errorf("%s: %s; want %s", fill(dst), strings.TrimSpace(string(out)), want)
+					}
+				}
+				cfg.Subnets, cfg.Beside = nil, nil
+				mustSync(t, ns, routes, cfg)
+				if left := ns.Run(t, "ip", flag, "rule"); strings.Contains(left, "198.51.100") || strings.Contains(left, "2001:db8:7") {
+					t.Errorf("what nobody names any more is left: %s", left)
+				}
+			})
+		}
+	}
 }

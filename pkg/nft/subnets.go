@@ -1,0 +1,204 @@
+package nft
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/internal/nfcmd"
+	"github.com/headcni/headcni/internal/nfnl"
+	"github.com/headcni/headcni/pkg/config/names"
+)
+
+// Who may reach a network behind a device of the tailnet is a set of pods' links for each such network. A link's index comes once in the
+// life of a network namespace, so that nobody inherits what another pod was allowed, and a pod that forges a source gains nothing.
+// Sets of intervals of more than one field need kernel 5.6; these need none.
+
+// consentSets are those of the named subnets.
+func consentSets(family knftables.Family, cfg Config) (out []set) {
+	for _, p := range namedOf(family, cfg) {
+		out = append(out, set{name: consentName(p), links: true})
+	}
+	return out
+}
+
+// namedOf are the named subnets of a family. One may lie in another.
+func namedOf(family knftables.Family, cfg Config) []netip.Prefix {
+	if cfg.TunName == "" || cfg.Subnets.Open {
+		return nil
+	}
+	named := netset.OfFamily(cfg.Subnets.Named, family == knftables.IPv6Family)
+	slices.SortFunc(named, netip.Prefix.Compare)
+	return slices.Compact(named)
+}
+
+func consentName(p netip.Prefix) string {
+	return consentPrefix + strings.ReplaceAll(p.String(), ":", "_")
+}
+
+// refuse ends what matches at once: a connection by a reset, anything else by an error that says why.
+func refuse(family knftables.Family, match, reason string) []string {
+	icmp := "icmp"
+	if family == knftables.IPv6Family {
+		icmp = "icmpv6"
+	}
+	return []string{
+		rule(`%s meta l4proto tcp counter name "%s" reject with tcp reset`, match, reason),
+		rule(`%s counter name "%s" reject with %s type admin-prohibited`, match, reason, icmp),
+	}
+}
+
+// toSubnets: by the tunnel a pod reaches the cluster, devices, of which the guard judges, subnets that its Namespace may use, and who has called it.
+func toSubnets(family knftables.Family, cfg Config) (rules []string) {
+	fam, from := string(family), rule(`iifname "%s"`, names.PodLinks)
+	if cfg.TunName != "" {
+		out := rule(`%s oifname "%s"`, from, cfg.TunName)
+		if cfg.Subnets.Open {
+			rules = append(rules, out+" accept")
+		} else {
+			rules = append(rules, rule(`%s %s daddr @%s accept`, out, fam, setKeepSource), rule(`%s %s daddr %s accept`, out, fam, tailnet[family]))
+			for _, p := range namedOf(family, cfg) {
+				rules = append(rules, rule(`%s %s daddr %s iif @%s ct direction original accept`, out, fam, p, consentName(p)))
+			}
+			rules = append(rules, out+" ct direction reply accept")
+			if cfg.Subnets.Exit {
+				rules = append(rules, rule(`%s %s daddr != @%s accept`, out, fam, setSubnets))
+			}
+			// To answer what belongs to no connection would end one that is right.
+			rules = append(rules, out+" ct state invalid "+drop(DropTailnetSubnet))
+			rules = append(rules, refuse(family, out, DropTailnetSubnet)...)
+		}
+	}
+	if len(netset.OfFamily(cfg.Subnets.Known, family == knftables.IPv6Family)) == 0 {
+		return rules
+	}
+	// Routing rules would not have it so. A host may have networks of its own inside.
+	beside := rule(`%s oifname != "%s" %s daddr @%s %s daddr != @%s`, from, names.PodLinks, fam, setSubnets, fam, setBeside)
+	return append(rules, refuse(family, beside, DropSubnetClear)...)
+}
+
+// fromTunnel lets in what the tunnel brings, but for answers to pods that must not have asked (any more).
+func fromTunnel(family knftables.Family, cfg Config) []string {
+	fam, from := string(family), rule(`iifname "%s"`, cfg.TunName)
+	if cfg.Subnets.Open {
+		return []string{from + " accept"}
+	}
+	rules := []string{
+		rule(`%s oifname != "%s" accept`, from, names.PodLinks), rule(`%s %s saddr @%s accept`, from, fam, setKeepSource),
+		rule(`%s %s saddr %s accept`, from, fam, tailnet[family]), from + " ct direction original accept",
+	}
+	for _, p := range namedOf(family, cfg) {
+		rules = append(rules, rule(`%s %s saddr %s oif @%s ct direction reply accept`, from, fam, p, consentName(p)))
+	}
+	rules = append(rules, from+" ct state related accept") // an error about a connection, by a router on its way
+	if cfg.Subnets.Exit {
+		rules = append(rules, rule(`%s %s saddr != @%s accept`, from, fam, setSubnets))
+	}
+	return append(rules, rule(`%s meta l4proto tcp ct state established counter name "%s" reject with tcp reset`, from, DropTailnetSubnet), from+" "+drop(DropTailnetSubnet))
+}
+
+// Consent says which pods' links, by index, may reach which of the named subnets; all others may not. It returns what it changed. What
+// another process has said stays in force until the first call. A subnet that Sync has not had yet is written by the next Sync.
+func (t *Tables) Consent(want map[netip.Prefix][]int) (changed int, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.consent = want
+	return t.writeConsent()
+}
+
+func (t *Tables) writeConsent() (changed int, err error) {
+	if t.consent == nil {
+		return 0, nil
+	}
+	var errs []error
+	for _, f := range families {
+		n, err := t.writeConsentOf(f)
+		changed += n
+		if err != nil {
+			errs = append(errs, fmt.Errorf("write who may reach subnets to table %s %s: %w", f, names.NFTTable, nfcmd.Explain(err)))
+		}
+	}
+	return changed, errors.Join(errs...)
+}
+
+func (t *Tables) writeConsentOf(f knftables.Family) (changed int, err error) {
+	sets, err := nfnl.Request(nfproto[f], unix.NFT_MSG_GETSET, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_SET_TABLE, names.NFTTable))
+	if errors.Is(err, unix.ENOENT) {
+		return 0, nil // the table comes with the next Sync
+	}
+	if err != nil {
+		return 0, err
+	}
+	links := map[string][]int{}
+	for p, l := range t.consent {
+		links[consentName(p)] = l
+	}
+	batch := nfnl.NewBatch(nfproto[f])
+	for _, s := range sets {
+		a, err := nfnl.Attributes(s)
+		if err != nil {
+			return 0, err
+		}
+		name := nfnl.Text(a[unix.NFTA_SET_NAME])
+		if nfnl.Text(a[unix.NFTA_SET_TABLE]) != names.NFTTable || !strings.HasPrefix(name, consentPrefix) {
+			continue
+		}
+		have, err := nfnl.Elements(nfnl.Set{Family: nfproto[f], Table: names.NFTTable, Name: name})
+		if err != nil {
+			return 0, err
+		}
+		var gone, come []nfnl.Element
+		want := map[string]bool{}
+		for _, i := range links[name] {
+			want[string(binary.NativeEndian.AppendUint32(nil, uint32(i)))] = true
+		}
+		for _, e := range have {
+			if !want[e.Key] {
+				gone = append(gone, nfnl.Element{Key: e.Key})
+			}
+			delete(want, e.Key)
+		}
+		for key := range want {
+			come = append(come, nfnl.Element{Key: key})
+		}
+		batch.DelElements(names.NFTTable, name, gone)
+		batch.AddElements(names.NFTTable, name, come)
+		changed += len(gone) + len(come)
+	}
+	return changed, t.conn.Run(batch)
+}
+
+// ConsentChanges is Changes for what Consent writes.
+func (t *Tables) ConsentChanges(ctx context.Context) (<-chan struct{}, error) {
+	ch, err := nfnl.Watch(ctx, ofConsent)
+	if err != nil {
+		return nil, fmt.Errorf("subscribe to nf_tables events: %w", nfcmd.Explain(err))
+	}
+	return ch, nil
+}
+
+// ofConsent: an element of such a set has come or gone.
+func ofConsent(msg int, attrs map[int][]byte) bool {
+	return (msg == unix.NFT_MSG_NEWSETELEM || msg == unix.NFT_MSG_DELSETELEM) &&
+		nfnl.Text(attrs[unix.NFTA_SET_ELEM_LIST_TABLE]) == names.NFTTable && strings.HasPrefix(nfnl.Text(attrs[unix.NFTA_SET_ELEM_LIST_SET]), consentPrefix)
+}
+
+// stale are the sets of subnets that nobody names any more.
+func stale(t table, have listing) (out []string) {
+	for key := range have {
+		name, ok := strings.CutPrefix(key, "set ")
+		if ok && strings.HasPrefix(name, consentPrefix) && !slices.ContainsFunc(t.sets, func(s set) bool { return s.name == name }) {
+			out = append(out, name)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
