@@ -38,7 +38,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), ipamCmd(), keyCmd(), policyCmd(), probeCmd(), statusCmd(), versionCmd())
+	cmd.AddCommand(demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), ipamCmd(), keyCmd(), policyCmd(), probeCmd(), statusCmd(), sysdumpCmd(), versionCmd())
 	return cmd
 }
 

@@ -105,7 +105,8 @@ type Cluster struct {
 
 // Components of the chart, by the label app.kubernetes.io/component, whose containers are called as below.
 const (
-	labels     = "app.kubernetes.io/name=headcni"
+	// Labels select all our pods.
+	Labels     = "app.kubernetes.io/name=headcni"
 	component  = "app.kubernetes.io/component"
 	daemon     = "daemon"
 	tailscaled = "tailscaled"
@@ -162,7 +163,7 @@ func (c Cluster) find(ctx context.Context) (s Seen, err error) {
 	if err != nil {
 		return s, fmt.Errorf("list the Nodes: %w", err)
 	}
-	pods, err := c.Client.Pods(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: labels})
+	pods, err := c.Client.Pods(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: Labels})
 	if err != nil {
 		return s, fmt.Errorf("list HeadCNI's pods in namespace %s: %w", c.Namespace, err)
 	}

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"net/url"
 	"strings"
 
@@ -87,4 +89,32 @@ type limited struct{ bytes.Buffer }
 func (l *limited) Write(p []byte) (int, error) {
 	_, err := l.Buffer.Write(p[:min(len(p), max(0, maxOutput-l.Len()))])
 	return len(p), err
+}
+
+// Log returns the end of a container's log.
+func Log(ctx context.Context, c *rest.Config, pod Pod, lines int) ([]byte, error) {
+	u, err := address(c, pod, nil)
+	if err != nil {
+		return nil, err
+	}
+	u.Path = strings.TrimSuffix(u.Path, "exec") + "log"
+	u.RawQuery = url.Values{"container": {pod.Container}, "tailLines": {fmt.Sprint(lines)}}.Encode()
+	client, err := rest.HTTPClientFor(c)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxOutput))
+	if err == nil && resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s: %s", resp.Status, strings.TrimSpace(string(b[:min(len(b), 300)])))
+	}
+	return b, err
 }
