@@ -119,8 +119,11 @@ func FoundIn(err error, fallback findings.ID, optional bool) (found []Found) {
 			continue
 		}
 		severity := f.Severity
-		switch unseen := every[Unseen](e); {
-		case every[Waiting](e):
+		unseen, waiting := every[Unseen](e), every[Waiting](e)
+		switch {
+		case waiting && (optional || unseen):
+			continue // nobody has to wait for it
+		case waiting:
 			severity = findings.Wait
 		case unseen:
 			severity = findings.Warn
