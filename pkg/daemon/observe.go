@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -62,7 +60,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 			o.TailnetErr = err
 		}
 	}
-	if o.hostPrefixes, err = hostPrefixes(o.tun); err != nil {
+	if o.hostPrefixes, err = noderoutes.HostPrefixes(o.tun); err != nil {
 		return o, err
 	}
 	if o.hostNetworks, err = noderoutes.HostNetworks(); err != nil {
@@ -148,70 +146,12 @@ func sourceAddr(family int) (netip.Addr, error) {
 
 // findTun looks at the interface that it was before, and at all of them only if that is not it: a node has hundreds.
 func findTun(last string, tailnet []netip.Addr) (tailscale.Link, error) {
-	link, err := tailscale.FindTun(tailnet, func() ([]tailscale.Link, error) { return linkNamed(last) })
+	link, err := tailscale.FindTun(tailnet, func() ([]tailscale.Link, error) {
+		l, err := tailscale.LinkNamed(last)
+		return []tailscale.Link{l}, err
+	})
 	if err == nil {
 		return link, nil
 	}
 	return tailscale.FindTun(tailnet, tailscale.Links)
-}
-
-func linkNamed(name string) ([]tailscale.Link, error) {
-	i, err := net.InterfaceByName(name)
-	if err != nil {
-		return nil, err
-	}
-	prefixes, err := prefixesOf(i)
-	if err != nil {
-		return nil, err
-	}
-	l := tailscale.Link{Name: i.Name, MTU: i.MTU, Up: i.Flags&net.FlagUp != 0}
-	for _, p := range prefixes {
-		l.Addrs = append(l.Addrs, p.Addr())
-	}
-	return []tailscale.Link{l}, nil
-}
-
-// hostPrefixes are those of the host's own networks. Our links and the tun are not among them.
-func hostPrefixes(tun string) ([]netip.Prefix, error) {
-	ifaces, err := net.Interfaces()
-	if err != nil {
-		return nil, fmt.Errorf("list the host's interfaces: %w", err)
-	}
-	var out []netip.Prefix
-	for _, i := range ifaces {
-		if i.Flags&net.FlagLoopback != 0 || i.Name == tun || strings.HasPrefix(i.Name, names.PodLinkPrefix) {
-			continue
-		}
-		prefixes, err := prefixesOf(&i)
-		if err != nil {
-			continue // gone between the two requests, as pod links do
-		}
-		for _, p := range prefixes {
-			if !p.Addr().IsLinkLocalUnicast() {
-				out = append(out, p.Masked())
-			}
-		}
-	}
-	slices.SortFunc(out, netip.Prefix.Compare)
-	return slices.Compact(out), nil // kube-proxy's ipvs link has an address for each Service
-}
-
-// prefixesOf are the interface's addresses with their prefix lengths.
-func prefixesOf(i *net.Interface) ([]netip.Prefix, error) {
-	addrs, err := i.Addrs()
-	if err != nil {
-		return nil, err
-	}
-	var out []netip.Prefix
-	for _, a := range addrs {
-		n, ok := a.(*net.IPNet)
-		if !ok {
-			continue
-		}
-		ones, _ := n.Mask.Size()
-		if ip, ok := netip.AddrFromSlice(n.IP); ok {
-			out = append(out, netip.PrefixFrom(ip.Unmap(), ones))
-		}
-	}
-	return out, nil
 }

@@ -48,21 +48,33 @@ func Links() ([]Link, error) {
 	}
 	links := make([]Link, 0, len(ifaces))
 	for _, i := range ifaces {
-		l := Link{Name: i.Name, MTU: i.MTU, Up: i.Flags&net.FlagUp != 0}
-		addrs, err := i.Addrs()
-		if err != nil {
-			continue // gone between the two requests, as pod links do
+		if l, err := link(&i); err == nil { // else it is gone since, as pod links go
+			links = append(links, l)
 		}
-		for _, a := range addrs {
-			if n, ok := a.(*net.IPNet); ok {
-				if ip, ok := netip.AddrFromSlice(n.IP); ok {
-					l.Addrs = append(l.Addrs, ip.Unmap())
-				}
-			}
-		}
-		links = append(links, l)
 	}
 	return links, nil
+}
+
+// LinkNamed is one of them.
+func LinkNamed(name string) (Link, error) {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return Link{}, err
+	}
+	return link(i)
+}
+
+func link(i *net.Interface) (Link, error) {
+	l := Link{Name: i.Name, MTU: i.MTU, Up: i.Flags&net.FlagUp != 0}
+	addrs, err := i.Addrs()
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok {
+			if ip, ok := netip.AddrFromSlice(n.IP); ok {
+				l.Addrs = append(l.Addrs, ip.Unmap())
+			}
+		}
+	}
+	return l, err
 }
 
 // Where tailscaled answers DNS, as routes, and the range of IPv6 tailnet addresses.
