@@ -17,7 +17,6 @@ import (
 
 	"github.com/headcni/headcni/internal/cluster"
 	"github.com/headcni/headcni/internal/lab"
-	"github.com/headcni/headcni/internal/netset"
 )
 
 const (
@@ -42,16 +41,13 @@ type turn struct {
 	p99       time.Duration
 }
 
-// TestNamesSpeed measures how fast a pod is answered for names of the cluster and of the tailnet, by a CoreDNS on another node, and by its own
-// node's name server, with all kinds in turns. In the first rounds CoreDNS has no section of ours.
+// TestNamesSpeed measures how fast a pod is answered for names of the cluster and of the tailnet, by a CoreDNS on another node, with all
+// kinds in turns: what CoreDNS knows by itself is what it does without HeadCNI.
 func TestNamesSpeed(t *testing.T) {
 	w := start(t, cluster.Options{ProxyMode: *proxyMode})
 	w.apply(t, "echo.yaml", echoManifest)
-	manage := func(how string) {
-		w.install(t, map[string]any{"config": map[string]any{"dns": map[string]any{"manageCoreDNS": how}}})
-		eventually(t, "nodes", 2*time.Minute, w.WaitReady)
-	}
-	manage("false")
+	w.install(t, nil)
+	eventually(t, "nodes", 2*time.Minute, w.WaitReady)
 	eventually(t, "pods", 2*time.Minute, w.findPods)
 	w.apply(t, "names.yaml", namesManifest)
 	a := &askers{world: w, addresses: map[string][]string{}}
@@ -72,49 +68,42 @@ func TestNamesSpeed(t *testing.T) {
 	each := func(below string) func(int) string {
 		return func(n int) string { return fmt.Sprintf("nobody-%d.%s", n, below) }
 	}
-	node := w.Nodes[1].Name + "." + lab.BaseDomain
-	ofCluster := []subject{
-		{"a Service, by CoreDNS", server, same("echo.e2e.svc.cluster.local"), dnsmessage.RCodeSuccess},
-		{"no Service, each time another name, by CoreDNS", server, each("e2e.svc.cluster.local"), dnsmessage.RCodeNameError},
+	subjects := []subject{
+		{"a Service", server, same("echo.e2e.svc.cluster.local"), dnsmessage.RCodeSuccess},
+		{"a node", server, same(w.Nodes[1].Name + "." + lab.BaseDomain), dnsmessage.RCodeSuccess},
+		{"no Service, each time another name", server, each("e2e.svc.cluster.local"), dnsmessage.RCodeNameError},
+		{"no node, each time another name", server, each(lab.BaseDomain), dnsmessage.RCodeNameError},
 	}
-	alone := measure(t, place, ofCluster)
-	manage("auto")
-	subjects := append(slices.Clone(ofCluster),
-		subject{"a node, by CoreDNS", server, same(node), dnsmessage.RCodeSuccess},
-		subject{"no node, each time another name, by CoreDNS", server, each(lab.BaseDomain), dnsmessage.RCodeNameError},
-		subject{"a node, by the pod's own node", netip.AddrPortFrom(netset.AnswererIPv4, 53), same(node), dnsmessage.RCodeSuccess})
 	for _, s := range subjects {
 		eventually(t, s.what, 4*time.Minute, func(context.Context) error { return place.Do(func() error { _, err := s.ask(1, 0); return err }) })
 	}
-	with := measure(t, place, subjects)
-	t.Log("| A pod asks for | questions/s | p99 |\n|---|---|---|")
-	for i, s := range append(slices.Clone(ofCluster), subjects...) {
-		m, what := with, s.what
-		if i < len(ofCluster) {
-			m, what = alone, s.what+", without a section of HeadCNI's"
-		}
-		turns := m[s.what]
-		slices.SortFunc(turns, func(a, b turn) int { return int(a.perSecond - b.perSecond) })
-		middle := turns[len(turns)/2].perSecond
-		slices.SortFunc(turns, func(a, b turn) int { return int(a.p99 - b.p99) })
-		t.Logf("| %s | %.0f | %.1f ms |", what, middle, turns[len(turns)/2].p99.Seconds()*1000)
-	}
-}
-
-// measure gives each subject its turns.
-func measure(t *testing.T, place *lab.Net, subjects []subject) map[string][]turn {
-	t.Helper()
-	out := map[string][]turn{}
+	turns := map[string][]turn{}
 	for round := range askRounds {
 		for _, s := range subjects {
 			got, err := s.turn(place, round)
 			if err != nil {
 				t.Fatalf("%s: %v", s.what, err)
 			}
-			out[s.what] = append(out[s.what], got)
+			turns[s.what] = append(turns[s.what], got)
 		}
 	}
-	return out
+	table := "| A pod asks for | questions/s | p99 |\n|---|---|---|\n"
+	for _, s := range subjects {
+		perSecond := func(a turn) float64 { return a.perSecond }
+		p99 := func(a turn) float64 { return a.p99.Seconds() * 1000 }
+		table += fmt.Sprintf("| %s | %.0f | %.1f ms |\n", s.what, middle(turns[s.what], perSecond), middle(turns[s.what], p99))
+	}
+	t.Log("\n" + table)
+}
+
+// middle is the median of a figure of turns.
+func middle(turns []turn, of func(turn) float64) float64 {
+	var all []float64
+	for _, a := range turns {
+		all = append(all, of(a))
+	}
+	slices.Sort(all)
+	return all[len(all)/2]
 }
 
 // turn asks until the time is over.
