@@ -132,11 +132,25 @@ func TestDecisionsAreListed(t *testing.T) {
 
 func TestDocumentsNameTargetsThatExist(t *testing.T) {
 	makefile := read(t, "Makefile")
-	for _, name := range []string{"README.md", "CONTRIBUTING.md"} {
-		for _, m := range regexp.MustCompile("(?m)(?:^|`|sudo )make ([a-z0-9-]+)\\b").FindAllStringSubmatch(read(t, name), -1) {
+	for _, name := range []string{"README.md", "CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md", ".github/workflows/ci.yml"} {
+		for _, m := range regexp.MustCompile("(?m)(?:^|`|sudo |run: |PATH\" )make ([a-z0-9-]+)\\b").FindAllStringSubmatch(read(t, name), -1) {
 			if !strings.Contains(makefile, "\n"+m[1]+":") {
 				t.Errorf("%s says `make %s`, which the Makefile does not have", name, m[1])
 			}
+		}
+	}
+}
+
+// TestForms: GitHub shows nothing of a form or a workflow that is no YAML.
+func TestForms(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join(root, ".github/*/*.yml"))
+	if err != nil || len(files) < 4 {
+		t.Fatal(files, err)
+	}
+	for _, f := range files {
+		var form map[string]any
+		if b, err := os.ReadFile(f); err != nil || yaml.UnmarshalStrict(b, &form) != nil || len(form) == 0 {
+			t.Errorf("%s: %v, %v", f, err, form)
 		}
 	}
 }
