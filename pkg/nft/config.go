@@ -51,7 +51,9 @@ type Subnets struct {
 	Known, Beside []netip.Prefix
 	// Named are those that some pods may reach: Tables.Consent says which.
 	Named []netip.Prefix
-	// Exit: the node's user has chosen an exit node. What leaves by the tunnel then is for a subnet only where it is Known.
+	// All are those that anybody has told of, also where this node is in one itself.
+	All []netip.Prefix
+	// Exit: the node's user has chosen an exit node. What leaves by the tunnel then is for a subnet only where it is in All.
 	Exit bool
 }
 
@@ -71,7 +73,7 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
 	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Sites, c.Links,
-		c.Subnets.Known, c.Subnets.Beside, c.Subnets.Named) {
+		c.Subnets.Known, c.Subnets.Beside, c.Subnets.Named, c.Subnets.All) {
 		if !p.IsValid() || p.Bits() == 0 {
 			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))
 		}

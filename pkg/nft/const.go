@@ -32,9 +32,11 @@ const (
 	setCurious = "curious"
 	// setShared holds what is the host's inside the tailnet's range.
 	setShared = "shared"
-	// setSubnets holds the networks behind devices of the tailnet, setBeside the host's own inside them.
+	// setSubnets holds the networks behind devices of the tailnet that pods reach by the tunnel or not at all, setBeside the host's own
+	// inside them, setAbroad all of the former that there are.
 	setSubnets = "subnets"
 	setBeside  = "beside"
+	setAbroad  = "abroad"
 	// consentPrefix begins the names of the sets of pods' links that may reach a subnet. Tables.Consent fills them.
 	consentPrefix = "to_"
 

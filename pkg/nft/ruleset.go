@@ -53,6 +53,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
 			setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
 			{name: setCurious, size: curiousSize}, setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
+			setOf(family, setAbroad, cfg.Subnets.All, cfg.Subnets.Known, cfg.Subnets.Named),
 		}, consentSets(family, cfg)...),
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
@@ -205,9 +206,7 @@ func guard(family knftables.Family, cfg Config) []string {
 		if cfg.TailnetEgress == config.EgressDeny {
 			// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
 			out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setKeepSource, quad100[family], setOwn)
-			if len(cfg.Subnets.Known) > 0 {
-				out += rule(` %s daddr != @%s`, fam, setSubnets) // the forward hook has judged that
-			}
+			out += rule(` %s daddr != @%s`, fam, setAbroad) // the forward hook has judged that
 			rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropTailnetEgress))
 		}
 	}

@@ -70,7 +70,7 @@ func toSubnets(family knftables.Family, cfg Config) (rules []string) {
 			}
 			rules = append(rules, out+" ct direction reply accept")
 			if cfg.Subnets.Exit {
-				rules = append(rules, rule(`%s %s daddr != @%s accept`, out, fam, setSubnets))
+				rules = append(rules, rule(`%s %s daddr != @%s accept`, out, fam, setAbroad))
 			}
 			// To answer what belongs to no connection would end one that is right.
 			rules = append(rules, out+" ct state invalid "+drop(DropTailnetSubnet))
@@ -100,7 +100,7 @@ func fromTunnel(family knftables.Family, cfg Config) []string {
 	}
 	rules = append(rules, from+" ct state related accept") // an error about a connection, by a router on its way
 	if cfg.Subnets.Exit {
-		rules = append(rules, rule(`%s %s saddr != @%s accept`, from, fam, setSubnets))
+		rules = append(rules, rule(`%s %s saddr != @%s accept`, from, fam, setAbroad))
 	}
 	return append(rules, rule(`%s meta l4proto tcp ct state established counter name "%s" reject with tcp reset`, from, DropTailnetSubnet), from+" "+drop(DropTailnetSubnet))
 }

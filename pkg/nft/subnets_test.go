@@ -159,6 +159,9 @@ func TestSubnets(t *testing.T) {
 			{"consent, the same without masquerade", withSubnets(func(c *Config) { c.TailnetEgress, c.Masquerade = config.EgressDeny, false }), []string{"hca"}, a.nodeTailnet},
 			{"consent, own source", withSubnets(func(c *Config) { c.TailnetEgress = config.EgressPreserve }), []string{"hca"}, a.podA},
 			{"open", withSubnets(func(c *Config) { c.Subnets.Open = true }), nil, a.nodeTailnet},
+			{"an exit node, and the node is in that subnet itself", withSubnets(func(c *Config) {
+				c.Subnets = Subnets{Exit: true, All: []netip.Prefix{subnet4, subnet6}}
+			}), nil, netip.Addr{}},
 			{"an exit node, and nobody knows it as a subnet", withSubnets(func(c *Config) { c.Subnets = Subnets{Exit: true} }), nil, a.nodeTailnet},
 		} {
 			t.Run(family+"/"+c.name, func(t *testing.T) {

@@ -89,7 +89,7 @@ type Host struct {
 // Plan has a node's rules and tables say so. open: every pod may use every subnet.
 func (k Known) Plan(h Host, open bool, node *noderoutes.Config, firewall *nft.Config) {
 	node.Subnets, node.Beside = k.Here(h, open || !node.LANFirst)
-	firewall.Subnets = nft.Subnets{Open: open, Known: node.Subnets, Beside: node.Beside, Named: k.Named, Exit: k.Exit}
+	firewall.Subnets = nft.Subnets{Open: open, Known: node.Subnets, Beside: node.Beside, Named: k.Named, All: sorted(k.Held, k.Advertised), Exit: k.Exit}
 }
 
 // Here says which networks this node's pods reach by the tunnel or not at all, and which of the host's own lie in them. all: not only

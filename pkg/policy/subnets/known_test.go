@@ -82,7 +82,7 @@ func TestPlan(t *testing.T) {
 		node, firewall := noderoutes.Config{LANFirst: c.lanFirst}, nft.Config{}
 		k.Plan(Host{}, c.open, &node, &firewall)
 		if text(node.Subnets) != c.want || text(firewall.Subnets.Known) != c.want || firewall.Subnets.Open != c.open || !firewall.Subnets.Exit ||
-			text(firewall.Subnets.Named) != "192.168.50.0/24" {
+			text(firewall.Subnets.Named) != "192.168.50.0/24" || text(firewall.Subnets.All) != "192.168.50.0/24 192.168.60.0/24" {
 			t.Errorf("%+v: %v, %+v", c, node.Subnets, firewall.Subnets)
 		}
 	}
