@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -37,6 +38,9 @@ func root() *cobra.Command {
 		Version:       version.Version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+	}
+	if strings.HasPrefix(filepath.Base(os.Args[0]), "kubectl-") { // a link of that name makes it a plug-in of kubectl
+		cmd.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl headcni"}
 	}
 	cmd.AddCommand(demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), ipamCmd(), keyCmd(), policyCmd(), probeCmd(), statusCmd(), sysdumpCmd(), versionCmd())
 	return cmd

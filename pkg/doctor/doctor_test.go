@@ -115,6 +115,25 @@ func TestUnwell(t *testing.T) {
 	golden.Check(t, "testdata/doctor.txt", b.String())
 }
 
+// What many nodes say is said once: Headscale's outage is no screen for each node.
+func TestSameFindingOnce(t *testing.T) {
+	var s Seen
+	for _, name := range []string{"a", "b", "c", "d", "e", "f", "g"} {
+		n := healthy(name, "10.244.1.0/24")
+		n.Status.Parts[1] = found(findings.HeadscaleUnreached, findings.Fail, "cannot reach Headscale")
+		s.Nodes = append(s.Nodes, n)
+	}
+	s.Nodes[3].Status.Parts[1].Since = now.Add(-time.Hour)
+	r := NewReport("0.2.0", s, false)
+	var b strings.Builder
+	if err := (Text{Now: now}).Status(&b, r); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Findings) != 7 || strings.Count(b.String(), "HC220") != 1 || !strings.Contains(b.String(), "a, b, c, d, e and 2 more  approval  HC220 Headscale cannot be reached (1 h)\n") {
+		t.Errorf("%d findings:\n%s", len(r.Findings), b.String())
+	}
+}
+
 // A newer daemon may name what this program does not know.
 func TestUnknownID(t *testing.T) {
 	n := healthy("a", "10.244.1.0/24")

@@ -220,17 +220,31 @@ func one(s nodestatus.Status) (out []string) {
 	return out
 }
 
-// found prints those findings that are kind, under a title.
+// found prints those findings that are kind, under a title. What is the same on several nodes, as where Headscale is down, is printed once.
 func (t Text) found(b *strings.Builder, title string, all []Finding, kind func(Finding) bool) {
-	first := true
+	var once []Finding
+	where := map[int][]string{}
 	for _, f := range all {
 		if !kind(f) {
 			continue
 		}
-		if first {
-			fmt.Fprintf(b, "\n%s\n", title)
-			first = false
+		i := slices.IndexFunc(once, func(o Finding) bool {
+			return o.ID == f.ID && o.What == f.What && o.Cause == f.Cause && o.Severity == f.Severity
+		})
+		if i < 0 {
+			i = len(once)
+			once = append(once, f)
 		}
+		if !f.Since.IsZero() && f.Since.Before(once[i].Since) {
+			once[i].Since = f.Since
+		}
+		where[i] = append(where[i], f.Where)
+	}
+	for i, f := range once {
+		if i == 0 {
+			fmt.Fprintf(b, "\n%s\n", title)
+		}
+		f.Where = abridge(where[i])
 		t.finding(b, f)
 	}
 }
