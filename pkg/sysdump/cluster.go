@@ -25,6 +25,7 @@ type Logs func(ctx context.Context, pod podexec.Pod, lines int) ([]byte, error)
 
 // Cluster gathers from the API server, and from all nodes at once.
 func (a *Archive) Cluster(ctx context.Context, c doctor.Cluster, seen doctor.Seen, logs Logs) {
+	a.hidePods(ctx, c)
 	a.objects(ctx, c)
 	type answer struct {
 		folder string
@@ -82,12 +83,34 @@ func (a *Archive) Cluster(ctx context.Context, c doctor.Cluster, seen doctor.See
 	}
 	wg.Wait()
 	for _, an := range answers {
+		a.Hide(an.part.Names...) // before the first file: nodes speak of each other's pods
+	}
+	for _, an := range answers {
 		a.AddPart(an.folder, an.part)
 		for name, b := range an.logs {
 			a.Add(an.folder+"/"+name, b)
 		}
 		if an.err != nil {
 			a.Lacks(an.folder, an.err)
+		}
+	}
+}
+
+// hidePods learns the names of all pods where they are to be masked.
+func (a *Archive) hidePods(ctx context.Context, c doctor.Cluster) {
+	if a.masker.salt == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, max(c.Timeout, 30*time.Second))
+	defer cancel()
+	pods, err := c.Client.Pods(metav1.NamespaceAll).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		a.Lacks("the names of pods, so that those in logs and Events are not masked", err)
+		return
+	}
+	for _, p := range pods.Items {
+		if p.Labels["app.kubernetes.io/name"] != "headcni" {
+			a.Hide(p.Name, p.Namespace)
 		}
 	}
 }

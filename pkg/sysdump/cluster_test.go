@@ -83,6 +83,34 @@ func TestClusterHoldsNoSecret(t *testing.T) {
 	}
 }
 
+// The names of pods that the API server or a node tells are masked wherever they stand, and are no file's.
+func TestAnonymousCluster(t *testing.T) {
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "frontend-x7", Namespace: "shop"}, Status: corev1.PodStatus{PodIP: "10.244.1.9"}}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "worker-a"}, Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeHostName, Address: "machine7.example.com"}}}}
+	c := doctor.Cluster{
+		Client: kubetest.New(pod, node), Namespace: "kube-system", Timeout: time.Minute,
+		Exec: func(context.Context, podexec.Pod, ...string) ([]byte, error) {
+			return json.Marshal(Part{Names: []string{"cart", "redis-0"}, Files: map[string][]byte{"links.txt": []byte("alias cart/redis-0 10.244.1.9")}})
+		},
+	}
+	a := New(Options{Anonymous: true})
+	a.Hide("worker-a")
+	a.Cluster(t.Context(), c, doctor.Seen{Nodes: []doctor.Node{{Name: "worker-a", Pod: podexec.Pod{Name: "headcni-a"}}}}, func(context.Context, podexec.Pod, int) ([]byte, error) {
+		return []byte("pod shop/frontend-x7 at 10.244.1.9 on worker-a (machine7.example.com)"), nil
+	})
+	b, err := a.Bytes("", time.Unix(0, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range unpack(t, b) {
+		for _, name := range []string{"frontend-x7", "shop", "redis-0", "cart", "10.244.1.9", "worker-a", "machine7"} {
+			if strings.Contains(f.name+string(f.content), name) {
+				t.Errorf("%s is in %s: %s", name, f.name, f.content)
+			}
+		}
+	}
+}
+
 // On this machine, with a daemon's key that has no form of its own.
 func TestNodeMasksItsOwnKey(t *testing.T) {
 	c := config.Default()

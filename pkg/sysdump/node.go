@@ -20,6 +20,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -29,6 +30,8 @@ type Part struct {
 	Files   map[string][]byte `json:"files"`
 	Missing map[string]string `json:"missing,omitempty"`
 	Secrets int               `json:"secrets"`
+	// Names are those of pods and their namespaces, which an anonymous archive masks.
+	Names []string `json:"names,omitempty"`
 }
 
 // oneTimeout bounds what one file of a node may take.
@@ -82,13 +85,29 @@ func Node(ctx context.Context, c config.Config, getenv func(string) string, sock
 			p.Files[one.name] = m.Mask(b[:min(len(b), maxFile)])
 		}
 	}
-	p.Secrets = m.secrets
+	p.Secrets, p.Names = m.secrets, podNames()
 	return p
+}
+
+// podNames are the names of the pods that have links here; without an answer of the kernel there are none.
+func podNames() (out []string) {
+	var pods podlink.Handle
+	defer pods.Close()
+	all, err := pods.Attached()
+	if err != nil {
+		return nil
+	}
+	for _, l := range all {
+		namespace, name, _ := strings.Cut(l.Label, "/")
+		out = append(out, namespace, name)
+	}
+	return out
 }
 
 // AddPart adds what a node has gathered, below a folder.
 func (a *Archive) AddPart(folder string, p Part) {
 	a.masker.secrets += p.Secrets
+	a.Hide(p.Names...)
 	for name, content := range p.Files {
 		a.Add(folder+"/"+filepath.Base(name), content)
 	}
