@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -13,10 +14,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/headcni/headcni/internal/golden"
 	"github.com/headcni/headcni/internal/kubetest"
@@ -230,7 +229,7 @@ func TestCluster(t *testing.T) {
 	}
 	c.Namespace = "kube-system"
 	c.Exec = func(context.Context, podexec.Pod, ...string) ([]byte, error) {
-		return nil, apierrors.NewForbidden(schema.GroupResource{Resource: "pods/exec"}, "x", errors.New("no"))
+		return nil, fmt.Errorf("%w: pods is forbidden", podexec.ErrForbidden)
 	}
 	if _, err := c.Look(t.Context()); err == nil || !strings.Contains(err.Error(), "needs the right to create pods/exec in namespace kube-system") {
 		t.Error(err)

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/headcni/headcni/pkg/kube"
@@ -146,7 +145,7 @@ func (c Cluster) Look(ctx context.Context) (Seen, error) {
 	if err := ctx.Err(); err != nil {
 		return Seen{}, err
 	}
-	forbidden := func(n Node) bool { return apierrors.IsForbidden(n.Err) }
+	forbidden := func(n Node) bool { return errors.Is(n.Err, podexec.ErrForbidden) }
 	if i := slices.IndexFunc(s.Nodes, forbidden); i >= 0 && !slices.ContainsFunc(s.Nodes, func(n Node) bool { return n.Status != nil }) {
 		return Seen{}, fmt.Errorf("%w; asking a node needs the right to create pods/exec in namespace %s", s.Nodes[i].Err, c.Namespace)
 	}

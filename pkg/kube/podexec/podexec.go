@@ -12,10 +12,10 @@ import (
 	"strings"
 
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/util/httpstream"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/remotecommand"
 	utilexec "k8s.io/client-go/util/exec"
+	"k8s.io/streaming/pkg/httpstream"
 )
 
 // maxOutput bounds what is kept of a command's output, in bytes.
@@ -35,6 +35,9 @@ type Exit struct {
 func (e Exit) Error() string {
 	return strings.TrimSpace(fmt.Sprintf("exit code %d: %s", e.Code, e.Stderr))
 }
+
+// ErrForbidden means that whoever asks has no right to.
+var ErrForbidden = errors.New("no right to run commands in pods")
 
 // Run runs a command and returns what it wrote to standard output, also where it returns an Exit.
 func Run(ctx context.Context, c *rest.Config, pod Pod, command ...string) ([]byte, error) {
@@ -64,6 +67,8 @@ func Run(ctx context.Context, c *rest.Config, pod Pod, command ...string) ([]byt
 	case err == nil:
 	case errors.As(err, &exit):
 		err = Exit{exit.ExitStatus(), strings.TrimSpace(stderr.String())}
+	case strings.Contains(err.Error(), "is forbidden"): // of the API server's answer client-go keeps the text alone
+		err = fmt.Errorf("%w: %w", ErrForbidden, err)
 	case ctx.Err() != nil:
 		err = fmt.Errorf("no answer in time: %w", context.Cause(ctx))
 	}
