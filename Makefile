@@ -199,6 +199,12 @@ bench-names: need-go ## How fast a pod is answered for names of the cluster and 
 	@if ((EUID != 0)); then echo "make bench-names: needs root: run 'sudo make bench-names'" >&2; exit 1; fi
 	@$(WITH_CLUSTER) go test -v -count 1 -timeout 40m -run 'TestNamesSpeed$$' ./test/e2e/ -args $(E2EFLAGS)
 
+.PHONY: bench-services
+bench-services: need-go ## How long a device reaches no Service when the node that leads there is cut off, as in docs/names.md; needs root, takes 8 minutes; FAILOVERS=9
+	@if ((EUID != 0)); then echo "make bench-services: needs root: run 'sudo make bench-services'" >&2; exit 1; fi
+	@$(call PREPARE,lab,$(LAB) headcni-controller,headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m \
+		-run TestServicesFailOver ./test/tailnet/ -args -failovers $(or $(FAILOVERS),9)
+
 .PHONY: chaos
 chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 60 a minute; FAULTS=2000 SEED=7 FROM=120 ONLY='nft|ip rule'
 	@if ((EUID != 0)); then echo "make chaos: needs root: run 'sudo make chaos'" >&2; exit 1; fi

@@ -100,6 +100,9 @@ func (c Client) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		c.fail(w, err)
 		return
 	}
+	if object == nil { // deleted
+		object, q.gv = &metav1.Status{Status: metav1.StatusSuccess}, schema.GroupVersion{Version: "v1"}
+	}
 	w.Header().Set("Content-Type", runtime.ContentTypeJSON)
 	_, _ = w.Write(encode(object, q.gv)) // who asked may have gone
 }

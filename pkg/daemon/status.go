@@ -35,11 +35,13 @@ func (d *Daemon) status(ctx context.Context) nodestatus.Status {
 		d.loop.Wake()
 	}
 	s.Ready, s.Parts = d.board.Ready()
-	for _, p := range last.ranges.Pods {
-		s.PodCIDRs = append(s.PodCIDRs, nodestatus.PodCIDR{
-			CIDR: p, Advertised: slices.Contains(prefs.AdvertiseRoutes, p), Approved: slices.Contains(approved, p),
-		})
+	known := func(routes []netip.Prefix) (out []nodestatus.PodCIDR) {
+		for _, p := range routes {
+			out = append(out, nodestatus.PodCIDR{CIDR: p, Advertised: slices.Contains(prefs.AdvertiseRoutes, p), Approved: slices.Contains(approved, p)})
+		}
+		return out
 	}
+	s.PodCIDRs, s.Services = known(last.ranges.Pods), known(last.serves)
 	return s
 }
 

@@ -33,6 +33,8 @@ type Status struct {
 	// Parts are those of the node, each with its error and remedy where it has one.
 	Parts    []reconcile.Status `json:"parts"`
 	PodCIDRs []PodCIDR          `json:"podCIDRs"`
+	// Services are the routes to services that the node advertises to the tailnet. Headscale routes them to one of the nodes that do.
+	Services []PodCIDR `json:"services,omitempty"`
 	// Tailnet is nil while tailscaled does not answer.
 	Tailnet *Tailnet `json:"tailnet,omitempty"`
 }

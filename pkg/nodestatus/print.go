@@ -49,6 +49,13 @@ func (s Status) Print(out io.Writer) error {
 		}
 		fmt.Fprintf(w, "pods\t%s %s, %s\n", c.CIDR, yes(c.Advertised, "advertised"), yes(c.Approved, "approved"))
 	}
+	for _, c := range s.Services {
+		leads := "stands by, or Headscale has not told it more"
+		if c.Approved {
+			leads = "leads the tailnet there"
+		}
+		fmt.Fprintf(w, "services\t%s %s, %s\n", c.CIDR, yes(c.Advertised, "advertised"), leads)
+	}
 	if t := s.Tailnet; t != nil && len(t.Peers) > 0 {
 		fmt.Fprintln(w, "\npeer\tpath\taddress\tpods")
 		for _, p := range t.Peers {
