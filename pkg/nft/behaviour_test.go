@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -86,6 +87,64 @@ func TestSourcesAsSeenByTheReceiver(t *testing.T) {
 }
 
 // Under deny a pod still answers a device that may reach it.
+// A device of the tailnet at services, by kube-proxy's DNAT without its masquerading: it gets to those that the node leads to, and whoever
+// answers knows the way back.
+func TestServicesOutOfTheTunnel(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	for family, a := range worldAddrs {
+		fam, prefix, all := "ip", "10.96.0.", "10.96.0.0/12"
+		if family == "IPv6" {
+			fam, prefix, all = "ip6", "fd00:96::", "fd00:96::/112"
+		}
+		service := func(n string) netip.Addr { return netip.MustParseAddr(prefix + n) }
+		w.node.Run(t, "nft", "table "+fam+" kube-proxy { chain services { type nat hook prerouting priority dstnat; "+
+			fam+" daddr "+prefix+"1 dnat to "+a.podA.String()+"; "+fam+" daddr "+prefix+"2 dnat to "+a.remote.String()+"; "+
+			fam+" daddr "+prefix+"3 dnat to "+a.lan.String()+"; }; }")
+		closed, open, one, daemon := typical(), typical(), typical(), typical()
+		open.Served = prefixes(all)
+		one.Served = prefixes(netip.PrefixFrom(service("1"), service("1").BitLen()).String())
+		daemon.Served, daemon.HostMode, daemon.Masquerade, daemon.TailnetEgress = open.Served, false, false, config.EgressDeny
+		nothing := netip.Addr{}
+		for _, c := range []struct {
+			name string
+			cfg  Config
+			packet
+			want netip.Addr
+		}{
+			{"of a pod here, not led to", closed, packet{to: w.podA, dst: a.podA, asked: service("1")}, nothing},
+			{"of a pod elsewhere, not led to", closed, packet{to: w.tn, dst: a.remote, asked: service("2")}, nothing},
+			{"beside the node, not led to", closed, packet{to: w.lan, dst: a.lan, asked: service("3")}, nothing},
+			{"of a pod here", open, packet{to: w.podA, dst: a.podA, asked: service("1")}, a.device},
+			{"of a pod elsewhere", open, packet{to: w.tn, dst: a.remote, asked: service("2")}, a.nodeTailnet},
+			{"beside the node", open, packet{to: w.lan, dst: a.lan, asked: service("3")}, a.node},
+			{"of a pod here, in daemon mode and without egress", daemon, packet{to: w.podA, dst: a.podA, asked: service("1")}, a.device},
+			{"of a pod elsewhere, likewise", daemon, packet{to: w.tn, dst: a.remote, asked: service("2")}, a.nodeTailnet},
+			{"beside the node, likewise", daemon, packet{to: w.lan, dst: a.lan, asked: service("3")}, a.node},
+			{"the only one", one, packet{to: w.podA, dst: a.podA, asked: service("1")}, a.device},
+			{"not the only one", one, packet{to: w.tn, dst: a.remote, asked: service("2")}, nothing},
+			{"a pod itself, as ever", closed, packet{to: w.podA, dst: a.podA}, a.device},
+		} {
+			t.Run(family+"/"+c.name, func(t *testing.T) {
+				w.sync(c.cfg)
+				c.from, c.src = w.tn, a.device
+				hear := w.waitFor
+				if !c.want.IsValid() {
+					hear = w.heard
+				}
+				if got := hear(c.packet); got != c.want {
+					t.Errorf("the receiver heard %v, want %v", got, c.want)
+				}
+			})
+		}
+		w.sync(closed)
+		w.heard(packet{from: w.tn, src: a.device, to: w.podA, dst: a.podA, asked: service("1")})
+		if text := w.node.Run(t, "nft", "list", "counter", fam, "headcni", DropTailnetService); strings.Contains(text, "packets 0 ") {
+			t.Errorf("nothing was counted: %s", text)
+		}
+	}
+}
+
 func TestDenyLetsAnswersOut(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

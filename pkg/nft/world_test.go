@@ -123,7 +123,9 @@ type packet struct {
 	src  netip.Addr // zero: the kernel's choice
 	to   *nstest.NS // who should hear it
 	dst  netip.Addr
-	mark int
+	// asked is the address that it is sent to where that is not dst, as with a service's.
+	asked netip.Addr
+	mark  int
 }
 
 const testPort = 7777
@@ -176,7 +178,11 @@ func (w *world) send(p packet) {
 		if p.src.IsValid() {
 			d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.src, 0))
 		}
-		c, err := d.Dial("udp", netip.AddrPortFrom(p.dst, testPort).String())
+		to := p.dst
+		if p.asked.IsValid() {
+			to = p.asked
+		}
+		c, err := d.Dial("udp", netip.AddrPortFrom(to, testPort).String())
 		if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
 			return nil
 		}
