@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
@@ -297,5 +298,71 @@ func TestHeadscaleAway(t *testing.T) {
 	c.must() // everybody counts as away just now
 	if v := c.state("one"); v.State != kube.StateRouted {
 		t.Errorf("the view changed when Headscale came back: %+v", v)
+	}
+}
+
+// TestServicesOnRealHeadscale: of two Nodes with the label one leads to services, and the other when the first loses it; the third never.
+func TestServicesOnRealHeadscale(t *testing.T) {
+	w := realparts.New(t, 10*time.Millisecond)
+	const label = "node-restriction.kubernetes.io/services"
+	names := []string{"one", "two", "thief"}
+	var nodes []runtime.Object
+	for i, name := range names {
+		n := kubeNode(name, fmt.Sprintf("10.244.%d.0/24", i+1))
+		n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}}
+		if name != "thief" {
+			n.Labels = map[string]string{label: "true"}
+		}
+		nodes = append(nodes, n)
+	}
+	c := newTestCluster(t, w, nodes...)
+	c.cfg.Network.ServiceCIDRs = config.CIDRs{"10.96.0.0/16"}
+	c.cfg.Network.AdvertiseServices.NodeSelector = map[string]string{label: "true"}
+	for _, n := range nodes {
+		n := n.(*corev1.Node)
+		store := (*nodeStore)(c.Controller)
+		store.SetNode(store.Trim(n)) // with the label's key, which the watch did not know when it began
+	}
+	c.must()
+	keys := map[string]string{}
+	for i, name := range names {
+		d := w.Node()
+		d.CLI("up", "--login-server="+w.URL, "--auth-key="+c.joinKeyNow(), "--hostname="+name, fmt.Sprintf("--advertise-routes=10.244.%d.0/24,10.96.0.0/16", i+1))
+		keys[name] = nodeKeyOf(t, d)
+		c.says(name, keys[name], config.ModeDaemon)
+	}
+	services := prefixes("10.96.0.0/16")[0]
+	leads := func(approved ...string) (leader string) {
+		t.Helper()
+		c.until(fmt.Sprintf("services are approved for %v and one leads", approved), func() bool {
+			c.must()
+			leader = ""
+			var have []string
+			for _, name := range names {
+				n, err := c.api.NodeByKey(t.Context(), keys[name])
+				if err != nil {
+					t.Fatal(err)
+				}
+				if slices.Contains(n.Approved, services) {
+					have = append(have, name)
+				}
+				if slices.Contains(n.Primary, services) {
+					leader = name
+				}
+			}
+			return slices.Equal(have, approved) && slices.Contains(approved, leader)
+		})
+		return leader
+	}
+	first := leads("one", "two")
+	other := map[string]string{"one": "two", "two": "one"}[first]
+	if v := c.state(first); !slices.Equal(v.Services, prefixes("10.96.0.0/16")) || len(c.state("thief").Services) > 0 {
+		t.Errorf("told to lead: %v %v, thief %v", first, v.Services, c.state("thief").Services)
+	}
+	if _, err := c.client.Nodes().Patch(t.Context(), first, "application/merge-patch+json", []byte(`{"metadata":{"labels":null}}`), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := leads(other); got != other {
+		t.Errorf("%s leads, want %s", got, other)
 	}
 }
