@@ -1,0 +1,210 @@
+package e2e
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/internal/cluster"
+)
+
+// lookRights are the rights that README.md says whoever looks needs, and a user who has less.
+const lookRights = `
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: NAME, namespace: default}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: NAME}
+rules:
+- {apiGroups: [""], resources: [nodes], verbs: [list]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: NAME}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: NAME}
+subjects: [{kind: ServiceAccount, name: NAME, namespace: default}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: NAME, namespace: kube-system}
+rules:
+- {apiGroups: [""], resources: [pods], verbs: [list]}
+- {apiGroups: [""], resources: [RESOURCE], verbs: [VERBS]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: NAME, namespace: kube-system}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: NAME}
+subjects: [{kind: ServiceAccount, name: NAME, namespace: default}]
+`
+
+// TestCLI looks at a whole cluster from afar: healthy, with a key that Headscale refuses, without rights; and makes an archive.
+func TestCLI(t *testing.T) {
+	w := start(t, cluster.Options{Workers: 2, ProxyMode: *proxyMode})
+	ctl := filepath.Join(w.Dir, "headcnictl")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", ctl, "../../cmd/cli").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	// look returns what headcnictl prints, and its exit code.
+	look := func(ctx context.Context, kubeconfig string, args ...string) (string, string) {
+		command := fmt.Sprintf("code=0; KUBECONFIG=%s %s %s 2>&1 || code=$?; echo exit $code", kubeconfig, ctl, strings.Join(args, " "))
+		out, err := w.Control.Run(ctx, "sh", "-c", command)
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := strings.LastIndex(out, "exit ")
+		return out[:i], strings.TrimSpace(out[i+len("exit "):])
+	}
+	want := func(kubeconfig, code, text string, args ...string) {
+		t.Helper()
+		out, got := look(within(t, 5*time.Minute), kubeconfig, args...)
+		t.Logf("headcnictl %s: exit code %s\n%s", strings.Join(args, " "), got, out)
+		if got != code || !strings.Contains(out, text) {
+			t.Errorf("want exit code %s and %q", code, text)
+		}
+	}
+	admin := w.Kubeconfig()
+	want(admin, "2", "no pod of HeadCNI's daemon in namespace kube-system", "status")
+	w.install(t, nil)
+	want(admin, "0", "3 of 3 nodes right", "status", "--wait=4m")
+	want(admin, "0", " 0 failures", "doctor")
+	want(admin, "0", "1 of 1 node right", "status", "--node", w.Nodes[1].Name)
+	want(admin, "2", `there is no Node "nobody"`, "status", "--node", "nobody")
+	want(admin, "2", "no pod of HeadCNI's daemon", "status", "-n", "default")
+	want("/none", "2", "read the kubeconfig", "status")
+
+	want(w.user(t, "looker", "pods/exec"), "0", "3 of 3 nodes right", "status")
+	want(w.user(t, "reader", "pods/log"), "2", "needs the right to create pods/exec in namespace kube-system", "status")
+	want(w.user(t, "", ""), "2", "list the Nodes", "status")
+
+	dump := filepath.Join(w.Dir, "dump.tgz")
+	want(admin, "0", "secrets masked", "sysdump", "-o", dump)
+	w.checkDump(t, dump)
+	want(w.user(t, "dumper", "pods/exec"), "0", "did not answer: cluster/networkpolicies.json", "sysdump", "-o", dump)
+
+	key := w.kubectl(t, "get", "secret", "-n", namespace, "headcni-auth", "-o", "jsonpath={.data.api-key}")
+	patch := func(key string) {
+		t.Helper()
+		w.kubectl(t, "patch", "secret", "-n", namespace, "headcni-auth", "-p", `{"data":{"api-key":"`+key+`"}}`)
+	}
+	patch(base64.StdEncoding.EncodeToString([]byte("hskey-api-wrongwrongwr-" + strings.Repeat("w", 64))))
+	eventually(t, "the refused key is found", 4*time.Minute, func(ctx context.Context) error {
+		if out, code := look(ctx, admin, "status"); code != "1" || !strings.Contains(out, "HC221") {
+			time.Sleep(2 * time.Second)
+			return fmt.Errorf("exit code %s of\n%s", code, out)
+		}
+		return nil
+	})
+	want(admin, "1", "headscale apikeys create", "status")
+	patch(key)
+	want(admin, "0", "3 of 3 nodes right", "status", "--wait=4m")
+}
+
+// user makes a service account that may list nodes and pods, and get and create a resource of pods, and returns its kubeconfig. One
+// without a name may nothing.
+func (w *world) user(t *testing.T, name, resource string) string {
+	t.Helper()
+	if name == "" {
+		name = "default"
+	} else {
+		verbs := "create"
+		if resource == "pods/log" {
+			verbs = "get"
+		}
+		w.apply(t, name+".yaml", strings.NewReplacer("NAME", name, "RESOURCE", resource, "VERBS", verbs).Replace(lookRights))
+	}
+	token := strings.TrimSpace(w.kubectl(t, "create", "token", "-n", "default", name))
+	b, err := os.ReadFile(w.Kubeconfig())
+	path := filepath.Join(w.Dir, name+".kubeconfig")
+	if err = errors.Join(err, os.WriteFile(path, b, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"set-credentials", "it", "--token=" + token}, {"set-context", "--current", "--user=it"}} {
+		if _, err := w.Control.Run(within(t, time.Minute), "kubectl", append([]string{"--kubeconfig=" + path, "config"}, args...)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return path
+}
+
+// checkDump wants everything in an archive that all nodes answered for, and no secret.
+func (w *world) checkDump(t *testing.T, path string) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	z, err := gzip.NewReader(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{}
+	for r := tar.NewReader(z); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		content, err2 := io.ReadAll(r)
+		if err := errors.Join(err, err2); err != nil {
+			t.Fatal(err)
+		}
+		files[strings.TrimPrefix(h.Name, "headcni-sysdump/")] = string(content)
+	}
+	var secrets []string
+	for _, of := range []string{"headcni-auth", "headcni-join"} {
+		text := w.kubectl(t, "get", "secret", "-n", namespace, of, "-o", `go-template={{range $k, $v := .data}}{{$v}} {{end}}`)
+		for _, encoded := range strings.Fields(text) {
+			secret, err := base64.StdEncoding.DecodeString(encoded)
+			if err != nil {
+				t.Fatal(err)
+			}
+			secrets = append(secrets, encoded)
+			if s := string(secret); strings.HasPrefix(s, "hskey-") {
+				secrets = append(secrets, s, s[strings.LastIndex(s, "-")+1:])
+			}
+		}
+	}
+	if len(secrets) < 6 {
+		t.Errorf("the cluster has %d secrets: is the pattern right?", len(secrets))
+	}
+	bad := regexp.MustCompile(`nodekey:[0-9a-f]{8}|eyJ[A-Za-z0-9_-]{20}|BEGIN [A-Z ]+-----\s*[A-Za-z0-9+/]{20}`)
+	for name, text := range files {
+		for _, s := range secrets {
+			if strings.Contains(text, s) {
+				t.Errorf("a secret is in %s", name)
+			}
+		}
+		if found := bad.FindString(text); found != "" {
+			t.Errorf("%.12q... is in %s", found, name)
+		}
+	}
+	want := map[string]string{"summary.txt": "3 of 3 nodes right", "cluster/nodes.json": "podCIDR", "cluster/pods.json": "headcni-daemon", "cluster/configmap-headcni-config.json": "headscale"}
+	for _, n := range w.Nodes {
+		for name, text := range map[string]string{
+			"status.json": `"ready": true`, "daemon.log": "started", "tailscaled.log": "", "rules.txt": "5191:", "routes.txt": "table 52: unicast", "nft.txt": "chain guard",
+			"links.txt": "headcni01", "sysctls.txt": "forwarding", "conflists.txt": "headcni", "tailscale.json": "Running", "metrics.txt": "headcni_", "config.yaml": "headscale",
+		} {
+			want["nodes/"+n.Name+"/"+name] = text
+		}
+	}
+	for name, text := range want {
+		if content, ok := files[name]; !ok || !strings.Contains(content, text) {
+			t.Errorf("%q is not in %s (there: %v): %.300s", text, name, ok, content)
+		}
+	}
+	t.Logf("%s", files["summary.txt"])
+}
