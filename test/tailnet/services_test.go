@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -122,9 +121,9 @@ func (s *shop) startKubernetes(t testing.TB) {
 	}
 	s.api = kubetest.New(objects...)
 	l := labtest.Listen(t, s.Control, netip.AddrPortFrom(labtest.ControlAddr(s.Lab, false), 0))
-	server := &httptest.Server{Listener: l, Config: &http.Server{Handler: s.api}}
-	server.Start()
-	t.Cleanup(func() { server.CloseClientConnections(); server.Close() })
+	server := &http.Server{Handler: s.api}
+	go func() { _ = server.Serve(l) }()  // ends with the listener
+	t.Cleanup(func() { server.Close() }) // at once: who watches would come back for ever
 	kubeconfig := fmt.Sprintf(`{"apiVersion":"v1","kind":"Config","current-context":"x","contexts":[{"name":"x","context":{"cluster":"x","user":"x"}}],`+
 		`"clusters":[{"name":"x","cluster":{"server":"http://%s"}}],"users":[{"name":"x"}]}`, l.Addr())
 	c := map[string]any{"headscale": map[string]any{"url": s.Control.URL, "apiKeyFile": lab.KeyFile}, "network": map[string]any{
