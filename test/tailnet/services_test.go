@@ -455,9 +455,9 @@ func TestServicesFailOver(t *testing.T) {
 	s := shops.EnterLast(t)
 	s.label(t, s.a, s.b)
 	s.approved(t, s.a, s.b)
-	for _, ha := range []string{"", "3s 1s"} {
+	for _, ha := range []string{"3s 1s", ""} {
 		if ha == "" && *failovers == 1 {
-			continue // takes 15 s more each
+			continue // takes up to 15 s more each
 		}
 		s.probeRoutes(t, ha)
 		var gaps []time.Duration
@@ -523,9 +523,6 @@ func (s *shop) failOver(t *testing.T) time.Duration {
 	})
 	labtest.Sh(t, s.Control.Machine, "ip link set %s up", leader.Port)
 	labtest.EventuallyWithin(t, minutes, leader.Name+" is back", func() error {
-		if s.leads(t) == leader {
-			return errors.New("it still leads")
-		}
 		_, err := lab.Ask(t.Context(), leader, netip.AddrPortFrom(s.pods[2].Addr(false), lab.EchoPort))
 		return err
 	})
