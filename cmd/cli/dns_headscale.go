@@ -165,7 +165,7 @@ func (h toHeadscale) print(out io.Writer) error {
 	}
 	_, err = fmt.Fprintf(out, `# In Headscale's config.yaml, merged with what is there. Headscale reads these lines at its start only: restart it once. Meanwhile
 # nobody joins and no route changes its way; connections that there are, between pods too, go on.
-# node.routes.ha (Headscale 0.29): where one of several nodes with the same route dies, another has it after about 4 s instead of 9 to 15.
+# node.routes.ha (Headscale 0.29): where one of several nodes with the same route dies, another has it after 2 to 7 s instead of 8 to 15.
 # Two clusters with the same domain cannot both be split: give one of them another domain.
 %s
 # In Headscale's policy, merged with what is there; no restart (headscale policy set; SIGHUP where it is a file).
