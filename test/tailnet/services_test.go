@@ -501,11 +501,15 @@ func (s *shop) probeRoutes(t *testing.T, ha string) {
 // failOver cuts off who leads, and says how long the laptop reaches no Service.
 func (s *shop) failOver(t *testing.T) time.Duration {
 	t.Helper()
-	leader := s.leads(t)
+	var leader *lab.Node
+	labtest.Eventually(t, "the laptop goes by who leads", func() error {
+		seen, err := lab.Ask(t.Context(), s.laptop, s.outside[0])
+		if leader = s.leads(t); err == nil && (leader == nil || seen != leader.Underlay[0]) {
+			err = fmt.Errorf("it goes by %s", seen)
+		}
+		return err
+	})
 	to := s.far[0] // whose pod is neither's
-	if _, err := lab.Ask(t.Context(), s.laptop, to); err != nil {
-		labtest.Eventually(t, "the Service answers before", func() error { _, err := lab.Ask(t.Context(), s.laptop, to); return err })
-	}
 	labtest.Sh(t, s.Control.Machine, "ip link set %s down", leader.Port)
 	began := time.Now()
 	var back time.Duration
