@@ -193,11 +193,12 @@ func (r Report) lines() (out []string) {
 
 // one tells more of a node that was asked alone.
 func one(s nodestatus.Status) (out []string) {
-	right := 0
+	right, approved := 0, false
 	for _, p := range s.Parts {
 		if p.OK {
 			right++
 		}
+		approved = approved || p.OK && p.Name == "approval" // which asked whoever knows; tailscaled may learn of it hours later
 	}
 	out = append(out, fmt.Sprintf("parts\t%d\t%d right", len(s.Parts), right))
 	for _, c := range s.PodCIDRs {
@@ -205,7 +206,7 @@ func one(s nodestatus.Status) (out []string) {
 		switch {
 		case !c.Advertised:
 			state = "not advertised"
-		case !c.Approved:
+		case !c.Approved && !approved:
 			state = "advertised, not known to be approved"
 		}
 		out = append(out, fmt.Sprintf("pods\t\t%s %s", c.CIDR, state))

@@ -274,6 +274,9 @@ func readAll(dir string, patterns ...string) ([]byte, error) {
 func tree(dir string) ([]byte, error) {
 	var b bytes.Buffer
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // there were no pods yet, or one has just gone
+		}
 		if err != nil || d.IsDir() {
 			return err
 		}
