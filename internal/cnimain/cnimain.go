@@ -34,7 +34,7 @@ const inputWait = 200 * time.Millisecond
 // A configuration has to come, and to end, in this time, and to be no longer than this many bytes: one without end would hold the
 // plugin for good, or take all of the node's memory. Runtimes write theirs at once. GC's list of all attachments of a node is the longest.
 const (
-	configWait = 10 * time.Second
+	configWait = 30 * time.Second
 	configMax  = 16 << 20
 )
 
