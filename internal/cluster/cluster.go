@@ -57,6 +57,8 @@ type Options struct {
 	NoClusterCIDR bool
 	// HostTailscaled names the nodes that have a tailscaled of their own, logged in by their administrator.
 	HostTailscaled []string
+	// Device adds a machine beside the nodes that has nothing but a tailscaled of its user's: Cluster.Device.
+	Device bool
 	// NoPodCIDRs has the controller manager give nodes no pod CIDRs.
 	NoPodCIDRs bool
 	// Bin, Tools and Images are the folders of our programs, of the real parts (separated by colons; an older Kubernetes or
@@ -119,6 +121,8 @@ type Cluster struct {
 	Control *lab.Control
 	// Nodes are the control plane's and the workers, in this order.
 	Nodes []*Node
+	// Device is nil without Options.Device.
+	Device *lab.Node
 	// Client and Config are an administrator's.
 	Client kubernetes.Interface
 	Config *rest.Config
@@ -181,6 +185,9 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 	for i := range c.opt.Workers {
 		names = append(names, fmt.Sprintf("worker-%d", i+1))
 	}
+	if c.opt.Device {
+		names = append(names, "device")
+	}
 	c.lab, err = lab.New(ctx, lab.Options{
 		Nodes: len(names), Names: names, Spare: len(names), Modes: []string{"host"}, Plugins: hostPlugins,
 		Bin: c.opt.Bin, Tools: c.opt.Tools, Relay: true, Policy: c.opt.Policy,
@@ -189,7 +196,11 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 		return err
 	}
 	c.Dir, c.Control = c.lab.Dir, c.lab.Control
-	for _, n := range c.lab.Nodes {
+	nodes := c.lab.Nodes
+	if c.opt.Device {
+		c.Device, nodes = nodes[len(nodes)-1], nodes[:len(nodes)-1]
+	}
+	for _, n := range nodes {
 		c.Nodes = append(c.Nodes, &Node{Node: n, cluster: c})
 	}
 	return nil

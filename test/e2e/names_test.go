@@ -35,14 +35,23 @@ type askers struct {
 }
 
 // TestNames has pods that may ask CoreDNS and nobody else resolve the tailnet's names, by each of its pods, while Headscale is dead and
-// after tailscaled was restarted. Afterwards the Corefile is as it was, to the byte.
+// after tailscaled was restarted. A device of the tailnet resolves the cluster's names by split DNS, and reaches Services and pods by what it
+// is told. Afterwards the Corefile is as it was, to the byte.
 func TestNames(t *testing.T) {
-	w := start(t, cluster.Options{ProxyMode: *proxyMode, Policy: func(policy map[string]any) {
+	w := start(t, cluster.Options{ProxyMode: *proxyMode, Device: true, Policy: func(policy map[string]any) {
+		rule := policy["acls"].([]map[string]any)[0]
+		for _, p := range cluster.ServicePrefixes() {
+			rule["dst"] = append(rule["dst"].([]string), p.String()+":*")
+		}
 		policy["nodeAttrs"] = []map[string]any{{"target": []string{lab.Tag}, "attr": []string{"cache-network-maps", "magicdns-aaaa"}}}
 	}})
 	before := w.corefile(t)
 	w.apply(t, "echo.yaml", echoManifest)
-	w.install(t, map[string]any{"config": map[string]any{"dns": map[string]any{"alias": "e2e.k8s.lab"}}})
+	w.kubectl(t, "label", "node", w.Workers()[0].Name, servicesLabel+"=")
+	w.install(t, map[string]any{"config": map[string]any{
+		"dns":     map[string]any{"alias": "e2e.k8s.lab"},
+		"network": map[string]any{"advertiseServices": map[string]any{"nodeSelector": map[string]any{servicesLabel: ""}}},
+	}})
 	eventually(t, "nodes", 2*time.Minute, w.WaitReady)
 	eventually(t, "pods", 2*time.Minute, w.findPods)
 	w.apply(t, "names.yaml", namesManifest)
@@ -58,10 +67,12 @@ func TestNames(t *testing.T) {
 	}
 	a.deniedElsewhere(t)
 	a.printed(t)
+	w.joinDevice(t)
 
 	if err := w.Control.Headscale.Kill(); err != nil {
 		t.Fatal(err)
 	}
+	w.split(t)
 	if err := a.all(within(t, time.Minute)); err != nil {
 		t.Errorf("while Headscale is dead: %v", err)
 	}
@@ -71,6 +82,7 @@ func TestNames(t *testing.T) {
 	if err := w.Control.StartHeadscale(within(t, time.Minute)); err != nil {
 		t.Fatal(err)
 	}
+	a.fromDevice(t)
 	w.uninstall(t)
 	if after := w.corefile(t); after != before {
 		t.Errorf("the Corefile was\n%s\nand is after uninstall\n%s", before, after)
