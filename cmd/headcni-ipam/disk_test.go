@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -155,6 +156,8 @@ func TestLockIsHeld(t *testing.T) {
 	}
 	holder := exec.Command(self)
 	holder.Env = append(os.Environ(), asHolder+"="+filepath.Join(dir, "net", "lock"))
+	// In a group of its own it stays stopped when the shell ends that began the tests in the background (setpgid(2), orphaned groups).
+	holder.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, err := holder.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

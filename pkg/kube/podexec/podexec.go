@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
 
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/rest"
@@ -66,13 +67,13 @@ func Run(ctx context.Context, c *rest.Config, pod Pod, command ...string) ([]byt
 	switch {
 	case err == nil:
 	case errors.As(err, &exit):
-		err = Exit{exit.ExitStatus(), strings.TrimSpace(stderr.String())}
+		err = Exit{exit.ExitStatus(), strings.TrimSpace(string(stderr.bytes()))}
 	case strings.Contains(err.Error(), "is forbidden"): // of the API server's answer client-go keeps the text alone
 		err = fmt.Errorf("%w: %w", ErrForbidden, err)
 	case ctx.Err() != nil:
 		err = fmt.Errorf("no answer in time: %w", context.Cause(ctx))
 	}
-	return stdout.Bytes(), err
+	return stdout.bytes(), err
 }
 
 // address is that of the pod's subresource exec.
@@ -88,12 +89,23 @@ func address(c *rest.Config, pod Pod, command []string) (*url.URL, error) {
 	return u, nil
 }
 
-// limited keeps the first maxOutput bytes.
-type limited struct{ bytes.Buffer }
+// limited keeps the first maxOutput bytes. client-go may still write when it has returned for want of time.
+type limited struct {
+	mu   sync.Mutex
+	kept []byte
+}
 
 func (l *limited) Write(p []byte) (int, error) {
-	_, err := l.Buffer.Write(p[:min(len(p), max(0, maxOutput-l.Len()))])
-	return len(p), err
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.kept = append(l.kept, p[:min(len(p), maxOutput-len(l.kept))]...)
+	return len(p), nil
+}
+
+func (l *limited) bytes() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return bytes.Clone(l.kept)
 }
 
 // Log returns the end of a container's log.
