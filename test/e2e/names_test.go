@@ -209,7 +209,7 @@ func (a *askers) printed(t *testing.T) {
 		t.Errorf("headcnictl dns remote prints\n%s", out)
 	}
 	out := ctl("headscale", "--service-cidr", cluster.ServiceCIDRs)
-	for _, want := range []string{"cluster.local:\n      - " + address, "# Checked: no rule of the policy names"} {
+	for _, want := range []string{"cluster.local:\n      - " + address, "# Checked: the policy has rules to 10.96.0.0/16", "# Checked: " + a.Workers()[0].Name + " leads to 10.96.0.0/16"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}
