@@ -54,6 +54,11 @@ func TestChecks(t *testing.T) {
 	want("all there")
 	write(filepath.Join(c.CNI.ConfDir, "05-flannel.conflist"), "{}")
 	run(t, "ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
+	t.Cleanup(func() {
+		if out, err := exec.Command("ip", "link", "del", "lan0").CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
 	run(t, "ip", "address", "add", "10.244.7.1/24", "dev", "lan0")
 	run(t, "ip", "link", "set", "lan0", "up")
 	l, err := net.Listen("tcp", "127.0.0.1:0")
