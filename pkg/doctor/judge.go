@@ -11,12 +11,10 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
-
-// maxSkew is how far clocks may be apart before keys and certificates seem to have ended.
-const maxSkew = time.Minute
 
 // Finding is one thing that is not right.
 type Finding struct {
@@ -133,7 +131,7 @@ func clocks(nodes []Node) Check {
 	worst := time.Duration(0)
 	for _, n := range nodes {
 		worst = max(worst, n.Skew.Abs())
-		if n.Skew.Abs() > maxSkew {
+		if n.Skew.Abs() > headscale.MaxSkew {
 			c.Add(findings.ClocksApart, "the clock of %s is %s from this machine's", n.Name, n.Skew.Round(time.Second))
 		}
 	}
@@ -233,7 +231,8 @@ func paths(n Node) Check {
 	return c
 }
 
-// neverDropped are reasons of the guard for which nothing is dropped while all is well, as the alerts in chart/files/rules.yaml have them.
+// neverDropped are reasons of the guard for which nothing is dropped while all is well: those of the alert HeadCNIGuardHolds, and service_in_clear, which
+// a Service that was just deleted has too and is of use only to somebody who looks for a fault.
 var neverDropped = []string{"cluster_in_clear", "tailnet_in_clear", "tunnel_in_tunnel", "service_in_clear"}
 
 func guard(n Node) Check {

@@ -99,6 +99,9 @@ func timeOf(t *time.Time) time.Time {
 	return *t
 }
 
+// MaxSkew is how far clocks may be apart, the server's and the nodes', before keys and certificates seem to have ended.
+const MaxSkew = time.Minute
+
 // Health is what the server tells without a key.
 type Health struct {
 	// Version is "" before 0.27.

@@ -15,11 +15,6 @@ import (
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
-const (
-	// maxSkew is how far the clocks may be apart before keys and certificates seem expired.
-	maxSkew = time.Minute
-)
-
 // Check asks Headscale once per lookInterval, where there is an API key to ask with, whether it still knows this node, and
 // repairs what can be repaired: a node that was deleted behind our back goes on saying Running.
 func (m *Member) Check(ctx context.Context, s Seen) ([]string, error) {
@@ -104,7 +99,7 @@ func keysAndClock(ctx context.Context, api *headscale.Client) error {
 	if err != nil {
 		return err
 	}
-	if h.Skew > maxSkew || h.Skew < -maxSkew {
+	if h.Skew.Abs() > headscale.MaxSkew {
 		return reconcile.Warning{Err: findings.Errorf(findings.ClocksApart, "Headscale's clock is about %s from this node's: keys may seem expired; let an NTP client set both", h.Skew.Round(time.Minute))}
 	}
 	key, err := api.OwnAPIKey(ctx)

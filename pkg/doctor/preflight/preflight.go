@@ -33,7 +33,6 @@ const (
 	// headscaleTimeout bounds what Headscale may take, selftestTimeout the guard's self-test.
 	headscaleTimeout = 15 * time.Second
 	selftestTimeout  = 60 * time.Second
-	maxSkew          = time.Minute
 	tunDevice        = "/dev/net/tun"
 )
 
@@ -237,7 +236,7 @@ func control(ctx context.Context, c config.Config, getenv func(string) string) d
 		return out
 	}
 	out.OK = fmt.Sprintf("%s answers, version %s (%d ms)", c.Headscale.URL, h.Version, time.Since(began).Milliseconds())
-	if h.Skew.Abs() > maxSkew {
+	if h.Skew.Abs() > headscale.MaxSkew {
 		out.Add(findings.ClocksApart, "Headscale's clock is about %s from this machine's", h.Skew.Round(time.Second))
 	}
 	switch {

@@ -25,13 +25,6 @@ type Saved struct {
 	Set map[string]string `json:"set,omitempty"`
 }
 
-// Saved returns what Remove would put back.
-func (n *Routes) Saved() Saved {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.saved.clone()
-}
-
 func (s Saved) clone() Saved {
 	s.Sysctls, s.Set = maps.Clone(s.Sysctls), maps.Clone(s.Set)
 	return s
