@@ -259,17 +259,19 @@ func TestManyUnderBridge(t *testing.T) {
 		`{"type": "bridge", "bridge": "br5", "isGateway": true}`)
 	bridge := n.find(t, "bridge")
 	var paths []string
-	for range pods {
+	var everybody []int
+	for i := range pods {
+		everybody = append(everybody, i)
 		paths = append(paths, nstest.New(t).Path)
 	}
-	all := func(command string, each func(i int, out string)) {
+	all := func(command string, which []int, each func(i int, out string)) {
 		t.Helper()
 		var mu sync.Mutex
 		var wg sync.WaitGroup
 		var failed []error
-		for i, path := range paths {
+		for _, i := range which {
 			wg.Go(func() {
-				out, err := n.try(bridge, call{command, fmt.Sprint("c", i), "", cfg}, path)
+				out, err := n.try(bridge, call{command, fmt.Sprint("c", i), "", cfg}, paths[i])
 				mu.Lock()
 				defer mu.Unlock()
 				if err != nil {
@@ -285,9 +287,11 @@ func TestManyUnderBridge(t *testing.T) {
 		}
 	}
 	var given []netip.Addr
-	all("ADD", func(_ int, out string) {
+	of := map[int]netip.Addr{}
+	all("ADD", everybody, func(i int, out string) {
 		for _, ip := range parseResult(t, out).IPs {
-			given = append(given, netip.MustParsePrefix(ip.Address).Addr())
+			of[i] = netip.MustParsePrefix(ip.Address).Addr()
+			given = append(given, of[i])
 		}
 	})
 	slices.SortFunc(given, netip.Addr.Compare)
@@ -297,7 +301,10 @@ func TestManyUnderBridge(t *testing.T) {
 	if first, last := netip.MustParseAddr("10.5.0.2"), given[len(given)-1]; given[0] != first || last.As4()[2] != byte((pods+1)>>8) || last.As4()[3] != byte(pods+1) {
 		t.Errorf("dense-pack gave %s to %s, with holes", given[0], last)
 	}
-	all("DEL", func(int, string) {})
+	// The last that are freed of a block rest, so the lowest go first.
+	low := slices.DeleteFunc(slices.Clone(everybody), func(i int) bool { return netip.MustParseAddr("10.5.0.64").Less(of[i]) })
+	all("DEL", low, func(int, string) {})
+	all("DEL", slices.DeleteFunc(everybody, func(i int) bool { return slices.Contains(low, i) }), func(int, string) {})
 	if out := mustRun(t, call{"ADD", "late", "", cfg}); !strings.Contains(out, `"10.5.0.2/22"`) {
 		t.Errorf("something is left: %s", out)
 	}
