@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/hostfirewall"
@@ -292,6 +294,56 @@ func TestTailnetNeverInClear(t *testing.T) {
 				if !w.waitFor(p).IsValid() {
 					t.Errorf("from %s: nothing arrives without the guard: this test cannot fail", name)
 				}
+			}
+		})
+	}
+}
+
+// What the node has to say of a packet out of the tunnel quotes it. While tailscaled's routes are away the sender is behind the default
+// route. From what others sent the host's own neighbour in the tailnet's range hears errors as ever.
+func TestErrorsNotInClear(t *testing.T) {
+	t.Parallel()
+	for family, a := range worldAddrs {
+		t.Run(family, func(t *testing.T) {
+			w := newWorld(t)
+			ranges := map[string][]string{"IPv4": {"100.64.0.0/10", "192.168.50.0/24"}, "IPv6": {"fd7a:115c:a1e0::/48", "fd00:50::/64"}}[family]
+			for _, r := range ranges {
+				w.node.Run(t, "ip", "route", "replace", r, "via", a.lan.String())
+			}
+			w.tn.Run(t, "ip", "neigh", "replace", a.nodeTailnet.String(), "lladdr", w.mac("headcni01"), "nud", "permanent", "dev", "tun")
+			w.disown(w.node, "headcni01", a.nodeTailnet)
+			service := map[string]netip.Addr{"IPv4": netip.MustParseAddr("10.96.0.10"), "IPv6": netip.MustParseAddr("fd00:96::10")}[family]
+			to := []netip.Addr{a.hole, a.remote2.Next(), service, a.nodeTailnet}
+			var packets [][]byte
+			for i, dst := range to {
+				w.node.Run(t, "ip", "route", "replace", "unreachable", dst.String())
+				for _, src := range []netip.Addr{a.device, behind[family]} {
+					// The kernel limits its errors to each address.
+					for range i {
+						src = src.Next()
+					}
+					packets = append(packets, nstest.Packet(src, dst, unix.IPPROTO_UDP, nstest.UDP(src, dst, 9, testPort, "secret")))
+				}
+			}
+			e := look(t, w.lan, "eth0")
+			quoted := func() (n int) {
+				for _, s := range e.until(t, "the end", func() { raw(t, w.node, saying(a.node, a.lan, "the end")) }) {
+					if strings.Contains(s.rest, "secret") {
+						n++
+					}
+				}
+				return n
+			}
+			w.sync(withSubnets(func(c *Config) { c.Subnets.Open, c.Served = true, c.KeepSource }))
+			raw(t, w.tn, packets...)
+			if n := quoted(); n > 0 {
+				t.Errorf("%d errors quote in clear what came out of the tunnel", n)
+			}
+			w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+			e = look(t, w.lan, "eth0")
+			raw(t, w.tn, packets...)
+			if n := quoted(); n != len(packets) {
+				t.Errorf("%d errors without the guard, want %d: this test cannot fail", n, len(packets))
 			}
 		})
 	}

@@ -61,7 +61,7 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 	known := map[string]string{
 		"iifname": "3.13 meta", "oifname": "3.13 meta", "ip": "3.13 payload", "ip6": "3.13 payload", "saddr": "3.13",
 		"daddr": "3.13", "icmp": "3.13", "icmpv6": "3.13", "type": "3.13", "code": "3.13",
-		"destination-unreachable": "3.13", "net-unreachable": "3.13", "no-route": "3.13", "nd-router-advert": "3.13",
+		"destination-unreachable": "3.13", "net-unreachable": "3.13", "echo-request": "3.13", "echo-reply": "3.13", "no-route": "3.13", "nd-router-advert": "3.13",
 		"nd-redirect": "3.13", "nd-neighbor-solicit": "3.13", "mld2-listener-report": "3.13 (nft 0.9)",
 		"meta": "3.13", "mark": "3.13", "set": "3.14 meta set", "drop": "3.13", "accept": "3.13", "return": "3.13",
 		"masquerade": "3.18 nft_masq", "fully-random": "3.18", "snat": "3.13 nft_nat", "to": "3.13",

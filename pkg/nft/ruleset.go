@@ -223,6 +223,7 @@ func guard(family knftables.Family, cfg Config) []string {
 		// By whomever, and whatever the host has in the tailnet's range.
 		rules = append(rules, rule(`%s ip daddr %s %s`, out, quad100[family], drop(DropTailnetClear)))
 	}
+	rules = append(rules, quotes(family, cfg, out)...)
 	return append(rules,
 		rule(`%s %s %s`, out, toTailnet(family), drop(DropTailnetClear)),
 		// By the tunnel neither: a service is what DNAT has made a pod of.
@@ -244,6 +245,30 @@ func toTailnet(family knftables.Family) string {
 		return rule(`ip6 daddr %s`, tailnet[family])
 	}
 	return rule(`ip saddr @%s ip daddr %s%s`, setCluster, tailnet[family], notShared(family, "daddr"))
+}
+
+// quotes matches the node's own ICMP errors that leave by a foreign link and quote what came out of the tunnel: the kernel sends them from
+// the link's address to whoever sent the packet, by the default route where tailscaled's routes are away.
+func quotes(family knftables.Family, cfg Config, out string) (rules []string) {
+	// Only these two carry something of the sender's choice where an error quotes.
+	match, v6 := "icmp type != echo-request icmp type != echo-reply", false
+	if family == knftables.IPv6Family {
+		match, v6 = "icmpv6 type != echo-request icmpv6 type != echo-reply", true
+	}
+	about := append(setOf(family, "", cfg.Cluster, cfg.Own, cfg.KeepSource).elements, tailnet[family])
+	drops := func(to, reason string) {
+		for _, p := range about {
+			rules = append(rules, rule(`%s %s %s %s %s`, match, out, to, payload(quotedDestination[family], p), drop(reason)))
+		}
+	}
+	if !v6 {
+		// In IPv6 nothing at all leaves for there.
+		drops(rule(`ip daddr %s%s`, tailnet[family], notShared(family, "daddr")), DropTailnetClear)
+	}
+	if len(netset.OfFamily(cfg.Subnets.Known, v6)) > 0 {
+		drops(rule(`%s daddr @%s %[1]s daddr != @%[3]s`, family, setSubnets, setBeside), DropSubnetClear)
+	}
+	return rules
 }
 
 // notShared excepts, in IPv4, what is the host's inside the tailnet's range.
@@ -334,17 +359,19 @@ func nat(family knftables.Family, cfg Config) []string {
 // patience drops the node's "net unreachable" to its pods about cluster destinations, which rule 5192 causes while the
 // tunnel is away: a connect() then waits for the tunnel instead of failing at once.
 func patience(family knftables.Family, cluster []netip.Prefix) []string {
-	// Offsets in bits from the ICMP header: 8 bytes of header, then the offending packet's destination address.
-	match, at := "icmp type destination-unreachable icmp code net-unreachable", (8+16)*8
+	match := "icmp type destination-unreachable icmp code net-unreachable"
 	if family == knftables.IPv6Family {
-		match, at = "icmpv6 type destination-unreachable icmpv6 code no-route", (8+24)*8
+		match = "icmpv6 type destination-unreachable icmpv6 code no-route"
 	}
 	var rules []string
 	for _, p := range cluster {
-		rules = append(rules, rule(`oifname "%s" %s %s %s`, names.PodLinks, match, payload(at, p), drop(DropNoWay)))
+		rules = append(rules, rule(`oifname "%s" %s %s %s`, names.PodLinks, match, payload(quotedDestination[family], p), drop(DropNoWay)))
 	}
 	return rules
 }
+
+// quotedDestination is where an ICMP error has the destination of the packet that it is about, in bits: behind 8 bytes of its own header.
+var quotedDestination = map[knftables.Family]int{knftables.IPv4Family: (8 + 16) * 8, knftables.IPv6Family: (8 + 24) * 8}
 
 // payload matches a prefix at an offset, in bits, into the transport header.
 func payload(at int, p netip.Prefix) string {

@@ -45,7 +45,8 @@ const (
 	prefLANFirst = 5195
 
 	// prefTunnelElse: in IPv4 it is for what comes out of the tunnel too, which is for the node's own address where somebody has taken
-	// that away. It has a number of its own, so that the rules always stand in the same order.
+	// that away. It has a number of its own, so that the rules always stand in the same order. It drops in silence: the node's word that
+	// there is no way would quote the packet, and take the default route while tailscaled has no routes yet.
 	prefTunnelElse = 5196
 
 	// prefServices: services are the node's own business, whatever leads to them: a peer that advertises their range, for devices of the

@@ -55,6 +55,8 @@ func (r rule) String() string {
 		fmt.Fprintf(&b, " lookup %s", tableName(r.table))
 	case nl.FR_ACT_UNREACHABLE:
 		b.WriteString(" unreachable")
+	case nl.FR_ACT_BLACKHOLE:
+		b.WriteString(" blackhole")
 	default:
 		fmt.Fprintf(&b, " action %d", r.action)
 	}
@@ -179,7 +181,7 @@ func wantedRules(f family, cfg Config) []rule {
 			add(prefTailnetElse, f.tailnet, func(r *rule) { unreachable(r); r.from = p })
 		}
 		if cfg.TunName != "" {
-			add(prefTunnelElse, f.tailnet, func(r *rule) { unreachable(r); r.iif = cfg.TunName })
+			add(prefTunnelElse, f.tailnet, func(r *rule) { r.action, r.table, r.iif = nl.FR_ACT_BLACKHOLE, 0, cfg.TunName })
 		}
 	} else {
 		add(prefTailnetElse, f.tailnet, unreachable)

@@ -39,8 +39,12 @@ var fibAddrs = map[string]*strings.Replacer{
 
 // Where does a packet go? The kernel is asked, with our rules beside tailscaled's, in each of these calamities.
 func TestRulesDecide(t *testing.T) {
-	const unreachable = "unreachable"
+	const unreachable, blackhole = "unreachable", "blackhole"
 	for flag, addrs := range fibAddrs {
+		fromTun := unreachable
+		if flag == "-4" {
+			fromTun = blackhole
+		}
 		for _, c := range []struct {
 			name, calamity string
 			lanFirst       bool
@@ -65,9 +69,9 @@ func TestRulesDecide(t *testing.T) {
 			{"the same, and the tunnel is dead", "ip route flush table 52; ip route add $cgn via $lan2", true, map[string]string{
 				"$tailnet $frompod": unreachable, "$cloud $frompod": unreachable, "$outside $frompod": "eth0"}},
 			{"somebody took the node's own address from the tun", "ip route add $cgn via $lan2", true, map[string]string{
-				"$self from $tailnet iif headcni01": unreachable, "$pod from $tailnet iif headcni01": "hca", "$lan3 from $tailnet iif headcni01": "eth0"}},
+				"$self from $tailnet iif headcni01": fromTun, "$pod from $tailnet iif headcni01": "hca", "$lan3 from $tailnet iif headcni01": "eth0"}},
 			{"the same, and the tun was made anew", "ip link del headcni01; ip link add headcni01 type veth peer name again; ip link set headcni01 up", true, map[string]string{
-				"$self from $tailnet iif headcni01": unreachable}},
+				"$self from $tailnet iif headcni01": fromTun}},
 			{"tailscaled's resolver", "ip route add $resolver dev headcni01 table 52", true, map[string]string{
 				"$resolver": "headcni01", "$resolver $frompod": "headcni01"}},
 			{"the same, and the tunnel is dead, and the host has a network around it", "ip route flush table 52; ip route add $around via $lan2", true, map[string]string{
@@ -88,6 +92,9 @@ func TestRulesDecide(t *testing.T) {
 					got := string(out)
 					if err != nil && (strings.Contains(got, "unreachable") || strings.Contains(got, "No route to host")) {
 						got = "dev unreachable "
+					}
+					if err != nil && strings.Contains(got, "Invalid argument") { // the kernel's word for a blackhole
+						got = "dev blackhole "
 					}
 					if !strings.Contains(got, "dev "+want+" ") {
 						t.Errorf("%s: %s; want %s", addrs.Replace(dst), strings.TrimSpace(string(out)), want)
