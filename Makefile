@@ -84,7 +84,7 @@ test: need-go ## All tests but e2e's and test-manual's, with the race detector, 
 		cd test/tools/oci; go vet ./...; go test ./...
 
 .PHONY: test-manual
-test-manual: need-go ## README's "Install by hand", command by command, on two machines with systemd; needs root, takes 2 minutes
+test-manual: need-go ## docs/install-by-hand.md, command by command, on two machines with systemd; needs root, takes 2 minutes
 	@if ((EUID != 0)); then echo "make test-manual: needs root: run 'sudo make test-manual'" >&2; exit 1; fi
 	@$(call PREPARE,manual,$(PROGRAMS) headcnictl $(PLUGINS),headscale tailscale) HEADCNI_MACHINE=$$(test/manual/rootfs); export HEADCNI_MACHINE HEADCNI_TEST_REQUIRE=1; \
 		go test -v -count 1 -timeout 20m ./test/manual/

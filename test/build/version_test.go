@@ -63,7 +63,7 @@ func TestRelease(t *testing.T) {
 	if !regexp.MustCompile(`(?m)^## \[` + regexp.QuoteMeta(chart.AppVersion) + `\]( - \d{4}-\d\d-\d\d)?$`).MatchString(read(t, repo+"/CHANGELOG.md")) {
 		t.Errorf("CHANGELOG.md has no section %s", chart.AppVersion)
 	}
-	for _, name := range []string{"README.md", "README_CN.md"} {
+	for _, name := range []string{"README.md", "README_CN.md", "docs/install.md"} {
 		for _, m := range regexp.MustCompile(`headcni:(\d[\w.]*)`).FindAllStringSubmatch(read(t, filepath.Join(repo, name)), -1) {
 			if m[1] != chart.AppVersion {
 				t.Errorf("%s names the image %s, want release %s", name, m[0], chart.AppVersion)

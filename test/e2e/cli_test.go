@@ -20,7 +20,7 @@ import (
 	"github.com/headcni/headcni/internal/cluster"
 )
 
-// lookRights are the rights that README.md says whoever looks needs, and a user who has less.
+// lookRights are the rights that docs/operations.md says whoever looks needs, and a user who has less.
 const lookRights = `
 apiVersion: v1
 kind: ServiceAccount

@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	// admin is the user who follows the README.
+	// admin is the user who follows docs/install-by-hand.md.
 	admin = "admin"
 	// checkout is where they have it.
 	checkout = "/home/admin/headcni"
@@ -143,7 +143,7 @@ func (m *machine) enter(ctx context.Context, argv ...string) *exec.Cmd {
 // try runs lines of shell as a user in their checkout, as after a login, and returns what they printed.
 func (m *machine) try(ctx context.Context, user, lines string) (string, error) {
 	cmd := m.enter(ctx, "systemd-run", "--quiet", "--pipe", "--wait", "--collect", "--uid="+user, "--working-directory="+checkout,
-		"--description=the README's reader", // else the lines, with keys, would be in the journal
+		"--description=the page's reader", // else the lines, with keys, would be in the journal
 		"bash", "-l", "-euo", "pipefail", "-c", lines)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -166,7 +166,7 @@ func (m *machine) run(user, lines string) string {
 	return out
 }
 
-// root runs lines of shell that are the test's own and not the README's.
+// root runs lines of shell that are the test's own and not the page's.
 func (m *machine) root(lines string) string { m.t.Helper(); return m.run("root", lines) }
 
 // write makes a file on the machine.

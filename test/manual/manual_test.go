@@ -19,7 +19,7 @@ import (
 
 func TestMain(m *testing.M) { nstest.Main(m) }
 
-// TestByHand follows the README on two machines: on one with `make install` and a tailscaled of the host's own, on the
+// TestByHand follows docs/install-by-hand.md on two machines: on one with `make install` and a tailscaled of the host's own, on the
 // other with the lines for doing it by hand and the dedicated tailscaled.
 func TestByHand(t *testing.T) {
 	nstest.Require(t)
@@ -42,7 +42,7 @@ func TestByHand(t *testing.T) {
 // world is the lab with two machines in it.
 type world struct {
 	*lab.Lab
-	manual       *readme
+	manual       *page
 	host, daemon *machine
 	secrets      map[string]string
 	// before is what the machines were like before there was anything of ours.
@@ -52,7 +52,7 @@ type world struct {
 func newWorld(t *testing.T, image string) *world {
 	t.Helper()
 	bin := labtest.Programs(t)
-	w := &world{manual: section(t, "Install by hand"), secrets: map[string]string{}, before: map[*machine][]string{}}
+	w := &world{manual: open(t, "install-by-hand.md", ""), secrets: map[string]string{}, before: map[*machine][]string{}}
 	w.Lab = labtest.New(t, lab.Options{
 		Bin: bin, Nodes: 2, Spare: 2, Modes: []string{config.ModeHost, config.ModeDaemon}, ServerURL: serverURL,
 		Policy: func(p map[string]any) { w.policy(t, p) },
@@ -83,8 +83,8 @@ func newWorld(t *testing.T, image string) *world {
 
 func (w *world) both() []*machine { return []*machine{w.host, w.daemon} }
 
-// on prepares the README's examples for a machine. They are of IPv4; the machines have both families.
-func (w *world) on(m *machine) *readme {
+// on prepares the page's examples for a machine. They are of IPv4; the machines have both families.
+func (w *world) on(m *machine) *page {
 	w.manual.replace = strings.NewReplacer(
 		"10.244.1.0/24", fmt.Sprintf(`%s, "%s"`, m.PodCIDRs[0], m.PodCIDRs[1]),
 		"10.244.0.0/16", fmt.Sprintf(`%s, "%s"`, lab.ClusterCIDRs[0], lab.ClusterCIDRs[1]),
@@ -92,7 +92,7 @@ func (w *world) on(m *machine) *readme {
 	return w.manual
 }
 
-// follow carries out steps of the README as a user who may call sudo.
+// follow carries out steps of the page as a user who may call sudo.
 func (w *world) follow(m *machine, parts ...string) {
 	m.t.Helper()
 	for _, part := range parts {
@@ -102,7 +102,7 @@ func (w *world) follow(m *machine, parts ...string) {
 	}
 }
 
-// status is the README's look at the node, which fails until the node is ready.
+// status is the page's look at the node, which fails until the node is ready.
 func (w *world) status(m *machine) {
 	m.t.Helper()
 	labtest.Eventually(m.t, "headcni-daemon status", func() error {
@@ -273,15 +273,15 @@ func (w *world) attach(t *testing.T) {
 	reach(t, pods)
 }
 
-// refusals is the README's line for what a runtime says when it gets no network.
+// refusals is the documents' line for what a runtime says when it gets no network.
 const refusals = "journalctl -u kubelet | grep headcni"
 
-// lookAround runs what the README says of looking at a node.
+// lookAround runs what the documents say of looking at a node.
 func (w *world) lookAround(t *testing.T) {
 	w.host.t, w.daemon.t = t, t
 	for _, m := range w.both() {
-		for _, title := range []string{"Monitoring", "Troubleshooting"} {
-			for _, s := range section(t, title).steps {
+		for _, p := range []*page{open(t, "operations.md", "Monitoring"), open(t, "troubleshooting.md", "Look at a node")} {
+			for _, s := range p.steps {
 				for line := range strings.Lines(s.Text) {
 					line = strings.TrimSpace(line)
 					other := m == w.host && strings.Contains(line, "/run/headcni/") || m == w.daemon && line == "tailscale status"
@@ -484,7 +484,7 @@ func (w *world) cut(t *testing.T) {
 	m.root("systemctl disable --quiet headcni-daemon")
 	capture := w.capture(t)
 	m.cut()
-	section(t, "Troubleshooting").step(refusals) // it is there
+	open(t, "troubleshooting.md", "Look at a node").step(refusals) // it is there
 	labtest.Eventually(t, "wait until the runtime is told that the node is not safe", func() error {
 		out, err := m.try(labtest.Within(t), admin, refusals)
 		if err == nil && !strings.Contains(out, "node network is not programmed") {

@@ -28,7 +28,7 @@ import (
 const (
 	// diskEnv is the tar file that test/manual/rootfs prints.
 	diskEnv = "HEADCNI_MACHINE"
-	// serverURL is the README's own.
+	// serverURL is that of docs/install-by-hand.md.
 	serverURL  = "https://headscale.example.com"
 	serverName = "headscale.example.com"
 	// podsEach is how many pods the kubelet of ours runs on a machine.
@@ -70,7 +70,7 @@ ExecStart=sh -c 'for c in /sys/fs/cgroup /sys/fs/cgroup/*/; do ! mountpoint -q "
 WantedBy=multi-user.target
 `
 
-// policy makes Headscale's policy the README's, without what it says to leave out where daemons have an API key.
+// policy makes Headscale's policy the page's, without what it says to leave out where daemons have an API key.
 func (w *world) policy(t *testing.T, p map[string]any) {
 	t.Helper()
 	v4, v6 := lab.ClusterCIDRs[0].String(), lab.ClusterCIDRs[1].String()
@@ -86,7 +86,7 @@ func (w *world) policy(t *testing.T, p map[string]any) {
 	delete(p, "autoApprovers")
 }
 
-// serveTLS puts TLS before the lab's Headscale, as it has where the README's URL leads, and returns the certificate.
+// serveTLS puts TLS before the lab's Headscale, as it has where the page's URL leads, and returns the certificate.
 func (w *world) serveTLS(t *testing.T) []byte {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -215,7 +215,7 @@ func withGo(t *testing.T, machines ...*machine) {
 	}
 }
 
-// withSource puts the work tree where the README's reader has cloned it.
+// withSource puts the work tree where the page's reader has cloned it.
 func withSource(t *testing.T, m *machine) {
 	t.Helper()
 	command(t, "bash", "-euo", "pipefail", "-c", `mkdir -p "$1"; cd ../..

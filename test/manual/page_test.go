@@ -7,18 +7,18 @@ import (
 	"testing"
 )
 
-// step is a paragraph of a block of the README: what a reader copies in one go.
+// step is a paragraph of a block of a page: what a reader copies in one go.
 type step struct {
 	Kind, Text string
 	used       bool
 }
 
-// readme is a section of README.md.
-type readme struct {
+// page is a document below docs, or a section of one.
+type page struct {
 	t     *testing.T
 	title string
 	steps []*step
-	// replace puts a machine's own values in the place of the README's examples.
+	// replace puts a machine's own values in the place of the page's examples.
 	replace *strings.Replacer
 }
 
@@ -27,19 +27,22 @@ var (
 	comment = regexp.MustCompile(`(?m)^# .*\n`)
 )
 
-// section reads the steps below a heading of the second level.
-func section(t *testing.T, title string) *readme {
+// open reads the steps of a document below docs; with a title only those below that heading of the second level.
+func open(t *testing.T, name, title string) *page {
 	t.Helper()
-	b, err := os.ReadFile("../../README.md")
+	b, err := os.ReadFile("../../docs/" + name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, text, found := strings.Cut(string(b), "\n## "+title+"\n")
-	if !found {
-		t.Fatalf("README.md has no section %q", title)
+	text := string(b)
+	if title != "" {
+		var found bool
+		if _, text, found = strings.Cut(text, "\n## "+title+"\n"); !found {
+			t.Fatalf("%s has no section %q", name, title)
+		}
+		text, _, _ = strings.Cut(text, "\n## ")
 	}
-	text, _, _ = strings.Cut(text, "\n## ")
-	r := &readme{t: t, title: title}
+	r := &page{t: t, title: strings.TrimSpace(name + " " + title)}
 	for _, m := range fence.FindAllStringSubmatch(text, -1) {
 		parts := []string{m[2]}
 		if m[1] == "bash" {
@@ -53,19 +56,19 @@ func section(t *testing.T, title string) *readme {
 }
 
 // step finds the one step that holds a text.
-func (r *readme) step(part string) string {
+func (r *page) step(part string) string {
 	r.t.Helper()
 	var found *step
 	for _, s := range r.steps {
 		if strings.Contains(s.Text, part) {
 			if found != nil {
-				r.t.Fatalf("%q of README.md has two steps with %q", r.title, part)
+				r.t.Fatalf("%s has two steps with %q", r.title, part)
 			}
 			found = s
 		}
 	}
 	if found == nil {
-		r.t.Fatalf("%q of README.md has no step with %q", r.title, part)
+		r.t.Fatalf("%s has no step with %q", r.title, part)
 	}
 	found.used = true
 	if r.replace != nil {
@@ -75,11 +78,11 @@ func (r *readme) step(part string) string {
 }
 
 // all fails the test where a step was not asked for.
-func (r *readme) all() {
+func (r *page) all() {
 	r.t.Helper()
 	for _, s := range r.steps {
 		if !s.used {
-			r.t.Errorf("%q of README.md: nobody did this:\n%s", r.title, s.Text)
+			r.t.Errorf("%s: nobody did this:\n%s", r.title, s.Text)
 		}
 	}
 }
