@@ -78,6 +78,9 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		return o, err
 	}
 	o.path, _ = d.paths.Smallest()
+	if o.members = d.saved.Members; o.Running() {
+		o.members = o.Tailnet.PeerAddrs4()
+	}
 	o.subnets = d.saved.Subnets.Learn(d.subnets.News(o.ranges.All(), o.Tailnet, o.prefs))
 	return o, nil
 }

@@ -124,7 +124,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			if s.refused == nil {
 				d.note(func(saved *state) {
 					saved.Mode, saved.TunName, saved.TunMTU = s.seen.lastKnown()
-					saved.Path, saved.Subnets = s.seen.path, s.seen.subnets
+					saved.Path, saved.Subnets, saved.Members = s.seen.path, s.seen.subnets, s.seen.members
 				})
 			}
 			return nil, s.refused

@@ -42,6 +42,8 @@ type observation struct {
 	hostNetworks []netip.Prefix
 	// subnets are networks behind devices of the tailnet.
 	subnets subnets.Known
+	// members are the IPv4 addresses of the tailnet's other members, as far as they were ever known.
+	members []netip.Prefix
 	// shared are networks that the host has inside the tailnet's IPv4 range.
 	shared []netip.Prefix
 	dns    nodedns.Seen
@@ -87,7 +89,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	p := plan{
 		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: clusterCIDRs, Services: o.ranges.Services, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Served: serviceroute.Served(o.serves, netset.Without(o.advertised, s.Advertised), o.ranges.Services), Shared: o.shared, TunName: o.tun,
+			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Served: serviceroute.Served(o.serves, netset.Without(o.advertised, s.Advertised), o.ranges.Services), Shared: o.shared, Members: o.members, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
 			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: netset.Without(o.sites, slices.Concat(own, o.leaving)),
 			Links:      withNeighbours(o.hostPrefixes),

@@ -15,6 +15,7 @@ import (
 
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 )
 
@@ -263,7 +264,7 @@ func TestNeverInClear(t *testing.T) {
 }
 
 // What one tailnet address sends to another leaves by the tunnel or not at all, whoever has which: answers of the node carry what its
-// pods were sent. From its other addresses the host reaches what is beside it in the same range, in IPv4.
+// pods were sent. From its other addresses the host reaches what is beside it in the same range, in IPv4, where no member of the tailnet is.
 func TestTailnetNeverInClear(t *testing.T) {
 	t.Parallel()
 	for family, a := range worldAddrs {
@@ -278,6 +279,7 @@ func TestTailnetNeverInClear(t *testing.T) {
 			packets := map[string]packet{
 				"the node's tailnet address": {from: w.node, src: a.nodeTailnet, to: w.lan, dst: a.device},
 				"a device":                   {from: w.tn, src: a.device, to: w.lan, dst: lost},
+				"the node's address":         {from: w.node, src: a.node, to: w.lan, dst: a.device},
 			}
 			w.sync(typical())
 			for name, p := range packets {
@@ -285,9 +287,15 @@ func TestTailnetNeverInClear(t *testing.T) {
 					t.Errorf("from %s: a packet went out in clear, as %v", name, got)
 				}
 			}
-			resolver := packet{from: w.node, src: a.node, to: w.lan, dst: a.device}
-			if family == "IPv4" && !w.waitFor(resolver).IsValid() {
-				t.Error("the host does not reach its own neighbour")
+			if family == "IPv4" {
+				for name, p := range map[string]packet{
+					"the host's own neighbour": {from: w.node, src: a.node, to: w.lan, dst: lost},
+					"a peer's endpoint":        {from: w.node, src: a.node, to: w.lan, dst: a.device, mark: names.BypassMark},
+				} {
+					if !w.waitFor(p).IsValid() {
+						t.Errorf("%s is not reached", name)
+					}
+				}
 			}
 			w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
 			for name, p := range packets {

@@ -20,6 +20,8 @@ type Config struct {
 	Served []netip.Prefix
 	// Shared are networks that the host has inside the tailnet's 100.64.0.0/10, which is not the tailnet's alone.
 	Shared []netip.Prefix
+	// Members are the IPv4 addresses of the tailnet's other members, where they are known.
+	Members []netip.Prefix
 	// TunName is tailscaled's interface. While it is "" no packet may leave for another node's pod.
 	TunName string
 	// NodeAddr4 and NodeAddr6 are the source that pods see when their own node speaks to them. Without one the kernel's
@@ -72,7 +74,7 @@ func (c Config) Validate() error {
 	if c.PathMTU != 0 && c.PathMTU < 576 {
 		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
-	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Sites, c.Links,
+	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Members, c.Sites, c.Links,
 		c.Subnets.Known, c.Subnets.Beside, c.Subnets.Named, c.Subnets.All) {
 		if !p.IsValid() || p.Bits() == 0 {
 			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))

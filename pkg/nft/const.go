@@ -32,6 +32,8 @@ const (
 	setCurious = "curious"
 	// setShared holds what is the host's inside the tailnet's range.
 	setShared = "shared"
+	// setMembers holds the IPv4 addresses of the tailnet's other members.
+	setMembers = "members"
 	// setSubnets holds the networks behind devices of the tailnet that pods reach by the tunnel or not at all, setBeside the host's own
 	// inside them, setAbroad all of the former that there are.
 	setSubnets = "subnets"

@@ -51,7 +51,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 		sets: append([]set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
-			setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
+			setOf(family, setMembers, cfg.Members), setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
 			{name: setCurious, size: curiousSize}, setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
 			setOf(family, setAbroad, cfg.Subnets.All, cfg.Subnets.Known, cfg.Subnets.Named),
 		}, consentSets(family, cfg)...),
@@ -215,7 +215,10 @@ func guard(family knftables.Family, cfg Config) []string {
 		// What a device of the tailnet sends to another, an answer of the node to one, and what is for an address that the tun has just
 		// lost: a neighbour's pod may have sent it. Before the tun is known it is a foreign link itself.
 		rules = append(rules, rule(`%s ip saddr %s%s ip daddr %[2]s%[4]s %[5]s`, out, tailnet[family], notShared(family, "saddr"),
-			notShared(family, "daddr"), drop(DropTailnetClear)))
+			notShared(family, "daddr"), drop(DropTailnetClear)),
+			// What the node itself sends, and pods with its network, is for the tailnet where a member of that has the address. tailscaled's
+			// own packets go where a member's endpoint is.
+			rule(`%s ip daddr @%s%s meta mark & %s != 0x%08x %s`, out, setMembers, notShared(family, "daddr"), markMask, names.BypassMark, drop(DropTailnetClear)))
 	}
 	// Where the daemon has gone, or has not come so far.
 	rules = append(rules, rule(`oifname != "%s" oifname != "lo" %s daddr %s %s`, names.PodLinks, fam, answerer[family], drop(DropTailnetClear)))

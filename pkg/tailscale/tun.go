@@ -84,6 +84,19 @@ var (
 	tailnet6     = netset.TailnetIPv6
 )
 
+// PeerAddrs4 are the peers' own IPv4 addresses, as few prefixes as can be.
+func (s Status) PeerAddrs4() []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range s.Peers {
+		for _, a := range p.IPs {
+			if a.Is4() {
+				out = append(out, netip.PrefixFrom(a, 32))
+			}
+		}
+	}
+	return netset.Union(out)
+}
+
 // TunnelRoutes are the routes that a running tailscaled which accepts routes has surely made into its interface: to its
 // own service, and to the peers that are online. To others it may have some.
 func (s Status) TunnelRoutes() []netip.Prefix {

@@ -3,6 +3,8 @@ package tailnet
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"regexp"
 	"slices"
 	"strings"
@@ -140,12 +142,16 @@ func TestTailscaledDead(t *testing.T) {
 	for _, p := range w.pods() {
 		for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
 			t.Run(fmt.Sprintf("%s, %v", p.Node.Mode, sig), func(t *testing.T) {
+				peers := w.tailnetAddrs(t, p.Node)
 				inClear := labtest.Capture(t, w.Lab)
 				began := time.Now()
 				if err := p.Node.Tailscaled.Signal(sig); err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(labtest.Moment)
+				for range 10 {
+					tell(t, p.Node, peers)
+					time.Sleep(labtest.Moment / 10)
+				}
 				f.Dark(t, began)
 				newPodStarts(t, p.Node)
 				labtest.StartTailscaled(t, p.Node)
@@ -155,6 +161,38 @@ func TestTailscaledDead(t *testing.T) {
 				labtest.NoneInClear(t, inClear())
 			})
 		}
+	}
+}
+
+// tailnetAddrs are those of the other node with pods.
+func (w *broken) tailnetAddrs(t *testing.T, n *lab.Node) []netip.Addr {
+	t.Helper()
+	for _, p := range w.pods() {
+		if p.Node != n {
+			addrs, err := p.Node.TailnetAddrs()
+			if err != nil || len(addrs) == 0 {
+				t.Fatalf("%s has %v in the tailnet: %v", p.Node.Name, addrs, err)
+			}
+			return addrs
+		}
+	}
+	return nil
+}
+
+// tell has a process of the node send datagrams, which may well have no way.
+func tell(t *testing.T, n *lab.Node, to []netip.Addr) {
+	t.Helper()
+	err := n.Do(func() error {
+		for _, a := range to {
+			if c, err := net.Dial("udp", netip.AddrPortFrom(a, 9).String()); err == nil {
+				_, _ = c.Write([]byte("x"))
+				c.Close()
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
