@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,6 +39,8 @@ type Options struct {
 	// Delays are how long a frame is on a node's wire, in either direction, of the nodes in turn: a round trip between two
 	// nodes takes four times that, one between a node and the control host twice. A wire with a delay is a line.
 	Delays []time.Duration
+	// Sites are where the nodes stand, in turn: without, all on the underlay. They go neither with Delays nor with OnlyIPv6.
+	Sites []Site
 	// Batch is how long Headscale gathers changes, 0 = 10 ms (its own default is 500 ms).
 	Batch time.Duration
 	// ServerURL is what Headscale is to call itself, where a proxy of the caller's stands before it; empty: its URL.
@@ -189,16 +192,21 @@ func (l *Lab) makeMachines(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return l.wire()
+	return l.wire(ctx)
 }
 
 // wire makes the underlay.
-func (l *Lab) wire() error {
+func (l *Lab) wire(ctx context.Context) error {
 	if err := l.Control.addBridge(l.opt); err != nil {
 		return err
 	}
+	if slices.ContainsFunc(l.opt.Sites, func(s Site) bool { return s.IPv6 }) {
+		if err := l.Control.forward(); err != nil {
+			return err
+		}
+	}
 	for i, n := range l.Nodes {
-		if err := n.plugIn(i); err != nil {
+		if err := n.plugIn(ctx, i); err != nil {
 			return err
 		}
 	}
@@ -254,7 +262,7 @@ func (l *Lab) Close() error {
 	return err
 }
 
-// machines are the control host and the nodes, as far as they were made.
+// machines are the control host, the nodes and their routers, as far as they were made.
 func (l *Lab) machines() []*Machine {
 	var ms []*Machine
 	if l.Control != nil {
@@ -262,6 +270,9 @@ func (l *Lab) machines() []*Machine {
 	}
 	for _, n := range l.Nodes {
 		ms = append(ms, n.Machine)
+		for _, r := range n.Routers {
+			ms = append(ms, r.Machine)
+		}
 	}
 	return ms
 }

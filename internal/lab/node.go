@@ -32,10 +32,13 @@ type Node struct {
 	Mode string
 	// PodCIDRs are the node's own, an IPv4 and an IPv6 one.
 	PodCIDRs []netip.Prefix
-	// Underlay are the node's addresses on the underlay, IPv4 first, where it has that.
+	// Underlay are the node's addresses on the underlay, IPv4 first, where it has that; those of its router, where it has one.
 	Underlay []netip.Addr
 	// Tun is the name of tailscaled's interface, Port the one of the node on the underlay bridge.
 	Tun, Port string
+
+	// Routers are between the node and the underlay, the outermost last.
+	Routers []*Router
 
 	Tailscaled, Daemon *Process
 
@@ -47,7 +50,7 @@ type Node struct {
 }
 
 // plugIn says what node number i, from 0, is to be and plugs it into the underlay.
-func (n *Node) plugIn(i int) error {
+func (n *Node) plugIn(ctx context.Context, i int) error {
 	n.index = i
 	n.Mode, n.Port, n.Tun = n.lab.opt.Modes[i%len(n.lab.opt.Modes)], "port"+strconv.Itoa(i+1), hostTun
 	if n.Mode == config.ModeDaemon {
@@ -58,11 +61,17 @@ func (n *Node) plugIn(i int) error {
 		n.Underlay = append(n.Underlay, a.Addr())
 	}
 	n.PodCIDRs = podCIDRs(i + 1)
+	if err := n.addRouters(ctx); err != nil {
+		return err
+	}
 	return n.plug(n.lab.Control.Machine)
 }
 
 // plug connects the node to the underlay.
 func (n *Node) plug(control *Machine) (err error) {
+	if len(n.Routers) > 0 {
+		return n.plugSite(control)
+	}
 	mtu, d := n.lab.opt.UnderlayMTU, n.delay()
 	near := n.wire()[len(n.wire())-1]
 	if err := n.Machine.plug(control, near, d == 0, mtu); err != nil {
@@ -88,7 +97,7 @@ func (n *Node) wire() []string {
 }
 
 func (n *Node) delay() time.Duration {
-	if d := n.lab.opt.Delays; len(d) > 0 {
+	if d := n.lab.opt.Delays; len(d) > 0 && len(n.Routers) == 0 {
 		return d[n.index%len(d)]
 	}
 	return 0
@@ -170,7 +179,7 @@ func (n *Node) StartTailscaled() (err error) {
 		return err
 	}
 	n.Tailscaled, err = n.Start("tailscaled", tailscaledEnv(), "--state=/var/lib/tailscale/tailscaled.state",
-		"--socket="+paths.HostTailscaleSocket, "--tun="+hostTun, "--port=41641", "--no-logs-no-support")
+		"--socket="+paths.HostTailscaleSocket, "--tun="+hostTun, fmt.Sprintf("--port=%d", tailscaledPort), "--no-logs-no-support")
 	return err
 }
 

@@ -11,7 +11,8 @@ var disk = []string{"etc/cni", "etc/headcni", "opt/cni", "var/lib/cni", "var/lib
 // Crash ends everything on the node at once, as a power cut does: its processes, its pods and all that its kernel knows.
 // What is on its disk waits for Boot. The node's pods must not be used any more.
 func (n *Node) Crash() error {
-	if on, err := n.lab.framesOn(n); err == nil { // else they are not counted
+	routed := len(n.Routers) > 0
+	if on, err := n.lab.framesOn(n); err == nil && !routed { // else they are not counted
 		n.lab.gone.Add(on)
 	}
 	n.unplug()
@@ -19,6 +20,9 @@ func (n *Node) Crash() error {
 	n.ns.mnt = nil // stop would close it, and with it goes the disk
 	n.stop()
 	n.disk = mounts
+	if routed {
+		return n.Routers[0].removeLinks(lanLink)
+	}
 	// The wire would vanish with the last handle on the node's network, some time later.
 	return n.lab.Control.removeLinks(n.wire()...)
 }
@@ -40,6 +44,9 @@ func (n *Node) Boot(ctx context.Context) error {
 	n.Machine = m
 	if _, err := run(ctx, n.ns, n.env, saved, "tar", "-C", "/", "-x"); err != nil {
 		return fmt.Errorf("write the disk of %s: %w", n.Name, err)
+	}
+	if len(n.Routers) > 0 {
+		return n.plugIntoLAN()
 	}
 	return n.plug(n.lab.Control.Machine)
 }

@@ -48,24 +48,29 @@ func (m *Machine) addBridge(opt Options) error {
 
 // plug connects the machine to control by a veth pair eth0 - port, which is a port of the underlay or stands alone.
 func (m *Machine) plug(control *Machine, port string, bridged bool, mtu int) error {
-	attrs := netlink.LinkAttrs{Name: port, MTU: mtu}
+	master := 0
 	if bridged {
 		bridge, err := control.Net.LinkByName(bridgeName)
 		if err != nil {
 			return err
 		}
-		attrs.MasterIndex = bridge.Attrs().Index
+		master = bridge.Attrs().Index
 	}
+	return m.plugLink(control, port, master, mtu)
+}
+
+// plugLink connects the machine to another one by a veth pair eth0 - port.
+func (m *Machine) plugLink(other *Machine, port string, master, mtu int) error {
 	veth := &netlink.Veth{
-		LinkAttrs:     attrs,
+		LinkAttrs:     netlink.LinkAttrs{Name: port, MTU: mtu, MasterIndex: master},
 		PeerName:      "eth0",
 		PeerMTU:       uint32(mtu),
 		PeerNamespace: netlink.NsFd(int(m.ns.net.Fd())),
 	}
-	if err := control.Net.LinkAdd(veth); err != nil {
-		return fmt.Errorf("plug %s into the underlay: %w", m.Name, err)
+	if err := other.Net.LinkAdd(veth); err != nil {
+		return fmt.Errorf("plug %s into %s: %w", m.Name, other.Name, err)
 	}
-	return control.configure(port, nil, nil)
+	return other.configure(port, nil, nil)
 }
 
 // addPort adds a port to the underlay, whose other end is a link on the same machine.

@@ -1,0 +1,301 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// NAT is how a router gives what leaves its site another source.
+type NAT string
+
+const (
+	// Easy keeps the port where it is free: what home routers do, and Linux' masquerade.
+	Easy NAT = "easy"
+	// Hard chooses a port at random for each destination: nobody can foretell where a node is reached.
+	Hard NAT = "hard"
+)
+
+// Site is where a node stands: the zero value is the underlay itself, anything else a LAN behind a router. The routers of
+// all sites have their outside on the underlay, which is the internet to them.
+type Site struct {
+	// NAT is for IPv4. A site without has no IPv4 to the outside.
+	NAT NAT
+	// Carrier puts a second router before the first, the provider's, with the same NAT.
+	Carrier bool
+	// Opened has the router keep the port of the node's tailscaled, 41641, and pass on to it what comes to that.
+	Opened bool
+	// NoUDP lets nothing out but TCP to the control host.
+	NoUDP bool
+	// OpenInput has the outermost router answer what is for its own address, as a bare Linux does; else it drops it.
+	OpenInput bool
+	// IPv6 gives the LAN addresses of its own that are routed, behind a firewall that lets in what answers only.
+	IPv6 bool
+	// LAN is the IPv4 one, by default 192.168.1.0/24, for all sites the same.
+	LAN netip.Prefix
+	// MTU of the way from the router to the underlay in bytes, 0 = the underlay's.
+	MTU int
+}
+
+func (s Site) behind() bool { return s != Site{} }
+
+// homeLAN is what most homes have.
+var homeLAN = netip.MustParsePrefix("192.168.1.0/24")
+
+// LANAddr is the IPv4 address of host number n in the site.
+func (s Site) LANAddr(n int) netip.Prefix {
+	lan := s.LAN
+	if !lan.IsValid() {
+		lan = homeLAN
+	}
+	return hostIn(lan, n)
+}
+
+func hostIn(p netip.Prefix, n int) netip.Prefix {
+	a := p.Masked().Addr().AsSlice()
+	a[len(a)-1] += byte(n)
+	addr, _ := netip.AddrFromSlice(a) // of the same length
+	return netip.PrefixFrom(addr, p.Bits())
+}
+
+// Router stands between a site and the underlay.
+type Router struct {
+	*Machine
+	site Site
+	node *Node
+}
+
+const (
+	lanLink = "lan"
+	wanLink = "eth0"
+	// tailscaledPort is where tailscaled listens unless it is told otherwise.
+	tailscaledPort = 41641
+	// routerHost is the router's number on its LAN, siteHost the node's.
+	routerHost, siteHost = 1, 10
+)
+
+// carrierNet is between the two routers of a site with Carrier, as RFC 6598 has it.
+var carrierNet = netip.MustParsePrefix("100.72.0.0/24")
+
+// site is where node number i stands.
+func (o Options) site(i int) Site {
+	if len(o.Sites) == 0 {
+		return Site{}
+	}
+	return o.Sites[i%len(o.Sites)]
+}
+
+// siteIPv6 is the IPv6 LAN behind the router with host number n on the underlay.
+func siteIPv6(n int) netip.Prefix {
+	a := underlay6.Addr().As16()
+	a[7] = byte(n)
+	return netip.PrefixFrom(netip.AddrFrom16(a), 64)
+}
+
+// addRouters makes the routers of the node's site, the outermost last.
+func (n *Node) addRouters(ctx context.Context) error {
+	site := n.lab.opt.site(n.index)
+	if !site.behind() {
+		return nil
+	}
+	names := []string{"router"}
+	if site.Carrier {
+		names = append(names, "carrier")
+	}
+	for _, name := range names {
+		m, err := newMachine(ctx, n.lab.Dir, fmt.Sprintf("%s-%d", name, n.index+1), n.lab.hosts(), n.lab.opt.path(), n.lab.lock)
+		if err != nil {
+			return err
+		}
+		n.Routers = append(n.Routers, &Router{Machine: m, site: site, node: n})
+	}
+	return nil
+}
+
+// plugSite connects the node to its router, that one to the next, and the last to the underlay, whose port has the node's name.
+func (n *Node) plugSite(control *Machine) error {
+	outer := n.Routers[len(n.Routers)-1]
+	site, opt, host := outer.site, n.lab.opt, n.index+11
+	mtu := site.MTU
+	if mtu == 0 {
+		mtu = opt.UnderlayMTU
+	}
+	if err := outer.Machine.plug(control, n.Port, true, mtu); err != nil {
+		return err
+	}
+	wan := opt.underlay(host)
+	if !site.IPv6 {
+		wan = slices.DeleteFunc(wan, func(p netip.Prefix) bool { return p.Addr().Is6() })
+	}
+	if err := outer.configure(wanLink, wan, gateways(opt.underlay(1), wan)); err != nil {
+		return err
+	}
+	for i, inner := range n.Routers[:len(n.Routers)-1] {
+		if err := inner.behind(n.Routers[i+1], hostIn(carrierNet, siteHost), hostIn(carrierNet, routerHost), opt.UnderlayMTU); err != nil {
+			return err
+		}
+	}
+	if err := n.plugIntoLAN(); err != nil {
+		return err
+	}
+	for _, r := range n.Routers {
+		if err := r.route(); err != nil {
+			return err
+		}
+	}
+	if !site.IPv6 {
+		return nil
+	}
+	return routeTo(control, bridgeName, siteIPv6(host), underlayAddrs(host)[1].Addr())
+}
+
+// behind plugs a router's or a node's outside into a router's LAN.
+func (m *Machine) behind(r *Router, addr, gateway netip.Prefix, mtu int) error {
+	if err := m.plugLink(r.Machine, lanLink, 0, mtu); err != nil {
+		return err
+	}
+	if err := r.configure(lanLink, []netip.Prefix{gateway}, nil); err != nil {
+		return err
+	}
+	return m.configure(wanLink, []netip.Prefix{addr}, []netip.Prefix{gateway})
+}
+
+// plugIntoLAN gives the node its place in the LAN.
+func (n *Node) plugIntoLAN() error {
+	r := n.Routers[0]
+	if err := n.Machine.behind(r, r.site.LANAddr(siteHost), r.site.LANAddr(routerHost), n.lab.opt.UnderlayMTU); err != nil || !r.site.IPv6 {
+		return err
+	}
+	lan := siteIPv6(n.index + 11)
+	if err := r.configure(lanLink, []netip.Prefix{hostIn(lan, routerHost)}, nil); err != nil {
+		return err
+	}
+	return n.configure(wanLink, []netip.Prefix{hostIn(lan, siteHost)}, []netip.Prefix{hostIn(lan, routerHost)})
+}
+
+// gateways are those of the families that addrs has.
+func gateways(all, addrs []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(all), func(g netip.Prefix) bool {
+		return !slices.ContainsFunc(addrs, func(a netip.Prefix) bool { return a.Addr().Is4() == g.Addr().Is4() })
+	})
+}
+
+func routeTo(m *Machine, link string, to netip.Prefix, by netip.Addr) error {
+	l, err := m.Net.LinkByName(link)
+	if err != nil {
+		return err
+	}
+	return m.Net.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: netipNet(to), Gw: by.AsSlice()})
+}
+
+// route has the router forward, and loads its rules.
+func (r *Router) route() error {
+	if err := r.forward(); err != nil {
+		return err
+	}
+	_, err := run(context.Background(), r.ns, r.env, []byte(r.rules()), r.find("nft"), "-f", "-")
+	return err
+}
+
+// forward has a machine forward packets of both families.
+func (m *Machine) forward() error {
+	return m.Do(func() error {
+		for _, f := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+			if err := os.WriteFile("/proc/sys/net/"+f, []byte("1"), 0); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// rules are the router's, as nft reads them.
+func (r *Router) rules() string {
+	s := r.site
+	outermost := r == r.node.Routers[len(r.node.Routers)-1]
+	var forward, input, nat strings.Builder
+	fmt.Fprintf(&forward, "ct state established,related accept\n")
+	if s.NoUDP {
+		fmt.Fprintf(&forward, "iifname %s ip daddr %s tcp dport { %d, %d } accept\n", lanLink, underlayAddrs(1)[0].Addr(), headscalePort, relayPort)
+	} else {
+		fmt.Fprintf(&forward, "iifname %s accept\n", lanLink)
+	}
+	var opened string
+	if s.Opened {
+		opened = fmt.Sprintf("iifname %s udp dport %d dnat to %s\n", wanLink, tailscaledPort, s.LANAddr(siteHost).Addr())
+		fmt.Fprintf(&forward, "ct status dnat accept\n")
+		fmt.Fprintf(&nat, "oifname %s udp sport %d masquerade\n", wanLink, tailscaledPort)
+	}
+	if !outermost || !s.OpenInput {
+		fmt.Fprintf(&input, "iifname %s ct state established,related accept\niifname %s meta l4proto ipv6-icmp accept\niifname %s drop\n", wanLink, wanLink, wanLink)
+	}
+	switch s.NAT {
+	case Easy:
+		fmt.Fprintf(&nat, "oifname %s masquerade\n", wanLink)
+	case Hard:
+		fmt.Fprintf(&nat, "oifname %s meta l4proto { tcp, udp } masquerade fully-random\noifname %s masquerade\n", wanLink, wanLink)
+	default:
+		fmt.Fprintf(&forward, "meta nfproto ipv4 drop\n")
+	}
+	return fmt.Sprintf(`table inet router {
+chain forward { type filter hook forward priority 0; policy drop;
+%s}
+chain input { type filter hook input priority 0;
+%s}
+}
+table ip routernat {
+chain prerouting { type nat hook prerouting priority -100;
+%s}
+chain postrouting { type nat hook postrouting priority 100;
+%s}
+}
+`, forward.String(), input.String(), opened, nat.String())
+}
+
+// Forget has the router lose all that it knows of connections, as a restart of it does.
+func (r *Router) Forget() error {
+	if err := r.Net.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+		return fmt.Errorf("flush what %s knows of connections: %w", r.Name, err)
+	}
+	return nil
+}
+
+// Connections is how the router translates, one connection a line, for whoever wants to know why two nodes do not meet.
+func (r *Router) Connections() ([]string, error) {
+	var lines []string
+	flows, err := r.Net.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	for _, f := range flows {
+		lines = append(lines, f.String())
+	}
+	return lines, err
+}
+
+// Renumber gives the outermost router of a site another IPv4 address outside, as providers do each night. The kernel
+// forgets what it translated to the old one.
+func (n *Node) Renumber(host int) error {
+	r := n.Routers[len(n.Routers)-1]
+	link, err := r.Net.LinkByName(wanLink)
+	if err != nil {
+		return err
+	}
+	old, err := r.Net.AddrList(link, netlink.FAMILY_V4)
+	if err != nil {
+		return err
+	}
+	for _, a := range old {
+		err = errors.Join(err, r.Net.AddrDel(link, &a))
+	}
+	if err != nil {
+		return fmt.Errorf("take the outside address of %s away: %w", r.Name, err)
+	}
+	addr := n.lab.opt.underlay(host)[:1]
+	n.Underlay[0] = addr[0].Addr()
+	return r.configure(wanLink, addr, n.lab.opt.underlay(1)[:1])
+}
