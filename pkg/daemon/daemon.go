@@ -28,6 +28,7 @@ import (
 	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/networking/antispoof"
 	"github.com/headcni/headcni/pkg/networking/deadman"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -298,6 +299,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	vital(func() error { return held.Keep(ctx) })
 	d.policy.Start(ctx, &wg, d.watchEvents)
 	d.subnets.Start(ctx, &wg, d.watchEvents)
+	antispoof.New(d.log, d.tables, new(podlink.Handle)).Start(ctx, &wg, d.watchEvents)
 	d.watch(ctx, &wg)
 	if d.kubernetes != nil {
 		vital(func() error { return tailscaled.WatchMount(ctx) })

@@ -222,6 +222,7 @@ func TestNobodyPosesAsAnother(t *testing.T) {
 // forgery must arrive without our tables, so that the test can fail, and must not with them.
 func (w *world) forgery(t *testing.T, p packet) {
 	w.sync(typical())
+	w.say(w.tables, w.sources())
 	if got := w.heard(p); got.IsValid() {
 		t.Errorf("a forged packet arrived from %v", got)
 	}

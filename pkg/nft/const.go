@@ -30,6 +30,8 @@ const (
 	setAskers = "askers"
 	// setCurious holds the pods that ask the node for names, each with its rate. The kernel fills it.
 	setCurious = "curious"
+	// setSources holds pods' links with the addresses that they send from. Tables.Sources fills it.
+	setSources = "sources"
 	// setShared holds what is the host's inside the tailnet's range.
 	setShared = "shared"
 	// setMembers holds the IPv4 addresses of the tailnet's other members.

@@ -34,6 +34,8 @@ type Tables struct {
 
 	// Who may reach which subnet, nil before anybody has said so, and how that is written.
 	consent map[netip.Prefix][]int
+	// The addresses that pods' links send from, nil before anybody has said so.
+	sources map[int][]netip.Addr
 	conn    nfnl.Conn
 
 	// What was counted in all, by reason, and what each counter of the kernel said last, by family and reason.
@@ -87,8 +89,10 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 			break
 		}
 	}
-	_, err = t.writeConsent() // a table that was made anew has lost it
-	return changes(first, before), err
+	// A table that was made anew has lost them.
+	_, err = t.writeConsent()
+	_, err2 := t.writeSources()
+	return changes(first, before), errors.Join(err, err2)
 }
 
 // write makes the tables hold want, in one transaction for both families where that works.

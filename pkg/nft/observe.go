@@ -61,6 +61,8 @@ const (
 	nftSetElemIntervalEnd = 1
 	// The nft program's own numbers for key types (its enum datatypes), which the kernel keeps.
 	ipaddrType, ip6addrType, ifindexType = 7, 8, 20
+	// Of a key of several parts, each but the first is shifted in by so many bits.
+	typeBits = 6
 )
 
 // list reads our table of one family.
@@ -144,8 +146,8 @@ func listSets(fam uint8, out listing) error {
 		if out["set "+name], err = flatten(s, nftaSetHandle, unix.NFTA_SET_ID, nftaSetCount); err != nil {
 			return err
 		}
-		if name == setAsked || name == setAskers || name == setCurious || strings.HasPrefix(name, consentPrefix) {
-			continue // the kernel fills them, and Consent
+		if name == setAsked || name == setAskers || name == setCurious || name == setSources || strings.HasPrefix(name, consentPrefix) {
+			continue // the kernel fills them, Consent and Sources
 		}
 		elements, err := nfnl.Request(fam, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
 			nfnl.Name(unix.NFTA_SET_ELEM_LIST_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_SET_ELEM_LIST_SET, name))
@@ -289,6 +291,8 @@ func (t table) mustRecreate(have listing) bool {
 		def, ok := have["set "+s.name]
 		flags, kind := attrText(unix.NFTA_SET_FLAGS, nftSetInterval), kind
 		switch {
+		case s.sources:
+			flags, kind = "", ifindexType<<typeBits|kind
 		case s.links:
 			flags, kind = "", ifindexType // the kernel tells no flags where there are none
 		case s.size > 0:

@@ -76,7 +76,7 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
-	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious|subnets|beside|members|abroad|to_[0-9a-f._]+/[0-9]+)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious|subnets|beside|members|sources|abroad|to_[0-9a-f._]+/[0-9]+)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
 	for name, cfg := range variants() {
 		for _, table := range rulesetOf(cfg) {

@@ -28,6 +28,8 @@ type set struct {
 	size uint64
 	// links: it holds links, of pods that may reach the prefix of this name. Consent fills it.
 	links bool
+	// sources: it holds links with an address each. Sources fills it.
+	sources bool
 }
 
 type chain struct {
@@ -51,7 +53,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 		sets: append([]set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
-			setOf(family, setMembers, cfg.Members), setOf(family, setLinks, cfg.Links), {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
+			setOf(family, setMembers, cfg.Members), setOf(family, setLinks, cfg.Links), {name: setSources, sources: true}, {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
 			{name: setCurious, size: curiousSize}, setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
 			setOf(family, setAbroad, cfg.Subnets.All, cfg.Subnets.Known, cfg.Subnets.Named),
 		}, consentSets(family, cfg)...),
@@ -92,8 +94,8 @@ func antispoof(family knftables.Family, cfg Config) []string {
 		)
 	}
 	rules = append(rules,
-		// "missing": the way back to the source does not lead over the interface that the packet came in by.
-		rule(`iifname "%s" fib saddr . iif oif missing %s`, names.PodLinks, drop(DropPodForged)),
+		// "missing": the way back to the source does not lead over the interface that the packet came in by. The set says the same faster.
+		rule(`iifname "%s" iif . %s saddr != @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setSources, drop(DropPodForged)),
 		// A pod's packet has passed this check already: that it is not looked up again is for speed.
 		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setCluster, drop(DropOutsideForged)),
 		// The node's name server is for the node and its pods. Here nobody has the address of another, so that the set holds pods alone.
@@ -417,7 +419,7 @@ func (t table) fill(tx *knftables.Transaction) {
 }
 
 // filled: not by what a Config says.
-func (s set) filled() bool { return s.size > 0 || s.links }
+func (s set) filled() bool { return s.size > 0 || s.links || s.sources }
 
 func (t table) object() *knftables.Table {
 	return &knftables.Table{Family: t.family, Name: names.NFTTable}
@@ -427,6 +429,9 @@ func (t table) set(s set) *knftables.Set {
 	kind := "ipv4_addr"
 	if t.family == knftables.IPv6Family {
 		kind = "ipv6_addr"
+	}
+	if s.sources {
+		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: "iface_index . " + kind}
 	}
 	if s.links {
 		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: "iface_index"}

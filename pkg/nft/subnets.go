@@ -2,7 +2,6 @@ package nft
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -151,27 +150,15 @@ func (t *Tables) writeConsentOf(f knftables.Family) (changed int, err error) {
 		if nfnl.Text(a[unix.NFTA_SET_TABLE]) != names.NFTTable || !strings.HasPrefix(name, consentPrefix) {
 			continue
 		}
-		have, err := nfnl.Elements(nfnl.Set{Family: nfproto[f], Table: names.NFTTable, Name: name})
+		want := map[string]bool{}
+		for _, i := range links[name] {
+			want[string(indexKey(i))] = true
+		}
+		n, err := fill(batch, f, name, want)
 		if err != nil {
 			return 0, err
 		}
-		var gone, come []nfnl.Element
-		want := map[string]bool{}
-		for _, i := range links[name] {
-			want[string(binary.NativeEndian.AppendUint32(nil, uint32(i)))] = true
-		}
-		for _, e := range have {
-			if !want[e.Key] {
-				gone = append(gone, nfnl.Element{Key: e.Key})
-			}
-			delete(want, e.Key)
-		}
-		for key := range want {
-			come = append(come, nfnl.Element{Key: key})
-		}
-		batch.DelElements(names.NFTTable, name, gone)
-		batch.AddElements(names.NFTTable, name, come)
-		changed += len(gone) + len(come)
+		changed += n
 	}
 	return changed, t.conn.Run(batch)
 }

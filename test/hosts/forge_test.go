@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -187,4 +188,41 @@ func TestForgingLANHost(t *testing.T) {
 		silent(t, s.to)
 	}
 	deceived(t, w.a, scenes)
+}
+
+// What pods send from is in the cache of that check soon after they came, and is not any more soon after they went, also where nobody
+// saw them go.
+func TestSourcesAreKnown(t *testing.T) {
+	w := surroundings.Enter(t)
+	known := func(a netip.Addr) (bool, error) {
+		f := map[bool]string{false: "ip", true: "ip6"}[a.Is6()]
+		out, err := w.a.Run(labtest.Within(t), "nft", "list", "set", f, "headcni", "sources")
+		return strings.Contains(out, `" . `+a.String()+" ") || strings.Contains(out, `" . `+a.String()+","), err
+	}
+	eventually := func(what string, p *lab.Pod, want bool) {
+		t.Helper()
+		for _, v6 := range []bool{false, true} {
+			labtest.Eventually(t, what, func() error {
+				if got, err := known(p.Addr(v6)); err != nil || got != want {
+					return fmt.Errorf("%s known: %v, want %v, %v", p.Addr(v6), got, want, err)
+				}
+				return nil
+			})
+		}
+	}
+	eventually("a pod that was there", w.a1, true)
+	for _, dead := range []bool{false, true} {
+		p := labtest.AddPod(t, w.a, "new", lab.PodOptions{})
+		eventually("a new pod", p, true)
+		if dead {
+			labtest.Kill(t, w.a.Daemon)
+		}
+		if err := p.Remove(labtest.Within(t)); err != nil {
+			t.Fatal(err)
+		}
+		if dead {
+			labtest.StartDaemon(t, w.a)
+		}
+		eventually("a pod that went", p, false)
+	}
 }

@@ -81,6 +81,23 @@ func (h *Handle) Attached() (map[string]Attachment, error) {
 	return all, nil
 }
 
+// Sources lists the addresses that the main table leads to pods' links, by the links' indexes: a pod sends from no others.
+func (h *Handle) Sources() (map[int][]netip.Addr, error) {
+	v, err := h.podLinks()
+	if err != nil {
+		return nil, err
+	}
+	all := map[int][]netip.Addr{}
+	for _, l := range v.links {
+		for _, a := range v.routes[l.Index] {
+			if v.ways[a].link == l.Index && isName(l.Name) && !slices.Contains(all[l.Index], a) {
+				all[l.Index] = append(all[l.Index], a)
+			}
+		}
+	}
+	return all, nil
+}
+
 // SetGroup puts links into a group, all in one go: ip link set dev LINK group N
 //
 // Of those that are gone it says nothing.
