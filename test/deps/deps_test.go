@@ -51,6 +51,7 @@ var level = map[string]int{
 	"pkg/ipam":                  3,
 	"pkg/kube":                  3,
 	"pkg/monitoring":            3,
+	"pkg/networking/antispoof":  3,
 	"pkg/networking/deadman":    3,
 	"pkg/networking/noderoutes": 3,
 	"pkg/networking/podlink":    3,
