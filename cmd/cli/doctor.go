@@ -61,7 +61,7 @@ func doctorCmd() *cobra.Command {
 		},
 	}
 	f.add(cmd)
-	f.addOutput(cmd)
+	f.addOutput(cmd, "text", textOrJSON)
 	cmd.Flags().BoolVar(&ahead, "preflight", false, "look at this machine, before anything is installed")
 	cmd.Flags().StringVar(&file, "config", paths.ConfigFile, "daemon.yaml, for --preflight")
 	cmd.Flags().StringArrayVar(&sets, "set", nil, "set one key of it, such as headscale.url=https://headscale.example.com")

@@ -41,32 +41,58 @@ type lookFlags struct {
 }
 
 func (f *lookFlags) add(cmd *cobra.Command) {
+	f.addNodes(cmd)
+	fl := cmd.Flags()
+	fl.StringVar(&f.socket, "socket", paths.APISocket, "where this node's daemon answers")
+}
+
+// addNodes is for commands that look at all nodes and have no arguments.
+func (f *lookFlags) addNodes(cmd *cobra.Command) {
+	usage(cmd, cobra.NoArgs)
+	f.addWhere(cmd)
+	fl := cmd.Flags()
+	fl.StringVarP(&f.namespace, "namespace", "n", kube.DefaultNamespace, "where HeadCNI is installed")
+	fl.StringVar(&f.node, "node", "", "look at this node only")
+}
+
+// usage has wrong usage end with the exit code of what could not look.
+func usage(cmd *cobra.Command, right cobra.PositionalArgs) {
 	cmd.SetFlagErrorFunc(fail)
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
-		if err := cobra.NoArgs(cmd, args); err != nil {
+		if err := right(cmd, args); err != nil {
 			return fail(cmd, err)
 		}
 		return nil
 	}
+}
+
+// addWhere adds what says whom to ask.
+func (f *lookFlags) addWhere(cmd *cobra.Command) {
 	fl := cmd.Flags()
 	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "how to reach the API server; without it KUBECONFIG, else ~/.kube/config")
 	fl.StringVar(&f.context, "context", "", "the kubeconfig's context to use")
-	fl.StringVarP(&f.namespace, "namespace", "n", kube.DefaultNamespace, "where HeadCNI is installed")
-	fl.StringVar(&f.node, "node", "", "look at this node only")
 	fl.BoolVar(&f.local, "local", false, "ask the daemon of this node, whatever kubeconfig there is")
 	fl.DurationVar(&f.timeout, "timeout", 30*time.Second, "how long one node may take")
-	fl.StringVar(&f.socket, "socket", paths.APISocket, "where this node's daemon answers")
 }
 
-func (f *lookFlags) addOutput(cmd *cobra.Command) {
-	cmd.Flags().StringVarP(&f.output, "output", "o", "text", "text or json")
+func (f *lookFlags) addOutput(cmd *cobra.Command, first, usage string) {
+	cmd.Flags().StringVarP(&f.output, "output", "o", first, usage)
 	cmd.Flags().BoolVar(&f.strict, "strict", false, "exit with 3 where there are warnings")
 }
 
+// textOrJSON are the outputs of most commands.
+const textOrJSON = "text or json"
+
 func (f *lookFlags) check() error {
-	switch {
-	case f.output != "text" && f.output != "json":
+	if f.output != "text" && f.output != "json" {
 		return fmt.Errorf("--output %s: want text or json", f.output)
+	}
+	return f.checkWhere()
+}
+
+// checkWhere is check for those that have other outputs.
+func (f *lookFlags) checkWhere() error {
+	switch {
 	case f.timeout <= 0:
 		return fmt.Errorf("--timeout %s: want a time such as 30s", f.timeout)
 	case f.local && f.node != "":

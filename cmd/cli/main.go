@@ -39,10 +39,12 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
+	// Children have it too: flags in 80 columns.
+	cmd.SetUsageTemplate(strings.ReplaceAll(cmd.UsageTemplate(), "Flags.FlagUsages |", "Flags.FlagUsagesWrapped 80 |"))
 	if strings.HasPrefix(filepath.Base(os.Args[0]), "kubectl-") { // a link of that name makes it a plug-in of kubectl
 		cmd.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl headcni"}
 	}
-	cmd.AddCommand(demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), ipamCmd(), keyCmd(), policyCmd(), probeCmd(), statusCmd(), sysdumpCmd(), versionCmd())
+	cmd.AddCommand(demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), ipamCmd(), keyCmd(), peersCmd(), policyCmd(), probeCmd(), statusCmd(), sysdumpCmd(), versionCmd())
 	return cmd
 }
 

@@ -57,7 +57,7 @@ func statusCmd() *cobra.Command {
 		},
 	}
 	f.add(cmd)
-	f.addOutput(cmd)
+	f.addOutput(cmd, "text", textOrJSON)
 	cmd.Flags().DurationVar(&wait, "wait", 0, "look until all is right, at most so long")
 	cmd.Flags().Lookup("wait").NoOptDefVal = waitDefault.String()
 	return cmd

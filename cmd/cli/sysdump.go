@@ -16,7 +16,6 @@ import (
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/internal/version"
-	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/kube/podexec"
@@ -75,20 +74,7 @@ func sysdumpPartCmd() *cobra.Command {
 }
 
 func localPart(ctx context.Context, socket string) sysdump.Part {
-	environ, _ := config.ReadEnvFile(paths.EnvFile) // whoever else may read it is not our matter here
-	environ = append(environ, os.Environ()...)
-	c, err := config.Load(paths.ConfigFile, true, environ, nil)
-	if err != nil {
-		c = config.Default() // where things mostly are
-	}
-	getenv := func(name string) (value string) {
-		for _, e := range environ {
-			if v, ok := strings.CutPrefix(e, name+"="); ok {
-				value = v
-			}
-		}
-		return value
-	}
+	c, getenv, err := localConfig()
 	p := sysdump.Node(ctx, c, getenv, socket)
 	if err != nil {
 		p.Missing["config.yaml"] = err.Error()

@@ -116,46 +116,62 @@ var containers = map[string]string{daemon: "headcni-daemon", tailscaled: "tailsc
 
 // Look finds nodes and our pods and asks each, all at once.
 func (c Cluster) Look(ctx context.Context) (Seen, error) {
-	s, err := c.find(ctx)
+	s, err := c.Find(ctx)
 	if err != nil {
 		return Seen{}, err
 	}
+	var ask []func(context.Context)
+	for i := range s.Nodes {
+		if n := &s.Nodes[i]; n.Err == nil {
+			ask = append(ask, func(ctx context.Context) { c.askNode(ctx, n) })
+		}
+	}
+	for i := range s.Controllers {
+		if p := &s.Controllers[i]; p.Err == nil {
+			ask = append(ask, func(ctx context.Context) { c.askController(ctx, p) })
+		}
+	}
+	c.All(ctx, ask...)
+	if err := ctx.Err(); err != nil {
+		return Seen{}, err
+	}
+	var errs []error
+	for _, n := range s.Nodes {
+		errs = append(errs, n.Err)
+	}
+	return s, c.Forbidden(errs)
+}
+
+// All asks at the same time, not more than a few at once, each for Timeout at most.
+func (c Cluster) All(ctx context.Context, ask ...func(context.Context)) {
 	var wg sync.WaitGroup
 	free := make(chan struct{}, atOnce)
-	each := func(ask func(context.Context)) {
+	for _, one := range ask {
 		wg.Go(func() {
 			free <- struct{}{}
 			defer func() { <-free }()
 			ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 			defer cancel()
-			ask(ctx)
+			one(ctx)
 		})
 	}
-	for i := range s.Nodes {
-		if n := &s.Nodes[i]; n.Err == nil {
-			each(func(ctx context.Context) { c.askNode(ctx, n) })
-		}
-	}
-	for i := range s.Controllers {
-		if p := &s.Controllers[i]; p.Err == nil {
-			each(func(ctx context.Context) { c.askController(ctx, p) })
-		}
-	}
 	wg.Wait()
-	if err := ctx.Err(); err != nil {
-		return Seen{}, err
+}
+
+// Forbidden is an error, with the right that is lacking, where it kept all nodes from being asked.
+func (c Cluster) Forbidden(errs []error) error {
+	i := slices.IndexFunc(errs, func(err error) bool { return errors.Is(err, podexec.ErrForbidden) })
+	if i < 0 || slices.Contains(errs, nil) {
+		return nil
 	}
-	forbidden := func(n Node) bool { return errors.Is(n.Err, podexec.ErrForbidden) }
-	if i := slices.IndexFunc(s.Nodes, forbidden); i >= 0 && !slices.ContainsFunc(s.Nodes, func(n Node) bool { return n.Status != nil }) {
-		return Seen{}, fmt.Errorf("%w; asking a node needs the right to create pods/exec in namespace %s", s.Nodes[i].Err, c.Namespace)
-	}
-	return s, nil
+	return fmt.Errorf("%w; asking a node needs the right to create pods/exec in namespace %s", errs[i], c.Namespace)
 }
 
 // ErrNoPods means that HeadCNI's chart is not in the namespace.
 var ErrNoPods = errors.New("no pod of HeadCNI's daemon")
 
-func (c Cluster) find(ctx context.Context) (s Seen, err error) {
+// Find lists nodes and our pods without asking any.
+func (c Cluster) Find(ctx context.Context) (s Seen, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
 	nodes, err := c.Client.Nodes().List(ctx, metav1.ListOptions{})
@@ -240,7 +256,7 @@ func notRunning(p corev1.Pod) error {
 func (c Cluster) askNode(ctx context.Context, n *Node) {
 	began := time.Now()
 	var s nodestatus.Status
-	if n.Err = c.ask(ctx, n.Pod, &s, "headcni-daemon", "status", "-o", "json"); n.Err == nil {
+	if n.Err = c.Ask(ctx, n.Pod, &s, "headcni-daemon", "status", "-o", "json"); n.Err == nil {
 		n.Status, n.Skew = &s, skew(began, time.Now(), s.Time)
 	}
 }
@@ -249,12 +265,12 @@ func (c Cluster) askController(ctx context.Context, p *Controller) {
 	var answer struct {
 		Parts []reconcile.Status `json:"parts"`
 	}
-	p.Err = c.ask(ctx, p.Pod, &answer, "headcni-controller", "health", "-o", "json")
+	p.Err = c.Ask(ctx, p.Pod, &answer, "headcni-controller", "health", "-o", "json")
 	p.Parts = answer.Parts
 }
 
-// ask decodes what a command prints. One that says that something is not right exits with 1 and has answered all the same.
-func (c Cluster) ask(ctx context.Context, pod podexec.Pod, answer any, command ...string) error {
+// Ask decodes what a command prints. One that says that something is not right exits with 1 and has answered all the same.
+func (c Cluster) Ask(ctx context.Context, pod podexec.Pod, answer any, command ...string) error {
 	out, err := c.Exec(ctx, pod, command...)
 	if len(out) > 0 && (err == nil || errors.As(err, new(podexec.Exit))) {
 		if bad := json.Unmarshal(out, answer); bad == nil {

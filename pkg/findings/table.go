@@ -72,6 +72,7 @@ const (
 	PeerOffline   ID = "HC403"
 	TunnelRoutes  ID = "HC404"
 	StrangeRoutes ID = "HC405"
+	PeerSilent    ID = "HC406"
 
 	NameServer  ID = "HC501"
 	NamesCircle ID = "HC502"
@@ -251,6 +252,7 @@ var Table = []Finding{
 	{PeerOffline, Warn, "a node with pods is offline", "Headscale has no connection to it. Its pods are reached as long as both sides keep their session.", "see that the node runs and reaches Headscale."},
 	{TunnelRoutes, Fail, "tailscaled's routes to its peers are missing", "Somebody has flushed table 52, and they could not be put back.", "restart tailscaled on the node."},
 	{StrangeRoutes, Warn, "a node with our tag advertises ranges that are no pods here", "It belongs to another cluster, or network.clusterCIDRs differs between the nodes.", "make network.clusterCIDRs the same on both nodes, or name its ranges in network.remoteClusters or network.remoteCIDRs."},
+	{PeerSilent, Fail, "a peer is online and does not answer", "Headscale has a connection to it, and neither a direct path nor a relay carries packets between the two nodes.", "`tailscale netcheck` on both nodes: UDP or the relays (DERP, mostly TCP 443) must be reachable from each; see that tailscaled runs there and did not hang."},
 
 	{NameServer, Warn, "the node's name server for the tailnet does not work", "Pods' questions for names of the tailnet are not answered from this node.", "see the text; another program may have port 53 of the node's tailnet address."},
 	{NamesCircle, Fail, "questions for names can go in a circle", "CoreDNS asks the host's resolver, which asks the tailnet's, which asks CoreDNS.", "change one of what the text names; docs/names.md shows the usual ways."},

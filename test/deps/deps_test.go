@@ -80,6 +80,7 @@ var level = map[string]int{
 	"pkg/policy/nodepolicy": 6,
 	"pkg/policy/subnets":    6,
 	"pkg/sysdump":           6,
+	"pkg/why":               6,
 
 	"pkg/controller": 7,
 	"pkg/daemon":     7,

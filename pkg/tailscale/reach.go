@@ -1,0 +1,155 @@
+package tailscale
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Pong is a peer's answer to Ping.
+type Pong struct {
+	Latency time.Duration
+	// Endpoint is the UDP address that the answer came from, "" where it came by Relay, the region's code.
+	Endpoint, Relay string
+}
+
+// Ping asks a peer's tailscaled for an answer by the way that packets take now (a disco ping), with so many bytes where size is not 0.
+func (c *Client) Ping(ctx context.Context, to netip.Addr, size int) (Pong, error) {
+	q := url.Values{"ip": {to.String()}, "type": {"disco"}}
+	if size > 0 {
+		q.Set("size", strconv.Itoa(size))
+	}
+	var w struct {
+		Err            string
+		LatencySeconds float64
+		Endpoint       string
+		PeerRelay      string
+		DERPRegionCode string
+	}
+	err := c.call(ctx, "POST", "ping?"+q.Encode(), nil, &w)
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return Pong{}, fmt.Errorf("ping %s: no answer", to)
+	case err != nil:
+		return Pong{}, fmt.Errorf("ping %s: %w", to, err)
+	case w.Err != "":
+		return Pong{}, fmt.Errorf("ping %s: %s", to, w.Err)
+	}
+	p := Pong{Latency: time.Duration(w.LatencySeconds * float64(time.Second)), Endpoint: w.Endpoint, Relay: w.DERPRegionCode}
+	if p.Endpoint == "" && p.Relay == "" {
+		p.Relay = w.PeerRelay
+	}
+	return p, nil
+}
+
+// Filter is what this node lets in from the tailnet: the control server's policy, as tailscaled applies it.
+type Filter []Match
+
+// Match lets the sources in to the destinations.
+type Match struct {
+	IPProto []int
+	Srcs    []netip.Prefix
+	Dsts    []FilterDst
+}
+
+// FilterDst is a destination. Ports count for TCP, UDP and SCTP.
+type FilterDst struct {
+	Net   netip.Prefix
+	Ports struct{ First, Last uint16 }
+}
+
+// Filter asks for it. ErrNoFilter where this tailscaled does not tell.
+func (c *Client) Filter(ctx context.Context) (Filter, error) {
+	var f Filter
+	err := c.call(ctx, "GET", "debug-packet-filter-matches", nil, &f)
+	var refused *apiError
+	if errors.As(err, &refused) {
+		return nil, fmt.Errorf("%w: %w", ErrNoFilter, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask for the packet filter: %w", err)
+	}
+	return f, nil
+}
+
+// ErrNoFilter means that this tailscaled was built without what tells of its filter.
+var ErrNoFilter = errors.New("this tailscaled does not tell what it lets in")
+
+// Numbers of protocols (IANA).
+const (
+	ProtoICMP   = 1
+	ProtoTCP    = 6
+	ProtoUDP    = 17
+	ProtoICMPv6 = 58
+)
+
+// Accepts reports whether a packet that begins something is let in. Of ICMP tailscaled compares addresses alone.
+func (f Filter) Accepts(src, dst netip.Addr, proto int, port uint16) bool {
+	if proto == ProtoICMP || proto == ProtoICMPv6 {
+		return f.Pairs(src, dst)
+	}
+	return slices.ContainsFunc(f, func(m Match) bool {
+		return slices.Contains(m.IPProto, proto) && has(m.Srcs, src) && slices.ContainsFunc(m.Dsts, func(d FilterDst) bool {
+			return d.Net.Contains(dst) && d.Ports.First <= port && port <= d.Ports.Last
+		})
+	})
+}
+
+// Pairs reports whether src may send something to dst, whatever it is.
+func (f Filter) Pairs(src, dst netip.Addr) bool {
+	return slices.ContainsFunc(f, func(m Match) bool {
+		return has(m.Srcs, src) && slices.ContainsFunc(m.Dsts, func(d FilterDst) bool { return d.Net.Contains(dst) })
+	})
+}
+
+// Ports are those of TCP and UDP that src may send to at dst, in words, for people.
+func (f Filter) Ports(src, dst netip.Addr) string {
+	var out []string
+	for _, m := range f {
+		if !has(m.Srcs, src) {
+			continue
+		}
+		for _, d := range m.Dsts {
+			if !d.Net.Contains(dst) {
+				continue
+			}
+			text := fmt.Sprintf("%d-%d", d.Ports.First, d.Ports.Last)
+			switch {
+			case d.Ports.First == 0 && d.Ports.Last == 65535:
+				text = "all"
+			case d.Ports.First == d.Ports.Last:
+				text = strconv.Itoa(int(d.Ports.First))
+			}
+			if !slices.Contains(out, text) {
+				out = append(out, text)
+			}
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
+func has(list []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// Holder is the peer that this node sends packets for an address to: the one with the narrowest prefix.
+func (s Status) Holder(a netip.Addr) (found Peer, ok bool) {
+	best := -1
+	for _, p := range s.Peers {
+		for _, r := range p.Allowed {
+			if r.Contains(a) && r.Bits() > best {
+				found, best = p, r.Bits()
+			}
+		}
+		if slices.Contains(p.IPs, a) && best < a.BitLen() {
+			found, best = p, a.BitLen()
+		}
+	}
+	return found, best >= 0
+}
