@@ -39,14 +39,15 @@ func (p Peer) short() string {
 // Table prints who reaches whom, at most so many columns wide. More nodes than fit have a line each.
 func (m Mesh) Table(out io.Writer, width int) error {
 	b := &strings.Builder{}
+	width = cmp.Or(width, lineWidth)
 	if len(m.Nodes) == 1 {
 		m.list(b)
-	} else if !m.matrix(b, cmp.Or(width, lineWidth)) {
+	} else if !m.matrix(b, width) {
 		m.lines(b)
 	}
 	for _, r := range m.Nodes {
 		if r.Error != "" {
-			fmt.Fprintf(b, "\n%s could not be asked: %s\n", r.Node, printable.Line(r.Error))
+			b.WriteString("\n" + fold(r.Node+" ", 4, "could not be asked: "+printable.Line(r.Error), width))
 		}
 	}
 	_, err := io.WriteString(out, b.String())

@@ -1,0 +1,23 @@
+package why
+
+import (
+	"strings"
+	"unicode/utf8"
+)
+
+// fold puts a text behind a head, in lines of at most so many columns where a word allows, each but the first behind so many blanks.
+func fold(head string, indent int, text string, width int) string {
+	var b strings.Builder
+	line, empty := head, true
+	for _, word := range strings.Fields(text) {
+		if !empty && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width {
+			b.WriteString(line + "\n")
+			line, empty = strings.Repeat(" ", indent), true
+		}
+		if !empty {
+			line += " "
+		}
+		line, empty = line+word, false
+	}
+	return b.String() + strings.TrimRight(line, " ") + "\n"
+}
