@@ -66,11 +66,17 @@ func usage(cmd *cobra.Command, right cobra.PositionalArgs) {
 	}
 }
 
-// addWhere adds what says whom to ask.
-func (f *lookFlags) addWhere(cmd *cobra.Command) {
+// addCluster adds what says which API server to ask.
+func (f *lookFlags) addCluster(cmd *cobra.Command) {
 	fl := cmd.Flags()
 	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "how to reach the API server; without it KUBECONFIG, else ~/.kube/config")
 	fl.StringVar(&f.context, "context", "", "the kubeconfig's context to use")
+}
+
+// addWhere adds what says whom to ask.
+func (f *lookFlags) addWhere(cmd *cobra.Command) {
+	f.addCluster(cmd)
+	fl := cmd.Flags()
 	fl.BoolVar(&f.local, "local", false, "ask the daemon of this node, whatever kubeconfig there is")
 	fl.DurationVar(&f.timeout, "timeout", 30*time.Second, "how long one node may take")
 }

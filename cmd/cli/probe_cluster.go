@@ -19,11 +19,11 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/headcni/headcni/pkg/connectivity"
 )
 
 const (
-	// answerPort is the port on which the pods of `helm test` listen: beyond 1024, so they need no rights.
-	answerPort = "8080"
 	// serviceAccount is where kubelet puts a pod's token and the API server's certificate.
 	serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
 	askTimeout     = 3 * time.Second
@@ -33,31 +33,24 @@ const (
 func answerCmd() *cobra.Command {
 	return &cobra.Command{
 		Use:   "answer",
-		Short: "Answer on port " + answerPort + " with the node's name and the asker's address",
+		Short: fmt.Sprintf("Answer on port %d with the node's name and the asker's address", connectivity.Port),
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			srv := &http.Server{Addr: ":" + answerPort, Handler: answers(os.Getenv("NODE_NAME")), ReadHeaderTimeout: 5 * time.Second}
-			stop := context.AfterFunc(cmd.Context(), func() { srv.Close() })
-			defer stop()
-			if err := srv.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
-				return err
-			}
-			return nil
+			return connectivity.Serve(cmd.Context(), os.Getenv("NODE_NAME"))
 		},
 	}
 }
 
-// answer is a pod's answer to another.
-type answer struct {
-	Node string     `json:"node"`
-	You  netip.Addr `json:"you"`
-}
-
-func answers(node string) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		from, _ := netip.ParseAddrPort(r.RemoteAddr)                                // net/http always gives a valid one
-		_ = json.NewEncoder(w).Encode(answer{Node: node, You: from.Addr().Unmap()}) // the asker has gone
-	})
+// connectCmd asks for a test of a whole cluster, whose questions come by standard input.
+func connectCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "connect",
+		Short: "Ask what stands on standard input, as JSON, and print what came of it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return connectivity.AskAll(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
 }
 
 // clusterCmd asks the pod of each node until all have answered.
@@ -75,7 +68,7 @@ func clusterCmd() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
-			c := checker{api: api, daemonSet: daemonSet, own: addrs(os.Getenv("POD_IPS")), port: answerPort, out: cmd.OutOrStdout()}
+			c := checker{api: api, daemonSet: daemonSet, own: addrs(os.Getenv("POD_IPS")), port: fmt.Sprint(connectivity.Port), out: cmd.OutOrStdout()}
 			return c.run(ctx, time.Second)
 		},
 	}
@@ -187,7 +180,7 @@ func (c checker) targets(ctx context.Context) (want int, out []target, err error
 
 // ask asks one pod who it is and who we are.
 func (c checker) ask(ctx context.Context, node string, ip netip.Addr) error {
-	var a answer
+	var a connectivity.Answer
 	if err := getJSON(ctx, &http.Client{}, "http://"+net.JoinHostPort(ip.String(), c.port)+"/", "", &a); err != nil {
 		return fmt.Errorf("pod on %s at %s: %w", node, ip, err)
 	}

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/headcni/headcni/pkg/connectivity"
 )
 
 // fakeAPI has a DaemonSet of want pods, of which those of the given nodes run at 127.0.0.1.
@@ -40,7 +42,7 @@ func fakeAPI(t *testing.T, want int, nodes ...string) *apiClient {
 }
 
 func TestProbeCluster(t *testing.T) {
-	pod := httptest.NewServer(answers("n1"))
+	pod := httptest.NewServer(connectivity.Handler("n1"))
 	defer pod.Close()
 	_, port, err := net.SplitHostPort(pod.Listener.Addr().String())
 	if err != nil {

@@ -86,7 +86,18 @@ const (
 
 	ServicesNotHere ID = "HC701"
 	ServicesNowhere ID = "HC702"
-	Contradiction   ID = "HC900"
+
+	TestPods     ID = "HC801"
+	PodToPod     ID = "HC802"
+	PacketSizes  ID = "HC803"
+	ServicesFail ID = "HC804"
+	NamesFail    ID = "HC805"
+	PortsFail    ID = "HC806"
+	EgressFails  ID = "HC807"
+	PoliciesFail ID = "HC808"
+	TailnetToPod ID = "HC809"
+
+	Contradiction ID = "HC900"
 )
 
 // Table holds every finding, in the order of ids.
@@ -267,6 +278,16 @@ var Table = []Finding{
 
 	{ServicesNotHere, Fail, "the tailnet does not reach services by this node", "The node is chosen by `network.advertiseServices`, and services do not work on it: its kube-proxy does not say that they do, or its own rules or links are not as they should be.", "see the text; it leads there again by itself once they work. Where kube-proxy's health is elsewhere, set `network.advertiseServices.healthURL`."},
 	{ServicesNowhere, Warn, "the tailnet does not reach services as it is to", "No Node has the labels of `network.advertiseServices`, the ranges of services are not known or cannot be used, or Headscale's policy lets nobody there.", "see the text; `headcnictl dns headscale` prints the lines for Headscale."},
+
+	{TestPods, Fail, "a test pod does not run", "`headcnictl connectivity test` runs two pods on each node, with HeadCNI's own image. One was not started, or cannot be asked.", "see the text; `headcnictl doctor --node NODE`, and `kubectl -n kube-system get pods -o wide` for the node's kubelet and runtime."},
+	{PodToPod, Fail, "a pod does not reach another", "A test pod got no answer from that of another node or of its own, or was seen by another address than its own.", "`headcnictl doctor` names what is wrong on both nodes; where it finds nothing, look for a firewall between them."},
+	{PacketSizes, Fail, "packets of a size do not arrive", "UDP packets that may not be cut, as large as the pods' link allows, got no answer, and perhaps small ones neither. Where small ones do, a path between the nodes carries less.", "let ICMP \"fragmentation needed\" pass on the way, or set network.mtu to what `headcnictl doctor` says (HC402) on every node."},
+	{ServicesFail, Fail, "pods do not reach Services", "A test pod reaches others by their own addresses and not by a ClusterIP, or no pods at all.", "see that kube-proxy, or what stands for it, runs on the node: `kubectl -n kube-system get pods -o wide`."},
+	{NamesFail, Fail, "pods do not resolve names of the cluster", "The cluster's DNS does not answer test pods, or with another address.", "`kubectl -n kube-system get pods,endpointslices -l k8s-app=kube-dns`: see that CoreDNS runs, and that the node's pods reach it."},
+	{PortsFail, Fail, "a port of a node does not lead to pods", "A NodePort, which is kube-proxy's, or a hostPort, which is portmap's, does not answer pods.", "for a NodePort see kube-proxy; for a hostPort that the plugin portmap is in cni.binDir, and that another firewall does not drop it."},
+	{EgressFails, Fail, "pods do not reach nodes or the API server", "A test pod got no answer from a node's own address, or from the API server by its Service.", "`headcnictl doctor --node NODE`; see that the node's firewall lets pods' ranges in, and that network.masquerade is on where nodes have no routes to pods."},
+	{PoliciesFail, Fail, "a NetworkPolicy does not hold", "What a policy denies was answered, or what it allows was not, for longer than policies take to hold.", "`headcnictl status` says on how many nodes policies are in force, `headcnictl policy list` on the node how they stand."},
+	{TailnetToPod, Fail, "this machine does not reach pods by the tailnet", "The machine on which the test was started sends packets for pods into the tailnet, and gets no answer.", "let Headscale's policy accept from this machine to the pods' ranges; network.tailnetIngress and docs/security.md say what nodes let in."},
 
 	{Contradiction, Fail, "what the kernel does and what HeadCNI believes differ", "This is a fault of HeadCNI.", "please report it with the file that `headcnictl sysdump` makes."},
 }

@@ -72,6 +72,7 @@ var level = map[string]int{
 	"pkg/policy/report": 4,
 	"pkg/policy/watch":  4,
 
+	"pkg/connectivity":   5,
 	"pkg/doctor":         5,
 	"pkg/leases":         5,
 	"pkg/policy/agent":   5,

@@ -42,9 +42,21 @@ var ErrForbidden = errors.New("no right to run commands in pods")
 
 // Run runs a command and returns what it wrote to standard output, also where it returns an Exit.
 func Run(ctx context.Context, c *rest.Config, pod Pod, command ...string) ([]byte, error) {
+	return Feed(ctx, c, pod, nil, command...)
+}
+
+// Feed is Run for a command that reads its standard input, where what is secret or long belongs; nil = it has none.
+func Feed(ctx context.Context, c *rest.Config, pod Pod, stdin []byte, command ...string) ([]byte, error) {
 	u, err := address(c, pod, command)
 	if err != nil {
 		return nil, err
+	}
+	var in io.Reader
+	if stdin != nil {
+		in = bytes.NewReader(stdin)
+		q := u.Query()
+		q.Set("stdin", "true")
+		u.RawQuery = q.Encode()
 	}
 	// WebSocket is what API servers of today speak and proxies let pass; SPDY is for those before 1.31.
 	ws, err := remotecommand.NewWebSocketExecutor(c, "GET", u.String())
@@ -62,7 +74,7 @@ func Run(ctx context.Context, c *rest.Config, pod Pod, command ...string) ([]byt
 		return nil, err
 	}
 	var stdout, stderr limited
-	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdout: &stdout, Stderr: &stderr})
+	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: in, Stdout: &stdout, Stderr: &stderr})
 	var exit utilexec.ExitError
 	switch {
 	case err == nil:
