@@ -19,6 +19,9 @@ func staged(t *testing.T) (dir string) {
 		"systemd/headcni-daemon.service", "systemd/headcni-tailscaled.service"} {
 		put(t, filepath.Join(dir, path), read(t, filepath.Join(repo, path)))
 	}
+	if err := os.CopyFS(filepath.Join(dir, "docs/man"), os.DirFS(filepath.Join(repo, "docs/man"))); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{"headcni", "headcni-ipam", "headcni-daemon", "headcnictl", "host-local", "loopback", "portmap"} {
 		put(t, filepath.Join(dir, "bin", name), "program "+name)
 	}
@@ -75,8 +78,11 @@ func TestUninstallBelowDESTDIR(t *testing.T) {
 			}
 			script("install")
 			script("install") // again: it still knows what it has brought
-			if !slices.Contains(files(t, dest), plugins+"portmap") {
-				t.Fatalf("portmap is not among %s", files(t, dest))
+			for _, want := range []string{plugins + "portmap", "/usr/local/share/man/man1/headcnictl-status.1", "/usr/local/share/man/man8/headcni-daemon.8",
+				"/usr/local/share/bash-completion/completions/headcnictl", "/usr/local/share/zsh/site-functions/_headcnictl"} {
+				if !slices.Contains(files(t, dest), want) {
+					t.Fatalf("%s is not among %s", want, files(t, dest))
+				}
 			}
 			// headcni-daemon reads the note too, where the tree becomes a machine's.
 			var note map[string][]string

@@ -94,7 +94,7 @@ var level = map[string]int{
 }
 
 // testOnly packages import testing. Nothing that ships may.
-var testOnly = []string{"internal/cluster", "internal/daemontest", "internal/golden", "internal/headscaletest", "internal/kubetest", "internal/labtest", "internal/nstest", "internal/policytest", "internal/realparts", "test"}
+var testOnly = []string{"internal/cluster", "internal/daemontest", "internal/golden", "internal/headscaletest", "internal/kubetest", "internal/labtest", "internal/mantest", "internal/nstest", "internal/policytest", "internal/realparts", "test"}
 
 // pkg is what `go list` tells of a package.
 type pkg struct {

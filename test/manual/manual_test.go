@@ -526,7 +526,8 @@ func (w *world) journal(t *testing.T) {
 }
 
 // left is what uninstall leaves: what the user wrote, and folders that belong to everybody.
-var left = regexp.MustCompile(`^file (/etc/headcni(/(daemon\.yaml|api-key|env))?|/opt/cni(/bin)?|/usr/lib/cni|/etc/cni(/net\.d)?|/usr/local/lib/systemd(/system)?) `)
+var left = regexp.MustCompile(`^file (/etc/headcni(/(daemon\.yaml|api-key|env))?|/opt/cni(/bin)?|/usr/lib/cni|/etc/cni(/net\.d)?|/usr/local/lib/systemd(/system)?|` +
+	`/usr/local/share/(man/man[18]|bash-completion(/completions)?|zsh(/site-functions)?|fish(/vendor_completions\.d)?)) `)
 
 func (w *world) uninstall(t *testing.T) {
 	w.host.t, w.daemon.t = t, t
