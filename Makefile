@@ -71,13 +71,17 @@ image-at: need-go ## The image of another commit, by that commit's scripts, and 
 	@if [[ -z '$(COMMIT)' ]]; then echo "make image-at: name a commit or a tag, such as COMMIT=v0.1.0" >&2; exit 1; fi
 	@test/tools/as-user scripts/image-at '$(COMMIT)' '$(ARCH)' $(if $(filter command line environment,$(origin IMAGE)),'$(IMAGE)')
 
+.PHONY: release
+release: need-go ## dist/: archives, images, chart, lists of modules and checksums of a release, for amd64 and arm64; publishes nothing
+	@test/tools/as-user env VERSION='$(VERSION)' REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" scripts/release
+
 # test/deploy's stand-ins for kubectl and helm are the test binary itself: with the race detector it takes a second to start.
 .PHONY: test
 test: need-go ## All tests but e2e's and test-manual's, with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
-	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm) \
+	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod oci) \
 		prometheus=$$(test/tools/packages unpack prometheus); export PATH="$$PATH:$$prometheus/usr/bin"; \
 		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
@@ -254,8 +258,8 @@ logo: ## Render logo.png from docs/logo.svg (needs rsvg-convert)
 	@rsvg-convert --width 512 --output logo.png docs/logo.svg
 
 .PHONY: clean
-clean: ## Remove bin/
-	@rm -rf bin
+clean: ## Remove bin/ and dist/
+	@rm -rf bin dist
 
 .PHONY: need-go
 need-go:
