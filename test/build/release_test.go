@@ -96,11 +96,15 @@ func TestReleaseIsReproducible(t *testing.T) {
 	// Each program's modules are listed, with versions.
 	for program, module := range map[string]string{"headcni": "golang.org/x/sys", "headcni-daemon": "k8s.io/client-go", "headcnictl": "github.com/spf13/cobra",
 		"portmap": "github.com/containernetworking/cni"} {
-		var sbom struct{ Components []struct{ Name, Version string } }
+		var sbom struct {
+			Components []struct{ Name, Version string }
+		}
 		if err := json.Unmarshal([]byte(read(t, filepath.Join(tree, "sbom", program+".cdx.json"))), &sbom); err != nil {
 			t.Fatal(err)
 		}
-		if !slices.ContainsFunc(sbom.Components, func(c struct{ Name, Version string }) bool { return c.Name == module && strings.HasPrefix(c.Version, "v") }) {
+		if !slices.ContainsFunc(sbom.Components, func(c struct{ Name, Version string }) bool {
+			return c.Name == module && strings.HasPrefix(c.Version, "v")
+		}) {
 			t.Errorf("sbom/%s.cdx.json does not list %s", program, module)
 		}
 	}
