@@ -20,6 +20,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/networking/hostport"
 )
 
 // ifName is the pod's interface, as every runtime names it.
@@ -50,6 +51,8 @@ type PodOptions struct {
 	Idle bool
 	// Config is the CNI configuration; nil means the one the daemon has put on the node.
 	Config *libcni.NetworkConfigList
+	// Ports are those of the node that lead to the pod (capability portMappings).
+	Ports []hostport.Mapping
 	// Namespace is the Pod's; "" means lab.
 	Namespace string
 }
@@ -103,10 +106,14 @@ func (n *Node) Conflist() (*libcni.NetworkConfigList, error) {
 }
 
 func (p *Pod) runtimeConf() *libcni.RuntimeConf {
-	return &libcni.RuntimeConf{
+	conf := &libcni.RuntimeConf{
 		ContainerID: p.ID, NetNS: "/run/netns/" + p.Name, IfName: ifName,
 		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", cmp.Or(p.opt.Namespace, "lab")}, {"K8S_POD_NAME", p.Name}},
 	}
+	if len(p.opt.Ports) > 0 {
+		conf.CapabilityArgs = map[string]any{"portMappings": p.opt.Ports}
+	}
+	return conf
 }
 
 // AddPod makes a pod and waits until its process answers. A pod whose ADD fails leaves nothing in the lab; what it

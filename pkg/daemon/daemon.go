@@ -78,6 +78,7 @@ type Daemon struct {
 	table52      *noderoutes.Table52 // of the loop alone
 	links        noderoutes.Links    // of the loop alone
 	pods         *leases.Mender
+	ports        *leases.Ports
 	guardTest    selftest.Once
 	answerer     *nodedns.Answerer
 	services     *serviceroute.Gate
@@ -131,7 +132,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
 		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, kubernetes: k, saved: saved, kept: saved,
-		tables: nft.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), pods: leases.NewMender(c.CNI.ConfDir),
+		tables: nft.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), pods: leases.NewMender(c.CNI.ConfDir), ports: leases.NewPorts(paths.DaemonSocket),
 		paths: pathmtu.New(saved.Path),
 		loop:  reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
 	}
@@ -289,6 +290,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return cmdlog.Serve(ctx, paths.DaemonSocket, func() {
 			d.policy.Wake()
 			d.subnets.Wake()
+			if d.ports.Changed() {
+				d.loop.Wake()
+			}
 			select {
 			case finished <- struct{}{}:
 			default: // one is waiting already

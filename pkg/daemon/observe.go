@@ -66,6 +66,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 	if o.hostNetworks, err = noderoutes.HostNetworks(); err != nil {
 		return o, err
 	}
+	o.ports, o.portsErr = d.ports.List()
 	o.shared = noderoutes.SharedWithTailnet(o.hostNetworks)
 	o.dns.Nameservers = nodedns.Nameservers("/")
 	if o.nodeAddr4, err = sourceAddr(unix.AF_INET); err != nil {

@@ -141,8 +141,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		{Name: partLinks, Finding: findings.Links, Needs: []string{partRoutes}, Run: func(_ context.Context, s *pass) ([]string, error) {
 			return d.links.Sync(s.seen.tunLink())
 		}},
-		{Name: partPods, Finding: findings.PodLinks, Needs: []string{partRoutes}, Optional: true, Run: func(ctx context.Context, _ *pass) ([]string, error) {
-			return d.pods.Sync(ctx)
+		{Name: partPods, Finding: findings.PodLinks, Needs: []string{partRoutes}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			done, err := d.pods.Sync(ctx)
+			return done, errors.Join(err, s.seen.portsErr)
 		}},
 		{Name: partTailnet, Finding: findings.NotInTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Join(ctx, s.seen.Seen)

@@ -44,6 +44,9 @@ type observation struct {
 	subnets subnets.Known
 	// members are the IPv4 addresses of the tailnet's other members, as far as they were ever known.
 	members []netip.Prefix
+	// ports are those of the node that lead to pods of its own, portsErr is what keeps some from being known.
+	ports    []nft.Port
+	portsErr error
 	// shared are networks that the host has inside the tailnet's IPv4 range.
 	shared []netip.Prefix
 	dns    nodedns.Seen
@@ -89,7 +92,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	p := plan{
 		node: noderoutes.Config{Own: own, Leaving: o.leaving, Cluster: clusterCIDRs, Services: o.ranges.Services, TunName: o.tun, LANFirst: lanFirst(c, o, s)},
 		firewall: nft.Config{
-			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Served: serviceroute.Served(o.serves, netset.Without(o.advertised, s.Advertised), o.ranges.Services), Shared: o.shared, Members: o.members, TunName: o.tun,
+			Own: slices.Concat(own, o.leaving), Cluster: clusterCIDRs, KeepSource: o.ranges.Services, Served: serviceroute.Served(o.serves, netset.Without(o.advertised, s.Advertised), o.ranges.Services), Shared: o.shared, Members: o.members, Ports: o.ports, TunName: o.tun,
 			NodeAddr4: o.nodeAddr4, NodeAddr6: o.nodeAddr6, PathMTU: o.path.Bytes,
 			LANIngress: c.Network.LANIngress == config.LANAllow, Sites: netset.Without(o.sites, slices.Concat(own, o.leaving)),
 			Links:      withNeighbours(o.hostPrefixes),

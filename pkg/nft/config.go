@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/names"
@@ -22,6 +23,8 @@ type Config struct {
 	Shared []netip.Prefix
 	// Members are the IPv4 addresses of the tailnet's other members, where they are known.
 	Members []netip.Prefix
+	// Ports are the node's ports that lead to pods of its own.
+	Ports []Port
 	// TunName is tailscaled's interface. While it is "" no packet may leave for another node's pod.
 	TunName string
 	// NodeAddr4 and NodeAddr6 are the source that pods see when their own node speaks to them. Without one the kernel's
@@ -43,6 +46,24 @@ type Config struct {
 	HostMode bool
 	// Subnets are networks behind devices of the tailnet that are not the cluster's.
 	Subnets Subnets
+}
+
+// Port is one of the node's ports that leads to a pod of its own.
+type Port struct {
+	// Protocol is tcp, udp or sctp.
+	Protocol string
+	Number   uint16
+	// At is the node's address that has the port, the zero Addr for all of them.
+	At netip.Addr
+	// To is the pod's end, Link the host's end of its link.
+	To   netip.AddrPort
+	Link string
+}
+
+// Valid reports whether the kernel would take it.
+func (p Port) Valid() bool {
+	return slices.Contains([]string{"tcp", "udp", "sctp"}, p.Protocol) && p.Number != 0 && p.To.IsValid() && p.To.Port() != 0 &&
+		strings.HasPrefix(p.Link, names.PodLinkPrefix) && (!p.At.IsValid() || p.At.Is4() == p.To.Addr().Is4())
 }
 
 // Subnets say who reaches networks behind devices of the tailnet. The zero value lets no pod.
@@ -85,6 +106,11 @@ func (c Config) Validate() error {
 	}
 	if a := c.NodeAddr6; a.IsValid() && (!a.Is6() || a.Is4In6() || a.Zone() != "") {
 		errs = append(errs, fmt.Errorf("node address %s: want an IPv6 address without zone", a))
+	}
+	for _, p := range c.Ports {
+		if !p.Valid() {
+			errs = append(errs, fmt.Errorf("port %v: want tcp, udp or sctp, two ports, a link and addresses of one family", p))
+		}
 	}
 	return errors.Join(errs...)
 }

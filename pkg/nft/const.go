@@ -50,7 +50,8 @@ const (
 	prioAntispoof = knftables.RawPriority
 
 	// chainTunnel notes in the forward hook what came out of the tunnel. Before kernel 5.7 the postrouting hook has no
-	// input interface (nft takes the rule and never matches it), and the NAT below must know.
+	// input interface (nft takes the rule and never matches it), and the NAT below must know. There too the link is known that DNAT to a
+	// pod's port has chosen.
 	chainTunnel = "tunnel"
 	prioTunnel  = knftables.FilterPriority
 
@@ -70,6 +71,11 @@ const (
 	// chainPatience is in output, where the node's own ICMP errors towards its pods pass.
 	chainPatience = "patience"
 	prioPatience  = knftables.FilterPriority
+
+	// chainPorts and chainPortsOut lead to pods' ports of the node behind portmap's and kube-proxy's rules: the first NAT decision counts.
+	chainPorts    = "ports"
+	chainPortsOut = "ports_out"
+	prioPorts     = knftables.DNATPriority + "+1"
 
 	// chainNAT runs just before everybody else's source NAT (kube-proxy, Docker: srcnat): the first NAT decision of a
 	// flow is the one that stays.
@@ -96,6 +102,8 @@ const (
 	DropPodRouter = "pod_router"
 	// A pod sends from or to a link-local address. It needs none but the gateway's, and each would be a neighbour of the node's.
 	DropPodLinkLocal = "pod_link_local"
+	// A port of the node leads to an address that its pod has no more.
+	DropPortStale = "port_stale"
 	// A pod begins something with more neighbours of the node's than it can have use for.
 	DropPodScans = "pod_scans"
 	// Somebody beside the node sends from an address that only pods, services, the tailnet or the node itself have.
@@ -129,7 +137,7 @@ const (
 
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
-	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
+	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPortStale, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
 	DropServiceClear, DropTailnetService, DropPodSource, DropTailnetEgress, DropTailnetSubnet, DropSubnetClear,
 	DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropNoWay,
 }

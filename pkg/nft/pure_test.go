@@ -30,6 +30,13 @@ func variants() map[string]Config {
 		"subnets-open": with(func(c *Config) {
 			c.Subnets = Subnets{Open: true, Known: prefixes("192.168.50.0/24", "fd00:50::/64"), Named: prefixes("192.168.50.0/24")}
 		}),
+		"ports": with(func(c *Config) {
+			c.Ports = []Port{
+				{Protocol: "tcp", Number: 8080, To: netip.MustParseAddrPort("10.244.1.10:80"), Link: "hca"},
+				{Protocol: "udp", Number: 53, At: netip.MustParseAddr("192.0.2.11"), To: netip.MustParseAddrPort("10.244.1.10:5353"), Link: "hca"},
+				{Protocol: "tcp", Number: 8080, To: netip.MustParseAddrPort("[fd00:244:1::10]:80"), Link: "hca"},
+			}
+		}),
 		"lan-allow":     with(func(c *Config) { c.LANIngress = true; c.Sites = prefixes("192.168.5.0/24") }),
 		"serves":        with(func(c *Config) { c.Served = prefixes("10.96.0.0/12", "fd00:96::7/128") }),
 		"clamp":         with(func(c *Config) { c.PathMTU = 1232 }),
@@ -68,7 +75,7 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"fib": "4.10 nft_fib", "oif": "4.10 fib", "missing": "4.10 fib", "local": "4.10 fib",
 		"update": "4.1 nft_dynset", "{": "4.1", "}": "4.1", "timeout": "4.1", "5s": "4.1", "60s": "4.1", "limit": "3.13", "rate": "3.13", "over": "4.3",
 		"64/second": "3.13", "burst": "4.3", "128": "4.3", "2000/second": "3.13", "4000": "4.3", "packets": "4.3", "state": "3.13 ct", "established,related": "3.13",
-		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13", "iif": "3.13 meta, 4.10 fib",
+		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13", "proto-dst": "3.13 ct", "8080": "3.13", "80": "3.13", "5353": "3.13", "iif": "3.13 meta, 4.10 fib",
 		"l4proto": "3.14 meta", "reject": "3.14 nft_reject", "with": "3.14", "reset": "3.14", "admin-prohibited": "3.14", "invalid": "3.13 ct", "related": "3.13 ct",
 		"established": "3.13 ct",
 		"ct":          "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
@@ -76,7 +83,7 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
 		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
-	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious|subnets|beside|members|sources|abroad|to_[0-9a-f._]+/[0-9]+)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[0-9a-f.:]*[:.][0-9a-f.:]*(/\d+)?)$`)
+	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious|subnets|beside|members|sources|abroad|to_[0-9a-f._]+/[0-9]+)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[[]?[0-9a-f.:]*[:.][0-9a-f.:]*\]?(:\d+|/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
 	for name, cfg := range variants() {
 		for _, table := range rulesetOf(cfg) {

@@ -59,9 +59,11 @@ func tableOf(family knftables.Family, cfg Config) table {
 		}, consentSets(family, cfg)...),
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
-			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, tunnel(cfg)},
+			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, append(tunnel(cfg), ported(family, cfg)...)},
 			{chainClamp, knftables.FilterType, knftables.ForwardHook, prioClamp, clamp(family, cfg)},
 			{chainLAN, knftables.FilterType, knftables.ForwardHook, prioLAN, lan(family, cfg)},
+			{chainPorts, knftables.NATType, knftables.PreroutingHook, prioPorts, toPorts(family, cfg)},
+			{chainPortsOut, knftables.NATType, knftables.OutputHook, prioPorts, toPorts(family, cfg)},
 			{chainGuard, knftables.FilterType, knftables.PostroutingHook, prioGuard, guard(family, cfg)},
 			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience, patience(family, cluster.elements)},
 			{chainNAT, knftables.NATType, knftables.PostroutingHook, prioNAT, nat(family, cfg)},
@@ -308,10 +310,8 @@ func last(family knftables.Family, cfg Config) []string {
 // nat: who sees which source.
 func nat(family knftables.Family, cfg Config) []string {
 	fam, tun := string(family), cfg.TunName
-	rules := []string{
-		// Pods keep their source towards pods and services.
-		rule(`%s saddr @%s %s daddr @%s return`, fam, setOwn, fam, setKeepSource),
-	}
+	// Pods keep their source towards pods and services.
+	rules := append(hairpins(family, cfg), rule(`%s saddr @%s %s daddr @%s return`, fam, setOwn, fam, setKeepSource))
 	if tun != "" {
 		switch {
 		case cfg.TailnetEgress == config.EgressPreserve:
@@ -359,6 +359,47 @@ func nat(family knftables.Family, cfg Config) []string {
 		rules = append(rules, rule(`oifname "%s" fib saddr type local %s saddr != %s snat to %s`, names.PodLinks, fam, node, node))
 	}
 	return rules
+}
+
+// toPorts leads what is for a port of the node to the pod that has it. portmap's rules do so already, but where somebody has taken
+// them away.
+func toPorts(family knftables.Family, cfg Config) (rules []string) {
+	for _, p := range portsOf(family, cfg) {
+		at := ""
+		if p.At.IsValid() {
+			at = rule(`%s daddr %s `, family, p.At)
+		}
+		rules = append(rules, rule(`fib daddr type local %s%s dport %d dnat to %s`, at, p.Protocol, p.Number, p.To))
+	}
+	return rules
+}
+
+// ported: an address that a pod had goes to the next one, which the port is not for, however late the daemon hears of it.
+func ported(family knftables.Family, cfg Config) (rules []string) {
+	for _, p := range portsOf(family, cfg) {
+		// nft must know the protocol before it reads a port.
+		rules = append(rules, rule(`ct status dnat %s daddr %s %s dport %d ct original proto-dst %d oifname != "%s" %s`,
+			family, p.To.Addr(), p.Protocol, p.To.Port(), p.Number, p.Link, drop(DropPortStale)))
+	}
+	if len(rules) > 0 {
+		rules = append([]string{"ct state established,related accept"}, rules...)
+	}
+	return rules
+}
+
+// hairpins are for a pod that calls itself by a port of the node: it would not take an answer from its own address.
+func hairpins(family knftables.Family, cfg Config) (rules []string) {
+	for _, p := range portsOf(family, cfg) {
+		r := rule(`%s saddr %s %[1]s daddr %[2]s oifname "%[3]s" masquerade fully-random`, family, p.To.Addr(), p.Link)
+		if !slices.Contains(rules, r) {
+			rules = append(rules, r)
+		}
+	}
+	return rules
+}
+
+func portsOf(family knftables.Family, cfg Config) []Port {
+	return slices.DeleteFunc(slices.Clone(cfg.Ports), func(p Port) bool { return p.To.Addr().Is6() != (family == knftables.IPv6Family) })
 }
 
 // patience drops the node's "net unreachable" to its pods about cluster destinations, which rule 5192 causes while the

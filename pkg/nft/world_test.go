@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -125,6 +126,7 @@ type packet struct {
 	dst  netip.Addr
 	// asked is the address that it is sent to where that is not dst, as with a service's.
 	asked netip.Addr
+	port  uint16 // that it is sent to, 0 for testPort
 	mark  int
 }
 
@@ -182,7 +184,7 @@ func (w *world) send(p packet) {
 		if p.asked.IsValid() {
 			to = p.asked
 		}
-		c, err := d.Dial("udp", netip.AddrPortFrom(to, testPort).String())
+		c, err := d.Dial("udp", netip.AddrPortFrom(to, cmp.Or(p.port, testPort)).String())
 		if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
 			return nil
 		}

@@ -215,6 +215,7 @@ func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 // detachAndRelease is DEL, and the undoing of ADD. An address is never free while a pod still has it, or while a port of the
 // node still leads to it.
 func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, ipamPlugin IPAM) error {
+	r.forgetPorts()
 	mapped := r.ports(ctx, "DEL", nil)
 	if errors.Is(mapped, errNoDelegate) {
 		r.Log.Warn("cannot take the pod's ports of the node back, if it had any", "err", mapped)

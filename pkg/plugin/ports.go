@@ -9,6 +9,8 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/headcni/headcni/internal/cnimain"
+	"github.com/headcni/headcni/pkg/networking/hostport"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 // portmapVersion is the newest version of results that every portmap in use takes.
@@ -32,7 +34,29 @@ func (r *Request) ports(ctx context.Context, command string, result *types100.Re
 		return err
 	}
 	_, err = portmap.run(ctx, command)
+	if err == nil && command == "ADD" {
+		r.keepPorts()
+	}
 	return err
+}
+
+// keepPorts tells the daemon of the ports, which leads to them where portmap's rules are lost. ADD does not depend on it.
+func (r *Request) keepPorts() {
+	record := hostport.Record{Link: podlink.Name(r.ContainerID, r.IfName), Addrs: r.record.Addrs}
+	err := json.Unmarshal(r.Config.Runtime.Ports, &record.Ports)
+	if err == nil {
+		err = hostport.Keep(hostport.Folder(r.Config.DaemonSocket), record)
+	}
+	if err != nil {
+		r.Log.Warn("the pod's ports of the node will not come back where somebody flushes the firewall", "err", err)
+	}
+}
+
+// forgetPorts is before anything of the attachment is free.
+func (r *Request) forgetPorts() {
+	if err := hostport.Forget(hostport.Folder(r.Config.DaemonSocket), podlink.Name(r.ContainerID, r.IfName)); err != nil {
+		r.Log.Warn("forget the pod's ports of the node", "err", err)
+	}
 }
 
 // portmapConfig is portmap's configuration; result is nil for DEL, which needs none.

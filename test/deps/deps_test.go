@@ -53,6 +53,7 @@ var level = map[string]int{
 	"pkg/monitoring":            3,
 	"pkg/networking/antispoof":  3,
 	"pkg/networking/deadman":    3,
+	"pkg/networking/hostport":   3,
 	"pkg/networking/noderoutes": 3,
 	"pkg/networking/podlink":    3,
 	"pkg/nft":                   3,

@@ -1,0 +1,72 @@
+package hosts
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/internal/realparts"
+	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/networking/hostport"
+)
+
+// A port of the node leads to its pod again soon after somebody has flushed every rule of the host, as a reload of nftables.service or of
+// firewalld does: portmap's rules do not come back. It ends with the pod, whose successor it never leads to.
+func TestHostPortsOutliveAFlush(t *testing.T) {
+	w := surroundings.Enter(t)
+	const port = 8087
+	for _, n := range w.nodes() {
+		t.Run(n.Mode, func(t *testing.T) {
+			program, err := os.ReadFile(realparts.Tool(t, "portmap"))
+			if err == nil {
+				err = os.WriteFile(n.Path(filepath.Join(paths.CNIBinDir, "portmap")), program, 0o755)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := labtest.AddPod(t, n, "ported", lab.PodOptions{Ports: []hostport.Mapping{{HostPort: port, ContainerPort: lab.EchoPort, Protocol: "TCP"}}})
+			at := func(v6 bool) netip.AddrPort {
+				if v6 {
+					return netip.AddrPortFrom(n.Underlay[1], port)
+				}
+				return netip.AddrPortFrom(n.Underlay[0], port)
+			}
+			reached := func(what string) {
+				t.Helper()
+				for _, v6 := range []bool{false, true} {
+					labtest.WantTCP(t, what+": from beside the node", w.Control, at(v6), labtest.ControlAddr(w.Lab, v6))
+				}
+			}
+			reached("before")
+			labtest.Sh(t, n.Machine, "nft flush ruleset")
+			labtest.Ready(t, n)
+			reached("after a flush")
+			for _, v6 := range []bool{false, true} {
+				// Whom the pod sees is for the rule that lets it answer.
+				if _, err := lab.Ask(labtest.Within(t), p, at(v6)); err != nil {
+					t.Errorf("the pod does not reach itself by %s: %v", at(v6), err)
+				}
+				if _, err := lab.Ask(labtest.Within(t), n, at(v6)); err != nil {
+					t.Errorf("the node does not reach its own %s: %v", at(v6), err)
+				}
+			}
+			labtest.Kill(t, n.Daemon)
+			reached("without the daemon")
+			next := p.Addrs
+			if err := p.Remove(labtest.Within(t)); err != nil {
+				t.Fatal(err)
+			}
+			labtest.StartDaemon(t, n)
+			for _, a := range next {
+				labtest.Sh(t, n.Machine, "! nft list ruleset | grep -F 'dnat to %s'", netip.AddrPortFrom(a, lab.EchoPort))
+			}
+			if left, err := os.ReadDir(n.Path(hostport.Folder(paths.DaemonSocket))); err != nil || len(left) > 0 {
+				t.Errorf("left: %v, %v", left, err)
+			}
+		})
+	}
+	w.works(t)
+}
