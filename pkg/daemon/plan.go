@@ -43,7 +43,7 @@ type observation struct {
 	// subnets are networks behind devices of the tailnet.
 	subnets subnets.Known
 	// members are the IPv4 addresses of the tailnet's other members, as far as they were ever known.
-	members []netip.Prefix
+	members []netip.Addr
 	// ports are those of the node that lead to pods of its own, portsErr is what keeps some from being known.
 	ports    []nft.Port
 	portsErr error

@@ -227,3 +227,28 @@ func TestStrangers(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkMakePlan plans on a node of clusters of several sizes, with what a pass asks of its peers beside it. The time for one peer
+// should not grow with their number.
+func BenchmarkMakePlan(b *testing.B) {
+	for _, size := range []int{250, 1000, 5000} {
+		c, o := typical()
+		for i := range size {
+			p := tailscale.Peer{Name: fmt.Sprint(i), Online: true, CurAddr: "192.0.2.1:41641", Tags: []string{"tag:headcni"}}
+			p.IPs = []netip.Addr{netip.AddrFrom4([4]byte{100, 64, byte(i >> 8), byte(i)}), netip.MustParseAddr(fmt.Sprintf("fd7a:115c:a1e0::%x", i+1))}
+			p.Routes = prefixes(fmt.Sprintf("10.%d.%d.0/24", 200+i>>8, i&255), fmt.Sprintf("fd00:0:0:%x::/64", i))
+			o.Tailnet.Peers = append(o.Tailnet.Peers, p)
+		}
+		o.ranges.Cluster = prefixes("10.192.0.0/10", "fd00::/32")
+		b.Run(fmt.Sprintf("peers=%d", size), func(b *testing.B) {
+			for b.Loop() {
+				o.members = o.Tailnet.PeerAddrs4()
+				if _, err := makePlan(c, o, state{}); err != nil {
+					b.Fatal(err)
+				}
+				_, _, _ = strangers(o), o.accepted(), o.directPeers()
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*size), "ns/peer")
+		})
+	}
+}

@@ -44,7 +44,7 @@ type state struct {
 	// Hidden are the names of other CNIs' configurations that cni.exclusive has hidden.
 	Hidden []string `json:"hidden,omitempty"`
 	// Members are the IPv4 addresses of the tailnet's other members.
-	Members []netip.Prefix `json:"members,omitempty"`
+	Members []netip.Addr `json:"members,omitempty"`
 	// Subnets are networks behind devices of the tailnet.
 	Subnets subnets.Known `json:"subnets,omitzero"`
 	// Kubernetes is what it last said.

@@ -22,7 +22,7 @@ type Config struct {
 	// Shared are networks that the host has inside the tailnet's 100.64.0.0/10, which is not the tailnet's alone.
 	Shared []netip.Prefix
 	// Members are the IPv4 addresses of the tailnet's other members, where they are known.
-	Members []netip.Prefix
+	Members []netip.Addr
 	// Ports are the node's ports that lead to pods of its own.
 	Ports []Port
 	// TunName is tailscaled's interface. While it is "" no packet may leave for another node's pod.
@@ -95,7 +95,7 @@ func (c Config) Validate() error {
 	if c.PathMTU != 0 && c.PathMTU < 576 {
 		errs = append(errs, fmt.Errorf("path MTU %d: want 0 or at least 576", c.PathMTU))
 	}
-	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Members, c.Sites, c.Links,
+	for _, p := range slices.Concat(c.Own, c.Cluster, c.KeepSource, c.Served, c.Shared, c.Sites, c.Links,
 		c.Subnets.Known, c.Subnets.Beside, c.Subnets.Named, c.Subnets.All) {
 		if !p.IsValid() || p.Bits() == 0 {
 			errs = append(errs, fmt.Errorf("prefix %q: want a CIDR that is not everything", p))
@@ -106,6 +106,11 @@ func (c Config) Validate() error {
 	}
 	if a := c.NodeAddr6; a.IsValid() && (!a.Is6() || a.Is4In6() || a.Zone() != "") {
 		errs = append(errs, fmt.Errorf("node address %s: want an IPv6 address without zone", a))
+	}
+	for _, a := range c.Members {
+		if !a.Is4() {
+			errs = append(errs, fmt.Errorf("member %s: want an IPv4 address", a))
+		}
 	}
 	for _, p := range c.Ports {
 		if !p.Valid() {

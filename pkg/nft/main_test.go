@@ -17,7 +17,7 @@ func typical() Config {
 		KeepSource: prefixes("10.96.0.0/12", "fd00:96::/112"),
 		Links:      prefixes("192.0.2.0/24", "2001:db8::/64"),
 		Sites:      prefixes("203.0.113.0/24"),
-		Members:    prefixes("100.64.0.2/31", "100.64.0.9/32"),
+		Members:    []netip.Addr{netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("100.64.0.9")},
 		TunName:    "headcni01",
 		NodeAddr4:  netip.MustParseAddr("192.0.2.11"),
 		NodeAddr6:  netip.MustParseAddr("2001:db8::11"),

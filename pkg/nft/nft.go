@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -31,6 +32,7 @@ type Tables struct {
 	// What was written last, what the kernel listed right after, and the generation at which it still held that.
 	text    string
 	written observed
+	members []netip.Addr
 
 	// Who may reach which subnet, nil before anybody has said so, and how that is written.
 	consent map[netip.Prefix][]int
@@ -58,7 +60,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	text := fmt.Sprint(want)
 	if text == t.text {
 		gen, err := nfnl.Generation()
-		if err == nil && gen == t.written.gen {
+		if err == nil && gen == t.written.gen && slices.Equal(t.members, cfg.Members) {
 			return nil, nil // nobody has changed anything in any table
 		}
 	}
@@ -68,7 +70,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	}
 	if text == t.text && first.equal(t.written) {
 		t.written.gen = first.gen
-		return nil, nil
+		return nil, t.writeMembers(cfg.Members)
 	}
 	t.text = ""
 	_ = t.tally() // a table that has to be made anew takes its counters along; they are not worth an unfiltered packet
@@ -90,9 +92,9 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 		}
 	}
 	// A table that was made anew has lost them.
-	_, err = t.writeConsent()
-	_, err2 := t.writeSources()
-	return changes(first, before), errors.Join(err, err2)
+	_, consentErr := t.writeConsent()
+	_, sourcesErr := t.writeSources()
+	return changes(first, before), errors.Join(t.writeMembers(cfg.Members), consentErr, sourcesErr)
 }
 
 // write makes the tables hold want, in one transaction for both families where that works.
@@ -184,7 +186,7 @@ func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
 // relevant looks at an event's table, which is attribute 1 of every kind of object, so that kube-proxy's thousands of
 // changes wake nobody.
 func relevant(msg int, attrs map[int][]byte) bool {
-	return nfnl.Text(attrs[unix.NFTA_RULE_TABLE]) == names.NFTTable && !ofConsent(msg, attrs)
+	return nfnl.Text(attrs[unix.NFTA_RULE_TABLE]) == names.NFTTable && !ofConsent(msg, attrs) && !ofSources(msg, attrs)
 }
 
 // hasIPv6 is false on a host that was started with ipv6.disable=1 or has no IPv6 in its kernel.

@@ -146,8 +146,8 @@ func listSets(fam uint8, out listing) error {
 		if out["set "+name], err = flatten(s, nftaSetHandle, unix.NFTA_SET_ID, nftaSetCount); err != nil {
 			return err
 		}
-		if name == setAsked || name == setAskers || name == setCurious || name == setSources || strings.HasPrefix(name, consentPrefix) {
-			continue // the kernel fills them, Consent and Sources
+		if name == setAsked || name == setAskers || name == setCurious || name == setSources || name == setMembers || strings.HasPrefix(name, consentPrefix) {
+			continue // written by element, or by the kernel
 		}
 		elements, err := nfnl.Request(fam, unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP,
 			nfnl.Name(unix.NFTA_SET_ELEM_LIST_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_SET_ELEM_LIST_SET, name))
@@ -293,6 +293,8 @@ func (t table) mustRecreate(have listing) bool {
 		switch {
 		case s.sources:
 			flags, kind = "", ifindexType<<typeBits|kind
+		case s.members:
+			flags = ""
 		case s.links:
 			flags, kind = "", ifindexType // the kernel tells no flags where there are none
 		case s.size > 0:

@@ -28,6 +28,8 @@ type set struct {
 	size uint64
 	// links: it holds links, of pods that may reach the prefix of this name. Consent fills it.
 	links bool
+	// members: it holds single addresses, which Sync writes by element.
+	members bool
 	// sources: it holds links with an address each. Sources fills it.
 	sources bool
 }
@@ -53,7 +55,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 		sets: append([]set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
-			setOf(family, setMembers, cfg.Members), setOf(family, setLinks, cfg.Links), {name: setSources, sources: true}, {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
+			{name: setMembers, members: true}, setOf(family, setLinks, cfg.Links), {name: setSources, sources: true}, {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
 			{name: setCurious, size: curiousSize}, setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
 			setOf(family, setAbroad, cfg.Subnets.All, cfg.Subnets.Known, cfg.Subnets.Named),
 		}, consentSets(family, cfg)...),
@@ -460,7 +462,7 @@ func (t table) fill(tx *knftables.Transaction) {
 }
 
 // filled: not by what a Config says.
-func (s set) filled() bool { return s.size > 0 || s.links || s.sources }
+func (s set) filled() bool { return s.size > 0 || s.links || s.sources || s.members }
 
 func (t table) object() *knftables.Table {
 	return &knftables.Table{Family: t.family, Name: names.NFTTable}
@@ -473,6 +475,9 @@ func (t table) set(s set) *knftables.Set {
 	}
 	if s.sources {
 		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: "iface_index . " + kind}
+	}
+	if s.members {
+		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind}
 	}
 	if s.links {
 		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: "iface_index"}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
@@ -46,6 +47,31 @@ func (t *Tables) writeSources() (changed int, err error) {
 		}
 	}
 	return changed, errors.Join(errs...)
+}
+
+// ofSources: an element of that set has come or gone. Who flushes it makes packets slower.
+func ofSources(msg int, attrs map[int][]byte) bool {
+	return (msg == unix.NFT_MSG_NEWSETELEM || msg == unix.NFT_MSG_DELSETELEM) && nfnl.Text(attrs[unix.NFTA_SET_ELEM_LIST_TABLE]) == names.NFTTable &&
+		nfnl.Text(attrs[unix.NFTA_SET_ELEM_LIST_SET]) == setSources
+}
+
+// writeMembers has the kernel hold the tailnet's members, by element: they come and go more often than anything else changes.
+func (t *Tables) writeMembers(want []netip.Addr) error {
+	keys := map[string]bool{}
+	for _, a := range want {
+		keys[string(a.AsSlice())] = true
+	}
+	batch := nfnl.NewBatch(unix.NFPROTO_IPV4)
+	_, err := fill(batch, knftables.IPv4Family, setMembers, keys)
+	if err == nil {
+		err = t.conn.Run(batch)
+	}
+	if err != nil {
+		t.members = nil
+		return fmt.Errorf("write the tailnet's members to table ip %s: %w", names.NFTTable, nfcmd.Explain(err))
+	}
+	t.members = slices.Clone(want)
+	return nil
 }
 
 // sourceKeys are the elements of the set: a link's index in the host's byte order, and an address.

@@ -142,3 +142,36 @@ func TestSources(t *testing.T) {
 		t.Errorf("one table gone: %d changes, want 2", n)
 	}
 }
+
+// The tailnet's members change without the rules being written anew, and are put back.
+func TestMembersAreWrittenByElement(t *testing.T) {
+	w := newWorld(t)
+	cfg := typical()
+	w.sync(cfg)
+	handle := firstHandle(t, w.node, "guard")
+	holds := func(what string, want int) {
+		t.Helper()
+		var n int
+		w.node.Do(t, func() error {
+			all, err := nfnl.Elements(nfnl.Set{Family: nfproto["ip"], Table: "headcni", Name: setMembers})
+			n = len(all)
+			return err
+		})
+		if n != want {
+			t.Errorf("%s: the kernel holds %d, want %d", what, n, want)
+		}
+		if got := firstHandle(t, w.node, "guard"); got != handle {
+			t.Errorf("%s: rules were written anew", what)
+		}
+	}
+	holds("at first", 2)
+	cfg.Members = append(cfg.Members, netip.MustParseAddr("100.64.0.10"))
+	w.sync(cfg)
+	holds("one more", 3)
+	w.node.Run(t, "nft", "flush set ip headcni members")
+	w.sync(cfg)
+	holds("flushed by somebody", 3)
+	cfg.Members = nil
+	w.sync(cfg)
+	holds("none", 0)
+}

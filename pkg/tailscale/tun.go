@@ -84,17 +84,18 @@ var (
 	tailnet6     = netset.TailnetIPv6
 )
 
-// PeerAddrs4 are the peers' own IPv4 addresses, as few prefixes as can be.
-func (s Status) PeerAddrs4() []netip.Prefix {
-	var out []netip.Prefix
+// PeerAddrs4 are the peers' own IPv4 addresses, sorted.
+func (s Status) PeerAddrs4() []netip.Addr {
+	var out []netip.Addr
 	for _, p := range s.Peers {
 		for _, a := range p.IPs {
 			if a.Is4() {
-				out = append(out, netip.PrefixFrom(a, 32))
+				out = append(out, a)
 			}
 		}
 	}
-	return netset.Union(out)
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
 }
 
 // TunnelRoutes are the routes that a running tailscaled which accepts routes has surely made into its interface: to its
