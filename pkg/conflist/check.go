@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/ipam"
 )
 
@@ -128,4 +130,16 @@ func wrap(flat []byte) ([]byte, error) {
 	delete(keys, "name")
 	b, err := json.MarshalIndent(list, "", "  ")
 	return append(b, '\n'), err
+}
+
+// Plugin says whether the program that the configuration names is in a folder, and can be run.
+func Plugin(binDir string) error {
+	info, err := os.Stat(filepath.Join(binDir, "headcni"))
+	if err == nil && (info.IsDir() || info.Mode().Perm()&0o111 == 0) {
+		err = fmt.Errorf("%s cannot be run (mode %04o)", filepath.Join(binDir, "headcni"), info.Mode().Perm())
+	}
+	if err != nil {
+		return findings.Errorf(findings.PluginMissing, "the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
+	}
+	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // TestCheckConflist: what the plugin would refuse is told before a pod asks for it.
@@ -86,6 +87,24 @@ func TestConvert(t *testing.T) {
 		}
 		if _, err := Convert(path); err == nil {
 			t.Errorf("%s converted", bad)
+		}
+	}
+}
+
+// The program that the configuration names must be there, and be one that can be run.
+func TestPlugin(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "headcni")
+	if err := Plugin(dir); findings.IDOf(err) != findings.PluginMissing {
+		t.Errorf("none: %v", err)
+	}
+	for mode, ok := range map[os.FileMode]bool{0o644: false, 0o755: true} {
+		err := errors.Join(os.WriteFile(path, nil, mode), os.Chmod(path, mode))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Plugin(dir); (err == nil) != ok || err != nil && !strings.Contains(err.Error(), "cannot be run (mode 0644)") {
+			t.Errorf("mode %04o: %v", mode, err)
 		}
 	}
 }

@@ -6,11 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
@@ -18,7 +18,9 @@ import (
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
+	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -177,7 +179,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), err)
 		}},
 		{Name: partForeign, Finding: findings.ForeignFirewall, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, errors.Join(d.foreignDrops(s.seen.tun), s.seen.Tailnet.SharedCGNAT(s.seen.hostPrefixes), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path))
+			return nil, errors.Join(d.foreignDrops(s.seen.tun), s.seen.Tailnet.SharedCGNAT(s.seen.hostPrefixes), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path), noderoutes.Ahead(s.seen.ranges.Pods, netset.Union(s.seen.ranges.Cluster, s.seen.ranges.Remote)))
 		}},
 		{Name: partGuard, Finding: findings.GuardFails, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return nil, d.guardTest.Result(ctx, s.plan.firewall, func(passed *bool) {
@@ -195,7 +197,9 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		{Name: partSubnets, Finding: findings.Subnets, Needs: []string{partFirewall}, Optional: true, Run: func(context.Context, *pass) ([]string, error) {
 			return nil, d.subnets.Err()
 		}},
-		{Name: partState, Finding: findings.StateNotKept, Optional: true, Run: func(context.Context, *pass) ([]string, error) { return nil, d.keepErr }},
+		{Name: partState, Finding: findings.StateNotKept, Optional: true, Run: func(ctx context.Context, _ *pass) ([]string, error) {
+			return nil, errors.Join(d.keepErr, leases.Full(ctx, d.cfg.CNI.ConfDir))
+		}},
 	}
 	if d.kubernetes != nil {
 		parts = append(parts, reconcile.Part[*pass]{Name: partRuntime, Finding: findings.RuntimeElsewhere, Needs: []string{partConflist}, Run: func(_ context.Context, s *pass) ([]string, error) {
@@ -310,8 +314,8 @@ func (d *Daemon) syncConflist(p plan) (done []string, err error) {
 			d.conflistAt = time.Now()
 		}
 	}()
-	if _, err := os.Stat(filepath.Join(d.cfg.CNI.BinDir, "headcni")); err != nil {
-		return nil, findings.Errorf(findings.PluginMissing, "the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
+	if err := conflist.Plugin(d.cfg.CNI.BinDir); err != nil {
+		return nil, err
 	}
 	changed, err := conflist.Write(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
 		return d.remember(func(s *state) { s.ConflistMode = mode })

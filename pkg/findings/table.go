@@ -29,6 +29,8 @@ const (
 	NoRangesLeft      ID = "HC125"
 	ControllerSilent  ID = "HC126"
 	GuardDropped      ID = "HC127"
+	RuleAhead         ID = "HC128"
+	PoolFull          ID = "HC129"
 	NotRoot           ID = "HC131"
 	NoNFT             ID = "HC132"
 	NoTunDevice       ID = "HC133"
@@ -183,6 +185,11 @@ var Table = []Finding{
 	{GuardDropped, Warn, "the guard has dropped packets that nobody should send",
 		"A packet for a pod or the tailnet was about to leave in clear, or came with an address that is not its sender's. It was stopped.",
 		"`nft list counters table ip headcni` names the reason; docs/security.md says what each means. A few while tailscaled starts are usual."},
+	{RuleAhead, Fail, "another program's routing rule stands before HeadCNI's",
+		"A rule of a smaller number than 5186 leads what pods send to pods of other nodes elsewhere, such as a VPN's, or one that somebody made by hand.",
+		"`ip rule` and `ip -6 rule` on the node: take it away (`ip rule del pref NUMBER`), or give it a number above 5197 where it is meant for other packets."},
+	{PoolFull, Warn, "no address is left for new pods", "Every address of the node's pod range is leased, or rests. Pods that run are not concerned; new ones wait for an address.",
+		"`sudo headcnictl ipam list` says who has them, `headcnictl ipam check` whether pods that are gone still do (`ipam gc` frees them); else put fewer pods on the node, or give it a larger range."},
 	{NotRoot, Fail, "this needs root", "Rules, routes, nftables and the daemon's socket are root's.", "run it with sudo, or in the daemon's pod."},
 	{NoNFT, Fail, "nft is missing or too old", "The node's tables are written by the nft program, 1.0.1 or later.", "install nftables (`apt-get install nftables`, `dnf install nftables`); the image has its own."},
 	{NoTunDevice, Fail, "/dev/net/tun cannot be opened", "tailscaled carries pods' packets by a tun device.", "`modprobe tun`; in a container mount /dev/net/tun and allow the device c 10:200."},
@@ -233,7 +240,7 @@ var Table = []Finding{
 		"`curl -v URL/health` on the node; see that Headscale runs and that headscale.url is right."},
 	{APIKeyRefused, Fail, "Headscale refuses the API key",
 		"The key has ended (after 90 days by default), was revoked, or is a pre-auth key. Nodes that are in stay; nobody joins and nothing is approved.",
-		"`headscale apikeys create`, and put it into the Secret: `kubectl -n kube-system create secret generic headcni-auth --from-file=api-key=FILE --dry-run=client -o yaml | kubectl apply -f -`; without Kubernetes into the file that HEADSCALE_API_KEY_FILE or headscale.apiKeyFile names. It is picked up without a restart."},
+		"`headscale apikeys create --expiration 365d`, its output into a file, and `headcnictl key rotate --from-file FILE`; without Kubernetes the same with sudo on the node. It is checked before it is written, and picked up without a restart."},
 	{APIKeyEnds, Warn, "the API key ends soon", "API keys end, after 90 days by default.", "make another as in HC221; it is picked up without a restart."},
 	{NodeKeyEnds, Warn, "the node's key ends soon",
 		"With it the node leaves the tailnet, and its pods lose the others.",

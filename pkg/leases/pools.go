@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/monitoring"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // InUse counts leases per network and family, going on past errors. How many there can be is known of the network of
@@ -36,6 +39,24 @@ func InUse(ctx context.Context, confDir string) ([]monitoring.Pool, error) {
 		out = append(out, found...)
 	}
 	return out, errors.Join(errs...)
+}
+
+// Full is a warning where a family of a network has no address left.
+func Full(ctx context.Context, confDir string) error {
+	pools, err := InUse(ctx, confDir)
+	if err != nil {
+		return nil // whoever makes a pod is told
+	}
+	var found []string
+	for _, p := range pools {
+		if p.Size > 0 && p.InUse >= p.Size {
+			found = append(found, fmt.Sprintf("network %s has %.0f of %.0f %s addresses in use", p.Network, p.InUse, p.Size, p.Family))
+		}
+	}
+	if found == nil {
+		return nil
+	}
+	return reconcile.Warning{Err: findings.Errorf(findings.PoolFull, "no address is left for new pods: %s; see `headcnictl ipam list`", strings.Join(found, ", "))}
 }
 
 func poolInUse(ctx context.Context, c ipam.Config) ([]monitoring.Pool, error) {

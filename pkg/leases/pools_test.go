@@ -1,9 +1,11 @@
 package leases
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -12,6 +14,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/monitoring"
 )
@@ -72,4 +75,30 @@ func TestPoolsInUse(t *testing.T) {
 	}
 	look(monitoring.Pool{Network: conflist.NetworkName, Family: "ipv4", InUse: 2}, monitoring.Pool{Network: conflist.NetworkName, Family: "ipv6", InUse: 2},
 		monitoring.Pool{Network: "other", Family: "ipv4", InUse: 1})
+}
+
+// A range whose every address is leased is a warning, of the network and the family.
+func TestFull(t *testing.T) {
+	nstest.FreshState(t)
+	confDir := t.TempDir()
+	list, err := conflist.Render(conflist.Input{PodCIDRs: config.CIDRs{"10.244.1.0/29"}.Prefixes(), IPAM: config.Default().IPAM, MTU: 1280})
+	if err == nil {
+		err = os.WriteFile(filepath.Join(confDir, paths.ConflistName), list, 0o600)
+	}
+	own, err2 := conflist.IPAM(confDir)
+	p, err3 := ipam.Open(own)
+	if err := errors.Join(err, err2, err3); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 5 {
+		if err := Full(t.Context(), confDir); err != nil {
+			t.Fatalf("%d of 5: %v", i, err)
+		}
+		if _, err := p.Allocate(t.Context(), ipam.Owner{ContainerID: string(rune('a' + i)), IfName: "eth0"}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := Full(t.Context(), confDir); findings.IDOf(err) != findings.PoolFull || !strings.Contains(err.Error(), "5 of 5 ipv4 addresses") {
+		t.Error(err)
+	}
 }

@@ -89,11 +89,16 @@ func recent(text string) bool {
 func tun() doctor.Check {
 	c := doctor.Check{Where: here, OK: "opens " + tunDevice, Count: 1}
 	f, err := os.OpenFile(tunDevice, os.O_RDWR, 0)
+	if err == nil {
+		defer f.Close()
+		// Another device may stand in its place, as in a container that was given an empty file.
+		if _, err = unix.IoctlGetUint32(int(f.Fd()), unix.TUNGETFEATURES); err != nil {
+			err = fmt.Errorf("%s is no tun device: %w", tunDevice, err)
+		}
+	}
 	if err != nil {
 		c.Add(findings.NoTunDevice, "%v", err)
-		return c
 	}
-	f.Close()
 	return c
 }
 
@@ -221,6 +226,9 @@ func control(ctx context.Context, c config.Config, getenv func(string) string) d
 	defer cancel()
 	began := time.Now()
 	api, cred, err := headscale.NewConnector(c.Headscale, getenv).Connect(ctx)
+	if bad := cred.Exposed(paths.ConfigFile); bad != nil {
+		add(bad, findings.KeyExposed)
+	}
 	anonymous := api
 	if api == nil {
 		var bad error

@@ -47,8 +47,8 @@ type rawRule []byte
 func (m rawRule) Len() int          { return len(m) }
 func (m rawRule) Serialize() []byte { return m }
 
-// listRules returns the rules of our numbers, with the raw message of each.
-func listRules(f family) ([]rule, []rawRule, error) {
+// dumpRules returns the raw messages of all rules.
+func dumpRules(f family) ([][]byte, error) {
 	msgs, err := retryInterrupted(func() ([][]byte, error) {
 		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, unix.NLM_F_DUMP)
 		hdr := make(rawRule, ruleMsgLen)
@@ -57,7 +57,16 @@ func listRules(f family) ([]rule, []rawRule, error) {
 		return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWRULE)
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("list %s rules: %w", f.name, err)
+		return nil, fmt.Errorf("list %s rules: %w", f.name, err)
+	}
+	return msgs, nil
+}
+
+// listRules returns the rules of our numbers, with the raw message of each.
+func listRules(f family) ([]rule, []rawRule, error) {
+	msgs, err := dumpRules(f)
+	if err != nil {
+		return nil, nil, err
 	}
 	var rules []rule
 	var raws []rawRule

@@ -1,0 +1,98 @@
+package noderoutes
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/pkg/findings"
+)
+
+// Ahead is an error that names rules of others which stand before ours and lead packets between pods elsewhere.
+func Ahead(own, cluster []netip.Prefix) error {
+	var found []string
+	for _, f := range families {
+		if !hasFamily(f) {
+			continue
+		}
+		all, err := dumpRules(f)
+		if err != nil {
+			return err
+		}
+		for _, m := range all {
+			r, err := decodeRule(m)
+			if err != nil {
+				return err
+			}
+			if !r.ahead(f.of(own), f.of(cluster)) {
+				continue
+			}
+			leads, err := r.leads(f, f.of(cluster))
+			if err != nil {
+				return err
+			}
+			if leads {
+				found = append(found, fmt.Sprintf("%s %q", f.name, strings.TrimSpace(r.String())))
+			}
+		}
+	}
+	if found == nil {
+		return nil
+	}
+	return findings.Errorf(findings.RuleAhead, "rules of another program stand before HeadCNI's and lead pods' packets elsewhere: %s; `ip rule del pref NUMBER` takes one away, "+
+		"or give it a number above %d", strings.Join(found, ", "), prefLast)
+}
+
+// ahead reports whether a rule can meet a packet from an own pod to another node's before ours do. Of one with a mark, or with what is not
+// understood, nothing is said.
+func (r rule) ahead(own, cluster []netip.Prefix) bool {
+	if r.pref == 0 || r.pref >= prefFirst || r.not || r.mask != 0 || r.extra != "" || r.table == unix.RT_TABLE_LOCAL {
+		return false
+	}
+	meets := func(selector netip.Prefix, ranges []netip.Prefix) bool {
+		return len(ranges) > 0 && (!selector.IsValid() || slices.ContainsFunc(ranges, selector.Overlaps))
+	}
+	return meets(r.from, own) && meets(r.to, cluster) && (r.iif == "" || strings.HasPrefix(r.iif, names.PodLinkPrefix))
+}
+
+// leads reports whether a rule has an answer for such a packet: else the kernel goes on to the next.
+func (r rule) leads(f family, cluster []netip.Prefix) (bool, error) {
+	switch r.action {
+	case nl.FR_ACT_TO_TBL:
+	case nl.FR_ACT_UNREACHABLE, nl.FR_ACT_BLACKHOLE, nl.FR_ACT_PROHIBIT:
+		return true, nil
+	default:
+		return false, nil
+	}
+	routes, err := retryInterrupted(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(f.af, &netlink.Route{Table: int(r.table)}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return false, fmt.Errorf("list the routes of table %d: %w", r.table, err)
+	}
+	return slices.ContainsFunc(routes, func(route netlink.Route) bool {
+		to := routeTo(route, f)
+		if r.table == tailscaleTable || r.suppress != noSuppress && to.Bits() <= int(r.suppress) || route.Priority == unreachableMetric {
+			return false
+		}
+		_, overlaps := netset.Overlapping(cluster, to)
+		// A route to an own pod leads where ours would.
+		return overlaps && !strings.HasPrefix(linkName(route.LinkIndex), names.PodLinkPrefix)
+	}), nil
+}
+
+// linkName is "" where there is no such link.
+func linkName(index int) string {
+	link, err := netlink.LinkByIndex(index)
+	if index == 0 || err != nil {
+		return ""
+	}
+	return link.Attrs().Name
+}

@@ -1,0 +1,55 @@
+package noderoutes
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/findings"
+)
+
+// Rules of others before ours are named where they lead pods' packets elsewhere, and else nothing is said of them.
+func TestAhead(t *testing.T) {
+	ns := nstest.New(t)
+	cfg := typical()
+	ahead := func() (err error) {
+		ns.Do(t, func() error { err = Ahead(cfg.Own, cfg.Cluster); return nil })
+		return err
+	}
+	mustSync(t, ns, New(Saved{}, nil), cfg)
+	ns.Run(t, "sh", "-c", "ip link add lan0 type veth peer name lan1; ip link set lan0 up; ip link set lan1 up; ip address add 192.0.2.2/24 dev lan0; ip route add default via 192.0.2.1; "+
+		"ip route add default via 192.0.2.1 table 77; ip route add 198.51.100.0/24 via 192.0.2.1 table 78; ip link add hcaaaaaaaaaa type veth peer name peer0; "+
+		"ip link set hcaaaaaaaaaa up; ip link set peer0 up; ip route add 10.244.1.9/32 dev hcaaaaaaaaaa table 79")
+	if err := ahead(); err != nil {
+		t.Error("with our own rules alone:", err)
+	}
+	for rule, found := range map[string]bool{
+		"-4 pref 100 lookup 77":                           true,
+		"-4 pref 100 lookup main":                         true,
+		"-4 pref 5185 to 10.244.9.0/24 lookup 77":         true,
+		"-4 pref 100 from 10.244.0.0/16 lookup 77":        true,
+		"-4 pref 100 iif hcaaaaaaaaaa lookup 77":          true,
+		"-4 pref 100 to 10.244.0.0/16 blackhole":          true,
+		"-6 pref 100 prohibit":                            true,
+		"-4 pref 5250 lookup 77":                          false, // behind ours
+		"-4 pref 100 lookup 78":                           false, // has no route there
+		"-4 pref 100 lookup 79":                           false, // leads to an own pod, as ours
+		"-4 pref 100 lookup 52":                           false, // tailscaled's
+		"-4 pref 100 lookup local":                        false, // as Cilium has it
+		"-4 pref 100 lookup main suppress_prefixlength 0": false, // as wg-quick has it: no default route
+		"-4 pref 100 not fwmark 0xca6c lookup 77":         false,
+		"-4 pref 100 fwmark 0x200/0xf00 lookup 77":        false,
+		"-4 pref 100 from 192.0.2.0/24 lookup 77":         false, // the host's own
+		"-4 pref 100 to 203.0.113.0/24 lookup 77":         false,
+		"-4 pref 100 iif lan0 lookup 77":                  false,
+		"-4 pref 100 to 10.244.0.0/16 goto 32766":         false,
+	} {
+		family, words, _ := strings.Cut(rule, " ")
+		ns.Run(t, "sh", "-c", "ip "+family+" rule add "+words)
+		err := ahead()
+		if (err != nil) != found || found && (findings.IDOf(err) != findings.RuleAhead || !strings.Contains(err.Error(), strings.Fields(words)[1]+":")) {
+			t.Errorf("%s: %v, want an error: %v", rule, err, found)
+		}
+		ns.Run(t, "sh", "-c", "ip "+family+" rule del "+words)
+	}
+}
