@@ -24,16 +24,16 @@ func keyCmd() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
 		Use:   "key",
-		Short: "Look at the keys that nodes joined the tailnet with, and end them",
-		Long: "Look at the keys that nodes joined the tailnet with, and end them. It asks Headscale, with the URL and the API key of\n" +
-			"headcni-controller, so in Kubernetes it is run there:\n\n" +
+		Short: "Look at Headscale's keys, replace them, and end those that nodes joined with",
+		Long: "Look at Headscale's keys, replace them, and end those that nodes joined with. show and rotate take a kubeconfig; joined and revoke ask\n" +
+			"Headscale with the URL and the API key of headcni-controller, so in Kubernetes they are run there:\n\n" +
 			"  kubectl -n kube-system exec deploy/headcni-controller -- headcnictl key joined\n\n" +
 			"Elsewhere it takes headscale.url of daemon.yaml (or HEADCNI_HEADSCALE_URL), and the API key from HEADSCALE_API_KEY_FILE or\n" +
 			"headscale.apiKeyFile.",
 	}
 	cmd.PersistentFlags().StringVar(&file, "config", paths.ConfigFile, "daemon.yaml")
 	connect := func(ctx context.Context) (*headscale.Client, error) { return connectAPI(ctx, file) }
-	cmd.AddCommand(keyJoinedCmd(connect), keyRevokeCmd(connect))
+	cmd.AddCommand(keyCheckCmd(&file), keyJoinedCmd(connect), keyRevokeCmd(connect), keyRotateCmd(&file), keyShowCmd(&file))
 	return cmd
 }
 

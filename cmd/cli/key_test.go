@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -114,4 +115,66 @@ func TestKeyConnect(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
+}
+
+// TestKeyRotate: on a node the file is replaced when Headscale takes the new key, and not else; no key is printed.
+func TestKeyRotate(t *testing.T) {
+	noCluster(t)
+	for _, name := range []string{"HEADSCALE_API_KEY", "HEADCNI_AUTH_KEY", "HEADSCALE_API_KEY_FILE", "HEADCNI_AUTH_KEY_FILE"} {
+		t.Setenv(name, "")
+	}
+	s := headscaletest.New(t)
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	old, next := s.APIKeyUntil(time.Now().Add(time.Hour)), s.APIKeyUntil(time.Now().Add(90*24*time.Hour))
+	place := file("key", old+"\n")
+	yaml := file("daemon.yaml", "headscale: {url: "+s.URL+", apiKeyFile: "+place+"}\n")
+	key := func(code exitCode, want string, args ...string) {
+		t.Helper()
+		out, err := headcnictl(t, append([]string{"key", "--config", yaml}, args...)...)
+		var got exitCode
+		if err != nil && !errors.As(err, &got) || got != code || !strings.Contains(out, want) {
+			t.Errorf("%v: %v, want exit code %d and %q in\n%s", args, err, code, want, out)
+		}
+		for _, secret := range []string{old, next} {
+			if strings.Contains(out, secret) || strings.Contains(out, secret[len(secret)-20:]) {
+				t.Errorf("%v: a key is printed", args)
+			}
+		}
+	}
+	holds := func(want string) {
+		t.Helper()
+		if b, err := os.ReadFile(place); err != nil || strings.TrimSpace(string(b)) != want {
+			t.Errorf("another key is in use than should be (%v)", err)
+		}
+	}
+	key(1, "key rotate --from-file FILE", "show") // it ends within an hour
+	key(1, "nothing was changed", "rotate", "--from-file", file("wrong", "hskey-api-wrongwrongwr-"+strings.Repeat("w", 64)))
+	key(1, "it is a pre-auth key", "rotate", "--from-file", file("preauth", "hskey-auth-abcdefabcdef-"+strings.Repeat("0", 64)))
+	key(2, "must hold the key alone", "rotate", "--from-file", file("two", old+" "+next))
+	key(2, "no such file", "rotate", "--from-file", filepath.Join(dir, "none"))
+	key(2, "give --from-file FILE", "rotate")
+	key(2, "without Kubernetes there is no join key", "rotate", "--join")
+	holds(old)
+	key(0, "they are the same", "rotate", "--from-file", file("same", old))
+	key(0, "headscale apikeys expire --prefix "+strings.Split(old, "-")[2]+"`\n", "rotate", "--from-file", file("next", next+"\n"))
+	holds(next)
+	if info, err := os.Stat(place); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", info, err)
+	}
+	key(0, "ends 20", "show")
+	t.Setenv("HEADSCALE_API_KEY", next)
+	key(2, "HEADSCALE_API_KEY holds a key", "rotate", "--from-file", file("back", s.APIKey()))
+	t.Setenv("HEADSCALE_API_KEY", "")
+	s.Kill()
+	key(2, "nothing was changed: ", "rotate", "--from-file", file("back", old))
+	key(1, "cannot reach Headscale", "show")
+	holds(next)
 }

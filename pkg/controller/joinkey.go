@@ -30,13 +30,13 @@ const (
 	joinKeyTimeout = 30 * time.Second
 
 	// Annotations of the Secret: what its key is good for.
-	joinExpires = "headcni.io/expires"
+	joinExpires = kube.JoinExpires
 	joinServer  = "headcni.io/server"
 	joinTags    = "headcni.io/tags"
 	// joinMinter tells API keys apart: a Headscale that was set up anew knows neither the old API key nor what it made.
 	joinMinter = "headcni.io/made-with"
 	// joinID is Headscale's number of the key.
-	joinID = "headcni.io/key-id"
+	joinID = kube.JoinID
 )
 
 // joinKey makes sure that the Secret holds a key that nodes can join with, and returns when the one there expires, also with

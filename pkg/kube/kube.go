@@ -59,6 +59,12 @@ const (
 	Uninstalled = prefix + "uninstalled"
 )
 
+// Annotations of the Secret JoinSecret: when its key ends, and Headscale's number of it.
+const (
+	JoinExpires = prefix + "expires"
+	JoinID      = prefix + "key-id"
+)
+
 // TailnetName, on a Service, is the name that it wants in the tailnet, without the tailnet's domain.
 const TailnetName = prefix + "tailnet-name"
 
