@@ -1,15 +1,13 @@
 package controller
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 
-	"github.com/tailscale/hujson"
-
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
 
@@ -33,27 +31,8 @@ type finding struct {
 	check, text string
 }
 
-// policy is what we look at of Headscale's policy file.
-type policy struct {
-	Hosts map[string]string `json:"hosts"`
-	ACLs  []struct {
-		Action string   `json:"action"`
-		Src    []string `json:"src"`
-		Dst    []string `json:"dst"`
-	} `json:"acls"`
-	Grants []struct {
-		Src []string `json:"src"`
-		Dst []string `json:"dst"`
-		IP  []string `json:"ip"`
-	} `json:"grants"`
-	AutoApprovers struct {
-		Routes map[string][]string `json:"routes"`
-	} `json:"autoApprovers"`
-	NodeAttrs []struct {
-		Target []string `json:"target"`
-		Attr   []string `json:"attr"`
-	} `json:"nodeAttrs"`
-}
+// policy is what is checked.
+type policy struct{ headscale.PolicyFile }
 
 // needs are what the cluster needs of the policy.
 type needs struct {
@@ -68,16 +47,13 @@ type needs struct {
 
 // checkPolicy compares Headscale's policy with what the cluster needs.
 func checkPolicy(text string, n needs) ([]finding, error) {
-	std, err := hujson.Standardize([]byte(text))
+	file, err := headscale.ReadPolicy(text)
 	if err != nil {
-		return nil, fmt.Errorf("read Headscale's policy: %w", err)
+		return nil, err
 	}
-	var p policy
-	if err := json.Unmarshal(std, &p); err != nil {
-		return nil, fmt.Errorf("read Headscale's policy: %w", err)
-	}
+	p := policy{file}
 	var found []finding
-	if f := p.rules(n.ranges, n.tags, n.starCovers); f != "" {
+	if f := p.Lacks(n.ranges, n.tags, n.starCovers); f != "" {
 		found = append(found, finding{checkACL, f})
 	}
 	if f := p.unreached(n.services, n.starCovers); f != "" {
@@ -88,64 +64,25 @@ func checkPolicy(text string, n needs) ([]finding, error) {
 		if err == nil && slices.ContainsFunc(n.services, r.Overlaps) {
 			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s lead to services in %s, so that one node "+
 				"that was broken into can take the tailnet's traffic to them; headcni-controller approves that for the Nodes that "+
-				"network.advertiseServices chooses: remove the line \"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, quoted(who))})
+				"network.advertiseServices chooses: remove the line \"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, headscale.Quoted(who))})
 		}
 		if err == nil && slices.ContainsFunc(n.ranges, r.Overlaps) {
 			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s take any part of %s, so that one "+
 				"node that was broken into can take other nodes' pods; headcni-controller approves routes by itself: remove the line "+
-				"\"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, quoted(who))})
+				"\"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, headscale.Quoted(who))})
 		}
 	}
 	slices.SortFunc(found, func(a, b finding) int { return strings.Compare(a.text, b.text) })
 	// Older servers know no nodeAttrs and refuse a policy that has any.
 	if !n.starCovers && !p.hasAttr(checkMaps, n.tags) {
 		found = append(found, finding{checkMaps, fmt.Sprintf("a node's tailscaled cannot restart while Headscale is down: add to the policy "+
-			`"nodeAttrs": [{"target": %s, "attr": [%q]}]`, quoted(n.tags), checkMaps)})
+			`"nodeAttrs": [{"target": %s, "attr": [%q]}]`, headscale.Quoted(n.tags), checkMaps)})
 	}
 	if !n.starCovers && len(n.sharing) > 0 && !p.hasAttr(checkCGNAT, n.tags) {
 		found = append(found, finding{checkCGNAT, fmt.Sprintf("%s: a network of the host's own is in the tailnet's range %s too, and tailscaled's firewall "+
 			`drops what the host gets from there: add to the policy "nodeAttrs": [{"target": ["*"], "attr": [%q]}]`, abridge(n.sharing), netset.TailnetIPv4, checkCGNAT)})
 	}
 	return found, nil
-}
-
-// rules says which lines of acls are missing for pods to reach pods, "" where none is. A policy without any rule at all
-// allows nothing; one without the key acls allows everything.
-func (p policy) rules(ranges []netip.Prefix, tags []string, starCovers bool) string {
-	if p.ACLs == nil && p.Grants == nil {
-		return ""
-	}
-	var missing []string
-	for _, r := range ranges {
-		if !p.allowed(r, starCovers) {
-			missing = append(missing, r.String())
-		}
-	}
-	if len(missing) == 0 {
-		return ""
-	}
-	src := slices.Concat(tags, missing)
-	var dst []string
-	for _, s := range src {
-		dst = append(dst, s+":*")
-	}
-	return fmt.Sprintf("pods of %s do not reach each other: add to acls {\"action\": \"accept\", \"src\": %s, \"dst\": %s}",
-		strings.Join(missing, ", "), quoted(src), quoted(dst))
-}
-
-// allowed reports whether one rule lets all of r reach all of r on all ports.
-func (p policy) allowed(r netip.Prefix, starCovers bool) bool {
-	for _, a := range p.ACLs {
-		if a.Action == "accept" && p.covered(r, a.Src, starCovers) && p.covered(r, anyPort(a.Dst), starCovers) {
-			return true
-		}
-	}
-	for _, g := range p.Grants {
-		if slices.Contains(g.IP, "*") && p.covered(r, g.Src, starCovers) && p.covered(r, g.Dst, starCovers) {
-			return true
-		}
-	}
-	return false
 }
 
 // unreached names the routes to services that no rule lets anybody use, "" where there is none.
@@ -177,7 +114,7 @@ func (p policy) unreached(services []netip.Prefix, starCovers bool) string {
 		want = append(want, m+":*")
 	}
 	return fmt.Sprintf("no rule of Headscale's policy lets anybody reach the services of %s: add to acls, for whom you like, {\"action\": \"accept\", "+
-		"\"src\": [\"*\"], \"dst\": %s}", abridge(missing), quoted(want[:min(len(want), maxListed)]))
+		"\"src\": [\"*\"], \"dst\": %s}", abridge(missing), headscale.Quoted(want[:min(len(want), maxListed)]))
 }
 
 // overlaps reports whether a rule's destination has an address of r.
@@ -192,32 +129,6 @@ func (p policy) overlaps(r netip.Prefix, dst string, starCovers bool) bool {
 	return dst == "*" && starCovers || err == nil && q.Overlaps(r)
 }
 
-// anyPort keeps the destinations that allow every port, without the port.
-func anyPort(dst []string) []string {
-	var out []string
-	for _, d := range dst {
-		if host, ok := strings.CutSuffix(d, ":*"); ok {
-			out = append(out, strings.Trim(host, "[]"))
-		}
-	}
-	return out
-}
-
-func (p policy) covered(r netip.Prefix, by []string, starCovers bool) bool {
-	for _, s := range by {
-		if s == "*" && starCovers {
-			return true
-		}
-		if host, ok := p.Hosts[s]; ok {
-			s = host
-		}
-		if q, err := netip.ParsePrefix(s); err == nil && netset.Covers([]netip.Prefix{q}, r) {
-			return true
-		}
-	}
-	return false
-}
-
 func (p policy) hasAttr(attr string, tags []string) bool {
 	for _, n := range p.NodeAttrs {
 		if !slices.Contains(n.Attr, attr) {
@@ -228,12 +139,4 @@ func (p policy) hasAttr(attr string, tags []string) bool {
 		}
 	}
 	return false
-}
-
-func quoted(list []string) string {
-	b, err := json.Marshal(list)
-	if err != nil {
-		return strings.Join(list, ", ") // a list of strings cannot fail
-	}
-	return strings.ReplaceAll(string(b), ",", ", ")
 }

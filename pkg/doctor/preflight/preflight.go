@@ -2,6 +2,7 @@
 package preflight
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -256,7 +257,25 @@ func control(ctx context.Context, c config.Config, getenv func(string) string) d
 			add(fmt.Errorf("%s: %w", cred.Source, err), findings.HeadscaleOther)
 		} else {
 			out.OK += ", and takes the API key"
+			policy(ctx, api, h.Version, c, &out)
 		}
 	}
 	return out
+}
+
+// policy looks for the ranges of pods in Headscale's policy, which without them drops all their packets.
+func policy(ctx context.Context, api *headscale.Client, version string, c config.Config, out *doctor.Check) {
+	r := c.Network.Ranges()
+	text, err := api.Policy(ctx)
+	if errors.Is(err, headscale.ErrNotFound) {
+		return // without a policy everything is allowed
+	}
+	file, bad := headscale.ReadPolicy(text)
+	if err = cmp.Or(err, bad); err != nil {
+		out.Add(findings.HeadscaleOther, "%v", err)
+		return
+	}
+	if lacks := file.Lacks(netset.Union(r.Pods, r.Cluster), c.Tailscale.Tags, headscale.StarCoversRoutes(version)); lacks != "" {
+		out.Add(findings.PolicyLacksRanges, "%s", lacks)
+	}
 }

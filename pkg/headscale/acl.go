@@ -1,0 +1,118 @@
+package headscale
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/tailscale/hujson"
+
+	"github.com/headcni/headcni/internal/netset"
+)
+
+// PolicyFile is what we look at of Headscale's policy file.
+type PolicyFile struct {
+	Hosts map[string]string `json:"hosts"`
+	ACLs  []struct {
+		Action string   `json:"action"`
+		Src    []string `json:"src"`
+		Dst    []string `json:"dst"`
+	} `json:"acls"`
+	Grants []struct {
+		Src []string `json:"src"`
+		Dst []string `json:"dst"`
+		IP  []string `json:"ip"`
+	} `json:"grants"`
+	AutoApprovers struct {
+		Routes map[string][]string `json:"routes"`
+	} `json:"autoApprovers"`
+	NodeAttrs []struct {
+		Target []string `json:"target"`
+		Attr   []string `json:"attr"`
+	} `json:"nodeAttrs"`
+}
+
+// ReadPolicy reads what Policy has returned.
+func ReadPolicy(text string) (p PolicyFile, err error) {
+	std, err := hujson.Standardize([]byte(text))
+	if err == nil {
+		err = json.Unmarshal(std, &p)
+	}
+	return p, wrap(err, "read Headscale's policy")
+}
+
+// Lacks says which lines of acls are missing for pods to reach pods, "" where none is. A policy without any rule at all
+// allows nothing; one without the key acls allows everything.
+func (p PolicyFile) Lacks(ranges []netip.Prefix, tags []string, starCovers bool) string {
+	if p.ACLs == nil && p.Grants == nil {
+		return ""
+	}
+	var missing []string
+	for _, r := range ranges {
+		if !p.allowed(r, starCovers) {
+			missing = append(missing, r.String())
+		}
+	}
+	if len(missing) == 0 {
+		return ""
+	}
+	src := slices.Concat(tags, missing)
+	var dst []string
+	for _, s := range src {
+		dst = append(dst, s+":*")
+	}
+	return fmt.Sprintf("pods of %s do not reach each other: add to acls {\"action\": \"accept\", \"src\": %s, \"dst\": %s}",
+		strings.Join(missing, ", "), Quoted(src), Quoted(dst))
+}
+
+// allowed reports whether one rule lets all of r reach all of r on all ports.
+func (p PolicyFile) allowed(r netip.Prefix, starCovers bool) bool {
+	for _, a := range p.ACLs {
+		if a.Action == "accept" && p.covered(r, a.Src, starCovers) && p.covered(r, anyPort(a.Dst), starCovers) {
+			return true
+		}
+	}
+	for _, g := range p.Grants {
+		if slices.Contains(g.IP, "*") && p.covered(r, g.Src, starCovers) && p.covered(r, g.Dst, starCovers) {
+			return true
+		}
+	}
+	return false
+}
+
+// anyPort keeps the destinations that allow every port, without the port.
+func anyPort(dst []string) []string {
+	var out []string
+	for _, d := range dst {
+		if host, ok := strings.CutSuffix(d, ":*"); ok {
+			out = append(out, strings.Trim(host, "[]"))
+		}
+	}
+	return out
+}
+
+func (p PolicyFile) covered(r netip.Prefix, by []string, starCovers bool) bool {
+	for _, s := range by {
+		if s == "*" && starCovers {
+			return true
+		}
+		if host, ok := p.Hosts[s]; ok {
+			s = host
+		}
+		if q, err := netip.ParsePrefix(s); err == nil && netset.Covers([]netip.Prefix{q}, r) {
+			return true
+		}
+	}
+	return false
+}
+
+// Quoted is a list as it stands in a policy.
+func Quoted(list []string) string {
+	b, err := json.Marshal(list)
+	if err != nil {
+		return strings.Join(list, ", ") // a list of strings cannot fail
+	}
+	return strings.ReplaceAll(string(b), ",", ", ")
+}
