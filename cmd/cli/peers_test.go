@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/headcni/headcni/pkg/why"
 )
 
 func TestPeersBadInput(t *testing.T) {
@@ -28,7 +30,7 @@ func TestPeersBadInput(t *testing.T) {
 
 // What is new fits a terminal of 80 columns.
 func TestHelpFits(t *testing.T) {
-	for _, args := range [][]string{{"peers"}} {
+	for _, args := range [][]string{{"peers"}, {"why"}, {"ping"}} {
 		cmd := root()
 		var b bytes.Buffer
 		cmd.SetOut(&b)
@@ -40,6 +42,52 @@ func TestHelpFits(t *testing.T) {
 			if utf8.RuneCountInString(line) > 81 {
 				t.Errorf("%s: %s", args, line)
 			}
+		}
+	}
+}
+
+func TestWhyBadInput(t *testing.T) {
+	noCluster(t)
+	for args, want := range map[string]string{
+		"why a":                                "accepts 2 arg(s), received 1",
+		"why a b --bad":                        "unknown flag",
+		"why a b -o yaml":                      "want text or json",
+		"why a b --port 0":                     "want a number from 1 to 65535",
+		"why a b --port 65536":                 "want a number from 1 to 65535",
+		"why a b --port http":                  "want a number from 1 to 65535",
+		"why a b --port 80x":                   "want a number from 1 to 65535",
+		"why a b --port 53/udp --proto tcp":    "contradict each other",
+		"why a b --port 53/sctp":               "want tcp, udp or icmp",
+		"why a b --proto tcp":                  "need --port",
+		"why a b --proto icmp --port 80":       "need --port",
+		"why a b --kubeconfig /none":           "no such file",
+		"why a b --timeout 0s":                 "want a time such as 30s",
+		"ping a":                               "accepts 2 arg(s), received 1",
+		"ping a b -c 0":                        "want 1 to 1000",
+		"ping a b --size 10":                   "want 64 to 9000",
+		"ping a 192.0.2.1":                     "a is no address, no pod of this node",
+		"why node svc/web --port 80":           "kube-proxy chooses one of the pods",
+		"why shop/none 192.0.2.1 --port 80":    "shop/none is no address, no pod of this node",
+		"why 203.0.113.77 192.0.2.1 --port 80": "is no pod of this node and no address of its own",
+	} {
+		out, err := headcnictl(t, strings.Fields(args)...)
+		var code exitCode
+		if !errors.As(err, &code) || code != 2 || !strings.Contains(out, want) {
+			t.Errorf("%s: %v, want %q in\n%s", args, err, want, out)
+		}
+	}
+}
+
+func TestPortOfWhy(t *testing.T) {
+	for port, want := range map[string]why.Question{
+		"":       {Protocol: "icmp"},
+		"80":     {Protocol: "tcp", Port: 80},
+		"80/tcp": {Protocol: "tcp", Port: 80},
+		"53/udp": {Protocol: "udp", Port: 53},
+	} {
+		var q why.Question
+		if err := parsePort(&q, port); err != nil || q != want {
+			t.Errorf("%q: %+v, %v", port, q, err)
 		}
 	}
 }

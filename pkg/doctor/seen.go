@@ -40,6 +40,9 @@ type Node struct {
 	Name string
 	// PodCIDRs are those of the Node object.
 	PodCIDRs []netip.Prefix
+	// Addrs are its internal ones. Away is since when it is not ready, zero where it is.
+	Addrs []netip.Addr
+	Away  time.Time
 	// Pod is the daemon's, the zero Pod where the node has none.
 	Pod podexec.Pod
 	// Tailscaled is the dedicated tailscaled's pod, the zero Pod where the node has none.
@@ -208,6 +211,16 @@ func (c Cluster) Find(ctx context.Context) (s Seen, err error) {
 		}
 		out := Node{Name: n.Name}
 		out.PodCIDRs, _ = kube.PodCIDRs(&n) // a malformed one is the daemon's to report
+		for _, a := range n.Status.Addresses {
+			if addr, err := netip.ParseAddr(a.Address); err == nil && a.Type == corev1.NodeInternalIP {
+				out.Addrs = append(out.Addrs, addr)
+			}
+		}
+		for _, c := range n.Status.Conditions {
+			if c.Type == corev1.NodeReady && c.Status != corev1.ConditionTrue {
+				out.Away = c.LastTransitionTime.Time
+			}
+		}
 		p, ok := byNode[n.Name][daemon]
 		if ok {
 			out.Pod, out.Err = c.pod(p), notRunning(p)

@@ -36,6 +36,9 @@ const (
 	NoTunDevice       ID = "HC133"
 	KernelLacks       ID = "HC134"
 	PortInUse         ID = "HC135"
+	PodNoLink         ID = "HC136"
+	PodLinkDown       ID = "HC137"
+	NoLease           ID = "HC138"
 
 	NotApproved         ID = "HC201"
 	ApprovalUnseen      ID = "HC202"
@@ -68,6 +71,7 @@ const (
 	PolicyAutoApprovers ID = "HC302"
 	PolicyLacksMaps     ID = "HC303"
 	PolicyLacksCGNAT    ID = "HC304"
+	PolicyRefuses       ID = "HC305"
 
 	PeerRelayed   ID = "HC401"
 	PathSmall     ID = "HC402"
@@ -75,16 +79,18 @@ const (
 	TunnelRoutes  ID = "HC404"
 	StrangeRoutes ID = "HC405"
 	PeerSilent    ID = "HC406"
+	NobodyListens ID = "HC407"
 
-	NameServer  ID = "HC501"
-	NamesCircle ID = "HC502"
-	ResolverFar ID = "HC503"
-	NamesRisk   ID = "HC504"
-	ClusterDNS  ID = "HC505"
-	PolicyNot   ID = "HC601"
-	PolicyWaits ID = "HC602"
-	PolicyStale ID = "HC603"
-	Subnets     ID = "HC604"
+	NameServer   ID = "HC501"
+	NamesCircle  ID = "HC502"
+	ResolverFar  ID = "HC503"
+	NamesRisk    ID = "HC504"
+	ClusterDNS   ID = "HC505"
+	PolicyNot    ID = "HC601"
+	PolicyWaits  ID = "HC602"
+	PolicyStale  ID = "HC603"
+	Subnets      ID = "HC604"
+	PolicyDenies ID = "HC605"
 
 	ServicesNotHere ID = "HC701"
 	ServicesNowhere ID = "HC702"
@@ -196,6 +202,16 @@ var Table = []Finding{
 	{KernelLacks, Fail, "the kernel lacks what is needed", "Pods' links are veths, and the node's rules need nf_tables with NAT.", "load or enable the modules that the text names (veth, nf_tables, nft_chain_nat, nft_masq, nft_fib)."},
 	{PortInUse, Warn, "a port is in use", "Another program listens where HeadCNI would.", "end that program, or choose another port: monitoring.listen, tailscale.port."},
 
+	{PodNoLink, Fail, "no pod of the node has the address",
+		"The pod has no link on its node, or it is gone, or has no address yet: the CNI plugin did not attach it, or somebody deleted its link.",
+		"`kubectl describe pod` says whether it waits for its network; delete the pod, so that it is started anew."},
+	{PodLinkDown, Fail, "the pod's link is down",
+		"Somebody, in the pod or on its node, has taken one end of the link down, or renamed or removed the pod's interface: nothing gets in or out.",
+		"in the pod's network namespace `ip link set eth0 up`, on the node `ip link set LINK up`; or delete the pod, so that it is started anew."},
+	{NoLease, Warn, "a pod's address has no lease",
+		"The pod has the address, and headcni-ipam does not know that: another pod could be given it.",
+		"`sudo headcnictl ipam check --repair` on the node, or delete the pod, so that it is started anew."},
+
 	{NotApproved, Fail, "the node's routes are advertised and not approved",
 		"Headscale routes a node's pod range to it only once that is approved. Until then other nodes' pods do not reach this node's.",
 		"give headcni-controller (without Kubernetes the daemon) an API key, which approves by itself, or run `headscale nodes approve-routes`; `headscale nodes list-routes` shows how it stands."},
@@ -265,12 +281,15 @@ var Table = []Finding{
 	{PolicyLacksMaps, Warn, "tailscaled cannot restart while Headscale is down", "The policy lacks the node attribute cache-network-maps.", "add the nodeAttrs line that the text prints to Headscale's policy."},
 	{PolicyLacksCGNAT, Warn, "the policy lacks an attribute that hosts in 100.64.0.0/10 need", "tailscaled's firewall drops what these hosts get from their own network.", "add the nodeAttrs line that the text prints to Headscale's policy."},
 
+	{PolicyRefuses, Fail, "Headscale's policy does not let it through", "The policy's acls or grants name both ends, and not the two together with this port. The far node's tailscaled drops the packet.", "add a line to acls in Headscale's policy that has the sender in src, and the receiver with the port in dst."},
+
 	{PeerRelayed, Warn, "a peer with pods is reached through a relay only", "UDP is closed between the two nodes, or a NAT changes ports. A relay is slower, and all share it.", "open UDP 41641 (tailscale.port) to the nodes; `tailscale netcheck` says what the network does."},
 	{PathSmall, Warn, "a path to a peer carries too little, and no router says so", "TCP of pods is clamped to it; larger UDP packets vanish.", "let ICMP \"fragmentation needed\" pass on the way, or set network.mtu to what the text says on every node."},
 	{PeerOffline, Warn, "a node with pods is offline", "Headscale has no connection to it. Its pods are reached as long as both sides keep their session.", "see that the node runs and reaches Headscale."},
 	{TunnelRoutes, Fail, "tailscaled's routes to its peers are missing", "Somebody has flushed table 52, and they could not be put back.", "restart tailscaled on the node."},
 	{StrangeRoutes, Warn, "a node with our tag advertises ranges that are no pods here", "It belongs to another cluster, or network.clusterCIDRs differs between the nodes.", "make network.clusterCIDRs the same on both nodes, or name its ranges in network.remoteClusters or network.remoteCIDRs."},
 	{PeerSilent, Fail, "a peer is online and does not answer", "Headscale has a connection to it, and neither a direct path nor a relay carries packets between the two nodes.", "`tailscale netcheck` on both nodes: UDP or the relays (DERP, mostly TCP 443) must be reachable from each; see that tailscaled runs there and did not hang."},
+	{NobodyListens, Fail, "nobody listens on the port", "The pod or node refuses the connection, from its own node too: no program listens at the address, or at 127.0.0.1 alone.", "see which port the program in the pod listens on, that it runs, and that it listens on 0.0.0.0 or ::."},
 
 	{NameServer, Warn, "the node's name server for the tailnet does not work", "Pods' questions for names of the tailnet are not answered from this node.", "see the text; another program may have port 53 of the node's tailnet address."},
 	{NamesCircle, Fail, "questions for names can go in a circle", "CoreDNS asks the host's resolver, which asks the tailnet's, which asks CoreDNS.", "change one of what the text names; docs/names.md shows the usual ways."},
@@ -282,6 +301,8 @@ var Table = []Finding{
 	{PolicyWaits, Warn, "pods wait for their policies", "The API server has not told of them yet, so they reach their own node only.", "see that the node's daemon reaches the API server."},
 	{PolicyStale, Warn, "policies are those of before the daemon's start", "The API server has not answered since, and the last known ones are in force.", "see that the node reaches the API server."},
 	{Subnets, Warn, "who may use subnets of the tailnet is not as Namespaces say", "Namespaces cannot be read, or the kernel did not take it. Pods keep what they had, and new ones have no consent.", "see the text: the chart's ClusterRole lets the daemon list and watch namespaces."},
+
+	{PolicyDenies, Fail, "a NetworkPolicy denies it", "A policy isolates the pod in this direction, and no rule of any policy that selects it lets the other end through.", "`headcnictl policy explain POD` on the node lists what is let through; add a rule to one of the policies, or another policy that selects the pod."},
 
 	{ServicesNotHere, Fail, "the tailnet does not reach services by this node", "The node is chosen by `network.advertiseServices`, and services do not work on it: its kube-proxy does not say that they do, or its own rules or links are not as they should be.", "see the text; it leads there again by itself once they work. Where kube-proxy's health is elsewhere, set `network.advertiseServices.healthURL`."},
 	{ServicesNowhere, Warn, "the tailnet does not reach services as it is to", "No Node has the labels of `network.advertiseServices`, the ranges of services are not known or cannot be used, or Headscale's policy lets nobody there.", "see the text; `headcnictl dns headscale` prints the lines for Headscale."},

@@ -17,54 +17,74 @@ import (
 // echoTimeout is long enough for a path around the world over a slow link.
 const echoTimeout = time.Second
 
-// echo reports whether an ICMP echo of size bytes, which nobody may fragment, comes back through the tunnel. The peer's kernel
-// answers. The random bytes in it keep an old or invented answer from counting.
+// echo reports whether an ICMP echo of size bytes, which nobody may fragment, comes back through the tunnel.
 func echo(ctx context.Context, tun string, to netip.Addr, size int) bool {
-	network, request, answer, header := "ip4:icmp", byte(8), byte(0), 20
-	if to.Is6() {
-		network, request, answer, header = "ip6:ipv6-icmp", 128, 129, 40
-	}
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var set error
-		err := c.Control(func(fd uintptr) { set = prepare(int(fd), tun, to.Is6()) })
-		return errors.Join(err, set)
-	}}
-	conn, err := lc.ListenPacket(ctx, network, "")
+	conn, err := ListenEcho(ctx, tun, to.Is6())
 	if err != nil {
 		return false // no tun, or no right: nothing is learned
 	}
 	defer conn.Close()
+	_, err = Echo(ctx, conn, to, size)
+	return err == nil
+}
+
+// ListenEcho opens a socket for Echo, bound to a link where one is named, in the network namespace of the thread.
+func ListenEcho(ctx context.Context, link string, ipv6 bool) (net.PacketConn, error) {
+	network := "ip4:icmp"
+	if ipv6 {
+		network = "ip6:ipv6-icmp"
+	}
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var set error
+		err := c.Control(func(fd uintptr) { set = prepare(int(fd), link, ipv6) })
+		return errors.Join(err, set)
+	}}
+	return lc.ListenPacket(ctx, network, "")
+}
+
+// Echo sends an ICMP echo of size bytes, header and all, which nobody may fragment, and says how long the answer took. The peer's kernel
+// answers. The random bytes in it keep an old or invented answer from counting.
+func Echo(ctx context.Context, conn net.PacketConn, to netip.Addr, size int) (time.Duration, error) {
+	request, answer, header := byte(8), byte(0), 20
+	if to.Is6() {
+		request, answer, header = 128, 129, 40
+	}
 	msg := make([]byte, size-header)
 	_, _ = rand.Read(msg[4:]) // never fails
 	msg[0] = request
 	if to.Is4() {
 		binary.BigEndian.PutUint16(msg[2:], checksum(msg))
 	} // the kernel makes ICMPv6's
+	began := time.Now()
 	if _, err := conn.WriteTo(msg, &net.IPAddr{IP: to.AsSlice()}); err != nil {
-		return false
+		return 0, err
 	}
-	_ = conn.SetReadDeadline(time.Now().Add(echoTimeout)) // a socket that is open
-	buf := make([]byte, size)
+	_ = conn.SetReadDeadline(began.Add(echoTimeout)) // a socket that is open
+	buf := make([]byte, max(size, 1500))
 	for ctx.Err() == nil {
 		n, from, err := conn.ReadFrom(buf)
 		if err != nil {
-			return false
+			return 0, err
 		}
 		ip, ok := from.(*net.IPAddr)
 		if ok && ip.IP.Equal(to.AsSlice()) && n == len(msg) && buf[0] == answer && bytes.Equal(buf[4:n], msg[4:]) {
-			return true
+			return time.Since(began), nil
 		}
 	}
-	return false
+	return 0, ctx.Err()
 }
 
-// prepare binds to the tun, and forbids fragments whatever is known of the path.
-func prepare(fd int, tun string, ipv6 bool) error {
+// prepare binds to the link, and forbids fragments whatever is known of the path.
+func prepare(fd int, link string, ipv6 bool) error {
 	level, opt, probe := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
 	if ipv6 {
 		level, opt, probe = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
 	}
-	return errors.Join(unix.BindToDevice(fd, tun), unix.SetsockoptInt(fd, level, opt, probe))
+	var bound error
+	if link != "" {
+		bound = unix.BindToDevice(fd, link)
+	}
+	return errors.Join(bound, unix.SetsockoptInt(fd, level, opt, probe))
 }
 
 // checksum is that of RFC 1071.

@@ -143,7 +143,7 @@ func (s Status) Holder(a netip.Addr) (found Peer, ok bool) {
 	best := -1
 	for _, p := range s.Peers {
 		for _, r := range p.Allowed {
-			if r.Contains(a) && r.Bits() > best {
+			if r.Contains(a) && r.Bits() > best && (r.Bits() > 0 || p.ExitNode) {
 				found, best = p, r.Bits()
 			}
 		}

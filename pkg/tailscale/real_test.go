@@ -285,3 +285,54 @@ func TestRealMove(t *testing.T) {
 		t.Errorf("prefs: %+v, %v", p, err)
 	}
 }
+
+// What a real tailscaled tells of who reaches whom: what it lets in, by Headscale's default policy; who has an address; how long a ping takes.
+func TestRealReach(t *testing.T) {
+	t.Parallel()
+	w := realparts.New(t, testBatch)
+	ctx := testContext(t)
+	key := secret.New(w.AuthKey("tag:headcni", "--reusable"))
+	var clients []*Client
+	var self []Peer
+	for _, name := range []string{"reach-a", "reach-b"} {
+		c := New(w.Node().Socket)
+		if err := c.Login(ctx, LoginOptions{ControlURL: w.URL, AuthKey: key, Hostname: name}); err != nil {
+			t.Fatal(err)
+		}
+		st, err := c.Status(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		clients, self = append(clients, c), append(self, st.Self)
+	}
+	var pong Pong
+	var err error
+	for pong == (Pong{}) {
+		one, cancel := context.WithTimeout(ctx, 3*time.Second)
+		pong, err = clients[0].Ping(one, self[1].IPs[0], 0) // until each has heard of the other
+		cancel()
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+	if pong.Latency <= 0 || (pong.Endpoint == "") == (pong.Relay == "") {
+		t.Errorf("ping: %+v", pong)
+	}
+	st, err := clients[0].Status(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, ok := st.Holder(self[1].IPs[0]); !ok || p.Name != "reach-b" {
+		t.Errorf("%s is %+v's", self[1].IPs[0], p)
+	}
+	if p, ok := st.Holder(netip.MustParseAddr("10.244.2.3")); ok {
+		t.Errorf("nobody's address is %s's", p.Name)
+	}
+	f, err := clients[1].Filter(ctx)
+	if err != nil || !f.Accepts(self[0].IPs[0], self[1].IPs[0], ProtoTCP, 80) || !f.Accepts(self[0].IPs[1], self[1].IPs[1], ProtoICMPv6, 0) {
+		t.Errorf("what everybody may is not let in: %+v, %v", f, err)
+	}
+	if _, err := New(clients[1].Socket() + ".none").Filter(ctx); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("no tailscaled: %v", err)
+	}
+}
