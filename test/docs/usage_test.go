@@ -268,3 +268,46 @@ func TestFindingsAreNamed(t *testing.T) {
 		}
 	}
 }
+
+// TestDemoPrints: what the README shows of the demo is what it prints today, but for the numbers.
+func TestDemoPrints(t *testing.T) {
+	files, err := filepath.Glob(root + "/cmd/cli/demo*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	verb := regexp.MustCompile(`%[-+.\d]*[a-z]`)
+	var prints []*regexp.Regexp
+	for _, file := range append(files, root+"/internal/lab/lab.go") {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			// One that is little more than verbs would match anything.
+			if lit, ok := n.(*ast.BasicLit); ok && len(verb.ReplaceAllString(text(lit), "")) > 5 {
+				prints = append(prints, regexp.MustCompile("^"+verb.ReplaceAllString(regexp.QuoteMeta(text(lit)), ".+")+`( +[\d.]+ m?s)?$`))
+			}
+			return true
+		})
+	}
+	shown := 0
+	for _, b := range blocks(read(t, "README.md")) {
+		if b.Kind != "text" {
+			continue
+		}
+		for line := range strings.Lines(b.Text) {
+			line = strings.TrimRight(line, "\n")
+			if strings.HasPrefix(line, "       ") || line == "" {
+				continue // a table, whose words are values
+			}
+			shown++
+			said := strings.TrimPrefix(strings.TrimPrefix(line, "  "), "ok ")
+			if !slices.ContainsFunc(prints, func(re *regexp.Regexp) bool { return re.MatchString(said) }) {
+				t.Errorf("README.md shows %q, which the demo does not print", said)
+			}
+		}
+	}
+	if shown < 10 {
+		t.Errorf("README.md shows %d lines of the demo", shown)
+	}
+}
