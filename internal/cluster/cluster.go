@@ -57,6 +57,9 @@ type Options struct {
 	NoClusterCIDR bool
 	// HostTailscaled names the nodes that have a tailscaled of their own, logged in by their administrator.
 	HostTailscaled []string
+	// Sites are where the nodes stand, the control plane's first. The nodes then know each other by their tailnet addresses, all by a
+	// tailscaled of the host's own that runs before kubelet: it is the only way from one site to another.
+	Sites []lab.Site
 	// Device adds a machine beside the nodes that has nothing but a tailscaled of its user's: Cluster.Device.
 	Device bool
 	// NoPodCIDRs has the controller manager give nodes no pod CIDRs.
@@ -190,7 +193,7 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 	}
 	c.lab, err = lab.New(ctx, lab.Options{
 		Nodes: len(names), Names: names, Spare: len(names), Modes: []string{"host"}, Plugins: hostPlugins,
-		Bin: c.opt.Bin, Tools: c.opt.Tools, Relay: true, Policy: c.opt.Policy,
+		Bin: c.opt.Bin, Tools: c.opt.Tools, Relay: true, Policy: c.opt.Policy, Sites: c.opt.Sites,
 	})
 	if err != nil {
 		return err
@@ -215,8 +218,11 @@ func (c *Cluster) prepare(ctx context.Context) (err error) {
 		}
 		*name = strings.TrimSpace(string(b))
 	}
+	if err := each(c.Nodes, func(n *Node) error { return n.join(ctx) }); err != nil {
+		return err
+	}
 	cp := c.Nodes[0]
-	if c.pki, err = newPKI(cp.Underlay, cp.URL()); err != nil {
+	if c.pki, err = newPKI(slices.Concat(cp.Underlay, cp.Addrs()), apiURL(cp.Addrs()[0])); err != nil {
 		return err
 	}
 	if err := c.makeClients(); err != nil {
@@ -227,7 +233,7 @@ func (c *Cluster) prepare(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return each(c.Nodes, func(n *Node) error { return n.prepare(ctx) })
+	return each(c.Nodes, func(n *Node) error { return n.configure(ctx) })
 }
 
 func (c *Cluster) step(what string) { c.opt.Step(what, time.Since(c.began)) }

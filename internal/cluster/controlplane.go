@@ -23,6 +23,9 @@ const (
 //go:embed manifests.yaml
 var manifests string
 
+// apiURL is the API server's by one of its addresses.
+func apiURL(a netip.Addr) string { return "https://" + netip.AddrPortFrom(a, apiPort).String() }
+
 // ServicePrefixes are ServiceCIDRs.
 func ServicePrefixes() []netip.Prefix { return prefixes(ServiceCIDRs) }
 
@@ -39,7 +42,8 @@ func prefixes(list string) []netip.Prefix {
 
 // makeClients makes the administrator's kubeconfig and a client, which connects from the control host.
 func (c *Cluster) makeClients() error {
-	admin, err := c.pki.kubeconfig("admin", "system:masters")
+	// The control host is on the underlay only.
+	admin, err := c.pki.kubeconfigFor(apiURL(c.Nodes[0].Underlay[0]), "admin", "system:masters")
 	if err != nil {
 		return err
 	}
@@ -121,7 +125,7 @@ func (c *Cluster) apiServerFlags() []string {
 	in := func(name string) string { return filepath.Join(kubernetesDir, name) }
 	return []string{
 		"--etcd-servers=http://127.0.0.1:2379",
-		"--advertise-address=" + c.Nodes[0].Underlay[0].String(), fmt.Sprintf("--secure-port=%d", apiPort),
+		"--advertise-address=" + c.Nodes[0].Addrs()[0].String(), fmt.Sprintf("--secure-port=%d", apiPort),
 		"--service-cluster-ip-range=" + ServiceCIDRs,
 		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged",
 		"--client-ca-file=" + in("ca.crt"), "--tls-cert-file=" + in("server.crt"), "--tls-private-key-file=" + in("server.key"),

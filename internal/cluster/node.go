@@ -41,24 +41,46 @@ type Node struct {
 	Containerd, Kubelet, Proxy *lab.Process
 
 	cluster  *Cluster
-	loggedIn bool // the host's tailscaled: it stays so over a reboot
+	loggedIn bool         // the host's tailscaled: it stays so over a reboot
+	tailnet  []netip.Addr // what the other nodes know it by; nil: its underlay addresses
 }
 
 type object = map[string]any
 
-// URL is the API server's, where the node is the control plane's.
-func (n *Node) URL() string {
-	return "https://" + netip.AddrPortFrom(n.Underlay[0], apiPort).String()
+// Addrs are those that Kubernetes knows the node by, IPv4 first.
+func (n *Node) Addrs() []netip.Addr {
+	if n.tailnet != nil {
+		return n.tailnet
+	}
+	return n.Underlay
 }
 
 // disk is what the node keeps over a reboot.
 func (n *Node) disk() string { return filepath.Join(n.Dir, "disk") }
 
-// prepare makes the machine a host for containers and writes its configuration.
-func (n *Node) prepare(ctx context.Context) error {
+// join makes the machine a host for containers. Where nodes stand at sites it has the host's tailscaled join too, as a unit that
+// kubelet's waits for.
+func (n *Node) join(ctx context.Context) error {
 	if _, err := n.Run(ctx, "bash", "-c", nodeScript, "node", n.disk(), n.Cgroup()); err != nil {
 		return fmt.Errorf("prepare mounts and cgroups: %w", err)
 	}
+	if n.cluster.opt.Sites == nil {
+		return nil
+	}
+	if err := n.startHostTailscaled(ctx); err != nil {
+		return err
+	}
+	return poll(ctx, 50*time.Millisecond, func() (err error) {
+		n.tailnet, err = n.TailnetAddrs()
+		if err == nil && len(n.tailnet) != 2 {
+			err = fmt.Errorf("tailscaled has the addresses %v", n.tailnet)
+		}
+		return err
+	})
+}
+
+// configure writes the machine's configuration, once.
+func (n *Node) configure(ctx context.Context) error {
 	if _, err := os.Stat(n.Path(kubernetesDir + "/kubelet.json")); err == nil {
 		return nil // not the first boot
 	}
@@ -202,7 +224,7 @@ func (n *Node) ImportImage(ctx context.Context, tar string) error {
 // StartKubelet starts kubelet. It does not wait.
 func (n *Node) StartKubelet() (err error) {
 	var ips []string
-	for _, a := range n.Underlay {
+	for _, a := range n.Addrs() {
 		ips = append(ips, a.String())
 	}
 	n.Kubelet, err = n.Start("kubelet", nil, "--config="+kubernetesDir+"/kubelet.json", "--kubeconfig="+kubernetesDir+"/kubelet.kubeconfig",
@@ -328,7 +350,7 @@ func (n *Node) Boot(ctx context.Context) error {
 	if err := n.Node.Boot(ctx); err != nil {
 		return err
 	}
-	if err := n.prepare(ctx); err != nil {
+	if err := n.join(ctx); err != nil {
 		return err
 	}
 	if n.Name == ControlPlane {

@@ -103,6 +103,11 @@ func (p *pki) issue(name pkix.Name, names []string, ips []net.IP) (pair, error) 
 
 // kubeconfig makes a kubeconfig for a user, who is told by name and group.
 func (p *pki) kubeconfig(user, group string) ([]byte, error) {
+	return p.kubeconfigFor(p.url, user, group)
+}
+
+// kubeconfigFor is kubeconfig with another way to the API server.
+func (p *pki) kubeconfigFor(url, user, group string) ([]byte, error) {
 	id := pkix.Name{CommonName: user}
 	if group != "" {
 		id.Organization = []string{group}
@@ -112,7 +117,7 @@ func (p *pki) kubeconfig(user, group string) ([]byte, error) {
 		return nil, err
 	}
 	c := clientcmdapi.NewConfig()
-	c.Clusters["test"] = &clientcmdapi.Cluster{Server: p.url, CertificateAuthorityData: p.caPEM}
+	c.Clusters["test"] = &clientcmdapi.Cluster{Server: url, CertificateAuthorityData: p.caPEM}
 	c.AuthInfos[user] = &clientcmdapi.AuthInfo{ClientCertificateData: client.cert, ClientKeyData: client.key}
 	c.Contexts["test"] = &clientcmdapi.Context{Cluster: "test", AuthInfo: user}
 	c.CurrentContext = "test"

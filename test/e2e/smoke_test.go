@@ -188,7 +188,7 @@ func testNodePort(t *testing.T, w *world) {
 // testHostPort asks hostPorts from every node, the pod's own too, and from pods.
 func testHostPort(t *testing.T, w *world) {
 	for _, n := range w.Nodes {
-		for _, addr := range n.Underlay {
+		for _, addr := range n.Addrs() {
 			want := w.echo[n.Name].Name
 			check := func(from string, out string, err error) {
 				if err != nil || strings.TrimSpace(out) != want {
@@ -214,7 +214,7 @@ func testNodeToPod(t *testing.T, w *world) {
 				if _, err := onNode(from)(within(t, 10*time.Second), url(addr, 8080, "/clientip")); err != nil {
 					t.Errorf("node %s to pod on %s: %v", from.Name, to.Name, err)
 				}
-				if got := w.seenAs(t, w.echo[from.Name], url(to.Underlay[i], 28080, "/clientip")); !got.IsValid() {
+				if got := w.seenAs(t, w.echo[from.Name], url(to.Addrs()[i], 28080, "/clientip")); !got.IsValid() {
 					t.Errorf("pod on %s to node %s", from.Name, to.Name)
 				}
 			}

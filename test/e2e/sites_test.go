@@ -1,0 +1,129 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/internal/cluster"
+	"github.com/headcni/headcni/internal/lab"
+)
+
+// TestSites has the control plane on the internet, a worker behind a router that changes ports and one behind a router that keeps them,
+// with equal LANs, as two homes have. Nodes know each other by their tailnet addresses, which is the only way between them. Then what is
+// on that way is restarted, one after the other.
+func TestSites(t *testing.T) {
+	w := start(t, cluster.Options{ProxyMode: *proxyMode, Sites: []lab.Site{{}, {NAT: lab.Hard}, {NAT: lab.Easy}}})
+	w.apply(t, "echo.yaml", echoManifest)
+	began := time.Now()
+	w.install(t, nil)
+	w.firstPing(t)
+	t.Logf("%6.1f s  from helm install to an answer from pod to pod between the sites", time.Since(began).Seconds())
+	eventually(t, "nodes", 2*time.Minute, w.WaitReady)
+	eventually(t, "pods", 2*time.Minute, w.findPods)
+	for _, n := range w.Nodes {
+		o, err := n.Object(within(t, time.Minute))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, a := range n.Addrs() {
+			if got := o.Status.Addresses[i].Address; got != a.String() {
+				t.Errorf("Kubernetes knows %s by %s, want %s", n.Name, got, a)
+			}
+		}
+		for _, other := range w.Nodes {
+			if _, err := onNode(n)(within(t, 10*time.Second), url(other.Underlay[0], 28080, "/clientip")); err == nil && other != n && other != w.Nodes[0] {
+				t.Errorf("%s reaches %s by its LAN", n.Name, other.Name)
+			}
+		}
+	}
+	works := func(t *testing.T, _ *world) {
+		testPodToPod(t, w)
+		testServices(t, w)
+		testLogs(t, w)
+	}
+	worker := w.Workers()[0]
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, *world)
+	}{
+		{"Works", works},
+		{"HostPort", testHostPort},
+		{"NodeToPod", testNodeToPod},
+		{"NodeToService", testNodeToService},
+		{"PodToAPIServer", testPodToAPIServer},
+		{"Webhook", testWebhook},
+		{"PortForward", testPortForward},
+		{"TailscaledRestart", func(t *testing.T, w *world) {
+			if err := worker.Tailscaled.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			if err := worker.StartTailscaled(); err != nil {
+				t.Fatal(err)
+			}
+			w.back(t)
+			works(t, w)
+		}},
+		{"RoutersForget", func(t *testing.T, w *world) {
+			for _, n := range w.Workers() {
+				if err := n.Routers[0].Forget(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			w.back(t)
+			works(t, w)
+		}},
+		{"WorkerReboot", func(t *testing.T, w *world) {
+			if err := worker.Reboot(within(t, 2*time.Minute)); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "nodes", 2*time.Minute, w.WaitReady)
+			eventually(t, "pods", 3*time.Minute, w.findPods)
+			w.back(t)
+			works(t, w)
+		}},
+		{"ControlPlaneReboot", func(t *testing.T, w *world) {
+			if err := w.Nodes[0].Reboot(within(t, 2*time.Minute)); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "nodes", 2*time.Minute, w.WaitReady)
+			eventually(t, "pods", 3*time.Minute, w.findPods)
+			w.back(t)
+			works(t, w)
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) { test.run(t, w) })
+	}
+}
+
+// back waits until each pod reaches each other again, and the API server each kubelet, and says how long that took.
+func (w *world) back(t *testing.T) {
+	t.Helper()
+	began := time.Now()
+	eventually(t, "pods reach each other again", 2*time.Minute, func(ctx context.Context) error {
+		for _, from := range w.echo {
+			for _, to := range w.echo {
+				if _, err := w.get(ctx, from, url(addrs(t, to)[0], 8080, "/clientip")); err != nil {
+					return fmt.Errorf("from %s to %s: %w", from.Spec.NodeName, to.Spec.NodeName, err)
+				}
+			}
+		}
+		return nil
+	})
+	t.Logf("%6.1f s  until all pods reached each other", time.Since(began).Seconds())
+}
+
+// testPortForward asks a pod through the API server and its kubelet.
+func testPortForward(t *testing.T, w *world) {
+	const ask = `kubectl "$@" --address 127.0.0.1 >/tmp/forward-$$ & trap 'kill $!; rm -f /tmp/forward-$$' EXIT
+		for _ in $(seq 100); do curl -sS -m5 http://127.0.0.1:28087/hostname 2>/dev/null && exit; sleep 0.1; done; exit 1`
+	for _, p := range w.echo {
+		out, err := w.Control.Run(within(t, time.Minute), "bash", "-c", ask, "forward", "--kubeconfig="+w.Kubeconfig(), "port-forward", "-n", echoes, p.Name, "28087:8080")
+		if err != nil || strings.TrimSpace(out) != p.Name {
+			t.Errorf("to %s on %s: %q, %v", p.Name, p.Spec.NodeName, out, err)
+		}
+	}
+}
