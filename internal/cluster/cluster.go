@@ -138,6 +138,8 @@ type Cluster struct {
 	lab   *lab.Lab
 	pki   *pki
 	pause string // the name of the image
+	// applied: the API server has what every cluster holds.
+	applied bool
 	began time.Time
 }
 

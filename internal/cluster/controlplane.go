@@ -89,11 +89,15 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	if err := c.run("kube-scheduler", "--kubeconfig="+kubernetesDir+"/kube-scheduler.kubeconfig", "--leader-elect=false", "--bind-address=127.0.0.1"); err != nil {
 		return err
 	}
+	if c.applied {
+		return nil // etcd has it, with what the controller made of it
+	}
 	path := filepath.Join(c.Dir, "manifests.yaml")
 	if err := os.WriteFile(path, []byte(strings.ReplaceAll(manifests, "DNS_ADDRESS", DNSAddress)), 0o600); err != nil {
 		return err
 	}
 	_, err = c.Kubectl(ctx, "apply", "--server-side", "-f", path)
+	c.applied = err == nil
 	return err
 }
 

@@ -223,8 +223,11 @@ func testNodeToPod(t *testing.T, w *world) {
 }
 
 // testNodeToService asks a ClusterIP from processes of every node until pods of every other have answered.
-func testNodeToService(t *testing.T, w *world) {
-	for family := range 2 {
+func testNodeToService(t *testing.T, w *world) { testNodeToServiceBy(t, w, 2) }
+
+// testNodeToServiceBy is testNodeToService for IPv4, and the second family with 2.
+func testNodeToServiceBy(t *testing.T, w *world, families int) {
+	for family := range families {
 		ip := strings.TrimSpace(w.kubectl(t, "get", "service", "-n", echoes, "echo", "-o", fmt.Sprintf("jsonpath={.spec.clusterIPs[%d]}", family)))
 		for _, n := range w.Nodes {
 			w.allAnswer(t, url(netip.MustParseAddr(ip), 80, "/hostname"), onNode(n))
