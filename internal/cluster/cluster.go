@@ -140,7 +140,7 @@ type Cluster struct {
 	pause string // the name of the image
 	// applied: the API server has what every cluster holds.
 	applied bool
-	began time.Time
+	began   time.Time
 }
 
 // Start starts a cluster and returns when every node is registered and has the test images. The nodes are not ready, and
