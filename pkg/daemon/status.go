@@ -26,6 +26,8 @@ func (d *Daemon) status(ctx context.Context) nodestatus.Status {
 	if t != nil {
 		approved = t.Self.Routes
 		s.Tailnet = tailnetStatus(*t, prefs, netset.Union(last.ranges.Pods, last.ranges.Cluster, last.ranges.Remote))
+		nat, outside := t.NAT(last.hostPrefixes)
+		s.Tailnet.NAT, s.Tailnet.Outside = string(nat), outside
 	}
 	if confirmed != nil {
 		approved = *confirmed // Headscale's own word; tailscaled may learn of it hours later

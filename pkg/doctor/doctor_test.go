@@ -240,3 +240,34 @@ func TestCluster(t *testing.T) {
 		t.Error("an interrupted look was taken for a finding:", err)
 	}
 }
+
+// TestRelayed: of two nodes that reach each other through a relay only, the one says so whose router is the reason.
+func TestRelayed(t *testing.T) {
+	for _, tt := range []struct {
+		name, own, peer string
+		direct          bool
+		want            findings.ID
+	}{
+		{"this router changes ports", "hard", "easy", true, findings.HardNAT},
+		{"the other one does", "easy", "hard", true, findings.PeerRelayed},
+		{"neither does", "easy", "none", true, findings.RouterAnswers},
+		{"no UDP at all", "unknown", "easy", false, findings.UDPBlocked},
+		{"not known, but UDP gets out", "unknown", "easy", true, findings.PeerRelayed},
+		{"an older daemon", "", "", false, findings.PeerRelayed},
+	} {
+		a, b := healthy("a", "10.244.1.0/24"), healthy("b", "10.244.2.0/24")
+		pods := b.PodCIDRs
+		a.Status.Tailnet = &nodestatus.Tailnet{Name: "a", NAT: tt.own, Peers: []nodestatus.Peer{{Name: "b", Path: "relayed", PodCIDRs: pods}}}
+		b.Status.Tailnet = &nodestatus.Tailnet{Name: "b", NAT: tt.peer}
+		if tt.direct {
+			a.Status.Tailnet.Peers = append(a.Status.Tailnet.Peers, nodestatus.Peer{Name: "c", Path: "direct", PodCIDRs: pods})
+		}
+		var got []findings.ID
+		for _, f := range NewReport("0.2.0", Seen{Nodes: []Node{a, b}}, true).Findings {
+			got = append(got, f.ID)
+		}
+		if !slices.Equal(got, []findings.ID{tt.want}) {
+			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}

@@ -71,10 +71,11 @@ func Judge(s Seen) []Check {
 	if s.Kubernetes {
 		out = append(out, ranges(s.Nodes), versions(s.Nodes), clocks(s.Nodes), ofController(s.Controllers))
 	}
+	easy := easyNATs(s.Nodes)
 	for _, n := range s.Nodes {
 		out = append(out, ofNode(n))
 		if n.Status != nil {
-			out = append(out, paths(n), guard(n))
+			out = append(out, paths(n, easy), guard(n))
 			if n.Status.Policy != nil {
 				out = append(out, policies(n))
 			}
@@ -211,7 +212,37 @@ func counts(s *nodestatus.Status) map[string]int {
 	return out
 }
 
-func paths(n Node) Check {
+// easyNATs are the tailnet names of nodes whose router, if there is one, changes no ports.
+func easyNATs(nodes []Node) map[string]bool {
+	out := map[string]bool{}
+	for _, n := range nodes {
+		if n.Status != nil && n.Status.Tailnet != nil {
+			out[n.Status.Tailnet.Name] = n.Status.Tailnet.NAT == "easy" || n.Status.Tailnet.NAT == "none"
+		}
+	}
+	return out
+}
+
+// relayed says why peers are reached through a relay, as far as both sides tell.
+func (c *Check) relayed(t *nodestatus.Tailnet, names []string, direct bool, easy map[string]bool) {
+	meant := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return !easy[name] })
+	switch {
+	case t.NAT == "unknown" && !direct:
+		c.Add(findings.UDPBlocked, "relayed: %s; no other node is reached directly, and tailscaled knows no address of its own but the host's", abridge(names))
+	case t.NAT == "hard":
+		c.Add(findings.HardNAT, "relayed: %s; others see this node at %s, a port that it does not send from", abridge(names), t.Outside)
+	case easy[t.Name] && len(meant) > 0:
+		c.Add(findings.RouterAnswers, "relayed: %s", abridge(meant))
+		names = slices.DeleteFunc(names, func(name string) bool { return easy[name] })
+		fallthrough
+	default:
+		if len(names) > 0 {
+			c.Add(findings.PeerRelayed, "relayed: %s", abridge(names))
+		}
+	}
+}
+
+func paths(n Node, easy map[string]bool) Check {
 	c := Check{Where: n.Name, OK: "paths to nodes with pods: " + countText(counts(n.Status)), Count: 1, Thorough: true}
 	if n.Status.Tailnet == nil {
 		return Check{Where: n.Name}
@@ -223,7 +254,7 @@ func paths(n Node) Check {
 		}
 	}
 	if names := by["relayed"]; len(names) > 0 {
-		c.Add(findings.PeerRelayed, "relayed: %s", abridge(names))
+		c.relayed(n.Status.Tailnet, names, len(by["direct"]) > 0, easy)
 	}
 	if names := by["offline"]; len(names) > 0 {
 		c.Add(findings.PeerOffline, "offline: %s", abridge(names))

@@ -80,6 +80,9 @@ const (
 	StrangeRoutes ID = "HC405"
 	PeerSilent    ID = "HC406"
 	NobodyListens ID = "HC407"
+	HardNAT       ID = "HC408"
+	UDPBlocked    ID = "HC409"
+	RouterAnswers ID = "HC410"
 
 	NameServer   ID = "HC501"
 	NamesCircle  ID = "HC502"
@@ -283,13 +286,16 @@ var Table = []Finding{
 
 	{PolicyRefuses, Fail, "Headscale's policy does not let it through", "The policy's acls or grants name both ends, and not the two together with this port. The far node's tailscaled drops the packet.", "add a line to acls in Headscale's policy that has the sender in src, and the receiver with the port in dst."},
 
-	{PeerRelayed, Warn, "a peer with pods is reached through a relay only", "UDP is closed between the two nodes, or a NAT changes ports. A relay is slower, and all share it.", "open UDP 41641 (tailscale.port) to the nodes; `tailscale netcheck` says what the network does."},
+	{PeerRelayed, Warn, "a peer with pods is reached through a relay only", "UDP is closed between the two nodes, or a NAT changes ports. A relay is slower, and all share it.", "open UDP 41641 (tailscale.port) to one of the two nodes, and have its router keep that port; `tailscale netcheck` says what the network does, docs/hybrid.md which pairs meet directly."},
 	{PathSmall, Warn, "a path to a peer carries too little, and no router says so", "TCP of pods is clamped to it; larger UDP packets vanish.", "let ICMP \"fragmentation needed\" pass on the way, or set network.mtu to what the text says on every node."},
 	{PeerOffline, Warn, "a node with pods is offline", "Headscale has no connection to it. Its pods are reached as long as both sides keep their session.", "see that the node runs and reaches Headscale."},
 	{TunnelRoutes, Fail, "tailscaled's routes to its peers are missing", "Somebody has flushed table 52, and they could not be put back.", "restart tailscaled on the node."},
 	{StrangeRoutes, Warn, "a node with our tag advertises ranges that are no pods here", "It belongs to another cluster, or network.clusterCIDRs differs between the nodes.", "make network.clusterCIDRs the same on both nodes, or name its ranges in network.remoteClusters or network.remoteCIDRs."},
 	{PeerSilent, Fail, "a peer is online and does not answer", "Headscale has a connection to it, and neither a direct path nor a relay carries packets between the two nodes.", "`tailscale netcheck` on both nodes: UDP or the relays (DERP, mostly TCP 443) must be reachable from each; see that tailscaled runs there and did not hang."},
 	{NobodyListens, Fail, "nobody listens on the port", "The pod or node refuses the connection, from its own node too: no program listens at the address, or at 127.0.0.1 alone.", "see which port the program in the pod listens on, that it runs, and that it listens on 0.0.0.0 or ::."},
+	{HardNAT, Warn, "a node is relayed, and its router gives it another port for each peer", "Such a router (hard NAT: offices, NAT gateways of clouds, pfSense) keeps peers from sending to the node first. Two such nodes, or one and a home, meet at the relay only.", "pass UDP 41641 (tailscale.port) on the router to the node and have it keep that port for what the node sends (pfSense: an outbound rule with static port); or IPv6 on both sides; one of the two nodes is enough (docs/hybrid.md)."},
+	{UDPBlocked, Warn, "a node is relayed to all others: no UDP gets out", "No relay has told tailscaled by UDP how it is seen from outside. The network lets only TCP out, or the relay's STUN port is closed.", "let UDP out: port 3478 to the relay, and from port 41641 (tailscale.port) to anywhere; open UDP 3478 at Headscale's host. Else the relay it is: slower, and shared."},
+	{RouterAnswers, Warn, "two nodes are relayed although neither's router changes ports", "A router that accepts or rejects what comes to its own outside address, as a bare Linux does, notes the peer's first packet as a connection of its own; the node's next packet then gets another port. Or a firewall lets no UDP pass.", "on a router with Linux drop, do not accept or reject, what comes to its outside address: `nft add rule inet filter input iifname WAN ct state established,related accept`, `nft add rule inet filter input iifname WAN drop` (docs/hybrid.md)."},
 
 	{NameServer, Warn, "the node's name server for the tailnet does not work", "Pods' questions for names of the tailnet are not answered from this node.", "see the text; another program may have port 53 of the node's tailnet address."},
 	{NamesCircle, Fail, "questions for names can go in a circle", "CoreDNS asks the host's resolver, which asks the tailnet's, which asks CoreDNS.", "change one of what the text names; docs/names.md shows the usual ways."},

@@ -78,7 +78,10 @@ type Tailnet struct {
 	KeyExpiry *time.Time `json:"keyExpiry,omitempty"`
 	// Health holds what tailscaled itself complains of.
 	Health []string `json:"health,omitempty"`
-	Peers  []Peer   `json:"peers"`
+	// NAT is none, easy, hard or unknown, Outside how others see the node by IPv4, the zero AddrPort where no router translates or nobody has told.
+	NAT     string         `json:"nat,omitempty"`
+	Outside netip.AddrPort `json:"outside,omitzero"`
+	Peers   []Peer         `json:"peers"`
 }
 
 // Peer is another node of the tailnet.

@@ -35,6 +35,9 @@ func (s Status) Print(out io.Writer) error {
 		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
 	} else {
 		fmt.Fprintf(w, "tailnet\t%s as %s %s at %s, tailscaled %s, key %s\n", t.State, orUnknown(t.Name), join(t.IPs), orUnknown(t.ControlURL), t.Version, expiry(t.KeyExpiry))
+		if t.Outside.IsValid() {
+			fmt.Fprintf(w, "outside\t%s, %s NAT\n", t.Outside, t.NAT)
+		}
 		for _, h := range t.Health {
 			fmt.Fprintf(w, "\t! %s\n", h)
 		}

@@ -44,6 +44,8 @@ type Status struct {
 	// SharesCGNAT tells that the tailnet's policy has given this node the attribute of that name (AttrSharesCGNAT).
 	SharesCGNAT bool
 	Self        Peer
+	// Endpoints are where tailscaled tells its peers that it can be reached by UDP.
+	Endpoints []netip.AddrPort
 	// Peers are sorted by name.
 	Peers []Peer
 }
@@ -80,6 +82,8 @@ type Peer struct {
 	// Bytes is what WireGuard has sent to it and received from it, handshakes included. tailscaled counts anew for a peer
 	// that was idle for some minutes.
 	Bytes int64
+	// Received is the part of Bytes that came from it.
+	Received int64
 	// Expired tells that the key has.
 	Expired bool
 	// ExitNode tells that this node uses the peer as its exit node.
@@ -141,6 +145,8 @@ type wirePeer struct {
 	LastHandshake                     time.Time
 	RxBytes, TxBytes                  int64
 	CapMap                            map[string]present
+	// Addrs are endpoints, of Self only.
+	Addrs []string
 }
 
 func (w *wirePeer) peer() Peer {
@@ -150,7 +156,7 @@ func (w *wirePeer) peer() Peer {
 	p := Peer{
 		ID: w.ID, NodeKey: w.PublicKey, IPs: w.TailscaleIPs, Routes: w.PrimaryRoutes, Allowed: w.AllowedIPs, Tags: w.Tags,
 		Online: w.Online, Active: w.Active, CurAddr: w.CurAddr, Relay: w.Relay, Expired: w.Expired, ExitNode: w.ExitNode,
-		DNSName: plainName(w.DNSName), Handshake: w.LastHandshake, Bytes: w.RxBytes + w.TxBytes,
+		DNSName: plainName(w.DNSName), Handshake: w.LastHandshake, Bytes: w.RxBytes + w.TxBytes, Received: w.RxBytes,
 	}
 	p.Name, _, _ = strings.Cut(w.DNSName, ".")
 	if p.Name == "" {
@@ -185,6 +191,11 @@ func (w wireStatus) status() Status {
 	}
 	if w.Self != nil {
 		_, s.SharesCGNAT = w.Self.CapMap[AttrSharesCGNAT]
+		for _, a := range w.Self.Addrs {
+			if e, err := netip.ParseAddrPort(a); err == nil { // else of a form that nobody needs here
+				s.Endpoints = append(s.Endpoints, e)
+			}
+		}
 	}
 	for _, p := range w.Peer {
 		s.Peers = append(s.Peers, p.peer())

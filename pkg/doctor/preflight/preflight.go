@@ -131,13 +131,13 @@ func otherCNIs(dir string) doctor.Check {
 	return c
 }
 
-// ranges compares what is to be pods and services with the host's own networks.
+// ranges compares what is to be pods and services, and the tailnet's range, with the host's own networks: of homes and carriers, too.
 func ranges(c config.Config) doctor.Check {
 	r := c.Network.Ranges()
 	pods := netset.Union(r.Pods, r.Cluster)
 	out := doctor.Check{Where: here, OK: fmt.Sprintf("none of its networks overlaps %v", slices.Concat(pods, r.Services)), Count: 1}
-	if len(pods) == 0 {
-		return doctor.Check{Where: here} // Kubernetes gives them later
+	if len(pods) == 0 { // Kubernetes gives them later
+		out.OK = fmt.Sprintf("none of its networks is in the tailnet's %s", netset.TailnetIPv4)
 	}
 	links, err := net.Interfaces()
 	if err != nil {
@@ -156,6 +156,9 @@ func ranges(c config.Config) doctor.Check {
 			p, err := netip.ParsePrefix(a.String())
 			if err != nil {
 				continue
+			}
+			if netset.TailnetIPv4.Overlaps(p) && l.Name != names.DaemonTun && l.Name != names.HostTun {
+				out.Add(findings.HostInTailnet, "%s of %s is in the tailnet's %s, as the networks of carriers are", p.Masked(), l.Name, netset.TailnetIPv4)
 			}
 			for _, want := range slices.Concat(pods, r.Services) {
 				if want.Overlaps(p) {
