@@ -46,7 +46,7 @@ func (n *Node) refusePings() error {
 		ErrorLog:      log.New(io.Discard, "", 0), // a tailscaled that is not up yet
 	}
 	n.front = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasSuffix(r.URL.Path, "/ping") {
+		if strings.HasSuffix(r.URL.Path, "/ping") || strings.HasSuffix(r.URL.Path, "/debug") {
 			http.Error(w, "the lab refuses pings", http.StatusForbidden)
 			return
 		}

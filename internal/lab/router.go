@@ -36,6 +36,9 @@ type Site struct {
 	NoUDP bool
 	// OpenInput has the outermost router answer what is for its own address, as a bare Linux does; else it drops it.
 	OpenInput bool
+	// Strict has the router pass on no TCP whose beginning it has not seen: carriers and BSD's pf do so, Linux does not. What it
+	// forgets hangs then, where else it goes on or is reset.
+	Strict bool
 	// IPv6 gives the LAN addresses of its own that are routed, behind a firewall that lets in what answers only.
 	IPv6 bool
 	// LAN is the IPv4 one, by default 192.168.1.0/24, for all sites the same.
@@ -68,7 +71,7 @@ func hostIn(p netip.Prefix, n int) netip.Prefix {
 // Router stands between a site and the underlay.
 type Router struct {
 	*Machine
-	site Site
+	Site Site
 	node *Node
 }
 
@@ -114,7 +117,7 @@ func (n *Node) addRouters(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		n.Routers = append(n.Routers, &Router{Machine: m, site: site, node: n})
+		n.Routers = append(n.Routers, &Router{Machine: m, Site: site, node: n})
 	}
 	return nil
 }
@@ -122,7 +125,7 @@ func (n *Node) addRouters(ctx context.Context) error {
 // plugSite connects the node to its router, that one to the next, and the last to the underlay, whose port has the node's name.
 func (n *Node) plugSite(control *Machine) error {
 	outer := n.Routers[len(n.Routers)-1]
-	site, opt, host := outer.site, n.lab.opt, n.index+11
+	site, opt, host := outer.Site, n.lab.opt, n.index+11
 	mtu := site.MTU
 	if mtu == 0 {
 		mtu = opt.UnderlayMTU
@@ -170,7 +173,7 @@ func (m *Machine) behind(r *Router, addr, gateway netip.Prefix, mtu int) error {
 // plugIntoLAN gives the node its place in the LAN.
 func (n *Node) plugIntoLAN() error {
 	r := n.Routers[0]
-	if err := n.Machine.behind(r, r.site.LANAddr(siteHost), r.site.LANAddr(routerHost), n.lab.opt.UnderlayMTU); err != nil || !r.site.IPv6 {
+	if err := n.Machine.behind(r, r.Site.LANAddr(siteHost), r.Site.LANAddr(routerHost), n.lab.opt.UnderlayMTU); err != nil || !r.Site.IPv6 {
 		return err
 	}
 	lan := siteIPv6(n.index + 11)
@@ -200,28 +203,35 @@ func (r *Router) route() error {
 	if err := r.forward(); err != nil {
 		return err
 	}
+	if r.Site.Strict {
+		if err := r.sysctl("net/netfilter/nf_conntrack_tcp_loose", "0"); err != nil {
+			return err
+		}
+	}
 	_, err := run(context.Background(), r.ns, r.env, []byte(r.rules()), r.find("nft"), "-f", "-")
 	return err
 }
 
 // forward has a machine forward packets of both families.
 func (m *Machine) forward() error {
-	return m.Do(func() error {
-		for _, f := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
-			if err := os.WriteFile("/proc/sys/net/"+f, []byte("1"), 0); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	return errors.Join(m.sysctl("net/ipv4/ip_forward", "1"), m.sysctl("net/ipv6/conf/all/forwarding", "1"))
+}
+
+// sysctl sets one of the machine's network.
+func (m *Machine) sysctl(name, value string) error {
+	return m.Do(func() error { return os.WriteFile("/proc/sys/"+name, []byte(value), 0) })
 }
 
 // rules are the router's, as nft reads them.
 func (r *Router) rules() string {
-	s := r.site
+	s := r.Site
 	outermost := r == r.node.Routers[len(r.node.Routers)-1]
-	var forward, input, nat strings.Builder
-	fmt.Fprintf(&forward, "ct state established,related accept\n")
+	var head, forward, input, nat strings.Builder
+	fmt.Fprintf(&forward, "ct state established,related accept\nct state invalid drop\n")
+	// A wire that carries less swallows what is too large, and nobody says so: all home routers with such a WAN clamp TCP.
+	if s.MTU != 0 {
+		fmt.Fprintf(&head, "oifname %s tcp flags syn tcp option maxseg size set %d\n", wanLink, s.MTU-60)
+	}
 	if s.NoUDP {
 		fmt.Fprintf(&forward, "iifname %s ip daddr %s tcp dport { %d, %d } accept\n", lanLink, underlayAddrs(1)[0].Addr(), headscalePort, relayPort)
 	} else {
@@ -246,7 +256,7 @@ func (r *Router) rules() string {
 	}
 	return fmt.Sprintf(`table inet router {
 chain forward { type filter hook forward priority 0; policy drop;
-%s}
+%s%s}
 chain input { type filter hook input priority 0;
 %s}
 }
@@ -256,7 +266,7 @@ chain prerouting { type nat hook prerouting priority -100;
 chain postrouting { type nat hook postrouting priority 100;
 %s}
 }
-`, forward.String(), input.String(), opened, nat.String())
+`, head.String(), forward.String(), input.String(), opened, nat.String())
 }
 
 // Forget has the router lose all that it knows of connections, as a restart of it does.

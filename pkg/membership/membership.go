@@ -329,9 +329,12 @@ func (m *Member) Watch(ctx context.Context, changed func()) {
 	})
 }
 
-// Rearm keeps WireGuard sessions alive over restarts of tailscaled, here and on peers.
+// Rearm keeps WireGuard sessions alive over restarts of tailscaled, here and on peers, and paths over what routers forget.
 func (m *Member) Rearm(ctx context.Context, pinged func()) {
 	m.follow(ctx, func(ctx context.Context, c *tailscale.Client) error {
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		wg.Go(func() { _ = c.Mend(ctx, tailscale.MendOptions{Log: m.log}) }) // ctx's error, as of the other
 		return c.Rearm(ctx, tailscale.RearmOptions{Log: m.log, Pinged: pinged})
 	})
 }
