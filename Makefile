@@ -214,6 +214,12 @@ bench-services: need-go ## How long a device reaches no Service when the node th
 	@$(call PREPARE,lab,$(LAB) headcni-controller,headscale tailscale tailscale-trimmed cni-plugins) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m \
 		-run TestServicesFailOver ./test/tailnet/ -args -failovers $(or $(FAILOVERS),9)
 
+.PHONY: bench-sites
+bench-sites: need-go ## Nodes behind routers: which pairs meet directly and how soon, and how long pods are dark after routers forget, as tables in bin/sites.md; needs root, takes 15 minutes; TRIALS=5
+	@if ((EUID != 0)); then echo "make bench-sites: needs root: run 'sudo make bench-sites'" >&2; exit 1; fi
+	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed) rm -f bin/sites.md; HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m \
+		-run 'TestRecovery' -bench . -benchtime 1x ./test/sites/ -args -trials $(or $(TRIALS),5) -table '$(CURDIR)/bin/sites.md'
+
 .PHONY: chaos
 chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 60 a minute; FAULTS=2000 SEED=7 FROM=120 ONLY='nft|ip rule'
 	@if ((EUID != 0)); then echo "make chaos: needs root: run 'sudo make chaos'" >&2; exit 1; fi

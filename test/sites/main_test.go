@@ -1,6 +1,7 @@
 package sites
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/headcni/headcni/internal/lab"
@@ -10,18 +11,21 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m, 2) }
 
-// places are where the nodes of world stand, in their order.
-var places = []struct {
+// place is where a node of world stands, which has its name.
+type place struct {
 	name string
 	site lab.Site
-}{
+}
+
+// places are in the order of the nodes.
+var places = []place{
 	{"cloud", lab.Site{}},
 	{"home", lab.Site{NAT: lab.Easy}},
-	{"office", lab.Site{NAT: lab.Hard}},
-	{"branch", lab.Site{NAT: lab.Hard, MTU: 1400}},
-	{"carrier", lab.Site{NAT: lab.Easy, Carrier: true, MTU: 1492}},
+	{"office", lab.Site{NAT: lab.Hard, Strict: true}},
+	{"branch", lab.Site{NAT: lab.Hard, Strict: true, MTU: 1400}},
+	{"carrier", lab.Site{NAT: lab.Easy, Strict: true, Carrier: true, MTU: 1492}},
 	{"linux", lab.Site{NAT: lab.Easy, OpenInput: true}},
-	{"noudp", lab.Site{NAT: lab.Easy, NoUDP: true}},
+	{"noudp", lab.Site{NAT: lab.Easy, Strict: true, NoUDP: true}},
 	{"opened", lab.Site{NAT: lab.Hard, Opened: true}},
 	{"dual", lab.Site{NAT: lab.Hard, IPv6: true}},
 	{"dual2", lab.Site{NAT: lab.Hard, IPv6: true, MTU: 1400}},
@@ -49,13 +53,27 @@ type world struct {
 }
 
 var sites = labtest.OneByOne(func(t testing.TB) world {
-	opt := lab.Options{Nodes: len(places), Modes: []string{config.ModeHost, config.ModeDaemon}, Bin: labtest.Programs(t)}
+	return newWorld(t, lab.Options{Modes: []string{config.ModeHost, config.ModeDaemon}})
+})
+
+func newWorld(t testing.TB, opt lab.Options) world {
+	t.Helper()
+	opt.Nodes, opt.Spare, opt.Bin = len(places), len(places), labtest.Programs(t)
 	for _, p := range places {
 		opt.Names, opt.Sites = append(opt.Names, p.name), append(opt.Sites, p.site)
 	}
 	w := world{Lab: labtest.New(t, opt)}
+	// Not all at once: Headscale takes a tenth of a second of a processor for each look at an API key.
+	for wave := range slices.Chunk(w.Nodes, 3) {
+		for _, n := range wave {
+			labtest.Start(t, n, nil)
+		}
+		for _, n := range wave {
+			labtest.Ready(t, n)
+		}
+	}
 	for _, n := range w.Nodes {
 		w.pods = append(w.pods, labtest.AddPod(t, n, "pod-"+n.Name, lab.PodOptions{}))
 	}
 	return w
-})
+}

@@ -1,0 +1,207 @@
+package sites
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/pkg/config"
+)
+
+var (
+	trials = flag.Int("trials", 0, "how often TestRecovery has each fault; 0: once, without a table")
+	into   = flag.String("table", "", "file for the tables")
+)
+
+// patience is how long a flow may be dark after a fault: far more than it takes, and less than tailscaled alone does.
+const patience = 100 * time.Second
+
+// recovering are pairs of which each node is in one only: what one flow heals would hide what another one needs.
+var recovering = [][2]string{{"home", "carrier"}, {"office", "branch"}, {"noudp", "linux"}, {"dual", "dual2"}, {"cloud", "opened"}}
+
+// fault is something that happens to the routers or to the control host.
+type fault struct {
+	name string
+	do   func(t testing.TB, w world)
+}
+
+var faults = []fault{
+	{"all routers forget", func(t testing.TB, w world) { forget(t, w.Nodes...) }},
+	{"the receiver's router forgets", func(t testing.TB, w world) { forget(t, w.side(1)...) }},
+}
+
+func forget(t testing.TB, nodes ...*lab.Node) {
+	t.Helper()
+	for _, n := range nodes {
+		for _, r := range n.Routers {
+			if err := r.Forget(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func (w world) node(name string) int {
+	return slices.IndexFunc(places, func(p place) bool { return p.name == name })
+}
+
+// side are the nodes of all pairs that send, 0, or receive, 1.
+func (w world) side(i int) (nodes []*lab.Node) {
+	for _, p := range recovering {
+		nodes = append(nodes, w.Nodes[w.node(p[i])])
+	}
+	return nodes
+}
+
+// Pods reach each other again when routers have lost what they knew, where the receiver sends nothing at all: nothing but
+// its node's own care makes its router let anything in.
+func TestRecovery(t *testing.T) {
+	w := sites.EnterLast(t)
+	var all results
+	for range max(1, *trials) {
+		for _, f := range faults {
+			all.add(f.name, w.recover(t, f))
+		}
+	}
+	if *trials > 0 {
+		all.write(t, "with the daemon")
+	}
+}
+
+// BenchmarkRecoveryAlone is how it is where tailscaled gets no help: its LocalAPI refuses pings and rebinds.
+func BenchmarkRecoveryAlone(b *testing.B) {
+	w := newWorld(b, lab.Options{Modes: []string{config.ModeDaemon}, NoPings: true})
+	var all results
+	for range max(1, *trials) {
+		for _, f := range faults {
+			all.add(f.name, w.recover(b, f))
+		}
+	}
+	all.write(b, "tailscaled alone")
+}
+
+// recover has one fault and returns how long each pair was dark, in their order.
+func (w world) recover(t testing.TB, f fault) []time.Duration {
+	t.Helper()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 2*patience+labtest.Soon, fmt.Errorf("not within %v", patience))
+	defer cancel()
+	flows := make([]*lab.Stream, len(recovering))
+	began := time.Now()
+	for i, p := range recovering {
+		a, b := w.pods[w.node(p[0])], w.pods[w.node(p[1])]
+		var err error
+		if flows[i], err = lab.StartStream(ctx, p[0]+" to "+p[1], a, b, b.Addr(false)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, s := range flows {
+		if _, err := s.WaitBack(ctx, began); err != nil {
+			t.Fatalf("before %s: %v", f.name, err)
+		}
+	}
+	if *trials > 0 {
+		time.Sleep(15 * time.Second) // paths are found, and nothing of the beginning is left
+	}
+	f.do(t, w)
+	since := time.Now()
+	dark := make([]time.Duration, len(flows))
+	var wg sync.WaitGroup
+	for _, s := range flows {
+		wg.Go(func() {
+			one, cancel := context.WithTimeout(ctx, 2*patience)
+			defer cancel()
+			if _, err := s.WaitBack(one, since.Add(labtest.Moment)); err != nil {
+				t.Errorf("%s: %s: %v", f.name, s.Name, err)
+			}
+		})
+	}
+	wg.Wait()
+	for i, s := range flows {
+		dark[i] = s.Stop().Longest
+		t.Logf("%s: %s was dark for %v", f.name, s.Name, dark[i].Round(10*time.Millisecond))
+	}
+	return dark
+}
+
+// results are how long pairs were dark, by fault.
+type results struct {
+	names []string
+	dark  map[string][][]time.Duration
+}
+
+func (r *results) add(name string, dark []time.Duration) {
+	if r.dark == nil {
+		r.dark = map[string][][]time.Duration{}
+	}
+	if !slices.Contains(r.names, name) {
+		r.names = append(r.names, name)
+	}
+	r.dark[name] = append(r.dark[name], dark)
+}
+
+// table is where tables are appended.
+func table(t testing.TB) *os.File {
+	t.Helper()
+	if *into == "" {
+		return os.Stdout
+	}
+	f, err := os.OpenFile(*into, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// write appends a table in Markdown.
+func (r *results) write(t testing.TB, title string) {
+	t.Helper()
+	out := table(t)
+	fmt.Fprintf(out, "\n| %s: dark, median and worst of %d |", title, *trials)
+	for _, p := range recovering {
+		fmt.Fprintf(out, " %s to %s |", p[0], p[1])
+	}
+	fmt.Fprint(out, "\n|---|---|---|---|---|---|\n")
+	for _, name := range r.names {
+		fmt.Fprintf(out, "| %s |", name)
+		for i := range recovering {
+			var all []time.Duration
+			for _, one := range r.dark[name] {
+				all = append(all, one[i])
+			}
+			slices.Sort(all)
+			fmt.Fprintf(out, " %.1f s, %.1f s |", all[len(all)/2].Seconds(), all[len(all)-1].Seconds())
+		}
+		fmt.Fprintln(out)
+	}
+}
+
+// With a relay of its own beside it, Headscale may be dead: nodes that need the relay go on, and find back to it.
+func TestRelayApart(t *testing.T) {
+	l := labtest.New(t, lab.Options{
+		Nodes: 2, Names: []string{"office", "branch"}, Bin: labtest.Programs(t), Relay: true,
+		Sites: []lab.Site{{NAT: lab.Hard, Strict: true}},
+	})
+	var pods []*lab.Pod
+	for _, n := range l.Nodes {
+		pods = append(pods, labtest.AddPod(t, n, "pod-"+n.Name, lab.PodOptions{}))
+	}
+	labtest.Kill(t, l.Control.Headscale)
+	stop := labtest.Capture(t, l)
+	flows := labtest.StartFlows(t, pods[0], pods[1])
+	flows.WaitBack(t, time.Now())
+	if path := pathTo(t, l.Nodes[0], l.Nodes[1]); path != "relayed" {
+		t.Errorf("the path is %s", path)
+	}
+	forget(t, l.Nodes...)
+	flows.WaitBack(t, time.Now().Add(labtest.Moment))
+	flows.Stop()
+	labtest.NoneInClear(t, stop())
+}
