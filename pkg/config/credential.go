@@ -51,7 +51,7 @@ func (h Headscale) Credential(getenv func(string) string) (Credential, error) {
 		}
 		key, err := readKey(f.path)
 		if err != nil {
-			return Credential{}, fmt.Errorf("%s: %w", f.source, err)
+			return Credential{}, findings.Errorf(findings.NoKey, "%s: %w", f.source, err)
 		}
 		return Credential{Key: key, Source: f.source, File: f.path}, nil
 	}
