@@ -54,25 +54,26 @@ func (c *Client) Mend(ctx context.Context, o MendOptions) error {
 // paths is what a mender needs of the LocalAPI.
 type paths interface {
 	Status(context.Context) (Status, error)
-	// reach sends one disco ping and returns nil when it is answered, ctx's error when it is not, another one where none was sent.
-	reach(ctx context.Context, to netip.Addr) error
+	// reach sends one disco ping and returns whether the answer came by a relay, ctx's error where none did, another one where none was
+	// sent.
+	reach(ctx context.Context, to netip.Addr) (relayed bool, err error)
 	reconnect(ctx context.Context) error
 }
 
-func (c *Client) reach(ctx context.Context, to netip.Addr) error {
-	var res struct{ Err string }
+func (c *Client) reach(ctx context.Context, to netip.Addr) (relayed bool, err error) {
+	var res struct {
+		Err          string
+		DERPRegionID int // 0: it came directly
+	}
 	q := url.Values{"ip": {to.String()}, "type": {"disco"}}
-	err := c.call(ctx, "POST", "ping?"+q.Encode(), nil, &res)
+	err = c.call(ctx, "POST", "ping?"+q.Encode(), nil, &res)
 	if ctx.Err() != nil {
-		return ctx.Err()
+		return false, ctx.Err()
 	}
-	if err != nil {
-		return err
+	if err == nil && res.Err != "" {
+		err = errors.New(res.Err)
 	}
-	if res.Err != "" {
-		return errors.New(res.Err)
-	}
-	return nil
+	return res.DERPRegionID != 0, err
 }
 
 func (c *Client) reconnect(ctx context.Context) error {
@@ -91,7 +92,7 @@ type mender struct {
 	net   paths
 	log   *slog.Logger
 	peers map[string]*heard
-	// relay is when a peer was last heard that has no direct path.
+	// relay is when a peer was last heard by a relay.
 	relay time.Time
 	// deaf tells that nobody who was asked answered by the relay, and nobody was heard by it since.
 	deaf bool
@@ -149,7 +150,7 @@ func (m *mender) observe(pods []Peer, now time.Time) (silent []Peer) {
 		fell := now.Sub(h.at) <= lostSilence && h.asked.Before(h.at) // asked once in each silence
 		switch {
 		case came:
-			m.hear(p, now)
+			m.hear(p, !p.direct(), now)
 		case p.direct(): // tailscaled looks after that itself, and where it ends it ends within 7 s
 		case fell, went && now.Sub(h.at) > lostSilence && now.Sub(h.asked) > lostSilence:
 			silent = append(silent, p)
@@ -167,9 +168,9 @@ func (m *mender) observe(pods []Peer, now time.Time) (silent []Peer) {
 }
 
 // hear notes that a peer was heard.
-func (m *mender) hear(p Peer, now time.Time) {
+func (m *mender) hear(p Peer, relayed bool, now time.Time) {
 	m.peers[p.ID].at = now
-	if !p.direct() {
+	if relayed {
 		m.relay, m.deaf, m.wait = now, false, lostAgain
 	}
 }
@@ -212,17 +213,17 @@ func (m *mender) judge(ctx context.Context, self Peer, pods, silent []Peer) {
 func (m *mender) ask(ctx context.Context, self Peer, peers []Peer) (lost []Peer) {
 	ctx, cancel := context.WithTimeout(ctx, lostTimeout)
 	defer cancel()
-	errs := make([]error, len(peers))
+	errs, relayed := make([]error, len(peers)), make([]bool, len(peers))
 	var wg sync.WaitGroup
 	for i, p := range peers {
 		m.peers[p.ID].asked = time.Now()
-		wg.Go(func() { errs[i] = m.net.reach(ctx, target(self, p)) })
+		wg.Go(func() { relayed[i], errs[i] = m.net.reach(ctx, target(self, p)) })
 	}
 	wg.Wait()
 	for i, p := range peers {
 		switch {
 		case errs[i] == nil:
-			m.hear(p, time.Now())
+			m.hear(p, relayed[i], time.Now())
 			m.peers[p.ID].asked = time.Now()
 		case errors.Is(errs[i], context.DeadlineExceeded):
 			lost = append(lost, p)

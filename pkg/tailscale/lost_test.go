@@ -16,13 +16,14 @@ import (
 
 // fakePaths are paths to peers p0, p1, ... of which those in dead answer nobody.
 type fakePaths struct {
-	mu    sync.Mutex
-	peers []Peer
-	dead  map[string]bool
-	down  bool // no tailscaled
-	asked []string
-	made  []time.Duration // since the start
-	start time.Time
+	mu     sync.Mutex
+	peers  []Peer
+	dead   map[string]bool
+	direct map[string]bool // those that answer directly although they were idle
+	down   bool            // no tailscaled
+	asked  []string
+	made   []time.Duration // since the start
+	start  time.Time
 }
 
 func (f *fakePaths) Status(context.Context) (Status, error) {
@@ -34,18 +35,18 @@ func (f *fakePaths) Status(context.Context) (Status, error) {
 	return Status{State: Running, Self: Peer{IPs: []netip.Addr{lowSelf}}, Peers: slices.Clone(f.peers)}, nil
 }
 
-func (f *fakePaths) reach(ctx context.Context, to netip.Addr) error {
+func (f *fakePaths) reach(ctx context.Context, to netip.Addr) (relayed bool, err error) {
 	f.mu.Lock()
 	i := slices.IndexFunc(f.peers, func(p Peer) bool { return p.IPs[0] == to })
 	name := f.peers[i].ID
 	f.asked = append(f.asked, name)
-	dead := f.dead[name]
+	dead, direct := f.dead[name], f.direct[name]
 	f.mu.Unlock()
 	if !dead {
-		return nil
+		return !direct, nil
 	}
 	<-ctx.Done()
-	return ctx.Err()
+	return false, ctx.Err()
 }
 
 func (f *fakePaths) reconnect(context.Context) error {
@@ -81,7 +82,7 @@ func (f *fakePaths) got() (asked int, made []time.Duration) {
 func mendTest(t *testing.T, peers int, fn func(t *testing.T, f *fakePaths)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		f := &fakePaths{dead: map[string]bool{}, start: time.Now()}
+		f := &fakePaths{dead: map[string]bool{}, direct: map[string]bool{}, start: time.Now()}
 		for i := range peers {
 			f.peers = append(f.peers, Peer{ID: fmt.Sprintf("p%d", i), Online: true, IPs: []netip.Addr{peerAddr(i)}, Routes: prefixes("10.244.0.0/24")})
 		}
@@ -175,6 +176,21 @@ func TestMendSparesWhoIsWell(t *testing.T) {
 		}
 		if per := 10 * time.Minute / lostSilence; asked < 10 || asked > int(per)*(1+lostWitnesses) {
 			t.Errorf("asked %d times in 10 minutes", asked)
+		}
+	})
+}
+
+// An answer that comes directly says nothing of the relay.
+func TestMendBesideDirectPaths(t *testing.T) {
+	mendTest(t, 3, func(t *testing.T, f *fakePaths) {
+		f.mu.Lock()
+		f.direct["p1"], f.direct["p2"] = true, true
+		f.mu.Unlock()
+		traffic(f, 5*time.Second, 0, 100, 100)
+		f.kill("p0")
+		traffic(f, 12*time.Second, 0, 100, 0)
+		if _, made := f.got(); len(made) != 1 {
+			t.Errorf("reconnected at %v", made)
 		}
 	})
 }
