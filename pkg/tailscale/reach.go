@@ -64,22 +64,33 @@ type FilterDst struct {
 	Ports struct{ First, Last uint16 }
 }
 
-// Filter asks for it. ErrNoFilter where this tailscaled does not tell.
+// notifyInitialNetMap has the first message of the bus hold the network map, with every change up to then. The debug call for the filter
+// leaves out what has changed since tailscaled connected (1.102).
+const notifyInitialNetMap = 1 << 3
+
+// ErrNoFilter means that tailscaled has no network map yet, or does not tell it.
+var ErrNoFilter = errors.New("tailscaled does not tell what it lets in")
+
+// Filter asks for it.
 func (c *Client) Filter(ctx context.Context) (Filter, error) {
-	var f Filter
-	err := c.call(ctx, "GET", "debug-packet-filter-matches", nil, &f)
-	var refused *apiError
-	if errors.As(err, &refused) {
-		return nil, fmt.Errorf("%w: %w", ErrNoFilter, err)
-	}
+	b, err := c.openBus(ctx, notifyInitialNetMap)
 	if err != nil {
+		return nil, err
+	}
+	defer b.close()
+	timer := time.AfterFunc(callTimeout, b.close)
+	defer timer.Stop()
+	var n struct {
+		NetMap *struct{ PacketFilter Filter }
+	}
+	if err := b.dec.Decode(&n); err != nil {
 		return nil, fmt.Errorf("ask for the packet filter: %w", err)
 	}
-	return f, nil
+	if n.NetMap == nil {
+		return nil, ErrNoFilter
+	}
+	return n.NetMap.PacketFilter, nil
 }
-
-// ErrNoFilter means that this tailscaled was built without what tells of its filter.
-var ErrNoFilter = errors.New("this tailscaled does not tell what it lets in")
 
 // Numbers of protocols (IANA).
 const (

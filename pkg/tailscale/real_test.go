@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -332,6 +334,38 @@ func TestRealReach(t *testing.T) {
 	if err != nil || !f.Accepts(self[0].IPs[0], self[1].IPs[0], ProtoTCP, 80) || !f.Accepts(self[0].IPs[1], self[1].IPs[1], ProtoICMPv6, 0) {
 		t.Errorf("what everybody may is not let in: %+v, %v", f, err)
 	}
+	// A range behind b, which Headscale's policy names or not. A star would be everything that is approved.
+	from, to := netip.MustParseAddr("10.244.1.7"), netip.MustParseAddr("10.244.2.3")
+	if _, err := clients[1].EnsurePrefs(ctx, PrefsSpec{AdvertiseRoutes: prefixes("10.244.2.0/24")}); err != nil {
+		t.Fatal(err)
+	}
+	policy := func(text string) {
+		t.Helper()
+		path := filepath.Join(t.TempDir(), "policy.json")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		w.CLI("policy", "set", "-f", path)
+	}
+	lets := func(what string, port uint16, want, pairs bool) {
+		t.Helper()
+		for {
+			f, err = clients[1].Filter(ctx)
+			if err == nil && f.Accepts(from, to, ProtoTCP, port) == want && f.Pairs(from, to) == pairs {
+				return
+			}
+			if ctx.Err() != nil {
+				t.Fatalf("%s: %+v, %v", what, f, err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	const approve = `"autoApprovers": {"routes": {"10.244.2.0/24": ["tag:headcni"]}}, "tagOwners": {"tag:headcni": ["test@"]}, "acls": [{"action": "accept", `
+	policy("{" + approve + `"src": ["tag:headcni", "10.244.0.0/16"], "dst": ["tag:headcni:*", "10.244.0.0/16:80"]}]}`)
+	lets("another port", 81, false, true)
+	lets("a range that is named", 80, true, true)
+	policy("{" + approve + `"src": ["tag:headcni"], "dst": ["tag:headcni:*"]}]}`)
+	lets("a range that is not", 80, false, false)
 	if _, err := New(clients[1].Socket() + ".none").Filter(ctx); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("no tailscaled: %v", err)
 	}

@@ -226,6 +226,8 @@ func (c Case) policy(side Side, name string, end End) *Step {
 	}
 	s := &Step{Name: name, Where: end.Node, State: OK}
 	switch {
+	case side.Daemon == nil && !side.PolicyTable:
+		s.Text = "NetworkPolicies are not enforced here: the kernel has no table of them"
 	case side.Daemon == nil:
 		s.State, s.Text = Unknown, "could not look: "+side.DaemonError
 	case side.Daemon.Policy == nil:

@@ -68,7 +68,8 @@ func (l Node) Look(ctx context.Context, a, b string, q Question) (Case, error) {
 			c.To.Name = near.DstLink.Pod
 		}
 	case h != nil:
-		c.To.Node, c.To.Pod = h.Name, near.Guard.DstCluster
+		c.To.Node = h.Name
+		c.To.Pod = near.Guard.DstCluster || near.Guard.Error != "" && !slices.Contains(h.IPs, near.Dst)
 		// A device that nobody can be asked on; with Via it is a node.
 		c.To.Outside = !c.To.Pod && (l.Via == "" || !slices.Contains(h.IPs, near.Dst))
 	default:

@@ -43,7 +43,9 @@ type Peers struct {
 type Peer struct {
 	Name string       `json:"name"`
 	IPs  []netip.Addr `json:"ips"`
-	// Path is direct, relayed, silent, offline, or idle of a device that leads nowhere, which is not pinged.
+	// Node: it leads somewhere, or has a tag of the asking node's own. Others are people's devices, which are not pinged.
+	Node bool `json:"node"`
+	// Path is direct, relayed, silent or offline, or idle of a device.
 	Path     string         `json:"path"`
 	Endpoint string         `json:"endpoint,omitempty"` // the address, or the relay
 	Millis   float64        `json:"latencyMillis,omitempty"`
@@ -69,14 +71,18 @@ func AskPeers(ctx context.Context, t tailnet) (Peers, error) {
 	free := make(chan struct{}, pingsAtOnce)
 	for i, p := range s.Peers {
 		one := &out.Peers[i]
-		*one = Peer{Name: p.Name, IPs: p.IPs, Path: p.Path(), Routes: p.Routes, Handshake: p.Handshake}
+		ours := slices.ContainsFunc(p.Tags, func(tag string) bool { return slices.Contains(s.Self.Tags, tag) })
+		*one = Peer{Name: p.Name, IPs: p.IPs, Path: p.Path(), Routes: p.Routes, Handshake: p.Handshake, Node: ours || len(p.Routes) > 0}
 		switch one.Path {
 		case pathDirect:
 			one.Endpoint = p.CurAddr
 		case pathRelayed:
 			one.Endpoint = p.Relay
 		}
-		if len(p.Routes) == 0 || one.Path == pathOffline || len(p.IPs) == 0 {
+		if !one.Node && !p.Online {
+			one.Path, one.Endpoint = pathOffline, ""
+		}
+		if !one.Node || one.Path == pathOffline || len(p.IPs) == 0 {
 			continue
 		}
 		wg.Go(func() {
@@ -141,7 +147,7 @@ func NewMesh(version string, rows []Row) Mesh {
 		for _, p := range r.Peers.Peers {
 			name := m.nameOf(p)
 			switch {
-			case len(p.Routes) == 0 && name == p.Name:
+			case !p.Node && name == p.Name:
 			case p.Path == pathOffline:
 				c.Add(findings.PeerOffline, "%s is offline", name)
 			case p.Path == pathSilent:

@@ -26,7 +26,7 @@ func routes(n byte) []netip.Prefix {
 // meshOf is a cluster of three nodes and a laptop: one pair goes by a relay, one node does not answer.
 func meshOf() Mesh {
 	peer := func(n byte, name, path, by string, ms float64) Peer {
-		return Peer{Name: name, IPs: ips(n), Path: path, Endpoint: by, Millis: ms, Routes: routes(n)}
+		return Peer{Name: name, IPs: ips(n), Path: path, Endpoint: by, Millis: ms, Routes: routes(n), Node: true}
 	}
 	laptop := Peer{Name: "laptop", IPs: ips(9), Path: pathOffline}
 	return NewMesh("1", []Row{
@@ -120,16 +120,17 @@ func TestAskPeers(t *testing.T) {
 		"silent":                 {[]tailscale.Pong{{}, {}, {}}, Peer{Path: pathSilent}},
 	} {
 		synctest.Test(t, func(t *testing.T) {
+			own := tailscale.Peer{Tags: []string{"tag:headcni"}}
 			node := tailscale.Peer{Name: "b", IPs: ips(2), Routes: routes(2), Online: true}
-			tail := &pinged{pongs: c.pongs, status: tailscale.Status{State: tailscale.Running, Peers: []tailscale.Peer{
-				node, {Name: "laptop", IPs: ips(9), Online: true}, {Name: "off", IPs: ips(8), Routes: routes(8)}}}}
+			tail := &pinged{pongs: c.pongs, status: tailscale.Status{State: tailscale.Running, Self: own, Peers: []tailscale.Peer{
+				node, {Name: "laptop", IPs: ips(9), Online: true}, {Name: "off", IPs: ips(8), Tags: own.Tags}, {Name: "asleep", IPs: ips(7), Active: true}}}}
 			got, err := AskPeers(t.Context(), tail)
 			want := c.want
-			want.Name, want.IPs, want.Routes = "b", ips(2), routes(2)
+			want.Name, want.IPs, want.Routes, want.Node = "b", ips(2), routes(2), true
 			if diff := cmp.Diff(want, got.Peers[0], cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); err != nil || diff != "" {
 				t.Errorf("%s: %v %s", name, err, diff)
 			}
-			if got.Peers[1].Path != "idle" || got.Peers[2].Path != pathOffline || len(tail.pongs) != 0 {
+			if got.Peers[1].Path != "idle" || got.Peers[2].Path != pathOffline || !got.Peers[2].Node || got.Peers[3].Path != pathOffline || got.Peers[3].Node || len(tail.pongs) != 0 {
 				t.Errorf("%s: %+v, %v", name, got.Peers[1:], tail.pongs)
 			}
 		})

@@ -78,6 +78,8 @@ type Side struct {
 	// Policy is nil where PolicyError says why, or where no pod is at this end.
 	Policy      *report.Explanation `json:"policy,omitempty"`
 	PolicyError string              `json:"policyError,omitempty"`
+	// PolicyTable: the kernel has our table of NetworkPolicies, or does not tell.
+	PolicyTable bool `json:"policyTable"`
 	// Port is whether somebody listens, on the far side.
 	Port string `json:"port,omitempty"`
 	// PortError is what the kernel said to a try.
@@ -491,6 +493,8 @@ func (p Place) askTailnet(ctx context.Context, s *Side, q Question, st tailscale
 
 // askPolicy asks the daemon what policies of this end's pod say, and whether the kernel does the same.
 func (p Place) askPolicy(ctx context.Context, s *Side, q Question) {
+	_, err := nfnl.Request(unix.NFPROTO_INET, unix.NFT_MSG_GETTABLE, 0, nfnl.Name(unix.NFTA_TABLE_NAME, names.PolicyTable))
+	s.PolicyTable = !errors.Is(err, unix.ENOENT)
 	if s.Link == nil || s.Daemon == nil || s.Daemon.Policy == nil {
 		return
 	}
