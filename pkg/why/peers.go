@@ -88,7 +88,11 @@ func AskPeers(ctx context.Context, t tailnet) (Peers, error) {
 		wg.Go(func() {
 			free <- struct{}{}
 			defer func() { <-free }()
-			if one.ping(ctx, t); one.Path == pathSilent && !p.Online {
+			tries := pingTries
+			if !p.Online { // it may answer all the same: its connection to Headscale is what is gone
+				tries = 1
+			}
+			if one.ping(ctx, t, tries); one.Path == pathSilent && !p.Online {
 				one.Path = pathOffline // since a moment ago, so that tailscaled still has a path
 			}
 		})
@@ -97,10 +101,10 @@ func AskPeers(ctx context.Context, t tailnet) (Peers, error) {
 	return out, ctx.Err()
 }
 
-// ping asks the peer until it answers directly, a few times.
-func (p *Peer) ping(ctx context.Context, t tailnet) {
+// ping asks the peer until it answers directly, so many times.
+func (p *Peer) ping(ctx context.Context, t tailnet, tries int) {
 	p.Path, p.Endpoint = pathSilent, ""
-	for range pingTries {
+	for range tries {
 		ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 		pong, err := t.Ping(ctx, p.IPs[0], 0)
 		cancel()

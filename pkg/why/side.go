@@ -469,7 +469,7 @@ func (p Place) askTailnet(ctx context.Context, s *Side, q Question, st tailscale
 		}
 		s.Tailnet.Holder, s.Tailnet.Online = one, h.Online
 		if !q.Far && len(one.IPs) > 0 {
-			if one.ping(ctx, p.Tailscaled); one.Path == pathSilent && !h.Online {
+			if one.ping(ctx, p.Tailscaled, pingTries); one.Path == pathSilent && !h.Online {
 				one.Path = pathOffline
 			}
 		}
