@@ -486,6 +486,13 @@ func (c Case) headscale() *Step {
 		s.Text = fmt.Sprintf("the route is approved, and the policy accepts %s -> %s %s", c.Far.Src, n.Dst, c.Question.port())
 		return s
 	}
+	c.refused(s)
+	return s
+}
+
+// refused says which line Headscale's policy lacks, by what the far tailscaled lets in.
+func (c Case) refused(s *Step) {
+	n, f := c.Near, c.Far.Tailnet
 	ranges := slices.Compact([]string{rangeText(c.Far.Src, n), rangeText(n.Dst, *c.Far)})
 	line := aclLine(ranges)
 	switch {
@@ -501,7 +508,11 @@ func (c Case) headscale() *Step {
 	default:
 		s.add(findings.PolicyRefuses, "add to acls in Headscale's policy: "+line, "no rule of Headscale's policy lets %s reach %s", c.Far.Src, n.Dst)
 	}
-	return s
+}
+
+// hidden reports whether the policy is why a node does not see an approved route: Headscale 0.29 tells nobody of a route that he may not use.
+func (c Case) hidden() bool {
+	return c.Far != nil && c.Far.Tailnet.Accepts != nil && !c.Far.Tailnet.Pairs
 }
 
 // rangeText is the range of a node's pods that has the address, else the address.
@@ -529,7 +540,10 @@ func (c Case) unapproved(s *Step, a netip.Addr, owner *Side, end End) {
 		if i < 0 {
 			continue
 		}
-		if slices.Contains(n.Approved, n.Offered[i]) {
+		if approved := slices.Contains(n.Approved, n.Offered[i]); approved && c.hidden() {
+			c.refused(s)
+			return
+		} else if approved {
 			s.add(findings.RoutedElsewhere, "see that "+n.Name+" is connected to Headscale (headscale nodes list), and that the other node's tailscaled has its routes",
 				"Headscale has approved %s of %s, and does not lead there (online: %t)", n.Offered[i], n.Name, n.Online)
 			return
@@ -550,6 +564,8 @@ func (c Case) unapproved(s *Step, a netip.Addr, owner *Side, end End) {
 		s.State, s.Text = Unknown, fmt.Sprintf("no peer has %s; why could not be looked at: %s", a, c.FarError)
 	case owner.Tailnet.Error != "" || owner.Tailnet.State != tailscale.Running:
 		s.State, s.Text = Follows, fmt.Sprintf("no peer has %s, since tailscaled of %s is away", a, end.Node)
+	case covers(owner.Tailnet.Routes, a) && c.hidden():
+		c.refused(s)
 	default:
 		for _, p := range owner.Tailnet.Advertised {
 			if p.Contains(a) {

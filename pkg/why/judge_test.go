@@ -65,6 +65,7 @@ func well() Case {
 func TestJudge(t *testing.T) {
 	unreachable := Route{Error: "network is unreachable", Unreachable: true}
 	dark := func(c *Case) { c.Near.There, c.Near.Tailnet.Holder = unreachable, nil }
+	unapproved := func(c *Case) { dark(c); c.Far.Tailnet.Routes = nil }
 	no := false
 	refuses := func(c *Case, pairs, src, dst bool) {
 		f := &c.Far.Tailnet
@@ -105,11 +106,21 @@ func TestJudge(t *testing.T) {
 		"offline":                 {func(c *Case) { c.Near.Tailnet.Holder.Path = pathOffline }, NoWay, "tailnet fra-1", findings.PeerOffline, "reaches Headscale"},
 		"silent":                  {func(c *Case) { c.Near.Tailnet.Holder.Path = pathSilent }, NoWay, "tailnet fra-1", findings.PeerSilent, "netcheck"},
 		"relayed":                 {func(c *Case) { c.Near.Tailnet.Holder.Path = pathRelayed }, Yes, "", findings.PeerRelayed, "41641"},
-		"not approved":            {dark, NoWay, "Headscale home-1", findings.NotApproved, "approve-routes"},
+		"not approved":            {unapproved, NoWay, "Headscale home-1", findings.NotApproved, "approve-routes"},
 		"not approved, by Headscale's word": {func(c *Case) {
 			dark(c)
 			c.Headscale = &Headscale{Nodes: []Approval{{ID: "3", Name: "home-1", Offered: routes(7), Approved: routes(8)}}}
 		}, NoWay, "Headscale home-1", findings.NotApproved, "headscale nodes approve-routes -i 3 -r 10.244.8.0/24,10.244.7.0/24"},
+		"the policy hides the route": {func(c *Case) {
+			dark(c)
+			refuses(c, false, false, false)
+			c.Headscale = &Headscale{Nodes: []Approval{{ID: "3", Name: "home-1", Offered: routes(7), Approved: routes(7), Online: true}}}
+		}, NoWay, "Headscale home-1", findings.PolicyLacksRanges, `"10.244.7.0/24:*"`},
+		"the same, and Headscale cannot be asked": {func(c *Case) { dark(c); refuses(c, false, false, false) }, NoWay, "Headscale home-1", findings.PolicyLacksRanges, `"10.244.7.0/24:*"`},
+		"approved, and away": {func(c *Case) {
+			dark(c)
+			c.Headscale = &Headscale{Nodes: []Approval{{ID: "3", Name: "home-1", Offered: routes(7), Approved: routes(7)}}}
+		}, NoWay, "Headscale home-1", findings.RoutedElsewhere, "headscale nodes list"},
 		"not advertised":                 {func(c *Case) { dark(c); c.Far.Tailnet.Advertised = nil }, NoWay, "Headscale home-1", findings.Prefs, "restart headcni-daemon on home-1"},
 		"the sender's is not":            {func(c *Case) { c.Far.Tailnet.Holder = nil }, NoWay, "Headscale fra-1", findings.NotApproved, "approve-routes"},
 		"approved for another":           {func(c *Case) { c.Near.Tailnet.Holder.IPs = ips(9) }, NoWay, "Headscale home-1", findings.RoutedElsewhere, ""},
