@@ -20,7 +20,7 @@ import (
 )
 
 // mustSync syncs inside ns and returns the changes.
-func mustSync(t *testing.T, ns *nstest.NS, tables *Tables, cfg Config) []string {
+func mustSync(t testing.TB, ns *nstest.NS, tables *Tables, cfg Config) []string {
 	t.Helper()
 	var changes []string
 	ns.Do(t, func() (err error) {

@@ -89,7 +89,7 @@ func listenTCP(t *testing.T, ns *nstest.NS, at netip.Addr) <-chan net.Conn {
 
 const soon = 20 * time.Second
 
-func dial(t *testing.T, ns *nstest.NS, to netip.Addr) (c net.Conn, err error) {
+func dial(t testing.TB, ns *nstest.NS, to netip.Addr) (c net.Conn, err error) {
 	t.Helper()
 	ns.Do(t, func() error {
 		c, err = (&net.Dialer{Timeout: soon}).Dial("tcp", netip.AddrPortFrom(to, testPort).String())

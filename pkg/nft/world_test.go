@@ -19,7 +19,7 @@ import (
 // world is a node with two pods, a LAN behind eth0 and a tailnet behind headcni01. A veth plays the tun: the rules know
 // it by its name only.
 type world struct {
-	t                         *testing.T
+	t                         testing.TB
 	node, podA, podB, lan, tn *nstest.NS
 	tables                    *Tables
 }
@@ -45,7 +45,7 @@ var worldAddrs = map[string]addrs{
 		"2001:db8::11", "fd00:17::1", "2001:db8::1", "fd7a:115c:a1e0::1", "fd7a:115c:a1e0::9"),
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{t: t, node: nstest.New(t), podA: nstest.New(t), podB: nstest.New(t), lan: nstest.New(t), tn: nstest.New(t),
 		tables: New()}
