@@ -13,7 +13,7 @@ import (
 )
 
 // settles is how long a pair is given to become direct.
-const settles = 12 * time.Second
+const settles = 5 * time.Second
 
 // BenchmarkPaths has pods talk that never did, one pair after the other: how soon there is an answer, and a direct path.
 func BenchmarkPaths(b *testing.B) {

@@ -35,6 +35,13 @@ type fault struct {
 var faults = []fault{
 	{"all routers forget", func(t testing.TB, w world) { forget(t, w.Nodes...) }},
 	{"the receiver's router forgets", func(t testing.TB, w world) { forget(t, w.side(1)...) }},
+	{"the receiver's router has another address", func(t testing.TB, w world) { renumber(t, w.side(1)) }},
+	{"Headscale and its relay restart", func(t testing.TB, w world) {
+		labtest.Kill(t, w.Control.Headscale)
+		if err := w.Control.StartHeadscale(labtest.Within(t)); err != nil {
+			t.Fatal(err)
+		}
+	}},
 }
 
 func forget(t testing.TB, nodes ...*lab.Node) {
@@ -44,6 +51,20 @@ func forget(t testing.TB, nodes ...*lab.Node) {
 			if err := r.Forget(); err != nil {
 				t.Fatal(err)
 			}
+		}
+	}
+}
+
+// renumber gives the sites' routers addresses that none of them has had.
+func renumber(t testing.TB, nodes []*lab.Node) {
+	t.Helper()
+	for _, n := range nodes {
+		if len(n.Routers) == 0 {
+			continue
+		}
+		last := n.Underlay[0].As4()[3]
+		if err := n.Renumber(int(last)%200 + 20); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
