@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/headcni/headcni/internal/lab"
@@ -85,7 +86,7 @@ func TestWhy(t *testing.T) {
 	l := labtest.New(t, lab.Options{Nodes: 2, Bin: labtest.Programs(t)})
 	a, b := l.Nodes[0], l.Nodes[1]
 	via := ask(t, a, b)
-	_, db := labtest.AddPod(t, a, "web", lab.PodOptions{}), labtest.AddPod(t, b, "db", lab.PodOptions{})
+	web, db := labtest.AddPod(t, a, "web", lab.PodOptions{}), labtest.AddPod(t, b, "db", lab.PodOptions{})
 	labtest.AddPod(t, a, "beside", lab.PodOptions{})
 	answer := func(args string) (why.Report, string, string) {
 		t.Helper()
@@ -185,4 +186,35 @@ func TestWhy(t *testing.T) {
 	no("the route is not approved", toDB+port, "Headscale", "node-2", findings.NotApproved, "headscale nodes approve-routes -i "+node.ID.String())
 	labtest.StartDaemon(t, b)
 	yes("it is approved", toDB+port, 9)
+
+	path := l.Control.Path("/etc/headscale/policy.hujson")
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Control.Headscale.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const owners = `{"tagOwners": {"tag:headcni": ["lab@"]}, "acls": [`
+	policy(owners + `{"action": "accept", "src": ["tag:headcni"], "dst": ["tag:headcni:*"]}]}`)
+	no("the policy lacks the pods' ranges", toDB+port, "Headscale", "node-2", findings.PolicyLacksRanges, `"10.244.2.0/24:*"`)
+	policy(owners + `{"action": "accept", "src": ["tag:headcni", "10.244.0.0/16"], "dst": ["tag:headcni:*", "10.244.0.0/16:443"]}]}`)
+	no("it has another port", toDB+port, "Headscale", "node-2", findings.PolicyRefuses, "add the port")
+	policy(string(before))
+	yes("with the right policy", toDB+port, 9)
+
+	if _, err := db.Run(t.Context(), "ip", "link", "set", "eth0", "down"); err != nil {
+		t.Fatal(err)
+	}
+	no("the other pod's link is down", toDB+port, "pod", "node-2", findings.PodLinkDown, "ip link set eth0 up")
+	if _, err := web.Run(t.Context(), "ip", "link", "set", "eth0", "down"); err != nil {
+		t.Fatal(err)
+	}
+	no("the pod's own is", "lab/web lab/beside"+port, "pod", "node-1", findings.PodLinkDown, "ip link set eth0 up")
 }
