@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -92,8 +91,6 @@ func TestCLI(t *testing.T) {
 	want(w.user(t, "reader", "pods/log"), "2", "needs the right to create pods/exec in namespace kube-system", "status")
 	want(w.user(t, "", ""), "2", "list the Nodes", "status")
 
-	w.whyFrom(t, want)
-
 	dump := filepath.Join(w.Dir, "dump.tgz")
 	want(admin, "0", "secrets masked", "sysdump", "-o", dump)
 	w.checkDump(t, dump)
@@ -113,58 +110,51 @@ func TestCLI(t *testing.T) {
 		return nil
 	})
 	want(admin, "1", "headscale apikeys create", "status")
-	patch(key)
-	want(admin, "0", "3 of 3 nodes right", "status", "--wait=4m")
-}
-
-// whyFrom asks from afar why pods reach each other, or not, and who reaches whom.
-func (w *world) whyFrom(t *testing.T, want func(kubeconfig, code, text string, args ...string)) {
-	t.Helper()
-	w.apply(t, "echo.yaml", echoManifest)
-	eventually(t, "pods", 3*time.Minute, w.findPods)
-	a, b := w.Workers()[0].Name, w.Workers()[1].Name
-	from, to, addr := echoes+"/"+w.echo[a].Name, echoes+"/"+w.echo[b].Name, w.echo[b].Status.PodIP
-	admin := w.Kubeconfig()
-	want(admin, "0", "\nYES\n", "why", from, to, "--port", "8080")
-	want(admin, "0", "\nYES\n", "why", "-n", echoes, w.echo[a].Name, addr, "--port", "8081/udp")
-	want(admin, "0", "\nYES\n", "why", "node/"+a, to, "--port", "8080")
-	want(admin, "0", "\nYES\n", "why", from, "node/"+b, "--port", "28080")
-	want(admin, "0", "\nYES\n", "why", from, echoes+"/"+w.host[a].Name, "--port", "28080")
-	want(admin, "1", "HC407", "why", from, to, "--port", "81")
-	want(admin, "2", "COULD NOT LOOK", "why", from, "192.0.2.77", "--port", "80")
-	want(admin, "2", "there is no pod e2e/nobody", "why", from, "e2e/nobody")
-	want(admin, "2", "kube-proxy chooses", "why", from, "svc/echo")
-	w.apply(t, "closed.yaml", closedManifest)
-	connects := func(want bool) {
-		t.Helper()
-		eventually(t, fmt.Sprintf("it connects: %t", want), time.Minute, func(ctx context.Context) error {
-			out, err := w.get(ctx, w.echo[a], url(netip.MustParseAddr(addr), 8080, "/healthz"))
-			if (err == nil) != want {
-				return fmt.Errorf("%v: %s", err, out)
-			}
-			return nil
-		})
+	right, err := base64.StdEncoding.DecodeString(key)
+	if err != nil {
+		t.Fatal(err)
 	}
-	connects(false)
-	want(admin, "1", "kubectl -n e2e edit networkpolicy closed", "why", from, to, "--port", "8080")
-	w.kubectl(t, "delete", "networkpolicy", "-n", echoes, "closed")
-	connects(true)
-	want(w.user(t, "pathfinder", "pods/exec"), "2", "the right to get pods in namespace e2e", "why", from, to)
-	want(w.user(t, "pathfinder", "pods/exec"), "0", "\nYES\n", "why", w.echo[a].Status.PodIP, addr, "--port", "8080")
-	want(w.user(t, "reader", "pods/log"), "2", "needs the right to create pods/exec", "why", w.echo[a].Status.PodIP, addr)
-	want(admin, "0", "3 of 3 answered", "ping", from, to, "-c", "3")
-	want(admin, "1", "0 of 1 answered", "ping", from, to, "-c", "1", "--size", "1500")
-	want(admin, "0", " ms", "peers")
-	want(admin, "0", "graph LR", "peers", "-o", "mermaid")
-	want(w.user(t, "reader", "pods/log"), "2", "needs the right to create pods/exec", "peers")
+	file := func(name, text string) string {
+		t.Helper()
+		path := filepath.Join(w.Dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	want(admin, "1", "is refused by Headscale", "key", "show")
+	want(admin, "1", "nothing was changed", "key", "rotate", "--from-file", file("wrong", "hskey-api-otherwrongr-"+strings.Repeat("w", 64)))
+	want(admin, "0", "written to Secret "+namespace+"/headcni-auth", "key", "rotate", "--from-file", file("right", string(right)+"\n"))
+	want(w.user(t, "rotator", "pods/exec"), "2", "it needs the right to patch the Secret headcni-auth", "key", "rotate", "--from-file", file("new", w.newAPIKey(t)))
+	want(admin, "0", "3 of 3 nodes right", "status", "--wait=4m")
+	want(admin, "0", "number ", "key", "show")
+	number := func(ctx context.Context) string {
+		out, _ := look(ctx, admin, "key", "show")
+		_, after, _ := strings.Cut(out, "number ")
+		n, _, _ := strings.Cut(after, ",")
+		return n
+	}
+	before := number(within(t, time.Minute))
+	want(admin, "0", "key "+before+" has ended", "key", "rotate", "--join")
+	eventually(t, "another join key", 4*time.Minute, func(ctx context.Context) error {
+		if n := number(ctx); n == before || n == "" {
+			time.Sleep(time.Second)
+			return fmt.Errorf("it is key %q", n)
+		}
+		return nil
+	})
 }
 
-const closedManifest = `
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {name: closed, namespace: e2e}
-spec: {podSelector: {matchLabels: {app: echo}}, policyTypes: [Ingress]}
-`
+// newAPIKey makes one with Headscale's own client.
+func (w *world) newAPIKey(t *testing.T) string {
+	t.Helper()
+	out, err := w.Control.Run(within(t, time.Minute), "headscale", "apikeys", "create")
+	words := strings.Fields(out)
+	if err != nil || len(words) == 0 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return words[len(words)-1]
+}
 
 // user makes a service account that may list nodes and pods, and get and create a resource of pods, and returns its kubeconfig. One
 // without a name may nothing.
