@@ -177,7 +177,7 @@ func newKey(t *testing.T, l *lab.Lab) string {
 func expiredKey(t *testing.T, l *lab.Lab, n *lab.Node) {
 	key := newKey(t, l)
 	labtest.Sh(t, n.Machine, keepKey+"(umask 077; echo %s >%s)", key, lab.KeyFile)
-	labtest.Sh(t, l.Control.Machine, "headscale apikeys expire --prefix %s", strings.Split(key, "-")[2])
+	labtest.Sh(t, l.Control.Machine, "headscale apikeys expire --prefix %s", strings.TrimPrefix(key, "hskey-api-")[:12])
 }
 
 // swallow has the underlay drop large packets and tell nobody.
