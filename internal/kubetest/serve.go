@@ -156,10 +156,10 @@ func (c Client) fail(w http.ResponseWriter, err error) {
 	_, _ = w.Write(encode(&status, schema.GroupVersion{Version: "v1"})) // as above
 }
 
-// encode is an object as JSON.
+// encode is an object as JSON. It works on a copy, since the library writes to what it encodes, and others may read that.
 func encode(o runtime.Object, gv schema.GroupVersion) []byte {
 	info, _ := runtime.SerializerInfoForMediaType(scheme.Codecs.SupportedMediaTypes(), runtime.ContentTypeJSON)
-	b, err := runtime.Encode(scheme.Codecs.EncoderForVersion(info.Serializer, gv), o)
+	b, err := runtime.Encode(scheme.Codecs.EncoderForVersion(info.Serializer, gv), o.DeepCopyObject())
 	if err != nil {
 		panic(err) // a kind that the scheme does not have
 	}

@@ -290,9 +290,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return cmdlog.Serve(ctx, paths.DaemonSocket, func() {
 			d.policy.Wake()
 			d.subnets.Wake()
-			if d.ports.Changed() {
-				d.loop.Wake()
-			}
+			d.ports.Tell(d.loop.Wake)
 			select {
 			case finished <- struct{}{}:
 			default: // one is waiting already

@@ -25,8 +25,12 @@ type Ports struct {
 // NewPorts reads what the plugin keeps beside the daemon's socket.
 func NewPorts(socket string) *Ports { return &Ports{folder: hostport.Folder(socket)} }
 
-// Changed reports whether a pod with ports came or went since the last List. It may be called while that is at work.
-func (p *Ports) Changed() bool { return p.now() != p.stamp.Load() }
+// Tell calls changed where a pod with ports came or went since the last List. It may be called while that is at work.
+func (p *Ports) Tell(changed func()) {
+	if p.now() != p.stamp.Load() {
+		changed()
+	}
+}
 
 func (p *Ports) now() int64 {
 	info, err := os.Stat(p.folder)

@@ -78,7 +78,6 @@ var brokenSetups = []setup{
 	{name: "the tun is down", at: ownDaemon, sh: "ip link set headcni01 down", want: nothing, back: "ip route show table 52 | grep -q ^10.244.1.0/24"},
 	{name: "the disk is full", at: ownDaemon, sh: "mkdir -p /run/was; cp -a /var/lib/headcni/. /run/was; mount -t tmpfs -o size=2m,mode=0700 tmpfs /var/lib/headcni; cp -a /run/was/. /var/lib/headcni; " +
 		"rm -f /var/lib/headcni/daemon.json; dd if=/dev/zero of=/var/lib/headcni/fill bs=4k 2>/dev/null || :", mend: "umount /var/lib/headcni", restart: true, want: findings.StateNotKept, says: "no space left"},
-	{name: "the path swallows large packets", at: ownHost, do: swallow, undo: swallowNot, restart: true, want: findings.PathSmall, says: "no router says so"},
 	{name: "UDP is closed between two nodes", at: ownHost, sh: "nft 'table inet closed { chain in { type filter hook input priority -500; udp dport 41641 drop; }; chain out { type filter hook output priority -500; udp sport 41641 drop; }; }'",
 		mend: "nft delete table inet closed", want: findings.PeerRelayed, says: "node-2"},
 	{name: "tailscaled is in another tailnet", at: ownHost, sh: keepYAML + "sed -i 's#http://192.168.77.1:8080#http://192.168.77.9:8080#' /etc/headcni/daemon.yaml", mend: backYAML, restart: true,
@@ -178,13 +177,4 @@ func expiredKey(t *testing.T, l *lab.Lab, n *lab.Node) {
 	key := newKey(t, l)
 	labtest.Sh(t, n.Machine, keepKey+"(umask 077; echo %s >%s)", key, lab.KeyFile)
 	labtest.Sh(t, l.Control.Machine, "headscale apikeys expire --prefix %s", strings.TrimPrefix(key, "hskey-api-")[:12])
-}
-
-// swallow has the underlay drop large packets and tell nobody.
-func swallow(t *testing.T, l *lab.Lab, _ *lab.Node) {
-	labtest.Sh(t, l.Control.Machine, `nft 'table bridge silent { chain forward { type filter hook forward priority 0; meta l4proto udp meta length gt 1300 drop; }; }'`)
-}
-
-func swallowNot(t *testing.T, l *lab.Lab, _ *lab.Node) {
-	labtest.Sh(t, l.Control.Machine, "nft delete table bridge silent")
 }

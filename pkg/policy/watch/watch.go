@@ -26,12 +26,12 @@ import (
 
 // Watch follows the cluster. Make it with New.
 type Watch struct {
-	client  kube.Client
-	node    string
-	nodes   func() (nodes []nodeview.Node, all bool)
-	changed func()
+	client kube.Client
+	node   string
+	nodes  func() (nodes []nodeview.Node, all bool)
 
 	mu         sync.Mutex
+	changed    func()
 	pods       pods
 	namespaces map[string]policy.Namespace
 	policies   map[types.NamespacedName]*networkingv1.NetworkPolicy
@@ -60,7 +60,9 @@ func New(client kube.Client, node string, nodes func() ([]nodeview.Node, bool)) 
 
 // Run follows until ctx ends. It calls changed soon after each change that a snapshot shows, or that Away does.
 func (w *Watch) Run(ctx context.Context, changed func()) {
-	w.changed = changed
+	w.mu.Lock()
+	w.changed = changed // Nodes may be followed already
+	w.mu.Unlock()
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		kube.Follow(ctx, w.client, w.client.Pods(""), &corev1.Pod{}, kube.Feed[*corev1.Pod, pod]{
@@ -101,9 +103,10 @@ func (w *Watch) change(do func() bool) {
 	if news && w.since.IsZero() {
 		w.since = time.Now()
 	}
+	changed := w.changed
 	w.mu.Unlock()
 	if news {
-		w.changed()
+		changed()
 	}
 }
 
