@@ -159,10 +159,10 @@ func (w *world) stopFlows() {
 // defences are our rules, last routes and tables. What is asked of a node is asked all the time while it is repaired, on the processors
 // that are to repair it: two processes for each family. (nft 1.0.6 finds the last table only where one process is to list two.)
 const defences = `for f in -4 -6; do ip -force $f -batch - <<< $'rule\nroute show type unreachable' || :; done
-{ nft -s list table ip headcni; nft -s list table ip6 headcni; } | sed '/^\tset ask/,/^\t}$/d'`
+{ nft -s list table ip headcni; nft -s list table ip6 headcni; } | sed '/^\tset ask/,/^\t}$/d; /^\tset sources /,/^\t}$/d'`
 
 // state is what faults must leave alone on a node, or what must come back: rules, guard, last routes, tailscaled's routes, the tun, the
-// conflist and the sockets. Which addresses pods have gone through lately is none of it.
+// conflist and the sockets. Which addresses pods have gone through lately is none of it, nor what they send from.
 func state(ctx context.Context, n *lab.Node) (string, error) {
 	return n.Run(ctx, "bash", "-c", defences+fmt.Sprintf(`
 for f in -4 -6; do
