@@ -78,8 +78,8 @@ var brokenSetups = []setup{
 	{name: "the tun is down", at: ownDaemon, sh: "ip link set headcni01 down", want: nothing, back: "ip route show table 52 | grep -q ^10.244.1.0/24"},
 	{name: "the disk is full", at: ownDaemon, sh: "mkdir -p /run/was; cp -a /var/lib/headcni/. /run/was; mount -t tmpfs -o size=2m,mode=0700 tmpfs /var/lib/headcni; cp -a /run/was/. /var/lib/headcni; " +
 		"rm -f /var/lib/headcni/daemon.json; dd if=/dev/zero of=/var/lib/headcni/fill bs=4k 2>/dev/null || :", mend: "umount /var/lib/headcni", restart: true, want: findings.StateNotKept, says: "no space left"},
-	{name: "UDP is closed between two nodes", at: ownHost, sh: "nft 'table inet closed { chain in { type filter hook input priority -500; udp dport 41641 drop; }; chain out { type filter hook output priority -500; udp sport 41641 drop; }; }'",
-		mend: "nft delete table inet closed", want: findings.PeerRelayed, says: "node-2"},
+	{name: "no UDP gets out", at: ownHost, sh: "nft 'table inet closed { chain in { type filter hook input priority -500; udp dport 41641 drop; }; chain out { type filter hook output priority -500; udp sport 41641 drop; }; }'",
+		mend: "nft delete table inet closed", want: findings.UDPBlocked, says: "node-2"},
 	{name: "tailscaled is in another tailnet", at: ownHost, sh: keepYAML + "sed -i 's#http://192.168.77.1:8080#http://192.168.77.9:8080#' /etc/headcni/daemon.yaml", mend: backYAML, restart: true,
 		want: findings.OtherControl, says: "192.168.77.9"},
 	{name: "the node's range is another's", at: ownDaemon, sh: keepYAML + `sed -i 's#10.244.2.0/24#10.244.1.0/24#' /etc/headcni/daemon.yaml`, mend: backYAML, restart: true, want: findings.RangeTaken, says: "10.244.1.0/24"},
