@@ -250,9 +250,13 @@ func (n *Node) startKubelet(ctx context.Context) error {
 	if err := n.StartKubelet(); err != nil {
 		return err
 	}
-	err := poll(ctx, 50*time.Millisecond, func() error {
+	err := poll(ctx, 200*time.Millisecond, func() error {
 		if !n.Kubelet.Alive() {
-			return fmt.Errorf("kubelet ended: see %s", n.Kubelet.Log)
+			// containerd answers before it has seen to the pods of the last boot, which kubelet does not wait for. Its unit starts it again.
+			return errors.Join(fmt.Errorf("kubelet ended: see %s", n.Kubelet.Log), n.StartKubelet())
+		}
+		if _, err := n.Run(ctx, "curl", "-fsS", "-m1", "http://127.0.0.1:10248/healthz"); err != nil {
+			return err
 		}
 		_, err := n.Object(ctx)
 		return err
