@@ -70,6 +70,19 @@ func OfFamily(list []netip.Prefix, ipv6 bool) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(list), func(p netip.Prefix) bool { return p.Addr().Is6() != ipv6 })
 }
 
+// Family is an address's in words.
+func Family(a netip.Addr) string {
+	if a.Is4() {
+		return "IPv4"
+	}
+	return "IPv6"
+}
+
+// Contains reports whether a prefix of the list has the address.
+func Contains(list []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
 // Covers reports whether one prefix of set contains all of p.
 func Covers(set []netip.Prefix, p netip.Prefix) bool {
 	return slices.ContainsFunc(set, func(s netip.Prefix) bool { return s.Bits() <= p.Bits() && s.Contains(p.Addr()) })

@@ -17,6 +17,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/podexec"
@@ -95,6 +97,7 @@ type test struct {
 	mu         sync.Mutex
 	byNode     map[string]*node
 	report     Report
+	more       map[[2]string]int // causes beside the first, by group and pair
 	noHostPort string
 }
 
@@ -106,7 +109,7 @@ type question struct {
 
 // Run tests, and removes what it has made, also where it is interrupted. An error means that there is no answer, or that something is left.
 func Run(ctx context.Context, o Options) (r Report, err error) {
-	t := &test{Options: o, byNode: map[string]*node{}, report: Report{OK: true, Findings: []Finding{}, Groups: []Group{}}}
+	t := &test{Options: o, byNode: map[string]*node{}, more: map[[2]string]int{}, report: Report{OK: true, Findings: []doctor.Finding{}, Groups: []Group{}}}
 	for _, n := range o.Nodes {
 		t.byNode[n.Name] = &node{Node: n}
 	}
@@ -167,17 +170,10 @@ func (t *test) count() {
 		if len(n.asks) > len(t.report.Families) {
 			t.report.Families = nil
 			for _, a := range n.asks {
-				t.report.Families = append(t.report.Families, family(a))
+				t.report.Families = append(t.report.Families, netset.Family(a))
 			}
 		}
 	}
-}
-
-func family(a netip.Addr) string {
-	if a.Is4() {
-		return "IPv4"
-	}
-	return "IPv6"
 }
 
 // peers are the nodes that a node's pod asks: itself, and all others or some. Whom a node does not ask, others do.
@@ -479,24 +475,21 @@ func (t *test) fail(group, where, format string, args ...any) {
 	if group == sizes && t.find(podToPod, where) >= 0 {
 		return // it does not reach it at all, which was said
 	}
-	cause := fmt.Sprintf(format, args...)
+	cause := strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; ")
 	if i := t.find(group, where); i >= 0 {
-		f := &t.report.Findings[i]
-		if f.more++; f.more < 3 {
+		f, pair := &t.report.Findings[i], [2]string{group, where}
+		if t.more[pair]++; t.more[pair] < 3 {
 			f.Cause += "; " + cause
-		} else if f.more == 3 {
+		} else if t.more[pair] == 3 {
 			f.Cause += "; and others"
 		}
 		return
 	}
-	known, _ := findings.Of(idOf[group])
-	t.report.Findings = append(t.report.Findings, Finding{
-		ID: known.ID, Severity: known.Severity, Where: where, What: group, Title: known.Title, Cause: strings.ReplaceAll(cause, "\n", "; "), Remedy: known.Remedy,
-	})
+	t.report.Findings = append(t.report.Findings, doctor.Found(idOf[group], where, group, cause))
 }
 
 func (t *test) find(group, where string) int {
-	return slices.IndexFunc(t.report.Findings, func(f Finding) bool { return f.What == group && f.Where == where })
+	return slices.IndexFunc(t.report.Findings, func(f doctor.Finding) bool { return f.What == group && f.Where == where })
 }
 
 // broken reports whether a pair does not reach each other even without policies.

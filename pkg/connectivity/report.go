@@ -8,6 +8,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/findings"
 )
 
@@ -15,11 +16,12 @@ import (
 type Report struct {
 	Version string `json:"version"`
 	// OK: everything that was asked was as it should be.
-	OK       bool      `json:"ok"`
-	Findings []Finding `json:"findings"`
-	Groups   []Group   `json:"groups"`
-	Nodes    int       `json:"nodes"`
-	Pods     int       `json:"pods"`
+	OK bool `json:"ok"`
+	// Findings are of pairs of nodes, What is the group.
+	Findings []doctor.Finding `json:"findings"`
+	Groups   []Group          `json:"groups"`
+	Nodes    int              `json:"nodes"`
+	Pods     int              `json:"pods"`
 	// Pairs of nodes, each in one direction.
 	Pairs    int      `json:"pairs"`
 	Families []string `json:"families"`
@@ -37,26 +39,14 @@ type Group struct {
 	Note string `json:"note,omitempty"`
 }
 
-// Finding is what is not right between two nodes.
-type Finding struct {
-	ID       findings.ID       `json:"id"`
-	Severity findings.Severity `json:"severity"`
-	Where    string            `json:"where"`
-	What     string            `json:"what"`
-	Title    string            `json:"title"`
-	Cause    string            `json:"cause"`
-	Remedy   string            `json:"remedy"`
-	more     int
-}
-
 // most is how many findings of a kind the text shows.
 const most = 10
 
 // Text prints a line for each group, and what is not right.
 func (r Report) Text(out io.Writer) error {
 	b := &strings.Builder{}
-	fmt.Fprintf(b, "%d %s, %d test pods in namespace %s (%.1f s), %d %s, %s\n", r.Nodes, plural(r.Nodes, "node"), r.Pods, Namespace, r.Started,
-		r.Pairs, plural(r.Pairs, "pair"), strings.Join(r.Families, " and "))
+	fmt.Fprintf(b, "%d %s, %d test pods in namespace %s (%.1f s), %d %s, %s\n", r.Nodes, doctor.Plural(r.Nodes, "node"), r.Pods, Namespace, r.Started,
+		r.Pairs, doctor.Plural(r.Pairs, "pair"), strings.Join(r.Families, " and "))
 	w := tabwriter.NewWriter(b, 0, 0, 3, ' ', 0)
 	for _, g := range r.Groups {
 		count := fmt.Sprintf("%d of %d", g.Right, g.Total)
@@ -136,13 +126,6 @@ func (r Report) common() string {
 		return ""
 	}
 	return found[0]
-}
-
-func plural(n int, word string) string {
-	if n == 1 {
-		return word
-	}
-	return word + "s"
 }
 
 // JUnit is the form that CI systems read: each group is a test.

@@ -30,6 +30,12 @@ type Finding struct {
 	Since  time.Time `json:"since,omitzero"`
 }
 
+// Found is a finding with what the table says of its id: cause is what was seen.
+func Found(id findings.ID, where, what, cause string) Finding {
+	f, _ := findings.Of(id)
+	return Finding{ID: id, Severity: f.Severity, Where: where, What: what, Title: f.Title, Cause: cause, Remedy: f.Remedy}
+}
+
 // Check is one question, and what was found. OK is the answer where nothing was.
 type Check struct {
 	Where, OK string
@@ -42,8 +48,7 @@ type Check struct {
 
 // Add notes a finding, whose cause is what was seen.
 func (c *Check) Add(id findings.ID, format string, args ...any) {
-	f, _ := findings.Of(id)
-	c.Found = append(c.Found, Finding{ID: id, Severity: f.Severity, Where: c.Where, Title: f.Title, Cause: fmt.Sprintf(format, args...), Remedy: f.Remedy})
+	c.Found = append(c.Found, Found(id, c.Where, "", fmt.Sprintf(format, args...)))
 }
 
 // parts takes over what a program says of its parts.
@@ -101,7 +106,7 @@ func ranges(nodes []Node) Check {
 			all = append(all, held{n.Name, p})
 		}
 	}
-	c.OK = fmt.Sprintf("%d %s, no pod range overlaps another", len(nodes), plural(len(nodes), "node"))
+	c.OK = fmt.Sprintf("%d %s, no pod range overlaps another", len(nodes), Plural(len(nodes), "node"))
 	return c
 }
 
@@ -288,13 +293,14 @@ func policies(n Node) Check {
 	}
 	if len(p.Unknown) > 0 {
 		u := p.Unknown[0]
-		c.Add(findings.PolicyWaits, "%d %s; %s: %s", len(p.Unknown), plural(len(p.Unknown), "pod"), u.Pod, u.Why)
+		c.Add(findings.PolicyWaits, "%d %s; %s: %s", len(p.Unknown), Plural(len(p.Unknown), "pod"), u.Pod, u.Why)
 		c.Found[len(c.Found)-1].Since = u.Since
 	}
 	return c
 }
 
-func plural(n int, word string) string {
+// Plural is the word, with an s where there is not one of it.
+func Plural(n int, word string) string {
 	if n == 1 {
 		return word
 	}

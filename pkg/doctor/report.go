@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/nodestatus"
 )
@@ -84,7 +85,7 @@ func (r Report) Summary() string {
 			texts = append(texts, t)
 		}
 	}
-	return strings.TrimSuffix(fmt.Sprintf("%d of %d %s right: %s", r.right(), len(r.Nodes), plural(len(r.Nodes), "node"), abridge(texts)), ": ")
+	return strings.TrimSuffix(fmt.Sprintf("%d of %d %s right: %s", r.right(), len(r.Nodes), Plural(len(r.Nodes), "node"), abridge(texts)), ": ")
 }
 
 func (r Report) right() (n int) {
@@ -106,7 +107,7 @@ type Text struct {
 // Status prints one screen.
 func (t Text) Status(out io.Writer, r Report) error {
 	b := &strings.Builder{}
-	fmt.Fprintf(b, "HeadCNI %s   %s\n\n", r.Version, strings.Join(append(r.servers(), fmt.Sprintf("%d of %d %s right", r.right(), len(r.Nodes), plural(len(r.Nodes), "node"))), "   "))
+	fmt.Fprintf(b, "HeadCNI %s   %s\n\n", r.Version, strings.Join(append(r.servers(), fmt.Sprintf("%d of %d %s right", r.right(), len(r.Nodes), Plural(len(r.Nodes), "node"))), "   "))
 	w := tabwriter.NewWriter(b, 0, 0, 3, ' ', 0)
 	for _, line := range r.lines() {
 		fmt.Fprintln(w, line)
@@ -267,21 +268,8 @@ func (t Text) finding(b *strings.Builder, f Finding) {
 
 // write prints a text with what stands before it, broken where a line would be too long.
 func (t Text) write(b *strings.Builder, head, indent, text string) {
-	line := head + indent
-	begin := utf8.RuneCountInString(line)
-	next := strings.Repeat(" ", min(begin, 8))
-	empty := true
-	for _, word := range strings.Fields(text) {
-		if t.Width > 0 && !empty && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > t.Width {
-			fmt.Fprintln(b, line)
-			line, empty = next, true
-		}
-		if !empty {
-			line += " "
-		}
-		line, empty = line+word, false
-	}
-	fmt.Fprintln(b, line)
+	head += indent
+	b.WriteString(printable.Fold(head, min(utf8.RuneCountInString(head), 8), text, t.Width))
 }
 
 // ago is a duration as people say it.
@@ -334,7 +322,7 @@ func (t Text) Doctor(out io.Writer, r Report) error {
 			t.write(b, "", "        do    ", f.Remedy)
 		}
 	}
-	fmt.Fprintf(b, "%d checks: %d ok, %d %s, %d %s\n", count, max(0, count-warn-fail), warn, plural(warn, "warning"), fail, plural(fail, "failure"))
+	fmt.Fprintf(b, "%d checks: %d ok, %d %s, %d %s\n", count, max(0, count-warn-fail), warn, Plural(warn, "warning"), fail, Plural(fail, "failure"))
 	_, err := io.WriteString(out, b.String())
 	return err
 }

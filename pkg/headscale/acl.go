@@ -58,13 +58,16 @@ func (p PolicyFile) Lacks(ranges []netip.Prefix, tags []string, starCovers bool)
 	if len(missing) == 0 {
 		return ""
 	}
-	src := slices.Concat(tags, missing)
+	return fmt.Sprintf("pods of %s do not reach each other: add to acls %s", strings.Join(missing, ", "), Accept(slices.Concat(tags, missing)))
+}
+
+// Accept is the line of acls that lets all of them reach all of them, on every port.
+func Accept(all []string) string {
 	var dst []string
-	for _, s := range src {
+	for _, s := range all {
 		dst = append(dst, s+":*")
 	}
-	return fmt.Sprintf("pods of %s do not reach each other: add to acls {\"action\": \"accept\", \"src\": %s, \"dst\": %s}",
-		strings.Join(missing, ", "), Quoted(src), Quoted(dst))
+	return fmt.Sprintf(`{"action": "accept", "src": %s, "dst": %s}`, Quoted(all), Quoted(dst))
 }
 
 // allowed reports whether one rule lets all of r reach all of r on all ports.

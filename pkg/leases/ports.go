@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -40,7 +39,8 @@ func (p *Ports) now() int64 {
 	return info.ModTime().UnixNano()
 }
 
-// List has what there is now, sorted. What a pod left that nobody deleted by DEL goes.
+// List has what there is now, sorted. The record of a pod whose link is not there stays: the link may be under another name for the moment
+// until a Mender is done, and DEL takes the record along. One that never gets a DEL ends with the tmpfs, and leads nowhere.
 func (p *Ports) List() (all []nft.Port, err error) {
 	stamp := p.now()
 	records, err := hostport.List(p.folder)
@@ -55,7 +55,6 @@ func (p *Ports) List() (all []nft.Port, err error) {
 	}
 	for _, r := range records {
 		if _, there := links[r.Link]; !there {
-			err = errors.Join(err, hostport.Forget(p.folder, filepath.Base(r.Link)))
 			continue
 		}
 		for _, m := range r.Ports {

@@ -11,8 +11,8 @@ import (
 
 // Every name, priority, mark and address of the rules, with its reason.
 const (
-	// setCluster holds the pod CIDRs of all clusters: what must use the tunnel or nothing.
-	setCluster = "cluster"
+	// SetCluster holds the pod CIDRs of all clusters: what must use the tunnel or nothing.
+	SetCluster = "cluster"
 	// setKeepSource holds the destinations towards which pods keep their source: the cluster set and services.
 	setKeepSource = "keepsrc"
 	// setOwn holds this node's pod CIDRs.

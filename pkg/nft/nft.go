@@ -136,7 +136,7 @@ func (t table) replace(tx *knftables.Transaction, have listing) {
 	}
 	t.fill(tx)
 	for _, name := range stale(t, have) {
-		tx.Delete(t.set(set{name: name, links: true}))
+		tx.Delete(t.set(set{name: name}))
 	}
 }
 

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -59,9 +60,7 @@ const (
 	nftSetFilled = 0x10 | 0x20
 	// NFT_SET_ELEM_INTERVAL_END.
 	nftSetElemIntervalEnd = 1
-	// The nft program's own numbers for key types (its enum datatypes), which the kernel keeps.
-	ipaddrType, ip6addrType, ifindexType = 7, 8, 20
-	// Of a key of several parts, each but the first is shifted in by so many bits.
+	// Of a key of several parts nft shifts each but the first in by so many bits.
 	typeBits = 6
 )
 
@@ -269,6 +268,17 @@ func changes(before, after observed) []string {
 	return out
 }
 
+// datatypes are the nft program's own numbers (its enum of that name), which the kernel keeps.
+var datatypes = map[string]int{"ipv4_addr": 7, "ipv6_addr": 8, linkType: 20}
+
+// keyType is the number of a set's type.
+func keyType(keys string) (n int) {
+	for part := range strings.SplitSeq(keys, " . ") {
+		n = n<<typeBits | datatypes[part]
+	}
+	return n
+}
+
 // mustRecreate says whether a table holds what filling it cannot put right: objects that t does not have, or sets of another
 // kind. (A chain of another kind makes the kernel refuse the transaction.)
 func (t table) mustRecreate(have listing) bool {
@@ -282,25 +292,17 @@ func (t table) mustRecreate(have listing) bool {
 	for _, c := range t.chains {
 		known["chain "+c.name], known["rules of chain "+c.name] = true, true
 	}
-	kind := ipaddrType
-	if t.family == knftables.IPv6Family {
-		kind = ip6addrType
-	}
 	for _, s := range t.sets {
 		known["set "+s.name], known["elements of set "+s.name] = true, true
 		def, ok := have["set "+s.name]
-		flags, kind := attrText(unix.NFTA_SET_FLAGS, nftSetInterval), kind
+		flags := attrText(unix.NFTA_SET_FLAGS, nftSetInterval)
 		switch {
-		case s.sources:
-			flags, kind = "", ifindexType<<typeBits|kind
-		case s.members:
-			flags = ""
-		case s.links:
-			flags, kind = "", ifindexType // the kernel tells no flags where there are none
+		case s.keys != "":
+			flags = "" // the kernel tells none where there are none
 		case s.size > 0:
 			flags = attrText(unix.NFTA_SET_FLAGS, nftSetFilled)
 		}
-		if ok && !(strings.Contains(def, flags) && strings.Contains(def, attrText(unix.NFTA_SET_KEY_TYPE, kind))) {
+		if ok && !(strings.Contains(def, flags) && strings.Contains(def, attrText(unix.NFTA_SET_KEY_TYPE, keyType(cmp.Or(s.keys, addrType(t.family)))))) {
 			return true
 		}
 	}

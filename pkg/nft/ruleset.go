@@ -26,12 +26,8 @@ type set struct {
 	elements []netip.Prefix
 	// size is not 0 where the kernel fills the set, and how far.
 	size uint64
-	// links: it holds links, of pods that may reach the prefix of this name. Consent fills it.
-	links bool
-	// members: it holds single addresses, which Sync writes by element.
-	members bool
-	// sources: it holds links with an address each. Sources fills it.
-	sources bool
+	// keys is the type of elements that are written one by one (Consent, Sources, members), "" for prefixes.
+	keys string
 }
 
 type chain struct {
@@ -48,14 +44,14 @@ func rulesetOf(cfg Config) []table {
 }
 
 func tableOf(family knftables.Family, cfg Config) table {
-	cluster := setOf(family, setCluster, cfg.Cluster, cfg.Own)
+	cluster := setOf(family, SetCluster, cfg.Cluster, cfg.Own)
 	return table{
 		family:   family,
 		counters: reasons,
 		sets: append([]set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
-			{name: setMembers, members: true}, setOf(family, setLinks, cfg.Links), {name: setSources, sources: true}, {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
+			{name: setMembers, keys: addrType(family)}, setOf(family, setLinks, cfg.Links), {name: setSources, keys: linkType + " . " + addrType(family)}, {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
 			{name: setCurious, size: curiousSize}, setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
 			setOf(family, setAbroad, cfg.Subnets.All, cfg.Subnets.Known, cfg.Subnets.Named),
 		}, consentSets(family, cfg)...),
@@ -101,7 +97,7 @@ func antispoof(family knftables.Family, cfg Config) []string {
 		// "missing": the way back to the source does not lead over the interface that the packet came in by. The set says the same faster.
 		rule(`iifname "%s" iif . %s saddr != @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setSources, drop(DropPodForged)),
 		// A pod's packet has passed this check already: that it is not looked up again is for speed.
-		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setCluster, drop(DropOutsideForged)),
+		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing %s`, names.PodLinks, family, SetCluster, drop(DropOutsideForged)),
 		// The node's name server is for the node and its pods. Here nobody has the address of another, so that the set holds pods alone.
 		rule(`iifname != "%s" iifname != "lo" %s daddr %s %s`, names.PodLinks, family, answerer[family], drop(DropLANIngress)),
 		rule(`iifname "%s" %s daddr %s update @%s { %[2]s saddr timeout 60s limit rate over %[5]d/second burst %[6]d packets } %[7]s`,
@@ -207,7 +203,7 @@ func guard(family knftables.Family, cfg Config) []string {
 		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x %s`, cfg.TunName, markMask, names.BypassMark, drop(DropTunnelInTunnel)),
 			throughTunnel(family, cfg))
 		// There is tailscaled's web client too, which takes what comes from the node for the administrator.
-		own := rule(`oifname "%s" %s daddr %s %s saddr @%s`, cfg.TunName, fam, quad100[family], fam, setCluster)
+		own := rule(`oifname "%s" %s daddr %s %s saddr @%s`, cfg.TunName, fam, quad100[family], fam, SetCluster)
 		rules = append(rules, own+" udp dport 53 accept", own+" tcp dport 53 accept", own+" "+drop(DropTailscaled))
 		if cfg.TailnetEgress == config.EgressDeny {
 			// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
@@ -237,14 +233,14 @@ func guard(family knftables.Family, cfg Config) []string {
 		rule(`%s %s %s`, out, toTailnet(family), drop(DropTailnetClear)),
 		// By the tunnel neither: a service is what DNAT has made a pod of.
 		rule(`oifname != "%s" oifname != "lo" %s daddr @%s %s`, names.PodLinks, fam, setServices, drop(DropServiceClear)),
-		rule(`%s %s daddr @%s %s`, out, fam, setCluster, drop(DropClusterClear)))
+		rule(`%s %s daddr @%s %s`, out, fam, SetCluster, drop(DropClusterClear)))
 }
 
 // toPod and throughTunnel end a chain for what it is right to send, by one comparison and one look into a set.
 const toPod = `oifname "` + names.PodLinks + `" accept`
 
 func throughTunnel(family knftables.Family, cfg Config) string {
-	return rule(`oifname "%s" %s daddr @%s accept`, cfg.TunName, family, setCluster)
+	return rule(`oifname "%s" %s daddr @%s accept`, cfg.TunName, family, SetCluster)
 }
 
 // toTailnet matches what is for the tailnet. In IPv4 that is what pods send, as far as the host has no network of its own there:
@@ -253,7 +249,7 @@ func toTailnet(family knftables.Family) string {
 	if family == knftables.IPv6Family {
 		return rule(`ip6 daddr %s`, tailnet[family])
 	}
-	return rule(`ip saddr @%s ip daddr %s%s`, setCluster, tailnet[family], notShared(family, "daddr"))
+	return rule(`ip saddr @%s ip daddr %s%s`, SetCluster, tailnet[family], notShared(family, "daddr"))
 }
 
 // quotes matches the node's own ICMP errors that leave by a foreign link and quote what came out of the tunnel: the kernel sends them from
@@ -302,7 +298,7 @@ func last(family knftables.Family, cfg Config) []string {
 	if !cfg.Masquerade {
 		return rules
 	}
-	out := rule(`%s %s saddr @%s`, foreign("oifname", cfg), fam, setCluster)
+	out := rule(`%s %s saddr @%s`, foreign("oifname", cfg), fam, SetCluster)
 	if cfg.LANIngress {
 		rules = append(rules, out+" ct direction reply accept")
 	}
@@ -339,7 +335,7 @@ func nat(family knftables.Family, cfg Config) []string {
 			rule(`%s oifname "%s" return`, fromTun, tun),
 		)
 		// A host process or a NodePort client that reaches a remote pod: only a tailnet address finds its way back.
-		toPods := rule(`oifname "%s" %s daddr @%s %s saddr != @%s`, tun, fam, setCluster, fam, setCluster)
+		toPods := rule(`oifname "%s" %s daddr @%s %s saddr != @%s`, tun, fam, SetCluster, fam, SetCluster)
 		if cfg.LANIngress {
 			rules = append(rules, toPods+" masquerade fully-random")
 		} else {
@@ -348,7 +344,7 @@ func nat(family knftables.Family, cfg Config) []string {
 		if cfg.HostMode {
 			// What the NoSNAT pref takes from a user's exit node or subnet router.
 			rules = append(rules, rule(`%s oifname != "%s" %s daddr != @%s masquerade fully-random`,
-				fromTun, names.PodLinks, fam, setCluster))
+				fromTun, names.PodLinks, fam, SetCluster))
 		}
 	}
 	node := cfg.NodeAddr4
@@ -461,27 +457,28 @@ func (t table) fill(tx *knftables.Transaction) {
 	}
 }
 
+// linkType is a link's index.
+const linkType = "iface_index"
+
+func addrType(family knftables.Family) string {
+	if family == knftables.IPv6Family {
+		return "ipv6_addr"
+	}
+	return "ipv4_addr"
+}
+
 // filled: not by what a Config says.
-func (s set) filled() bool { return s.size > 0 || s.links || s.sources || s.members }
+func (s set) filled() bool { return s.size > 0 || s.keys != "" }
 
 func (t table) object() *knftables.Table {
 	return &knftables.Table{Family: t.family, Name: names.NFTTable}
 }
 
 func (t table) set(s set) *knftables.Set {
-	kind := "ipv4_addr"
-	if t.family == knftables.IPv6Family {
-		kind = "ipv6_addr"
+	if s.keys != "" {
+		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: s.keys}
 	}
-	if s.sources {
-		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: "iface_index . " + kind}
-	}
-	if s.members {
-		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind}
-	}
-	if s.links {
-		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: "iface_index"}
-	}
+	kind := addrType(t.family)
 	if s.size > 0 {
 		return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind, Size: &s.size,
 			Flags: []knftables.SetFlag{knftables.DynamicFlag, knftables.TimeoutFlag}}

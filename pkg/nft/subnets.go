@@ -24,7 +24,7 @@ import (
 // consentSets are those of the named subnets.
 func consentSets(family knftables.Family, cfg Config) (out []set) {
 	for _, p := range namedOf(family, cfg) {
-		out = append(out, set{name: consentName(p), links: true})
+		out = append(out, set{name: consentName(p), keys: linkType})
 	}
 	return out
 }

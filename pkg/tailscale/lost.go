@@ -6,7 +6,6 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
-	"net/url"
 	"slices"
 	"sync"
 	"time"
@@ -54,26 +53,15 @@ func (c *Client) Mend(ctx context.Context, o MendOptions) error {
 // paths is what a mender needs of the LocalAPI.
 type paths interface {
 	Status(context.Context) (Status, error)
-	// reach sends one disco ping and returns whether the answer came by a relay, ctx's error where none did, another one where none was
+	// reach sends one disco ping and returns whether the answer came by a relay, ErrNoAnswer where none came, another error where none was
 	// sent.
 	reach(ctx context.Context, to netip.Addr) (relayed bool, err error)
 	reconnect(ctx context.Context) error
 }
 
 func (c *Client) reach(ctx context.Context, to netip.Addr) (relayed bool, err error) {
-	var res struct {
-		Err          string
-		DERPRegionID int // 0: it came directly
-	}
-	q := url.Values{"ip": {to.String()}, "type": {"disco"}}
-	err = c.call(ctx, "POST", "ping?"+q.Encode(), nil, &res)
-	if ctx.Err() != nil {
-		return false, ctx.Err()
-	}
-	if err == nil && res.Err != "" {
-		err = errors.New(res.Err)
-	}
-	return res.DERPRegionID != 0, err
+	w, err := c.disco(ctx, to, 0)
+	return w.DERPRegionID != 0, err
 }
 
 func (c *Client) reconnect(ctx context.Context) error {
@@ -225,7 +213,7 @@ func (m *mender) ask(ctx context.Context, self Peer, peers []Peer) (lost []Peer)
 		case errs[i] == nil:
 			m.hear(p, relayed[i], time.Now())
 			m.peers[p.ID].asked = time.Now()
-		case errors.Is(errs[i], context.DeadlineExceeded):
+		case errors.Is(errs[i], ErrNoAnswer):
 			lost = append(lost, p)
 		}
 	}

@@ -46,7 +46,7 @@ func (f *fakePaths) reach(ctx context.Context, to netip.Addr) (relayed bool, err
 		return !direct, nil
 	}
 	<-ctx.Done()
-	return false, ctx.Err()
+	return false, ErrNoAnswer
 }
 
 func (f *fakePaths) reconnect(context.Context) error {

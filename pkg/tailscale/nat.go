@@ -3,6 +3,8 @@ package tailscale
 import (
 	"net/netip"
 	"slices"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // NAT is what is between a node and the others, by what tailscaled's own endpoints show.
@@ -22,9 +24,7 @@ const (
 // NAT compares the endpoints that tailscaled tells its peers with the host's own networks. outside is how others see it,
 // zero where that is not known. Only IPv4 counts: nobody translates IPv6.
 func (s Status) NAT(host []netip.Prefix) (nat NAT, outside netip.AddrPort) {
-	own := func(a netip.Addr) bool {
-		return slices.ContainsFunc(host, func(p netip.Prefix) bool { return p.Contains(a) })
-	}
+	own := func(a netip.Addr) bool { return netset.Contains(host, a) }
 	var ports []uint16 // that it listens on
 	public := false
 	for _, e := range s.Endpoints {

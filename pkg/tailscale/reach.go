@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // Pong is a peer's answer to Ping.
@@ -19,27 +21,57 @@ type Pong struct {
 	Endpoint, Relay string
 }
 
-// Ping asks a peer's tailscaled for an answer by the way that packets take now (a disco ping), with so many bytes where size is not 0.
-func (c *Client) Ping(ctx context.Context, to netip.Addr, size int) (Pong, error) {
-	q := url.Values{"ip": {to.String()}, "type": {"disco"}}
+// The kinds of pings: one that asks which way there is, and one through WireGuard, which makes a session.
+const (
+	pingDisco = "disco"
+	pingTSMP  = "TSMP"
+)
+
+// pong is the LocalAPI's answer to a ping.
+type pong struct {
+	Err            string // why none was sent, or none came
+	LatencySeconds float64
+	Endpoint       string
+	PeerRelay      string
+	DERPRegionID   int // 0: it came directly
+	DERPRegionCode string
+}
+
+// ErrNoAnswer means that nobody has answered a ping in time.
+var ErrNoAnswer = errors.New("no answer")
+
+// sendPing sends one ping, with so many bytes where size is not 0. The error matches ErrNoAnswer where ctx's time is over.
+func (c *Client) sendPing(ctx context.Context, kind string, to netip.Addr, size int) (pong, error) {
+	q := url.Values{"ip": {to.String()}, "type": {kind}}
 	if size > 0 {
 		q.Set("size", strconv.Itoa(size))
 	}
-	var w struct {
-		Err            string
-		LatencySeconds float64
-		Endpoint       string
-		PeerRelay      string
-		DERPRegionCode string
-	}
+	var w pong
 	err := c.call(ctx, "POST", "ping?"+q.Encode(), nil, &w)
 	switch {
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return Pong{}, fmt.Errorf("ping %s: no answer", to)
+		return pong{}, fmt.Errorf("ping %s: %w", to, ErrNoAnswer)
 	case err != nil:
-		return Pong{}, fmt.Errorf("ping %s: %w", to, err)
-	case w.Err != "":
-		return Pong{}, fmt.Errorf("ping %s: %s", to, w.Err)
+		return pong{}, fmt.Errorf("ping %s: %w", to, err)
+	}
+	return w, nil
+}
+
+// disco is a ping that wants its answer.
+func (c *Client) disco(ctx context.Context, to netip.Addr, size int) (pong, error) {
+	w, err := c.sendPing(ctx, pingDisco, to, size)
+	if err == nil && w.Err != "" {
+		err = fmt.Errorf("ping %s: %s", to, w.Err)
+	}
+	return w, err
+}
+
+// Ping asks a peer's tailscaled for an answer by the way that packets take now, with so many bytes where size is not 0. The error matches
+// ErrNoAnswer where ctx's time is over.
+func (c *Client) Ping(ctx context.Context, to netip.Addr, size int) (Pong, error) {
+	w, err := c.disco(ctx, to, size)
+	if err != nil {
+		return Pong{}, err
 	}
 	p := Pong{Latency: time.Duration(w.LatencySeconds * float64(time.Second)), Endpoint: w.Endpoint, Relay: w.DERPRegionCode}
 	if p.Endpoint == "" && p.Relay == "" {
@@ -106,7 +138,7 @@ func (f Filter) Accepts(src, dst netip.Addr, proto int, port uint16) bool {
 		return f.Pairs(src, dst)
 	}
 	return slices.ContainsFunc(f, func(m Match) bool {
-		return slices.Contains(m.IPProto, proto) && has(m.Srcs, src) && slices.ContainsFunc(m.Dsts, func(d FilterDst) bool {
+		return slices.Contains(m.IPProto, proto) && netset.Contains(m.Srcs, src) && slices.ContainsFunc(m.Dsts, func(d FilterDst) bool {
 			return d.Net.Contains(dst) && d.Ports.First <= port && port <= d.Ports.Last
 		})
 	})
@@ -115,7 +147,7 @@ func (f Filter) Accepts(src, dst netip.Addr, proto int, port uint16) bool {
 // Pairs reports whether src may send something to dst, whatever it is.
 func (f Filter) Pairs(src, dst netip.Addr) bool {
 	return slices.ContainsFunc(f, func(m Match) bool {
-		return has(m.Srcs, src) && slices.ContainsFunc(m.Dsts, func(d FilterDst) bool { return d.Net.Contains(dst) })
+		return netset.Contains(m.Srcs, src) && slices.ContainsFunc(m.Dsts, func(d FilterDst) bool { return d.Net.Contains(dst) })
 	})
 }
 
@@ -123,7 +155,7 @@ func (f Filter) Pairs(src, dst netip.Addr) bool {
 func (f Filter) Ports(src, dst netip.Addr) string {
 	var out []string
 	for _, m := range f {
-		if !has(m.Srcs, src) {
+		if !netset.Contains(m.Srcs, src) {
 			continue
 		}
 		for _, d := range m.Dsts {
@@ -143,10 +175,6 @@ func (f Filter) Ports(src, dst netip.Addr) string {
 		}
 	}
 	return strings.Join(out, ", ")
-}
-
-func has(list []netip.Prefix, a netip.Addr) bool {
-	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // Holder is the peer that this node sends packets for an address to: the one with the narrowest prefix.

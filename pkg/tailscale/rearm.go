@@ -2,11 +2,8 @@ package tailscale
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
-	"net/url"
 	"sync"
 	"time"
 )
@@ -64,15 +61,8 @@ type tailnet interface {
 }
 
 func (c *Client) ping(ctx context.Context, to netip.Addr) error {
-	q := url.Values{"ip": {to.String()}, "type": {"TSMP"}}
-	err := c.call(ctx, "POST", "ping?"+q.Encode(), nil, nil)
-	switch {
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return fmt.Errorf("ping %s: no answer", to)
-	case err != nil:
-		return fmt.Errorf("ping %s: %w", to, err)
-	}
-	return nil
+	_, err := c.sendPing(ctx, pingTSMP, to, 0)
+	return err
 }
 
 // rearmer acts on the decisions of sessions.

@@ -13,6 +13,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/doctor"
 )
 
@@ -112,7 +113,7 @@ func (b book) of(p *corev1.Pod) (found, error) {
 func (b book) at(a netip.Addr) found {
 	f := found{End: End{Name: a.String()}, addrs: []netip.Addr{a}}
 	for i, n := range b.nodes {
-		pod := slices.ContainsFunc(n.PodCIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
+		pod := netset.Contains(n.PodCIDRs, a)
 		if pod || slices.Contains(n.Addrs, a) {
 			f.node, f.Node, f.Pod = &b.nodes[i], n.Name, pod
 			return f
@@ -239,14 +240,26 @@ func (k Cluster) forbidden(err error) error {
 
 // askFar asks the node of who is sent to.
 func (c *Case) askFar(ctx context.Context, n *doctor.Node, ask func(context.Context, *doctor.Node, Question) (Side, error)) {
-	q := c.Question
-	q.Far, q.Src, q.Dst = true, c.Near.SeenAs.String(), c.Near.Dst.String()
-	s, err := ask(ctx, n, q)
+	q, err := c.farQuestion()
+	var s Side
+	if err == nil {
+		s, err = ask(ctx, n, q)
+	}
 	if err != nil {
 		c.FarError = err.Error()
 		return
 	}
 	c.Far = &s
+}
+
+// farQuestion is what the node of who is sent to is asked.
+func (c *Case) farQuestion() (Question, error) {
+	q := c.Question
+	if !c.Near.SeenAs.IsValid() {
+		return q, fmt.Errorf("the sender's node has no address to send to %s from", c.Near.Dst)
+	}
+	q.Far, q.Src, q.Dst = true, c.Near.SeenAs.String(), c.Near.Dst.String()
+	return q, nil
 }
 
 // side asks one node.

@@ -12,6 +12,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/headscale"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/report"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -41,8 +42,8 @@ type Step struct {
 
 // add notes what is wrong, with what there is to do here and now, "" for what the table says.
 func (s *Step) add(id findings.ID, remedy, format string, args ...any) {
-	known, _ := findings.Of(id)
-	f := doctor.Finding{ID: id, Severity: known.Severity, Where: s.Where, What: s.Name, Title: known.Title, Cause: fmt.Sprintf(format, args...), Remedy: cmp.Or(remedy, known.Remedy)}
+	f := doctor.Found(id, s.Where, s.Name, fmt.Sprintf(format, args...))
+	f.Remedy = cmp.Or(remedy, f.Remedy)
 	s.Findings = append(s.Findings, f)
 	if f.Wrong() {
 		s.State = No
@@ -494,7 +495,7 @@ func (c Case) headscale() *Step {
 func (c Case) refused(s *Step) {
 	n, f := c.Near, c.Far.Tailnet
 	ranges := slices.Compact([]string{rangeText(c.Far.Src, n), rangeText(n.Dst, *c.Far)})
-	line := aclLine(ranges)
+	line := headscale.Accept(ranges)
 	switch {
 	case f.Pairs:
 		s.add(findings.PolicyRefuses, "add the port to a line of acls that has both, such as "+line, "the policy lets %s reach %s on ports %s, and not on %s",
@@ -523,14 +524,6 @@ func rangeText(a netip.Addr, side Side) string {
 		}
 	}
 	return a.String()
-}
-
-func aclLine(ranges []string) string {
-	var dst, src []string
-	for _, r := range ranges {
-		src, dst = append(src, `"`+r+`"`), append(dst, `"`+r+`:*"`)
-	}
-	return fmt.Sprintf(`{"action": "accept", "src": [%s], "dst": [%s]}`, strings.Join(src, ", "), strings.Join(dst, ", "))
 }
 
 // unapproved says why no peer has an address: of the node that should, as far as it was asked.
@@ -564,7 +557,7 @@ func (c Case) unapproved(s *Step, a netip.Addr, owner *Side, end End) {
 		s.State, s.Text = Unknown, fmt.Sprintf("no peer has %s; why could not be looked at: %s", a, c.FarError)
 	case owner.Tailnet.Error != "" || owner.Tailnet.State != tailscale.Running:
 		s.State, s.Text = Follows, fmt.Sprintf("no peer has %s, since tailscaled of %s is away", a, end.Node)
-	case covers(owner.Tailnet.Routes, a) && c.hidden():
+	case netset.Contains(owner.Tailnet.Routes, a) && c.hidden():
 		c.refused(s)
 	default:
 		for _, p := range owner.Tailnet.Advertised {

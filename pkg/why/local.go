@@ -5,12 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os/exec"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/headscale"
 )
@@ -55,7 +55,7 @@ func (l Node) Look(ctx context.Context, a, b string, q Question) (Case, error) {
 	} else if a == Self {
 		c.From.Name = Self + "/" + self
 	} else if near.Src.IsValid() && !isOwn(near.Src) {
-		if !covers(near.Tailnet.Advertised, near.Src) {
+		if !netset.Contains(near.Tailnet.Advertised, near.Src) {
 			return Case{}, fmt.Errorf("%s is no pod of this node and no address of its own: run it on the node that it is on", a)
 		}
 		c.From.Pod = true // one that has no link
@@ -90,10 +90,6 @@ func (l Node) Look(ctx context.Context, a, b string, q Question) (Case, error) {
 	return c, nil
 }
 
-func covers(list []netip.Prefix, a netip.Addr) bool {
-	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
-}
-
 // far asks the node that has, or that Headscale says should have, who is sent to.
 func (l Node) far(ctx context.Context, c *Case) {
 	name := ""
@@ -101,7 +97,7 @@ func (l Node) far(ctx context.Context, c *Case) {
 		name = h.Name
 	}
 	for _, n := range c.approvals() {
-		if name == "" && covers(n.Offered, c.Near.Dst) {
+		if name == "" && netset.Contains(n.Offered, c.Near.Dst) {
 			name, c.To.Node = n.Name, n.Name
 		}
 	}
@@ -113,12 +109,16 @@ func (l Node) far(ctx context.Context, c *Case) {
 		c.FarError = errNoVia
 		return
 	}
-	q := c.Question
-	q.Far, q.Src, q.Dst = true, c.Near.SeenAs.String(), c.Near.Dst.String()
-	if !c.Near.SeenAs.IsValid() {
-		q.Src = c.Near.Src.String()
+	q, err := c.farQuestion()
+	if err != nil {
+		c.FarError = err.Error()
+		return
 	}
-	// No shell: a name is one argument whatever it holds.
+	// No shell: a name is one argument whatever it holds. Who names a machine of the tailnet must not choose an option.
+	if strings.HasPrefix(name, "-") {
+		c.FarError = fmt.Sprintf("%q is no name for --via", name)
+		return
+	}
 	argv := strings.Fields(l.Via)
 	for i := range argv {
 		argv[i] = strings.ReplaceAll(argv[i], "{}", name)

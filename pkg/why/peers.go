@@ -71,14 +71,7 @@ func AskPeers(ctx context.Context, t tailnet) (Peers, error) {
 	free := make(chan struct{}, pingsAtOnce)
 	for i, p := range s.Peers {
 		one := &out.Peers[i]
-		ours := slices.ContainsFunc(p.Tags, func(tag string) bool { return slices.Contains(s.Self.Tags, tag) })
-		*one = Peer{Name: p.Name, IPs: p.IPs, Path: p.Path(), Routes: p.Routes, Handshake: p.Handshake, Node: ours || len(p.Routes) > 0}
-		switch one.Path {
-		case pathDirect:
-			one.Endpoint = p.CurAddr
-		case pathRelayed:
-			one.Endpoint = p.Relay
-		}
+		*one = peerOf(p, s.Self)
 		if !one.Node && !p.Online {
 			one.Path, one.Endpoint = pathOffline, ""
 		}
@@ -92,18 +85,32 @@ func AskPeers(ctx context.Context, t tailnet) (Peers, error) {
 			if !p.Online { // it may answer all the same: its connection to Headscale is what is gone
 				tries = 1
 			}
-			if one.ping(ctx, t, tries); one.Path == pathSilent && !p.Online {
-				one.Path = pathOffline // since a moment ago, so that tailscaled still has a path
-			}
+			one.ping(ctx, t, tries, p.Online)
 		})
 	}
 	wg.Wait()
 	return out, ctx.Err()
 }
 
+// peerOf is a peer as tailscaled has it now.
+func peerOf(p tailscale.Peer, self tailscale.Peer) Peer {
+	ours := slices.ContainsFunc(p.Tags, func(tag string) bool { return slices.Contains(self.Tags, tag) })
+	out := Peer{Name: p.Name, IPs: p.IPs, Path: p.Path(), Routes: p.Routes, Handshake: p.Handshake, Node: ours || len(p.Routes) > 0}
+	switch out.Path {
+	case pathDirect:
+		out.Endpoint = p.CurAddr
+	case pathRelayed:
+		out.Endpoint = p.Relay
+	}
+	return out
+}
+
 // ping asks the peer until it answers directly, so many times.
-func (p *Peer) ping(ctx context.Context, t tailnet, tries int) {
+func (p *Peer) ping(ctx context.Context, t tailnet, tries int, online bool) {
 	p.Path, p.Endpoint = pathSilent, ""
+	if !online {
+		p.Path = pathOffline // since a moment ago, where tailscaled still has a path
+	}
 	for range tries {
 		ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 		pong, err := t.Ping(ctx, p.IPs[0], 0)

@@ -47,7 +47,7 @@ func (m Mesh) Table(out io.Writer, width int) error {
 	}
 	for _, r := range m.Nodes {
 		if r.Error != "" {
-			b.WriteString("\n" + fold(r.Node+" ", 4, "could not be asked: "+printable.Line(r.Error), width))
+			b.WriteString("\n" + printable.Fold(r.Node+" ", 4, "could not be asked: "+printable.Line(r.Error), width))
 		}
 	}
 	_, err := io.WriteString(out, b.String())

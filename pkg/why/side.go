@@ -16,11 +16,13 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/internal/nfnl"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking/podlink"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/report"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -226,7 +228,11 @@ func (p Place) askTailscaled(ctx context.Context, s *Side) (st tailscale.Status)
 		return st
 	}
 	s.Tailnet.State, s.Tailnet.Name, s.Tailnet.IPs, s.Tailnet.Routes = st.State, st.Self.Name, st.Self.IPs, st.Self.Routes
-	s.Tailnet.Tun = cmp.Or(linkWith(st.Self.IPs), existing(names.DaemonTun, names.HostTun))
+	if tun, err := tailscale.FindTun(st.Self.IPs, tailscale.Links); err == nil {
+		s.Tailnet.Tun = tun.Name
+	} else {
+		s.Tailnet.Tun = existing(names.DaemonTun, names.HostTun)
+	}
 	if prefs, err := p.Tailscaled.Prefs(ctx); err == nil {
 		s.Tailnet.Advertised = prefs.AdvertiseRoutes
 	}
@@ -238,24 +244,6 @@ func existing(links ...string) string {
 	for _, name := range links {
 		if _, err := netlink.LinkByName(name); err == nil {
 			return name
-		}
-	}
-	return ""
-}
-
-// linkWith is the link that has one of the addresses.
-func linkWith(addrs []netip.Addr) string {
-	all, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return ""
-	}
-	for _, a := range all {
-		ip, _ := netip.AddrFromSlice(a.IP)
-		if !slices.Contains(addrs, ip.Unmap()) {
-			continue
-		}
-		if l, err := netlink.LinkByIndex(a.LinkIndex); err == nil {
-			return l.Attrs().Name
 		}
 	}
 	return ""
@@ -293,14 +281,7 @@ func (s *Side) ends(q Question, links map[string]podlink.Attachment, st tailscal
 			return nil
 		}
 	}
-	return fmt.Errorf("%s has %s addresses alone, and %s has none", q.Src, family(src[0]), q.Dst)
-}
-
-func family(a netip.Addr) string {
-	if a.Is4() {
-		return "IPv4"
-	}
-	return "IPv6"
+	return fmt.Errorf("%s has %s addresses alone, and %s has none", q.Src, netset.Family(src[0]), q.Dst)
 }
 
 func ofFamily(list []netip.Addr, like netip.Addr) netip.Addr {
@@ -424,7 +405,7 @@ func lookup(dst, src netip.Addr, iif string) (out Route) {
 
 // guardOf asks our table of the family for the addresses.
 func guardOf(src, dst netip.Addr) (g Guard) {
-	set := nfnl.Set{Family: unix.NFPROTO_IPV4, Table: names.NFTTable, Name: "cluster"}
+	set := nfnl.Set{Family: unix.NFPROTO_IPV4, Table: names.NFTTable, Name: nft.SetCluster}
 	if dst.Is6() {
 		set.Family = unix.NFPROTO_IPV6
 	}
@@ -463,16 +444,11 @@ func (p Place) askTailnet(ctx context.Context, s *Side, q Question, st tailscale
 		return
 	}
 	if h, ok := st.Holder(other); ok {
-		one := &Peer{Name: h.Name, IPs: h.IPs, Path: h.Path(), Routes: h.Routes, Handshake: h.Handshake, Endpoint: h.CurAddr}
-		if one.Path == pathRelayed {
-			one.Endpoint = h.Relay
-		}
-		s.Tailnet.Holder, s.Tailnet.Online = one, h.Online
+		one := peerOf(h, st.Self)
 		if !q.Far && len(one.IPs) > 0 {
-			if one.ping(ctx, p.Tailscaled, pingTries); one.Path == pathSilent && !h.Online {
-				one.Path = pathOffline
-			}
+			one.ping(ctx, p.Tailscaled, pingTries, h.Online)
 		}
+		s.Tailnet.Holder, s.Tailnet.Online = &one, h.Online
 	}
 	if !q.Far {
 		return
@@ -486,7 +462,7 @@ func (p Place) askTailnet(ctx context.Context, s *Side, q Question, st tailscale
 	ok := f.Accepts(s.Src, s.Dst, proto, q.Port)
 	s.Tailnet.Accepts, s.Tailnet.Pairs, s.Tailnet.Ports = &ok, f.Pairs(s.Src, s.Dst), f.Ports(s.Src, s.Dst)
 	for _, m := range f {
-		s.Tailnet.KnowsSrc = s.Tailnet.KnowsSrc || slices.ContainsFunc(m.Srcs, func(p netip.Prefix) bool { return p.Contains(s.Src) })
+		s.Tailnet.KnowsSrc = s.Tailnet.KnowsSrc || netset.Contains(m.Srcs, s.Src)
 		s.Tailnet.KnowsDst = s.Tailnet.KnowsDst || slices.ContainsFunc(m.Dsts, func(d tailscale.FilterDst) bool { return d.Net.Contains(s.Dst) })
 	}
 }

@@ -49,8 +49,8 @@ nft 'add table ip headcni; add set ip headcni cluster { type ipv4_addr; flags in
 		if g := guardOf(netip.MustParseAddr("fd00::1"), netip.MustParseAddr("fd00::2")); g.Error == "" {
 			t.Error("there is no table of IPv6, and no error")
 		}
-		if name := linkWith([]netip.Addr{netip.MustParseAddr("100.64.0.1")}); name != "tun0" || !isOwn(netip.MustParseAddr("192.0.2.11")) || isOwn(own) {
-			t.Errorf("the tunnel is %q", name)
+		if !isOwn(netip.MustParseAddr("192.0.2.11")) || isOwn(own) {
+			t.Error("which addresses are the node's own is wrong")
 		}
 		return nil
 	})

@@ -41,7 +41,7 @@ func (r Report) Print(out io.Writer, width int) error {
 	b := &strings.Builder{}
 	width = cmp.Or(width, lineWidth)
 	answer := map[Verdict]string{Yes: "YES", NoWay: "NO", Unsure: "COULD NOT LOOK"}[r.Verdict]
-	b.WriteString(fold("", 4, r.From.text("")+"  ->  "+r.To.text(r.Port)+"   "+answer, width) + "\n")
+	b.WriteString(printable.Fold("", 4, r.From.text("")+"  ->  "+r.To.text(r.Port)+"   "+answer, width) + "\n")
 	name, where := 0, 0
 	for _, s := range r.Steps {
 		name, where = max(name, utf8.RuneCountInString(s.Name)), max(where, utf8.RuneCountInString(s.Where))
@@ -57,7 +57,7 @@ func (r Report) Print(out io.Writer, width int) error {
 		for _, f := range s.Findings {
 			text = string(f.ID) + " " + text
 		}
-		b.WriteString(fold(head, utf8.RuneCountInString(head), text, width))
+		b.WriteString(printable.Fold(head, utf8.RuneCountInString(head), text, width))
 	}
 	b.WriteString("\n")
 	r.end(b, width)
@@ -72,7 +72,7 @@ func (r Report) end(b *strings.Builder, width int) {
 		b.WriteString("YES\n")
 	case Unsure:
 		s := r.Steps[r.Step-1]
-		b.WriteString(fold("", 4, fmt.Sprintf("As far as could be looked at nothing keeps it; COULD NOT LOOK at step %d, %s of %s: %s", r.Step, s.Name, s.Where, printable.Line(s.Text)), width))
+		b.WriteString(printable.Fold("", 4, fmt.Sprintf("As far as could be looked at nothing keeps it; COULD NOT LOOK at step %d, %s of %s: %s", r.Step, s.Name, s.Where, printable.Line(s.Text)), width))
 	case NoWay:
 		first := true
 		for i, s := range r.Steps {
@@ -85,9 +85,9 @@ func (r Report) end(b *strings.Builder, width int) {
 			}
 			first = false
 			for _, f := range s.Findings {
-				b.WriteString(fold(head, 4, printable.Line(f.Title)+" ("+string(f.ID)+")", width))
-				b.WriteString(fold("  why   ", 8, printable.Line(f.Cause), width))
-				b.WriteString(fold("  do    ", 8, printable.Line(f.Remedy), width))
+				b.WriteString(printable.Fold(head, 4, printable.Line(f.Title)+" ("+string(f.ID)+")", width))
+				b.WriteString(printable.Fold("  why   ", 8, printable.Line(f.Cause), width))
+				b.WriteString(printable.Fold("  do    ", 8, printable.Line(f.Remedy), width))
 				head = "and: "
 			}
 		}
@@ -95,8 +95,8 @@ func (r Report) end(b *strings.Builder, width int) {
 	for i, s := range r.Steps {
 		for _, f := range s.Findings {
 			if s.State == Warn {
-				b.WriteString(fold(fmt.Sprintf("WARNING, at step %d: ", i+1), 4, printable.Line(f.Title)+" ("+string(f.ID)+")", width))
-				b.WriteString(fold("  do    ", 8, printable.Line(f.Remedy), width))
+				b.WriteString(printable.Fold(fmt.Sprintf("WARNING, at step %d: ", i+1), 4, printable.Line(f.Title)+" ("+string(f.ID)+")", width))
+				b.WriteString(printable.Fold("  do    ", 8, printable.Line(f.Remedy), width))
 			}
 		}
 	}

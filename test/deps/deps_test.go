@@ -73,12 +73,12 @@ var level = map[string]int{
 	"pkg/policy/report": 4,
 	"pkg/policy/watch":  4,
 
-	"pkg/connectivity":   5,
 	"pkg/doctor":         5,
 	"pkg/leases":         5,
 	"pkg/policy/agent":   5,
 	"pkg/policy/explain": 5,
 
+	"pkg/connectivity":      6,
 	"pkg/policy/nodepolicy": 6,
 	"pkg/policy/subnets":    6,
 	"pkg/sysdump":           6,

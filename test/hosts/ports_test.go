@@ -53,6 +53,17 @@ func TestHostPortsOutliveAFlush(t *testing.T) {
 					t.Errorf("the node does not reach its own %s: %v", at(v6), err)
 				}
 			}
+			// While a link has another name its pod is nobody's; what it was given outlives that.
+			link := p.Result.Interfaces[0].Name
+			labtest.Sh(t, n.Machine, "ip link set %s name renamed0", link)
+			labtest.Eventually(t, "wait for the link's name", func() error {
+				_, err := n.Net.LinkByName(link)
+				return err
+			})
+			labtest.Ready(t, n)
+			labtest.Sh(t, n.Machine, "nft flush ruleset")
+			labtest.Ready(t, n)
+			reached("after its link had another name, and another flush")
 			labtest.Kill(t, n.Daemon)
 			reached("without the daemon")
 			next := p.Addrs
@@ -60,6 +71,7 @@ func TestHostPortsOutliveAFlush(t *testing.T) {
 				t.Fatal(err)
 			}
 			labtest.StartDaemon(t, n)
+			labtest.Ready(t, n)
 			for _, a := range next {
 				labtest.Sh(t, n.Machine, "! nft list ruleset | grep -F 'dnat to %s'", netip.AddrPortFrom(a, lab.EchoPort))
 			}

@@ -1,16 +1,17 @@
-package why
+package printable
 
 import (
 	"strings"
 	"unicode/utf8"
 )
 
-// fold puts a text behind a head, in lines of at most so many columns where a word allows, each but the first behind so many blanks.
-func fold(head string, indent int, text string, width int) string {
+// Fold puts a text behind a head, in lines of at most width columns where a word allows, each but the first behind so many blanks. A width
+// of 0 is none.
+func Fold(head string, indent int, text string, width int) string {
 	var b strings.Builder
 	line, empty := head, true
 	for _, word := range strings.Fields(text) {
-		if !empty && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width {
+		if width > 0 && !empty && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width {
 			b.WriteString(line + "\n")
 			line, empty = strings.Repeat(" ", indent), true
 		}
