@@ -334,3 +334,18 @@ func TestPeers(t *testing.T) {
 		t.Error("not all pairs")
 	}
 }
+
+func TestPodName(t *testing.T) {
+	seen := map[string]string{}
+	long := strings.Repeat("n", 70)
+	for _, node := range []string{"worker-1", "a.b", "a-b", long, long + "x", "ip-10-0-0-1.eu-central-1.compute.internal"} {
+		name := podName(asks, node)
+		if len(name) > 63 || strings.Contains(name, ".") || seen[name] != "" {
+			t.Errorf("%s is %s, as %q is", node, name, seen[name])
+		}
+		seen[name] = node
+	}
+	if got := podName(asks, "worker-1"); got != "asks-worker-1" {
+		t.Errorf("a plain name became %s", got)
+	}
+}

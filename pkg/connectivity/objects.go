@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"net/netip"
 	"strings"
 	"time"
@@ -148,9 +149,18 @@ func (t *test) remove(ctx context.Context) error {
 	return nil
 }
 
+// podName is the node's name where that is a label (RFC 1123) that is short enough, since a pod's name is its host name too; else what fits of
+// it, and a hash: two nodes never share one.
 func podName(role, node string) string {
-	name := role + "-" + strings.ReplaceAll(node, ".", "-")
-	return strings.TrimRight(name[:min(len(name), 63)], "-")
+	const longest = 63
+	name := role + "-" + node
+	if len(name) <= longest && !strings.Contains(name, ".") {
+		return name
+	}
+	hash := fnv.New32a()
+	hash.Write([]byte(node))
+	name = strings.ReplaceAll(name, ".", "-")
+	return fmt.Sprintf("%s-%08x", name[:min(len(name), longest-9)], hash.Sum32())
 }
 
 // pod is one that complies with Pod Security "restricted", but for the hostPort.
