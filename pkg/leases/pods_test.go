@@ -91,7 +91,7 @@ func TestMendChanged(t *testing.T) {
 	link := podlink.Name("pod", "eth0")
 	make := func(mac string) {
 		host.Run(t, "sh", "-ec", strings.NewReplacer("LINK", link, "MAC", mac).Replace(
-			`ip link add LINK mtu 1280 address MAC type veth; ip link set LINK alias "net pod/eth0"; ip link set LINK up; ip route add 10.244.1.7 dev LINK proto static`))
+			`ip link add LINK mtu 1280 address MAC type veth; ip link set LINK alias "net pod/eth0"; ip link set LINK up; ip route add 10.244.1.7 dev LINK proto kernel`))
 	}
 	state := func() string {
 		return host.Run(t, "sh", "-c", "ip link show "+link+" | sed 's/^[0-9]*: //'; ip route show 10.244.1.7")

@@ -100,13 +100,13 @@ func (r *requests) neighbour(index uint32, a netip.Addr, mac net.HardwareAddr) {
 	r.add(unix.RTM_NEWNEIGH, makeNew, m, nl.NewRtAttr(unix.NDA_DST, a.AsSlice()), nl.NewRtAttr(unix.NDA_LLADDR, mac))
 }
 
-// route: ip route add DST [via GATEWAY onlink] dev LINK
+// route: ip route add DST [via GATEWAY onlink] dev LINK, or ip route add DST dev LINK proto kernel
 func (r *requests) route(index uint32, dst netip.Prefix, gateway netip.Addr) {
 	m := nl.NewRtMsg()
-	m.Family, m.Dst_len, m.Protocol, m.Scope = unix.AF_INET, uint8(dst.Bits()), unix.RTPROT_STATIC, unix.RT_SCOPE_LINK
+	m.Family, m.Dst_len, m.Protocol, m.Scope = unix.AF_INET, uint8(dst.Bits()), unix.RTPROT_KERNEL, unix.RT_SCOPE_LINK
 	parts := []nl.NetlinkRequestData{m, nl.NewRtAttr(unix.RTA_DST, dst.Addr().AsSlice()), attr32(unix.RTA_OIF, index)}
 	if gateway.IsValid() {
-		m.Scope, m.Flags = unix.RT_SCOPE_UNIVERSE, unix.RTNH_F_ONLINK
+		m.Protocol, m.Scope, m.Flags = unix.RTPROT_STATIC, unix.RT_SCOPE_UNIVERSE, unix.RTNH_F_ONLINK
 		parts = append(parts, nl.NewRtAttr(unix.RTA_GATEWAY, gateway.AsSlice()))
 	}
 	r.add(unix.RTM_NEWROUTE, makeNew, parts...)

@@ -111,7 +111,7 @@ func (n node) empty(t *testing.T) {
 func (n node) state(t *testing.T, l Pair) []string {
 	t.Helper()
 	clean := strings.NewReplacer(l.HostMAC.String(), "HOSTMAC", l.PodMAC.String(), "PODMAC", l.HostName, "HOST")
-	spaces, leftOut := regexp.MustCompile(`\s+`), regexp.MustCompile(`^(fe80::/64|ff00|fd00.* proto kernel|.*linkdown)`)
+	spaces, leftOut := regexp.MustCompile(`\s+`), regexp.MustCompile(`^(fe80::/64|ff00|fd00.* proto kernel metric 256|.*linkdown)`)
 	var lines []string
 	for _, c := range []struct {
 		ns   *nstest.NS
@@ -136,14 +136,14 @@ func (n node) state(t *testing.T, l Pair) []string {
 func TestAttach(t *testing.T) {
 	want4 := []string{
 		"host 10.244.1.2 lladdr PODMAC PERMANENT",
-		"host 10.244.1.2 proto static scope link",
+		"host 10.244.1.2 proto kernel scope link",
 		"pod 169.254.1.1 lladdr HOSTMAC PERMANENT",
 		"pod default via 169.254.1.1 proto static onlink",
 		"pod eth0 inet 10.244.1.2/32 scope global eth0",
 	}
 	want6 := []string{
 		"host fd00:244:1::2 lladdr PODMAC PERMANENT",
-		"host fd00:244:1::2 proto static metric 1024 pref medium",
+		"host fd00:244:1::2 proto kernel metric 1024 pref medium",
 		"pod default via fe80::1 proto static metric 1024 onlink pref medium",
 		"pod eth0 inet6 fd00:244:1::2/128 scope global nodad",
 		"pod fe80::1 lladdr HOSTMAC PERMANENT",

@@ -295,14 +295,14 @@ func hostRoutes(c *rtnl.Conn) (map[int][]netip.Addr, map[netip.Addr]way, error) 
 		r.Uint32(0)
 		seen := map[netip.Addr]bool{} // a dump that is begun again comes twice
 		err := c.Dump(r, func(b []byte) {
-			a, w, static, ok := hostRoute(b)
+			a, w, leads, ok := hostRoute(b)
 			if !ok {
 				return
 			}
 			if best, known := ways[a]; !known || w.metric < best.metric {
 				ways[a] = w
 			}
-			if static && !seen[a] {
+			if leads && !seen[a] {
 				seen[a] = true
 				routes[w.link] = append(routes[w.link], a)
 			}
@@ -314,8 +314,9 @@ func hostRoutes(c *rtnl.Conn) (map[int][]netip.Addr, map[netip.Addr]way, error) 
 	return routes, ways, nil
 }
 
-// hostRoute reads a route to a single address in the main table. static tells that neither the kernel nor a routing protocol made it.
-func hostRoute(b []byte) (a netip.Addr, w way, static, ok bool) {
+// hostRoute reads a route to a single address in the main table. leads tells that it is there for who has the address: the kernel makes
+// none as addRoute does, and routes of other plugins are static, as ours once were.
+func hostRoute(b []byte) (a netip.Addr, w way, leads, ok bool) {
 	if len(b) < unix.SizeofRtMsg {
 		return a, w, false, false
 	}
@@ -332,12 +333,12 @@ func hostRoute(b []byte) (a netip.Addr, w way, static, ok bool) {
 		return 0
 	}
 	w = way{link: number(unix.RTA_OIF), metric: number(unix.RTA_PRIORITY)}
-	static = m.Protocol == unix.RTPROT_STATIC && w.link != 0
-	w.asMade = static && m.Type == unix.RTN_UNICAST && m.Tos == 0 && w.metric == ownMetric(a)
+	static := m.Protocol == unix.RTPROT_STATIC
+	w.asMade = (static || m.Protocol == protocols["host"]) && w.link != 0 && m.Type == unix.RTN_UNICAST && m.Tos == 0 && w.metric == ownMetric(a)
 	for _, other := range []uint16{unix.RTA_GATEWAY, unix.RTA_VIA, unix.RTA_PREFSRC, unix.RTA_METRICS, unix.RTA_ENCAP} {
 		w.asMade = w.asMade && len(attrs[other]) == 0
 	}
-	return a, w, static, true
+	return a, w, w.asMade || static && w.link != 0, true
 }
 
 // ownMetric is that of a route that asks for none.

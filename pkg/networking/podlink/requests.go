@@ -153,14 +153,18 @@ func deleteRoute(index int, route Route) rtnl.Request {
 	return r
 }
 
-// replaceRoute: ip route replace ADDR dev LINK
+// replaceRoute: ip route replace ADDR dev LINK proto kernel
 func replaceRoute(index int, a netip.Addr) rtnl.Request {
 	r := addRoute("host", index, Route{Dst: netip.PrefixFrom(a, a.BitLen())})
 	r.Flags = unix.NLM_F_CREATE | unix.NLM_F_REPLACE
 	return r
 }
 
-// addRoute: ip route add DST [via GATEWAY onlink] dev LINK [mtu N] [advmss N] [metric N] [table N] [scope N]
+// protocols say who has made a route. On the node that is the kernel: systemd-networkd deletes routes of any other from links that it
+// manages, and on some hosts it manages all (`[Match] Name=*`). In the pod there is nobody but us.
+var protocols = map[string]byte{"host": unix.RTPROT_KERNEL, "pod": unix.RTPROT_STATIC}
+
+// addRoute: ip route add DST [via GATEWAY onlink] dev LINK proto PROTOCOL [mtu N] [advmss N] [metric N] [table N] [scope N]
 func addRoute(side string, index int, route Route) rtnl.Request {
 	r := rtnl.Request{What: fmt.Sprintf("add %s route %s", side, route.Dst), Type: unix.RTM_NEWROUTE, Flags: rtnl.Create}
 	table, scope := route.table(), unix.RT_SCOPE_LINK
@@ -179,7 +183,7 @@ func addRoute(side string, index int, route Route) rtnl.Request {
 	if table > 255 {
 		short = unix.RT_TABLE_UNSPEC
 	}
-	r.Bytes(rtnl.Family(route.Dst.Addr()), byte(route.Dst.Bits()), 0, 0, byte(short), unix.RTPROT_STATIC, byte(scope), unix.RTN_UNICAST)
+	r.Bytes(rtnl.Family(route.Dst.Addr()), byte(route.Dst.Bits()), 0, 0, byte(short), protocols[side], byte(scope), unix.RTN_UNICAST)
 	r.Uint32(flags)
 	r.Attr(unix.RTA_DST, route.Dst.Addr().AsSlice())
 	r.AttrUint32(unix.RTA_OIF, uint32(index))
