@@ -53,6 +53,7 @@ const (
 	Prefs               ID = "HC216"
 	NoTunnelDevice      ID = "HC217"
 	TwoTailscaleds      ID = "HC218"
+	ShieldsUp           ID = "HC219"
 	HeadscaleUnreached  ID = "HC220"
 	APIKeyRefused       ID = "HC221"
 	APIKeyEnds          ID = "HC222"
@@ -254,6 +255,9 @@ var Table = []Finding{
 	{TwoTailscaleds, Fail, "the dedicated tailscaled does not start beside the host's own",
 		"Two in one network namespace break each other's routes.",
 		"set tailscale.mode: host to use the host's, or stop and disable that."},
+	{ShieldsUp, Fail, "tailscaled lets nothing in",
+		"Somebody ran `tailscale set --shields-up` on the host: what other nodes and their pods begin towards this node's pods is dropped. HeadCNI does not undo that.",
+		"`tailscale set --shields-up=false` on the node; what may reach the node itself is for Headscale's policy to say."},
 	{HeadscaleUnreached, Fail, "Headscale cannot be reached",
 		"Headscale is down, or the node's way to it, its name or a proxy is. Nodes that are in the tailnet go on; nobody joins and nothing is approved.",
 		"`curl -v URL/health` on the node; see that Headscale runs and that headscale.url is right."},

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 // Prefs are the tailscaled prefs that concern us (ipn.Prefs).
@@ -21,7 +23,9 @@ type Prefs struct {
 	NoSNAT          bool
 	// NoStatefulFiltering is an opt.Bool: true, false or null, which means unset.
 	NoStatefulFiltering *bool
-	ExitNodeID          string
+	// ShieldsUp has tailscaled drop whatever peers begin, also towards pods. It is the user's own wish, and never changed.
+	ShieldsUp  bool
+	ExitNodeID string
 	// ExitNodeIP is "" or an address.
 	ExitNodeIP string
 }
@@ -78,7 +82,7 @@ func (c *Client) Prefs(ctx context.Context) (Prefs, error) {
 }
 
 // EnsurePrefs reads the prefs, merges ours in and writes only what differs. It says what it changed, such as
-// "RouteAll=true". It works before the login too. Two writers at once can undo each other's routes, as with every client of
+// "RouteAll=true". Shields that are up are an error. It works before the login too. Two writers at once can undo each other's routes, as with every client of
 // tailscaled; the next pass sees it.
 func (c *Client) EnsurePrefs(ctx context.Context, spec PrefsSpec) (changed []string, err error) {
 	have, err := c.Prefs(ctx)
@@ -89,8 +93,14 @@ func (c *Client) EnsurePrefs(ctx context.Context, spec PrefsSpec) (changed []str
 	if err := c.edit(ctx, e); err != nil {
 		return nil, fmt.Errorf("set tailscaled's prefs %s: %w", strings.Join(e.changes, ", "), err)
 	}
+	if have.ShieldsUp {
+		return e.changes, errShieldsUp
+	}
 	return e.changes, nil
 }
+
+var errShieldsUp = findings.New(findings.ShieldsUp, "tailscaled's shields are up: it drops what other nodes' pods begin towards pods of this node; "+
+	"run `tailscale set --shields-up=false`")
 
 // RestorePrefs puts saved back and takes own out of AdvertiseRoutes, but for those that the user advertised too. What
 // the user has changed since then in a pref that we set is not ours to know: the saved value wins.

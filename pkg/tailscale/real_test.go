@@ -15,6 +15,7 @@ import (
 
 	"github.com/headcni/headcni/internal/realparts"
 	"github.com/headcni/headcni/pkg/config/secret"
+	"github.com/headcni/headcni/pkg/findings"
 )
 
 const testBatch = 10 * time.Millisecond
@@ -190,6 +191,13 @@ func TestRealPrefs(t *testing.T) {
 	if now.Hostname != "mine" || !now.CorpDNS || !now.RouteAll || !now.NoSNAT || now.NoStatefulFiltering == nil || !*now.NoStatefulFiltering {
 		t.Errorf("prefs now: %+v", now)
 	}
+
+	// What tailscaled lets in is the user's to say.
+	d.CLI("set", "--shields-up")
+	if changed, err := c.EnsurePrefs(ctx, spec); findings.IDOf(err) != findings.ShieldsUp || len(changed) != 0 {
+		t.Errorf("with shields up: %v, %v", changed, err)
+	}
+	d.CLI("set", "--shields-up=false")
 
 	// The CIDR moves; the user's route and ours of before are told apart.
 	moved := PrefsSpec{AdvertiseRoutes: prefixes("10.244.9.0/24"), DropRoutes: spec.AdvertiseRoutes}

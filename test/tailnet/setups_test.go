@@ -48,6 +48,7 @@ var brokenSetups = []setup{
 	{name: "the dedicated tailscaled is dead", at: ownDaemon, do: endTailscaled, undo: startTailscaled, want: findings.TailscaledSilent, says: "headcni-tailscaled"},
 	{name: "tailscaled writes the host's resolver", at: ownHost, sh: "tailscale set --accept-dns=true", mend: "tailscale set --accept-dns=false", want: findings.NamesRisk, says: "accept-dns"},
 	{name: "tailscale down", at: ownHost, sh: "tailscale down", mend: "tailscale up", want: findings.TailscaledStopped, says: "tailscale up"},
+	{name: "tailscaled's shields are up", at: ownHost, sh: "tailscale set --shields-up", mend: "tailscale set --shields-up=false", want: findings.ShieldsUp, says: "shields-up=false"},
 	{name: "the API key is wrong", at: ownHost, sh: keepKey + "(umask 077; echo " + wrongKey + " >" + lab.KeyFile + ")", mend: backKey, restart: true, want: findings.APIKeyRefused, says: "refused"},
 	{name: "the API key has ended", at: ownDaemon, do: expiredKey, mend: backKey, restart: true, want: findings.APIKeyRefused, says: "refused"},
 	{name: "there is no key", at: ownHost, sh: keepKey, mend: backKey, restart: true, want: findings.NoKey, says: "api-key"},
