@@ -131,6 +131,27 @@ func TestMapIsWhole(t *testing.T) {
 	}
 }
 
+// TestNothingStandsTwice: a merge of two branches can leave a row or a point of a list twice. Heads of tables may repeat, and errors.md
+// is generated.
+func TestNothingStandsTwice(t *testing.T) {
+	for _, name := range append(guides(t), "README_CN.md", "CONTRIBUTING.md", "CHANGELOG.md") {
+		if name == "docs/errors.md" {
+			continue
+		}
+		lines := strings.Split(fence.ReplaceAllString(read(t, name), ""), "\n")
+		seen := map[string]bool{}
+		for i, line := range lines {
+			if len(line) < 60 || i+1 < len(lines) && strings.HasPrefix(lines[i+1], "|---") {
+				continue
+			}
+			if seen[line] {
+				t.Errorf("%s has this line twice: %s", name, line)
+			}
+			seen[line] = true
+		}
+	}
+}
+
 func TestDecisionsAreListed(t *testing.T) {
 	index := read(t, "docs/adr/README.md")
 	files, err := filepath.Glob(filepath.Join(root, "docs/adr/0*.md"))
