@@ -23,7 +23,7 @@ func (c *Controller) watchServices(ctx context.Context) {
 	type kept = *records.Service
 	key := func(s *records.Service) string { return s.Namespace + "/" + s.Name }
 	kube.Follow(ctx, c.client, c.client.Services(metav1.NamespaceAll), &corev1.Service{}, kube.Feed[*corev1.Service, kept]{
-		Keep: serviceOf,
+		Trim: serviceOf,
 		Replace: func(all []kept) {
 			next := map[string]records.Service{}
 			for _, s := range all {

@@ -21,10 +21,11 @@ const (
 	listTimeout = 30 * time.Second
 )
 
-// Feed takes what Follow learns of objects T. It keeps a V of each: thousands of whole objects would be in memory for a moment
-// otherwise. One call comes after the other but those of Answered.
+// Feed takes what Follow learns of objects T. It keeps a V of each: otherwise thousands of whole objects would be in memory for a moment.
+// Calls come one after the other, except those of Answered.
 type Feed[T, V any] struct {
-	Keep func(T) V
+	// Trim copies of an object only what is kept.
+	Trim func(T) V
 	// Replace takes all there are, at the start and whenever events may have been missed.
 	Replace func([]V)
 	// Set is told of an object that is new or has changed, Remove of one that has gone, as it was last.
@@ -37,7 +38,7 @@ type Feed[T, V any] struct {
 func Follow[T object, L runtime.Object, V any](ctx context.Context, client Client, objects Objects[T, L], empty T, f Feed[T, V]) {
 	// The library logs each failed try; the feed hears of them.
 	ctx = klog.NewContext(ctx, klog.New(nil))
-	r := reflection[T, V]{feed: f, rest: &metav1.ObjectMeta{}}
+	r := reflectorStore[T, V]{feed: f, meta: &metav1.ObjectMeta{}}
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			// In pages also where the library would take everything at once from the server's cache.
@@ -51,7 +52,7 @@ func Follow[T object, L runtime.Object, V any](ctx context.Context, client Clien
 			if err != nil {
 				return nil, err
 			}
-			return r.keepList(list)
+			return r.trimList(list)
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			events, err := objects.Watch(ctx, o)
@@ -63,32 +64,32 @@ func Follow[T object, L runtime.Object, V any](ctx context.Context, client Clien
 		cache.ReflectorOptions{Name: fmt.Sprintf("%T", empty)}).RunWithContext(ctx)
 }
 
-// kept is what is kept of an object, on its way through the library, which asks it for its name and its version.
-type kept[V any] struct {
+// trimmed is what is kept of an object, in the form that client-go passes around: it asks for name and version.
+type trimmed[V any] struct {
 	metav1.Object // empty, and of all
 	namespace     string
 	name, version string
-	of            V
+	value         V
 }
 
-func (k *kept[V]) GetNamespace() string             { return k.namespace }
-func (k *kept[V]) GetName() string                  { return k.name }
-func (k *kept[V]) GetResourceVersion() string       { return k.version }
-func (k *kept[V]) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
-func (k *kept[V]) DeepCopyObject() runtime.Object   { return k }
+func (k *trimmed[V]) GetNamespace() string             { return k.namespace }
+func (k *trimmed[V]) GetName() string                  { return k.name }
+func (k *trimmed[V]) GetResourceVersion() string       { return k.version }
+func (k *trimmed[V]) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
+func (k *trimmed[V]) DeepCopyObject() runtime.Object   { return k }
 
-// reflection is a Feed as the library wants it.
-type reflection[T object, V any] struct {
+// reflectorStore is a Feed in the form that client-go's Reflector writes to.
+type reflectorStore[T object, V any] struct {
 	feed Feed[T, V]
-	rest metav1.Object // what objects say of themselves that is not kept
+	meta metav1.Object // the metadata of every trimmed object, but for name, namespace and version
 }
 
-func (r reflection[T, V]) keep(o T) *kept[V] {
-	return &kept[V]{Object: r.rest, namespace: o.GetNamespace(), name: o.GetName(), version: o.GetResourceVersion(), of: r.feed.Keep(o)}
+func (r reflectorStore[T, V]) trim(o T) *trimmed[V] {
+	return &trimmed[V]{Object: r.meta, namespace: o.GetNamespace(), name: o.GetName(), version: o.GetResourceVersion(), value: r.feed.Trim(o)}
 }
 
-// keepList makes a list of what is kept of one page.
-func (r reflection[T, V]) keepList(list runtime.Object) (runtime.Object, error) {
+// trimList trims the objects of one page.
+func (r reflectorStore[T, V]) trimList(list runtime.Object) (runtime.Object, error) {
 	from, err := meta.ListAccessor(list)
 	if err != nil {
 		return nil, err
@@ -96,46 +97,46 @@ func (r reflection[T, V]) keepList(list runtime.Object) (runtime.Object, error) 
 	out := &metav1.List{ListMeta: metav1.ListMeta{ResourceVersion: from.GetResourceVersion(), Continue: from.GetContinue()}}
 	err = meta.EachListItem(list, func(o runtime.Object) error {
 		if whole, ok := o.(T); ok {
-			out.Items = append(out.Items, runtime.RawExtension{Object: r.keep(whole)})
+			out.Items = append(out.Items, runtime.RawExtension{Object: r.trim(whole)})
 		}
 		return nil
 	})
 	return out, err
 }
 
-func (r reflection[T, V]) Add(obj any) error    { return r.with(obj, r.feed.Set) }
-func (r reflection[T, V]) Update(obj any) error { return r.with(obj, r.feed.Set) }
-func (r reflection[T, V]) Delete(obj any) error { return r.with(obj, r.feed.Remove) }
-func (r reflection[T, V]) Resync() error        { return nil }
+func (r reflectorStore[T, V]) Add(obj any) error    { return r.with(obj, r.feed.Set) }
+func (r reflectorStore[T, V]) Update(obj any) error { return r.with(obj, r.feed.Set) }
+func (r reflectorStore[T, V]) Delete(obj any) error { return r.with(obj, r.feed.Remove) }
+func (r reflectorStore[T, V]) Resync() error        { return nil }
 
-func (r reflection[T, V]) with(obj any, do func(V)) error {
+func (r reflectorStore[T, V]) with(obj any, do func(V)) error {
 	whole, ok := obj.(T)
 	if !ok {
 		return fmt.Errorf("a %T among others", obj)
 	}
-	do(r.feed.Keep(whole))
+	do(r.feed.Trim(whole))
 	return nil
 }
 
-func (r reflection[T, V]) Replace(list []any, _ string) error {
+func (r reflectorStore[T, V]) Replace(list []any, _ string) error {
 	all := make([]V, 0, len(list))
 	for _, obj := range list {
 		switch o := obj.(type) {
-		case *kept[V]:
-			all = append(all, o.of)
+		case *trimmed[V]:
+			all = append(all, o.value)
 		case T:
-			all = append(all, r.feed.Keep(o))
+			all = append(all, r.feed.Trim(o))
 		}
 	}
 	r.feed.Replace(all)
 	return nil
 }
 
-// Transformer keeps small what the library gathers of a stream on its way to Replace.
-func (r reflection[T, V]) Transformer() cache.TransformFunc {
+// Transformer trims objects of a stream while client-go gathers them for Replace.
+func (r reflectorStore[T, V]) Transformer() cache.TransformFunc {
 	return func(obj any) (any, error) {
 		if whole, ok := obj.(T); ok {
-			return r.keep(whole), nil
+			return r.trim(whole), nil
 		}
 		return obj, nil
 	}

@@ -40,7 +40,7 @@ func TestFollow(t *testing.T) {
 			var wg sync.WaitGroup
 			wg.Go(func() {
 				kube.Follow(ctx, client, client.Nodes(), &corev1.Node{}, kube.Feed[*corev1.Node, string]{
-					Keep:     func(n *corev1.Node) string { return n.Name + n.Labels["is"] },
+					Trim:     func(n *corev1.Node) string { return n.Name + n.Labels["is"] },
 					Replace:  func(all []string) { tell(fmt.Sprint("all: ", all)) },
 					Set:      func(n string) { tell("set: " + n) },
 					Remove:   func(n string) { tell("removed: " + n) },

@@ -21,6 +21,6 @@ type NodeStore interface {
 // WatchNodes tells a store of all Nodes until ctx ends.
 func WatchNodes(ctx context.Context, client Client, s NodeStore) {
 	Follow(ctx, client, client.Nodes(), &corev1.Node{}, Feed[*corev1.Node, *corev1.Node]{
-		Keep: s.Trim, Replace: s.ReplaceNodes, Set: s.SetNode, Remove: s.RemoveNode, Answered: s.Answered,
+		Trim: s.Trim, Replace: s.ReplaceNodes, Set: s.SetNode, Remove: s.RemoveNode, Answered: s.Answered,
 	})
 }

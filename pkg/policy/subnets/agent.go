@@ -82,7 +82,7 @@ type namespace struct {
 	text string
 }
 
-func keep(n *corev1.Namespace) namespace {
+func trim(n *corev1.Namespace) namespace {
 	return namespace{name: n.Name, uid: n.UID, text: n.Annotations[kube.TailnetSubnets]}
 }
 
@@ -206,7 +206,7 @@ func (a *Agent) parse() map[string][]netip.Prefix {
 // follow keeps Namespaces known.
 func (a *Agent) follow(ctx context.Context) {
 	kube.Follow(ctx, a.Client, a.Client.Namespaces(), &corev1.Namespace{}, kube.Feed[*corev1.Namespace, namespace]{
-		Keep: keep, Answered: a.answered,
+		Trim: trim, Answered: a.answered,
 		Replace: func(all []namespace) {
 			a.change(func() bool {
 				clear(a.namespaces)

@@ -28,9 +28,9 @@ func (p *pod) name() types.NamespacedName {
 	return types.NamespacedName{Namespace: p.Namespace, Name: p.Name}
 }
 
-// keepPod takes from a Pod what policies can ask. Of one with its node's addresses they ask nothing; one that is done has none, but its
+// trimPod takes from a Pod what policies can ask. Of one with its node's addresses they ask nothing; one that is done has none, but its
 // link may still be there.
-func keepPod(p *corev1.Pod) pod {
+func trimPod(p *corev1.Pod) pod {
 	out := pod{Pod: policy.Pod{
 		Namespace: p.Namespace, Name: p.Name, UID: p.UID, Node: p.Spec.NodeName, HostNetwork: p.Spec.HostNetwork,
 		Done:        p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed,
@@ -208,8 +208,8 @@ func (s shared) prune(n int) {
 	}
 }
 
-// keepPolicy leaves out what others write about a policy.
-func keepPolicy(p *networkingv1.NetworkPolicy) *networkingv1.NetworkPolicy {
+// trimPolicy leaves out what others write about a policy.
+func trimPolicy(p *networkingv1.NetworkPolicy) *networkingv1.NetworkPolicy {
 	return &networkingv1.NetworkPolicy{
 		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: p.UID, Generation: p.Generation}, Spec: p.Spec,
 	}

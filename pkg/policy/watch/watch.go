@@ -66,7 +66,7 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		kube.Follow(ctx, w.client, w.client.Pods(""), &corev1.Pod{}, kube.Feed[*corev1.Pod, pod]{
-			Keep: keepPod, Answered: w.answered(kindPods),
+			Trim: trimPod, Answered: w.answered(kindPods),
 			Replace: func(all []pod) { w.replaced(kindPods, func() { w.pods.replace(all) }) },
 			Set:     func(p pod) { w.change(func() bool { return w.pods.set(p) }) },
 			Remove:  func(p pod) { w.change(func() bool { return w.pods.remove(p.name()) }) },
@@ -74,7 +74,7 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 	})
 	wg.Go(func() {
 		kube.Follow(ctx, w.client, w.client.Namespaces(), &corev1.Namespace{}, kube.Feed[*corev1.Namespace, policy.Namespace]{
-			Keep: func(n *corev1.Namespace) policy.Namespace { return policy.Namespace{Name: n.Name, Labels: n.Labels} }, Answered: w.answered(kindNamespaces),
+			Trim: func(n *corev1.Namespace) policy.Namespace { return policy.Namespace{Name: n.Name, Labels: n.Labels} }, Answered: w.answered(kindNamespaces),
 			Replace: func(all []policy.Namespace) { w.replaced(kindNamespaces, func() { w.replaceNamespaces(all) }) },
 			Set:     func(n policy.Namespace) { w.change(func() bool { return w.setNamespace(n) }) },
 			Remove:  func(n policy.Namespace) { w.change(func() bool { return drop(w.namespaces, n.Name) }) },
@@ -82,7 +82,7 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 	})
 	wg.Go(func() {
 		kube.Follow(ctx, w.client, w.client.NetworkPolicies(""), &networkingv1.NetworkPolicy{}, kube.Feed[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicy]{
-			Keep: keepPolicy, Answered: w.answered(kindPolicies),
+			Trim: trimPolicy, Answered: w.answered(kindPolicies),
 			Replace: func(all []*networkingv1.NetworkPolicy) { w.replaced(kindPolicies, func() { w.replacePolicies(all) }) },
 			Set:     func(p *networkingv1.NetworkPolicy) { w.change(func() bool { return w.setPolicy(p) }) },
 			Remove: func(p *networkingv1.NetworkPolicy) {

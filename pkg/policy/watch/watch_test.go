@@ -277,7 +277,7 @@ func TestShared(t *testing.T) {
 	for i := range 100 {
 		p := onNode("b", fmt.Sprint("web-", i), "10.244.2.1")
 		p.Labels = map[string]string{"app": "web", "hash": "1"}
-		s.set(keepPod(p))
+		s.set(trimPod(p))
 	}
 	s.list[0].Labels["probe"] = "x"
 	for i := range s.list {
@@ -288,7 +288,7 @@ func TestShared(t *testing.T) {
 	for i := range 100000 {
 		p := onNode("b", "changing")
 		p.Labels = map[string]string{"n": fmt.Sprint(i)}
-		s.set(keepPod(p))
+		s.set(trimPod(p))
 	}
 	if n := len(s.shared); n > 4*len(s.list)+2048 {
 		t.Errorf("%d texts are kept of %d pods", n, len(s.list))
