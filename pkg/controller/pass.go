@@ -237,7 +237,7 @@ func preAuthAdvice(ranges []netip.Prefix, tags []string) string {
 		if i > 0 {
 			lines += ", "
 		}
-		lines += fmt.Sprintf("\"%s\": %s", r, headscale.Quoted(tags))
+		lines += fmt.Sprintf("\"%s\": %s", r, headscale.JSONList(tags))
 	}
 	return fmt.Sprintf("the key in Secret %s is a pre-auth key: routes are approved only by the policy, which needs \"autoApprovers\": {\"routes\": {%s}}; "+
 		"and then any node with the tag may take any pod range. With an API key headcni-controller approves exactly each Node's own", kube.AuthSecret, lines)

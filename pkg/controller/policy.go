@@ -53,7 +53,7 @@ func checkPolicy(text string, n needs) ([]finding, error) {
 	}
 	p := policy{file}
 	var found []finding
-	if f := p.Lacks(n.ranges, n.tags, n.starCovers); f != "" {
+	if f := p.MissingRules(n.ranges, n.tags, n.starCovers); f != "" {
 		found = append(found, finding{checkACL, f})
 	}
 	if f := p.unreached(n.services, n.starCovers); f != "" {
@@ -64,19 +64,19 @@ func checkPolicy(text string, n needs) ([]finding, error) {
 		if err == nil && slices.ContainsFunc(n.services, r.Overlaps) {
 			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s lead to services in %s, so that one node "+
 				"that was broken into can take the tailnet's traffic to them; headcni-controller approves that for the Nodes that "+
-				"network.advertiseServices chooses: remove the line \"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, headscale.Quoted(who))})
+				"network.advertiseServices chooses: remove the line \"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, headscale.JSONList(who))})
 		}
 		if err == nil && slices.ContainsFunc(n.ranges, r.Overlaps) {
 			found = append(found, finding{checkAutoApprovers, fmt.Sprintf("autoApprovers lets every node of %s take any part of %s, so that one "+
 				"node that was broken into can take other nodes' pods; headcni-controller approves routes by itself: remove the line "+
-				"\"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, headscale.Quoted(who))})
+				"\"%s\": %s from autoApprovers.routes", strings.Join(who, ", "), route, route, headscale.JSONList(who))})
 		}
 	}
 	slices.SortFunc(found, func(a, b finding) int { return strings.Compare(a.text, b.text) })
 	// Older servers know no nodeAttrs and refuse a policy that has any.
 	if !n.starCovers && !p.hasAttr(checkMaps, n.tags) {
 		found = append(found, finding{checkMaps, fmt.Sprintf("a node's tailscaled cannot restart while Headscale is down: add to the policy "+
-			`"nodeAttrs": [{"target": %s, "attr": [%q]}]`, headscale.Quoted(n.tags), checkMaps)})
+			`"nodeAttrs": [{"target": %s, "attr": [%q]}]`, headscale.JSONList(n.tags), checkMaps)})
 	}
 	if !n.starCovers && len(n.sharing) > 0 && !p.hasAttr(checkCGNAT, n.tags) {
 		found = append(found, finding{checkCGNAT, fmt.Sprintf("%s: a network of the host's own is in the tailnet's range %s too, and tailscaled's firewall "+
@@ -114,7 +114,7 @@ func (p policy) unreached(services []netip.Prefix, starCovers bool) string {
 		want = append(want, m+":*")
 	}
 	return fmt.Sprintf("no rule of Headscale's policy lets anybody reach the services of %s: add to acls, for whom you like, {\"action\": \"accept\", "+
-		"\"src\": [\"*\"], \"dst\": %s}", abridge(missing), headscale.Quoted(want[:min(len(want), maxListed)]))
+		"\"src\": [\"*\"], \"dst\": %s}", abridge(missing), headscale.JSONList(want[:min(len(want), maxListed)]))
 }
 
 // overlaps reports whether a rule's destination has an address of r.

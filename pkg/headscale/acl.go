@@ -12,7 +12,7 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 )
 
-// PolicyFile is what we look at of Headscale's policy file.
+// PolicyFile holds the parts of Headscale's policy file that we read.
 type PolicyFile struct {
 	Hosts map[string]string `json:"hosts"`
 	ACLs  []struct {
@@ -34,7 +34,7 @@ type PolicyFile struct {
 	} `json:"nodeAttrs"`
 }
 
-// ReadPolicy reads what Policy has returned.
+// ReadPolicy parses the text that Client.Policy returns.
 func ReadPolicy(text string) (p PolicyFile, err error) {
 	std, err := hujson.Standardize([]byte(text))
 	if err == nil {
@@ -43,9 +43,9 @@ func ReadPolicy(text string) (p PolicyFile, err error) {
 	return p, wrap(err, "read Headscale's policy")
 }
 
-// Lacks says which lines of acls are missing for pods to reach pods, "" where none is. A policy without any rule at all
+// MissingRules says which lines of acls must be added for pods to reach pods, "" where none is missing. A policy without any rule at all
 // allows nothing; one without the key acls allows everything.
-func (p PolicyFile) Lacks(ranges []netip.Prefix, tags []string, starCovers bool) string {
+func (p PolicyFile) MissingRules(ranges []netip.Prefix, tags []string, starCovers bool) string {
 	if p.ACLs == nil && p.Grants == nil {
 		return ""
 	}
@@ -58,16 +58,16 @@ func (p PolicyFile) Lacks(ranges []netip.Prefix, tags []string, starCovers bool)
 	if len(missing) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("pods of %s do not reach each other: add to acls %s", strings.Join(missing, ", "), Accept(slices.Concat(tags, missing)))
+	return fmt.Sprintf("pods of %s do not reach each other: add to acls %s", strings.Join(missing, ", "), AcceptRule(slices.Concat(tags, missing)))
 }
 
-// Accept is the line of acls that lets all of them reach all of them, on every port.
-func Accept(all []string) string {
+// AcceptRule is the line of acls that lets all these addresses and tags reach one another, on every port.
+func AcceptRule(all []string) string {
 	var dst []string
 	for _, s := range all {
 		dst = append(dst, s+":*")
 	}
-	return fmt.Sprintf(`{"action": "accept", "src": %s, "dst": %s}`, Quoted(all), Quoted(dst))
+	return fmt.Sprintf(`{"action": "accept", "src": %s, "dst": %s}`, JSONList(all), JSONList(dst))
 }
 
 // allowed reports whether one rule lets all of r reach all of r on all ports.
@@ -111,8 +111,8 @@ func (p PolicyFile) covered(r netip.Prefix, by []string, starCovers bool) bool {
 	return false
 }
 
-// Quoted is a list as it stands in a policy.
-func Quoted(list []string) string {
+// JSONList is a list as it is written in a policy.
+func JSONList(list []string) string {
 	b, err := json.Marshal(list)
 	if err != nil {
 		return strings.Join(list, ", ") // a list of strings cannot fail

@@ -78,9 +78,9 @@ func New(o Options) (*Client, error) {
 			return nil, err
 		}
 	}
-	// The key goes to the configured place and nowhere else: an answer that sends elsewhere is a refusal.
-	stay := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	return &Client{base: u.String(), key: o.Key, http: &http.Client{Transport: t, CheckRedirect: stay}}, nil
+	// The key goes to the configured place and nowhere else: a redirect is taken as a refusal.
+	noRedirect := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &Client{base: u.String(), key: o.Key, http: &http.Client{Transport: t, CheckRedirect: noRedirect}}, nil
 }
 
 // readCA reads a PEM bundle. Without a file there is none.
@@ -124,15 +124,15 @@ func (c *Client) URL() string { return c.base }
 type call struct {
 	method, path string
 	body         any
-	// field is the one of the answer's object that out takes, "" where the object itself is all that counts.
+	// field names the field of the answer's object that is decoded into out, "" where only the object's being there counts.
 	field string
 	out   any
-	// list: the answer lists all there are. Otherwise the path may name something that is not there.
+	// list says that the answer is a list, which is always there; anything else may be missing.
 	list bool
-	// skew takes the server's clock minus ours, where it is not nil and the answer tells.
+	// skew, where it is not nil, is set to the server's clock minus ours if the answer has a date.
 	skew *time.Duration
-	// once forbids a second try after the server may have seen the first.
-	once bool
+	// sendOnce forbids a second try after the server may have seen the first: the call is not idempotent.
+	sendOnce bool
 }
 
 // do sends a call, with retries, and decodes the answer.
@@ -149,7 +149,7 @@ func (c *Client) do(ctx context.Context, req call) error {
 			// What has made this connection go silent, such as a change of the host's network, has done so to the others.
 			c.http.CloseIdleConnections()
 		}
-		if err == nil || try == tries || !retryable(err, req.once) || ctx.Err() != nil {
+		if err == nil || try == tries || !retryable(err, req.sendOnce) || ctx.Err() != nil {
 			return err
 		}
 		select {
@@ -224,11 +224,11 @@ func (c *Client) decode(body []byte, req call) error {
 	if req.field == "" {
 		return nil
 	}
-	news, ok := object[req.field]
-	if !ok || string(news) == "null" {
+	value, ok := object[req.field]
+	if !ok || string(value) == "null" {
 		return c.unexpected(fmt.Errorf("the answer has no %q", req.field))
 	}
-	if err := json.Unmarshal(news, req.out); err != nil {
+	if err := json.Unmarshal(value, req.out); err != nil {
 		return c.unexpected(fmt.Errorf("%q: %w", req.field, err))
 	}
 	return nil

@@ -55,7 +55,7 @@ func (c *Connector) Connect(ctx context.Context) (*Client, config.Credential, er
 	return c.client, cred, nil
 }
 
-// renew makes a new client where the key or the certificates have changed.
+// renew replaces the client where the key or the certificates have changed.
 func (c *Connector) renew(key secret.Secret) error {
 	ca, err := readCA(c.cfg.CAFile)
 	if err != nil {

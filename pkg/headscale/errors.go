@@ -88,7 +88,7 @@ func (c *Client) redirected(res *http.Response) error {
 }
 
 // refusal makes an Error of an answer that is not 2xx. Three formats are known: {"code","message"} of the gRPC gateway,
-// problem+json (RFC 7807) of 0.30, and plain text. list: it was asked for a list, which is always there.
+// problem+json (RFC 7807) of 0.30, and plain text. list says that the answer should have been a list, which is always there.
 func (c *Client) refusal(status int, body []byte, list bool) error {
 	var j struct {
 		Code    int
@@ -166,10 +166,10 @@ func (c *Client) advice(err error) string {
 }
 
 // retryable reports whether another try may help.
-func retryable(err error, once bool) bool {
+func retryable(err error, sendOnce bool) bool {
 	var e *Error
 	if errors.As(err, &e) {
-		if once || e.kind != nil {
+		if sendOnce || e.kind != nil {
 			return false
 		}
 		switch e.Status {
@@ -186,7 +186,7 @@ func retryable(err error, once bool) bool {
 	}
 	var op *net.OpError
 	dial := errors.As(err, &op) && op.Op == "dial"
-	return dial || !once
+	return dial || !sendOnce
 }
 
 // isTLS reports whether TLS failed: a certificate does not get better within seconds.

@@ -77,7 +77,7 @@ func (c *Client) createPreAuthKey(ctx context.Context, r PreAuthKeyRequest, user
 		body["user"] = user
 	}
 	var key PreAuthKey
-	err := c.do(ctx, call{method: "POST", path: "/api/v1/preauthkey", body: body, field: "preAuthKey", out: &key, once: true})
+	err := c.do(ctx, call{method: "POST", path: "/api/v1/preauthkey", body: body, field: "preAuthKey", out: &key, sendOnce: true})
 	if err == nil && (key.ID == 0 || !keyForm.MatchString(key.Key.Reveal())) {
 		err = c.unexpected(errors.New("the answer holds no key"))
 	}
@@ -131,7 +131,7 @@ func (c *Client) ensureUser(ctx context.Context, name string) (User, error) {
 	if !errors.Is(err, ErrNotFound) {
 		return u, err
 	}
-	err = c.do(ctx, call{method: "POST", path: "/api/v1/user", body: map[string]string{"name": name}, field: "user", out: &u, once: true})
+	err = c.do(ctx, call{method: "POST", path: "/api/v1/user", body: map[string]string{"name": name}, field: "user", out: &u, sendOnce: true})
 	if err == nil && (u.ID == 0 || u.Name != name) {
 		err = c.unexpected(errors.New("the answer holds no such user"))
 	}

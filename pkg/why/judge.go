@@ -495,7 +495,7 @@ func (c Case) headscale() *Step {
 func (c Case) refused(s *Step) {
 	n, f := c.Near, c.Far.Tailnet
 	ranges := slices.Compact([]string{rangeText(c.Far.Src, n), rangeText(n.Dst, *c.Far)})
-	line := headscale.Accept(ranges)
+	line := headscale.AcceptRule(ranges)
 	switch {
 	case f.Pairs:
 		s.add(findings.PolicyRefuses, "add the port to a line of acls that has both, such as "+line, "the policy lets %s reach %s on ports %s, and not on %s",

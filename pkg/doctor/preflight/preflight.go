@@ -278,7 +278,7 @@ func policy(ctx context.Context, api *headscale.Client, version string, c config
 		out.Add(findings.HeadscaleOther, "%v", err)
 		return
 	}
-	if lacks := file.Lacks(netset.Union(r.Pods, r.Cluster), c.Tailscale.Tags, headscale.StarCoversRoutes(version)); lacks != "" {
+	if lacks := file.MissingRules(netset.Union(r.Pods, r.Cluster), c.Tailscale.Tags, headscale.StarCoversRoutes(version)); lacks != "" {
 		out.Add(findings.PolicyLacksRanges, "%s", lacks)
 	}
 }
