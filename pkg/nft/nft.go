@@ -33,6 +33,8 @@ type Tables struct {
 	text    string
 	written observed
 	members []netip.Addr
+	// ports are those of the last Sync.
+	ports []Port
 
 	// Who may reach which subnet, nil before anybody has said so, and how that is written.
 	consent map[netip.Prefix][]int
@@ -91,6 +93,10 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 			break
 		}
 	}
+	if udp := slices.Concat(t.ports, cfg.Ports); len(udpOnly(udp)) > 0 {
+		endStale(t.ports, cfg.Ports)
+	}
+	t.ports = slices.Clone(cfg.Ports)
 	// A table that was made anew has lost them.
 	_, consentErr := t.writeConsent()
 	_, sourcesErr := t.writeSources()

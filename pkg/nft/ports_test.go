@@ -1,8 +1,12 @@
 package nft
 
 import (
+	"errors"
+	"net"
 	"net/netip"
+	"os"
 	"testing"
+	"time"
 
 	"github.com/headcni/headcni/internal/nstest"
 )
@@ -57,4 +61,97 @@ func TestPorts(t *testing.T) {
 			hear("a port that is gone", w.lan, port(a.node, 8080), false)
 		})
 	}
+}
+
+// A client that goes on sending by UDP from one socket reaches whom a port of the node leads to now: the pod, after it a program of the
+// node itself, the next pod, and that one also where the flow began while somebody had flushed all rules.
+func TestPortsMoveUDP(t *testing.T) {
+	t.Parallel()
+	for family, a := range worldAddrs {
+		t.Run(family, func(t *testing.T) {
+			w := newWorld(t)
+			at := netip.AddrPortFrom(a.node, 8080)
+			none, first, second, other := typical(), typical(), typical(), typical()
+			first.Ports = []Port{{Protocol: "udp", Number: 8080, To: netip.AddrPortFrom(a.podA, testPort), Link: "hca"}}
+			second.Ports = []Port{{Protocol: "udp", Number: 8080, To: netip.AddrPortFrom(a.podB, testPort), Link: "hcb"}}
+			other.Ports = []Port{{Protocol: "udp", Number: 8081, At: a.docker, To: netip.AddrPortFrom(a.podA, testPort), Link: "hca"}}
+			w.answer(w.podA, netip.AddrPortFrom(a.podA, testPort), "first pod")
+			w.answer(w.podB, netip.AddrPortFrom(a.podB, testPort), "second pod")
+			w.answer(w.node, at, "node")
+			one := w.client(at)
+			one.hears("", "node")
+			for _, step := range []struct {
+				cfg   Config
+				hears string
+			}{{first, "first pod"}, {none, "node"}, {second, "second pod"}, {first, "first pod"}, {other, "node"}, {second, "second pod"}} {
+				before := one.last
+				w.sync(step.cfg)
+				one.hears(before, step.hears)
+			}
+			w.node.Run(t, "nft", "flush", "ruleset")
+			two := w.client(at)
+			two.hears("", "node")
+			w.sync(second)
+			two.hears("node", "second pod")
+			one.hears("second pod", "second pod")
+		})
+	}
+}
+
+// answer has somebody answer each datagram with a word.
+func (w *world) answer(ns *nstest.NS, at netip.AddrPort, word string) {
+	w.t.Helper()
+	var c *net.UDPConn
+	ns.Do(w.t, func() (err error) {
+		c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
+		return err
+	})
+	w.t.Cleanup(func() { _ = c.Close() })
+	go func() {
+		for {
+			if _, from, err := c.ReadFromUDPAddrPort(make([]byte, 16)); err != nil {
+				return
+			} else if _, err := c.WriteToUDPAddrPort([]byte(word), from); err != nil && !errors.Is(err, os.ErrPermission) {
+				return
+			}
+		}
+	}()
+}
+
+// client is a socket beside the node that is connected to a port of it.
+type client struct {
+	w    *world
+	conn net.Conn
+	last string
+}
+
+func (w *world) client(at netip.AddrPort) *client {
+	w.t.Helper()
+	c := &client{w: w}
+	w.lan.Do(w.t, func() (err error) {
+		c.conn, err = net.Dial("udp", at.String())
+		return err
+	})
+	w.t.Cleanup(func() { _ = c.conn.Close() })
+	return c
+}
+
+// hears asks until somebody answers, who must be want. Late answers of before are let pass.
+func (c *client) hears(before, want string) {
+	c.w.t.Helper()
+	buf := make([]byte, 16)
+	for range 50 {
+		_, _ = c.conn.Write([]byte("x")) // refused, where the one before said that it is not there
+		if err := c.conn.SetReadDeadline(time.Now().Add(60 * time.Millisecond)); err != nil {
+			c.w.t.Fatal(err)
+		}
+		n, err := c.conn.Read(buf)
+		if c.last = string(buf[:n]); err == nil && c.last == want {
+			return
+		}
+		if err == nil && c.last != before {
+			break
+		}
+	}
+	c.w.t.Errorf("after %q: %q answers, want %q", before, c.last, want)
 }
