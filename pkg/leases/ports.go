@@ -40,7 +40,8 @@ func (p *Ports) now() int64 {
 }
 
 // List has what there is now, sorted. The record of a pod whose link is not there stays: the link may be under another name for the moment
-// until a Mender is done, and DEL takes the record along. One that never gets a DEL ends with the tmpfs, and leads nowhere.
+// until a Mender is done, and DEL takes the record along. One that never gets a DEL leads nowhere, and ends with the next pod that
+// asks for the port, with CNI's GC or with the tmpfs.
 func (p *Ports) List() (all []nft.Port, err error) {
 	stamp := p.now()
 	records, err := hostport.List(p.folder)
@@ -54,12 +55,11 @@ func (p *Ports) List() (all []nft.Port, err error) {
 		return nil, errors.Join(err, err2)
 	}
 	for _, r := range records {
-		if _, there := links[r.Link]; !there {
-			continue
-		}
+		_, there := links[r.Link]
 		for _, m := range r.Ports {
 			for _, a := range r.Addrs {
 				if port, ok := portOf(r.Link, m, a); ok {
+					port.Gone = !there
 					all = append(all, port)
 				}
 			}

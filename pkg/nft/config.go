@@ -58,6 +58,8 @@ type Port struct {
 	// To is the pod's end, Link the host's end of its link.
 	To   netip.AddrPort
 	Link string
+	// Gone: there is no such link. The port leads nowhere, also where others' rules lead it to whoever has the address now.
+	Gone bool
 }
 
 // Valid reports whether the kernel would take it.

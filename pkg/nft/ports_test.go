@@ -2,6 +2,7 @@ package nft
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -57,6 +58,20 @@ func TestPorts(t *testing.T) {
 			if !w.waitFor(packet{from: w.podB, src: a.podB, to: w.podA, dst: a.podA}).IsValid() {
 				t.Error("the next pod hears nothing at all")
 			}
+			// The daemon knows that the link is gone, and somebody's own rule for the port is left.
+			for i := range cfg.Ports {
+				cfg.Ports[i].Gone = true
+			}
+			w.sync(cfg)
+			hear("a port whose pod is gone", w.lan, port(a.node, 8080), false)
+			w.node.Run(t, "nft", fmt.Sprintf(`table inet left { chain in { type nat hook prerouting priority dstnat; udp dport 8080 dnat %s to %s; }; }`,
+				map[bool]string{false: "ip", true: "ip6"}[a.podA.Is6()], to(a.podA)))
+			before = w.drops()[DropPortStale]
+			hear("a port whose pod is gone, by another's rule", w.lan, port(a.node, 8080), false)
+			if w.drops()[DropPortStale] == before {
+				t.Error("nothing was counted")
+			}
+			w.node.Run(t, "nft", "delete", "table", "inet", "left")
 			w.sync(typical())
 			hear("a port that is gone", w.lan, port(a.node, 8080), false)
 		})

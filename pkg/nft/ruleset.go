@@ -362,7 +362,7 @@ func nat(family knftables.Family, cfg Config) []string {
 // toPorts leads what is for a port of the node to the pod that has it. portmap's rules do so already, but where somebody has taken
 // them away.
 func toPorts(family knftables.Family, cfg Config) (rules []string) {
-	for _, p := range portsOf(family, cfg) {
+	for _, p := range leading(portsOf(family, cfg)) {
 		at := ""
 		if p.At.IsValid() {
 			at = rule(`%s daddr %s `, family, p.At)
@@ -370,6 +370,11 @@ func toPorts(family knftables.Family, cfg Config) (rules []string) {
 		rules = append(rules, rule(`fib daddr type local %s%s dport %d dnat to %s`, at, p.Protocol, p.Number, p.To))
 	}
 	return rules
+}
+
+// leading are the ports whose pods are there.
+func leading(ports []Port) []Port {
+	return slices.DeleteFunc(slices.Clone(ports), func(p Port) bool { return p.Gone })
 }
 
 // ported: an address that a pod had goes to the next one, which the port is not for, however late the daemon hears of it.
@@ -387,7 +392,7 @@ func ported(family knftables.Family, cfg Config) (rules []string) {
 
 // hairpins are for a pod that calls itself by a port of the node: it would not take an answer from its own address.
 func hairpins(family knftables.Family, cfg Config) (rules []string) {
-	for _, p := range portsOf(family, cfg) {
+	for _, p := range leading(portsOf(family, cfg)) {
 		r := rule(`%s saddr %s %[1]s daddr %[2]s oifname "%[3]s" masquerade fully-random`, family, p.To.Addr(), p.Link)
 		if !slices.Contains(rules, r) {
 			rules = append(rules, r)

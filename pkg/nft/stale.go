@@ -24,7 +24,7 @@ func endStale(old, now []Port) {
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return
 	}
-	s := staleFlows{old: udpOnly(old), now: udpOnly(now), local: map[netip.Addr]bool{}}
+	s := staleFlows{old: udpOnly(old), now: udpOnly(leading(now)), local: map[netip.Addr]bool{}}
 	for _, a := range local {
 		s.local[addrOf(a.IP)] = true
 	}

@@ -45,6 +45,7 @@ type delegate struct {
 	name, path string
 	r          *Request
 	stdin      []byte
+	env        []string // instead of what the runtime has given
 }
 
 // newDelegate finds the plugin that a key of the configuration asks for. It is given stdin.
@@ -102,7 +103,7 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	var err error
 	for try := 1; ; try++ {
 		cmd := exec.CommandContext(ctx, d.path)
-		cmd.Env = delegateEnv(os.Environ(), command)
+		cmd.Env = append(delegateEnv(os.Environ(), command), d.env...)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = bytes.NewReader(d.stdin), stdout, stderr, inherited
 		// A grandchild that keeps the pipes open must not hold us.
 		cmd.WaitDelay = time.Second

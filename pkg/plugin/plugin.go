@@ -15,6 +15,7 @@ import (
 	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config/netconf"
+	"github.com/headcni/headcni/pkg/networking/hostport"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
@@ -26,6 +27,8 @@ type Links interface {
 	// Detach tells whether there was a link to remove.
 	Detach(containerID, ifName, netns string) (removed bool, err error)
 	Check(podlink.State) error
+	// There tells whether the node has a link of that name, or may have one.
+	There(linkName string) bool
 }
 
 // Node looks at the node as a whole. podlink.Handle is the real one.
@@ -183,6 +186,9 @@ func (p *Plugin) add(ctx context.Context, r *Request, ipamPlugin IPAM) (err erro
 		return err
 	}
 	result := buildResult(r, previous, pod, links, assigned)
+	if asked := r.askedPorts(); len(asked) > 0 {
+		p.takePortsBack(ctx, r, func(dead hostport.Record) bool { return dead.Overlaps(asked) })
+	}
 	if err := r.ports(ctx, "ADD", result); err != nil {
 		return err
 	}
@@ -296,6 +302,7 @@ func (p *Plugin) gc(ctx context.Context, r *Request) error {
 	for _, name := range left {
 		valid[name] = true // its address stays taken
 	}
+	p.takePortsBack(ctx, r, func(dead hostport.Record) bool { return dead.Network == r.Config.Name && !valid[dead.Link] })
 	r.stage = stageIPAM
 	ipamPlugin, err := p.ChooseIPAM(r)
 	if err != nil {

@@ -63,6 +63,8 @@ func (k *fakeKernel) Detach(containerID, ifName, _ string) (removed bool, err er
 	return removed, nil
 }
 
+func (k *fakeKernel) There(name string) bool { _, there := k.links[name]; return there }
+
 func (k *fakeKernel) Check(podlink.State) error       { return k.fail["check"] }
 func (k *fakeKernel) Gate([]netip.Prefix, bool) error { return k.fail["gate"] }
 func (k *fakeKernel) HasPods() bool                   { return len(k.links) > 0 }

@@ -42,7 +42,10 @@ func (r *Request) ports(ctx context.Context, command string, result *types100.Re
 
 // keepPorts tells the daemon of the ports, which leads to them where portmap's rules are lost. ADD does not depend on it.
 func (r *Request) keepPorts() {
-	record := hostport.Record{Link: podlink.Name(r.ContainerID, r.IfName), Addrs: r.record.Addrs}
+	record := hostport.Record{
+		Link: podlink.Name(r.ContainerID, r.IfName), Addrs: r.record.Addrs,
+		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName,
+	}
 	err := json.Unmarshal(r.Config.Runtime.Ports, &record.Ports)
 	if err == nil {
 		err = hostport.Keep(hostport.Folder(r.Config.DaemonSocket), record)
@@ -50,6 +53,61 @@ func (r *Request) keepPorts() {
 	if err != nil {
 		r.Log.Warn("the pod's ports of the node will not come back where somebody flushes the firewall", "err", err)
 	}
+}
+
+// takePortsBack ends what pods that are gone were given, of which wanted says that it is to end. Who never got a DEL, as after a crash of
+// the runtime, leaves portmap's rules, and the first rule for a port counts: it would lead to nobody, or to the next pod with the
+// address, until the node reboots. What fails here leaves things as they were, and is logged.
+func (p *Plugin) takePortsBack(ctx context.Context, r *Request, wanted func(hostport.Record) bool) {
+	if r.Config.PortMap == nil {
+		return
+	}
+	folder := hostport.Folder(r.Config.DaemonSocket)
+	records, err := hostport.List(folder)
+	if err != nil {
+		r.Log.Warn("look for ports of the node of pods that are gone", "err", err)
+	}
+	for _, dead := range records {
+		if dead.ContainerID == "" || !wanted(dead) || p.Links.There(dead.Link) {
+			continue
+		}
+		err := r.of(dead).delPorts(ctx)
+		if err == nil {
+			err = hostport.Forget(folder, dead.Link)
+		}
+		if err != nil {
+			r.Log.Warn("take the ports of the node back from a pod that is gone", "gone", dead.ContainerID, "err", err)
+		}
+	}
+}
+
+// of is the request as it would be about another attachment that has no namespace any more.
+func (r *Request) of(dead hostport.Record) *Request {
+	other := *r
+	other.ContainerID, other.IfName, other.Netns, other.Config.Name = dead.ContainerID, dead.IfName, "", dead.Network
+	other.Config.Runtime.Ports, _ = json.Marshal(dead.Ports) // they came out of JSON
+	return &other
+}
+
+// delPorts has portmap take the ports of the request's attachment back, whoever runs us.
+func (r *Request) delPorts(ctx context.Context) error {
+	stdin, err := r.portmapConfig(nil)
+	if err != nil {
+		return err
+	}
+	portmap, err := newDelegate(r, "portmap", "portmap", stdin)
+	if err != nil {
+		return err
+	}
+	portmap.env = []string{"CNI_CONTAINERID=" + r.ContainerID, "CNI_IFNAME=" + r.IfName, "CNI_NETNS=" + r.Netns}
+	_, err = portmap.run(ctx, "DEL")
+	return err
+}
+
+// askedPorts are those that the runtime asks for. What cannot be read portmap refuses.
+func (r *Request) askedPorts() (asked []hostport.Mapping) {
+	_ = json.Unmarshal(r.Config.Runtime.Ports, &asked) // see above
+	return asked
 }
 
 // forgetPorts is before anything of the attachment is free.

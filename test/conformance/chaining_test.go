@@ -1,16 +1,19 @@
 package conformance
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
+	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/nstest"
 )
@@ -119,6 +122,63 @@ func TestPortmap(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A pod that is gone without DEL, as after a crash of the runtime, does not keep its port of the node from the next one: portmap's first
+// rule for a port counts. GC takes it back too.
+func TestPortOfTheDead(t *testing.T) {
+	needs(t, "iptables", "nft")
+	for _, backend := range []string{"iptables", "nftables"} {
+		t.Run(backend, func(t *testing.T) {
+			n := newNode(t)
+			n.reference("portmap")
+			client := n.client()
+			run, err := os.MkdirTemp("/run", "daemon")
+			if err != nil {
+				t.Fatal(err)
+			}
+			l := n.list("", n.headcni(fmt.Sprintf(`{"capabilities":{"portMappings":true},"portmap":{"backend":%q},"daemon_socket":%q}`, backend, run+"/daemon.sock")))
+			asked := map[string]any{"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
+			die := func(id string) *libcni.RuntimeConf {
+				path := "/run/netns/" + id
+				if err := nstest.Create(path); err != nil {
+					t.Fatal(err)
+				}
+				r := rt(id, &nstest.NS{Path: path}, asked)
+				n.add(l, r)
+				if err := errors.Join(unix.Unmount(path, unix.MNT_DETACH), os.Remove(path)); err != nil {
+					t.Fatal(err)
+				}
+				for len(n.links()) > 0 {
+					time.Sleep(time.Millisecond) // the kernel ends a namespace in a queue of its own
+				}
+				return r
+			}
+			rules := func() string { return n.host.Run(t, "sh", "-c", "nft list ruleset 2>/dev/null | grep -c 8080 || :") }
+			before := rules()
+			first := die("first")
+			pod := nstest.New(t)
+			second := rt("second", pod, asked)
+			n.add(l, second)
+			serve(t, pod)
+			if line, err := fetch(t, client, "198.51.100.1:8080"); err != nil || line != "hello\n" {
+				t.Errorf("got %q, %v", line, err)
+			}
+			n.del(l, first) // late, and no business of the second
+			if line, err := fetch(t, client, "198.51.100.1:8080"); err != nil || line != "hello\n" {
+				t.Errorf("after the first one's DEL: got %q, %v", line, err)
+			}
+			n.del(l, second)
+			die("third")
+			if err := n.cni().GCNetworkList(t.Context(), l, &libcni.GCArgs{}); err != nil {
+				t.Error(err)
+			}
+			if now := rules(); now != before {
+				t.Errorf("rules for the port: %s, at the start %s", now, before)
+			}
+			n.empty()
+		})
 	}
 }
 

@@ -3,6 +3,7 @@
 package hostport
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/headcni/headcni/internal/atomicfile"
@@ -33,6 +35,26 @@ type Record struct {
 	Link  string       `json:"link"`
 	Addrs []netip.Addr `json:"addrs"`
 	Ports []Mapping    `json:"ports"`
+	// Whose it is, by which portmap takes the ports back. Records of older versions do not say.
+	Network     string `json:"network,omitempty"`
+	ContainerID string `json:"containerID,omitempty"`
+	IfName      string `json:"ifName,omitempty"`
+}
+
+// Overlaps tells whether one of the ports is one of the record's too.
+func (r Record) Overlaps(ports []Mapping) bool {
+	return slices.ContainsFunc(ports, func(p Mapping) bool { return slices.ContainsFunc(r.Ports, p.overlaps) })
+}
+
+func (m Mapping) overlaps(o Mapping) bool {
+	return m.HostPort == o.HostPort && strings.EqualFold(cmp.Or(m.Protocol, "tcp"), cmp.Or(o.Protocol, "tcp")) &&
+		(m.HostIP == o.HostIP || m.everywhere() || o.everywhere())
+}
+
+// everywhere: at all addresses of the node.
+func (m Mapping) everywhere() bool {
+	a, err := netip.ParseAddr(m.HostIP)
+	return err != nil || a.IsUnspecified()
 }
 
 // maxRecord bounds a record in bytes: a pod has some ports, not thousands.

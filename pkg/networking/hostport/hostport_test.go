@@ -78,3 +78,19 @@ func TestListNamesWhatItCannotRead(t *testing.T) {
 		}
 	}
 }
+
+func TestOverlaps(t *testing.T) {
+	r := Record{Ports: []Mapping{{HostPort: 80, Protocol: "TCP"}, {HostPort: 53, Protocol: "udp", HostIP: "192.0.2.1"}}}
+	for _, c := range []struct {
+		asked Mapping
+		want  bool
+	}{
+		{Mapping{HostPort: 80}, true}, {Mapping{HostPort: 80, HostIP: "192.0.2.9"}, true}, {Mapping{HostPort: 81}, false}, {Mapping{HostPort: 80, Protocol: "udp"}, false},
+		{Mapping{HostPort: 53, Protocol: "UDP", HostIP: "192.0.2.1"}, true}, {Mapping{HostPort: 53, Protocol: "udp", HostIP: "192.0.2.2"}, false},
+		{Mapping{HostPort: 53, Protocol: "udp", HostIP: "0.0.0.0"}, true}, {Mapping{HostPort: 53, Protocol: "udp"}, true}, {Mapping{HostPort: 53}, false},
+	} {
+		if got := r.Overlaps([]Mapping{{HostPort: 1}, c.asked}); got != c.want {
+			t.Errorf("%+v: %v, want %v", c.asked, got, c.want)
+		}
+	}
+}

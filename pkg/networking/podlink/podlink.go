@@ -493,6 +493,15 @@ func writeSysctl(link, key, value string) error {
 	return nil
 }
 
+// There tells whether the node has a link of that name, or cannot tell.
+func (h *Handle) There(name string) bool {
+	host, err := h.open()
+	if err == nil {
+		_, err = host.LinkByName(name)
+	}
+	return !errors.Is(err, unix.ENODEV)
+}
+
 // Detach removes the pod's link and returns when it is gone. It needs neither the pod's namespace nor an earlier result:
 // the pod's end, and every route and neighbour, goes with the host's end. Rules go if the namespace is given and still there. A
 // link that is not there is no error; removed says whether there was one.
