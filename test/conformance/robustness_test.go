@@ -273,7 +273,7 @@ func TestSysctls(t *testing.T) {
 		"pod all":      {func(_ *node, pod *nstest.NS) { set(pod, "all") }, true}, // undone for the pod's own interface
 		"pod default":  {func(_ *node, pod *nstest.NS) { set(pod, "default") }, true},
 		"host all":     {func(n *node, _ *nstest.NS) { set(n.host, "all") }, false},
-		"host default": {func(n *node, _ *nstest.NS) { set(n.host, "default") }, false},
+		"host default": {func(n *node, _ *nstest.NS) { set(n.host, "default") }, true},
 	} {
 		t.Run("IPv6 off: "+name, func(t *testing.T) {
 			n, pod := newNode(t), nstest.New(t)

@@ -482,6 +482,13 @@ func TestIPv6Disabled(t *testing.T) {
 		n.mustAttach(t, addr4, addr6)
 		n.pod.Run(t, "ip", "-6", "addr", "show", "dev", "eth0", "to", addr6.String())
 	})
+	t.Run("on new links of the node", func(t *testing.T) { // as hardened hosts have it, whose own links have IPv6
+		n := newNode(t)
+		setSysctl(t, n.host, "net/ipv6/conf/default/disable_ipv6", "1")
+		l := n.mustAttach(t, addr4, addr6)
+		n.host.Run(t, "ip", "-6", "addr", "show", "dev", l.HostName, "to", Gateway6.String())
+		n.host.Run(t, "ping", "-6", "-c", "1", "-W", "5", addr6.String())
+	})
 	t.Run("on the node", func(t *testing.T) {
 		n := newNode(t)
 		setSysctl(t, n.host, "net/ipv6/conf/all/disable_ipv6", "1")

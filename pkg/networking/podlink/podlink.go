@@ -283,11 +283,16 @@ func (h *Handle) setUpHost(log *slog.Logger, host *rtnl.Conn, pod Pod, l Pair) e
 	if err != nil {
 		return err
 	}
+	if ipv6 && wants6(pod) && !nodeWithoutIPv6() {
+		if err := switchIPv6On(l.HostName); err != nil {
+			return fmt.Errorf("%w on a new link of the node and could not be enabled: %w", ErrNoIPv6, err)
+		}
+	}
 	steps := []rtnl.Request{
 		setLink(l.hostIdx, aliasOf(pod), ipv6),
 		linkUp("host", l.hostIdx),
 	}
-	if slices.ContainsFunc(pod.Addrs, netip.Addr.Is6) {
+	if wants6(pod) {
 		steps = append(steps, addAddr("host", l.hostIdx, netip.PrefixFrom(Gateway6, 64)))
 	}
 	for _, a := range pod.Addrs {
@@ -404,7 +409,7 @@ func isLocal(c *rtnl.Conn, a netip.Addr) bool {
 // explainIPv6 puts the kernel's EACCES for an address on a link without IPv6 into words.
 func explainIPv6(err error, where string, pod Pod) error {
 	refused := errors.Is(err, unix.EACCES) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
-	if refused && slices.ContainsFunc(pod.Addrs, netip.Addr.Is6) {
+	if refused && wants6(pod) {
 		return fmt.Errorf("%w %s: set the sysctls net.ipv6.conf.all.disable_ipv6 and net.ipv6.conf.default.disable_ipv6 to 0 "+
 			"there, or take the IPv6 range out of ipam: %w", ErrNoIPv6, where, err)
 	}
@@ -454,7 +459,6 @@ func (h *Handle) podSysctls(log *slog.Logger, ns *Netns, pod Pod) error {
 	if err := h.step("sysctl pod accept_ra"); err != nil {
 		return err
 	}
-	want6 := slices.ContainsFunc(pod.Addrs, netip.Addr.Is6)
 	return inNetns(ns.fd, func() error {
 		err := writeSysctl(pod.IfName, "accept_ra", "0")
 		if errors.Is(err, os.ErrNotExist) {
@@ -466,7 +470,7 @@ func (h *Handle) podSysctls(log *slog.Logger, ns *Netns, pod Pod) error {
 		if err := writeSysctl(pod.IfName, "addr_gen_mode", strconv.Itoa(addrGenModeNone)); err != nil {
 			log.Warn("could not keep a pod from having a link-local address", "interface", pod.IfName, "err", err)
 		}
-		if !want6 {
+		if !wants6(pod) {
 			return nil
 		}
 		if err := switchIPv6On(pod.IfName); err != nil {
@@ -474,6 +478,15 @@ func (h *Handle) podSysctls(log *slog.Logger, ns *Netns, pod Pod) error {
 		}
 		return nil
 	})
+}
+
+func wants6(pod Pod) bool { return slices.ContainsFunc(pod.Addrs, netip.Addr.Is6) }
+
+// nodeWithoutIPv6: somebody has switched it off as a whole, and pods should not start as if it were there. New links take
+// net.ipv6.conf.default.disable_ipv6, which hardened hosts set alone, to keep IPv6 off links that nobody has asked for.
+func nodeWithoutIPv6() bool {
+	off, err := procfs.Read(sysctlPath("all", "disable_ipv6"))
+	return err == nil && off != "0"
 }
 
 // switchIPv6On does nothing where it is on, or where that cannot be told: adding the address says what is wrong, if anything is.
