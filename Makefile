@@ -34,6 +34,7 @@ export PATH := $(PATH):$(shell . test/tools/lib.sh && go_dir)
 # of them than the recipe runs. (`export X=$(...)` and `eval "$(...)"` would go on after a failure.)
 PREPARE = prepared=$$(VERSION='$(VERSION)' test/tools/prepare $(1) '$(2)' $(3)); eval "$$prepared";
 WITH_PACKAGES = programs=$$(test/tools/packages $(1)); eval "$$programs";
+comma := ,
 # One tailscaled, daemon mode's, is that of every node, and `tailscale` as well.
 TRIMMED = HEADCNI_TOOLS="$$HEADCNI_TOOLS/trimmed:$$HEADCNI_TOOLS";
 
@@ -81,11 +82,11 @@ test: need-go ## All tests but e2e's and test-manual's, with the race detector, 
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
-	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod oci) \
+	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod oci simnodes) \
 		prometheus=$$(test/tools/packages unpack prometheus); export PATH="$$PATH:$$prometheus/usr/bin"; \
 		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
-		cd test/tools/oci; go vet ./...; go test ./...
+		(cd test/tools/oci; go vet ./...; go test ./...); cd test/tools/simnodes; go vet ./...
 
 .PHONY: test-manual
 test-manual: need-go ## docs/install-by-hand.md, command by command, on two machines with systemd; needs root, takes 2 minutes
@@ -219,6 +220,12 @@ bench-sites: need-go ## Nodes behind routers: which pairs meet directly and how 
 	@if ((EUID != 0)); then echo "make bench-sites: needs root: run 'sudo make bench-sites'" >&2; exit 1; fi
 	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed) rm -f bin/sites.md; HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m \
 		-run 'TestRecovery' -bench . -benchtime 1x ./test/sites/ -args -trials $(or $(TRIALS),5) -table '$(CURDIR)/bin/sites.md'
+
+.PHONY: bench-scale
+bench-scale: need-go ## Headscale and the controller with hundreds of simulated nodes, as a table in bin/scale.md; needs root, takes 20 minutes; NODES=100,250
+	@if ((EUID != 0)); then echo "make bench-scale: needs root: run 'sudo make bench-scale'" >&2; exit 1; fi
+	@$(call PREPARE,lab,$(LAB) headcni-controller,headscale tailscale tailscale-trimmed simnodes) rm -f bin/scale.md; HEADCNI_TEST_REQUIRE=1 go test -run '^$$' -bench '$(BENCH)' -benchtime 1x \
+		-timeout 90m ./test/scale/ -args -nodes '$(or $(NODES),100$(comma)250$(comma)500)' -table '$(CURDIR)/bin/scale.md'
 
 .PHONY: chaos
 chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 60 a minute; FAULTS=2000 SEED=7 FROM=120 ONLY='nft|ip rule'

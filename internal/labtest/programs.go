@@ -33,6 +33,20 @@ func Programs(t testing.TB) string {
 	return dir
 }
 
+// WithController builds the controller into the folder of Programs where that lacks it.
+func WithController(t testing.TB, bin string) {
+	t.Helper()
+	path := filepath.Join(bin, "headcni-controller")
+	if _, err := os.Stat(path); err == nil {
+		return
+	}
+	cmd := exec.CommandContext(Within(t), "go", "build", "-o", path, "github.com/headcni/headcni/cmd/headcni-controller")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build headcni-controller: %v\n%s", err, out)
+	}
+}
+
 // link makes links to the files of one folder in another, in place of those that are there.
 func link(from, to string) error {
 	files, err := os.ReadDir(from)

@@ -145,6 +145,9 @@ func (p *process) Log() string {
 	return p.log.String()
 }
 
+// PID is the number of the program that runs now.
+func (p *process) PID() int { return p.cmd.Process.Pid }
+
 func (p *process) start(cmd *exec.Cmd) {
 	p.t.Helper()
 	cmd.Stdout, cmd.Stderr = p, p

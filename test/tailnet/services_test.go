@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -52,7 +51,7 @@ var shops = labtest.OneByOne(newShop)
 
 func newShop(t testing.TB) *shop {
 	bin := labtest.Programs(t)
-	withController(t, bin)
+	labtest.WithController(t, bin)
 	s := &shop{unhealthy: map[*lab.Node]*atomic.Bool{}}
 	s.Lab = labtest.New(t, lab.Options{Nodes: 4, Spare: 4, Modes: []string{daemon, daemon, host, host}, Bin: bin, Policy: toServices})
 	s.a, s.b, s.c, s.laptop = s.Nodes[0], s.Nodes[1], s.Nodes[2], s.Nodes[3]
@@ -81,20 +80,6 @@ func newShop(t testing.TB) *shop {
 }
 
 func (s *shop) cluster() []*lab.Node { return []*lab.Node{s.a, s.b, s.c} }
-
-// withController builds the controller where the programs lack it.
-func withController(t testing.TB, bin string) {
-	t.Helper()
-	path := filepath.Join(bin, "headcni-controller")
-	if _, err := os.Stat(path); err == nil {
-		return
-	}
-	cmd := exec.CommandContext(labtest.Within(t), "go", "build", "-o", path, "github.com/headcni/headcni/cmd/headcni-controller")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build headcni-controller: %v\n%s", err, out)
-	}
-}
 
 // toServices lets everybody reach services.
 func toServices(policy map[string]any) {
