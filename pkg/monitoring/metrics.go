@@ -1,4 +1,4 @@
-// Package monitoring is how the daemon and the controller show themselves: Prometheus metrics, liveness and readiness.
+// Package monitoring serves what can be seen of the daemon and the controller: Prometheus metrics, liveness and readiness.
 package monitoring
 
 import (
@@ -18,16 +18,16 @@ type Metrics struct {
 	drops  *drops
 	policy *policy
 
-	passes      prometheus.Histogram
-	part        *prometheus.GaugeVec
-	peers       *prometheus.GaugeVec
-	podPeers    *prometheus.GaugeVec
-	nodeKey     prometheus.Gauge
-	path        prometheus.Gauge
-	rearmPings  prometheus.Counter
-	corrections *prometheus.CounterVec
-	selfTest    *prometheus.GaugeVec
-	selfTestRan *prometheus.GaugeVec
+	passes       prometheus.Histogram
+	part         *prometheus.GaugeVec
+	peers        *prometheus.GaugeVec
+	podPeers     *prometheus.GaugeVec
+	nodeKey      prometheus.Gauge
+	smallestPath prometheus.Gauge
+	rearmPings   prometheus.Counter
+	corrections  *prometheus.CounterVec
+	selfTest     *prometheus.GaugeVec
+	selfTestRan  *prometheus.GaugeVec
 }
 
 // NewRegistry makes a registry with the metrics that each of our programs exports: its own, its version, and those of Go and the
@@ -64,7 +64,7 @@ func NewMetrics(version string) *Metrics {
 		nodeKey: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "headcni_node_key_expiry_timestamp_seconds", Help: "When this node's key in the tailnet expires, 0 where it is not known or never does.",
 		}),
-		path: prometheus.NewGauge(prometheus.GaugeOpts{
+		smallestPath: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "headcni_smallest_path_bytes", Help: "Largest packet inside the tunnel that the paths to all peers with pods carry, 0 where it is not known.",
 		}),
 		rearmPings: prometheus.NewCounter(prometheus.CounterOpts{
@@ -82,12 +82,12 @@ func NewMetrics(version string) *Metrics {
 	m.selfTest = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "headcni_guard_self_test_ok", Help: "1 where the guard stopped and counted packets that were sent in clear on purpose, 0 where it did not.",
 	}, nil)
-	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, m.policy, m.passes, m.part, m.peers, m.podPeers, m.nodeKey, m.path, m.rearmPings, m.corrections)
+	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, m.policy, m.passes, m.part, m.peers, m.podPeers, m.nodeKey, m.smallestPath, m.rearmPings, m.corrections)
 	return m
 }
 
-// OpenSpool counts the plugin's records from the spool from now on, and goes on from what an earlier daemon kept at path. log is
-// told of what goes wrong.
+// OpenSpool counts the plugin's records in the spool from now on, on top of the totals that an earlier daemon left at path. log is
+// called with each error.
 func (m *Metrics) OpenSpool(path, spool string, log func(error)) error {
 	m.plugin.log = log
 	return m.plugin.open(path, spool)
@@ -102,9 +102,9 @@ func (m *Metrics) Drops(read func() map[string]uint64) { m.drops.read = read }
 
 // SelfTest records how the guard's self-test ended: nil where it could not run.
 func (m *Metrics) SelfTest(passed *bool) {
-	m.selfTestRan.WithLabelValues().Set(number(passed != nil))
+	m.selfTestRan.WithLabelValues().Set(boolToFloat(passed != nil))
 	if passed != nil {
-		m.selfTest.WithLabelValues().Set(number(*passed))
+		m.selfTest.WithLabelValues().Set(boolToFloat(*passed))
 	}
 }
 
@@ -120,7 +120,7 @@ func (m *Metrics) Gather() ([]*dto.MetricFamily, error) { return m.registry.Gath
 
 // Released counts addresses that were freed without a DEL.
 func (m *Metrics) Released(n int) {
-	if err := m.plugin.change(func(t *totals) { t.Releases += uint64(n) }); err != nil {
+	if err := m.plugin.update(func(t *totals) { t.Releases += uint64(n) }); err != nil {
 		m.plugin.log(err)
 	}
 }
@@ -128,42 +128,41 @@ func (m *Metrics) Released(n int) {
 // Pass records one reconcile pass of the daemon, in seconds.
 func (m *Metrics) Pass(seconds float64) { m.passes.Observe(seconds) }
 
-// Part records whether a part of the node is right, and how many changes it took.
+// Part records whether a part of the node has no error, and how many changes a pass made to it.
 func (m *Metrics) Part(name string, ok bool, changes int) {
-	v := number(ok)
-	m.part.WithLabelValues(name).Set(v)
+	m.part.WithLabelValues(name).Set(boolToFloat(ok))
 	m.corrections.WithLabelValues(name).Add(float64(changes))
 }
 
-// Tailnet is what a pass saw of it.
+// Tailnet is the state of the tailnet in a pass.
 type Tailnet struct {
-	// Peers are how many there are on each path, PodPeers those of them that have pods.
+	// Peers are the numbers of peers by path (direct, relayed, idle, offline), PodPeers those of peers with pods.
 	Peers, PodPeers map[string]int
-	// KeyExpiry is of the node's key, the zero Time where it never ends.
+	// KeyExpiry is when the node's key expires, the zero Time where it never does.
 	KeyExpiry time.Time
-	// SmallestPath is what the paths to all peers with pods carry inside the tunnel, in bytes.
+	// SmallestPath is the largest packet inside the tunnel, in bytes, that the paths to all peers with pods carry.
 	SmallestPath int
 }
 
-// Tailnet records it.
+// Tailnet records the state of the tailnet.
 func (m *Metrics) Tailnet(t Tailnet) {
 	for path, n := range t.Peers {
 		m.peers.WithLabelValues(path).Set(float64(n))
 		m.podPeers.WithLabelValues(path).Set(float64(t.PodPeers[path]))
 	}
-	m.path.Set(float64(t.SmallestPath))
+	m.smallestPath.Set(float64(t.SmallestPath))
 	m.nodeKey.Set(0)
 	if !t.KeyExpiry.IsZero() {
 		m.nodeKey.Set(float64(t.KeyExpiry.Unix()))
 	}
 }
 
-// RearmPing counts one ping.
+// RearmPing counts one ping that makes, keeps or heals a WireGuard session.
 func (m *Metrics) RearmPing() { m.rearmPings.Inc() }
 
-// number is 1 for what is so.
-func number(is bool) float64 {
-	if is {
+// boolToFloat is 1 for true, 0 for false.
+func boolToFloat(b bool) float64 {
+	if b {
 		return 1
 	}
 	return 0

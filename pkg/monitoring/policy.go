@@ -6,15 +6,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// PolicyState is how NetworkPolicies stand on the node.
+// PolicyState is the state of NetworkPolicies on the node.
 type PolicyState struct {
 	Enforced bool
-	// Unknown is how many pods wait for their policies, OldestUnknown for how long the first of them has.
+	// Unknown is the number of pods that wait for their policies, OldestUnknown how long the first of them has waited.
 	Unknown       int
 	OldestUnknown time.Duration
-	// Sets, Elements and Chains are what the kernel holds, and Recheck how many addresses have their established flows judged again.
+	// Sets, Elements and Chains are what the kernel holds, and Recheck the number of addresses whose established flows are judged again.
 	Sets, Elements, Chains, Recheck int
-	// Denied are the packets that were dropped, by whose they were.
+	// Denied are the packets that policies dropped, by pod and direction.
 	Denied []Denied
 	// DeniedUnknown are the packets of pods whose policies were not known, DeniedStateless those of isolated pods and of no connection.
 	DeniedUnknown, DeniedStateless uint64
@@ -26,7 +26,7 @@ type Denied struct {
 	Packets                   uint64
 }
 
-// policy exports what read returns.
+// policy exports the state that read returns.
 type policy struct {
 	read     func() PolicyState
 	seconds  prometheus.Histogram
@@ -77,11 +77,7 @@ func (p *policy) Collect(ch chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
-	enforced := 0.0
-	if s.Enforced {
-		enforced = 1
-	}
-	gauge(policyEnforced, enforced)
+	gauge(policyEnforced, boolToFloat(s.Enforced))
 	gauge(policyUnknown, float64(s.Unknown))
 	gauge(policyOldest, s.OldestUnknown.Seconds())
 	for kind, n := range map[string]int{"sets": s.Sets, "elements": s.Elements, "chains": s.Chains, "recheck": s.Recheck} {
@@ -97,10 +93,10 @@ func (p *policy) Collect(ch chan<- prometheus.Metric) {
 	p.failures.Collect(ch)
 }
 
-// Policy sets the function that returns how NetworkPolicies stand. Each scrape calls it. It must be set before the first scrape.
+// Policy sets the function that returns the state of NetworkPolicies. Each scrape calls it. It must be set before the first scrape.
 func (m *Metrics) Policy(read func() PolicyState) { m.policy.read = read }
 
-// PolicySynced records how long it took from a change to its being in force, in seconds.
+// PolicySynced records the time from a change to its being in force, in seconds.
 func (m *Metrics) PolicySynced(seconds float64) { m.policy.seconds.Observe(seconds) }
 
 // PolicyFailed counts a failed try to bring policies into the kernel.

@@ -66,7 +66,8 @@ func (t *totals) add(r cmdlog.Record) {
 	}
 }
 
-// spoolCounter counts the plugin's records. It holds the totals and where they are kept: in path, from the records in spool; both "" = in memory only.
+// spoolCounter counts the plugin's records of the folder spool into totals, which it keeps in the file path. Where both are "", it counts
+// in memory only.
 type spoolCounter struct {
 	path, spool string
 	log         func(error)
@@ -76,11 +77,11 @@ type spoolCounter struct {
 }
 
 // open reads the totals of an earlier daemon. Where they cannot be read, it starts from zero.
-func (b *spoolCounter) open(path, spool string) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.path, b.spool = path, spool
-	if err := b.makeSpool(); err != nil {
+func (c *spoolCounter) open(path, spool string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.path, c.spool = path, spool
+	if err := c.makeSpool(); err != nil {
 		return err
 	}
 	text, err := os.ReadFile(path)
@@ -92,17 +93,17 @@ func (b *spoolCounter) open(path, spool string) error {
 	}
 	t := newTotals()
 	if json.Unmarshal(text, &t) == nil && len(t.Setups) == len(setupBuckets)+1 && t.Errors != nil {
-		b.t = t
+		c.t = t
 	}
 	return nil
 }
 
 // makeSpool makes the folder that the plugin puts records into, also where somebody has wiped /run.
-func (b *spoolCounter) makeSpool() error {
-	if b.spool == "" {
+func (c *spoolCounter) makeSpool() error {
+	if c.spool == "" {
 		return nil
 	}
-	if err := trusted.MkdirAll(b.spool, 0o700); err != nil {
+	if err := trusted.MkdirAll(c.spool, 0o700); err != nil {
 		return fmt.Errorf("make the spool of records: %w", err)
 	}
 	return nil
@@ -110,57 +111,57 @@ func (b *spoolCounter) makeSpool() error {
 
 // countSpool counts what is in the spool. Killed between any two steps it counts nothing twice and leaves out nothing: a record is
 // in the kept totals from the rename on, and its name beside it until its file is gone.
-func (b *spoolCounter) countSpool() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err := b.makeSpool(); err != nil {
+func (c *spoolCounter) countSpool() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.makeSpool(); err != nil {
 		return err
 	}
-	for b.spool != "" {
-		if err := cmdlog.RemoveSpooled(b.spool, b.t.Counted); err != nil {
+	for c.spool != "" {
+		if err := cmdlog.RemoveSpooled(c.spool, c.t.Counted); err != nil {
 			return fmt.Errorf("take records out of the spool: %w", err)
 		}
-		found, err := cmdlog.ReadSpool(b.spool, batch)
+		found, err := cmdlog.ReadSpool(c.spool, batch)
 		if err != nil {
 			return fmt.Errorf("read the spool of records: %w", err)
 		}
 		if len(found) == 0 {
 			return nil
 		}
-		next := b.t.clone()
+		next := c.t.clone()
 		next.Counted = nil
 		for _, s := range found {
 			next.add(s.Record)
 			next.Counted = append(next.Counted, s.Name)
 		}
-		if err := b.keep(next); err != nil {
+		if err := c.save(next); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// change changes the totals by something that no record tells.
-func (b *spoolCounter) change(do func(*totals)) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	next := b.t.clone()
+// update changes the totals by what no record tells.
+func (c *spoolCounter) update(do func(*totals)) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	next := c.t.clone()
 	do(&next)
-	return b.keep(next)
+	return c.save(next)
 }
 
-// keep writes the totals in one step and then uses them. A tmpfs needs no sync.
-func (b *spoolCounter) keep(next totals) error {
-	if b.path != "" {
+// save writes the totals in one step and then uses them. A tmpfs needs no sync.
+func (c *spoolCounter) save(next totals) error {
+	if c.path != "" {
 		text, err := json.Marshal(next)
 		if err != nil {
 			return err
 		}
-		if err := atomicfile.WriteUnsynced(b.path, text, 0o600); err != nil {
+		if err := atomicfile.WriteUnsynced(c.path, text, 0o600); err != nil {
 			return fmt.Errorf("keep the metrics: %w", err)
 		}
 	}
-	b.t = next
+	c.t = next
 	return nil
 }
 
@@ -173,20 +174,20 @@ var (
 )
 
 // Describe implements prometheus.Collector.
-func (b *spoolCounter) Describe(ch chan<- *prometheus.Desc) {
+func (c *spoolCounter) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{allocationsDesc, releasesDesc, errorsDesc, setupDesc} {
 		ch <- d
 	}
 }
 
 // Collect implements prometheus.Collector: a scrape has every command that has ended.
-func (b *spoolCounter) Collect(ch chan<- prometheus.Metric) {
-	if err := b.countSpool(); err != nil {
-		b.log(err)
+func (c *spoolCounter) Collect(ch chan<- prometheus.Metric) {
+	if err := c.countSpool(); err != nil {
+		c.log(err)
 	}
-	b.mu.Lock()
-	t := b.t.clone()
-	b.mu.Unlock()
+	c.mu.Lock()
+	t := c.t.clone()
+	c.mu.Unlock()
 	counter := func(d *prometheus.Desc, n uint64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
 	}

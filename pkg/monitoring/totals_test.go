@@ -51,7 +51,7 @@ func TestFoldCountsOnceWhateverWasKilled(t *testing.T) {
 					t.Fatal(err)
 				}
 			case "totals written", "some records removed", "after":
-				if err := first.keep(next); err != nil {
+				if err := first.save(next); err != nil {
 					t.Fatal(err)
 				}
 				gone := map[string]int{"some records removed": 2, "after": 5}[died]
