@@ -16,8 +16,8 @@ import (
 	"github.com/headcni/headcni/pkg/ipam/store"
 )
 
-// restTime is how long a freed address is not given again while others are free.
-const restTime = 30 * time.Second
+// cooldown is how long a freed address is not given again while others are free.
+const cooldown = 30 * time.Second
 
 // Pool gives the addresses of one network. It may be used by many goroutines, and by many processes at once.
 type Pool struct {
@@ -173,23 +173,23 @@ func (p *Pool) choose(tx *store.Tx, set int, want choice) (choice, error) {
 // that nothing is free, it is made anew once: that walks all leases, but only in a pool that is damaged or full.
 func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
 	from, inUse, fresh := p.spaces[set], 0, false
-	resting, rested := false, false // some are put aside; they are needed nevertheless
+	cooling, ignored := false, false // addresses in cooldown are left out; they are taken nevertheless
 	for {
 		c, err := pick(p.cfg.Strategy, from, last, tx, p.draw)
 		switch {
 		case err != nil && !errors.Is(err, store.ErrIndex):
 			return choice{}, err
-		case err == nil && c.rng == nil && resting:
-			from, inUse, resting = p.spaces[set], 0, false // rather one that rests than none
-			rested = true
+		case err == nil && c.rng == nil && cooling:
+			from, inUse, cooling = p.spaces[set], 0, false // rather one in cooldown than none
+			ignored = true
 			continue
 		case err == nil && c.rng != nil:
 			linked, err := tx.Linked(c.addr)
 			if err != nil {
 				return choice{}, err
 			}
-			if rest := p.resting(tx, c.addr); !linked && !rested && len(rest) > 0 {
-				from, resting = from.without(rest...), true
+			if list := p.coolingDown(tx, c.addr); !linked && !ignored && len(list) > 0 {
+				from, cooling = from.without(list...), true
 				continue
 			}
 			if !linked && (p.cfg.InUse == nil || !p.cfg.InUse(c.addr)) {
@@ -218,11 +218,11 @@ func (p *Pool) search(tx *store.Tx, set int, last netip.Addr) (choice, error) {
 	}
 }
 
-// resting returns all addresses that rest in an address's window, if it is one of them: other nodes know the pod that had it until their
-// watch on Pods tells them.
-func (p *Pool) resting(tx *store.Tx, a netip.Addr) []netip.Addr {
+// coolingDown returns all addresses of a's window that are in cooldown, if a is one of them: other nodes take it for the pod that had it
+// until their watch on Pods tells them.
+func (p *Pool) coolingDown(tx *store.Tx, a netip.Addr) []netip.Addr {
 	base, _ := store.Locate(a)
-	if list := tx.Resting(base, restTime); slices.Contains(list, a) {
+	if list := tx.CoolingDown(base, cooldown); slices.Contains(list, a) {
 		return list
 	}
 	return nil

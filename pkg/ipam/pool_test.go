@@ -94,7 +94,7 @@ func TestAllocateLookupRelease(t *testing.T) {
 }
 
 // On disk every strategy gives what it gives in memory, address by address, while leases come and go, to the last one. So much time
-// passes that no address rests.
+// passes that no address is in cooldown.
 func TestPoolDoesWhatItsStrategySays(t *testing.T) {
 	ctx := context.Background()
 	for name, shape := range shapes {
@@ -107,7 +107,7 @@ func TestPoolDoesWhatItsStrategySays(t *testing.T) {
 			var last netip.Addr
 			var held []Lease
 			for i := range 250 {
-				age += 2 * restTime
+				age += 2 * cooldown
 				if len(held) > 0 && r.IntN(3) == 0 {
 					at := r.IntN(len(held))
 					if had, err := p.Release(ctx, held[at].ContainerID, "eth0"); !had || err != nil {

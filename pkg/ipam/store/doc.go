@@ -29,7 +29,7 @@
 //
 // No sandbox survives a reboot, so leases belong to a boot (random(4), boot_id), a new boot starts empty, and nothing is
 // ever synced to disk: power loss ends the boot. The clock is not relied upon. An index also holds which addresses were
-// freed last: those rest where others are free.
+// freed last: those are in cooldown, and not given while others are free.
 //
 // Allocation and release cost a fixed number of system calls, whatever the number of leases and the size of the range.
 // Only these walk all leases: listing, checking, and making an index anew.

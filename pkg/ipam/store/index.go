@@ -16,21 +16,21 @@ import (
 //	64    addresses taken, uint16 per group
 //	576   fullest block, uint8 per group
 //	832   the address being changed, uint64: 0 for none, else its offset + 1
-//	1024  the addresses freed last, each with when (rest.go)
+//	1024  the addresses freed last, each with when (cooldown.go)
 //	4096  one bit per address, in little-endian words
 //
 // The file is sparse: it takes 4 KiB and what is in use. The address being changed comes last in its block of the file,
 // so that it is cleared only when the summary is written, however short the write.
 const (
-	indexHead    = 64
-	indexTaken   = indexHead
-	indexFullest = indexTaken + 2*groups
-	indexIntent  = indexFullest + groups
-	indexUsed    = indexIntent + 8
-	indexRest    = 1024
-	indexRead    = indexRest + restPlaces*restPlace
-	indexData    = 4096
-	indexTemp    = "index/.new"
+	indexHead     = 64
+	indexTaken    = indexHead
+	indexFullest  = indexTaken + 2*groups
+	indexIntent   = indexFullest + groups
+	indexUsed     = indexIntent + 8
+	indexCooldown = 1024
+	indexRead     = indexCooldown + cooldownSlots*cooldownSlot
+	indexData     = 4096
+	indexTemp     = "index/.new"
 )
 
 type window struct {
@@ -39,7 +39,7 @@ type window struct {
 	fd   int
 	bits Bitmap
 	// freed are the addresses that were freed last, in no order.
-	freed [restPlaces]freed
+	freed [cooldownSlots]freed
 }
 
 func indexName(base netip.Addr) string {
@@ -109,7 +109,7 @@ func (tx *Tx) readWindow(w *window) error {
 		w.bits.fullest[g] = b[indexFullest+g]
 	}
 	w.bits.load = func(g int, d *groupData) error { return tx.readGroup(w, g, d) }
-	w.readRest(b[indexRest:])
+	w.readCooldown(b[indexCooldown:])
 	intent := binary.LittleEndian.Uint64(b[indexIntent:])
 	if intent == 0 {
 		return nil

@@ -201,7 +201,7 @@ func (tx *Tx) Delete(e Entry) error {
 	}
 	for _, a := range held {
 		if e.Whole {
-			tx.rest(a) // before, so that it does not become free without
+			tx.coolDown(a) // before, so that it does not become free without
 		}
 		if err := tx.free(a); err != nil {
 			return err

@@ -8,16 +8,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An index knows the addresses of its window that were freed last, and when. Nothing relies on it: an address that rests is free, and
-// with the index that is forgotten.
+// An index knows the addresses of its window that were freed last, and when. Nothing relies on it: an address in cooldown is free, and
+// where the index is lost, so are the cooldowns.
 const (
-	// restPlaces is about as many as a node has pods: so many can end at once.
-	restPlaces = 128
-	// restPlace is the size of one: the address's offset in 4 bytes, and in 4 when it was freed, in seconds since the boot + 1, 0 = never.
-	restPlace = 8
+	// cooldownSlots is about as many as a node has pods: so many can end at once.
+	cooldownSlots = 128
+	// cooldownSlot is the size of one: the address's offset in 4 bytes, and in 4 when it was freed, in seconds since the boot + 1, 0 = never.
+	cooldownSlot = 8
 )
 
-// freed is one place.
+// freed is one slot.
 type freed struct{ offset, at uint32 }
 
 // sinceBoot is the age of the boot. Unlike the clock nobody sets it, and it is the same in all processes.
@@ -31,15 +31,15 @@ func sinceBoot() time.Duration {
 
 func (s *Store) seconds() uint32 { return uint32(s.age()/time.Second) + 1 }
 
-func (w *window) readRest(b []byte) {
+func (w *window) readCooldown(b []byte) {
 	for i := range w.freed {
-		place := b[i*restPlace:]
-		w.freed[i] = freed{binary.LittleEndian.Uint32(place), binary.LittleEndian.Uint32(place[4:])}
+		slot := b[i*cooldownSlot:]
+		w.freed[i] = freed{binary.LittleEndian.Uint32(slot), binary.LittleEndian.Uint32(slot[4:])}
 	}
 }
 
-// Resting returns the addresses of a window that was looked at which were freed within the last d, to the second.
-func (tx *Tx) Resting(base netip.Addr, d time.Duration) (list []netip.Addr) {
+// CoolingDown returns the addresses of a window that was looked at which were freed within the last d, to the second.
+func (tx *Tx) CoolingDown(base netip.Addr, d time.Duration) (list []netip.Addr) {
 	w, now := tx.windows[base], tx.s.seconds()
 	if w == nil {
 		return nil
@@ -52,9 +52,9 @@ func (tx *Tx) Resting(base netip.Addr, d time.Duration) (list []netip.Addr) {
 	return list
 }
 
-// rest notes that an address is being freed, in the place of the one that was freed longest ago. Where that cannot be written the
+// coolDown records that an address is being freed, in the slot of the one that was freed longest ago. Where that cannot be written the
 // address may be given again at once, which is no reason to keep it.
-func (tx *Tx) rest(a netip.Addr) {
+func (tx *Tx) coolDown(a netip.Addr) {
 	base, offset := Locate(a)
 	w, err := tx.window(base, false)
 	if err != nil || w == nil {
@@ -72,7 +72,7 @@ func (tx *Tx) rest(a netip.Addr) {
 	}
 	f := freed{offset, tx.s.seconds()}
 	b := binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, f.offset), f.at)
-	if writeAll(tx.s.fs, w.fd, b, int64(indexRest+oldest*restPlace)) == nil {
+	if writeAll(tx.s.fs, w.fd, b, int64(indexCooldown+oldest*cooldownSlot)) == nil {
 		w.freed[oldest] = f
 	}
 }

@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// TestRest: by every strategy an address that was freed is not given for half a minute while others are free, whoever opens the pool,
+// TestCooldown: by every strategy an address that was freed is not given for half a minute while others are free, whoever opens the pool,
 // and is given where there is no other. One that is asked for is given at once.
-func TestRest(t *testing.T) {
+func TestCooldown(t *testing.T) {
 	for _, strategy := range strategies {
 		for _, subnet := range []string{"10.0.0.0/28", "10.0.0.0/12"} { // one of which is full
 			t.Run(fmt.Sprint(strategy, " ", subnet), func(t *testing.T) {
@@ -34,36 +34,36 @@ func TestRest(t *testing.T) {
 					id := fmt.Sprint(i)
 					given[addr(allocate(t, reopen(), id))] = id
 				}
-				var rest []netip.Addr
+				var cooling []netip.Addr
 				for _, id := range []string{"2", "5", "7"} {
 					for a, owner := range given {
 						if owner == id {
-							rest = append(rest, a)
+							cooling = append(cooling, a)
 						}
 					}
 					release(id)
 				}
-				age += restTime - time.Second
+				age += cooldown - time.Second
 				for i := range free {
-					if got := addr(allocate(t, reopen(), fmt.Sprint("next-", i))); slices.Contains(rest, got) {
-						t.Errorf("%s rests and is given", got)
+					if got := addr(allocate(t, reopen(), fmt.Sprint("next-", i))); slices.Contains(cooling, got) {
+						t.Errorf("%s is in cooldown and is given", got)
 					}
 				}
 				if subnet == "10.0.0.0/28" {
 					for i := range free { // nothing else is left
-						if got := addr(allocate(t, reopen(), fmt.Sprint("last-", i))); !slices.Contains(rest, got) {
-							t.Errorf("%s is given, want one of %v", got, rest)
+						if got := addr(allocate(t, reopen(), fmt.Sprint("last-", i))); !slices.Contains(cooling, got) {
+							t.Errorf("%s is given, want one of %v", got, cooling)
 						}
 					}
 					if _, err := reopen().Allocate(t.Context(), Owner{ContainerID: "late", IfName: "eth0"}, nil); !errors.Is(err, ErrExhausted) {
 						t.Error(err)
 					}
 					release("last-1")
-					age += restTime + time.Second
+					age += cooldown + time.Second
 					allocate(t, reopen(), "after")
 					return
 				}
-				if l, err := reopen().Allocate(t.Context(), Owner{ContainerID: "asks", IfName: "eth0"}, rest[:1]); err != nil || addr(l) != rest[0] {
+				if l, err := reopen().Allocate(t.Context(), Owner{ContainerID: "asks", IfName: "eth0"}, cooling[:1]); err != nil || addr(l) != cooling[0] {
 					t.Error(l, err)
 				}
 				if got := checked(t, reopen()); len(got) > 0 {
@@ -74,8 +74,8 @@ func TestRest(t *testing.T) {
 	}
 }
 
-// TestRestIsShort: an address that rested is given in its turn as soon as its time is over.
-func TestRestIsShort(t *testing.T) {
+// TestCooldownEnds: an address is given in its turn as soon as its time is over.
+func TestCooldownEnds(t *testing.T) {
 	age := time.Duration(0)
 	p := openAt(t, Config{Network: "net", DataDir: testDir(t), Strategy: DensePack, Sets: [][]Range{{{Subnet: pfx("10.0.0.0/24")}}}}, nil,
 		func() time.Duration { return age })
@@ -83,16 +83,16 @@ func TestRestIsShort(t *testing.T) {
 	if _, err := p.Release(t.Context(), "a", "eth0"); err != nil {
 		t.Fatal(err)
 	}
-	for i, step := range []time.Duration{0, restTime / 2, restTime} {
+	for i, step := range []time.Duration{0, cooldown / 2, cooldown} {
 		age += step
-		if got := addrsOf(allocate(t, p, fmt.Sprint("b", i))); (got == first) != (age > restTime) {
+		if got := addrsOf(allocate(t, p, fmt.Sprint("b", i))); (got == first) != (age > cooldown) {
 			t.Errorf("%v after it was freed, %s is given, and it is %s", age, got, first)
 		}
 	}
 }
 
-// TestRestOfMany: more than an index remembers, and what an index of an older version, or none, does not know of.
-func TestRestOfMany(t *testing.T) {
+// TestCooldownOfMany: more than an index remembers, and what an index of an older version, or none, does not know of.
+func TestCooldownOfMany(t *testing.T) {
 	dir := testDir(t)
 	p := openAt(t, Config{Network: "net", DataDir: dir, Strategy: DensePack, Sets: [][]Range{{{Subnet: pfx("10.0.0.0/20")}}}}, nil,
 		func() time.Duration { return time.Hour })
@@ -126,7 +126,7 @@ func TestRestOfMany(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !given[addrsOf(allocate(t, p, "forgotten"))] {
-		t.Error("something rests without an index")
+		t.Error("something is in cooldown without an index")
 	}
 	if got := checked(t, p); len(got) > 0 {
 		t.Errorf("%+v", got)
