@@ -42,6 +42,10 @@ func (c Client) Deployments(namespace string) kube.Objects[*appsv1.Deployment, *
 	return c.AppsV1().Deployments(namespace)
 }
 
+func (c Client) DaemonSets(namespace string) kube.Objects[*appsv1.DaemonSet, *appsv1.DaemonSetList] {
+	return c.AppsV1().DaemonSets(namespace)
+}
+
 func (c Client) Leases(namespace string) kube.Objects[*coordinationv1.Lease, *coordinationv1.LeaseList] {
 	return c.CoordinationV1().Leases(namespace)
 }

@@ -20,7 +20,7 @@ import (
 // kinds are those that Client has, by resource.
 var kinds = map[string]string{
 	"nodes": "Node", "secrets": "Secret", "configmaps": "ConfigMap", "pods": "Pod", "services": "Service", "namespaces": "Namespace",
-	"deployments": "Deployment", "leases": "Lease", "events": "Event", "servicecidrs": "ServiceCIDR", "networkpolicies": "NetworkPolicy",
+	"deployments": "Deployment", "daemonsets": "DaemonSet", "leases": "Lease", "events": "Event", "servicecidrs": "ServiceCIDR", "networkpolicies": "NetworkPolicy",
 }
 
 // request is what a path names: /api/v1/nodes/NAME/status, /apis/GROUP/VERSION/namespaces/NAMESPACE/RESOURCE/NAME.

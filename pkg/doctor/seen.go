@@ -15,6 +15,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/podexec"
@@ -103,6 +104,8 @@ type Cluster struct {
 	Timeout time.Duration
 	// Node is the only one to look at, "" = all.
 	Node string
+	// Selector are labels of those to look at, none = all.
+	Selector map[string]string
 }
 
 // Components of the chart, by the label app.kubernetes.io/component, whose containers are called as below.
@@ -206,7 +209,7 @@ func (c Cluster) Find(ctx context.Context) (s Seen, err error) {
 	var names []string
 	for _, n := range nodes.Items {
 		names = append(names, n.Name)
-		if c.Node != "" && n.Name != c.Node || skipped(n) {
+		if c.Node != "" && n.Name != c.Node || skipped(n) || !labels.SelectorFromSet(c.Selector).Matches(labels.Set(n.Labels)) {
 			continue
 		}
 		out := Node{Name: n.Name}

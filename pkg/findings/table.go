@@ -68,6 +68,7 @@ const (
 	ForeignClaims       ID = "HC231"
 	TailscaledUnwell    ID = "HC232"
 	HeadscaleOther      ID = "HC233"
+	HeadscaleUntried    ID = "HC234"
 	PolicyLacksRanges   ID = "HC301"
 	PolicyAutoApprovers ID = "HC302"
 	PolicyLacksMaps     ID = "HC303"
@@ -282,6 +283,7 @@ var Table = []Finding{
 	{ForeignClaims, Warn, "a node of the tailnet advertises pods of another", "It has a route inside a Node's pod range, which is not approved by HeadCNI.", "find out what it is (`headscale nodes list-routes`), and take the route from it."},
 	{TailscaledUnwell, Warn, "tailscaled complains", "tailscaled's own checks of its health say that something is wrong.", "`tailscale status` and `tailscale netcheck` on the node."},
 	{HeadscaleOther, Fail, "Headscale cannot do what was asked", "Headscale answers with an error.", "see the text and Headscale's own log."},
+	{HeadscaleUntried, Warn, "HeadCNI was not tried with this version of Headscale", "It was run with 0.26 to 0.29. Headscale's API changes between minor versions.", "see the README for the versions of this release; before an upgrade of Headscale, upgrade HeadCNI."},
 
 	{PolicyLacksRanges, Fail, "Headscale's policy does not name the pod ranges", "From 0.29 on `*` means tailnet addresses only; a policy that does not name pods' ranges drops their packets.", "add the line that the text prints to acls in Headscale's policy."},
 	{PolicyAutoApprovers, Warn, "autoApprovers lets nodes take each other's pods", "Any node with the tag may have any part of the range routed to it.", "with an API key headcni-controller approves by itself: remove the line from autoApprovers.routes."},

@@ -61,6 +61,25 @@ func (p PolicyFile) MissingRules(ranges []netip.Prefix, tags []string, starCover
 	return fmt.Sprintf("pods of %s do not reach each other: add to acls %s", strings.Join(missing, ", "), AcceptRule(slices.Concat(tags, missing)))
 }
 
+// NeededPolicy is a policy file with what HeadCNI needs: of it somebody adds what is missing to his own. With autoApprove it also approves the
+// ranges for every node that has one of the tags, which only those need who have no API key.
+func NeededPolicy(tags []string, ranges []netip.Prefix, autoApprove bool) string {
+	var owners, routes []string
+	all := slices.Clone(tags)
+	for _, t := range tags {
+		owners = append(owners, fmt.Sprintf("%q: []", t))
+	}
+	for _, r := range ranges {
+		all = append(all, r.String())
+		routes = append(routes, fmt.Sprintf("%q: %s", r, JSONList(tags)))
+	}
+	out := fmt.Sprintf("{\n  \"tagOwners\": { %s },\n  \"acls\": [%s],\n", strings.Join(owners, ", "), AcceptRule(all))
+	if autoApprove {
+		out += fmt.Sprintf("  \"autoApprovers\": { \"routes\": { %s } },\n", strings.Join(routes, ", "))
+	}
+	return out + fmt.Sprintf("  \"nodeAttrs\": [{ \"target\": %s, \"attr\": [\"cache-network-maps\"] }],\n}\n", JSONList(tags))
+}
+
 // AcceptRule is the line of acls that lets all these addresses and tags reach one another, on every port.
 func AcceptRule(all []string) string {
 	var dst []string

@@ -311,6 +311,12 @@ func (c *Client) DisableExpiry(ctx context.Context, id ID) error {
 	return wrap(err, "disable the key expiry of node %s", id)
 }
 
+// Tried reports whether HeadCNI was run with this version of Headscale, or with one between two of which it was: 0.26 to 0.29. What it does with
+// others is not known. "" is 0.26, which does not say; older ones have another API.
+func Tried(version string) bool {
+	return version == "" || atLeast(version, 0, 26) && !atLeast(version, 0, 30)
+}
+
 // atLeast compares a version such as v0.29.3. A version that cannot be read is that of a development build and counts as new.
 func atLeast(version string, major, minor int) bool {
 	if version == "" {

@@ -29,6 +29,7 @@ type Client interface {
 	Services(namespace string) Objects[*corev1.Service, *corev1.ServiceList]
 	Namespaces() Objects[*corev1.Namespace, *corev1.NamespaceList]
 	Deployments(namespace string) Objects[*appsv1.Deployment, *appsv1.DeploymentList]
+	DaemonSets(namespace string) Objects[*appsv1.DaemonSet, *appsv1.DaemonSetList]
 	Leases(namespace string) Objects[*coordinationv1.Lease, *coordinationv1.LeaseList]
 	Events(namespace string) Objects[*eventsv1.Event, *eventsv1.EventList]
 	ServiceCIDRs() Objects[*networkingv1.ServiceCIDR, *networkingv1.ServiceCIDRList]
@@ -115,6 +116,10 @@ func (c *client) Services(namespace string) Objects[*corev1.Service, *corev1.Ser
 
 func (c *client) Deployments(namespace string) Objects[*appsv1.Deployment, *appsv1.DeploymentList] {
 	return &objects[*appsv1.Deployment, *appsv1.DeploymentList]{c.apps, c.params, "deployments", namespace, &appsv1.Deployment{}, &appsv1.DeploymentList{}}
+}
+
+func (c *client) DaemonSets(namespace string) Objects[*appsv1.DaemonSet, *appsv1.DaemonSetList] {
+	return &objects[*appsv1.DaemonSet, *appsv1.DaemonSetList]{c.apps, c.params, "daemonsets", namespace, &appsv1.DaemonSet{}, &appsv1.DaemonSetList{}}
 }
 
 func (c *client) Leases(namespace string) Objects[*coordinationv1.Lease, *coordinationv1.LeaseList] {

@@ -33,17 +33,38 @@ func ServiceRanges(ctx context.Context, client Client) ([]netip.Prefix, error) {
 }
 
 func askKubeadm(ctx context.Context, client Client) ([]string, error) {
+	n, err := kubeadmNetworking(ctx, client)
+	return strings.Split(n.ServiceSubnet, ","), err
+}
+
+// networking is what kubeadm was told of a cluster's ranges, which are separated by commas.
+type networking struct {
+	PodSubnet     string `json:"podSubnet"`
+	ServiceSubnet string `json:"serviceSubnet"`
+}
+
+func kubeadmNetworking(ctx context.Context, client Client) (networking, error) {
 	cm, err := client.ConfigMaps("kube-system").Get(ctx, "kubeadm-config", metav1.GetOptions{})
 	if err != nil {
-		return nil, err
+		return networking{}, err
 	}
 	var c struct {
-		Networking struct {
-			ServiceSubnet string `json:"serviceSubnet"`
-		} `json:"networking"`
+		Networking networking `json:"networking"`
 	}
-	if err := yaml.Unmarshal([]byte(cm.Data["ClusterConfiguration"]), &c); err != nil {
-		return nil, err
+	err = yaml.Unmarshal([]byte(cm.Data["ClusterConfiguration"]), &c)
+	return c.Networking, err
+}
+
+// KubeadmPods are the ranges that kubeadm was told to cut Nodes' pod CIDRs from, nil where it did not make the cluster.
+func KubeadmPods(ctx context.Context, client Client) (out []netip.Prefix) {
+	n, err := kubeadmNetworking(ctx, client)
+	if err != nil {
+		return nil // it is a better answer than the Nodes' own ranges, no more
 	}
-	return strings.Split(c.Networking.ServiceSubnet, ","), nil
+	for _, t := range strings.Split(n.PodSubnet, ",") {
+		if p, err := netip.ParsePrefix(strings.TrimSpace(t)); err == nil {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
 }

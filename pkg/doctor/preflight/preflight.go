@@ -44,7 +44,7 @@ func Checks(ctx context.Context, c config.Config, getenv func(string) string) []
 	if len(root.Found) == 0 {
 		out = append(out, kernel(ctx))
 	}
-	return append(out, otherCNIs(c.CNI.ConfDir), ranges(c), ports(ctx, c), control(ctx, c, getenv))
+	return append(out, otherCNIs(c.CNI.ConfDir), ranges(c), ports(ctx, c), Control(ctx, c, getenv))
 }
 
 const here = "this node"
@@ -210,8 +210,8 @@ func ports(ctx context.Context, c config.Config) doctor.Check {
 	return out
 }
 
-// control asks Headscale: is it there, is its certificate good, are the clocks together, does it take the key?
-func control(ctx context.Context, c config.Config, getenv func(string) string) doctor.Check {
+// Control asks Headscale: is it there, is its certificate good, are the clocks together, does it take the key, does its policy know the pods?
+func Control(ctx context.Context, c config.Config, getenv func(string) string) doctor.Check {
 	out := doctor.Check{Where: "Headscale", Count: 1}
 	if c.Headscale.URL == "" {
 		return doctor.Check{Where: "Headscale"} // the host's tailscaled knows
@@ -250,6 +250,9 @@ func control(ctx context.Context, c config.Config, getenv func(string) string) d
 	out.OK = fmt.Sprintf("%s answers, version %s (%d ms)", c.Headscale.URL, h.Version, time.Since(began).Milliseconds())
 	if h.Skew.Abs() > headscale.MaxSkew {
 		out.Add(findings.ClocksApart, "Headscale's clock is about %s from this machine's", h.Skew.Round(time.Second))
+	}
+	if !headscale.Tried(h.Version) {
+		out.Add(findings.HeadscaleUntried, "%s is %s", c.Headscale.URL, h.Version)
 	}
 	switch {
 	case errors.Is(err, config.ErrNoCredential): // before an installation there may be none

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -16,8 +17,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/remotecommand"
 	"k8s.io/client-go/rest"
-	"k8s.io/streaming/pkg/httpstream"
-	"k8s.io/streaming/pkg/httpstream/spdy"
+
+	"github.com/headcni/headcni/internal/kubetest"
 )
 
 // older is an API server that knows SPDY only, as those before 1.31 do; the real one is asked in test/e2e. It answers with what command makes
@@ -37,41 +38,17 @@ func older(t *testing.T, command func(r *http.Request) (stdout, stderr string, s
 			_ = json.NewEncoder(w).Encode(status)
 			return
 		}
-		if _, err := httpstream.Handshake(r, w, []string{remotecommand.StreamProtocolV4Name}); err != nil {
-			t.Error(err)
-			return
-		}
-		type arrived struct {
-			httpstream.Stream
-			replied <-chan struct{}
-		}
-		streams := make(chan arrived, 3)
-		conn := spdy.NewResponseUpgrader().UpgradeResponse(w, r, func(s httpstream.Stream, replied <-chan struct{}) error {
-			streams <- arrived{s, replied}
-			return nil
+		err := kubetest.Exec(w, r, func(out, errs io.Writer) metav1.Status {
+			if stdout == "hang" {
+				<-hold
+			}
+			fmt.Fprint(out, stdout)
+			fmt.Fprint(errs, stderr)
+			return status
 		})
-		if conn == nil {
-			t.Error("not upgraded")
-			return
+		if err != nil {
+			t.Error(err)
 		}
-		defer conn.Close()
-		all := map[string]httpstream.Stream{}
-		for range 3 {
-			s := <-streams
-			<-s.replied
-			all[s.Headers().Get(corev1.StreamType)] = s
-		}
-		if stdout == "hang" {
-			<-hold
-			return
-		}
-		fmt.Fprint(all[corev1.StreamTypeStdout], stdout)
-		fmt.Fprint(all[corev1.StreamTypeStderr], stderr)
-		all[corev1.StreamTypeStdout].Close()
-		all[corev1.StreamTypeStderr].Close()
-		_ = json.NewEncoder(all[corev1.StreamTypeError]).Encode(status)
-		all[corev1.StreamTypeError].Close()
-		<-conn.CloseChan()
 	}))
 	t.Cleanup(s.Close)
 	t.Cleanup(func() { close(hold) })
