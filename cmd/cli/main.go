@@ -44,7 +44,7 @@ func root() *cobra.Command {
 	if strings.HasPrefix(filepath.Base(os.Args[0]), "kubectl-") { // a link of that name makes it a plug-in of kubectl
 		cmd.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl headcni"}
 	}
-	cmd.AddCommand(connectivityCmd(), demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), ipamCmd(), keyCmd(), peersCmd(), pingCmd(), policyCmd(), probeCmd(), statusCmd(), sysdumpCmd(), versionCmd(), whyCmd())
+	cmd.AddCommand(connectivityCmd(), demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), installCmd(), ipamCmd(), keyCmd(), peersCmd(), pingCmd(), policyCmd(), probeCmd(), routesCmd(), statusCmd(), sysdumpCmd(), uninstallCmd(), upgradeCmd(), versionCmd(), whyCmd())
 	return cmd
 }
 

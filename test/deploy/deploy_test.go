@@ -1,12 +1,16 @@
-// Package deploy runs deploy-with-helm.sh: what it refuses, what it finds wrong, how it treats the key. kubectl, helm and
-// curl are stand-ins that note how they were called; what is rendered comes from real helm. That it installs anything is
-// test/e2e's business.
+// Package deploy runs deploy-with-helm.sh and the commands of headcnictl behind it: what they refuse, what they find wrong, how they treat the key.
+// helm is a stand-in that notes how it was called, and the API server and Headscale are imitated; what is rendered comes from real helm. That
+// anything is installed is test/e2e's business.
 package deploy
 
 import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,38 +19,59 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/headcni/headcni/internal/headscaletest"
+	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
-	apiKey  = "hskey-api-neverseen.0123456789"
+	// apiKey stands for the key that a run's Headscale made, in its arguments, variables, input and files.
+	apiKey  = "API-KEY"
 	preAuth = "hskey-auth-neverseen-0123456789"
-	url     = "https://hs.example.com"
-	routed  = `{"nodeKey":"nodekey:1","state":"routed","routes":["10.244.0.0/24"]}`
+	// url is reached by a proxy: the run's Headscale.
+	url = "http://10.254.0.1:8080"
 )
 
-func twoNodes(view string) []fakeNode {
+func twoNodes() []fakeNode {
 	return []fakeNode{
-		{Name: "a", Ready: "True", CIDRs: "10.244.0.0/24 fd00:244::/64", View: routed},
-		{Name: "b", Ready: "True", CIDRs: "10.244.1.0/24 fd00:244:0:1::/64", View: view},
+		{Name: "a", CIDRs: "10.244.0.0/24 fd00:244::/64", Addr: "192.0.2.1"},
+		{Name: "b", CIDRs: "10.244.1.0/24 fd00:244:0:1::/64", Addr: "192.0.2.2"},
 	}
 }
 
-// run is one run of the script.
+// run is one run of the script, or of another command of headcnictl.
 type run struct {
 	scenario scenario
-	args     []string
-	env      []string
-	stdin    string
+	// Headscale's policy, what is wrong with it, and its minor version, 0 = the newest.
+	policy  string
+	fault   headscaletest.Fault
+	version int
 
-	dir, out string
-	code     int
-	calls    []call
+	command []string // of headcnictl, none = the script
+	args    []string
+	env     []string
+	stdin   string
+
+	dir, key, out string
+	code          int
+	calls         []call
+	cluster       *cluster
+	headscale     *headscaletest.Server
 }
 
-// command prepares a run in a world that has the programs of the scenario and no others.
-func (r *run) command(t *testing.T) *exec.Cmd {
+// start prepares a run in a world that has the programs of the scenario and no others.
+func (r *run) start(t *testing.T) *exec.Cmd {
 	t.Helper()
 	r.dir = t.TempDir()
+	for _, dir := range []string{"path", "tmp", "elsewhere", "source", "source/bin"} {
+		if err := os.Mkdir(filepath.Join(r.dir, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -55,44 +80,73 @@ func (r *run) command(t *testing.T) *exec.Cmd {
 	if err != nil {
 		t.Fatal(err)
 	}
-	script, err := filepath.Abs("../../deploy-with-helm.sh")
+	chart, err := filepath.Abs("../../chart")
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A file that only a child reads is not among what `go test` looks at before it repeats an old result.
-	if _, err := os.ReadFile(script); err != nil {
+	script, err := os.ReadFile("../../deploy-with-helm.sh")
+	if err != nil {
 		t.Fatal(err)
-	}
-	for _, dir := range []string{"bin", "tmp", "elsewhere"} {
-		if err := os.Mkdir(filepath.Join(r.dir, dir), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, name := range append([]string{"helm", "kubectl", "curl"}, harmless...) {
-		if slices.Contains(r.scenario.Missing, name) {
-			continue
-		}
-		if err := os.Symlink(self, filepath.Join(r.dir, "bin", name)); err != nil {
-			t.Fatal(err)
-		}
 	}
 	b, err := json.Marshal(r.scenario)
-	if err == nil {
-		err = os.WriteFile(filepath.Join(r.dir, "scenario"), b, 0o600)
-	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(bash, append([]string{script}, r.args...)...)
+	links := map[string]string{"source/chart": chart, "source/bin/headcnictl": program, "path/cat": "/bin/cat"} // the help is printed by cat
+	if !slices.Contains(r.scenario.Missing, "helm") {
+		links["path/helm"] = self
+	}
+	for name, to := range links {
+		if err := os.Symlink(to, filepath.Join(r.dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r.version == 0 {
+		r.version = headscaletest.Newest
+	}
+	r.headscale = headscaletest.NewVersion(t, r.version)
+	r.headscale.SetPolicy(r.policy)
+	r.key = r.headscale.APIKey()
+	r.headscale.Break(r.fault)
+	namespace := "kube-system"
+	if i := slices.Index(r.args, "-n"); i >= 0 {
+		namespace = r.args[i+1]
+	}
+	var api string
+	r.cluster, api = serve(t, namespace, r.scenario)
+	if r.scenario.Unreachable {
+		api = "http://127.0.0.1:1"
+	}
+	for name, text := range map[string]string{
+		"scenario": string(b), "source/deploy-with-helm.sh": string(script), "key": r.key,
+		"kubeconfig": fmt.Sprintf(`{"kind":"Config","clusters":[{"name":"c","cluster":{"server":%q}}],"contexts":[{"name":"c","context":{"cluster":"c"}}],"current-context":"c"}`, api),
+	} {
+		if err := os.WriteFile(filepath.Join(r.dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fill := strings.NewReplacer(apiKey, r.key, "KEYFILE", filepath.Join(r.dir, "key"), "KUBECONFIG", filepath.Join(r.dir, "kubeconfig"))
+	var args []string
+	for _, a := range r.args {
+		args = append(args, fill.Replace(a))
+	}
+	cmd := exec.Command(bash, append([]string{filepath.Join(r.dir, "source", "deploy-with-helm.sh")}, args...)...)
+	if r.command != nil {
+		cmd = exec.Command(program, slices.Concat(r.command, args)...)
+	}
 	cmd.Dir = filepath.Join(r.dir, "elsewhere")
-	cmd.Env = append([]string{"PATH=" + filepath.Join(r.dir, "bin"), "TMPDIR=" + filepath.Join(r.dir, "tmp"), "HOME=" + r.dir, fakeEnv + "=" + r.dir}, r.env...)
-	cmd.Stdin = strings.NewReader(r.stdin)
+	cmd.Env = []string{"PATH=" + filepath.Join(r.dir, "path"), "TMPDIR=" + filepath.Join(r.dir, "tmp"), "HOME=" + r.dir, "KUBECONFIG=" + filepath.Join(r.dir, "kubeconfig"),
+		fakeEnv + "=" + r.dir, "http_proxy=" + r.headscale.URL}
+	for _, v := range r.env {
+		cmd.Env = append(cmd.Env, fill.Replace(v))
+	}
+	cmd.Stdin = strings.NewReader(fill.Replace(r.stdin))
 	return cmd
 }
 
 func (r *run) do(t *testing.T) {
 	t.Helper()
-	cmd := r.command(t)
+	cmd := r.start(t)
 	b, err := cmd.CombinedOutput()
 	if cmd.ProcessState == nil {
 		t.Fatal(err)
@@ -111,10 +165,15 @@ func (r *run) finish(t *testing.T, cmd *exec.Cmd, out []byte) {
 	seen := []string{r.out}
 	for _, c := range r.calls {
 		seen = append(seen, c.line(), c.Parent)
-		seen = append(seen, c.Env...)
+		for _, v := range c.Env {
+			seen = append(seen, v)
+			if strings.HasPrefix(v, "HEADSCALE_") || strings.HasPrefix(v, "HEADCNI_AUTH_") {
+				t.Errorf("helm gets %s", v)
+			}
+		}
 	}
 	for _, text := range seen {
-		for _, key := range []string{apiKey, preAuth} {
+		for _, key := range []string{r.key, preAuth} {
 			for _, form := range []string{key, base64.StdEncoding.EncodeToString([]byte(key))[:30]} {
 				if strings.Contains(text, form) {
 					t.Errorf("the key is in %q", text)
@@ -122,19 +181,27 @@ func (r *run) finish(t *testing.T, cmd *exec.Cmd, out []byte) {
 			}
 		}
 	}
-	if strings.Contains(r.out, "command not found") || strings.Contains(r.out, "knows nothing of") || strings.Contains(r.out, "unbound variable") {
+	if strings.Contains(r.out, "command not found") || strings.Contains(r.out, "unbound variable") {
 		t.Errorf("a program or variable is missing:\n%s", r.out)
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("exit code %d, and it said:\n%s", r.code, r.out)
 			for _, c := range r.calls {
-				if c.Name == "helm" {
-					t.Log(c.line())
-				}
+				t.Log(c.line())
 			}
 		}
 	})
+}
+
+// held is the key that the cluster has in the end.
+func (r *run) held(t *testing.T, namespace string) (*corev1.Secret, string) {
+	t.Helper()
+	s, err := r.cluster.Secrets(namespace).Get(t.Context(), "headcni-auth", metav1.GetOptions{})
+	if err != nil {
+		return nil, ""
+	}
+	return s, string(s.Data["api-key"])
 }
 
 func readCalls(t *testing.T, dir string) []call {
@@ -211,10 +278,10 @@ func TestUsage(t *testing.T) {
 		"no scheme":             {[]string{"-u", "hs.example.com", "-k", apiKey}, nil, "", "is not a URL"},
 		"two values in one URL": {[]string{"-u", "https://a,b=c", "-k", apiKey}, nil, "", "is not a URL"},
 		"the node itself":       {[]string{"-u", "http://127.0.0.1:8080", "-k", apiKey}, nil, "", "all nodes reach"},
-		"a public http URL":     {[]string{"-u", "http://headscale.lan:8080", "-k", apiKey}, nil, "", "use https://"},
-		"an http URL with 10.":  {[]string{"-u", "http://10.0.0.1.example.com", "-k", apiKey}, nil, "", "use https://"},
-		"unknown":               {with("--wait=1"), nil, "", "unknown option --wait"},
-		"no value":              {with("--set"), nil, "", "--set needs a value"},
+		"a public http URL":     {[]string{"-u", "http://headscale.lan:8080", "-k", apiKey}, nil, "", "an https:// URL"},
+		"an http URL with 10.":  {[]string{"-u", "http://10.0.0.1.example.com", "-k", apiKey}, nil, "", "an https:// URL"},
+		"unknown":               {with("--wait=1"), nil, "", "unknown flag: --wait"},
+		"no value":              {with("--set"), nil, "", "flag needs an argument: --set"},
 		"a key by --set":        {with("--set", "config.headscale.authKey=x"), nil, "", "must not hold the key"},
 		"a key behind another":  {with("--set", "a=b,apiKey=x"), nil, "", "must not hold the key"},
 		"a key in a file":       {with("-f", file("v1", "config:\n  headscale:\n    authKey: x\n")), nil, "", "must not hold the key"},
@@ -222,12 +289,12 @@ func TestUsage(t *testing.T) {
 		"no such authority":     {with("--ca", filepath.Join(dir, "none")), nil, "", "cannot be read"},
 		"no authority":          {with("--ca", file("ca", "hello")), nil, "", "holds no certificate"},
 		"no such file":          {with("-f", filepath.Join(dir, "none")), nil, "", "cannot be read"},
-		"a time":                {with("--timeout", "5"), nil, "", "--timeout 5 is not a time"},
+		"a time":                {with("--timeout", "5"), nil, "", "--timeout"},
 		"an image without tag":  {with("--image", "r:5000/a"), nil, "", "has no tag"},
 		"a namespace":           {with("-n", "a b"), nil, "", "not a namespace"},
-		"two words":             {[]string{"-u", url, "-k", "-"}, nil, "a b\n", "not one word"},
-		"nothing":               {[]string{"-u", url, "-k", "-"}, nil, " \n", "is empty"},
-		"no key file":           {[]string{"-u", url}, []string{"HEADSCALE_API_KEY_FILE=" + dir + "/none"}, "", "cannot be read"},
+		"two words":             {[]string{"-u", url, "-k", "-"}, nil, "a b\n", "one word"},
+		"nothing":               {[]string{"-u", url, "-k", "-"}, nil, " \n", "must hold the key alone"},
+		"no key file":           {[]string{"-u", url}, []string{"HEADSCALE_API_KEY_FILE=" + dir + "/none"}, "", "no such file"},
 		"a key and a Secret":    {with("--set", "existingSecret=x"), nil, "", "leave one of them out"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -235,12 +302,15 @@ func TestUsage(t *testing.T) {
 			r := run{args: tc.args, env: tc.env, stdin: tc.stdin}
 			r.do(t)
 			r.want(t, 2, tc.says)
-			if r.find("helm ") != nil || r.find("kubectl ") != nil {
+			if len(r.calls) > 0 || r.cluster.requests != nil {
 				t.Error("it started something all the same")
 			}
 		})
 	}
 }
+
+// world is a cluster in which all is right.
+func world() scenario { return scenario{Nodes: twoNodes()} }
 
 // An empty key in a values file is the chart's default, no secret.
 func TestUsageTakesEmptyKeys(t *testing.T) {
@@ -249,7 +319,7 @@ func TestUsageTakesEmptyKeys(t *testing.T) {
 	if err := os.WriteFile(values, []byte("config:\n  headscale:\n    authKey: \"\"\n    apiKeyFile: \"\"\napiKey: # none\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r := run{args: []string{"-u", url, "-k", apiKey, "-f", values}, scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200"}}
+	r := run{args: []string{"-u", url, "-k", apiKey, "-f", values}, scenario: world()}
 	r.do(t)
 	r.want(t, 0)
 	if r.find("helm upgrade", "--values "+values) == nil {
@@ -257,31 +327,47 @@ func TestUsageTakesEmptyKeys(t *testing.T) {
 	}
 }
 
+// What speaks against an installation is found before anything is changed.
 func TestChecks(t *testing.T) {
+	nodes := func(change func([]fakeNode)) scenario {
+		s := world()
+		change(s.Nodes)
+		return s
+	}
+	with := func(change func(*scenario)) run {
+		r := run{scenario: world()}
+		change(&r.scenario)
+		return r
+	}
 	for name, tc := range map[string]struct {
-		s    scenario
+		r    run
 		says []string
 	}{
-		"helm is missing":    {scenario{Missing: []string{"helm"}}, []string{"helm is missing", "helm.sh/docs"}},
-		"helm is old":        {scenario{HelmVersion: "v2.17.0"}, []string{"helm is v2.17.0", "Helm 3"}},
-		"kubectl is missing": {scenario{Missing: []string{"kubectl"}}, []string{"kubectl is missing"}},
-		"both are missing":   {scenario{Missing: []string{"helm", "kubectl"}}, []string{"helm is missing", "kubectl is missing"}},
-		"no cluster":         {scenario{Unreachable: true}, []string{"the cluster of context staging does not answer", "10.0.0.1:6443 was refused", "KUBECONFIG=/etc/rancher/k3s/k3s.yaml"}},
-		"no right":           {scenario{Forbidden: "create clusterrolebindings"}, []string{"you may not create clusterrolebindings", "cluster-admin"}},
-		"no nodes":           {scenario{}, []string{"no Linux nodes"}},
-		"no such host":       {scenario{CurlExit: 6, Nodes: twoNodes(routed)}, []string{url + " does not answer: Could not resolve", "--skip-url-check"}},
-		"self-signed":        {scenario{CurlExit: 60, Nodes: twoNodes(routed)}, []string{"a certificate that is not trusted", "--ca FILE"}},
-		"elsewhere already":  {scenario{Owner: "mine -n net", Nodes: twoNodes(routed)}, []string{"helm status mine -n net", "upgrade it: -n net", "helm uninstall mine -n net"}},
-		"another server":     {scenario{NotThere: true, Nodes: twoNodes(routed)}, []string{"is no Headscale", "server_url"}},
-		"a key that expired": {scenario{APIStatus: "401", Nodes: twoNodes(routed)}, []string{"refuses the API key", "headscale apikeys create"}},
+		"helm is missing": {with(func(s *scenario) { s.Missing = []string{"helm"} }), []string{"helm is missing", "helm.sh/docs"}},
+		"helm is old":     {with(func(s *scenario) { s.HelmVersion = "v2.17.0" }), []string{"helm is v2.17.0", "Helm 3"}},
+		"no cluster":      {with(func(s *scenario) { s.Unreachable = true }), []string{"the cluster does not answer", "127.0.0.1:1", "KUBECONFIG=/etc/rancher/k3s/k3s.yaml"}},
+		"no right":        {with(func(s *scenario) { s.Forbidden = "create clusterrolebindings" }), []string{"you may not create clusterrolebindings", "cluster-admin"}},
+		"no nodes":        {with(func(s *scenario) { s.Nodes = nil }), []string{"no Linux nodes"}},
+		"elsewhere already": {with(func(s *scenario) { s.Owner = "mine -n net" }),
+			[]string{"helm status mine -n net", "upgrade it: -n net", "headcnictl uninstall -n net"}},
+		"a value that the chart does not take": {run{scenario: world(), args: []string{"--set", "config.network.mtu=x"}}, []string{"the chart does not take these values", "schema"}},
+		"a node inside the pods' range": {run{scenario: nodes(func(n []fakeNode) { n[1].Addr = "10.244.0.7" })},
+			[]string{"HC102", "Node b is at 10.244.0.7, inside the pods' 10.244.0.0/24"}},
+		"a node inside kubeadm's range": {with(func(s *scenario) { s.Subnet, s.Nodes[1].Addr = "10.244.0.0/16", "10.244.200.7" }), []string{"HC102", "10.244.200.7"}},
+		"pods inside the tailnet's":     {run{scenario: nodes(func(n []fakeNode) { n[1].CIDRs = "100.64.7.0/24" })}, []string{"HC102", "100.64.7.0/24 is inside the tailnet's"}},
+		"no answer":                     {run{scenario: world(), fault: func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }}, []string{"HC220", url}},
+		"another server":                {run{scenario: world(), fault: headscaletest.Answer(http.StatusOK, "<html>hello</html>")}, []string{"HC228", "does not answer like Headscale"}},
+		"a key that expired":            {run{scenario: world(), fault: headscaletest.At("GET /api/v1/", headscaletest.Refuse())}, []string{"HC221", "headscale apikeys create"}},
+		"a policy without the pods": {run{scenario: world(), policy: `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]}`},
+			[]string{"HC301", `"src": ["tag:headcni", "10.244.0.0/24", "10.244.1.0/24", "fd00:244::/64", "fd00:244:0:1::/64"]`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := run{args: []string{"-u", url, "-k", apiKey}, scenario: tc.s}
-			r.do(t)
-			r.want(t, 1, tc.says...)
-			if r.find("helm upgrade") != nil || r.find("apply") != nil {
-				t.Error("it changed the cluster all the same")
+			tc.r.args = append([]string{"-u", url, "-k", apiKey}, tc.r.args...)
+			tc.r.do(t)
+			tc.r.want(t, 1, tc.says...)
+			if tc.r.find("helm upgrade") != nil || tc.r.cluster.asked("/namespaces/") {
+				t.Errorf("it changed the cluster all the same: %q", tc.r.cluster.requests)
 			}
 		})
 	}
@@ -289,7 +375,7 @@ func TestChecks(t *testing.T) {
 
 func TestNoKeyAnywhere(t *testing.T) {
 	t.Parallel()
-	r := run{args: []string{"-u", url}, scenario: scenario{Nodes: twoNodes(routed)}}
+	r := run{args: []string{"-u", url}, scenario: world()}
 	r.do(t)
 	r.want(t, 1, "no key was given", "-k -")
 }
@@ -297,13 +383,11 @@ func TestNoKeyAnywhere(t *testing.T) {
 // What is no reason to stop is said all the same.
 func TestWarnings(t *testing.T) {
 	t.Parallel()
-	nodes := twoNodes(routed)
-	nodes[0].CIDRs, nodes[1].Flannel = "", "vxlan"
-	r := run{args: []string{"-u", url, "-k", apiKey},
-		scenario: scenario{Nodes: nodes, Missing: []string{"curl"}, DaemonSets: []string{"kube-system/kube-proxy", "kube-flannel/kube-flannel-ds"}}}
+	s := world()
+	s.Nodes[0].CIDRs, s.Nodes[1].Flannel, s.DaemonSets = "", "vxlan", []string{"kube-system/kube-proxy", "kube-flannel/kube-flannel-ds"}
+	r := run{args: []string{"-u", url, "-k", apiKey}, scenario: s, version: 30}
 	r.do(t)
-	r.want(t, 0, "curl is missing", "another pod network is here: flannel on b, kube-flannel/kube-flannel-ds", "config.cni.exclusive=true",
-		"without pod CIDRs: a", "--cluster-cidr")
+	r.want(t, 0, "HC234", "another pod network is here: flannel on b, kube-flannel/kube-flannel-ds", "config.cni.exclusive=true", "without pod CIDRs: a", "--cluster-cidr")
 }
 
 // Every source of the key, in the specification's order; wherever it comes from, only the Secret gets it.
@@ -322,89 +406,82 @@ func TestKey(t *testing.T) {
 		stdin     string
 	}{
 		"-k":                     {[]string{"-k", apiKey}, nil, ""},
+		"-kKEY":                  {[]string{"-k" + apiKey}, nil, ""},
 		"--key=":                 {[]string{"--key=" + apiKey}, nil, ""},
 		"standard input":         {[]string{"-k", "-"}, nil, apiKey + "\n"},
 		"-k before variables":    {[]string{"-k", apiKey}, append([]string{"HEADSCALE_API_KEY=other"}, all[1:]...), ""},
 		"HEADSCALE_API_KEY":      {nil, all, ""},
 		"HEADCNI_AUTH_KEY":       {nil, []string{"HEADSCALE_API_KEY= ", "HEADCNI_AUTH_KEY=" + apiKey, all[2], all[3]}, ""},
-		"HEADSCALE_API_KEY_FILE": {nil, []string{"HEADSCALE_API_KEY_FILE=" + file("a", apiKey), all[3]}, ""},
-		"HEADCNI_AUTH_KEY_FILE":  {nil, []string{"HEADCNI_AUTH_KEY_FILE=" + file("a", apiKey)}, ""},
+		"HEADSCALE_API_KEY_FILE": {nil, []string{"HEADSCALE_API_KEY_FILE=KEYFILE", all[3]}, ""},
+		"HEADCNI_AUTH_KEY_FILE":  {nil, []string{"HEADCNI_AUTH_KEY_FILE=KEYFILE"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := run{args: append([]string{"-u", url + "/"}, tc.args...), env: tc.env, stdin: tc.stdin,
-				scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200"}}
+			r := run{args: append([]string{"-u", url + "/"}, tc.args...), env: tc.env, stdin: tc.stdin, scenario: world()}
 			r.do(t)
-			r.want(t, 0, "Headscale takes the API key", "done")
-			apply := r.find("kubectl", "--namespace kube-system", "apply --server-side", "--filename -")
-			if apply == nil {
-				t.Fatal("no Secret")
+			r.want(t, 0, "takes the API key", "2 of 2 nodes right", "done")
+			s, key := r.held(t, "kube-system")
+			if key != r.key {
+				t.Errorf("the Secret holds %d bytes, not the key", len(key))
 			}
-			if want := "api-key: " + base64.StdEncoding.EncodeToString([]byte(apiKey)) + "\n"; !strings.Contains(apply.Stdin, want) {
-				t.Errorf("the Secret lacks %q", want)
+			if s != nil && s.Annotations["helm.sh/resource-policy"] != "keep" {
+				t.Error("an earlier release would take it along")
 			}
-			if c := r.find("curl", "/api/v1/apikey"); c == nil || !strings.Contains(c.Stdin, "Bearer "+apiKey) {
-				t.Errorf("Headscale's API is asked with %+v", c)
-			}
-			if r.find("helm upgrade --install headcni ", "--set-string config.headscale.url="+url+" ", "--set-string existingSecret=headcni-auth") == nil {
+			if r.find("helm upgrade --install headcni "+r.dir+"/source/chart ", "--set-string config.headscale.url="+url+" ", "--set-string existingSecret=headcni-auth") == nil {
 				t.Error("helm is called otherwise")
-			}
-			for _, c := range r.calls {
-				if i := slices.IndexFunc(c.Env, func(s string) bool {
-					return strings.HasPrefix(s, "HEADSCALE_") || strings.HasPrefix(s, "HEADCNI_AUTH_")
-				}); i >= 0 {
-					t.Errorf("%s gets %s", c.line(), c.Env[i])
-				}
 			}
 		})
 	}
 }
 
-func TestOptionsReachHelmAndKubectl(t *testing.T) {
+func TestOptionsReachHelm(t *testing.T) {
 	t.Parallel()
+	s := scenario{Nodes: twoNodes()[:1], NoNamespace: true, MicroK8s: true, Secret: "another"}
 	r := run{args: []string{"-u", url, "-k", apiKey, "--set", "config.network.mtu=1300", "--set=config.ipam.strategy=random", "--image", "r:5000/a/b:c",
-		"-n", "net", "--kubeconfig", "/k", "--context=c", "--timeout", "1m30s"},
-		scenario: scenario{Nodes: twoNodes(routed)[:1], NoNamespace: true, MicroK8s: true, APIStatus: "200", HasSecret: true}}
+		"-n", "net", "--kubeconfig", "KUBECONFIG", "--context=c", "--timeout", "1m30s"}, scenario: s}
 	r.do(t)
-	r.want(t, 0)
-	for _, c := range r.calls {
-		if c.Name == "kubectl" && !strings.HasPrefix(c.line(), "kubectl --kubeconfig /k --context c ") {
-			t.Errorf("called as %s", c.line())
-		}
-	}
-	if r.find("helm upgrade", "--namespace net", "--kubeconfig /k --kube-context c", "--set config.network.mtu=1300", "--set config.ipam.strategy=random",
-		"image.repository=r:5000/a/b ", "image.tag=c ", "--timeout 90s", "config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin") == nil {
+	r.want(t, 0, "Its end: headcnictl uninstall -n net")
+	if c := r.find("helm upgrade", "--namespace net", "--kubeconfig "+r.dir+"/kubeconfig --kube-context c", "--set config.network.mtu=1300", "--set config.ipam.strategy=random",
+		"image.repository=r:5000/a/b ", "image.tag=c ", "config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin"); c == nil {
 		t.Error("helm upgrade is called otherwise")
 	}
-	if c := r.find("apply --filename -"); c == nil || !strings.Contains(c.Stdin, "enforce: privileged") {
-		t.Errorf("the namespace is made by %+v", c)
+	ns, err := r.cluster.Namespaces().Get(t.Context(), "net", metav1.GetOptions{})
+	if err != nil || ns.Labels["pod-security.kubernetes.io/enforce"] != "privileged" {
+		t.Error("the namespace is not made for pods on the host's network:", err)
 	}
-	if r.find("--namespace net rollout restart deployment/headcni-controller") == nil {
+	if _, key := r.held(t, "net"); key != r.key {
+		t.Error("the key was not replaced")
+	}
+	if !r.cluster.asked("PATCH /apis/apps/v1/namespaces/net/deployments/headcni-controller") {
 		t.Error("the controller does not learn of the new key")
 	}
 }
 
-// Headscale with a certificate of its own: curl, the controller and the nodes are told.
+// Headscale with a certificate of its own: the controller and the nodes are told.
 func TestAuthority(t *testing.T) {
 	t.Parallel()
+	srv := httptest.NewTLSServer(nil)
+	defer srv.Close()
 	ca := filepath.Join(t.TempDir(), "ca.crt")
-	if err := os.WriteFile(ca, []byte("-----BEGIN CERTIFICATE-----\n"), 0o600); err != nil {
+	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r := run{args: []string{"-u", url, "-k", apiKey, "--ca", ca}, scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200"}}
+	r := run{args: []string{"-u", url, "-k", apiKey, "--ca", ca}, scenario: world()}
 	r.do(t)
 	r.want(t, 0)
-	if r.find("helm upgrade", "--set-file caBundle="+ca) == nil || r.find("curl", "--cacert "+ca, "/key") == nil || r.find("curl", "--cacert "+ca, "/api/v1/apikey") == nil {
-		t.Error("the authority does not reach helm and curl")
+	if r.find("helm upgrade", "--set-file caBundle="+ca) == nil {
+		t.Error("the authority does not reach helm")
 	}
 }
 
 // What was installed by hand under another name is upgraded under that name.
 func TestReleaseOfAnotherName(t *testing.T) {
 	t.Parallel()
-	r := run{args: []string{"-u", url, "-k", apiKey}, scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200", Owner: "mine -n kube-system"}}
+	s := world()
+	s.Owner = "mine -n kube-system"
+	r := run{args: []string{"-u", url, "-k", apiKey}, scenario: s}
 	r.do(t)
-	r.want(t, 0, "helm uninstall mine -n kube-system")
+	r.want(t, 0)
 	if r.find("helm upgrade --install mine ") == nil || r.find("helm test mine ") == nil {
 		t.Error("helm is called for another release")
 	}
@@ -412,75 +489,73 @@ func TestReleaseOfAnotherName(t *testing.T) {
 
 func TestTheKeyInTheClusterStays(t *testing.T) {
 	t.Parallel()
-	r := run{args: []string{"-u", url, "--image", "a@sha256:00"}, scenario: scenario{Nodes: twoNodes(routed), HasSecret: true}}
+	s := world()
+	s.Secret = preAuth
+	r := run{args: []string{"-u", url, "--image", "a@sha256:00"}, scenario: s}
 	r.do(t)
-	r.want(t, 0, "the key in the cluster stays")
-	if r.find("apply") != nil || r.find("rollout") != nil || r.find("image.digest=sha256:00") == nil {
-		t.Error("it is called otherwise")
+	r.want(t, 0, "the key in the cluster stays", "with a pre-auth key any tagged node")
+	if r.cluster.asked("/secrets") || r.cluster.asked("PATCH") || r.find("image.digest=sha256:00") == nil {
+		t.Errorf("it is called otherwise: %q", r.cluster.requests)
 	}
 }
 
 // What is missing is said for each node, with what to do.
 func TestNotDone(t *testing.T) {
-	pending := `{"nodeKey":"nodekey:2","state":"pending","message":"the policy says \"no\" to it"}`
+	wrong := func(id findings.ID) scenario {
+		s := world()
+		s.Nodes[1].Wrong = &reconcile.Found{ID: id, Severity: findings.Fail, Text: `the policy says "no" to it`}
+		return s
+	}
+	with := func(change func(*scenario)) scenario {
+		s := world()
+		change(&s)
+		return s
+	}
 	for name, tc := range map[string]struct {
 		s      scenario
 		key    string
 		says   []string
 		silent string
 	}{
-		"a daemon": {scenario{Nodes: twoNodes(routed), NotReady: true}, apiKey,
-			[]string{"not ready: DaemonSet headcni (1 of 2 ready)", "last log line: the last line", "HeadCNINotRight: forward: the firewall drops"}, "conflist"},
-		"a route": {scenario{Nodes: twoNodes(pending)}, apiKey,
-			[]string{"not routed yet: b", `node b: Ready is True; pod CIDRs: 10.244.1.0/24 fd00:244:0:1::/64; Headscale: pending. the policy says "no" to it`}, "autoApprovers"},
-		"unseen, with an API key": {scenario{Nodes: twoNodes(`{"state":"unseen"}`)}, apiKey, []string{"not routed yet: b"}, "autoApprovers"},
-		"a node":                  {scenario{Nodes: append(twoNodes(routed), fakeNode{Name: "c", Ready: "False", CIDRs: "10.244.2.0/24", View: routed})}, apiKey, []string{"nodes not Ready: c"}, ""},
-		"pods, with a pre-auth key": {scenario{Nodes: twoNodes(`{"state":"unseen"}`), TestFails: "pod on b at 10.244.1.7: no answer"}, preAuth,
+		"a daemon": {with(func(s *scenario) { s.NotReady = true }), apiKey, []string{"DaemonSet headcni: 1 of 2 new and ready"}, "NOT RIGHT"},
+		"a daemon that does not start": {with(func(s *scenario) { s.NotReady, s.Waiting = true, "CrashLoopBackOff" }), apiKey,
+			[]string{"container headcni-daemon: CrashLoopBackOff", "headcni-a, last log line: the last line"}, ""},
+		"a route": {wrong(findings.NotApproved), apiKey, []string{"1 of 2 nodes right: b HC201", "NOT RIGHT", `the policy says "no" to it`, `"acls": [`}, "autoApprovers"},
+		"a node":  {with(func(s *scenario) { s.Nodes[1].NotReady = true }), apiKey, []string{"node b is not Ready"}, ""},
+		"pods, with a pre-auth key": {with(func(s *scenario) { s.TestFails = "pod on b at 10.244.1.7: no answer" }), preAuth,
 			[]string{"not every pod answers", "pod on b at 10.244.1.7: no answer", `"tagOwners": { "tag:headcni": [] }`,
 				`"autoApprovers": { "routes": { "10.244.0.0/24": ["tag:headcni"], "fd00:244::/64": ["tag:headcni"], "10.244.1.0/24": ["tag:headcni"], "fd00:244:0:1::/64": ["tag:headcni"] } }`,
 				`"attr": ["cache-network-maps"]`}, ""},
-		"pods, kubeadm's ranges": {scenario{Nodes: twoNodes(routed), TestFails: "x", Subnet: "10.244.0.0/16,fd00:244::/56"}, apiKey,
+		"pods, kubeadm's ranges": {with(func(s *scenario) { s.TestFails, s.Subnet = "x", "10.244.0.0/16,fd00:244::/56" }), apiKey,
 			[]string{`"src": ["tag:headcni", "10.244.0.0/16", "fd00:244::/56"]`, `"dst": ["tag:headcni:*", "10.244.0.0/16:*", "fd00:244::/56:*"]`}, "autoApprovers"},
-		"helm": {scenario{Nodes: twoNodes(routed), HelmFails: "another operation (install/upgrade/rollback) is in progress"}, apiKey,
+		"helm": {with(func(s *scenario) { s.HelmFails = "another operation (install/upgrade/rollback) is in progress" }), apiKey,
 			[]string{"another operation (install", "helm rollback headcni -n kube-system"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			tc.s.APIStatus = "200"
 			r := run{args: []string{"-u", url, "-k", tc.key, "--timeout", "1s"}, scenario: tc.s}
 			r.do(t)
 			r.want(t, 1, tc.says...)
 			if tc.silent != "" && strings.Contains(r.out, tc.silent) {
 				t.Errorf("it says %q", tc.silent)
 			}
-			if tc.s.TestFails != "" && r.find("delete", "pod/headcni-test", "daemonset/headcni-test") == nil {
+			if tc.s.TestFails != "" && (!r.cluster.asked("DELETE /api/v1/namespaces/kube-system/pods/headcni-test") ||
+				!r.cluster.asked("DELETE /apis/rbac.authorization.k8s.io/v1/namespaces/kube-system/roles/headcni-test")) {
 				t.Error("the test's pods stay")
 			}
 		})
 	}
 }
 
-func TestUnseenWillDoWithAPreAuthKey(t *testing.T) {
-	t.Parallel()
-	r := run{args: []string{"-u", url, "-k", preAuth}, scenario: scenario{Nodes: twoNodes(`{"state":"unseen"}`)}}
-	r.do(t)
-	r.want(t, 0, "any tagged node may announce", "done")
-	if r.find("/api/v1/apikey") != nil {
-		t.Error("a pre-auth key is no business of Headscale's API")
-	}
-}
-
 // Without the image no time is waited out, and pods of an earlier run look for it at once.
 func TestNoImage(t *testing.T) {
 	t.Parallel()
-	start := time.Now()
-	r := run{args: []string{"-u", url, "-k", apiKey}, scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200", NotReady: true, Waiting: "ImagePullBackOff"}}
+	s := world()
+	s.NotReady, s.Waiting = true, "ImagePullBackOff"
+	r := run{args: []string{"-u", url, "-k", apiKey, "--timeout", "10m"}, scenario: s}
 	r.do(t)
-	r.want(t, 1, "nodes cannot get the image", "make image", "images import")
-	if took := time.Since(start); took > 2*time.Minute {
-		t.Errorf("it took %v", took)
-	}
-	if r.find("delete pod --wait=false headcni-1") == nil {
+	r.want(t, 1)
+	if !r.cluster.asked("DELETE /api/v1/namespaces/kube-system/pods/headcni-a") {
 		t.Error("the pod does not look again")
 	}
 }
@@ -492,12 +567,14 @@ func TestInterrupted(t *testing.T) {
 		signal syscall.Signal
 		code   int
 	}{
-		{"upgrade", syscall.SIGINT, 130}, {"upgrade", syscall.SIGTERM, 143}, {"test", syscall.SIGTERM, 143},
+		{"upgrade", syscall.SIGINT, 130}, {"upgrade", syscall.SIGTERM, 143}, {"test", syscall.SIGHUP, 129},
 	} {
 		t.Run(tc.during+" "+tc.signal.String(), func(t *testing.T) {
 			t.Parallel()
-			r := run{args: []string{"-u", url, "-k", "-"}, stdin: apiKey, scenario: scenario{Nodes: twoNodes(routed), APIStatus: "200", Hangs: tc.during}}
-			cmd := r.command(t)
+			s := world()
+			s.Hangs = tc.during
+			r := run{args: []string{"-u", url, "-k", "-"}, stdin: apiKey, scenario: s}
+			cmd := r.start(t)
 			var out bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &out, &out
 			if err := cmd.Start(); err != nil {
@@ -509,11 +586,11 @@ func TestInterrupted(t *testing.T) {
 			}
 			_ = cmd.Wait() // the exit code tells
 			r.finish(t, cmd, out.Bytes())
-			r.want(t, tc.code, "Interrupted; HeadCNI may be installed in part. Run this again to go on, or take it off: helm uninstall headcni -n kube-system")
+			r.want(t, tc.code, "Interrupted; HeadCNI may be installed in part. Run this again to go on, or take it off: headcnictl uninstall")
 			if !slices.ContainsFunc(r.calls, func(c call) bool { return c.Interrupted }) {
 				t.Error("helm goes on")
 			}
-			if tc.during == "test" && r.find("delete", "pod/headcni-test") == nil {
+			if tc.during == "test" && !r.cluster.asked("DELETE /api/v1/namespaces/kube-system/pods/headcni-test") {
 				t.Error("the test's pods stay")
 			}
 		})
@@ -526,5 +603,76 @@ func waitFor(t *testing.T, done func() bool) {
 		if time.Now().After(end) {
 			t.Fatal("nothing happens")
 		}
+	}
+}
+
+// Without a source folder the chart is the program's own; an upgrade keeps the release's values.
+func TestUpgrade(t *testing.T) {
+	there := func(values string) scenario {
+		s := world()
+		s.Owner, s.Values, s.Secret = "headcni -n kube-system", values, "held"
+		return s
+	}
+	for name, tc := range map[string]struct {
+		r    run
+		code int
+		says string
+		helm []string
+	}{
+		"with its values": {run{scenario: there(`{"config":{"headscale":{"url":"` + url + `"}}}`)}, 0, "done",
+			[]string{"helm upgrade --install headcni ", "--reset-then-reuse-values", "headcni --timeout"}},
+		"another value":       {run{scenario: there(`null`), args: []string{"--set", "a=b"}}, 0, "done", []string{"helm upgrade ", "--set a=b"}},
+		"not there":           {run{scenario: world()}, 1, "headcnictl install", nil},
+		"an image that stays": {run{scenario: there(`{"image":{"repository":"r/a","tag":"0.1.0"}}`)}, 1, "name the new one by --image", nil},
+		"another image":       {run{scenario: there(`{"image":{"repository":"r/a","tag":"0.1.0"}}`), args: []string{"--image", "r/a:0.2.0"}}, 0, "done", []string{"helm upgrade", "image.tag=0.2.0"}},
+		"an older helm":       {run{scenario: func() scenario { s := there(`null`); s.HelmVersion = "v3.13.1"; return s }()}, 1, "install Helm 3.14", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tc.r.command = []string{"upgrade", "--skip-url-check"}
+			tc.r.do(t)
+			tc.r.want(t, tc.code, tc.says)
+			if (tc.helm != nil) != (tc.r.find("helm upgrade") != nil) || tc.helm != nil && tc.r.find(tc.helm...) == nil {
+				t.Error("helm is called otherwise")
+			}
+		})
+	}
+}
+
+func TestUninstall(t *testing.T) {
+	there := func(change func(*scenario)) scenario {
+		s := world()
+		s.Owner, s.Secret = "mine -n kube-system", "held"
+		change(&s)
+		return s
+	}
+	none := func(*scenario) {}
+	for name, tc := range map[string]struct {
+		s    scenario
+		args []string
+		code int
+		says []string
+		helm bool
+	}{
+		"not without yes": {there(none), nil, 1, []string{"nothing was changed", "release mine", "--yes"}, false},
+		"a user's Secret": {there(none), []string{"--yes"}, 0, []string{"kubectl -n kube-system delete secret headcni-auth", "HeadCNI is off"}, true},
+		"a node is down":  {there(func(s *scenario) { s.Nodes[1].NotReady = true }), []string{"--yes"}, 0, []string{"not Ready: b", "headcni-daemon uninstall"}, true},
+		"again":           {there(func(s *scenario) { s.Owner, s.Gone = "", true }), []string{"--yes"}, 0, []string{"Helm has no release", "HeadCNI is off"}, true},
+		"helm's was lost": {there(func(s *scenario) { s.Gone = true }), []string{"--yes"}, 1, []string{"its ClusterRole headcni is there"}, true},
+		"elsewhere":       {there(func(s *scenario) { s.Owner = "mine -n net" }), []string{"--yes"}, 1, []string{"headcnictl uninstall -n net"}, false},
+		"wrong usage":     {there(none), []string{"now"}, 2, []string{"unknown command"}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := run{command: []string{"uninstall"}, args: tc.args, scenario: tc.s}
+			r.do(t)
+			r.want(t, tc.code, tc.says...)
+			if tc.helm != (r.find("helm uninstall") != nil) {
+				t.Error("helm is called otherwise")
+			}
+			if s, _ := r.held(t, "kube-system"); s == nil {
+				t.Error("a Secret that somebody else made is gone")
+			}
+		})
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -26,26 +27,32 @@ func TestDryRun(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(tools, "helm")); tools == "" || err != nil {
 		nstest.Skip(t, "needs helm: run `make test`, or set HEADCNI_TOOLS to what test/tools/ensure prints")
 	}
-	r := run{args: []string{"-u", url, "-k", apiKey, "--dry-run", "--set", "config.network.mtu=1300", "--image", "r:5000/a:b", "-n", "net"},
-		scenario: scenario{Missing: []string{"helm", "curl"}, Unreachable: true}}
-	cmd := r.command(t)
-	if err := os.Symlink(filepath.Join(tools, "helm"), filepath.Join(r.dir, "bin", "helm")); err != nil {
-		t.Fatal(err)
-	}
-	var out, progress strings.Builder
-	cmd.Stdout, cmd.Stderr = &out, &progress
-	if err := cmd.Run(); err != nil {
-		t.Errorf("%v:\n%s", err, progress.String())
-	}
-	r.finish(t, cmd, []byte(out.String()+progress.String()))
-	for _, c := range r.calls {
-		if c.Name == "kubectl" && !strings.Contains(c.line(), "get --raw /version") {
-			t.Errorf("a dry run calls %s", c.line())
+	dry := func(r run) string {
+		t.Helper()
+		r.scenario = scenario{Missing: []string{"helm"}, Unreachable: true}
+		cmd := r.start(t)
+		if err := os.Symlink(filepath.Join(tools, "helm"), filepath.Join(r.dir, "path", "helm")); err != nil {
+			t.Fatal(err)
 		}
+		var out, progress strings.Builder
+		cmd.Stdout, cmd.Stderr = &out, &progress
+		if err := cmd.Run(); err != nil {
+			t.Errorf("%v:\n%s", err, progress.String())
+		}
+		r.finish(t, cmd, []byte(out.String()+progress.String()))
+		if r.cluster.requests != nil {
+			t.Errorf("a dry run changes %q", r.cluster.requests)
+		}
+		return out.String()
+	}
+	args := []string{"-u", url, "--dry-run", "--set", "config.network.mtu=1300", "--image", "r:5000/a:b", "-n", "net"}
+	out := dry(run{args: append(args, "-k", apiKey)})
+	if own := dry(run{command: []string{"install"}, args: append(args, "--key-file", "KEYFILE")}); own != out {
+		t.Errorf("headcnictl has another chart than the source: %s", cmp.Diff(out, own))
 	}
 
 	objects := map[string]string{}
-	for d := yaml.NewDocumentDecoder(io.NopCloser(strings.NewReader(out.String()))); ; {
+	for d := yaml.NewDocumentDecoder(io.NopCloser(strings.NewReader(out))); ; {
 		b := make([]byte, 1<<20)
 		n, err := d.Read(b)
 		if errors.Is(err, io.EOF) {

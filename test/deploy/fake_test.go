@@ -4,68 +4,99 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/remotecommand"
+
+	"github.com/headcni/headcni/internal/kubetest"
+	"github.com/headcni/headcni/pkg/nodestatus"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
-// fakeEnv names the folder in which the programs that stand in for others find what to say, and note how they were
-// called. The test's own binary is these programs, under their names.
+// fakeEnv names the folder in which the program that stands in for helm finds what to say, and notes how it was called. The test's own binary
+// is this program, under its name.
 const fakeEnv = "HEADCNI_TEST_FAKE"
 
-// harmless are the programs that the script may start beside helm, kubectl and curl. They are the real ones, noted.
-var harmless = []string{"base64", "cat", "grep", "mktemp", "rm", "sleep", "tail", "tr"}
-
-// scenario is the world that the script finds.
+// scenario is the world that an installation finds.
 type scenario struct {
 	Missing     []string // programs
 	HelmVersion string   // "" is v3.22.0
 	Unreachable bool
-	Forbidden   string // what one may not do
+	Forbidden   string // the verb and resource of what one may not do
 	NoNamespace bool
-	HasSecret   bool
+	Secret      string   // the key that the cluster has
 	Owner       string   // release and namespace of the HeadCNI that is there
 	DaemonSets  []string // of others, namespace/name
 	Nodes       []fakeNode
 	MicroK8s    bool
-	NotReady    bool   // the daemon's pods
+	NotReady    bool   // one of the daemon's pods
 	Waiting     string // why containers wait
 	Subnet      string // kubeadm's
 	HelmFails   string // what `helm upgrade` says
 	TestFails   string // what the test's pod says
+	Values      string // of the release, in JSON
+	Gone        bool   // helm knows no release
 	Hangs       string // upgrade or test: that one ends by a signal only
-	CurlExit    int    // not 0: why the URL does not answer
-	NotThere    bool   // another server answers
-	APIStatus   string // of Headscale's API for the key: 200, 401
 }
 
-type fakeNode struct{ Name, Ready, CIDRs, View, Flannel string }
+// fakeNode is a node. Wrong is what its daemon says.
+type fakeNode struct {
+	Name, CIDRs, Addr, Flannel string
+	NotReady                   bool
+	Wrong                      *reconcile.Found
+}
 
-// call is how a program was started. Parent is the command line of who did it.
+// call is how helm was started. Parent is the command line of who did it.
 type call struct {
-	Name        string
 	Args, Env   []string
 	Parent      string
-	Stdin       string
 	Interrupted bool
 }
 
-func (c call) line() string { return c.Name + " " + strings.Join(c.Args, " ") }
+func (c call) line() string { return "helm " + strings.Join(c.Args, " ") }
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(fakeEnv); dir != "" {
-		os.Exit(fake(dir, filepath.Base(os.Args[0]), os.Args[1:]))
+		os.Exit(fake(dir, os.Args[1:]))
 	}
-	os.Exit(m.Run())
+	os.Exit(tests(m))
 }
 
-// fake is one of the programs. It returns its exit code.
-func fake(dir, name string, args []string) int {
+// program is headcnictl, as it is now.
+var program string
+
+func tests(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "headcni-deploy-test")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	program = filepath.Join(dir, "headcnictl")
+	if out, err := exec.Command("go", "build", "-o", program, "../../cmd/cli").CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build headcnictl: %v\n%s", err, out)
+		return 1
+	}
+	return m.Run()
+}
+
+// fake is helm. It returns its exit code.
+func fake(dir string, args []string) int {
 	var s scenario
 	b, err := os.ReadFile(filepath.Join(dir, "scenario"))
 	if err == nil {
@@ -76,22 +107,7 @@ func fake(dir, name string, args []string) int {
 		return 99
 	}
 	parent, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid())) // gone already: nothing to see
-	c := call{Name: name, Args: args, Env: os.Environ(), Parent: string(parent)}
-	switch name {
-	case "helm":
-		return s.helm(dir, c)
-	case "kubectl":
-		return s.kubectl(dir, c)
-	case "curl":
-		return s.curl(dir, c)
-	}
-	note(dir, c)
-	real, err := exec.LookPath("/usr/bin/" + name)
-	if err != nil {
-		real = "/bin/" + name
-	}
-	fmt.Fprintln(os.Stderr, syscall.Exec(real, append([]string{name}, args...), os.Environ()))
-	return 99
+	return s.helm(dir, call{Args: args, Env: os.Environ(), Parent: string(parent)})
 }
 
 func note(dir string, c call) {
@@ -120,136 +136,192 @@ func hang(dir string, c call) int {
 	return 1
 }
 
+// rendered is what helm makes of the chart's configuration.
+const rendered = `apiVersion: v1
+kind: ConfigMap
+metadata: {name: headcni-config}
+data:
+  daemon.yaml: |
+    headscale: {url: "` + url + `"}
+    tailscale: {tags: ["tag:headcni"]}
+`
+
 func (s scenario) helm(dir string, c call) int {
 	if slices.Contains(c.Args, s.Hangs) {
 		return hang(dir, c)
 	}
 	note(dir, c)
+	fail := func(text string) int {
+		fmt.Fprintln(os.Stderr, "Error:", text)
+		return 1
+	}
 	switch c.Args[0] {
 	case "version":
 		if s.HelmVersion == "" {
 			s.HelmVersion = "v3.22.0+gabcdef"
 		}
 		fmt.Println(s.HelmVersion)
+	case "template":
+		if slices.Contains(c.Args, "config.network.mtu=x") {
+			return fail("values don't meet the specifications of the schema")
+		}
+		fmt.Print(rendered)
 	case "upgrade":
 		if s.HelmFails != "" {
-			fmt.Fprintln(os.Stderr, "Error:", s.HelmFails)
-			return 1
+			return fail(s.HelmFails)
 		}
+	case "get":
+		fmt.Println(s.Values)
 	case "test":
 		if s.TestFails != "" {
 			return 1
 		}
+	case "uninstall":
+		if s.Gone {
+			return fail("uninstall: Release not loaded: headcni: release: not found")
+		}
 	}
 	return 0
 }
 
-func (s scenario) curl(dir string, c call) int {
-	if slices.Contains(c.Args, "--config") {
-		b, _ := io.ReadAll(os.Stdin)
-		c.Stdin = string(b)
-		fmt.Print(s.APIStatus)
-	} else if s.CurlExit != 0 {
-		fmt.Printf("curl: (%d) Could not resolve host", s.CurlExit)
-	} else if s.NotThere {
-		fmt.Print("<html>hello</html>")
-	} else {
-		fmt.Print(`{"legacyPublicKey":"mkey:0","publicKey":"mkey:1"}`)
-	}
-	note(dir, c)
-	if !slices.Contains(c.Args, "--config") {
-		return s.CurlExit
-	}
-	return 0
+// cluster is an API server.
+type cluster struct {
+	kubetest.Client
+	s scenario
+
+	mu       sync.Mutex
+	requests []string
 }
 
-// kubectl answers each question of the script's; one that it does not know is an error.
-func (s scenario) kubectl(dir string, c call) int {
-	line := strings.Join(c.Args, " ")
-	has := func(text string) bool { return strings.Contains(line, text) }
-	if has(" --filename -") {
-		b, _ := io.ReadAll(os.Stdin)
-		c.Stdin = string(b)
+func serve(t *testing.T, namespace string, s scenario) (*cluster, string) {
+	t.Helper()
+	c := &cluster{s: s, Client: kubetest.New(s.objects(namespace)...)}
+	srv := httptest.NewServer(c)
+	t.Cleanup(srv.Close)
+	return c, srv.URL
+}
+
+func (s scenario) objects(namespace string) (out []runtime.Object) {
+	meta := func(name, component string) metav1.ObjectMeta {
+		return metav1.ObjectMeta{Name: name, Namespace: namespace, Generation: 1,
+			Labels: map[string]string{"app.kubernetes.io/name": "headcni", "app.kubernetes.io/component": component}}
 	}
-	note(dir, c)
-	switch {
-	case has("get --raw /version"):
-		if s.Unreachable {
-			fmt.Fprintln(os.Stderr, "The connection to the server 10.0.0.1:6443 was refused")
-			return 1
+	n := int32(len(s.Nodes))
+	ready := n
+	if s.NotReady {
+		ready--
+	}
+	out = append(out, &appsv1.DaemonSet{ObjectMeta: meta("headcni", "daemon"),
+		Status: appsv1.DaemonSetStatus{ObservedGeneration: 1, DesiredNumberScheduled: n, UpdatedNumberScheduled: n, NumberReady: ready}},
+		&appsv1.Deployment{ObjectMeta: meta("headcni-controller", "controller"),
+			Status: appsv1.DeploymentStatus{ObservedGeneration: 1, UpdatedReplicas: 1, ReadyReplicas: 1}},
+		&corev1.Pod{ObjectMeta: meta("headcni-controller-1", "controller"), Status: corev1.PodStatus{Phase: corev1.PodRunning}})
+	if !s.NoNamespace {
+		out = append(out, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}})
+	}
+	if s.Secret != "" {
+		out = append(out, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "headcni-auth", Namespace: namespace}, Data: map[string][]byte{"api-key": []byte(s.Secret)}})
+	}
+	if s.Subnet != "" {
+		out = append(out, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "kubeadm-config", Namespace: "kube-system"}, Data: map[string]string{
+			"ClusterConfiguration": "networking:\n  dnsDomain: cluster.local\n  podSubnet: " + s.Subnet + "\n  serviceSubnet: 10.96.0.0/12\n"}})
+	}
+	for _, name := range s.DaemonSets {
+		ns, name, _ := strings.Cut(name, "/")
+		out = append(out, &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: ns}})
+	}
+	for i, n := range s.Nodes {
+		node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.Name, Labels: map[string]string{corev1.LabelOSStable: "linux"}, Annotations: map[string]string{}},
+			Spec: corev1.NodeSpec{PodCIDRs: strings.Fields(n.CIDRs)}}
+		node.Annotations["headcni.io/node-key"] = "nodekey:" + n.Name
+		if n.Flannel != "" {
+			node.Annotations["flannel.alpha.coreos.com/backend-type"] = n.Flannel
 		}
-		fmt.Print(`{"major": "1", "gitVersion": "v1.37.2"}`)
-	case has("config current-context"):
-		fmt.Println("staging")
-	case has("get clusterrole headcni"):
-		if s.Owner != "" {
-			fmt.Print(s.Owner)
-		}
-	case has("auth can-i"):
-		if s.Forbidden != "" && has(s.Forbidden) {
-			return 1
-		}
-	case has("get namespace "):
-		if s.NoNamespace {
-			return 1
-		}
-	case has("get secret headcni-auth") && has("data.api-key"):
-		if s.HasSecret {
-			fmt.Print("a2V5")
-		}
-	case has("get secret headcni-auth"):
-		if s.HasSecret {
-			fmt.Print(calls(dir)) // another version each time
-		}
-	case has("get nodes --selector microk8s.io"):
 		if s.MicroK8s {
-			fmt.Println("node/a")
+			node.Labels["microk8s.io/cluster"] = "true"
 		}
-	case has("get nodes"):
-		for _, n := range s.Nodes {
-			fmt.Printf("%s|%s|%s|%s|%s\n", n.Name, n.Ready, n.CIDRs, n.View, n.Flannel)
+		if n.Addr != "" {
+			node.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: n.Addr}}
 		}
-	case has("get daemonsets --all-namespaces"):
-		fmt.Println(strings.Join(s.DaemonSets, "\n"))
-	case has("get daemonset headcni "):
-		fmt.Print("kubernetes.io/os=linux,")
-	case has("get daemonset/headcni "):
-		ready := len(s.Nodes)
-		if s.NotReady {
-			ready--
+		ready := corev1.ConditionTrue
+		if n.NotReady {
+			ready = corev1.ConditionFalse
 		}
-		fmt.Printf("DaemonSet|headcni|1|1|%d|%d|%d\n", len(s.Nodes), ready, len(s.Nodes))
-		fmt.Printf("DaemonSet|headcni-tailscaled|2|2|%d|%d|0\nDeployment|headcni-controller|1|1|1|1|1\n", len(s.Nodes), len(s.Nodes))
-	case has("get configmap kubeadm-config"):
-		if s.Subnet != "" {
-			fmt.Printf("networking:\n  dnsDomain: cluster.local\n  podSubnet: %s\n  serviceSubnet: 10.96.0.0/12\n", s.Subnet)
+		node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready, LastTransitionTime: metav1.Now()}}
+		pod := &corev1.Pod{ObjectMeta: meta("headcni-"+n.Name, "daemon"), Spec: corev1.PodSpec{NodeName: n.Name}, Status: corev1.PodStatus{Phase: corev1.PodRunning}}
+		if s.Waiting != "" && i == 0 {
+			pod.Status.Phase = corev1.PodPending
+			pod.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "headcni-daemon", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: s.Waiting}}}}
 		}
-	case has("get configmap headcni-config"):
-		fmt.Print("tailscale:\n  tags:\n  - tag:headcni\n")
-	case has("get pods") && has("waiting.reason"):
-		if s.Waiting != "" {
-			fmt.Printf("headcni-1|%s \n", s.Waiting)
-		}
-	case has("get pods"):
-		fmt.Print("headcni-1")
-	case has("get pod headcni-1"):
-		fmt.Print("headcni-daemon  \n")
-	case has("logs pod/headcni-test"):
-		fmt.Println(s.TestFails)
-	case has("logs"):
-		fmt.Println("the last line")
-	case has("get events"):
-		fmt.Print("headcni.io/daemon|HeadCNINotRight|conflist: no plugin\nheadcni.io/daemon|HeadCNIRight|conflist: right again\nheadcni.io/daemon|HeadCNINotRight|forward: the firewall drops\nkubelet|Other|nothing of ours\n")
-	case has("apply"), has("delete"), has("rollout restart"):
-	default:
-		fmt.Fprintln(os.Stderr, "the fake kubectl knows nothing of:", line)
-		return 98
+		out = append(out, node, pod)
 	}
-	return 0
+	return out
 }
 
-// calls is how many there were.
-func calls(dir string) int {
-	b, _ := os.ReadFile(filepath.Join(dir, "calls")) // at least this one
-	return strings.Count(string(b), "\n")
+// ServeHTTP notes requests that change something, and answers those that the imitated API server does not know.
+func (c *cluster) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	exec := strings.HasSuffix(r.URL.Path, "/exec")
+	if r.Method != http.MethodGet && !exec {
+		c.mu.Lock()
+		c.requests = append(c.requests, r.Method+" "+r.URL.Path)
+		c.mu.Unlock()
+	}
+	answer := func(v any) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(v) // who asked may have gone
+	}
+	switch path := r.URL.Path; {
+	case path == "/version":
+		answer(map[string]string{"gitVersion": "v1.37.2"})
+	case strings.HasSuffix(path, "/selfsubjectaccessreviews"):
+		var q struct {
+			Spec struct {
+				ResourceAttributes struct{ Verb, Resource string }
+			}
+		}
+		_ = json.NewDecoder(r.Body).Decode(&q) // then it is allowed
+		a := q.Spec.ResourceAttributes
+		answer(map[string]any{"status": map[string]bool{"allowed": c.s.Forbidden == "" || c.s.Forbidden != a.Verb+" "+a.Resource}})
+	case strings.HasSuffix(path, "/clusterroles/headcni") && c.s.Owner != "":
+		release, namespace, _ := strings.Cut(c.s.Owner, " -n ")
+		answer(metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{
+			"meta.helm.sh/release-name": release, "meta.helm.sh/release-namespace": namespace}}})
+	case strings.HasSuffix(path, "/pods/headcni-test/log"):
+		fmt.Fprintln(w, c.s.TestFails)
+	case strings.HasSuffix(path, "/log"):
+		fmt.Fprintln(w, "the last line")
+	case r.Method == http.MethodDelete && strings.Contains(path, "/pods/headcni-"): // whose controller makes it anew
+		answer(metav1.Status{Status: metav1.StatusSuccess})
+	case exec:
+		_ = kubetest.Exec(w, r, func(stdout, _ io.Writer) metav1.Status { return c.exec(stdout, path) }) // the program says so
+	default:
+		c.Client.ServeHTTP(w, r)
+	}
+}
+
+// exec is what daemons and controllers answer.
+func (c *cluster) exec(stdout io.Writer, path string) metav1.Status {
+	words := strings.Split(path, "/")
+	pod := words[len(words)-2]
+	if strings.HasPrefix(pod, "headcni-controller") {
+		fmt.Fprint(stdout, `{"parts":[{"name":"leader","ok":true}]}`)
+		return metav1.Status{Status: metav1.StatusSuccess}
+	}
+	i := slices.IndexFunc(c.s.Nodes, func(n fakeNode) bool { return "headcni-"+n.Name == pod })
+	s := nodestatus.Status{Version: "1", Ready: true, Parts: []reconcile.Status{{Name: "config", OK: true}}}
+	for _, p := range strings.Fields(c.s.Nodes[i].CIDRs) {
+		s.PodCIDRs = append(s.PodCIDRs, nodestatus.PodCIDR{CIDR: netip.MustParsePrefix(p), Advertised: true, Approved: true})
+	}
+	if f := c.s.Nodes[i].Wrong; f != nil {
+		s.Parts[0] = reconcile.Status{Name: "config", Error: f.Text, Findings: []reconcile.Found{*f}}
+	}
+	_ = json.NewEncoder(stdout).Encode(s) // who asked may have gone
+	return metav1.Status{Status: metav1.StatusSuccess, Reason: remotecommand.NonZeroExitCodeReason}
+}
+
+// asked reports whether a request that changes something contains all of what.
+func (c *cluster) asked(what string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.ContainsFunc(c.requests, func(r string) bool { return strings.Contains(r, what) })
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -39,7 +40,7 @@ func TestHostTailscaled(t *testing.T) {
 }
 
 // TestDeployScript installs with a pre-auth key, by deploy-with-helm.sh: Headscale's policy approves the routes. It ends
-// well only where pods of all nodes reach each other.
+// well only where pods of all nodes reach each other. An upgrade by headcnictl keeps what it was told, and an uninstall leaves nothing.
 func TestDeployScript(t *testing.T) {
 	w := start(t, cluster.Options{ProxyMode: *proxyMode, Policy: func(p map[string]any) {
 		routes := map[string][]string{}
@@ -76,4 +77,26 @@ func TestDeployScript(t *testing.T) {
 	t.Logf("%.1f s", time.Since(began).Seconds())
 	eventually(t, "pods", time.Minute, w.findPods)
 	testPodToPod(t, w)
+
+	ctl := func(want string, args ...string) {
+		t.Helper()
+		began := time.Now()
+		out, err := w.Control.Run(within(t, 6*time.Minute), "env",
+			append([]string{"KUBECONFIG=" + w.Kubeconfig(), filepath.Join(filepath.Dir(script), "bin", "headcnictl")}, args...)...)
+		if err != nil || !strings.Contains(out, want) {
+			t.Fatalf("%s: %v, want %q:\n%s", args[0], err, want, out)
+		}
+		t.Logf("%s: %.1f s", args[0], time.Since(began).Seconds())
+	}
+	ctl("2 of 2 others", "routes")
+	ctl("a pod on every node answers", "upgrade", "--image", "headcni.local/headcni:e2e", "--set", "config.logging.level=debug")
+	if text := w.kubectl(t, "get", "configmap", "-n", namespace, "headcni-config", "-o", "yaml"); !strings.Contains(text, "level: debug") || !strings.Contains(text, w.Control.URL) {
+		t.Errorf("after the upgrade the configuration is\n%s", text)
+	}
+	testPodToPod(t, w)
+	ctl("HeadCNI is off", "uninstall", "--yes")
+	if left := w.kubectl(t, "get", "daemonsets,deployments,jobs,configmaps,secrets,leases,serviceaccounts,roles,rolebindings", "-n", namespace, "-o", "name"); strings.Contains(left, "headcni") {
+		t.Errorf("the uninstall left\n%s", left)
+	}
+	ctl("Helm has no release", "uninstall", "--yes")
 }
