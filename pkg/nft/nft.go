@@ -74,6 +74,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 		t.written.gen = first.gen
 		return nil, t.writeMembers(cfg.Members)
 	}
+	gap := !first.equal(t.written) && (t.written.tables != nil || first.lacksATable())
 	t.text = ""
 	_ = t.tally() // a table that has to be made anew takes its counters along; they are not worth an unfiltered packet
 	before := first
@@ -93,9 +94,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 			break
 		}
 	}
-	if udp := slices.Concat(t.ports, cfg.Ports); len(udpOnly(udp)) > 0 {
-		endStale(t.ports, cfg.Ports)
-	}
+	endStale(t.ports, cfg, gap)
 	t.ports = slices.Clone(cfg.Ports)
 	// A table that was made anew has lost them.
 	_, consentErr := t.writeConsent()

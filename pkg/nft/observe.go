@@ -235,6 +235,11 @@ func (o observed) equal(p observed) bool {
 	return maps.EqualFunc(o.tables, p.tables, func(a, b listing) bool { return maps.Equal(a, b) })
 }
 
+// lacksATable: nobody has made it, or somebody has deleted it.
+func (o observed) lacksATable() bool {
+	return slices.ContainsFunc(families, func(f knftables.Family) bool { return len(o.tables[f]) == 0 })
+}
+
 // changes says in words what differs between two looks.
 func changes(before, after observed) []string {
 	var out []string

@@ -93,7 +93,7 @@ func TestPortsMoveUDP(t *testing.T) {
 			w.answer(w.podA, netip.AddrPortFrom(a.podA, testPort), "first pod")
 			w.answer(w.podB, netip.AddrPortFrom(a.podB, testPort), "second pod")
 			w.answer(w.node, at, "node")
-			one := w.client(at)
+			one := w.client(w.lan, at)
 			one.hears("", "node")
 			for _, step := range []struct {
 				cfg   Config
@@ -104,7 +104,7 @@ func TestPortsMoveUDP(t *testing.T) {
 				one.hears(before, step.hears)
 			}
 			w.node.Run(t, "nft", "flush", "ruleset")
-			two := w.client(at)
+			two := w.client(w.lan, at)
 			two.hears("", "node")
 			w.sync(second)
 			two.hears("node", "second pod")
@@ -133,17 +133,17 @@ func (w *world) answer(ns *nstest.NS, at netip.AddrPort, word string) {
 	}()
 }
 
-// client is a socket beside the node that is connected to a port of it.
+// client is a socket that is connected to somebody who answers.
 type client struct {
 	w    *world
 	conn net.Conn
 	last string
 }
 
-func (w *world) client(at netip.AddrPort) *client {
+func (w *world) client(from *nstest.NS, at netip.AddrPort) *client {
 	w.t.Helper()
 	c := &client{w: w}
-	w.lan.Do(w.t, func() (err error) {
+	from.Do(w.t, func() (err error) {
 		c.conn, err = net.Dial("udp", at.String())
 		return err
 	})
