@@ -225,7 +225,7 @@ func smallPath(p pathmtu.Path) error {
 
 // tunLink is the tun as tailscaled says it is; without addresses while it does not run.
 func (o observation) tunLink() noderoutes.Tun {
-	t := noderoutes.Tun{Name: o.tun}
+	t := noderoutes.Tun{Name: o.tun, IPv6: len(netset.OfFamily(o.ranges.Pods, true)) > 0}
 	if o.Running() {
 		t.Addrs = o.Tailnet.Self.IPs
 	}

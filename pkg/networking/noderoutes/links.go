@@ -28,6 +28,8 @@ type Tun struct {
 	Name string
 	// Addrs are none while tailscaled does not run.
 	Addrs []netip.Addr
+	// IPv6: pods of this node have it.
+	IPv6 bool
 }
 
 // Links keep the links that pods' packets pass as they have to be, as far as others can change them: the tun up and with its
@@ -54,7 +56,7 @@ func (l *Links) syncTun(tun Tun) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", tun.Name, err)
 	}
-	lacks, off, err := lackingAddrs(link, tun.Addrs)
+	lacks, off, err := lackingAddrs(link, tun)
 	down := link.Attrs().Flags&net.FlagUp == 0
 	if err != nil || !down && len(lacks) == 0 {
 		l.lacking = time.Time{}
@@ -103,16 +105,22 @@ func lackText(tun string, down bool, lacks []netip.Addr) string {
 	return strings.Join(parts, "; ")
 }
 
-// lackingAddrs returns the addresses that link lacks. off is an error where IPv6 is switched off on it alone: on a host without
-// IPv6, which says so for new links, tailscaled uses none.
-func lackingAddrs(link netlink.Link, want []netip.Addr) (lacks []netip.Addr, off, err error) {
-	name := link.Attrs().Name
+// lackingAddrs returns the addresses that link lacks. off is an error where IPv6 is switched off. On a host without IPv6, which says so
+// for new links, tailscaled uses none; that is fine where pods have none either.
+func lackingAddrs(link netlink.Link, tun Tun) (lacks []netip.Addr, off, err error) {
+	name, want := link.Attrs().Name, tun.Addrs
 	for _, f := range families {
 		if !hasFamily(f) {
 			continue
 		}
 		if f.af == unix.AF_INET6 {
-			if sysctl.IsOn(sysctl.IPv6Link("default", "disable_ipv6")) || sysctl.IsOn(sysctl.IPv6Link("all", "disable_ipv6")) {
+			all := sysctl.IPv6Link("all", "disable_ipv6")
+			if !tun.IPv6 && (sysctl.IsOn(all) || sysctl.IsOn(sysctl.IPv6Link("default", "disable_ipv6"))) {
+				continue
+			}
+			if sysctl.IsOn(all) && slices.ContainsFunc(want, netip.Addr.Is6) {
+				off = fmt.Errorf("no pod starts, and none reaches other nodes by IPv6: it is switched off on this node, whose pods have it; run sysctl -w %s=0, "+
+					"and look in /etc/sysctl.d for what set it to 1, or take the IPv6 range from the node", all)
 				continue
 			}
 			if mtu := link.Attrs().MTU; mtu < ipv6MinMTU && slices.ContainsFunc(want, netip.Addr.Is6) {

@@ -59,6 +59,26 @@ func TestLinksComeBack(t *testing.T) {
 	time.Sleep(routeGrace)
 	sync()
 
+	all := func(value string) {
+		t.Helper()
+		ns.Run(t, "sh", "-c", "echo "+value+" > /proc/sys/net/ipv6/conf/all/disable_ipv6")
+	}
+	all("1")
+	sync() // nobody's pods have it
+	tun.IPv6 = true
+	sync("switched off on this node", "sysctl -w net/ipv6/conf/all/disable_ipv6=0")
+	all("0")
+	sync("by IPv6: tun has lost its address")
+	time.Sleep(routeGrace)
+	sync()
+	// Hardened hosts have it off for new links alone.
+	ns.Run(t, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; ip address flush dev tun")
+	sync("by IPv6: tun has lost its address")
+	time.Sleep(routeGrace)
+	sync()
+	wants("where new links have none", "ip -6 address show dev tun", "fd7a:115c:a1e0::1/128")
+	ns.Run(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/default/disable_ipv6")
+
 	ns.Run(t, "ip", "link", "set", "tun", "mtu", "1200")
 	sync("the MTU of tun is 1200", "ip link set tun mtu 1280")
 	ns.Run(t, "ip", "link", "set", "tun", "mtu", "1280")
