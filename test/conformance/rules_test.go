@@ -120,6 +120,7 @@ var rules = []rule{
 	{"Conventions", "capabilities ips, mac and dns; args.cni.ips and args.cni.mac before CNI_ARGS IP and MAC", plugin, []string{"TestCapabilities", "TestArgs", "TestDNS"}},
 	{"Conventions", "capabilities ips and ipRanges; args.cni.ips; all of them before CNI_ARGS IP", ipams, []string{"TestArgsOfIPAM", "cmd/headcni-ipam.TestRequestedAddresses", "pkg/ipam.TestRequestedIPs"}},
 	{"Conventions", "portMappings: portmap run by headcni or behind it, by iptables and nftables", plugin, []string{"TestPortmap"}},
+	{"Conventions", "portMappings: a pod that is gone without DEL keeps its ports from no other, and GC takes them back", plugin, []string{"TestPortOfTheDead"}},
 	{"Conventions", "tuning behind headcni: sysctls, MTU; a MAC is for headcni to set, and CHECK says so where tuning did", plugin, []string{"TestTuning"}},
 	{"Conventions", "firewall behind headcni, on a host that drops what it forwards", plugin, []string{"TestFirewall"}},
 	{"Conventions", "bandwidth behind headcni; where the kernel has no ifb or tbf, its words come out and nothing is left", plugin, []string{"TestBandwidth"}},
