@@ -78,13 +78,13 @@ release: need-go ## dist/: archives, images, chart, lists of modules and checksu
 
 # test/deploy's stand-ins for kubectl and helm are the test binary itself: with the race detector it takes a second to start.
 .PHONY: test
-test: need-go ## All tests but e2e's and test-manual's, with the race detector, none skipped; needs root
+test: need-go ## All tests but e2e's, test-manual's and test-kernel's, with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod oci simnodes) \
 		prometheus=$$(test/tools/packages unpack prometheus); export PATH="$$PATH:$$prometheus/usr/bin"; \
-		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual); \
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual -e /test/kernel); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		(cd test/tools/oci; go vet ./...; go test ./...); cd test/tools/simnodes; go vet ./...
 
@@ -93,6 +93,14 @@ test-manual: need-go ## docs/install-by-hand.md, command by command, on two mach
 	@if ((EUID != 0)); then echo "make test-manual: needs root: run 'sudo make test-manual'" >&2; exit 1; fi
 	@$(call PREPARE,manual,$(PROGRAMS) headcnictl $(PLUGINS),headscale tailscale) HEADCNI_MACHINE=$$(test/manual/rootfs); export HEADCNI_MACHINE HEADCNI_TEST_REQUIRE=1; \
 		go test -v -count 1 -timeout 20m ./test/manual/
+
+# A Debian package that stands for a kernel.
+KERNEL ?= linux-image-amd64
+
+.PHONY: test-kernel
+test-kernel: need-go ## Tests of the kernel, and the demo, in a virtual machine with Debian's own kernel and modules; ONLY=demo ALL=1 KERNEL=linux-image-cloud-amd64
+	@$(call PREPARE,qemu,$(LAB),headscale tailscale-trimmed) HEADCNI_KERNEL=$$(test/tools/kernel '$(KERNEL)'); export HEADCNI_KERNEL HEADCNI_TEST_REQUIRE=1; \
+		$(TRIMMED) go test -v -count 1 -timeout 120m ./test/kernel/ -args $(if $(ALL),-all) -only '$(or $(ONLY),.)'
 
 MATRIX := 0.26 0.27 0.28
 

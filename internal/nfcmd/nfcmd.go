@@ -105,7 +105,7 @@ func (n *NFT) advice(err error) string {
 	case errors.Is(err, unix.EOPNOTSUPP), has("Operation not supported"), has("Could not process rule: No such file or directory"):
 		modules := n.Modules
 		if modules == "" {
-			modules = "nf_tables, nft_fib_ipv4, nft_fib_ipv6, nft_chain_nat, nft_masq and nft_nat"
+			modules = "nf_tables, nft_ct, nft_fib_ipv4, nft_fib_ipv6, nft_limit, nft_reject_ipv4, nft_reject_ipv6, nft_chain_nat, nft_nat, nft_redir and nft_masq"
 		}
 		return "the kernel may lack a part: load the modules " + modules
 	}

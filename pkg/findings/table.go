@@ -204,7 +204,8 @@ var Table = []Finding{
 	{NotRoot, Fail, "this needs root", "Rules, routes, nftables and the daemon's socket are root's.", "run it with sudo, or in the daemon's pod."},
 	{NoNFT, Fail, "nft is missing or too old", "The node's tables are written by the nft program, 1.0.1 or later.", "install nftables (`apt-get install nftables`, `dnf install nftables`); the image has its own."},
 	{NoTunDevice, Fail, "/dev/net/tun cannot be opened", "tailscaled carries pods' packets by a tun device.", "`modprobe tun`; in a container mount /dev/net/tun and allow the device c 10:200."},
-	{KernelLacks, Fail, "the kernel lacks what is needed", "Pods' links are veths, and the node's rules need nf_tables with NAT.", "load or enable the modules that the text names (veth, nf_tables, nft_chain_nat, nft_masq, nft_fib)."},
+	{KernelLacks, Fail, "the kernel lacks what is needed", "Pods' links are veths, and the node's rules need nf_tables with NAT. The kernel loads what it has as a module by itself, unless that is forbidden or the module is not there.",
+		"`modprobe` of a module that the text names says what keeps it away: a line of /etc/modprobe.d, or a package that is not installed, such as kernel-modules-core or linux-modules-extra; else use another kernel."},
 	{PortInUse, Warn, "a port is in use", "Another program listens where HeadCNI would.", "end that program, or choose another port: monitoring.listen, tailscale.port."},
 
 	{PodNoLink, Fail, "no pod of the node has the address",

@@ -106,15 +106,23 @@ func tun() doctor.Check {
 // kernel tries links, rules and the guard in a namespace of its own, which loads the kernel's modules as a node would.
 func kernel(ctx context.Context) doctor.Check {
 	c := doctor.Check{Where: here, OK: "its kernel makes pods' links and rules, and the guard stops what goes in clear", Count: 1}
-	ctx, cancel := context.WithTimeout(ctx, selftestTimeout)
+	within, cancel := context.WithTimeout(ctx, selftestTimeout)
 	defer cancel()
-	_, err := selftest.Run(ctx, nft.Config{
+	_, err := selftest.Run(within, nft.Config{
 		Own:     []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd42:6864:1::/64")},
 		Cluster: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd42:6864::/48")},
 		TunName: names.DaemonTun, Masquerade: true,
 	})
-	if err != nil {
-		c.Add(findings.KernelLacks, "%v", err)
+	within, cancel = context.WithTimeout(ctx, selftestTimeout)
+	defer cancel()
+	missing, bad := lacking(within)
+	switch {
+	case len(missing) > 0 && err != nil:
+		c.Add(findings.KernelLacks, "it takes no rules of %s, so: %v", strings.Join(missing, ", "), err)
+	case len(missing) > 0:
+		c.Add(findings.KernelLacks, "it takes no rules of %s", strings.Join(missing, ", "))
+	case cmp.Or(err, bad) != nil:
+		c.Add(findings.KernelLacks, "%v", cmp.Or(err, bad))
 	}
 	return c
 }
