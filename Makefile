@@ -232,7 +232,7 @@ bench-sites: need-go ## Nodes behind routers: which pairs meet directly and how 
 .PHONY: bench-scale
 bench-scale: need-go ## Headscale and the controller with hundreds of simulated nodes, as a table in bin/scale.md; needs root, takes 20 minutes; NODES=100,250
 	@if ((EUID != 0)); then echo "make bench-scale: needs root: run 'sudo make bench-scale'" >&2; exit 1; fi
-	@$(call PREPARE,lab,$(LAB) headcni-controller,headscale tailscale tailscale-trimmed simnodes) rm -f bin/scale.md; HEADCNI_TEST_REQUIRE=1 go test -run '^$$' -bench '$(BENCH)' -benchtime 1x \
+	@$(call PREPARE,lab,$(LAB) headcni-controller,headscale-released tailscale tailscale-trimmed simnodes) rm -f bin/scale.md; HEADCNI_TOOLS="$$HEADCNI_TOOLS/released:$$HEADCNI_TOOLS" HEADCNI_TEST_REQUIRE=1 go test -run '^$$' -bench '$(BENCH)' -benchtime 1x \
 		-timeout 90m ./test/scale/ -args -nodes '$(or $(NODES),100$(comma)250$(comma)500)' -table '$(CURDIR)/bin/scale.md'
 
 .PHONY: chaos

@@ -6,7 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -235,4 +238,45 @@ func TestProgramsLinkFewKinds(t *testing.T) {
 	if !linked {
 		t.Error("no program links k8s.io/api/core/v1: is the list right?")
 	}
+}
+
+// What Headscale has in common with tailscaled and with our programs is compiled once where all of it, and all that it imports,
+// has one version: gVisor, which Headscale links by way of tailscale.com, was compiled twice for a minor version of golang.org/x/sys.
+// tailscale.com itself stays as each has it.
+func TestToolsShareModules(t *testing.T) {
+	headscale, ours := requirements(t, "test/tools/headscale/go.mod"), requirements(t, "go.mod")
+	shared := 0
+	for path, version := range requirements(t, "test/tools/tailscale/go.mod") {
+		if _, both := headscale[path]; !both || !strings.HasPrefix(path, "golang.org/x/") && !slices.Contains(sharedModules, path) {
+			continue
+		}
+		shared++
+		if headscale[path] != version {
+			t.Errorf("%s: %s in test/tools/headscale/go.mod, %s in test/tools/tailscale/go.mod: make them one (go get %s@VERSION)", path, headscale[path], version, path)
+		}
+	}
+	if shared < 10 {
+		t.Errorf("%d modules that Headscale and tailscaled share: is the list right?", shared)
+	}
+	const protobuf = "google.golang.org/protobuf"
+	if headscale[protobuf] == "" || headscale[protobuf] != ours[protobuf] {
+		t.Errorf("%s: %q in test/tools/headscale/go.mod, %q in go.mod: make them one (go get)", protobuf, headscale[protobuf], ours[protobuf])
+	}
+}
+
+// sharedModules, beside golang.org/x/...
+var sharedModules = []string{"gvisor.dev/gvisor", "github.com/google/btree", "github.com/klauspost/compress"}
+
+// requirements are the modules of a go.mod with their versions.
+func requirements(t *testing.T, file string) map[string]string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("../..", file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]string{}
+	for _, m := range regexp.MustCompile(`(?m)^\t(\S+) (v\S+)`).FindAllStringSubmatch(string(b), -1) {
+		out[m[1]] = m[2]
+	}
+	return out
 }
