@@ -291,21 +291,26 @@ func (r *Router) Connections() ([]string, error) {
 // forgets what it translated to the old one.
 func (n *Node) Renumber(host int) error {
 	r := n.Routers[len(n.Routers)-1]
-	link, err := r.Net.LinkByName(wanLink)
-	if err != nil {
+	if err := r.loseIPv4(wanLink); err != nil {
 		return err
-	}
-	old, err := r.Net.AddrList(link, netlink.FAMILY_V4)
-	if err != nil {
-		return err
-	}
-	for _, a := range old {
-		err = errors.Join(err, r.Net.AddrDel(link, &a))
-	}
-	if err != nil {
-		return fmt.Errorf("take the outside address of %s away: %w", r.Name, err)
 	}
 	addr := n.lab.opt.underlay(host)[:1]
 	n.Underlay[0] = addr[0].Addr()
 	return r.configure(wanLink, addr, n.lab.opt.underlay(1)[:1])
+}
+
+// loseIPv4 takes a link's IPv4 addresses away.
+func (m *Machine) loseIPv4(name string) error {
+	link, err := m.Net.LinkByName(name)
+	if err != nil {
+		return err
+	}
+	addrs, err := m.Net.AddrList(link, netlink.FAMILY_V4)
+	for _, a := range addrs {
+		err = errors.Join(err, m.Net.AddrDel(link, &a))
+	}
+	if err != nil {
+		return fmt.Errorf("take the addresses of %s on %s away: %w", name, m.Name, err)
+	}
+	return nil
 }

@@ -17,6 +17,7 @@ import (
 
 var (
 	trials = flag.Int("trials", 0, "how often TestRecovery has each fault; 0: once, without a table")
+	asleep = flag.Duration("asleep", 20*time.Second, "how long nodes sleep in TestRecovery")
 	into   = flag.String("table", "", "file for the tables")
 )
 
@@ -30,18 +31,21 @@ var recovering = [][2]string{{"home", "carrier"}, {"office", "branch"}, {"noudp"
 type fault struct {
 	name string
 	do   func(t testing.TB, w world)
+	// asleep tells that pods can talk again from the end of do only.
+	asleep bool
 }
 
 var faults = []fault{
-	{"all routers forget", func(t testing.TB, w world) { forget(t, w.Nodes...) }},
-	{"the receiver's router forgets", func(t testing.TB, w world) { forget(t, w.side(1)...) }},
-	{"the receiver's router has another address", func(t testing.TB, w world) { renumber(t, w.side(1)) }},
-	{"Headscale and its relay restart", func(t testing.TB, w world) {
+	{name: "all routers forget", do: func(t testing.TB, w world) { forget(t, w.Nodes...) }},
+	{name: "the receiver's router forgets", do: func(t testing.TB, w world) { forget(t, w.side(1)...) }},
+	{name: "the receiver's router has another address", do: func(t testing.TB, w world) { renumber(t, w.side(1)) }},
+	{name: "Headscale and its relay restart", do: func(t testing.TB, w world) {
 		labtest.Kill(t, w.Control.Headscale)
 		if err := w.Control.StartHeadscale(labtest.Within(t)); err != nil {
 			t.Fatal(err)
 		}
 	}},
+	{name: "the receiver sleeps and wakes elsewhere", do: func(t testing.TB, w world) { sleep(t, w.side(1)) }, asleep: true},
 }
 
 func forget(t testing.TB, nodes ...*lab.Node) {
@@ -62,8 +66,26 @@ func renumber(t testing.TB, nodes []*lab.Node) {
 		if len(n.Routers) == 0 {
 			continue
 		}
-		last := n.Underlay[0].As4()[3]
-		if err := n.Renumber(int(last)%200 + 20); err != nil {
+		if err := n.Renumber(another(n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// another is the host number of an outside address that no router has.
+func another(n *lab.Node) int { return int(n.Underlay[0].As4()[3])%200 + 20 }
+
+// sleep closes the lids of nodes, and opens them in other networks.
+func sleep(t testing.TB, nodes []*lab.Node) {
+	t.Helper()
+	for _, n := range nodes {
+		if err := n.Sleep(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(*asleep)
+	for _, n := range nodes {
+		if err := n.Wake(another(n)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -130,6 +152,7 @@ func (w world) recover(t testing.TB, f fault) []time.Duration {
 	if *trials > 0 {
 		time.Sleep(15 * time.Second) // paths are found, and nothing of the beginning is left
 	}
+	struck := time.Now()
 	f.do(t, w)
 	since := time.Now()
 	dark := make([]time.Duration, len(flows))
@@ -146,6 +169,9 @@ func (w world) recover(t testing.TB, f fault) []time.Duration {
 	wg.Wait()
 	for i, s := range flows {
 		dark[i] = s.Stop().Longest
+		if f.asleep {
+			dark[i] = max(0, dark[i]-since.Sub(struck))
+		}
 		t.Logf("%s: %s was dark for %v", f.name, s.Name, dark[i].Round(10*time.Millisecond))
 	}
 	return dark
