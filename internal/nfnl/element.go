@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -186,4 +187,20 @@ func decodeVerdict(b []byte) string {
 		return word
 	}
 	return ""
+}
+
+// Within reports whether a set of intervals has an address: the last beginning or end before it decides.
+func Within(elements []Element, a netip.Addr) (in bool) {
+	if !a.IsValid() {
+		return false
+	}
+	key := string(a.AsSlice())
+	last := ""
+	for _, e := range elements {
+		end := e.Flags&ElemEnd != 0
+		if len(e.Key) == len(key) && e.Key <= key && (e.Key > last || last == "" || e.Key == last && !end) {
+			last, in = e.Key, !end
+		}
+	}
+	return in
 }

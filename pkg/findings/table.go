@@ -96,6 +96,8 @@ const (
 	PolicyStale  ID = "HC603"
 	Subnets      ID = "HC604"
 	PolicyDenies ID = "HC605"
+	SubnetDenied ID = "HC606"
+	EgressDenied ID = "HC607"
 
 	ServicesNotHere ID = "HC701"
 	ServicesNowhere ID = "HC702"
@@ -316,6 +318,8 @@ var Table = []Finding{
 	{Subnets, Warn, "who may use subnets of the tailnet is not as Namespaces say", "Namespaces cannot be read, or the kernel did not take it. Pods keep what they had, and new ones have no consent.", "see the text: the chart's ClusterRole lets the daemon list and watch namespaces."},
 
 	{PolicyDenies, Fail, "a NetworkPolicy denies it", "A policy isolates the pod in this direction, and no rule of any policy that selects it lets the other end through.", "`headcnictl policy explain POD` on the node lists what is let through; add a rule to one of the policies, or another policy that selects the pod."},
+	{SubnetDenied, Fail, "the pod's Namespace may not use the network", "The address is in a network behind a device of the tailnet, `network.tailnetSubnets` is `deny`, and the annotation of the pod's Namespace does not name it.", "`kubectl annotate --overwrite namespace NAMESPACE headcni.io/tailnet-subnets=PREFIX`; several are separated by commas."},
+	{EgressDenied, Fail, "pods may begin nothing towards the tailnet", "`network.tailnetEgress` is `deny`: a pod answers devices and other nodes' own addresses, and calls none.", "set `network.tailnetEgress: masquerade`, if all pods may call what Headscale's policy lets their node call."},
 
 	{ServicesNotHere, Fail, "the tailnet does not reach services by this node", "The node is chosen by `network.advertiseServices`, and services do not work on it: its kube-proxy does not say that they do, or its own rules or links are not as they should be.", "see the text; it leads there again by itself once they work. Where kube-proxy's health is elsewhere, set `network.advertiseServices.healthURL`."},
 	{ServicesNowhere, Warn, "the tailnet does not reach services as it is to", "No Node has the labels of `network.advertiseServices`, the ranges of services are not known or cannot be used, or Headscale's policy lets nobody there.", "see the text; `headcnictl dns headscale` prints the lines for Headscale."},

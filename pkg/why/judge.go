@@ -13,6 +13,8 @@ import (
 	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/report"
 	"github.com/headcni/headcni/pkg/tailscale"
@@ -370,10 +372,30 @@ func (c Case) guard() *Step {
 	if s.State == OK && c.To.Pod && !n.Guard.DstCluster {
 		s.add(findings.RangeOutside, "", "%s is in no range that this node takes for pods (network.clusterCIDRs)", n.Dst)
 	}
-	if s.State == OK && n.Guard.DstCluster {
+	switch {
+	case n.Guard.Refuses == nft.DropTailnetSubnet:
+		namespace, _, _ := strings.Cut(n.Link.Pod, "/")
+		s.add(findings.SubnetDenied, fmt.Sprintf("kubectl annotate --overwrite namespace %s %s=%s", namespace, kube.TailnetSubnets, c.subnet()),
+			"%s is behind a device of the tailnet, and Namespace %s does not name its network", n.Dst, namespace)
+	case n.Guard.Refuses == nft.DropTailnetEgress:
+		s.add(findings.EgressDenied, "", "network.tailnetEgress is deny on this node: its pods begin nothing towards %s", n.Dst)
+	case s.State == OK && n.Guard.DstCluster:
 		s.Text += ", the tunnel is for " + n.Dst.String()
 	}
 	return s
+}
+
+// subnet is the narrowest route of who has the receiver's address that has it.
+func (c Case) subnet() string {
+	best := netip.PrefixFrom(c.Near.Dst, c.Near.Dst.BitLen())
+	if h := c.Near.Tailnet.Holder; h != nil {
+		for _, p := range h.Routes {
+			if p.Contains(c.Near.Dst) && (best.IsSingleIP() || p.Bits() > best.Bits()) {
+				best = p
+			}
+		}
+	}
+	return best.String()
 }
 
 // tables judges what is the same for both directions.

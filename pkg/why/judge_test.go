@@ -15,9 +15,9 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/headcni/headcni/internal/golden"
-	"github.com/headcni/headcni/internal/nfnl"
 	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/report"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -61,6 +61,13 @@ func well() Case {
 	}
 }
 
+// outside has the receiver be somebody of the tailnet who is no node.
+func (c *Case) outside(addr string) {
+	a := netip.MustParseAddr(addr)
+	c.To = End{Name: addr, Addr: a, Outside: true}
+	c.Near.Dst, c.Near.Guard.DstCluster, c.Far = a, false, nil
+}
+
 // Each thing that is wrong has its step, its finding and its remedy.
 func TestJudge(t *testing.T) {
 	unreachable := Route{Error: "network is unreachable", Unreachable: true}
@@ -96,6 +103,11 @@ func TestJudge(t *testing.T) {
 		}, NoWay, "rules fra-1", findings.TakenBack, "lanFirst"},
 		"no tables":          {func(c *Case) { c.Near.Guard = Guard{Error: "no such table"} }, Yes, "", findings.FirewallRules, "restart headcni-daemon"},
 		"outside the ranges": {func(c *Case) { c.Near.Guard.DstCluster = false }, NoWay, "guard fra-1", findings.RangeOutside, "network.clusterCIDRs"},
+		"a subnet nobody named": {func(c *Case) {
+			c.outside("192.168.50.10")
+			c.Near.Guard.Refuses, c.Near.Tailnet.Holder.Routes = nft.DropTailnetSubnet, []netip.Prefix{netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("192.168.50.0/24")}
+		}, NoWay, "guard fra-1", findings.SubnetDenied, "namespace shop headcni.io/tailnet-subnets=192.168.50.0/24"},
+		"a device, and egress is denied": {func(c *Case) { c.outside("100.64.0.9"); c.Near.Guard.Refuses = nft.DropTailnetEgress }, NoWay, "guard fra-1", findings.EgressDenied, "network.tailnetEgress"},
 		"a foreign firewall": {func(c *Case) {
 			c.Far.Daemon.Parts = []reconcile.Status{{Name: "foreign", Findings: []reconcile.Found{{ID: findings.ForeignFirewall, Text: "chain x drops"}}}}
 		}, NoWay, "guard home-1", findings.ForeignFirewall, "firewall-cmd"},
@@ -203,28 +215,6 @@ func TestReportText(t *testing.T) {
 		b.WriteString("---\n")
 	}
 	golden.Check(t, "testdata/why.txt", b.String())
-}
-
-// The kernel's list of a set of intervals has a beginning and an end for each.
-func TestWithin(t *testing.T) {
-	element := func(a string, end bool) nfnl.Element {
-		e := nfnl.Element{Key: string(netip.MustParseAddr(a).AsSlice())}
-		if end {
-			e.Flags = nfnl.ElemEnd
-		}
-		return e
-	}
-	set := []nfnl.Element{element("0.0.0.0", true), element("10.245.0.0", true), element("10.244.0.0", false), element("10.60.0.0", false), element("10.64.0.0", true)}
-	for a, want := range map[string]bool{
-		"10.244.0.0": true, "10.244.255.255": true, "10.245.0.0": false, "10.63.255.255": true, "10.64.0.0": false, "9.0.0.0": false, "255.0.0.0": false, "fd00::1": false,
-	} {
-		if got := within(set, netip.MustParseAddr(a)); got != want {
-			t.Errorf("%s: %v", a, got)
-		}
-	}
-	if within(nil, podA) || within(set, netip.Addr{}) {
-		t.Error("what is not there is within")
-	}
 }
 
 func TestBook(t *testing.T) {

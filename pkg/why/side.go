@@ -129,6 +129,8 @@ type Guard struct {
 	// SrcCluster and DstCluster: the set of the clusters' pod ranges has the address.
 	SrcCluster bool `json:"srcCluster"`
 	DstCluster bool `json:"dstCluster"`
+	// Refuses is why they refuse what the pod begins by the tunnel outside the cluster, as the counter of what is dropped is called.
+	Refuses string `json:"refuses,omitempty"`
 }
 
 // Tailnet is what tailscaled says of the connection.
@@ -203,7 +205,15 @@ func (p Place) Look(ctx context.Context, q Question) (Side, error) {
 	s.routes(q)
 	s.Guard = guardOf(s.Src, s.Dst)
 	s.SeenAs = s.Src
-	if toTun := s.There.Dev != "" && s.There.Dev == s.Tailnet.Tun; !q.Far && toTun && (s.Link == nil || !s.Guard.DstCluster) {
+	toTun := s.There.Dev != "" && s.There.Dev == s.Tailnet.Tun
+	if !q.Far && toTun && s.Link != nil && !s.Guard.DstCluster && s.Guard.Error == "" {
+		reason, err := nft.Refuses(links[s.Link.Name].Index, s.Dst)
+		if err != nil {
+			s.Guard.Error = err.Error()
+		}
+		s.Guard.Refuses = reason
+	}
+	if !q.Far && toTun && (s.Link == nil || !s.Guard.DstCluster) {
 		s.SeenAs = ofFamily(s.Tailnet.IPs, s.Dst)
 	}
 	if !q.Far && s.Link != nil && s.There.Dev != "" && s.There.Dev != s.Tailnet.Tun && !s.Local && s.DstLink == nil {
@@ -414,24 +424,8 @@ func guardOf(src, dst netip.Addr) (g Guard) {
 		g.Error = err.Error()
 		return g
 	}
-	g.SrcCluster, g.DstCluster = within(elements, src), within(elements, dst)
+	g.SrcCluster, g.DstCluster = nfnl.Within(elements, src), nfnl.Within(elements, dst)
 	return g
-}
-
-// within reports whether a set of intervals has an address: the last beginning or end before it decides.
-func within(elements []nfnl.Element, a netip.Addr) (in bool) {
-	if !a.IsValid() {
-		return false
-	}
-	key := string(a.AsSlice())
-	last := ""
-	for _, e := range elements {
-		end := e.Flags&nfnl.ElemEnd != 0
-		if len(e.Key) == len(key) && e.Key <= key && (e.Key > last || last == "" || e.Key == last && !end) {
-			last, in = e.Key, !end
-		}
-	}
-	return in
 }
 
 // askTailnet asks tailscaled who has the other end, and on the far side whether it lets the connection in.

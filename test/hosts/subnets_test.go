@@ -132,6 +132,17 @@ func (w *subnets) reaches(t *testing.T, what string, from *lab.Pod) {
 	}
 }
 
+// says holds what `headcnictl why` finds between a pod and who is behind the router.
+func (w *subnets) says(t *testing.T, pod string, refused bool) {
+	t.Helper()
+	for _, to := range w.behind {
+		out := labtest.Sh(t, w.inKubernetes.Machine, "env -u KUBECONFIG headcnictl why --local %s %s --port %d 2>&1 || :", pod, to.Addr(), to.Port())
+		if strings.Contains(out, "HC606") != refused || !strings.Contains(out, "on link hc") {
+			t.Errorf("why %s %s, refused: %t\n%s", pod, to, refused, out)
+		}
+	}
+}
+
 // serveAPI starts the node with an API server, in which Namespaces are. Nobody else has to be real for that.
 func (w *subnets) serveAPI(t *testing.T, namespaces ...*corev1.Namespace) {
 	t.Helper()
@@ -212,6 +223,8 @@ func TestTailnetSubnets(t *testing.T) {
 		w.refused(t, "without consent", no)
 		w.send(t, yes, no)
 	})
+	w.says(t, "other/no", true)
+	w.says(t, "shop/yes", false)
 	for i, v6 := range []bool{false, true} {
 		labtest.WantTCP(t, "between pods", no, labtest.Echo(yes, v6), no.Addr(v6))
 		at := labtest.Service(t, w.Control, netip.AddrPortFrom(labtest.ControlAddr(w.Lab, v6), 0))
@@ -248,6 +261,7 @@ func TestTailnetSubnets(t *testing.T) {
 		w.annotate(t, "shop", "")
 		held.end(t)
 		w.refused(t, "without consent any more", yes)
+		w.says(t, "shop/yes", true)
 		w.send(t, yes, no)
 	})
 	w.annotate(t, "shop", both)
