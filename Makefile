@@ -76,6 +76,8 @@ image-at: need-go ## The image of another commit, by that commit's scripts, and 
 release: need-go ## dist/: archives, images, chart, lists of modules and checksums of a release, for amd64 and arm64; publishes nothing
 	@test/tools/as-user env VERSION='$(VERSION)' REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" scripts/release
 
+# The packages that take longest begin first, or the last of them would run alone.
+LONGEST := ./test/tailnet ./test/policy ./test/hosts ./test/sites ./test/conformance ./test/rearm
 # test/deploy's stand-ins for kubectl and helm are the test binary itself: with the race detector it takes a second to start.
 .PHONY: test
 test: need-go ## All tests but e2e's, test-manual's and test-kernel's, with the race detector, none skipped; needs root
@@ -84,7 +86,7 @@ test: need-go ## All tests but e2e's, test-manual's and test-kernel's, with the 
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod oci simnodes) \
 		prometheus=$$(test/tools/packages unpack prometheus); export PATH="$$PATH:$$prometheus/usr/bin"; \
-		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual -e /test/kernel); \
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $(LONGEST) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual -e /test/kernel); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		(cd test/tools/oci; go vet ./...; go test ./...); cd test/tools/simnodes; go vet ./...
 
