@@ -30,25 +30,27 @@ var recovering = [][2]string{{"home", "carrier"}, {"office", "branch"}, {"noudp"
 // fault is something that happens to the routers or to the control host.
 type fault struct {
 	name string
-	do   func(t testing.TB, w world)
-	// asleep tells that pods can talk again from the end of do only.
+	// do returns when it was done.
+	do func(t testing.TB, w world) time.Time
+	// asleep: what counts is the time since the receivers' nodes began to wake.
 	asleep bool
 }
 
 var faults = []fault{
-	{name: "all routers forget", do: func(t testing.TB, w world) { forget(t, w.Nodes...) }},
-	{name: "the receiver's router forgets", do: func(t testing.TB, w world) { forget(t, w.side(1)...) }},
-	{name: "the receiver's router has another address", do: func(t testing.TB, w world) { renumber(t, w.side(1)) }},
-	{name: "Headscale and its relay restart", do: func(t testing.TB, w world) {
+	{name: "all routers forget", do: func(t testing.TB, w world) time.Time { return forget(t, w.Nodes...) }},
+	{name: "the receiver's router forgets", do: func(t testing.TB, w world) time.Time { return forget(t, w.side(1)...) }},
+	{name: "the receiver's router has another address", do: func(t testing.TB, w world) time.Time { return renumber(t, w.side(1)) }},
+	{name: "Headscale and its relay restart", do: func(t testing.TB, w world) time.Time {
 		labtest.Kill(t, w.Control.Headscale)
 		if err := w.Control.StartHeadscale(labtest.Within(t)); err != nil {
 			t.Fatal(err)
 		}
+		return time.Now()
 	}},
-	{name: "the receiver sleeps and wakes elsewhere", do: func(t testing.TB, w world) { sleep(t, w.side(1)) }, asleep: true},
+	{name: "the receiver sleeps and wakes elsewhere", do: func(t testing.TB, w world) time.Time { return sleep(t, w.side(1)) }, asleep: true},
 }
 
-func forget(t testing.TB, nodes ...*lab.Node) {
+func forget(t testing.TB, nodes ...*lab.Node) time.Time {
 	t.Helper()
 	for _, n := range nodes {
 		for _, r := range n.Routers {
@@ -57,10 +59,11 @@ func forget(t testing.TB, nodes ...*lab.Node) {
 			}
 		}
 	}
+	return time.Now()
 }
 
 // renumber gives the sites' routers addresses that none of them has had.
-func renumber(t testing.TB, nodes []*lab.Node) {
+func renumber(t testing.TB, nodes []*lab.Node) time.Time {
 	t.Helper()
 	for _, n := range nodes {
 		if len(n.Routers) == 0 {
@@ -70,13 +73,14 @@ func renumber(t testing.TB, nodes []*lab.Node) {
 			t.Fatal(err)
 		}
 	}
+	return time.Now()
 }
 
 // another is the host number of an outside address that no router has.
 func another(n *lab.Node) int { return int(n.Underlay[0].As4()[3])%200 + 20 }
 
-// sleep closes the lids of nodes, and opens them in other networks.
-func sleep(t testing.TB, nodes []*lab.Node) {
+// sleep closes the lids of nodes, and opens them in other networks. It returns when it began to.
+func sleep(t testing.TB, nodes []*lab.Node) time.Time {
 	t.Helper()
 	for _, n := range nodes {
 		if err := n.Sleep(); err != nil {
@@ -84,11 +88,13 @@ func sleep(t testing.TB, nodes []*lab.Node) {
 		}
 	}
 	time.Sleep(*asleep)
+	woke := time.Now()
 	for _, n := range nodes {
 		if err := n.Wake(another(n)); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return woke
 }
 
 func (w world) node(name string) int {
@@ -133,7 +139,7 @@ func BenchmarkRecoveryAlone(b *testing.B) {
 // recover has one fault and returns how long each pair was dark, in their order.
 func (w world) recover(t testing.TB, f fault) []time.Duration {
 	t.Helper()
-	ctx, cancel := context.WithTimeoutCause(t.Context(), 2*patience+labtest.Soon, fmt.Errorf("not within %v", patience))
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 2*patience+*asleep+labtest.Soon, fmt.Errorf("not within %v", patience))
 	defer cancel()
 	flows := make([]*lab.Stream, len(recovering))
 	began := time.Now()
@@ -152,25 +158,26 @@ func (w world) recover(t testing.TB, f fault) []time.Duration {
 	if *trials > 0 {
 		time.Sleep(15 * time.Second) // paths are found, and nothing of the beginning is left
 	}
-	struck := time.Now()
-	f.do(t, w)
-	since := time.Now()
+	since := f.do(t, w)
 	dark := make([]time.Duration, len(flows))
 	var wg sync.WaitGroup
-	for _, s := range flows {
+	for i, s := range flows {
 		wg.Go(func() {
 			one, cancel := context.WithTimeout(ctx, 2*patience)
 			defer cancel()
-			if _, err := s.WaitBack(one, since.Add(labtest.Moment)); err != nil {
+			back, err := s.WaitBack(one, since)
+			if dark[i] = back; err == nil {
+				_, err = s.WaitBack(one, since.Add(labtest.Moment))
+			}
+			if err != nil {
 				t.Errorf("%s: %s: %v", f.name, s.Name, err)
 			}
 		})
 	}
 	wg.Wait()
 	for i, s := range flows {
-		dark[i] = s.Stop().Longest
-		if f.asleep {
-			dark[i] = max(0, dark[i]-since.Sub(struck))
+		if r := s.Stop(); !f.asleep {
+			dark[i] = r.Longest
 		}
 		t.Logf("%s: %s was dark for %v", f.name, s.Name, dark[i].Round(10*time.Millisecond))
 	}
