@@ -38,10 +38,13 @@ type MendOptions struct {
 	Log *slog.Logger
 }
 
-// Mend has tailscaled make its connections to relays anew where it hangs on dead ones, until ctx ends. It returns ctx's error.
+// Mend has tailscaled make its connections to relays and to Headscale anew where it hangs on dead ones, until ctx ends. It returns ctx's
+// error.
 func (c *Client) Mend(ctx context.Context, o MendOptions) error {
 	m := newMender(c, o)
+	s := sockets{log: m.log}
 	for {
+		s.mend(time.Now())
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

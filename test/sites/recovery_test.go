@@ -259,3 +259,32 @@ func TestRelayApart(t *testing.T) {
 	flows.Stop()
 	labtest.NoneInClear(t, stop())
 }
+
+// A router with another address leaves tailscaled's connection to Headscale hanging. Nobody misses it until Headscale restarts: who does not come
+// back is offline then, and the others lose the way to his pods.
+func TestHeadscaleRestartsUnseen(t *testing.T) {
+	l := labtest.New(t, lab.Options{
+		Nodes: 2, Names: []string{"cloud", "home"}, Bin: labtest.Programs(t), Sites: []lab.Site{{}, {NAT: lab.Easy, Strict: true}},
+	})
+	var pods []*lab.Pod
+	for _, n := range l.Nodes {
+		pods = append(pods, labtest.AddPod(t, n, "pod-"+n.Name, lab.PodOptions{}))
+	}
+	stop := labtest.Capture(t, l)
+	flows := labtest.StartFlows(t, pods[0], pods[1])
+	flows.WaitBack(t, time.Now())
+	since := renumber(t, l.Nodes)
+	labtest.Kill(t, l.Control.Headscale)
+	if err := l.Control.StartHeadscale(labtest.Within(t)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeoutCause(t.Context(), patience, fmt.Errorf("not within %v", patience))
+	defer cancel()
+	if err := l.Control.WaitConnected(ctx, len(l.Nodes)); err != nil {
+		t.Error(err)
+	}
+	t.Logf("both nodes are connected to Headscale after %v", time.Since(since).Round(time.Second))
+	flows.WaitBack(t, time.Now())
+	flows.Stop()
+	labtest.NoneInClear(t, stop())
+}
