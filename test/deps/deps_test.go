@@ -36,11 +36,6 @@ var level = map[string]int{
 	"internal/version":  0,
 	"internal/pidlock":  1,
 	"internal/nfnl":     1,
-	"internal/unixsock": 1,
-	"internal/trusted":  -1, // even files are written by it
-	"internal/version":  0,
-	"internal/pidlock":  1,
-	"internal/nfnl":     1,
 	"internal/sockdiag": 0,
 	"internal/unixsock": 1,
 
