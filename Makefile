@@ -100,9 +100,9 @@ test-manual: need-go ## docs/install-by-hand.md, command by command, on two mach
 KERNEL ?= linux-image-amd64
 
 .PHONY: test-kernel
-test-kernel: need-go ## Tests of the kernel, and the demo, in a virtual machine with Debian's own kernel and modules; ONLY=demo ALL=1 KERNEL=linux-image-cloud-amd64
+test-kernel: need-go ## Tests of the kernel in a virtual machine with Debian's own kernel and modules; ONLY=regexp, ALL=1 with the demo, KERNEL=linux-image-cloud-amd64
 	@$(call PREPARE,qemu,$(LAB),headscale tailscale-trimmed) HEADCNI_KERNEL=$$(test/tools/kernel '$(KERNEL)'); export HEADCNI_KERNEL HEADCNI_TEST_REQUIRE=1; \
-		$(TRIMMED) go test -v -count 1 -timeout 120m ./test/kernel/ -args $(if $(ALL),-all) -only '$(or $(ONLY),.)'
+		$(TRIMMED) go test -v -count 1 -timeout 120m ./test/kernel/ -args $(if $(ALL),-all) $(if $(ONLY)$(ALL),-only '$(or $(ONLY),.)')
 
 MATRIX := 0.26 0.27 0.28
 
