@@ -15,8 +15,10 @@ const (
 	fullCheck = 30 * time.Second
 	// soon is how often while something is under way; where nothing comes of it, ever less often.
 	soon = 2 * time.Second
-	// settle is how long a burst of events is gathered before a pass.
-	settle = 200 * time.Millisecond
+	// settle is how long a burst of events is gathered before a pass, maxSettle how long at most after one that took long: each call to Headscale
+	// costs it a tenth of a second, and a hundred nodes that join are a pass of half a minute, after which the next one that joins waits.
+	settle    = 200 * time.Millisecond
+	maxSettle = 2 * time.Second
 	// retryMin and retryMax bound the wait after a pass that failed.
 	retryMin = time.Second
 	retryMax = time.Minute
@@ -54,7 +56,7 @@ func (c *Controller) lead(ctx context.Context) {
 		return p.next(woken, pending, err)
 	}
 	// Let a burst pass, and let nobody who changes his Node all the time keep us busy.
-	c.loop.Settle = func(took time.Duration) time.Duration { return max(settle, took) }
+	c.loop.Settle = gather
 	c.loop.Run(ctx)
 }
 
@@ -77,6 +79,9 @@ func (p *pace) next(woken, pending bool, err error) time.Duration {
 	}
 	return wait
 }
+
+// gather is how long to wait for more events after a pass that took that long.
+func gather(took time.Duration) time.Duration { return min(max(settle, took), maxSettle) }
 
 func (c *Controller) setLeading(leading bool) {
 	c.mu.Lock()

@@ -135,6 +135,15 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
+// A pass over many nodes takes long, and who joins after it does not wait as long again.
+func TestGather(t *testing.T) {
+	for took, want := range map[time.Duration]time.Duration{0: settle, time.Second: time.Second, time.Minute: maxSettle} {
+		if got := gather(took); got != want {
+			t.Errorf("after a pass of %s: %s, want %s", took, got, want)
+		}
+	}
+}
+
 // TestUninstall: a node that answers, and one that is dead.
 func TestUninstall(t *testing.T) {
 	s := headscaletest.New(t)

@@ -44,25 +44,32 @@ const (
 	pods = "10.240.0.0/12"
 )
 
-// BenchmarkHeadscale is the curve: tailnets of more and more nodes, each of which advertises its pods.
+// BenchmarkHeadscale is the curve: tailnets of more and more nodes, each of which advertises its pods, with a policy that names addresses and with one
+// that names the nodes' tag.
 func BenchmarkHeadscale(b *testing.B) {
-	tab := newTable("Headscale, by nodes:")
-	for _, n := range numbers(b, *sizes) {
-		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			tab.column(fmt.Sprint(n))
-			began, before := time.Now(), load(b)
-			newTailnet(b, n+joiners, headscaleBatch).measure(tab, n)
-			tab.add("load of the machine, before and after", "%s, %s", before, load(b))
-			tab.add("the run took, s", "%.0f", time.Since(began).Seconds())
-			b.ReportMetric(0, "ns/op")
-		})
+	tab := newTable("Headscale, by nodes and by what its policy names:")
+	for _, c := range []struct {
+		policy string
+		sizes  []int
+		who    string
+	}{{"addresses", numbers(b, *sizes), "*"}, {"tag", numbers(b, *tagged), "tag:headcni"}} {
+		for _, n := range c.sizes {
+			b.Run(fmt.Sprintf("%d/%s", n, c.policy), func(b *testing.B) {
+				tab.column(fmt.Sprintf("%d, %s", n, c.policy))
+				began, before := time.Now(), load(b)
+				newTailnet(b, options{nodes: n + joiners, batch: headscaleBatch, policy: c.who}).measure(tab, n)
+				tab.add("load of the machine, before and after", "%s, %s", before, load(b))
+				tab.add("the run took, s", "%.0f", time.Since(began).Seconds())
+				b.ReportMetric(0, "ns/op")
+			})
+		}
 	}
 	tab.print(b)
 }
 
 // TestHeadscale holds that what is measured is there to be measured, in small.
 func TestHeadscale(t *testing.T) {
-	s := newTailnet(t, 4, 10*time.Millisecond)
+	s := newTailnet(t, options{nodes: 4, batch: 10 * time.Millisecond, policy: "*"})
 	if r := s.join(0, 3); r.Received == 0 || r.Sent == 0 || r.Polls < 3 {
 		t.Errorf("three nodes joined: %+v", r)
 	}
@@ -97,18 +104,25 @@ func nodeRoute(i int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(240 + i>>8), byte(i), 0}), 24)
 }
 
-func newTailnet(t testing.TB, n int, batch time.Duration) *tailnet {
+// options are of a tailnet.
+type options struct {
+	nodes  int
+	batch  time.Duration // Headscale's tuning.node_store_batch_timeout
+	policy string        // whom its policy lets in, beside the pods
+}
+
+func newTailnet(t testing.TB, opt options) *tailnet {
 	t.Helper()
 	simnodes := realparts.Tool(t, "simnodes")
-	s := &tailnet{t: t, headscale: realparts.New(t, batch)}
-	s.policy()
+	s := &tailnet{t: t, headscale: realparts.New(t, opt.batch)}
+	s.policy(opt.policy)
 	var nodes []runtime.Object
-	for i := range n {
+	for i := range opt.nodes {
 		cidr := nodeRoute(i).String()
 		nodes = append(nodes, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName(i), UID: types.UID(nodeName(i)), CreationTimestamp: metav1.Now()},
 			Spec: corev1.NodeSpec{PodCIDR: cidr, PodCIDRs: []string{cidr}}})
 	}
-	watch.DefaultChanSize = int32(10 * n) // a watcher that does not keep up panics
+	watch.DefaultChanSize = int32(10 * opt.nodes) // a watcher that does not keep up panics
 	s.api = kubetest.New(nodes...)
 	s.controller = startController(t, serveAPI(t, s.api), s.counting(), s.headscale.APIKey())
 	s.nodes = exec.Command(simnodes)
@@ -128,11 +142,11 @@ func newTailnet(t testing.TB, n int, batch time.Duration) *tailnet {
 }
 
 // policy is that of docs/install-by-hand.md, without autoApprovers.
-func (s *tailnet) policy() {
+func (s *tailnet) policy(who string) {
 	s.t.Helper()
 	file := filepath.Join(s.t.TempDir(), "policy.hujson")
-	text := fmt.Sprintf(`{"tagOwners": {"tag:headcni": []}, "acls": [{"action": "accept", "src": ["tag:headcni", %q], "dst": ["tag:headcni:*", %q]}],
-		"nodeAttrs": [{"target": ["tag:headcni"], "attr": ["cache-network-maps"]}]}`, pods, pods+":*")
+	text := fmt.Sprintf(`{"tagOwners": {"tag:headcni": []}, "acls": [{"action": "accept", "src": [%q, %q], "dst": [%q, %q]}],
+		"nodeAttrs": [{"target": ["tag:headcni"], "attr": ["cache-network-maps"]}]}`, who, pods, who+":*", pods+":*")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		s.t.Fatal(err)
 	}

@@ -26,12 +26,15 @@ func serveAPI(t testing.TB, api kubetest.Client) (kubeconfig string) {
 	s.Start()
 	t.Cleanup(func() { cancel(); s.Close() })
 	kubeconfig = filepath.Join(t.TempDir(), "kubeconfig")
-	text := fmt.Sprintf("{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: c}}], "+
-		"users: [{name: c}], clusters: [{name: c, cluster: {server: '%s'}}]}", s.URL)
-	if err := os.WriteFile(kubeconfig, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(kubeconfig, []byte(kubeconfigFor(s.URL)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return kubeconfig
+}
+
+func kubeconfigFor(url string) string {
+	return fmt.Sprintf("{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: c}}], "+
+		"users: [{name: c}], clusters: [{name: c, cluster: {server: '%s'}}]}", url)
 }
 
 // startController starts the real one, which leads as soon as it can.

@@ -19,7 +19,8 @@ import (
 func TestMain(m *testing.M) { nstest.Main(m) }
 
 var (
-	sizes     = flag.String("nodes", "100,250,500", "how many nodes, one tailnet for each")
+	sizes     = flag.String("nodes", "100,250", "how many nodes, one tailnet for each")
+	tagged    = flag.String("tagged", "100", "the same with a policy that names the nodes' tag; empty: none")
 	idle      = flag.Duration("idle", time.Minute, "how long to look at what goes on while nothing happens")
 	tableFile = flag.String("table", "", "file to append the tables to")
 )
@@ -137,7 +138,7 @@ func quantile(sorted []float64, q float64) float64 {
 
 func numbers(t testing.TB, list string) (out []int) {
 	t.Helper()
-	for f := range strings.SplitSeq(list, ",") {
+	for f := range strings.FieldsFuncSeq(list, func(r rune) bool { return r == ',' }) {
 		n, err := strconv.Atoi(f)
 		if err != nil || n < 1 {
 			t.Fatalf("-nodes %s: want numbers such as 100,250", list)
