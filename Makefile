@@ -34,7 +34,6 @@ export PATH := $(PATH):$(shell . test/tools/lib.sh && go_dir)
 # of them than the recipe runs. (`export X=$(...)` and `eval "$(...)"` would go on after a failure.)
 PREPARE = prepared=$$(VERSION='$(VERSION)' test/tools/prepare $(1) '$(2)' $(3)); eval "$$prepared";
 WITH_PACKAGES = programs=$$(test/tools/packages $(1)); eval "$$programs";
-comma := ,
 # One tailscaled, daemon mode's, is that of every node, and `tailscale` as well.
 TRIMMED = HEADCNI_TOOLS="$$HEADCNI_TOOLS/trimmed:$$HEADCNI_TOOLS";
 
@@ -232,10 +231,10 @@ bench-sites: need-go ## Nodes behind routers: which pairs meet directly and how 
 		-run 'TestRecovery' -bench . -benchtime 1x ./test/sites/ -args -trials $(or $(TRIALS),5) -table '$(CURDIR)/bin/sites.md'
 
 .PHONY: bench-scale
-bench-scale: need-go ## Headscale and the controller with hundreds of simulated nodes, as a table in bin/scale.md; needs root, takes 20 minutes; NODES=100,250
+bench-scale: need-go ## Headscale with hundreds of simulated nodes, and a node's daemon among 1,000, as tables in bin/scale.md; needs root, takes 30 minutes; NODES=100,250 BENCH=Daemon
 	@if ((EUID != 0)); then echo "make bench-scale: needs root: run 'sudo make bench-scale'" >&2; exit 1; fi
 	@$(call PREPARE,lab,$(LAB) headcni-controller,headscale-released tailscale tailscale-trimmed simnodes) rm -f bin/scale.md; HEADCNI_TOOLS="$$HEADCNI_TOOLS/released:$$HEADCNI_TOOLS" HEADCNI_TEST_REQUIRE=1 go test -run '^$$' -bench '$(BENCH)' -benchtime 1x \
-		-timeout 90m ./test/scale/ -args -nodes '$(or $(NODES),100$(comma)250$(comma)500)' -table '$(CURDIR)/bin/scale.md'
+		-timeout 90m ./test/scale/ -args $(if $(NODES),-nodes '$(NODES)') -table '$(CURDIR)/bin/scale.md'
 
 .PHONY: chaos
 chaos: need-go ## Faults at random, one and several at once, under a capture, with a table at the end; needs root, some 60 a minute; FAULTS=2000 SEED=7 FROM=120 ONLY='nft|ip rule'

@@ -121,7 +121,11 @@ func startDaemon(t testing.TB, crowd *kubetest.Crowd, policy bool) *daemon {
 		t.Fatal(err)
 	}
 	labtest.Approve(t, l, n, routes...)
-	labtest.Ready(t, n)
+	within, cancelWait := context.WithTimeout(t.Context(), patience)
+	defer cancelWait()
+	if err := n.WaitReady(within); err != nil {
+		t.Fatal(err)
+	}
 	return &daemon{t: t, node: n, crowd: crowd}
 }
 
@@ -153,7 +157,7 @@ func (d *daemon) measure(tab *table) {
 	tab.add("- from the API server, MB", "%.1f", float64(d.crowd.Sent.Load())/1e6)
 	tab.add("- memory at most, MB", "%.0f", started.top)
 	// The first passes, and what the start has left over, end first.
-	time.Sleep(*idle / 2)
+	time.Sleep(*idle)
 	resetPeak(d.t, pid)
 	before, bytes := used(d.t, pid), d.crowd.Sent.Load()
 	count, seconds := d.passes(d.t)
