@@ -161,7 +161,13 @@ e2e-policy-old: need-go ## The same on an older Kubernetes (1.34) with Debian's 
 .PHONY: e2e-faults
 e2e-faults: need-go ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
 	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -parallel 2 -skip 'TestSmoke$$|TestNetpol$$|TestPolicy|TestNamesSpeed|TestSites$$' ./test/e2e/ -args $(E2EFLAGS)
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -parallel 2 -skip 'TestSmoke$$|TestNetpol$$|TestPolicy|TestNamesSpeed|TestSites$$|TestMigrate$$' ./test/e2e/ -args $(E2EFLAGS)
+
+.PHONY: e2e-migrate
+e2e-migrate: LAB += loopback
+e2e-migrate: need-go ## docs/migration.md on a real Kubernetes: from a bridge with routes to HeadCNI, node by node, and back; needs root, 7 minutes
+	@if ((EUID != 0)); then echo "make e2e-migrate: needs root: run 'sudo make e2e-migrate'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 30m -run 'TestMigrate$$' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-sites
 e2e-sites: need-go ## A real Kubernetes whose nodes stand behind NAT and reach the API server by the tailnet only; needs root, 7 minutes
