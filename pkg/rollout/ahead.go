@@ -137,7 +137,11 @@ func (r *run) readConfig(ctx context.Context) error {
 		return fmt.Errorf("the chart's values: %w", err)
 	}
 	r.config.Headscale.APIKeyFile, r.config.Headscale.AuthKeyFile = "", "" // in the containers
-	r.config.Headscale.CAFile = r.CAFile
+	r.config.Headscale.CAFile = ""
+	if ca := object.Data["ca.crt"]; ca != "" { // of --ca, or of values, which an upgrade keeps
+		r.config.Headscale.CAFile = filepath.Join(r.dir, "ca.crt")
+		return os.WriteFile(r.config.Headscale.CAFile, []byte(ca), 0o600)
+	}
 	return nil
 }
 
@@ -166,7 +170,7 @@ func (r *run) checkNodes(ctx context.Context) error {
 		if n.Annotations["flannel.alpha.coreos.com/backend-type"] != "" {
 			others = append(others, "flannel on "+n.Name)
 		}
-		if n.Labels["microk8s.io/cluster"] == "true" && !r.gives("binDir", "confDir") {
+		if n.Labels["microk8s.io/cluster"] == "true" && !r.gives("binDir", "confDir") && !r.Upgrade { // which keeps them
 			// Its snap has folders of its own, and a pod cannot find that out.
 			r.more = []string{"--set", "config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin", "--set", "config.cni.confDir=/var/snap/microk8s/current/args/cni-network"}
 		}

@@ -230,12 +230,37 @@ func (r *run) keepValues(ctx context.Context) error {
 		return fmt.Errorf("the release names an image, %s %s%s, which would stay as it is: name the new one by --image", values.Image.Repository, values.Image.Tag, values.Image.Digest)
 	}
 	// Rendered ahead with the same values; Helm itself keeps them in the release.
+	out, key, err := withoutKey(out)
+	if err != nil {
+		return fmt.Errorf("read the release's values: %w", err)
+	}
 	file := filepath.Join(r.dir, "values.yaml")
 	if err := os.WriteFile(file, out, 0o600); err != nil {
 		return err
 	}
 	r.more = append(r.more, "--values", file)
+	if key && (!r.Key.Empty() || r.foreignSecret()) { // the chart would write the key that Helm has over the new one
+		r.more = append(r.more, "--set-string", "apiKey=", "--set-string", "config.headscale.authKey=")
+		if !r.foreignSecret() {
+			r.more = append(r.more, "--set-string", "existingSecret="+kube.AuthSecret)
+		}
+	}
 	return nil
+}
+
+// withoutKey takes the key out of a release's values, in JSON, and reports whether there was one.
+func withoutKey(values []byte) (_ []byte, held bool, err error) {
+	var all map[string]any
+	if err := json.Unmarshal(values, &all); err != nil {
+		return nil, false, err
+	}
+	c, _ := all["config"].(map[string]any)
+	h, _ := c["headscale"].(map[string]any)
+	held = !empty(all["apiKey"]) || !empty(h["authKey"])
+	delete(all, "apiKey")
+	delete(h, "authKey")
+	out, err := json.Marshal(all)
+	return out, held, err
 }
 
 // values are Helm's flags for what the chart is given.

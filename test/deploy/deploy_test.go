@@ -164,7 +164,7 @@ func (r *run) finish(t *testing.T, cmd *exec.Cmd, out []byte) {
 	}
 	seen := []string{r.out}
 	for _, c := range r.calls {
-		seen = append(seen, c.line(), c.Parent)
+		seen = append(seen, c.line(), c.Parent, c.Values)
 		for _, v := range c.Env {
 			seen = append(seen, v)
 			if strings.HasPrefix(v, "HEADSCALE_") || strings.HasPrefix(v, "HEADCNI_AUTH_") {
@@ -636,6 +636,44 @@ func TestUpgrade(t *testing.T) {
 				t.Error("helm is called otherwise")
 			}
 		})
+	}
+}
+
+// A key that Helm has among the release's values is replaced there too, and is on no disk meanwhile.
+func TestUpgradeReplacesAKeyOfHelms(t *testing.T) {
+	for name, values := range map[string]string{"apiKey": `{"apiKey":"` + preAuth + `","a":1}`, "authKey": `{"a":1,"config":{"headscale":{"authKey":"` + preAuth + `"}}}`} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := world()
+			s.Owner, s.Values, s.Secret = "headcni -n kube-system", values, preAuth
+			r := run{command: []string{"upgrade"}, args: []string{"--key-file", "KEYFILE"}, scenario: s}
+			r.do(t)
+			r.want(t, 0, "takes the API key", "done")
+			c := r.find("helm upgrade", "--set-string apiKey= ", "--set-string config.headscale.authKey= ", "--set-string existingSecret=headcni-auth")
+			if c == nil || !strings.Contains(c.Values, `"a":1`) {
+				t.Error("helm is called otherwise")
+			}
+			if _, key := r.held(t, "kube-system"); key != r.key {
+				t.Error("the key was not replaced")
+			}
+		})
+	}
+}
+
+// Headscale is asked with the authority that the release has, and a folder that was chosen stays.
+func TestUpgradeKeeps(t *testing.T) {
+	t.Parallel()
+	s := world()
+	s.Owner, s.Values, s.MicroK8s, s.Authority = "headcni -n kube-system", `{"a":1}`, true, "rubbish"
+	r := run{command: []string{"upgrade"}, args: []string{"--key-file", "KEYFILE"}, scenario: s}
+	r.do(t)
+	r.want(t, 1, "no certificate in", "Nothing was changed")
+	s.Authority = ""
+	r = run{command: []string{"upgrade"}, args: []string{"--key-file", "KEYFILE"}, scenario: s}
+	r.do(t)
+	r.want(t, 0, "done")
+	if c := r.find("helm upgrade"); c == nil || !strings.Contains(c.Values, `"a":1`) || strings.Contains(c.line(), "binDir") {
+		t.Error("helm is called otherwise")
 	}
 }
 

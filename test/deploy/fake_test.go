@@ -50,6 +50,7 @@ type scenario struct {
 	HelmFails   string // what `helm upgrade` says
 	TestFails   string // what the test's pod says
 	Values      string // of the release, in JSON
+	Authority   string // the certificates that the chart is given
 	Gone        bool   // helm knows no release
 	Hangs       string // upgrade or test: that one ends by a signal only
 }
@@ -61,10 +62,11 @@ type fakeNode struct {
 	Wrong                      *reconcile.Found
 }
 
-// call is how helm was started. Parent is the command line of who did it.
+// call is how helm was started. Parent is the command line of who did it, Values what the files with values hold.
 type call struct {
 	Args, Env   []string
 	Parent      string
+	Values      string
 	Interrupted bool
 }
 
@@ -107,7 +109,14 @@ func fake(dir string, args []string) int {
 		return 99
 	}
 	parent, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", os.Getppid())) // gone already: nothing to see
-	return s.helm(dir, call{Args: args, Env: os.Environ(), Parent: string(parent)})
+	c := call{Args: args, Env: os.Environ(), Parent: string(parent)}
+	for i, a := range args {
+		if a == "--values" {
+			b, _ := os.ReadFile(args[i+1]) // the real one would say so
+			c.Values += string(b)
+		}
+	}
+	return s.helm(dir, c)
 }
 
 func note(dir string, c call) {
@@ -166,6 +175,10 @@ func (s scenario) helm(dir string, c call) int {
 			return fail("values don't meet the specifications of the schema")
 		}
 		fmt.Print(rendered)
+		if s.Authority != "" {
+			b, _ := json.Marshal(s.Authority) // a string
+			fmt.Printf("  ca.crt: %s\n", b)
+		}
 	case "upgrade":
 		if s.HelmFails != "" {
 			return fail(s.HelmFails)
