@@ -72,6 +72,10 @@ func TestPorts(t *testing.T) {
 				t.Error("nothing was counted")
 			}
 			w.node.Run(t, "nft", "delete", "table", "inet", "left")
+			// The next pod has the port too, and the one before never got a DEL.
+			cfg.Ports = append(cfg.Ports, Port{Protocol: "udp", Number: 8080, To: to(a.podA), Link: "hcnext"})
+			w.sync(cfg)
+			hear("a port that the next pod has too", w.lan, port(a.node, 8080), true)
 			w.sync(typical())
 			hear("a port that is gone", w.lan, port(a.node, 8080), false)
 		})

@@ -379,7 +379,12 @@ func leading(ports []Port) []Port {
 
 // ported: an address that a pod had goes to the next one, which the port is not for, however late the daemon hears of it.
 func ported(family knftables.Family, cfg Config) (rules []string) {
-	for _, p := range portsOf(family, cfg) {
+	ports := portsOf(family, cfg)
+	for _, p := range ports {
+		// The next pod has the address and asked for the same port: it is the port's now.
+		if p.Gone && slices.ContainsFunc(leading(ports), func(q Port) bool { return q.Protocol == p.Protocol && q.Number == p.Number && q.To == p.To }) {
+			continue
+		}
 		// nft must know the protocol before it reads a port.
 		rules = append(rules, rule(`ct status dnat %s daddr %s %s dport %d ct original proto-dst %d oifname != "%s" %s`,
 			family, p.To.Addr(), p.Protocol, p.To.Port(), p.Number, p.Link, drop(DropPortStale)))
