@@ -3,6 +3,7 @@ package tailscale
 import (
 	"errors"
 	"log/slog"
+	"math"
 	"slices"
 	"time"
 
@@ -46,7 +47,7 @@ func (s *sockets) mend(now time.Time) {
 	}
 	s.next = now.Add(hungLook)
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		conns, err := sockdiag.Marked(family, names.BypassMark, names.BypassMark)
+		conns, err := sockdiag.Marked(family, names.BypassMark, math.MaxUint32) // others' marks may have that bit too
 		if err != nil {
 			s.unable = errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP)
 			continue
@@ -56,9 +57,13 @@ func (s *sockets) mend(now time.Time) {
 			if errors.Is(err, unix.ENOENT) {
 				continue // it has just ended
 			}
-			s.unable = errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM)
-			s.log.Info("a TCP connection of tailscaled's hung and was ended, for another one", "remote", c.Remote,
-				"silent", time.Duration(c.Info.Last_ack_recv)*time.Millisecond, "err", err)
+			silent := time.Duration(c.Info.Last_ack_recv) * time.Millisecond
+			if err != nil {
+				s.unable = errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM)
+				s.log.Info("a TCP connection of tailscaled's hangs and cannot be ended", "remote", c.Remote, "silent", silent, "err", err)
+				continue
+			}
+			s.log.Info("a TCP connection of tailscaled's hung and was ended, for another one", "remote", c.Remote, "silent", silent)
 		}
 	}
 }
