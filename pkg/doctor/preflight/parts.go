@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -39,8 +40,14 @@ var parts = []part{
 	{"nft_masq", "ip", "type nat hook postrouting priority 100", "masquerade"},
 }
 
+// needed are the parts of the families that the node has: without IPv6 no rule of that family is written.
+func needed(ipv6 bool) []part {
+	return slices.DeleteFunc(slices.Clone(parts), func(p part) bool { return p.family == "ip6" && !ipv6 })
+}
+
 // lacking names the modules of those parts that the kernel does not take, as one that has neither them nor a way to load them.
 func lacking(ctx context.Context) (modules []string, err error) {
+	_, noIPv6 := os.Stat("/proc/sys/net/ipv6")
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -49,7 +56,7 @@ func lacking(ctx context.Context) (modules []string, err error) {
 		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return
 		}
-		for _, p := range parts {
+		for _, p := range needed(noIPv6 == nil) {
 			if slices.Contains(modules, p.module) {
 				continue
 			}

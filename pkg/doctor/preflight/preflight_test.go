@@ -103,3 +103,15 @@ func TestRecent(t *testing.T) {
 		}
 	}
 }
+
+// A node without IPv6 lacks nothing of it.
+func TestNeeded(t *testing.T) {
+	if len(needed(true)) != len(parts) {
+		t.Error("something is not needed")
+	}
+	for _, p := range needed(false) {
+		if p.family == "ip6" || strings.Contains(p.module, "ipv6") {
+			t.Errorf("%s is needed without IPv6", p.module)
+		}
+	}
+}
