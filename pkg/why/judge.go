@@ -375,7 +375,7 @@ func (c Case) guard() *Step {
 	switch {
 	case n.Guard.Refuses == nft.DropTailnetSubnet:
 		namespace, _, _ := strings.Cut(n.Link.Pod, "/")
-		s.add(findings.SubnetDenied, fmt.Sprintf("kubectl annotate --overwrite namespace %s %s=%s", namespace, kube.TailnetSubnets, c.subnet()),
+		s.add(findings.SubnetDenied, fmt.Sprintf("kubectl annotate --overwrite namespace %s %s=%s, with what the annotation names already, separated by commas", namespace, kube.TailnetSubnets, c.subnet()),
 			"%s is behind a device of the tailnet, and Namespace %s does not name its network", n.Dst, namespace)
 	case n.Guard.Refuses == nft.DropTailnetEgress:
 		s.add(findings.EgressDenied, "", "network.tailnetEgress is deny on this node: its pods begin nothing towards %s", n.Dst)
