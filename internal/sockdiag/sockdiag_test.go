@@ -2,6 +2,7 @@ package sockdiag
 
 import (
 	"errors"
+	"math"
 	"net"
 	"net/netip"
 	"syscall"
@@ -56,6 +57,11 @@ func TestMarked(t *testing.T) {
 		if len(list) != 1 || list[0].Local.String() != marked.LocalAddr().String() || list[0].Remote.String() != l.Addr().String() ||
 			list[0].Info.State != established || list[0].Info.Bytes_acked < 5 {
 			t.Fatalf("%s: %+v", at, list)
+		}
+		for mark, want := range map[uint32]int{0x90000: 1, 0x80000: 0} { // no more bits than these
+			if exact, err := Marked(family, mark, math.MaxUint32); err != nil || len(exact) != want {
+				t.Errorf("%s: %d have the mark %#x alone, want %d, %v", at, len(exact), mark, want, err)
+			}
 		}
 		if err := list[0].Destroy(); err != nil {
 			t.Fatal(err)
