@@ -142,7 +142,7 @@ var Table = []Finding{
 		"The tunnel is down, lacks its addresses, or a link does not forward packets.",
 		"`ip -d link` and `sysctl net.ipv4.conf.all.forwarding` on the node; restart tailscaled where the tunnel lacks its addresses."},
 	{PodLinks, Warn, "a pod's link is not as it must be",
-		"Somebody has changed the host's end of a pod's link. Only this pod is concerned.",
+		"Somebody has changed the host's end of a pod's link, or its address is outside the node's ranges. Only this pod is concerned.",
 		"delete the pod, so that it is started anew."},
 	{Conflist, Fail, "the CNI configuration could not be written",
 		"Without the conflist the container runtime starts no pods here.",

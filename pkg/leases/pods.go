@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -152,7 +154,39 @@ func (m *Mender) Sync(ctx context.Context) (done []string, err error) {
 		done = append(done, "mend "+what)
 	}
 	m.since = since
-	return done, errors.Join(errs...)
+	return done, errors.Join(append(errs, m.strayed())...)
+}
+
+// strayed says which pods have addresses outside the node's ranges, as the conflist has them: rules, tables and routes are made for the ranges, so
+// that nobody reaches such a pod.
+func (m *Mender) strayed() error {
+	own, err := conflist.IPAM(m.confDir)
+	if err != nil {
+		return err
+	}
+	var ranges []netip.Prefix
+	for _, set := range own.Sets {
+		for _, r := range set {
+			ranges = append(ranges, r.Subnet)
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var errs []error
+	for _, s := range m.seen {
+		for _, a := range s.Addrs {
+			family := netset.OfFamily(ranges, a.Is6())
+			if s.Network == own.Network && len(family) > 0 && !netset.Contains(family, a) {
+				errs = append(errs, fmt.Errorf("pod of container %.13s has %s, which is outside this node's %v: nobody reaches it; delete the pod, or give the node the range that it had (network.podCIDRs)",
+					s.ContainerID, a, family))
+			}
+		}
+	}
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	if more := len(errs) - 3; more > 0 {
+		errs = append(errs[:3], fmt.Errorf("and %d more addresses of pods", more))
+	}
+	return errors.Join(errs...)
 }
 
 // Lacking reports whether there is something to do for Sync. It may be called while that is at work.

@@ -135,3 +135,27 @@ func TestMendChanged(t *testing.T) {
 		t.Errorf("a new link of the same name: %q", done)
 	}
 }
+
+// A pod whose address is in no range of its node any more is named; one of another network, or of a family without ranges, is not.
+func TestStrayed(t *testing.T) {
+	confDir := t.TempDir()
+	conf := fmt.Sprintf(`{"name":"net","plugins":[{"type":"headcni","ipam":{"type":"headcni-ipam","dataDir":%q,"subnet":"10.244.1.0/24"}}]}`, t.TempDir())
+	if err := os.WriteFile(filepath.Join(confDir, paths.ConflistName), []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	host := nstest.New(t)
+	for id, pod := range map[string][2]string{"within": {"net", "10.244.1.7"}, "former": {"net", "10.244.9.7"}, "foreign": {"other", "10.244.9.8"}, "sixth": {"net", "fd00:9::7"}} {
+		link := podlink.Name(id, "eth0")
+		host.Run(t, "ip", "link", "add", link, "type", "veth")
+		host.Run(t, "ip", "link", "set", link, "alias", pod[0]+" "+id+"/eth0", "up")
+		host.Run(t, "ip", "route", "add", pod[1], "dev", link, "proto", "static")
+	}
+	m := NewMender(confDir)
+	host.Do(t, func() error {
+		_, err := m.Sync(t.Context())
+		if err == nil || !strings.Contains(err.Error(), "container former has 10.244.9.7, which is outside this node's [10.244.1.0/24]") || strings.Count(err.Error(), "outside") != 1 {
+			t.Errorf("got %v", err)
+		}
+		return nil
+	})
+}
