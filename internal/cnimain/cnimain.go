@@ -267,7 +267,11 @@ func versionOf(conf []byte) string {
 	return c.CNIVersion
 }
 
-// fail prints an error result (section 5, Error). types.Error lacks the version.
+// textMax bounds the texts of an error in characters: what they name may come from the input, and runtimes write them into logs and Events.
+const textMax = 8000
+
+// fail prints an error result (section 5, Error). types.Error lacks the version. What a log would not print as a character is escaped, wherever it
+// came from.
 func fail(e *types.Error, conf []byte) int {
 	// Where standard output is closed, the exit code must do.
 	_ = printJSON(struct {
@@ -275,7 +279,7 @@ func fail(e *types.Error, conf []byte) int {
 		Code       uint   `json:"code"`
 		Msg        string `json:"msg"`
 		Details    string `json:"details,omitempty"`
-	}{versionOf(conf), e.Code, e.Msg, e.Details})
+	}{printable.Cut(versionOf(conf), textMax), e.Code, printable.Cut(e.Msg, textMax), printable.Cut(e.Details, textMax)})
 	return 1
 }
 
@@ -284,7 +288,7 @@ func printVersion(supported []string, conf []byte) int {
 	err := printJSON(struct {
 		CNIVersion        string   `json:"cniVersion"`
 		SupportedVersions []string `json:"supportedVersions"`
-	}{versionOf(conf), supported})
+	}{printable.Cut(versionOf(conf), textMax), supported})
 	if err != nil {
 		return 1
 	}

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -24,6 +25,9 @@ func TestMain(m *testing.M) {
 	echo := func(c Call) error {
 		if strings.Contains(string(c.Stdin), `"fail"`) {
 			return errors.New("as told")
+		}
+		if strings.Contains(string(c.Stdin), `"repeat"`) {
+			return types.NewError(100, "sees "+string(c.Stdin), string(c.Stdin))
 		}
 		if strings.Contains(string(c.Stdin), `"panic"`) {
 			panic("as told")
@@ -83,6 +87,8 @@ func TestErrors(t *testing.T) {
 		words       string
 	}{
 		{"the plugin's", `{"cniVersion":"0.4.0","name":"n","fail":1}`, nil, answer{CNIVersion: "0.4.0", Code: 999}, "as told"},
+		{"what no log shows", "{\"cniVersion\":\"0.4.0\",\"name\":\"n\",\"repeat\x7f\":1,\"repeat\":2}", nil, answer{CNIVersion: "0.4.0", Code: 100}, `"repeat\x7f"`},
+		{"a version that no log shows", `{"cniVersion":"0.4.0\u001b[2J","name":"n"}`, nil, answer{CNIVersion: `0.4.0\x1b[2J`, Code: 1}, "incompatible"},
 		{"panic", `{"cniVersion":"0.4.0","name":"n","panic":1}`, nil, answer{CNIVersion: "0.4.0", Code: 999}, "internal fault"},
 		{"CHECK before 0.4.0", `{"cniVersion":"0.3.1","name":"n"}`, []string{"CNI_COMMAND=CHECK"}, answer{CNIVersion: "0.3.1", Code: 1}, "does not allow CHECK"},
 		{"GC without a path", `{"cniVersion":"1.1.0","name":"n"}`, []string{"CNI_COMMAND=GC", "CNI_PATH="}, answer{CNIVersion: "1.1.0", Code: 4}, "CNI_PATH"},
