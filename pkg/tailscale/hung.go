@@ -19,17 +19,20 @@ import (
 const (
 	// hungLook is between two looks at tailscaled's connections.
 	hungLook = 5 * time.Second
-	// hungSilence is how long nothing may be acknowledged, hungRepeats how often the kernel has then said the same, hungProbes how often it has asked
-	// on an idle connection: tailscaled has it do so each 15 s.
+	// hungSilence is how long nothing may be acknowledged. hungRepeats is how often the kernel has then said the same, and hungWait how long it waits
+	// until it does so again: that doubles each time, so what was said has had no answer for as long, however long the connection was idle before.
 	hungSilence = 12 * time.Second
 	hungRepeats = 3
-	hungProbes  = 2
+	hungWait    = 6 * time.Second
+	// hungProbes is how often it has asked on an idle connection: tailscaled has it do so each 15 s.
+	hungProbes = 2
 )
 
 // hung reports whether nobody is at the other end of a connection.
 func hung(i unix.TCPInfo) bool {
 	silent := time.Duration(i.Last_ack_recv) * time.Millisecond
-	return silent > hungSilence && (i.Unacked > 0 && i.Retransmits >= hungRepeats || i.Probes >= hungProbes)
+	wait := time.Duration(i.Rto) * time.Microsecond
+	return silent > hungSilence && (i.Unacked > 0 && i.Retransmits >= hungRepeats && wait >= hungWait || i.Probes >= hungProbes)
 }
 
 // sockets ends tailscaled's TCP connections that hang. It is for one goroutine.

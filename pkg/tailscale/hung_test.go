@@ -16,9 +16,10 @@ func TestHung(t *testing.T) {
 		"idle, as Headscale's are":   {unix.TCPInfo{Last_ack_recv: 14_900}, false},
 		"idle, and asked once":       {unix.TCPInfo{Last_ack_recv: 15_100, Probes: 1}, false},
 		"idle, and asked in vain":    {unix.TCPInfo{Last_ack_recv: 30_100, Probes: 2}, true},
-		"repeats for a few seconds":  {unix.TCPInfo{Last_ack_recv: 6_000, Unacked: 2, Retransmits: 4}, false},
+		"repeats for a few seconds":  {unix.TCPInfo{Last_ack_recv: 6_000, Unacked: 2, Retransmits: 5, Rto: 6_528_000}, false},
+		"was idle, then repeats":     {unix.TCPInfo{Last_ack_recv: 60_000, Unacked: 2, Retransmits: 3, Rto: 1_632_000}, false},
 		"has something under way":    {unix.TCPInfo{Last_ack_recv: 20_000, Unacked: 1, Retransmits: 1}, false},
-		"repeats and nobody answers": {unix.TCPInfo{Last_ack_recv: 13_000, Unacked: 2, Retransmits: 5}, true},
+		"repeats and nobody answers": {unix.TCPInfo{Last_ack_recv: 13_000, Unacked: 2, Retransmits: 6, Rto: 13_056_000}, true},
 		"a kernel that does not say": {unix.TCPInfo{}, false},
 	} {
 		if got := hung(c.info); got != c.want {
