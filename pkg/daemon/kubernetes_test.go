@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
@@ -104,6 +105,11 @@ func TestDaemonInKubernetes(t *testing.T) {
 	// Boots and goes on with the server away, from what was kept.
 	k = nodeview.Of(client, "a", d.log)
 	d = make1()
+	d.pass(t.Context())
+	if got := partErrors(d)[partConfig]; !strings.Contains(got, "asks the API server whether") {
+		t.Errorf("config: %q", got)
+	}
+	d.began = time.Time{} // it does not answer for long
 	d.pass(t.Context())
 	if diff := cmp.Diff(programmed, hostState(t)); diff != "" || d.last.ranges.Pods[0].String() != "10.244.3.0/24" {
 		t.Errorf("without the API server: %v %s", d.last.ranges.Pods, diff)

@@ -117,8 +117,8 @@ func (d *Daemon) observeCluster(o *observation) error {
 		l = l.WithoutVacated(addrs)
 	}
 	d.note(func(s *state) { s.Kubernetes = l })
-	if len(l.PodCIDRs) == 0 {
-		return o.Kubernetes.ErrNoCIDR(time.Since(d.began))
+	if err := l.Usable(o.Kubernetes, time.Since(d.began)); err != nil {
+		return err
 	}
 	o.leaving = l.Leaving
 	for _, p := range l.PodCIDRs {

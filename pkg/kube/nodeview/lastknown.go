@@ -1,11 +1,14 @@
 package nodeview
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 // LastKnown is the last answer of Kubernetes, saved for a boot without the API server.
@@ -46,6 +49,24 @@ func (l LastKnown) Update(v *View, node string) (LastKnown, error) {
 	l.Leaving = netset.Without(netset.Union(l.Leaving, netset.Without(l.PodCIDRs, now)), now)
 	l.PodCIDRs = now
 	return l, nil
+}
+
+// askPatience is how long a daemon that has just started waits for the API server's word before it goes by what was known last.
+const askPatience = 10 * time.Second
+
+// Usable says why the node cannot go by l yet, nil where it can. waited is for how long the daemon has run. A Node that was made anew while the machine was off gets
+// other pod CIDRs, and a pod with an address of the former ones is reached by nobody: so the API server is heard first, where it answers. It does no I/O.
+func (l LastKnown) Usable(v *View, waited time.Duration) error {
+	fresh := v.Synced && v.Node != nil && len(v.Node.Spec.PodCIDRs) == 0 && v.Node.Spec.PodCIDR == ""
+	switch {
+	case len(l.PodCIDRs) == 0:
+		return v.ErrNoCIDR(waited)
+	case !v.Synced && v.Err == nil && waited < askPatience:
+		return reconcile.Waiting(fmt.Sprintf("asks the API server whether this node's pod CIDRs are %v still", l.PodCIDRs))
+	case fresh && waited < cidrPatience:
+		return v.ErrNoCIDR(waited)
+	}
+	return nil
 }
 
 // WithoutVacated drops the former CIDRs that hold no live address.

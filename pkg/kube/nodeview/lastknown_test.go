@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
@@ -69,5 +70,29 @@ func TestLastKnown(t *testing.T) {
 	l := LastKnown{Leaving: prefixes("10.244.1.0/24", "10.244.2.0/24")}.WithoutVacated([]netip.Addr{live})
 	if diff := cmp.Diff(prefixes("10.244.1.0/24"), l.Leaving, comparePrefixes); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// A node goes by what was known last where the API server does not answer, and not while it may still be about to.
+func TestUsable(t *testing.T) {
+	known := LastKnown{Node: "a", PodCIDRs: prefixes("10.244.1.0/24")}
+	for what, c := range map[string]struct {
+		l      LastKnown
+		v      *View
+		waited time.Duration
+		want   bool
+	}{
+		"nothing is known":                      {LastKnown{Node: "a"}, &View{}, time.Hour, false},
+		"the API server is asked":               {known, &View{}, time.Second, false},
+		"it hangs":                              {known, &View{}, askPatience, true},
+		"it cannot be asked":                    {known, &View{Err: errors.New("refused")}, 0, true},
+		"it has answered":                       {known, &View{Synced: true, Node: node("a", "10.244.1.0/24")}, 0, true},
+		"the Node is new, and has no range yet": {known, &View{Synced: true, Node: node("a")}, time.Second, false},
+		"and gets none":                         {known, &View{Synced: true, Node: node("a")}, cidrPatience, true},
+		"the Node is gone":                      {known, &View{Synced: true}, 0, true},
+	} {
+		if err := c.l.Usable(c.v, c.waited); (err == nil) != c.want {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }
