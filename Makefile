@@ -161,7 +161,7 @@ e2e-policy-old: need-go ## The same on an older Kubernetes (1.34) with Debian's 
 .PHONY: e2e-faults
 e2e-faults: need-go ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
 	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -parallel 2 -skip 'TestSmoke$$|TestNetpol$$|TestPolicy|TestNamesSpeed|TestSites$$|TestMigrate$$' ./test/e2e/ -args $(E2EFLAGS)
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$|TestNetpol$$|TestPolicy|TestNamesSpeed|TestSites$$|TestMigrate$$' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-migrate
 e2e-migrate: LAB += loopback

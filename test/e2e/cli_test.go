@@ -54,7 +54,6 @@ subjects: [{kind: ServiceAccount, name: NAME, namespace: default}]
 
 // TestCLI looks at a whole cluster from afar: healthy, with a key that Headscale refuses, without rights; and makes an archive.
 func TestCLI(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{Workers: 2, ProxyMode: *proxyMode})
 	ctl := filepath.Join(w.Dir, "headcnictl")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", ctl, "../../cmd/cli").CombinedOutput(); err != nil {

@@ -19,7 +19,6 @@ import (
 
 // TestConnectivity tries the cluster by `headcnictl connectivity test`: healthy; with a node's tailscaled held; interrupted; killed; without rights.
 func TestConnectivity(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{Workers: 2, ProxyMode: *proxyMode})
 	ctl := filepath.Join(w.Dir, "headcnictl")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", ctl, "../../cmd/cli").CombinedOutput(); err != nil {

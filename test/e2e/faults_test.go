@@ -20,7 +20,6 @@ import (
 
 // TestFaults breaks one part after another, and takes everything away at the end.
 func TestFaults(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{ProxyMode: *proxyMode, NoClusterCIDR: *noClusterCIDR})
 	w.apply(t, "echo.yaml", echoManifest)
 	w.install(t, nil)

@@ -29,7 +29,6 @@ func (w *world) counts(ctx context.Context, n *cluster.Node) (counts, error) {
 // TestMetrics holds the daemons' counters to what Kubernetes has made of them: 200 pods come and go on a node, and the
 // daemon is away for a part of it.
 func TestMetrics(t *testing.T) {
-	t.Parallel()
 	const many, rounds = 50, 4
 	w := start(t, cluster.Options{Workers: 2, ProxyMode: *proxyMode})
 	w.install(t, nil)

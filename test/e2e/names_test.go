@@ -38,7 +38,6 @@ type askers struct {
 // after tailscaled was restarted. A device of the tailnet resolves the cluster's names by split DNS, and reaches Services and pods by what it
 // is told. Afterwards the Corefile is as it was, to the byte.
 func TestNames(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{ProxyMode: *proxyMode, Device: true, Policy: func(policy map[string]any) {
 		rule := policy["acls"].([]map[string]any)[0]
 		for _, p := range cluster.ServicePrefixes() {

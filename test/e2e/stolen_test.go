@@ -28,7 +28,6 @@ import (
 
 // TestStolenNode is root on a worker without a controller, and tries what its tokens and keys are good for.
 func TestStolenNode(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{ProxyMode: *proxyMode})
 	w.apply(t, "echo.yaml", echoManifest)
 	w.install(t, nil)

@@ -15,7 +15,6 @@ import (
 // TestHostTailscaled has a node with a tailscaled of its own among others, and a Kubernetes that gives Nodes no pod CIDRs:
 // the controller does.
 func TestHostTailscaled(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{HostTailscaled: []string{"worker-1"}, NoPodCIDRs: true, ProxyMode: *proxyMode})
 	w.apply(t, "echo.yaml", echoManifest)
 	pools := []string{"10.244.0.0/16", "fd00:244::/48"}
@@ -43,7 +42,6 @@ func TestHostTailscaled(t *testing.T) {
 // TestDeployScript installs with a pre-auth key, by deploy-with-helm.sh: Headscale's policy approves the routes. It ends
 // well only where pods of all nodes reach each other. An upgrade by headcnictl keeps what it was told, and an uninstall leaves nothing.
 func TestDeployScript(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{ProxyMode: *proxyMode, Policy: func(p map[string]any) {
 		routes := map[string][]string{}
 		for _, c := range cluster.PodPrefixes() {

@@ -27,7 +27,6 @@ const (
 
 // TestWarnings sees what is said where something is not as somebody may think: a node that uses another CNI, a Node that is gone.
 func TestWarnings(t *testing.T) {
-	t.Parallel()
 	w := start(t, cluster.Options{ProxyMode: *proxyMode})
 	if err := os.WriteFile(w.Workers()[0].Path(otherPath), []byte(otherConflist), 0o600); err != nil {
 		t.Fatal(err)
