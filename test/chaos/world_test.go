@@ -79,6 +79,16 @@ func newWorld(t *testing.T) *world {
 	for i, n := range w.nodes {
 		w.startNoise(n)
 		labtest.Ready(t, n.Node)
+		// Who else is in the tailnet a node hears in its own time.
+		labtest.Eventually(t, n.Name+" knows the others", func() error {
+			members, err := n.Run(t.Context(), "nft", "list", "set", "ip", "headcni", "members")
+			for _, other := range w.nodes {
+				if a := labtest.TailnetAddrs(t, other.Node)[0]; other != n && !strings.Contains(members, a.String()) {
+					err = errors.Join(err, fmt.Errorf("not %s of %s", a, other.Name))
+				}
+			}
+			return err
+		})
 		var err error
 		if n.want, err = state(t.Context(), n.Node); err != nil {
 			t.Fatal(err)
