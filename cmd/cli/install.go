@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -92,9 +93,7 @@ func (f *installFlags) add(cmd *cobra.Command) {
 func (f *installFlags) options(in io.Reader) (o rollout.Options, err error) {
 	o = f.Options
 	o.Kubeconfig, o.Context = f.kubeconfig, f.context
-	for len(o.URL) > 0 && o.URL[len(o.URL)-1] == '/' {
-		o.URL = o.URL[:len(o.URL)-1]
-	}
+	o.URL = strings.TrimRight(o.URL, "/")
 	if f.keyFile != "" {
 		o.KeySource = f.keyFile
 		if f.keyFile == "-" {

@@ -267,8 +267,8 @@ func versionOf(conf []byte) string {
 	return c.CNIVersion
 }
 
-// textMax bounds the texts of an error in characters: what they name may come from the input, and runtimes write them into logs and Events.
-const textMax = 8000
+// TextMax bounds the texts of an error in characters: what they name may come from the input, and runtimes write them into logs and Events.
+const TextMax = 8000
 
 // fail prints an error result (section 5, Error). types.Error lacks the version. What a log would not print as a character is escaped, wherever it
 // came from.
@@ -279,7 +279,7 @@ func fail(e *types.Error, conf []byte) int {
 		Code       uint   `json:"code"`
 		Msg        string `json:"msg"`
 		Details    string `json:"details,omitempty"`
-	}{printable.Cut(versionOf(conf), textMax), e.Code, printable.Cut(e.Msg, textMax), printable.Cut(e.Details, textMax)})
+	}{printable.Cut(versionOf(conf), TextMax), e.Code, printable.Cut(e.Msg, TextMax), printable.Cut(e.Details, TextMax)})
 	return 1
 }
 
@@ -288,7 +288,7 @@ func printVersion(supported []string, conf []byte) int {
 	err := printJSON(struct {
 		CNIVersion        string   `json:"cniVersion"`
 		SupportedVersions []string `json:"supportedVersions"`
-	}{printable.Cut(versionOf(conf), textMax), supported})
+	}{printable.Cut(versionOf(conf), TextMax), supported})
 	if err != nil {
 		return 1
 	}

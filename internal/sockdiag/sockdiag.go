@@ -25,9 +25,9 @@ const (
 	idLen  = 48
 	msgLen = 4 + idLen + 5*4 // inet_diag_msg
 
-	attrBytecode = 1 // INET_DIAG_REQ_BYTECODE
-	attrInfo     = 2 // INET_DIAG_INFO
-	opMark       = 10
+	attrBytecode = 1     // INET_DIAG_REQ_BYTECODE
+	attrInfo     = 2     // INET_DIAG_INFO
+	opMark       = 10    // INET_DIAG_BC_MARK_COND
 	opLen        = 4 + 8 // inet_diag_bc_op, inet_diag_markcond
 
 	established = 1

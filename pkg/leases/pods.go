@@ -92,8 +92,8 @@ func (m *Mender) See() error {
 }
 
 // pods are the attachments of all networks: as their leases have them, and without one as they were seen.
-func (m *Mender) pods(ctx context.Context) ([]podlink.Leased, error) {
-	out, err := leased(ctx, m.confDir)
+func (m *Mender) pods(ctx context.Context, own ipam.Config) ([]podlink.Leased, error) {
+	out, err := leased(ctx, own.DataDir)
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +124,11 @@ func (m *Mender) pods(ctx context.Context) ([]podlink.Leased, error) {
 
 // Sync puts back what has been lacking for a while and waits for the rest.
 func (m *Mender) Sync(ctx context.Context) (done []string, err error) {
-	pods, err := m.pods(ctx)
+	own, err := conflist.IPAM(m.confDir)
+	if err != nil {
+		return nil, err
+	}
+	pods, err := m.pods(ctx, own)
 	if err != nil {
 		return nil, err
 	}
@@ -154,16 +158,11 @@ func (m *Mender) Sync(ctx context.Context) (done []string, err error) {
 		done = append(done, "mend "+what)
 	}
 	m.since = since
-	return done, errors.Join(append(errs, m.strayed())...)
+	return done, errors.Join(append(errs, m.strayed(own))...)
 }
 
-// strayed says which pods have addresses outside the node's ranges, as the conflist has them: rules, tables and routes are made for the ranges, so
-// that nobody reaches such a pod.
-func (m *Mender) strayed() error {
-	own, err := conflist.IPAM(m.confDir)
-	if err != nil {
-		return err
-	}
+// strayed says which pods have addresses outside the node's ranges, as the conflist has them: no route leads there but this node's own.
+func (m *Mender) strayed(own ipam.Config) error {
 	var ranges []netip.Prefix
 	for _, set := range own.Sets {
 		for _, r := range set {
@@ -177,7 +176,7 @@ func (m *Mender) strayed() error {
 		for _, a := range s.Addrs {
 			family := netset.OfFamily(ranges, a.Is6())
 			if s.Network == own.Network && len(family) > 0 && !netset.Contains(family, a) {
-				errs = append(errs, fmt.Errorf("pod of container %.13s has %s, which is outside this node's %v: nobody reaches it; delete the pod, or give the node the range that it had (network.podCIDRs)",
+				errs = append(errs, fmt.Errorf("pod of container %.13s has %s, which is outside this node's %v: other nodes do not reach it; delete the pod, or, without Kubernetes, give the node the range that it had (network.podCIDRs)",
 					s.ContainerID, a, family))
 			}
 		}
@@ -191,9 +190,13 @@ func (m *Mender) strayed() error {
 
 // Lacking reports whether there is something to do for Sync. It may be called while that is at work.
 func (m *Mender) Lacking(ctx context.Context) bool {
-	pods, err := m.pods(ctx)
+	own, err := conflist.IPAM(m.confDir)
 	if err != nil {
 		return false // Sync says so
+	}
+	pods, err := m.pods(ctx, own)
+	if err != nil {
+		return false
 	}
 	var links podlink.Handle
 	defer links.Close()
@@ -202,17 +205,13 @@ func (m *Mender) Lacking(ctx context.Context) bool {
 }
 
 // leased are the attachments of all networks, as their leases have them.
-func leased(ctx context.Context, confDir string) (out []podlink.Leased, err error) {
-	own, err := conflist.IPAM(confDir)
-	if err != nil {
-		return nil, err
-	}
-	networks, err := ipam.Networks(own.DataDir)
+func leased(ctx context.Context, dataDir string) (out []podlink.Leased, err error) {
+	networks, err := ipam.Networks(dataDir)
 	if err != nil {
 		return nil, err
 	}
 	for _, n := range networks {
-		pool, err := ipam.Open(ipam.Config{Network: n, DataDir: own.DataDir})
+		pool, err := ipam.Open(ipam.Config{Network: n, DataDir: dataDir})
 		if err != nil {
 			return nil, err
 		}

@@ -55,21 +55,12 @@ func mentions(rule []byte, name string) bool { return strings.Contains(string(ru
 
 // consents reports whether a named subnet that has the address is for a pod's link.
 func consents(f knftables.Family, link int, to netip.Addr) (bool, error) {
-	sets, err := nfnl.Request(nfproto[f], unix.NFT_MSG_GETSET, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_SET_TABLE, names.NFTTable))
+	sets, err := consentNames(f)
 	if err != nil {
 		return false, err
 	}
-	for _, s := range sets {
-		a, err := nfnl.Attributes(s)
-		if err != nil {
-			return false, err
-		}
-		name := nfnl.Text(a[unix.NFTA_SET_NAME])
-		prefix, ok := strings.CutPrefix(name, consentPrefix)
-		if !ok || nfnl.Text(a[unix.NFTA_SET_TABLE]) != names.NFTTable {
-			continue
-		}
-		named, err := netip.ParsePrefix(strings.ReplaceAll(prefix, "_", ":"))
+	for _, name := range sets {
+		named, err := namedBy(name)
 		if err != nil || !named.Contains(to) {
 			continue
 		}

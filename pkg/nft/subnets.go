@@ -43,6 +43,29 @@ func consentName(p netip.Prefix) string {
 	return consentPrefix + strings.ReplaceAll(p.String(), ":", "_")
 }
 
+// namedBy is the subnet of a set that consentName has named.
+func namedBy(set string) (netip.Prefix, error) {
+	return netip.ParsePrefix(strings.ReplaceAll(strings.TrimPrefix(set, consentPrefix), "_", ":"))
+}
+
+// consentNames are those of the sets that the kernel has.
+func consentNames(f knftables.Family) (out []string, err error) {
+	sets, err := nfnl.Request(nfproto[f], unix.NFT_MSG_GETSET, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_SET_TABLE, names.NFTTable))
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range sets {
+		a, err := nfnl.Attributes(s)
+		if err != nil {
+			return nil, err
+		}
+		if name := nfnl.Text(a[unix.NFTA_SET_NAME]); nfnl.Text(a[unix.NFTA_SET_TABLE]) == names.NFTTable && strings.HasPrefix(name, consentPrefix) {
+			out = append(out, name)
+		}
+	}
+	return out, nil
+}
+
 // refuse ends what matches at once: a connection by a reset, anything else by an error that says why.
 func refuse(family knftables.Family, match, reason string) []string {
 	icmp := "icmp"
@@ -129,7 +152,7 @@ func (t *Tables) writeConsent() (changed int, err error) {
 }
 
 func (t *Tables) writeConsentOf(f knftables.Family) (changed int, err error) {
-	sets, err := nfnl.Request(nfproto[f], unix.NFT_MSG_GETSET, unix.NLM_F_DUMP, nfnl.Name(unix.NFTA_SET_TABLE, names.NFTTable))
+	sets, err := consentNames(f)
 	if errors.Is(err, unix.ENOENT) {
 		return 0, nil // the table comes with the next Sync
 	}
@@ -141,15 +164,7 @@ func (t *Tables) writeConsentOf(f knftables.Family) (changed int, err error) {
 		links[consentName(p)] = l
 	}
 	batch := nfnl.NewBatch(nfproto[f])
-	for _, s := range sets {
-		a, err := nfnl.Attributes(s)
-		if err != nil {
-			return 0, err
-		}
-		name := nfnl.Text(a[unix.NFTA_SET_NAME])
-		if nfnl.Text(a[unix.NFTA_SET_TABLE]) != names.NFTTable || !strings.HasPrefix(name, consentPrefix) {
-			continue
-		}
+	for _, name := range sets {
 		want := map[string]bool{}
 		for _, i := range links[name] {
 			want[string(indexKey(i))] = true

@@ -20,6 +20,7 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/config/netconf"
 )
@@ -130,7 +131,7 @@ func (d *delegate) run(ctx context.Context, command string) ([]byte, error) {
 	}
 	var answer types.Error
 	if json.Unmarshal(stdout.head, &answer) == nil && answer.Msg != "" {
-		msg, details := fmt.Sprintf("plugin %s: %s", d.name, printable.Cut(answer.Msg, textMax/4)), printable.Cut(answer.Details, textMax/2)
+		msg, details := fmt.Sprintf("plugin %s: %s", d.name, printable.Cut(answer.Msg, cnimain.TextMax/4)), printable.Cut(answer.Details, cnimain.TextMax/2)
 		if answer.Code == 0 { // no error code (specification, section 5), so it gets one of ours
 			return nil, errors.New(strings.TrimSuffix(msg+"; "+details, "; "))
 		}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/ipam"
@@ -105,10 +106,7 @@ func withCode(s stage, err error) error {
 	return cniError(s, err)
 }
 
-// textMax bounds an error's text in characters: what it names may have come from the environment, and runtimes write it into Events.
-const textMax = 8000
-
-func oneLine(err error) string { return printable.Cut(err.Error(), textMax) }
+func oneLine(err error) string { return printable.Cut(err.Error(), cnimain.TextMax) }
 
 // newError puts the whole story on one line.
 func newError(code uint, msg string, err error) *types.Error {

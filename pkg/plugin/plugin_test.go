@@ -812,7 +812,7 @@ func TestDelegateWithoutEnd(t *testing.T) {
 		"after an answer":           {answer + "; yes secret", "my-ipam printed more than 1 MiB on standard output at ADD"},
 		"deaf to broken pipes":      {"trap '' PIPE; while :; do echo secret-secret-secret-secret-secret-secret-secret; done 2>/dev/null", "my-ipam printed more than 1 MiB on standard output at ADD"},
 		"an error without end":      {`echo '{"code":50,"msg":"'; yes secret`, "my-ipam printed more than 1 MiB on standard output at ADD"},
-		"a long error":              {`printf '{"code":50,"msg":"%0100000d"}' 0; exit 1`, "plugin my-ipam: " + strings.Repeat("0", textMax/4) + "..."},
+		"a long error":              {`printf '{"code":50,"msg":"%0100000d"}' 0; exit 1`, "plugin my-ipam: " + strings.Repeat("0", cnimain.TextMax/4) + "..."},
 		"many words, and an answer": {answer + "; yes words | head -c 100000 >&2", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -826,7 +826,7 @@ func TestDelegateWithoutEnd(t *testing.T) {
 			if err = b.Add(bg, a); c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Fatalf("got %.3000v, want %q", err, c.want)
 			}
-			if err != nil && (strings.Contains(err.Error(), "secret") || len(err.Error()) > textMax) {
+			if err != nil && (strings.Contains(err.Error(), "secret") || len(err.Error()) > cnimain.TextMax) {
 				t.Errorf("too much in the error: %.3000v", err)
 			}
 			pid, err := os.ReadFile(filepath.Join(dir, "pid"))

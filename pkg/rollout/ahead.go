@@ -113,7 +113,7 @@ func (r *run) checkSecret(ctx context.Context) error {
 		r.held = secret.New(strings.TrimSpace(string(s.Data[kube.AuthSecretKey])))
 	}
 	if r.held.Empty() && !r.Upgrade {
-		r.fault("no key was given, and the cluster has none", "give one: -k - (standard input), or HEADSCALE_API_KEY_FILE")
+		r.fault("no key was given, and the cluster has none", "give one: --key-file - (standard input; deploy-with-helm.sh: -k -), or HEADSCALE_API_KEY_FILE")
 	}
 	return nil
 }
