@@ -43,7 +43,7 @@ It needs root, or a host that lets ordinary users make user namespaces and open 
 			if os.Geteuid() != 0 {
 				return asRoot()
 			}
-			return runDemo(cmd.Context(), newScreen(os.Stdout, o.noColor), o)
+			return runDemo(cmd.Context(), newScreen(cmd.OutOrStdout(), o.noColor), o)
 		},
 	}
 	cmd.Flags().BoolVar(&o.keep, "keep", false, "leave the world running and say how to look around in it")

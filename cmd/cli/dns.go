@@ -23,14 +23,15 @@ func dnsCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "dns",
 		Short: "Print what resolves names across the tailnet, for whom HeadCNI does not write it",
-		Long: "Print what resolves names across the tailnet, for whom HeadCNI does not write it. It asks the cluster for what is not given:\n\n" +
-			"  kubectl -n kube-system exec deploy/headcni-controller -- headcnictl dns corefile --for rke2\n\n" +
-			"Elsewhere give it --kubeconfig.",
+		Long: "Print what resolves names across the tailnet, for whom HeadCNI does not write it. It asks the cluster for what is not given. In the\n" +
+			"controller's pod it needs nothing more (`kubectl -n kube-system exec deploy/headcni-controller -- headcnictl dns corefile --for rke2`);\n" +
+			"elsewhere give it --kubeconfig.",
 	}
 	cmd.PersistentFlags().StringVar(&f.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"), "how to reach the API server; without it, as a pod")
 	cmd.PersistentFlags().StringVar(&f.domain, "domain", "", "the tailnet's domain; without it, what the nodes say")
 	cmd.PersistentFlags().StringVar(&f.clusterDomain, "cluster-domain", "", "the cluster's domain; without it, what CoreDNS' ConfigMap says, else cluster.local")
 	cmd.AddCommand(dnsCorefileCmd(f), dnsHeadscaleCmd(f), dnsRecordsCmd(f), dnsRemoteCmd(f))
+	unanswered(cmd.Commands()...)
 	return cmd
 }
 
@@ -53,8 +54,25 @@ type cluster struct {
 	domains []string // the cluster's own
 }
 
+// check refuses what is no domain, and makes the rest as CoreDNS has it.
+func (f *dnsFlags) check() error {
+	for flag, d := range map[string]*string{"--domain": &f.domain, "--cluster-domain": &f.clusterDomain} {
+		if *d == "" {
+			continue
+		}
+		*d = strings.ToLower(strings.TrimSuffix(*d, "."))
+		if err := corefile.CheckDomain(*d); err != nil {
+			return fmt.Errorf("%s: %w", flag, err)
+		}
+	}
+	return nil
+}
+
 // find completes the flags with what the cluster says. With both domains given nobody is asked.
 func (f *dnsFlags) find(ctx context.Context) (c cluster, err error) {
+	if err := f.check(); err != nil {
+		return c, err
+	}
 	var said []tailnet.Node
 	if f.domain != "" {
 		said = []tailnet.Node{{Name: "--domain", Domain: f.domain, PodCIDRs: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}}
@@ -108,7 +126,7 @@ func askCluster(ctx context.Context, client kube.Client) ([]string, error) {
 		if err != nil {
 			return nil, fmt.Errorf("ConfigMap %s/%s cannot be read: %w; give --cluster-domain", corefile.Namespace, corefile.ConfigMap, err)
 		}
-		if domains, _, err := file.Cluster(); err == nil {
+		if domains, _, err := file.Cluster(); err == nil || errors.Is(err, corefile.ErrBind) {
 			return domains, nil
 		}
 	}

@@ -95,8 +95,24 @@ func prefixesOf(flag string, texts []string) (out []netip.Prefix, err error) {
 	return out, nil
 }
 
-// findServices completes what was not given by what the cluster says.
+// findServices completes what was not given by what the cluster says. The cluster's DNS must be where the tailnet is led to.
 func (f *dnsFlags) findServices(ctx context.Context, h *toHeadscale) error {
+	err := f.check()
+	if err == nil {
+		err = f.askServices(ctx, h)
+	}
+	if err != nil {
+		return err
+	}
+	for _, a := range h.dns {
+		if !slices.ContainsFunc(h.services, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			return fmt.Errorf("the cluster's DNS %s is in none of the ranges of services %v, so that nobody in the tailnet would reach it: give --cluster-dns or --service-cidr", a, h.services)
+		}
+	}
+	return nil
+}
+
+func (f *dnsFlags) askServices(ctx context.Context, h *toHeadscale) error {
 	h.domain = f.clusterDomain
 	if h.domain != "" && len(h.dns) > 0 && len(h.services) > 0 {
 		return nil

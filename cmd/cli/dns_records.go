@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/spf13/cobra"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -63,7 +65,16 @@ func printRecords(ctx context.Context, client kube.Client, domain string, nodes 
 	for _, n := range nodes {
 		taken = append(taken, n.Name)
 	}
-	all, refused := records.Plan(domain, services, taken)
+	// What headcni-controller has given stays; where there is no such ConfigMap, age decides.
+	now, err := client.ConfigMaps(kube.Namespace(os.Getenv)).Get(ctx, kube.Records, metav1.GetOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("which names are given: %w", err)
+	}
+	var had []records.Record
+	if err == nil {
+		had = records.FromJSON(now.Data[kube.RecordsKey])
+	}
+	all, refused := records.Plan(domain, services, taken, had)
 	for _, r := range refused {
 		if _, err := fmt.Fprintf(log, "%s/%s: no name: %s\n", r.Service.Namespace, r.Service.Name, r.Reason); err != nil {
 			return err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -184,11 +185,45 @@ func TestDNSRemote(t *testing.T) {
 	if err := h.printRemote(&b, "", pods); err == nil {
 		t.Error("a cluster without a name")
 	}
-	nodes := kubetest.New(
-		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.244.0.0/24"}}},
-		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "b"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.244.1.0/24"}}},
-	)
-	if got, err := podRanges(t.Context(), nodes, config.Network{}); err != nil || len(got) != 1 || got[0].String() != "10.244.0.0/23" {
-		t.Errorf("%v %v", got, err)
+	x := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.244.0.0/24"}}}
+	y := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "b"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.244.1.0/24"}}}
+	nodes := kubetest.New(x, y)
+	for _, c := range []struct{ kubeadm, want string }{
+		{"", "[10.244.0.0/23] false"}, {"10.244.0.0/16", "[10.244.0.0/16] true"}, {"10.99.0.0/16", "[10.244.0.0/23] false"}, // not the one that made these
+	} {
+		if c.kubeadm != "" {
+			nodes = kubetest.New(x, y, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "kubeadm-config", Namespace: "kube-system"},
+				Data: map[string]string{"ClusterConfiguration": "networking: {podSubnet: " + c.kubeadm + "}"}})
+		}
+		got, whole, err := podRanges(t.Context(), nodes)
+		if s := fmt.Sprint(got, whole); err != nil || s != c.want {
+			t.Errorf("kubeadm was told %q: %s, %v; want %s", c.kubeadm, s, err, c.want)
+		}
+	}
+}
+
+// TestDNSBadInput: what is wrong is said in one line, before anybody is asked and without a line of output.
+func TestDNSBadInput(t *testing.T) {
+	for args, want := range map[string]string{
+		"corefile --domain hc_internal":                                                                                               `--domain: "hc_internal" is no domain`,
+		"corefile --domain a..b":                                                                                                      `--domain: "a..b" is no domain`,
+		"corefile --domain . --cluster-domain cluster.local":                                                                          `--domain: "" is no domain`,
+		"corefile --domain hc.internal --cluster-domain a{b":                                                                          `--cluster-domain: "a{b" is no domain`,
+		"corefile --domain x.Cluster.Local. --cluster-domain cluster.local":                                                           "x.cluster.local is inside the cluster's domain cluster.local",
+		"headscale --cluster-domain a_b --cluster-dns 10.96.0.10 --service-cidr 10.96.0.0/16":                                         `--cluster-domain: "a_b" is no domain`,
+		"headscale --cluster-domain k8s.test --cluster-dns 10.98.0.10 --service-cidr 10.96.0.0/16":                                    "DNS 10.98.0.10 is in none of the ranges of services [10.96.0.0/16]",
+		"remote --cluster-dns 10.96.0.10 --service-cidr 10.96.0.0/16 --pod-cidr 10.244.0.0/16":                                        "give --name",
+		"remote --name west --cluster-domain k8s.test --cluster-dns 10.96.0.10 --service-cidr 10.96.0.0/16":                           "or give --pod-cidr",
+		"remote --name We_st --cluster-domain k8s.test --cluster-dns 10.96.0.10 --service-cidr 10.96.0.0/16 --pod-cidr 10.244.0.0/16": `network.remoteClusters.name: "We_st"`,
+	} {
+		cmd := dnsCmd()
+		var out bytes.Buffer
+		cmd.SetArgs(strings.Fields(args))
+		cmd.SetOut(&out)
+		cmd.SilenceUsage, cmd.SilenceErrors = true, true
+		err := cmd.ExecuteContext(t.Context())
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") || out.Len() > 0 {
+			t.Errorf("%s: %v, want %s, and nothing printed: %s", args, err, want, &out)
+		}
 	}
 }

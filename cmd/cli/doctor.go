@@ -29,7 +29,8 @@ func doctorCmd() *cobra.Command {
 			"relayed or offline, and packets that the guard stopped. Every check has a line, also where nothing is wrong.\n\n" + lookHow + "\n\n" +
 			"--preflight looks at this machine before anything is installed, as root: nft, the tun device, the kernel (in a namespace of its own), other CNIs,\n" +
 			"overlapping networks, ports, and Headscale: its address, certificate, clock and key. It takes what daemon.yaml says, where there is one:\n\n" +
-			"  sudo headcnictl doctor --preflight --set headscale.url=https://headscale.example.com --set network.clusterCIDRs=10.244.0.0/16" + lookCodes,
+			"  sudo headcnictl doctor --preflight --set headscale.url=https://hs.example.com\n" +
+			"  sudo headcnictl doctor --preflight --set network.clusterCIDRs=10.244.0.0/16" + lookCodes,
 		DisableFlagsInUseLine: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if explain != "" {

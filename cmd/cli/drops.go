@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -21,12 +23,18 @@ func dropsCmd() *cobra.Command {
 		Long: "Show the packets that NetworkPolicies deny on this node: when, in which direction, both ends by name, protocol and port, and which\n" +
 			"policies isolate the pod.\n\n" +
 			"With -f the kernel logs them while the command runs, at most ten a second of each kind: the counters count all.\n" +
+			"In Kubernetes run it by `kubectl exec -it` in the node's pod: it ends when you leave.\n" +
 			"Without it: those that were logged last, and the counters.\n\n" +
 			"It asks the daemon of this node, as root. Exit code 0: answered; 2: no answer.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return f.run(cmd, func(ctx context.Context, out io.Writer) error {
 				if follow {
+					ctx, stop, err := untilGone(ctx, cmd.InOrStdin(), os.Getenv("KUBERNETES_SERVICE_HOST") != "")
+					if err != nil {
+						return err
+					}
+					defer stop()
 					return f.followDrops(ctx, out, cmd.ErrOrStderr(), pod)
 				}
 				d, err := report.AskDrops(ctx, f.socket, f.namespace, pod)
@@ -44,6 +52,25 @@ func dropsCmd() *cobra.Command {
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "have the kernel log, and show each packet as it is denied, until Ctrl-C")
 	cmd.Flags().StringVar(&pod, "pod", "", "only packets from or to this pod (NAMESPACE/NAME, or NAME)")
 	return cmd
+}
+
+// untilGone ends with whoever follows. In a pod nothing tells that `kubectl exec` has ended but a terminal, or the end of standard input: without both
+// the kernel would log on for as long as the pod lives.
+func untilGone(ctx context.Context, in io.Reader, pod bool) (context.Context, context.CancelFunc, error) {
+	ctx, stop := context.WithCancel(ctx)
+	f, ok := in.(*os.File)
+	if !pod || !ok || isTerminal(f) {
+		return ctx, stop, nil
+	}
+	if st, err := f.Stat(); err == nil && st.Mode()&os.ModeCharDevice != 0 { // /dev/null
+		stop()
+		return ctx, stop, errors.New("with -f run it by `kubectl exec -it`, or -i: without, it would go on in the pod when you have left")
+	}
+	go func() { // nothing can interrupt the read
+		_, _ = io.Copy(io.Discard, f) // an error is an end
+		stop()
+	}()
+	return ctx, stop, nil
 }
 
 // followDrops prints a line for each packet; JSON is one object a line.

@@ -28,8 +28,8 @@ type installFlags struct {
 	dryRun  bool
 }
 
-const installNeeds = "It needs helm 3 or later in PATH, and the rights of cluster-admin. The key never stands on a command line or in Helm's release: it goes into\n" +
-	"the Secret headcni-auth. Without --key-file it comes from HEADSCALE_API_KEY, HEADCNI_AUTH_KEY, or the file that HEADSCALE_API_KEY_FILE or\n" +
+const installNeeds = "It needs helm 3 (to upgrade 3.14) or later in PATH, and the rights of cluster-admin. The key never stands on a command line or in Helm's release:\n" +
+	"it goes into the Secret headcni-auth. Without --key-file it comes from HEADSCALE_API_KEY, HEADCNI_AUTH_KEY, or the file that HEADSCALE_API_KEY_FILE or\n" +
 	"HEADCNI_AUTH_KEY_FILE names, in this order; else the key that the cluster has stays.\n\n" +
 	"Exit code 0: all is right; 1: something is wrong, and was said; 2: wrong usage; 129, 130 or 143: interrupted."
 
@@ -41,7 +41,7 @@ func installCmd() *cobra.Command {
 		Long: "Install HeadCNI in a cluster by Helm, with the chart that is in this program. Before anything is changed it asks the cluster, its nodes and\n" +
 			"Headscale: rights, other pod networks, ranges that are taken, Headscale's certificate, version, key and policy. Then it waits until every node\n" +
 			"is right, as status has it, and tries a pod on each from a pod on another. It may be run again, with other values too.\n\n" +
-			"  HEADSCALE_API_KEY_FILE=api-key headcnictl install -u https://headscale.example.com\n\n" + installNeeds,
+			"  HEADSCALE_API_KEY_FILE=api-key headcnictl install -u https://hs.example.com\n\n" + installNeeds,
 		DisableFlagsInUseLine: true,
 		RunE:                  func(cmd *cobra.Command, _ []string) error { return f.run(cmd) },
 	}
@@ -57,7 +57,7 @@ func upgradeCmd() *cobra.Command {
 		Short: "Upgrade HeadCNI to this program's version, with the values that it has; wait, and try it",
 		Long: "Upgrade HeadCNI in a cluster to this program's version. Values that it was installed with stay, and -f and --set change single ones; what else\n" +
 			"install does is done: checks ahead, waiting, and a trial. Tunnels stay up: pods of tailscaled are replaced only when they are deleted, node by node.\n" +
-			"It needs helm 3.14 or later. Back again: helm rollback headcni -n kube-system\n\n" + installNeeds,
+			"Back again: helm rollback headcni -n kube-system\n\n" + installNeeds,
 		DisableFlagsInUseLine: true,
 		RunE:                  func(cmd *cobra.Command, _ []string) error { return f.run(cmd) },
 	}
@@ -67,7 +67,7 @@ func upgradeCmd() *cobra.Command {
 
 // addPlace adds what install, upgrade and uninstall all have.
 func (f *installFlags) addPlace(cmd *cobra.Command) {
-	usage(cmd, cobra.NoArgs)
+	cmd.Args = cobra.NoArgs
 	f.addCluster(cmd)
 	cmd.Flags().StringVarP(&f.Options.Namespace, "namespace", "n", kube.DefaultNamespace, "where HeadCNI's objects are")
 	cmd.Flags().DurationVar(&f.Timeout, "timeout", waitDefault, "for all the waiting")

@@ -35,14 +35,16 @@ func ipamCmd() *cobra.Command {
 			"needs neither headcni-daemon nor Kubernetes.",
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if f.output != "table" && f.output != "json" {
-				return fmt.Errorf("--output %s: want table or json", f.output)
+				return noAnswer{fmt.Errorf("--output %s: want table or json", f.output)}
 			}
 			return nil
 		},
 	}
 	cmd.PersistentFlags().StringVar(&f.dataDir, "data-dir", paths.IPAMDir, "where the leases are")
 	cmd.PersistentFlags().StringVarP(&f.output, "output", "o", "table", "table or json")
-	cmd.AddCommand(ipamListCmd(f), ipamCheckCmd(f), ipamGCCmd(f))
+	list, gc := ipamListCmd(f), ipamGCCmd(f)
+	unanswered(list, gc)
+	cmd.AddCommand(list, ipamCheckCmd(f), gc)
 	return cmd
 }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/headcni/headcni/internal/program"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
@@ -24,6 +25,9 @@ func headcnictl(t *testing.T, args ...string) (string, error) {
 	cmd.SetErr(&out)
 	cmd.SetArgs(args)
 	err := cmd.ExecuteContext(t.Context())
+	if errors.As(err, new(noAnswer)) || errors.As(err, new(program.Usage)) { // as main does
+		err = exitCode(codeOf(err, &out))
+	}
 	return out.String(), err
 }
 
@@ -108,12 +112,12 @@ func TestIPAM(t *testing.T) {
 	}
 	for _, command := range []string{"list", "gc", "check"} {
 		out, err := headcnictl(t, "ipam", command, "--data-dir", dir+"/none")
-		if err == nil || !strings.Contains(out+err.Error(), "there is no such folder") {
+		if !errors.As(err, &code) || code != 2 || !strings.Contains(out, "there is no such folder") {
 			t.Errorf("%s of nothing: %v\n%s", command, err, out)
 		}
 	}
-	if _, err := headcnictl(t, "ipam", "list", "-o", "xml"); err == nil || !strings.Contains(err.Error(), "table or json") {
-		t.Errorf("bad format: %v", err)
+	if out, err := headcnictl(t, "ipam", "list", "-o", "xml"); !errors.As(err, &code) || code != 2 || !strings.Contains(out, "table or json") {
+		t.Errorf("bad format: %v\n%s", err, out)
 	}
 }
 

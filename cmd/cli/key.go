@@ -33,7 +33,9 @@ func keyCmd() *cobra.Command {
 	}
 	cmd.PersistentFlags().StringVar(&file, "config", paths.ConfigFile, "daemon.yaml")
 	connect := func(ctx context.Context) (*headscale.Client, error) { return connectAPI(ctx, file) }
-	cmd.AddCommand(keyCheckCmd(&file), keyJoinedCmd(connect), keyRevokeCmd(connect), keyRotateCmd(&file), keyShowCmd(&file))
+	joined := keyJoinedCmd(connect)
+	unanswered(joined)
+	cmd.AddCommand(keyCheckCmd(&file), joined, keyRevokeCmd(connect), keyRotateCmd(&file), keyShowCmd(&file))
 	return cmd
 }
 

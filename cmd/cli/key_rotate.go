@@ -70,7 +70,7 @@ var errNotTaken = errors.New("the key will not do")
 
 // keyState asks Headscale of a key.
 func keyState(ctx context.Context, c config.Headscale, key secret.Secret) (apiKeyState, error) {
-	api, err := headscale.New(headscale.Options{URL: c.URL, Key: key, CAFile: c.CAFile})
+	api, err := headscale.New(headscale.Options{URL: c.URL, Key: key, CAFile: c.CAFile, Proxy: c.Proxy})
 	if err != nil {
 		return apiKeyState{}, err
 	}
@@ -273,7 +273,7 @@ func (f *lookFlags) keyRoom(ctx context.Context, file string) (keyRoom, error) {
 }
 
 func (f *lookFlags) addKey(cmd *cobra.Command) {
-	usage(cmd, cobra.NoArgs)
+	cmd.Args = cobra.NoArgs
 	f.addWhere(cmd)
 	cmd.Flags().StringVarP(&f.namespace, "namespace", "n", kube.DefaultNamespace, "where HeadCNI is installed")
 }
@@ -389,16 +389,13 @@ func rotate(cmd *cobra.Command, room keyRoom, key secret.Secret) error {
 		return fail(cmd, err)
 	}
 	fmt.Fprintf(out, "old API key   %s\nnew API key   %s\n", was, next)
-	if was.Error == "" && was.Prefix == next.Prefix {
-		fmt.Fprintln(out, "they are the same: nothing was changed")
-		return nil
-	}
+	// Also where both are the same: a pod's file is behind its Secret, for up to two minutes.
 	to, err := room.write(ctx, key)
 	if err != nil {
 		return fail(cmd, err)
 	}
 	fmt.Fprintf(out, "written to %s; it is picked up within two minutes: `headcnictl status`\n", to)
-	if was.Error == "" {
+	if was.Error == "" && was.Prefix != next.Prefix {
 		fmt.Fprintf(out, "then end the old one: `headscale apikeys expire --prefix %s`\n", strings.TrimPrefix(strings.TrimSuffix(strings.TrimSuffix(was.Prefix, "***"), "-"), "hskey-api-"))
 	}
 	return nil

@@ -163,7 +163,10 @@ func TestKeyRotate(t *testing.T) {
 	key(2, "give --from-file FILE", "rotate")
 	key(2, "without Kubernetes there is no join key", "rotate", "--join")
 	holds(old)
-	key(0, "they are the same", "rotate", "--from-file", file("same", old))
+	if out, err := headcnictl(t, "key", "--config", yaml, "rotate", "--from-file", file("same", old)); err != nil || !strings.Contains(out, "written to "+place) || strings.Contains(out, "expire") {
+		t.Errorf("the same key again: %v, want it written, and not ended, in\n%s", err, out)
+	}
+	holds(old)
 	key(0, "headscale apikeys expire --prefix "+strings.Split(old, "-")[2]+"`\n", "rotate", "--from-file", file("next", next+"\n"))
 	holds(next)
 	if info, err := os.Stat(place); err != nil || info.Mode().Perm() != 0o600 {

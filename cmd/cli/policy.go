@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/headcni/headcni/pkg/config/paths"
+	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/policy/report"
 )
 
@@ -38,6 +40,10 @@ func (f *policyFlags) run(cmd *cobra.Command, ask func(ctx context.Context, out 
 	}
 	if err == nil || errors.Is(err, differs) {
 		return err
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		err = fmt.Errorf("%w; of a node in Kubernetes ask in its pod: `kubectl -n kube-system exec -it POD -- %s`, with POD from `kubectl -n kube-system get pods -o wide -l %s`",
+			err, cmd.CommandPath(), doctor.DaemonLabels)
 	}
 	cmd.PrintErrln("headcnictl:", err)
 	return couldNotLook

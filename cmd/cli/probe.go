@@ -23,7 +23,7 @@ func probeCmd() *cobra.Command {
 	}
 	serve.Flags().StringVar(&name, "name", "", "the pod's name")
 	serve.Flags().StringVar(&node, "node", "", "the node's name")
-	cmd.AddCommand(serve, askCmd(), answerCmd(), clusterCmd(), connectCmd())
+	cmd.AddCommand(serve, askCmd(), answerCmd(), answerPerfCmd(), clusterCmd(), connectCmd(), cpuCmd(), flowsCmd(), measureCmd())
 	return cmd
 }
 

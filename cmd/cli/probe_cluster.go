@@ -53,6 +53,60 @@ func connectCmd() *cobra.Command {
 	}
 }
 
+// cpuCmd runs in tailscaled's pod.
+func cpuCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "cpu",
+		Short: "Print how much CPU tailscaled has taken, as JSON, for each value on standard input, until it ends",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return connectivity.TellCPU(cmd.InOrStdin(), cmd.OutOrStdout(), "/proc")
+		},
+	}
+}
+
+// flowsCmd sends while something is restarted.
+func flowsCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "flows",
+		Short: "Send the flows that stand on standard input, as JSON, until it ends, and print what was lost",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return connectivity.SendFlows(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
+}
+
+// answerPerfCmd answers measurements, in a pod or on a node.
+func answerPerfCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "answer-perf [ADDRESS...]",
+		Short: fmt.Sprintf("Take part in measurements on port %d of addresses, else of all", connectivity.PerfPort),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			own := make([]netip.Addr, len(args))
+			for i, a := range args {
+				var err error
+				if own[i], err = netip.ParseAddr(a); err != nil {
+					return noAnswer{err}
+				}
+			}
+			return connectivity.ServePerf(cmd.Context(), connectivity.PerfPort, own...)
+		},
+	}
+}
+
+// measureCmd is what a measurement of a whole cluster runs in a pod.
+func measureCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "measure",
+		Short: "Measure what stands on standard input, as JSON, and print what came of it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return connectivity.MeasureAll(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
+}
+
 // clusterCmd asks the pod of each node until all have answered.
 func clusterCmd() *cobra.Command {
 	var daemonSet string

@@ -28,11 +28,19 @@ type screen struct {
 	doing  bool // the line of what is under way is on the screen
 }
 
-func newScreen(f *os.File, noColor bool) *screen {
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	terminal := err == nil && os.Getenv("TERM") != "dumb"
+func newScreen(out io.Writer, noColor bool) *screen {
+	is := isTerminal(out) && os.Getenv("TERM") != "dumb"
 	// https://no-color.org
-	return &screen{w: f, terminal: terminal, color: terminal && !noColor && os.Getenv("NO_COLOR") == ""}
+	return &screen{w: out, terminal: is, color: is && !noColor && os.Getenv("NO_COLOR") == ""}
+}
+
+func isTerminal(stream any) bool {
+	f, ok := stream.(interface{ Fd() uintptr })
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }
 
 // SGR parameters (ECMA-48).

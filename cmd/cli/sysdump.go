@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -41,6 +42,12 @@ func sysdumpCmd() *cobra.Command {
 			}
 			now := time.Now().UTC()
 			path := cmp.Or(file, "headcni-sysdump-"+now.Format("2006-01-02T1504")+".tgz")
+			if st, err := os.Stat(path); err == nil && st.IsDir() {
+				return fail(cmd, fmt.Errorf("--file %s is a folder: name a file in it", path))
+			}
+			if _, err := os.Stat(filepath.Dir(path)); err != nil { // it would be known when all is gathered
+				return fail(cmd, fmt.Errorf("--file %s: %w", path, err))
+			}
 			a, b, err := f.gather(cmd.Context(), sysdump.Options{Anonymous: anonymous}, now)
 			if err == nil {
 				err = atomicfile.Write(path, b, 0o600)

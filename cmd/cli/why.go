@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -12,6 +13,7 @@ import (
 	"github.com/headcni/headcni/internal/version"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/kube/podexec"
 	"github.com/headcni/headcni/pkg/why"
 )
 
@@ -22,7 +24,7 @@ type reachFlags struct {
 }
 
 func (f *reachFlags) add(cmd *cobra.Command) {
-	usage(cmd, cobra.ExactArgs(2))
+	cmd.Args = cobra.ExactArgs(2)
 	f.addWhere(cmd)
 	fl := cmd.Flags()
 	fl.StringVarP(&f.pods, "namespace", "n", "default", "namespace of pods that are named without one")
@@ -45,7 +47,7 @@ func whyCmd() *cobra.Command {
 	var q why.Question
 	var port string
 	cmd := &cobra.Command{
-		Use:     "why A B [--port P] [--proto tcp|udp|icmp]",
+		Use:     "why A B [--port P] [--proto tcp|udp|icmp] [--live]",
 		Aliases: []string{"trace"},
 		Short:   "Why can A reach B, or why not? Step by step, as both nodes' kernels say",
 		Long: `Why can A reach B, or why not? Both nodes are asked, step by step: the pod's
@@ -55,9 +57,17 @@ listens on the port. It is the kernels and tailscaleds that answer, not a
 model; where the two differ, that is a finding of its own. Nothing is sent
 from A: the port is tried from B's own node, and tailscaled pings its peer.
 
+With --live a packet is sent too: an ICMP echo, a TCP SYN, or a UDP datagram
+of 4 bytes, up to three times. Both nodes say which links it passed, and what
+their rules counted and denied meanwhile, so that the place where it is lost is
+known. It is sent from inside pod A where this program may enter its network
+namespace, as root on a node; in Kubernetes it is made to come in by A's link
+on the node, so that all but A's own end is tried.
+
 ` + reachEnds + ` Without --port it asks for ICMP.
 
   headcnictl why shop/web cart/redis-0 --port 6379
+  headcnictl why shop/web cart/redis-0 --port 6379 --live
   headcnictl why 10.244.1.7 node/worker-2 --port 10250
   sudo headcnictl why lab/web 10.244.2.3 --port 53/udp --via 'ssh root@{}'
 
@@ -94,7 +104,8 @@ could not look at something that decides.`,
 	cmd.Flags().StringVar(&f.via, "via", "", "without Kubernetes: what runs a command on another node, such as 'ssh root@{}'")
 	cmd.Flags().StringVar(&port, "port", "", "port of B: a number, with /udp where it is not TCP")
 	cmd.Flags().StringVar(&q.Protocol, "proto", "", "tcp, udp or icmp")
-	cmd.AddCommand(whyPartCmd(), whyHeadscaleCmd())
+	cmd.Flags().BoolVar(&q.Live, "live", false, "send a packet too, and say where it passed and where it was lost")
+	cmd.AddCommand(whyPartCmd(), whyHeadscaleCmd(), whyLiveCmd("send"), whyLiveCmd("watch"))
 	return cmd
 }
 
@@ -138,7 +149,10 @@ func (f *reachFlags) look(ctx context.Context, a, b string, q why.Question) (c w
 		if f.via != "" {
 			return c, errors.New("--via is for nodes without Kubernetes: leave it out, or add --local")
 		}
-		c, err = why.Cluster{Cluster: *l.cluster, Pods: f.pods}.Look(ctx, a, b, q)
+		stream := func(ctx context.Context, pod podexec.Pod, in io.Reader, out io.Writer, command ...string) error {
+			return podexec.Stream(ctx, l.config, pod, in, out, command...)
+		}
+		c, err = why.Cluster{Cluster: *l.cluster, Pods: f.pods, Stream: stream}.Look(ctx, a, b, q)
 	} else {
 		p := place(f.socket)
 		cfg, getenv, _ := localConfig()
@@ -173,9 +187,43 @@ func whyPartCmd() *cobra.Command {
 			return json.NewEncoder(cmd.OutOrStdout()).Encode(s)
 		},
 	}
-	cmd.Flags().StringVar(&socket, "socket", paths.APISocket, "where the daemon answers")
+	askOne(cmd, &q, &socket)
+	return cmd
+}
+
+// askOne adds what says what one node is asked, and by which socket.
+func askOne(cmd *cobra.Command, q *why.Question, socket *string) {
+	cmd.Flags().StringVar(socket, "socket", paths.APISocket, "where the daemon answers")
 	cmd.Flags().StringVar(&q.Protocol, "proto", "icmp", "tcp, udp or icmp")
 	cmd.Flags().Uint16Var(&q.Port, "port", 0, "port")
+}
+
+// whyLiveCmd is what why --live runs on each node: the near one sends, and the far one looks on until its standard input ends.
+func whyLiveCmd(what string) *cobra.Command {
+	var q why.Question
+	var mark uint32
+	socket := ""
+	cmd := &cobra.Command{
+		Use: what + " SRC DST", Args: cobra.ExactArgs(2), Hidden: true, Short: "What why --live has one node do, as JSON",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			q.Far, q.Src, q.Dst = what == "watch", args[0], args[1]
+			p, closed, err := why.Place{Socket: socket}.Probe(q, mark)
+			if err != nil {
+				return err
+			}
+			defer closed()
+			if q.Far {
+				return p.Watch(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+			}
+			s, err := p.Send(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return json.NewEncoder(cmd.OutOrStdout()).Encode(s)
+		},
+	}
+	askOne(cmd, &q, &socket)
+	cmd.Flags().Uint32Var(&mark, "mark", 0, "what the packet is recognised by")
 	return cmd
 }
 

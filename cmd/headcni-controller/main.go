@@ -2,14 +2,13 @@
 package main
 
 import (
-	"context"
 	"fmt"
+	"io"
 	"os"
-	"os/signal"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/headcni/headcni/internal/program"
 	"github.com/headcni/headcni/internal/version"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
@@ -21,13 +20,13 @@ import (
 const defaultListen = ":9670"
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	err := root().ExecuteContext(ctx)
-	stop()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "headcni-controller:", err)
-		os.Exit(1)
-	}
+	program.Main(root(), func(err error, out io.Writer) int {
+		if err == nil {
+			return 0
+		}
+		fmt.Fprintln(out, "headcni-controller:", err)
+		return 1
+	})
 }
 
 // flags say where the configuration is.
@@ -78,6 +77,7 @@ func root() *cobra.Command {
 		Args:  cobra.NoArgs,
 		Run:   func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version.Version) },
 	})
+	program.Strict(cmd)
 	return cmd
 }
 

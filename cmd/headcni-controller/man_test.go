@@ -10,3 +10,10 @@ import (
 func TestManual(t *testing.T) {
 	mantest.Pages(t, root(), "8")
 }
+
+// TestHints: whatever text names a command of this program names one that can be pasted.
+func TestHints(t *testing.T) {
+	if hints := mantest.Hints(t, root); len(hints) < 1 {
+		t.Errorf("found %d: is the pattern right?", len(hints))
+	}
+}

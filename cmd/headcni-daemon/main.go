@@ -2,34 +2,35 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
-	"os/signal"
+	"runtime/debug"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/headcni/headcni/internal/program"
 	"github.com/headcni/headcni/internal/version"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/daemon"
+	"github.com/headcni/headcni/pkg/dns/nodedns"
 	"github.com/headcni/headcni/pkg/logging"
 	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	err := root().ExecuteContext(ctx)
-	stop()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "headcni-daemon:", err)
-		os.Exit(1)
-	}
+	program.Main(root(), func(err error, out io.Writer) int {
+		if err == nil {
+			return 0
+		}
+		fmt.Fprintln(out, "headcni-daemon:", err)
+		return 1
+	})
 }
 
 // flags say where the configuration is.
@@ -86,6 +87,7 @@ func root() *cobra.Command {
 		"set one key, such as network.podCIDRs=10.244.1.0/24; before it come variables such as HEADCNI_NETWORK_PODCIDRS, and then the file")
 	f.given = func() bool { return cmd.PersistentFlags().Changed("config") }
 	cmd.AddCommand(runCmd(f), tailscaledCmd(f), installCmd(f), uninstallCmd(f), statusCmd(), healthCmd(), checkCmd(f), configCmd(f), versionCmd())
+	program.Strict(cmd)
 	return cmd
 }
 
@@ -98,6 +100,10 @@ func runCmd(f *flags) *cobra.Command {
 			c, log, err := f.loadAndLog()
 			if err != nil {
 				return err
+			}
+			if os.Getenv("GOGC") == "" {
+				// A node's memory is the pods', and what is collected more often is little.
+				debug.SetGCPercent(50)
 			}
 			d, err := daemon.New(c, log, os.Getenv, version.Version)
 			if err != nil {
@@ -118,7 +124,16 @@ func tailscaledCmd(f *flags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return tailscaled.Become(cmd.Context(), c, os.Environ(), daemon.SavedMode, log)
+			return tailscaled.Become(cmd.Context(), c, os.Environ(), tailscaled.Node{
+				Mode: func() (string, error) { mode, _, err := daemon.Settled(); return mode, err },
+				Ahead: func() error {
+					own := c.Network.PodCIDRs.Prefixes()
+					if _, said, err := daemon.Settled(); err == nil && len(own) == 0 { // of a damaged file the daemon tells
+						own = said
+					}
+					return nodedns.Ahead(own)
+				},
+			}, log)
 		},
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/headcni/headcni/internal/cnimain"
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/ipam"
 )
 
@@ -171,22 +172,27 @@ func (v verbs) gc(a cnimain.Call) error {
 	if err != nil {
 		return err
 	}
-	const key = "cni.dev/valid-attachments"
-	var attachments []types.GCAttachment
-	list, given := a.Config[key]
-	if given && list != nil { // null is an empty list: a Go runtime that knows of no attachment may have a nil one
-		err = json.Unmarshal(list, &attachments)
-	}
-	if !given || err != nil {
-		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs a list called "+key+"; without it nothing is released", "")
-	}
-	valid := map[types.GCAttachment]bool{}
-	for i, at := range attachments {
-		if at.ContainerID == "" || at.IfName == "" { // its lease would go
-			return types.NewError(types.ErrInvalidNetworkConfig,
-				fmt.Sprintf("%s[%d]: want containerID and ifname; nothing is released", key, i), "")
+	valid, told := map[types.GCAttachment]bool{}, false
+	for _, key := range []string{names.ValidAttachments, names.AttachmentsAsReleased} {
+		list, given := a.Config[key]
+		told = told || given
+		if list == nil { // as where it is empty
+			continue
 		}
-		valid[at] = true
+		var attachments []types.GCAttachment
+		if err := json.Unmarshal(list, &attachments); err != nil {
+			return types.NewError(types.ErrInvalidNetworkConfig, "GC needs a list called "+key+"; without it nothing is released", "")
+		}
+		for i, at := range attachments {
+			if at.ContainerID == "" || at.IfName == "" { // its lease would go
+				return types.NewError(types.ErrInvalidNetworkConfig,
+					fmt.Sprintf("%s[%d]: want containerID and ifname; nothing is released", key, i), "")
+			}
+			valid[at] = true
+		}
+	}
+	if !told {
+		return types.NewError(types.ErrInvalidNetworkConfig, "GC needs a list called "+names.ValidAttachments+"; without it nothing is released", "")
 	}
 	_, err = p.GC(context.Background(), func(l ipam.Lease) bool {
 		return valid[types.GCAttachment{ContainerID: l.ContainerID, IfName: l.IfName}] || l.Time.After(start)

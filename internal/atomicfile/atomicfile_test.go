@@ -2,10 +2,12 @@ package atomicfile
 
 import (
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/headcni/headcni/internal/trusted"
@@ -46,6 +48,14 @@ func TestWriteThatFailsLeavesNothing(t *testing.T) {
 	}
 	if err := Write(path, nil, 0o600); err == nil || !strings.HasPrefix(err.Error(), "write "+path) {
 		t.Errorf("over a folder: %v", err)
+	}
+	if found, err := os.ReadDir(dir); err != nil || len(found) != 1 {
+		t.Errorf("left behind: %v, %v", found, err)
+	}
+	broken := errors.New("broken")
+	path = filepath.Join(dir, "streamed")
+	if err := Stream(path, 0o600, func(w io.Writer) error { _, _ = io.WriteString(w, "half"); return broken }); !errors.Is(err, broken) {
+		t.Errorf("a writer that fails: %v", err)
 	}
 	if found, err := os.ReadDir(dir); err != nil || len(found) != 1 {
 		t.Errorf("left behind: %v, %v", found, err)
@@ -97,5 +107,29 @@ func TestWriteElsewhere(t *testing.T) {
 	// Others may write in the folder itself, whose names alone are at stake: /opt/cni/bin belongs to another user on some systems.
 	if err := Write(filepath.Join(theirs, "state"), nil, 0o600); err != nil {
 		t.Error(err)
+	}
+}
+
+// What is no file stays what it is: a device that is replaced is missed by every program of the machine.
+func TestSpecial(t *testing.T) {
+	dir := t.TempDir()
+	pipe, device, output := filepath.Join(dir, "pipe"), filepath.Join(dir, "device"), filepath.Join(dir, "output")
+	if err := errors.Join(syscall.Mkfifo(pipe, 0o600), os.Symlink("/dev/null", device), os.Symlink("/proc/self/fd/1", output)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{pipe, device, output} {
+		before, err := os.Lstat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Write(path, []byte("x"), 0o600); err == nil || !strings.Contains(err.Error(), "it is no file") {
+			t.Errorf("%s: %v", path, err)
+		}
+		if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) {
+			t.Errorf("%s was replaced, %v", path, err)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 3 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }

@@ -44,6 +44,9 @@ const (
 	DNSAddress   = "10.96.0.10"
 )
 
+// Ranges are a cluster's address ranges, IPv4 first and separated by a comma, and the address of its DNS.
+type Ranges struct{ Pods, Services, DNS string }
+
 // hostPlugins are on every node before HeadCNI comes, as the package kubernetes-cni has it.
 var hostPlugins = []string{"host-local", "portmap", "ptp", "bridge"}
 
@@ -62,6 +65,12 @@ type Options struct {
 	Sites []lab.Site
 	// Device adds a machine beside the nodes that has nothing but a tailscaled of its user's: Cluster.Device.
 	Device bool
+	// Other is the name of one more machine, for a second cluster.
+	Other string
+	// Beside is the cluster with Other, of which that machine is then the one node. Both are in one tailnet, and end with the first.
+	Beside *Cluster
+	// Ranges are by default PodCIDRs, ServiceCIDRs and DNSAddress.
+	Ranges Ranges
 	// NoPodCIDRs has the controller manager give nodes no pod CIDRs.
 	NoPodCIDRs bool
 	// Bin, Tools and Images are the folders of our programs, of the real parts (separated by colons; an older Kubernetes or
@@ -80,6 +89,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.ProxyMode == "" {
 		o.ProxyMode = ModeNFTables
+	}
+	if o.Ranges == (Ranges{}) {
+		o.Ranges = Ranges{PodCIDRs, ServiceCIDRs, DNSAddress}
 	}
 	if o.Bin == "" {
 		o.Bin = os.Getenv(lab.BinEnv)
@@ -150,7 +162,11 @@ func Start(ctx context.Context, opt Options) (_ *Cluster, err error) {
 	if err := c.opt.check(); err != nil {
 		return nil, err
 	}
-	if err := c.startLab(ctx); err != nil {
+	start := c.startLab
+	if c.opt.Beside != nil {
+		start = c.joinLab
+	}
+	if err := start(ctx); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -193,6 +209,9 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 	if c.opt.Device {
 		names = append(names, "device")
 	}
+	if c.opt.Other != "" {
+		names = append(names, c.opt.Other)
+	}
 	c.lab, err = lab.New(ctx, lab.Options{
 		Nodes: len(names), Names: names, Spare: len(names), Modes: []string{"host"}, Plugins: hostPlugins,
 		Bin: c.opt.Bin, Tools: c.opt.Tools, Relay: true, Policy: c.opt.Policy, Sites: c.opt.Sites,
@@ -202,6 +221,9 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 	}
 	c.Dir, c.Control = c.lab.Dir, c.lab.Control
 	nodes := c.lab.Nodes
+	if c.opt.Other != "" {
+		nodes = nodes[:len(nodes)-1]
+	}
 	if c.opt.Device {
 		c.Device, nodes = nodes[len(nodes)-1], nodes[:len(nodes)-1]
 	}
@@ -209,6 +231,18 @@ func (c *Cluster) startLab(ctx context.Context) (err error) {
 		c.Nodes = append(c.Nodes, &Node{Node: n, cluster: c})
 	}
 	return nil
+}
+
+// joinLab takes the machine that another cluster has for a second one.
+func (c *Cluster) joinLab(context.Context) error {
+	first := c.opt.Beside
+	i := slices.IndexFunc(first.lab.Nodes, func(n *lab.Node) bool { return n.Name == first.opt.Other })
+	if i < 0 {
+		return errors.New("the first cluster has no machine for a second one: set Options.Other")
+	}
+	c.lab, c.Control, c.Dir = first.lab, first.Control, filepath.Join(first.Dir, "cluster-"+first.opt.Other)
+	c.Nodes = []*Node{{Node: first.lab.Nodes[i], cluster: c}}
+	return os.Mkdir(c.Dir, 0o700)
 }
 
 // prepare gives every machine the files that it needs before anything runs.
@@ -224,7 +258,7 @@ func (c *Cluster) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	cp := c.Nodes[0]
-	if c.pki, err = newPKI(slices.Concat(cp.Underlay, cp.Addrs()), apiURL(cp.Addrs()[0])); err != nil {
+	if c.pki, err = newPKI(slices.Concat(cp.Underlay, cp.Addrs()), prefixes(c.opt.Ranges.Services), apiURL(cp.Addrs()[0])); err != nil {
 		return err
 	}
 	if err := c.makeClients(); err != nil {
@@ -273,9 +307,11 @@ func (c *Cluster) ImportImage(ctx context.Context, tar string) error {
 	return each(c.Nodes, func(n *Node) error { return n.ImportImage(ctx, tar) })
 }
 
-// CaptureUnderlay counts packets with pods' addresses that are in clear between the machines. What Stop says of the total
-// does not hold after a reboot.
-func (c *Cluster) CaptureUnderlay() (*lab.Capture, error) { return c.lab.CaptureUnderlay() }
+// CaptureUnderlay counts packets with addresses of pods, services or the tailnet that are in clear between the machines: with this cluster's, and
+// with those that are the default. What Stop says of the total does not hold after a reboot.
+func (c *Cluster) CaptureUnderlay() (*lab.Capture, error) {
+	return c.lab.CaptureUnderlay(prefixes(c.opt.Ranges.Pods + "," + c.opt.Ranges.Services)...)
+}
 
 // SendClear puts such a packet on a node's wire: the proof that a capture sees one.
 func (c *Cluster) SendClear(n *Node, src, dst netip.Addr) error {
@@ -286,7 +322,12 @@ func (c *Cluster) SendClear(n *Node, src, dst netip.Addr) error {
 func (c *Cluster) Logs() []string { return c.lab.Logs() }
 
 // Stop ends the cluster: every process of it, every namespace, its cgroups and its folder.
-func (c *Cluster) Stop() error { return c.lab.Close() }
+func (c *Cluster) Stop() error {
+	if c.opt.Beside != nil {
+		return nil
+	}
+	return c.lab.Close()
+}
 
 // each calls do for all nodes at once and joins the errors.
 func each(nodes []*Node, do func(*Node) error) error {

@@ -93,7 +93,7 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 		return nil // etcd has it, with what the controller made of it
 	}
 	path := filepath.Join(c.Dir, "manifests.yaml")
-	if err := os.WriteFile(path, []byte(strings.ReplaceAll(manifests, "DNS_ADDRESS", DNSAddress)), 0o600); err != nil {
+	if err := os.WriteFile(path, []byte(strings.ReplaceAll(manifests, "DNS_ADDRESS", c.opt.Ranges.DNS)), 0o600); err != nil {
 		return err
 	}
 	_, err = c.Kubectl(ctx, "apply", "--server-side", "-f", path)
@@ -130,7 +130,7 @@ func (c *Cluster) apiServerFlags() []string {
 	return []string{
 		"--etcd-servers=http://127.0.0.1:2379",
 		"--advertise-address=" + c.Nodes[0].Addrs()[0].String(), fmt.Sprintf("--secure-port=%d", apiPort),
-		"--service-cluster-ip-range=" + ServiceCIDRs,
+		"--service-cluster-ip-range=" + c.opt.Ranges.Services,
 		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged",
 		"--client-ca-file=" + in("ca.crt"), "--tls-cert-file=" + in("server.crt"), "--tls-private-key-file=" + in("server.key"),
 		"--kubelet-client-certificate=" + in("kubelet-client.crt"), "--kubelet-client-key=" + in("kubelet-client.key"),
@@ -150,10 +150,10 @@ func (c *Cluster) controllerManagerFlags() []string {
 		"--kubeconfig=" + in("kube-controller-manager.kubeconfig"), "--leader-elect=false", "--bind-address=127.0.0.1",
 		"--use-service-account-credentials", "--root-ca-file=" + in("ca.crt"), "--service-account-private-key-file=" + in("sa.key"),
 		"--cluster-signing-cert-file=" + in("ca.crt"), "--cluster-signing-key-file=" + in("ca.key"),
-		"--service-cluster-ip-range=" + ServiceCIDRs,
+		"--service-cluster-ip-range=" + c.opt.Ranges.Services,
 	}
 	if !c.opt.NoPodCIDRs {
-		flags = append(flags, "--allocate-node-cidrs", "--cluster-cidr="+PodCIDRs, "--node-cidr-mask-size-ipv4=24", "--node-cidr-mask-size-ipv6=64")
+		flags = append(flags, "--allocate-node-cidrs", "--cluster-cidr="+c.opt.Ranges.Pods, "--node-cidr-mask-size-ipv4=24", "--node-cidr-mask-size-ipv6=64")
 	}
 	return flags
 }

@@ -157,7 +157,7 @@ func (n *Node) kubeletConfig() object {
 			"x509": object{"clientCAFile": kubernetesDir + "/ca.crt"}},
 		"authorization":            object{"mode": "Webhook"},
 		"containerRuntimeEndpoint": "unix://" + containerdSocket,
-		"clusterDNS":               []string{DNSAddress}, "clusterDomain": "cluster.local",
+		"clusterDNS":               []string{n.cluster.opt.Ranges.DNS}, "clusterDomain": "cluster.local",
 		"cgroupDriver": "cgroupfs", "cgroupRoot": "/" + n.Cgroup(), "failCgroupV1": false,
 		"oomScoreAdj": 0, "failSwapOn": false,
 		"staticPodPath":       ManifestsDir,
@@ -237,7 +237,7 @@ func (n *Node) StartProxy() (err error) {
 	flags := []string{"--kubeconfig=" + kubernetesDir + "/kube-proxy.kubeconfig", "--hostname-override=" + n.Name,
 		"--proxy-mode=" + n.cluster.opt.ProxyMode, "--conntrack-max-per-core=0", "--conntrack-min=0", "--v=2"}
 	if !n.cluster.opt.NoClusterCIDR {
-		flags = append(flags, "--cluster-cidr="+PodCIDRs)
+		flags = append(flags, "--cluster-cidr="+n.cluster.opt.Ranges.Pods)
 	}
 	n.Proxy, err = n.Start("kube-proxy", nil, flags...)
 	return err

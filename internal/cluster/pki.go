@@ -34,7 +34,7 @@ type pki struct {
 // pair is a certificate and its key, as PEM.
 type pair struct{ cert, key []byte }
 
-func newPKI(server []netip.Addr, url string) (*pki, error) {
+func newPKI(server []netip.Addr, services []netip.Prefix, url string) (*pki, error) {
 	p := &pki{url: url}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -53,7 +53,7 @@ func newPKI(server []netip.Addr, url string) (*pki, error) {
 	}
 	p.caPEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	ips := []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback}
-	for _, service := range ServicePrefixes() {
+	for _, service := range services {
 		ips = append(ips, service.Addr().Next().AsSlice()) // the Service `kubernetes` has the first address
 	}
 	for _, a := range server {

@@ -35,9 +35,9 @@ type Crowd struct {
 	Sent atomic.Int64
 }
 
-// CrowdRanges are the pod CIDRs of a Crowd's Node.
+// CrowdRanges are the pod CIDRs of a Crowd's Node, one after the other as kube-controller-manager hands them out.
 func CrowdRanges(node int) []string {
-	return []string{fmt.Sprintf("10.%d.%d.0/24", 100+node/250, node%250), fmt.Sprintf("fd01:%x::/64", node)}
+	return []string{fmt.Sprintf("10.%d.%d.0/24", 100+node/256, node%256), fmt.Sprintf("fd01:0:0:%x::/64", node)}
 }
 
 // ServeHTTP implements http.Handler.
@@ -198,7 +198,7 @@ func (c *Crowd) pod(i int) *corev1.Pod {
 		},
 		Spec: corev1.PodSpec{NodeName: fmt.Sprint("node-", node)},
 		Status: corev1.PodStatus{
-			Phase: corev1.PodRunning, PodIPs: []corev1.PodIP{{IP: fmt.Sprintf("10.%d.%d.%d", 100+node/250, node%250, 2+i%c.perNode())}, {IP: fmt.Sprintf("fd01:%x::%x", node, 2+i%c.perNode())}},
+			Phase: corev1.PodRunning, PodIPs: []corev1.PodIP{{IP: fmt.Sprintf("10.%d.%d.%d", 100+node/256, node%256, 2+i%c.perNode())}, {IP: fmt.Sprintf("fd01:0:0:%x::%x", node, 2+i%c.perNode())}},
 		},
 	}
 	main := corev1.Container{

@@ -25,7 +25,8 @@ const (
 // Capture counts packets in clear: those on the underlay whose outermost IP header has a pod's, a service's or a tailnet address in it.
 type Capture struct {
 	lab    *Lab
-	before uint64 // frames on the underlay
+	ranges []netip.Prefix // whose packets are nowhere but in the tunnel and on their node
+	before uint64         // frames on the underlay
 	file   *os.File
 	wg     sync.WaitGroup
 
@@ -38,9 +39,10 @@ type Capture struct {
 }
 
 // CaptureUnderlay begins to look at all frames, in and out, on the bridge and its ports. What a node sends is seen there
-// before anybody else can drop it; what crosses the bridge is seen more than once.
-func (l *Lab) CaptureUnderlay() (*Capture, error) {
+// before anybody else can drop it; what crosses the bridge is seen more than once. More are ranges of pods and services beside the lab's.
+func (l *Lab) CaptureUnderlay(more ...netip.Prefix) (*Capture, error) {
 	c := &Capture{lab: l, between: map[[2]netip.Addr]int{}}
+	c.ranges = slices.Concat(ClusterCIDRs, ServiceCIDRs, []netip.Prefix{netset.TailnetIPv4, netset.TailnetIPv6}, more)
 	err := l.Control.Do(func() error {
 		// Protocol 0: nothing arrives before bind, and by then there is a filter (packet(7)).
 		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
@@ -51,7 +53,7 @@ func (l *Lab) CaptureUnderlay() (*Capture, error) {
 		// A burst in clear is to be counted whole. Who may not have a larger buffer goes on with the usual one.
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, captureBuffer)
 		// Without it, a fast transfer inside the tunnel would fill the buffer.
-		filter := clearFilter()
+		filter := clearFilter(c.ranges)
 		prog := &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 		if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, prog); err != nil {
 			return fmt.Errorf("attach the filter: %w", err)
@@ -104,7 +106,7 @@ const (
 )
 
 // clearFilter is a classic BPF program (Documentation/networking/filter.rst) that passes what count would count.
-func clearFilter() []unix.SockFilter {
+func clearFilter(ranges []netip.Prefix) []unix.SockFilter {
 	const all = 1 << 18
 	ret := func(n uint32) unix.SockFilter { return unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: n} }
 	var prog []unix.SockFilter
@@ -117,7 +119,7 @@ func clearFilter() []unix.SockFilter {
 		{unix.ETH_P_IPV6, true, []uint32{offSource6, offDest6}},
 	} {
 		var body []unix.SockFilter
-		for _, c := range inTunnel() {
+		for _, c := range ranges {
 			for _, off := range f.offsets {
 				if c.Addr().Is6() == f.v6 {
 					body = append(append(body, inPrefix(off, c)...), ret(all))
@@ -174,7 +176,7 @@ func (c *Capture) count(frame []byte) {
 	if dst == netset.ResolverIPv4 {
 		c.asked++
 	}
-	if !ok || !belongsInTunnel(src) && !belongsInTunnel(dst) {
+	if !ok || !c.belongsInTunnel(src) && !c.belongsInTunnel(dst) {
 		return
 	}
 	c.clear++
@@ -218,14 +220,9 @@ func outermost(frame []byte) (src, dst netip.Addr, ok bool) {
 	return src, dst, false
 }
 
-// inTunnel are the ranges whose packets are nowhere but in the tunnel and on their node.
-func inTunnel() []netip.Prefix {
-	return slices.Concat(ClusterCIDRs, ServiceCIDRs, []netip.Prefix{netset.TailnetIPv4, netset.TailnetIPv6})
-}
-
 // A stock tailscaled that has just begun asks its own resolver by the default route: that is counted apart.
-func belongsInTunnel(a netip.Addr) bool {
-	return a != netset.ResolverIPv4 && slices.ContainsFunc(inTunnel(), func(p netip.Prefix) bool { return p.Contains(a) })
+func (c *Capture) belongsInTunnel(a netip.Addr) bool {
+	return a != netset.ResolverIPv4 && slices.ContainsFunc(c.ranges, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // Clear is the number of packets in clear so far.

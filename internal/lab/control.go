@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,6 +38,8 @@ type Control struct {
 	Relay *Process
 	// URL is Headscale's.
 	URL string
+	// cert is Headscale's certificate where Options.TLS is set, which signed itself; else nil.
+	cert *x509.Certificate
 	// APIKey is a Headscale API key.
 	APIKey string
 }
@@ -94,6 +97,9 @@ func headscalePolicy() object {
 // setUp starts Headscale on the control host.
 func (c *Control) setUp(ctx context.Context, opt Options) error {
 	c.URL = "http://" + netip.AddrPortFrom(opt.underlay(1)[0].Addr(), headscalePort).String()
+	if opt.TLS {
+		c.URL = "https://" + tlsHost
+	}
 	policy := headscalePolicy()
 	if opt.Policy != nil {
 		opt.Policy(policy)
@@ -103,7 +109,7 @@ func (c *Control) setUp(ctx context.Context, opt Options) error {
 		serverURL = opt.ServerURL
 	}
 	config := headscaleConfig(serverURL, opt.Batch)
-	if opt.Relay {
+	if opt.Relay || len(opt.Derpers) > 0 {
 		withRelay(config)
 	}
 	if opt.OnlyIPv6 {
@@ -112,6 +118,16 @@ func (c *Control) setUp(ctx context.Context, opt Options) error {
 	files := map[string]object{"config.yaml": config, "policy.hujson": policy}
 	for _, dir := range []string{"/etc/headscale", "/run/headscale"} {
 		if err := os.MkdirAll(c.Path(dir), 0o755); err != nil {
+			return err
+		}
+	}
+	if len(opt.Derpers) > 0 {
+		if err := os.WriteFile(c.Path(relayMapFile), []byte(derperMap(len(opt.Derpers))), 0o600); err != nil {
+			return err
+		}
+	}
+	if opt.TLS {
+		if err := c.withTLS(config); err != nil {
 			return err
 		}
 	}
@@ -140,7 +156,7 @@ func (c *Control) StartHeadscale(ctx context.Context) (err error) {
 	if c.Headscale, err = c.Start("headscale", nil, "serve"); err != nil {
 		return err
 	}
-	client := &http.Client{Timeout: time.Second, Transport: &http.Transport{DialContext: c.Dial, DisableKeepAlives: true}}
+	client := &http.Client{Timeout: time.Second, Transport: c.transport()}
 	return until(ctx, 20*time.Millisecond, c.Headscale, func() error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL+"/health", nil)
 		if err != nil {

@@ -49,9 +49,9 @@ type Inhabitant struct {
 // Keep lets the world go on without us, until Down. pods are those to be found again by Enter. Where no name is given, or another
 // has it, the world gets one. The Lab must not be used any more.
 func (l *Lab) Keep(kind, name string, pods []*Pod) (World, error) {
-	for _, n := range l.Nodes {
-		if n.line != nil {
-			return World{}, fmt.Errorf("keep the lab: the wire of %s has a delay, which ends with this process", n.Name)
+	for _, m := range l.machines() {
+		if m.line != nil {
+			return World{}, fmt.Errorf("keep the lab: the wire of %s has a delay, which ends with this process", m.Name)
 		}
 	}
 	w := World{Dir: l.Dir, Made: time.Now(), Kind: kind, Path: l.opt.path()}

@@ -41,12 +41,17 @@ type Options struct {
 	Delays []time.Duration
 	// Sites are where the nodes stand, in turn: without, all on the underlay. They go neither with Delays nor with OnlyIPv6.
 	Sites []Site
+	// TLS has Headscale, with its relay, at an https:// URL and port 443, by a name that nodes behind an HTTP proxy cannot resolve.
+	TLS bool
 	// Batch is how long Headscale gathers changes, 0 = 10 ms (its own default is 500 ms).
 	Batch time.Duration
 	// ServerURL is what Headscale is to call itself, where a proxy of the caller's stands before it; empty: its URL.
 	ServerURL string
 	// Relay has the relay (DERP server) run on the control host as a process of its own, instead of within Headscale.
 	Relay bool
+	// Derpers has Tailscale's own relays (derper) run, one for each, on machines of their own whose wires have these delays, instead of
+	// the one within Headscale. Their tool is in no lab without them. It does not go with Relay, TLS and OnlyIPv6.
+	Derpers []time.Duration
 	// NoPings has the LocalAPI of daemon-mode nodes refuse pings, by which the daemon looks after sessions: so it is without.
 	NoPings bool
 	// Configure may change what is to be a node's daemon.yaml.
@@ -91,6 +96,7 @@ type Lab struct {
 	Dir     string
 	Control *Control
 	Nodes   []*Node
+	Derpers []*Derper
 
 	opt  Options
 	lock *os.File
@@ -157,9 +163,12 @@ func (l *Lab) names() []string {
 	return names
 }
 
-// hosts is what every machine has in /etc/hosts of the others.
-func (l *Lab) hosts() string {
+// hosts is what every machine has in /etc/hosts of the others, and, unless it is a node behind an HTTP proxy, of Headscale's name.
+func (l *Lab) hosts(proxied bool) string {
 	var hosts strings.Builder
+	if l.opt.TLS && !proxied {
+		fmt.Fprintf(&hosts, "%s %s\n", l.opt.underlay(1)[0].Addr(), tlsHost)
+	}
 	for i, name := range l.names() {
 		n := 1
 		if i > 0 {
@@ -174,10 +183,10 @@ func (l *Lab) hosts() string {
 
 // makeMachines makes the namespaces of the control host and the nodes.
 func (l *Lab) makeMachines(ctx context.Context) error {
-	names, hosts := l.names(), l.hosts()
+	names := l.names()
 	machines := make([]*Machine, len(names))
 	err := each(len(names), func(i int) (err error) {
-		machines[i], err = newMachine(ctx, l.Dir, names[i], hosts, l.opt.path(), l.lock)
+		machines[i], err = newMachine(ctx, l.Dir, names[i], l.hosts(i > 0 && l.opt.site(i-1).Proxy), l.opt.path(), l.lock)
 		return err
 	})
 	// What was made is handed over even after an error, for Close.
@@ -210,13 +219,21 @@ func (l *Lab) wire(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return l.addDerpers(ctx)
 }
 
 func (l *Lab) startControl(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("Headscale did not answer within a minute"))
 	defer cancel()
-	return l.Control.setUp(ctx, l.opt)
+	if err := l.Control.setUp(ctx, l.opt); err != nil {
+		return err
+	}
+	for _, d := range l.Derpers {
+		if err := d.StartDerper(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // startNodes starts tailscaled and the daemon on every node but the spare ones and waits until all is as it should be.
@@ -236,6 +253,11 @@ func (l *Lab) startNodes(ctx context.Context) error {
 		}
 		if err := n.WaitSocket(ctx); err != nil {
 			return err
+		}
+		if n.Mode == config.ModeHost { // whose tailscaled is the user's, and would write the host's resolv.conf
+			if _, err := n.Run(ctx, "tailscale", "set", "--accept-dns=false"); err != nil {
+				return err
+			}
 		}
 		if err := n.StartDaemon(); err != nil {
 			return err
@@ -262,11 +284,14 @@ func (l *Lab) Close() error {
 	return err
 }
 
-// machines are the control host, the nodes and their routers, as far as they were made.
+// machines are the control host, relays, the nodes and their routers, as far as they were made.
 func (l *Lab) machines() []*Machine {
 	var ms []*Machine
 	if l.Control != nil {
 		ms = append(ms, l.Control.Machine)
+	}
+	for _, d := range l.Derpers {
+		ms = append(ms, d.Machine)
 	}
 	for _, n := range l.Nodes {
 		ms = append(ms, n.Machine)

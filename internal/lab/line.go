@@ -3,6 +3,7 @@ package lab
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"sync"
 	"time"
@@ -10,13 +11,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A line is a long wire: what goes in at one end comes out at the other some time later, whole and in order. It forwards
-// frames between two links on the control host, since a kernel without netem delays nothing by itself.
+// Wire is how a machine is connected to the underlay; the zero value is a short one.
+type Wire struct {
+	// Delay is how long a frame is on its way, in either direction.
+	Delay time.Duration
+	// Loss is the share of frames that are lost, 0 to 1, in either direction. Several segments may be one frame, of up to 64 kB.
+	Loss float64
+	// Rate bounds each direction, in bit/s; 0 does not.
+	Rate float64
+}
+
+// A line is a long wire: what goes in at one end comes out at the other some time later, in order, and whole where nothing is to be lost. It
+// forwards frames between two links on the control host, since a kernel without netem delays nothing by itself.
 type line struct {
-	// delay is how long a frame is on its way, in either direction.
-	delay time.Duration
-	ends  [2]*os.File
-	wg    sync.WaitGroup
+	wire Wire
+	ends [2]*os.File
+	wg   sync.WaitGroup
 }
 
 const (
@@ -28,15 +38,31 @@ const (
 	frameMax = 1<<16 + 256
 )
 
+// plugBy connects the machine to a port of the underlay by a wire. A line ends with the machine.
+func (m *Machine) plugBy(w Wire, control *Machine, port string, mtu int) (err error) {
+	if w == (Wire{}) {
+		return m.plug(control, port, true, mtu)
+	}
+	near, far := port+"near", port+"far"
+	if err := m.plug(control, near, false, mtu); err != nil {
+		return err
+	}
+	if err := control.addPort(port, far, mtu); err != nil {
+		return err
+	}
+	m.line, err = control.newLine(near, far, w)
+	return err
+}
+
 // newLine joins two links of a machine by a line. Nothing else on the machine may take what arrives at them.
-func (m *Machine) newLine(a, b string, delay time.Duration) (_ *line, err error) {
-	l := &line{delay: delay}
+func (m *Machine) newLine(a, b string, w Wire) (_ *line, err error) {
+	l := &line{wire: w}
 	for i, name := range []string{a, b} {
 		if err = m.quiet(name); err == nil {
 			l.ends[i], err = m.rawSocket(name)
 		}
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("make a line of %v: %w", delay, err), l.close())
+			return nil, errors.Join(fmt.Errorf("make a line of %+v: %w", w, err), l.close())
 		}
 	}
 	l.forward(l.ends[0], l.ends[1])
@@ -102,14 +128,22 @@ func (l *line) forward(from, to *os.File) {
 	l.wg.Go(func() {
 		defer close(under)
 		buf := make([]byte, frameMax)
+		var free time.Time // when the last frame is on its way as a whole
 		for {
 			n, err := from.Read(buf)
 			if errors.Is(err, os.ErrClosed) {
 				return
 			}
-			if err == nil { // else the link is down, and comes up again
-				under <- frame{time.Now().Add(l.delay), append([]byte(nil), buf[:n]...)}
+			if err != nil || l.wire.Loss > 0 && rand.Float64() < l.wire.Loss {
+				continue // the link is down, and comes up again; or the frame is lost
 			}
+			if now := time.Now(); free.Before(now) {
+				free = now
+			}
+			if l.wire.Rate > 0 {
+				free = free.Add(time.Duration(float64(n*8) / l.wire.Rate * float64(time.Second)))
+			}
+			under <- frame{free.Add(l.wire.Delay), append([]byte(nil), buf[:n]...)}
 		}
 	})
 	l.wg.Go(func() {

@@ -64,6 +64,82 @@ func TestLine(t *testing.T) {
 	}
 }
 
+// A wire that loses frames loses about as many as it is to, both ways, and one with a rate carries no more than that.
+func TestLossyLine(t *testing.T) {
+	nstest.Require(t)
+	t.Setenv(DirEnv, t.TempDir())
+	const loss, rate, sent = 0.02, 100e6, 1000
+	l, err := newMachines(t.Context(), Options{Nodes: 3, Sites: []Site{
+		{NAT: Easy, OpenInput: true, Wire: Wire{Loss: loss}}, {NAT: Easy, OpenInput: true, Wire: Wire{Rate: rate}}, {},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	near := l.Nodes[2]
+	lossy, slow := l.Nodes[0].Routers[0], l.Nodes[1].Routers[0]
+	for _, w := range []struct {
+		from, to Place
+		addr     netip.Addr
+	}{{near, lossy, l.Nodes[0].Underlay[0]}, {lossy, near, near.Underlay[0]}} {
+		if lost := sent - arrivals(t, w.from, w.to, w.addr, sent); lost < 1 || lost > 50 { // 20, with a standard deviation of 4.4
+			t.Errorf("%d of %d were lost instead of %.0f %%", lost, sent, 100*loss)
+		}
+	}
+	if got, err := Throughput(t.Context(), near, slow, l.Nodes[1].Underlay[0], time.Second); err != nil || got < rate/1000 || got > 1.1*rate {
+		t.Errorf("%.0f bit/s where there are %.0f, %v", got, rate, err)
+	}
+}
+
+// arrivals sends datagrams, in volleys that any receiver has room for, and returns how many have arrived.
+func arrivals(t *testing.T, from, to Place, addr netip.Addr, n int) int {
+	t.Helper()
+	const volley = 50
+	var recv net.PacketConn
+	err := to.Do(func() (err error) {
+		recv, err = net.ListenPacket("udp", netip.AddrPortFrom(addr, 0).String())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer recv.Close()
+	send, err := from.Dial(t.Context(), "udp", recv.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer send.Close()
+	seen := map[uint64]bool{}
+	// read takes what comes until all have, or nothing has for a while.
+	read := func(until int, patience time.Duration) {
+		buf := make([]byte, 8)
+		for len(seen) < until && recv.SetReadDeadline(time.Now().Add(patience)) == nil {
+			if _, _, err := recv.ReadFrom(buf); err != nil {
+				return
+			}
+			seen[binary.BigEndian.Uint64(buf)] = true
+		}
+	}
+	for len(seen) == 0 { // the first ones find the neighbour
+		if _, err := send.Write(binary.BigEndian.AppendUint64(nil, uint64(n))); err != nil {
+			t.Fatal(err)
+		}
+		read(1, 100*time.Millisecond)
+	}
+	clear(seen)
+	for i := range n {
+		if _, err := send.Write(binary.BigEndian.AppendUint64(nil, uint64(i))); err != nil {
+			t.Fatal(err)
+		}
+		if i%volley == volley-1 {
+			read(i+1, 50*time.Millisecond)
+		}
+	}
+	read(n, 2*time.Second)
+	delete(seen, uint64(n))
+	return len(seen)
+}
+
 // latencies sends numbered datagrams, in volleys, and returns how long each took. All must arrive, in order.
 func latencies(t *testing.T, from, to *Node, addr netip.Addr) []time.Duration {
 	t.Helper()

@@ -31,6 +31,7 @@ type Machine struct {
 
 	ns     namespaces
 	env    []string
+	line   *line // to the underlay, nil where the wire is short
 	holder *exec.Cmd
 	stdin  io.WriteCloser
 }
@@ -99,8 +100,11 @@ func (m *Machine) open() (err error) {
 	return m.Net.LinkSetUp(lo)
 }
 
-// stop ends everything on the machine and waits for it.
+// stop ends everything on the machine, with its line, and waits for it.
 func (m *Machine) stop() {
+	if m.line != nil {
+		_ = m.line.close() // sockets that nothing was written to a file through
+	}
 	m.stdin.Close()
 	_ = m.holder.Process.Kill() // PID 1 of its namespace: the kernel kills the rest
 	_ = m.holder.Wait()         // "signal: killed"

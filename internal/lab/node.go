@@ -45,7 +45,6 @@ type Node struct {
 	lab   *Lab
 	index int
 	disk  *os.File     // the mount namespace of a node that crashed
-	line  *line        // nil where the wire has no delay
 	front *http.Server // before the LocalAPI, where pings are refused
 }
 
@@ -64,43 +63,37 @@ func (n *Node) plugIn(ctx context.Context, i int) error {
 	if err := n.addRouters(ctx); err != nil {
 		return err
 	}
-	return n.plug(n.lab.Control.Machine)
+	return n.plug(ctx, n.lab.Control.Machine)
 }
 
 // plug connects the node to the underlay.
-func (n *Node) plug(control *Machine) (err error) {
+func (n *Node) plug(ctx context.Context, control *Machine) error {
 	if len(n.Routers) > 0 {
-		return n.plugSite(control)
+		return n.plugSite(ctx, control)
 	}
-	mtu, d := n.lab.opt.UnderlayMTU, n.delay()
-	near := n.wire()[len(n.wire())-1]
-	if err := n.Machine.plug(control, near, d == 0, mtu); err != nil {
+	if err := n.Machine.plugBy(n.wire(), control, n.Port, n.lab.opt.UnderlayMTU); err != nil {
 		return err
 	}
-	if err := n.configure("eth0", n.lab.opt.underlay(n.index+11), n.lab.opt.underlay(1)); err != nil || d == 0 {
-		return err
-	}
-	far := n.Port + "far"
-	if err := control.addPort(n.Port, far, mtu); err != nil {
-		return err
-	}
-	n.line, err = control.newLine(near, far, d)
-	return err
+	return n.configure("eth0", n.lab.opt.underlay(n.index+11), n.lab.opt.underlay(1))
 }
 
-// wire are the links on the control host that make up the node's wire, but for their other ends.
-func (n *Node) wire() []string {
-	if n.delay() == 0 {
+// wireLinks are the links on the control host that make up the node's wire, but for their other ends.
+func (n *Node) wireLinks() []string {
+	if n.line == nil {
 		return []string{n.Port}
 	}
 	return []string{n.Port, n.Port + "near"}
 }
 
-func (n *Node) delay() time.Duration {
-	if d := n.lab.opt.Delays; len(d) > 0 && len(n.Routers) == 0 {
-		return d[n.index%len(d)]
+// wire is the node's, or its outermost router's, to the underlay.
+func (n *Node) wire() (w Wire) {
+	if len(n.Routers) > 0 {
+		return n.Routers[0].Site.Wire
 	}
-	return 0
+	if d := n.lab.opt.Delays; len(d) > 0 {
+		w.Delay = d[n.index%len(d)]
+	}
+	return w
 }
 
 // unplug ends what the lab itself does for the node.
@@ -108,10 +101,6 @@ func (n *Node) unplug() {
 	if n.front != nil {
 		_ = n.front.Close() // connections that are going anyway
 		n.front = nil
-	}
-	if n.line != nil {
-		_ = n.line.close() // sockets that nothing was written to a file through
-		n.line = nil
 	}
 }
 
@@ -141,8 +130,18 @@ func (n *Node) ConfigureDaemon(change func(n *Node, c map[string]any)) error {
 	if err := os.WriteFile(n.Path(KeyFile), []byte(n.lab.Control.APIKey+"\n"), 0o600); err != nil {
 		return err
 	}
+	headscale := object{"url": n.lab.Control.URL, "apiKeyFile": KeyFile}
+	if n.lab.opt.TLS {
+		if err := n.lab.Control.trust(n.Machine); err != nil {
+			return err
+		}
+		headscale["caFile"] = CAFile
+	}
+	if proxy := n.proxy(); proxy != "" {
+		headscale["proxy"] = proxy
+	}
 	c := object{
-		"headscale": object{"url": n.lab.Control.URL, "apiKeyFile": KeyFile},
+		"headscale": headscale,
 		"tailscale": object{"mode": n.Mode},
 		"network":   object{"podCIDRs": n.PodCIDRs, "clusterCIDRs": ClusterCIDRs},
 	}
@@ -156,15 +155,18 @@ func (n *Node) ConfigureDaemon(change func(n *Node, c map[string]any)) error {
 	return os.WriteFile(n.Path(paths.ConfigFile), b, 0o644)
 }
 
-// tailscaledEnv makes an offline tailnet work: the embedded DERP server speaks plain HTTP here.
-func tailscaledEnv() []string {
+// tailscaledEnv makes an offline tailnet work: the embedded DERP server speaks plain HTTP here, or has a certificate of its own.
+func (n *Node) tailscaledEnv() []string {
+	if n.lab.opt.TLS {
+		return []string{"SSL_CERT_FILE=" + CAFile, "TS_NO_LOGS_NO_SUPPORT=true"}
+	}
 	return []string{"TS_DEBUG_USE_DERP_HTTP=true", "TS_NO_LOGS_NO_SUPPORT=true"}
 }
 
 // StartTailscaled starts the node's tailscaled: the host's own, or in daemon mode the dedicated one.
 func (n *Node) StartTailscaled() (err error) {
 	if n.Mode == config.ModeDaemon {
-		env := append(tailscaledEnv(), "HEADCNI_TAILSCALED="+n.lab.dedicatedTailscaled())
+		env := append(n.tailscaledEnv(), "HEADCNI_TAILSCALED="+n.lab.dedicatedTailscaled())
 		if n.lab.opt.NoPings {
 			if err := n.refusePings(); err != nil {
 				return fmt.Errorf("put a proxy before the LocalAPI of %s: %w", n.Name, err)
@@ -178,7 +180,11 @@ func (n *Node) StartTailscaled() (err error) {
 	if err := os.MkdirAll(n.Path("/run/tailscale"), 0o755); err != nil {
 		return err
 	}
-	n.Tailscaled, err = n.Start("tailscaled", tailscaledEnv(), "--state=/var/lib/tailscale/tailscaled.state",
+	env := n.tailscaledEnv()
+	if proxy := n.proxy(); proxy != "" {
+		env = append(env, "HTTPS_PROXY="+proxy)
+	}
+	n.Tailscaled, err = n.Start("tailscaled", env, "--state=/var/lib/tailscale/tailscaled.state",
 		"--socket="+paths.HostTailscaleSocket, "--tun="+hostTun, fmt.Sprintf("--port=%d", tailscaledPort), "--no-logs-no-support")
 	return err
 }

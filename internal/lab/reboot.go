@@ -24,7 +24,7 @@ func (n *Node) Crash() error {
 		return n.Routers[0].removeLinks(lanLink)
 	}
 	// The wire would vanish with the last handle on the node's network, some time later.
-	return n.lab.Control.removeLinks(n.wire()...)
+	return n.lab.Control.removeLinks(n.wireLinks()...)
 }
 
 // Boot starts a node that crashed: another boot, with an empty /run and a bare network, and with its disk. None of its
@@ -37,7 +37,7 @@ func (n *Node) Boot(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read the disk of %s: %w", n.Name, err)
 	}
-	m, err := newMachine(ctx, n.lab.Dir, n.Name, n.lab.hosts(), n.lab.opt.path(), n.lab.lock)
+	m, err := newMachine(ctx, n.lab.Dir, n.Name, n.lab.hosts(n.lab.opt.site(n.index).Proxy), n.lab.opt.path(), n.lab.lock)
 	if err != nil {
 		return err
 	}
@@ -48,5 +48,5 @@ func (n *Node) Boot(ctx context.Context) error {
 	if len(n.Routers) > 0 {
 		return n.plugIntoLAN()
 	}
-	return n.plug(n.lab.Control.Machine)
+	return n.plug(ctx, n.lab.Control.Machine)
 }

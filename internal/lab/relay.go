@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -20,16 +21,17 @@ const (
 
 // relayMap is what Headscale tells the nodes about the relay: its derp-example.yaml has the form. JSON would not do, as
 // its keys are never numbers.
-func relayMap() string {
-	addrs := underlayAddrs(1)
-	return fmt.Sprintf(`regions:
-  900:
-    regionid: 900
-    regioncode: lab
-    regionname: lab
+func relayMap() string { return "regions:\n" + relayRegion(900, "lab", underlayAddrs(1)) }
+
+// relayRegion is one relay of such a map.
+func relayRegion(id int, code string, addrs []netip.Prefix) string {
+	return fmt.Sprintf(`  %[1]d:
+    regionid: %[1]d
+    regioncode: %[2]s
+    regionname: %[2]s
     nodes:
-      - {name: 900a, regionid: 900, hostname: %[1]s, ipv4: %[1]s, ipv6: "%[2]s", stunport: 3478, derpport: %[3]d}
-`, addrs[0].Addr(), addrs[1].Addr(), relayPort)
+      - {name: %[1]da, regionid: %[1]d, hostname: %[3]s, ipv4: %[3]s, ipv6: "%[4]s", stunport: 3478, derpport: %[5]d}
+`, id, code, addrs[0].Addr(), addrs[1].Addr(), relayPort)
 }
 
 // withRelay makes a Headscale configuration use the relay that is apart.

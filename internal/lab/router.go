@@ -34,6 +34,9 @@ type Site struct {
 	Opened bool
 	// NoUDP lets nothing out but TCP to the control host.
 	NoUDP bool
+	// Proxy lets nothing out at all, but has an HTTP proxy on the router that connects to port 443 of whoever is named to it. The
+	// site knows no names of the outside. It goes with Options.TLS only.
+	Proxy bool
 	// OpenInput has the outermost router answer what is for its own address, as a bare Linux does; else it drops it.
 	OpenInput bool
 	// Strict has the router pass on no TCP whose beginning it has not seen: carriers and BSD's pf do so, Linux does not. What it
@@ -45,6 +48,8 @@ type Site struct {
 	LAN netip.Prefix
 	// MTU of the way from the router to the underlay in bytes, 0 = the underlay's.
 	MTU int
+	// Wire is between the outermost router and the underlay.
+	Wire Wire
 }
 
 func (s Site) behind() bool { return s != Site{} }
@@ -72,7 +77,9 @@ func hostIn(p netip.Prefix, n int) netip.Prefix {
 type Router struct {
 	*Machine
 	Site Site
-	node *Node
+	// Proxy is its HTTP proxy, where it has one.
+	Proxy *Process
+	node  *Node
 }
 
 const (
@@ -80,6 +87,8 @@ const (
 	wanLink = "eth0"
 	// tailscaledPort is where tailscaled listens unless it is told otherwise.
 	tailscaledPort = 41641
+	// proxyPort is where the router's HTTP proxy listens.
+	proxyPort = 3128
 	// routerHost is the router's number on its LAN, siteHost the node's.
 	routerHost, siteHost = 1, 10
 )
@@ -113,7 +122,7 @@ func (n *Node) addRouters(ctx context.Context) error {
 		names = append(names, "carrier")
 	}
 	for _, name := range names {
-		m, err := newMachine(ctx, n.lab.Dir, fmt.Sprintf("%s-%d", name, n.index+1), n.lab.hosts(), n.lab.opt.path(), n.lab.lock)
+		m, err := newMachine(ctx, n.lab.Dir, fmt.Sprintf("%s-%d", name, n.index+1), n.lab.hosts(false), n.lab.opt.path(), n.lab.lock)
 		if err != nil {
 			return err
 		}
@@ -123,14 +132,14 @@ func (n *Node) addRouters(ctx context.Context) error {
 }
 
 // plugSite connects the node to its router, that one to the next, and the last to the underlay, whose port has the node's name.
-func (n *Node) plugSite(control *Machine) error {
+func (n *Node) plugSite(ctx context.Context, control *Machine) error {
 	outer := n.Routers[len(n.Routers)-1]
 	site, opt, host := outer.Site, n.lab.opt, n.index+11
 	mtu := site.MTU
 	if mtu == 0 {
 		mtu = opt.UnderlayMTU
 	}
-	if err := outer.Machine.plug(control, n.Port, true, mtu); err != nil {
+	if err := outer.Machine.plugBy(site.Wire, control, n.Port, mtu); err != nil {
 		return err
 	}
 	wan := opt.underlay(host)
@@ -150,6 +159,11 @@ func (n *Node) plugSite(control *Machine) error {
 	}
 	for _, r := range n.Routers {
 		if err := r.route(); err != nil {
+			return err
+		}
+	}
+	if site.Proxy {
+		if err := n.Routers[0].StartProxy(ctx); err != nil {
 			return err
 		}
 	}
@@ -232,9 +246,11 @@ func (r *Router) rules() string {
 	if s.MTU != 0 {
 		fmt.Fprintf(&head, "oifname %s tcp flags syn tcp option maxseg size set %d\n", wanLink, s.MTU-60)
 	}
-	if s.NoUDP {
+	switch {
+	case s.Proxy:
+	case s.NoUDP:
 		fmt.Fprintf(&forward, "iifname %s ip daddr %s tcp dport { %d, %d } accept\n", lanLink, underlayAddrs(1)[0].Addr(), headscalePort, relayPort)
-	} else {
+	default:
 		fmt.Fprintf(&forward, "iifname %s accept\n", lanLink)
 	}
 	var opened string

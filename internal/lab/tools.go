@@ -41,6 +41,12 @@ func (o Options) checkTools() error {
 	if missing := haveAll(o.path(), slices.Concat(realParts, o.Plugins)...); len(missing) > 0 {
 		return fmt.Errorf("%w %s; `make` has them built; by hand, set %s to what test/tools/ensure prints", ErrMissing, strings.Join(missing, ", "), ToolsEnv)
 	}
+	if len(o.Derpers) > 0 && len(haveAll(o.path(), "derper")) > 0 {
+		return fmt.Errorf("%w derper; set %s to what `test/tools/ensure derper` prints beside the other tools", ErrMissing, ToolsEnv)
+	}
+	if slices.ContainsFunc(o.Sites, func(s Site) bool { return s.Proxy }) && len(haveAll(o.path(), proxyProgram)) > 0 {
+		return fmt.Errorf("%w %s; put the folder with it that `test/tools/packages unpack tinyproxy-bin` prints on PATH", ErrMissing, proxyProgram)
+	}
 	if missing := haveAll(o.path(), "bash", "ip", "nft", "mount", "find"); len(missing) > 0 {
 		return fmt.Errorf("%w %s; install iproute2, nftables, mount and findutils", ErrMissing, strings.Join(missing, ", "))
 	}

@@ -41,6 +41,20 @@ func (n *NFT) Open() error {
 
 // Write runs one transaction, which fill makes: all of it or nothing.
 func (n *NFT) Write(ctx context.Context, fill func(tx *knftables.Transaction)) error {
+	return n.run(ctx, fill, knftables.Interface.Run)
+}
+
+// Check tells whether the kernel would take a transaction, and changes nothing.
+func (n *NFT) Check(ctx context.Context, fill func(tx *knftables.Transaction)) error {
+	return n.run(ctx, fill, knftables.Interface.Check)
+}
+
+// Lacks reports whether Check failed since the kernel has no such thing, nor a module with it: another time it will not do either.
+func Lacks(err error) bool {
+	return err != nil && (strings.Contains(err.Error(), "Could not process rule: No such file or directory") || strings.Contains(err.Error(), "Operation not supported"))
+}
+
+func (n *NFT) run(ctx context.Context, fill func(tx *knftables.Transaction), do func(knftables.Interface, context.Context, *knftables.Transaction) error) error {
 	if err := n.Open(); err != nil {
 		return err
 	}
@@ -48,7 +62,7 @@ func (n *NFT) Write(ctx context.Context, fill func(tx *knftables.Transaction)) e
 	fill(tx)
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if err := n.found.Run(ctx, tx); err != nil {
+	if err := do(n.found, ctx, tx); err != nil {
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
 			n.found = nil // it went away
 		}

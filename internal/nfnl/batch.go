@@ -211,3 +211,12 @@ func (c *Conn) drop() {
 
 // Uint32 is a number as nf_tables has it.
 func Uint32(typ int, n uint32) Attr { return Attr{Type: typ, Value: nl.BEUint32Attr(n)} }
+
+// AwaitPackets waits until the kernel has finished with all packets that it works on now (membarrier waits for a grace period of RCU:
+// some 15 ms without work).
+func AwaitPackets() {
+	const global = 1 // MEMBARRIER_CMD_GLOBAL
+	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0); errno != 0 {
+		time.Sleep(100 * time.Millisecond) // a kernel that has it not, or not with nohz_full
+	}
+}

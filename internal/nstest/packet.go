@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/inetsum"
 )
 
 const hopLimit = 64
@@ -23,7 +25,7 @@ func Packet(src, dst netip.Addr, protocol uint8, payload []byte) []byte {
 	}
 	b = slices.Concat(b, src.AsSlice(), dst.AsSlice(), payload)
 	if src.Is4() {
-		binary.BigEndian.PutUint16(b[10:], checksum(b[:20]))
+		binary.BigEndian.PutUint16(b[10:], inetsum.Of(b[:20]))
 	}
 	return b
 }
@@ -101,6 +103,15 @@ func tcp(src, dst netip.Addr, from, to uint16, flags byte) []byte {
 // SYN is the header that begins a TCP connection.
 func SYN(src, dst netip.Addr, from, to uint16) []byte { return tcp(src, dst, from, to, syn) }
 
+// Segment is a header of TCP, with an acknowledgement, and what it carries.
+func Segment(src, dst netip.Addr, from, to uint16, seq, acknowledged uint32, text string) []byte {
+	b := tcp(src, dst, from, to, ack)
+	binary.BigEndian.PutUint32(b[4:], seq)
+	binary.BigEndian.PutUint32(b[8:], acknowledged)
+	b[16], b[17] = 0, 0
+	return sum(src, dst, unix.IPPROTO_TCP, append(b, text...), 16)
+}
+
 // SCTPInit is a packet that begins an SCTP association (RFC 9260, sections 3.1 and 3.3.2).
 func SCTPInit(from, to uint16) []byte {
 	b := binary.BigEndian.AppendUint16(nil, from)
@@ -120,11 +131,22 @@ func Echo(src, dst netip.Addr, id uint16) []byte {
 	return payload
 }
 
+// TooBig is an ICMP error that tells a sender how large packets to a destination may be, and quotes the one that it is about (RFC 1191; RFC 4443,
+// section 3.2).
+func TooBig(src, dst netip.Addr, mtu uint16, about []byte) []byte {
+	typ, code := byte(3), byte(4)
+	if src.Is6() {
+		typ, code = 2, 0
+	}
+	protocol, payload := icmp(src, dst, typ, code, slices.Concat([]byte{0, 0, byte(mtu >> 8), byte(mtu)}, about))
+	return Packet(src, dst, protocol, payload)
+}
+
 // icmp is a message of ICMP or ICMPv6.
 func icmp(src, dst netip.Addr, typ, code byte, body []byte) (protocol uint8, payload []byte) {
 	b := append([]byte{typ, code, 0, 0}, body...)
 	if src.Is4() {
-		binary.BigEndian.PutUint16(b[2:], checksum(b))
+		binary.BigEndian.PutUint16(b[2:], inetsum.Of(b))
 		return unix.IPPROTO_ICMP, b
 	}
 	return unix.IPPROTO_ICMPV6, sum(src, dst, unix.IPPROTO_ICMPV6, b, 2)
@@ -168,21 +190,6 @@ func Shapes(src, dst netip.Addr, port uint16) map[string][]byte {
 // sum puts the checksum that TCP, UDP and ICMPv6 have in common at an offset (RFC 9293, section 3.1; RFC 8200, section 8.1).
 func sum(src, dst netip.Addr, protocol uint8, b []byte, at int) []byte {
 	pseudo := slices.Concat(src.AsSlice(), dst.AsSlice(), binary.BigEndian.AppendUint32(nil, uint32(len(b))), []byte{0, 0, 0, protocol}, b)
-	binary.BigEndian.PutUint16(b[at:], checksum(pseudo))
+	binary.BigEndian.PutUint16(b[at:], inetsum.Of(pseudo))
 	return b
-}
-
-// checksum is the Internet's (RFC 1071).
-func checksum(data []byte) uint16 {
-	if len(data)%2 == 1 {
-		data = append(slices.Clone(data), 0)
-	}
-	var sum uint32
-	for i := 0; i < len(data); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(data[i:]))
-	}
-	for sum > 0xffff {
-		sum = sum>>16 + sum&0xffff
-	}
-	return ^uint16(sum)
 }

@@ -44,6 +44,9 @@ type Headscale struct {
 	AuthKey secret.Secret `json:"authKey"`
 	// CAFile is a PEM bundle to trust for an https URL beside the system's.
 	CAFile string `json:"caFile"`
+	// Proxy is the HTTP proxy by which Headscale and relays are reached where nothing else leads there; empty means what the
+	// environment says, if anything.
+	Proxy string `json:"proxy"`
 }
 
 // Modes of tailscaled.
@@ -92,6 +95,9 @@ const (
 	PolicyOpen   = "open"   // everything
 )
 
+// Whether established flows between pods of one node go past the node's rules.
+const FastPathOff = "off" // Auto is the other: where the kernel can
+
 // Network is what the node's network looks like. Pod CIDRs are this node's, cluster CIDRs this cluster's pools.
 type Network struct {
 	PodCIDRs     CIDRs `json:"podCIDRs"`
@@ -113,6 +119,8 @@ type Network struct {
 	NetworkPolicy bool `json:"networkPolicy"`
 	// PolicyStartup is what a pod may do whose policies are not known yet.
 	PolicyStartup string `json:"policyStartup"`
+	// FastPath is Auto or FastPathOff.
+	FastPath string `json:"fastPath"`
 	// AdvertiseServices leads the tailnet to the cluster's services.
 	AdvertiseServices AdvertiseServices `json:"advertiseServices"`
 }
@@ -276,7 +284,7 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 func Default() Config {
 	return Config{
 		Tailscale: Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
-		Network: Network{Masquerade: true, TailnetEgress: EgressMasquerade, TailnetSubnets: SubnetsDeny, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict,
+		Network: Network{Masquerade: true, TailnetEgress: EgressMasquerade, TailnetSubnets: SubnetsDeny, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict, FastPath: string(Auto),
 			AdvertiseServices: AdvertiseServices{NodeSelector: map[string]string{}, HealthURL: "http://127.0.0.1:10256/healthz"}},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},

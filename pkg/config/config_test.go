@@ -58,6 +58,7 @@ func TestLoadFaults(t *testing.T) {
 			[]string{"line 3: network.podCIDR: no such key; did you mean podCIDRs?", "line 4: network.bridge: no such key; the keys here are ", "clusterCIDRs"}},
 		{"wrong type", "network:\n  mtu: big", nil, []string{"line 2: network.mtu: is a string, want a whole number"}},
 		{"wrong type of a list", "network:\n\n  podCIDRs: 10.244.1.0/24", nil, []string{"line 3: network.podCIDRs: is a string, want a list"}},
+		{"wrong type with a vowel", "network:\n  podCIDRs: {a: b}", nil, []string{"line 2: network.podCIDRs: is an object, want a list"}},
 		{"wrong type of a section", "network: 7", nil, []string{"line 1: network: is a number, want other keys below it"}},
 		{"broken line", "network:\n  mtu: 1400\n podCIDRs: []", nil, []string{"line 2: did not find expected key"}},
 		{"twice", "network:\n  mtu: 1400\n  mtu: 1300", nil, []string{"line 3", "mtu"}},

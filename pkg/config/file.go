@@ -89,7 +89,11 @@ func withLine(text string, lines map[string]int) string {
 	if m == nil {
 		return text
 	}
-	text = fmt.Sprintf("%s: is a %s, want %s", m[2], m[1], plainType(m[3]))
+	article := "a"
+	if strings.ContainsRune("ao", rune(m[1][0])) { // array, object
+		article = "an"
+	}
+	text = fmt.Sprintf("%s: is %s %s, want %s", m[2], article, m[1], plainType(m[3]))
 	if line := lines[m[2]]; line > 0 {
 		text = fmt.Sprintf("line %d: %s", line, text)
 	}

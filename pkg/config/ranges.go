@@ -61,7 +61,7 @@ func (c Config) validateRanges(v *faults, r Ranges) {
 		key      string
 		prefixes []netip.Prefix
 	}{
-		{"network.podCIDRs", r.Pods}, {"network.clusterCIDRs", r.Cluster}, {"network.remoteCIDRs", r.Remote}, {"network.serviceCIDRs", r.Services},
+		{"network.podCIDRs", r.Pods}, {"network.clusterCIDRs", r.Cluster}, {"network.remoteCIDRs", c.Network.RemoteCIDRs.Prefixes()}, {"network.serviceCIDRs", r.Services},
 	}
 	for _, l := range lists {
 		for _, p := range l.prefixes {
@@ -71,7 +71,7 @@ func (c Config) validateRanges(v *faults, r Ranges) {
 	if mtu := c.Network.MTU; mtu != 0 && mtu < 1280 && slices.ContainsFunc(r.Pods, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
 		v.add("network.mtu", strconv.Itoa(mtu), "IPv6 pod CIDRs need at least 1280 bytes (RFC 8200 section 5)")
 	}
-	for _, s := range r.Remote {
+	for _, s := range c.Network.RemoteCIDRs.Prefixes() {
 		for _, p := range r.Pods {
 			if netset.Covers([]netip.Prefix{p}, s) {
 				v.add("network.remoteCIDRs", s.String(), "is inside network.podCIDRs "+p.String()+", whose addresses are this node's own pods'; no other cluster can have them")
@@ -103,4 +103,5 @@ func (c Config) validateRanges(v *faults, r Ranges) {
 			}
 		}
 	}
+	c.validateRemote(v, r)
 }

@@ -70,6 +70,7 @@ func (c Config) validateHeadscale(v *faults) {
 			v.add("headscale.url", withoutUser(c.Headscale.URL), "want https://HOST[:PORT] without a password")
 		}
 	}
+	c.Headscale.validateProxy(v)
 	for _, f := range [][2]string{
 		{"headscale.apiKeyFile", c.Headscale.APIKeyFile}, {"headscale.authKeyFile", c.Headscale.AuthKeyFile}, {"headscale.caFile", c.Headscale.CAFile},
 	} {
@@ -105,6 +106,7 @@ func (c Config) validateNetwork(v *faults) {
 	v.oneOf("network.tailnetSubnets", n.TailnetSubnets, SubnetsDeny, SubnetsAllow)
 	v.oneOf("network.lanIngress", n.LANIngress, LANDeny, LANAllow)
 	v.oneOf("network.policyStartup", n.PolicyStartup, PolicyStrict, PolicyOpen)
+	v.oneOf("network.fastPath", n.FastPath, string(Auto), FastPathOff)
 	v.oneOf("network.lanFirst", string(n.LANFirst), string(Auto), "true", "false")
 	if n.MTU != 0 && (n.MTU < 576 || n.MTU > 65520) {
 		v.add("network.mtu", strconv.Itoa(n.MTU), "want 0 (the tun's) or 576 to 65520 bytes; IPv6 needs 1280")
@@ -130,7 +132,6 @@ func (c Config) validateNetwork(v *faults) {
 			"choose a range inside, or widen network.clusterCIDRs on every node", []string(n.ClusterCIDRs)))
 	}
 	c.validateRanges(v, n.Ranges())
-	n.validateRemote(v)
 	n.AdvertiseServices.validate(v)
 }
 
@@ -163,32 +164,44 @@ var domain = regexp.MustCompile(`^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9
 const wantDomain = "want a domain in lower case, such as east.k8s.example.com"
 
 // validateRemote checks other clusters: no two may have one address, name or domain, since each would hide the other.
-func (n Network) validateRemote(v *faults) {
+func (c Config) validateRemote(v *faults, r Ranges) {
 	type owner struct {
-		who   string
-		cidrs CIDRs
+		who      string
+		prefixes []netip.Prefix
 	}
-	owners := []owner{
-		{"this cluster's network.clusterCIDRs", n.ClusterCIDRs}, {"this node's network.podCIDRs", n.PodCIDRs}, {"this cluster's network.serviceCIDRs", n.ServiceCIDRs},
+	owners := []owner{{"this cluster's own pods", r.Cluster}, {"this node's own pods", r.Pods}, {"this cluster's own services", r.Services}}
+	if host := c.Headscale.host(); host.IsValid() {
+		owners = append(owners, owner{"Headscale", []netip.Prefix{netip.PrefixFrom(host, host.BitLen())}})
 	}
 	names, domains := map[string]bool{}, map[string]string{}
-	for _, c := range n.RemoteClusters {
-		key := "network.remoteClusters[" + c.Name + "]"
-		if !domain.MatchString(c.Name) || strings.Contains(c.Name, ".") || names[c.Name] {
-			v.add("network.remoteClusters.name", c.Name, "want a name of lower-case letters, digits and dashes, that no other of them has")
+	if c.DNS.Alias != "" {
+		domains[c.DNS.Alias] = "this cluster (dns.alias)"
+	}
+	for _, other := range c.Network.RemoteClusters {
+		key := "network.remoteClusters[" + other.Name + "]"
+		if !domain.MatchString(other.Name) || strings.Contains(other.Name, ".") || names[other.Name] {
+			v.add("network.remoteClusters.name", other.Name, "want a name of lower-case letters, digits and dashes, that no other of them has")
 		}
-		names[c.Name] = true
-		for _, s := range c.ranges() {
+		names[other.Name] = true
+		if len(other.ranges()) == 0 {
+			v.add(key, "", "has neither podCIDRs nor serviceCIDRs: want what `headcnictl dns remote` prints in that cluster")
+		}
+		for _, s := range other.ranges() {
 			v.cidr(key, s)
 			p, err := netip.ParsePrefix(s)
+			if err != nil {
+				continue
+			}
+			v.prefix(key, p)
 			for _, o := range owners {
-				if err == nil && slices.ContainsFunc(o.cidrs.Prefixes(), p.Overlaps) {
-					v.add(key, s, "overlaps "+o.who+"; clusters that reach each other need ranges of their own")
+				if i := slices.IndexFunc(o.prefixes, p.Overlaps); i >= 0 {
+					v.add(key, s, fmt.Sprintf("overlaps %s of %s; clusters that reach each other need ranges of their own", o.prefixes[i], o.who))
+					break
 				}
 			}
+			owners = append(owners, owner{key, []netip.Prefix{p}})
 		}
-		owners = append(owners, owner{key, c.ranges()})
-		c.validateDNS(v, key, domains)
+		other.validateDNS(v, key, domains)
 	}
 }
 

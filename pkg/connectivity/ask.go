@@ -116,6 +116,7 @@ func askAll(ctx context.Context, asks []Ask) []Result {
 func (a Ask) settle(ctx context.Context) Result {
 	ctx, cancel := context.WithTimeout(ctx, a.Within)
 	defer cancel()
+	end, _ := ctx.Deadline() // there is one
 	var since time.Time
 	var last error
 	for times := 0; ; {
@@ -134,7 +135,7 @@ func (a Ask) settle(ctx context.Context) Result {
 		case a.Denied && err == nil:
 			times, err = 0, errors.New("it answers, and a policy denies that")
 		}
-		if last == nil || ctx.Err() == nil { // else the time was too short to tell
+		if last == nil || ctx.Err() == nil && time.Now().Before(end) { // else the time was too short to tell; ctx may learn of it later than a dial
 			last = err
 		}
 		select {

@@ -1,11 +1,11 @@
 package connectivity
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"slices"
 	"strings"
@@ -29,6 +29,8 @@ type Options struct {
 	Client kube.Client
 	// Exec runs a command in a pod.
 	Exec func(ctx context.Context, pod podexec.Pod, stdin []byte, command ...string) ([]byte, error)
+	// Stream is Exec for a command that is spoken with.
+	Stream func(ctx context.Context, pod podexec.Pod, stdin io.Reader, stdout io.Writer, command ...string) error
 	// Nodes to test.
 	Nodes []Node
 	// Image of HeadCNI, which every node has.
@@ -37,16 +39,24 @@ type Options struct {
 	AllPairs bool
 	// NoPolicies says why NetworkPolicies are not tested, "" = they are.
 	NoPolicies string
+	// Disrupt says what is restarted at the end, nil = nothing.
+	Disrupt *Disrupt
 	// Here asks from this machine what it reaches by a tailnet.
 	Here func(context.Context, []Ask) []Result
 	// Say tells what is under way.
 	Say func(format string, args ...any)
+	// Time is how long a measurement takes, and Path asks how a node reaches another, by the tailnet: for Perf alone.
+	Time time.Duration
+	Path func(context.Context) (func(from, to string) string, error)
 }
 
-// Node is one to test, with its own addresses, one of each family.
+// Node is one to test, with its own addresses, one of each family, and those that it has in the tailnet, which Perf needs.
 type Node struct {
-	Name  string
-	Addrs []netip.Addr
+	Name    string
+	Addrs   []netip.Addr
+	Tailnet []netip.Addr
+	// Tailscaled is the pod whose CPU Perf asks for, the zero Pod where the host has its own.
+	Tailscaled podexec.Pod
 }
 
 // Groups of questions, in the order in which they are reported.
@@ -62,15 +72,16 @@ const (
 	apiSrv   = "pod to API server"
 	policies = "policy"
 	tailnet  = "this machine to pod"
+	restarts = "restarts"
 )
 
-var groups = []string{pods, podToPod, sizes, services, names, ports, hosts, egress, apiSrv, policies, tailnet}
+var groups = []string{pods, podToPod, sizes, services, names, ports, hosts, egress, apiSrv, policies, tailnet, restarts}
 
 // idOf says which finding it is where a group is not right.
 var idOf = map[string]findings.ID{
 	pods: findings.TestPods, podToPod: findings.PodToPod, sizes: findings.PacketSizes, services: findings.ServicesFail, names: findings.NamesFail,
 	ports: findings.PortsFail, hosts: findings.PortsFail, egress: findings.EgressFails, apiSrv: findings.EgressFails, policies: findings.PoliciesFail,
-	tailnet: findings.TailnetToPod,
+	tailnet: findings.TailnetToPod, restarts: findings.Interrupted,
 }
 
 const (
@@ -94,11 +105,15 @@ type node struct {
 
 type test struct {
 	Options
+	roles      []string // of the pods on each node
+	perf       bool     // the pods measure
+	made       int      // pods
 	mu         sync.Mutex
 	byNode     map[string]*node
 	report     Report
 	more       map[[2]string]int // causes beside the first, by group and pair
 	noHostPort string
+	noInNode   string
 }
 
 // question is an Ask with what is said of it.
@@ -108,14 +123,53 @@ type question struct {
 }
 
 // Run tests, and removes what it has made, also where it is interrupted. An error means that there is no answer, or that something is left.
-func Run(ctx context.Context, o Options) (r Report, err error) {
-	t := &test{Options: o, byNode: map[string]*node{}, more: map[[2]string]int{}, report: Report{OK: true, Findings: []doctor.Finding{}, Groups: []Group{}}}
+func Run(ctx context.Context, o Options) (Report, error) {
+	t := newTest(o, asks, answers)
+	if err := t.mayDisrupt(ctx); err != nil {
+		return t.report, err
+	}
+	err := t.around(ctx, func() error {
+		service, err := t.createService(ctx)
+		if err != nil {
+			return err
+		}
+		if err := t.start(ctx); err != nil {
+			return err
+		}
+		t.count()
+		if t.noHostPort != "" {
+			t.note(hosts, "not tested: the cluster's rules allow no hostPort here: %s", t.noHostPort)
+		}
+		t.Say("asking from pod to pod")
+		if _, err := t.ask(ctx, func(n *node) []question { return t.questions(n, service) }); err != nil {
+			return err
+		}
+		if err := t.testPolicies(ctx); err != nil {
+			return err
+		}
+		t.fromHere(ctx)
+		if err := t.disrupt(ctx); err != nil {
+			return err
+		}
+		return ctx.Err()
+	})
+	return t.report, err
+}
+
+func newTest(o Options, roles ...string) *test {
+	t := &test{Options: o, roles: roles, byNode: map[string]*node{}, more: map[[2]string]int{},
+		report: Report{OK: true, Findings: []doctor.Finding{}, Groups: []Group{}}}
 	for _, n := range o.Nodes {
 		t.byNode[n.Name] = &node{Node: n}
 	}
+	return t
+}
+
+// around does something in the namespace, which it makes before and removes after, whatever has happened.
+func (t *test) around(ctx context.Context, do func() error) (err error) {
 	began := time.Now()
 	if err := t.claim(ctx); err != nil {
-		return r, err
+		return err
 	}
 	beating, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -123,45 +177,33 @@ func Run(ctx context.Context, o Options) (r Report, err error) {
 	defer func() {
 		stop()
 		wg.Wait()
-		// Whatever has happened, and also where ctx has ended.
-		if bad := t.remove(context.WithoutCancel(ctx)); bad != nil {
+		if bad := t.remove(context.WithoutCancel(ctx)); bad != nil { // also where ctx has ended
 			err = errors.Join(err, bad)
 		}
-		r = t.report
-		r.Seconds = time.Since(began).Seconds()
+		t.report.Seconds = time.Since(began).Seconds()
 	}()
-	service, err := t.createService(ctx)
-	if err != nil {
-		return r, err
-	}
-	t.Say("starting %d pods in namespace %s", 2*len(t.Nodes), Namespace)
+	return do()
+}
+
+// start makes the pods, and waits for them.
+func (t *test) start(ctx context.Context) error {
+	began := time.Now()
+	t.Say("starting %d pods in namespace %s", len(t.roles)*len(t.Nodes), Namespace)
 	if err := t.createPods(ctx); err != nil {
-		return r, err
+		return err
 	}
 	if err := t.waitPods(ctx); err != nil {
-		return r, err
+		return err
 	}
 	t.report.Started = time.Since(began).Seconds()
-	t.count()
-	if t.noHostPort != "" {
-		t.note(hosts, "not tested: the cluster's rules allow no hostPort here: %s", t.noHostPort)
-	}
-	t.Say("asking from pod to pod")
-	if _, err := t.ask(ctx, func(n *node) []question { return t.questions(n, service) }); err != nil {
-		return r, err
-	}
-	if err := t.testPolicies(ctx); err != nil {
-		return r, err
-	}
-	t.fromHere(ctx)
-	return r, ctx.Err()
+	return nil
 }
 
 // count fills in how much is tested.
 func (t *test) count() {
 	t.report.Nodes = len(t.Nodes)
 	for _, n := range t.byNode {
-		t.report.Pods += 2
+		t.report.Pods += len(t.roles)
 		if n.away {
 			continue
 		}
@@ -304,25 +346,36 @@ func (t *test) exec(ctx context.Context, n *node, from string, list []question) 
 		in = append(in, q.Ask)
 		limit = max(limit, execSlack+q.Within*time.Duration(len(list)/atOnce+1))
 	}
+	var results []Result
+	if err := t.inPod(ctx, limit, from, n, in, &results, "connect"); err != nil {
+		return nil, err
+	}
+	if len(results) != len(list) {
+		return nil, fmt.Errorf("%d answers of pod %s to %d questions", len(results), podName(from, n.Name), len(list))
+	}
+	return results, nil
+}
+
+// inPod runs one of `headcnictl probe` in a pod, which reads in and writes out as JSON.
+func (t *test) inPod(ctx context.Context, limit time.Duration, who string, n *node, in, out any, probe ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	b, err := json.Marshal(in)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	pod := podexec.Pod{Namespace: Namespace, Name: podName(from, n.Name), Container: container}
-	out, err := t.Exec(ctx, pod, b, "/usr/local/bin/headcnictl", "probe", "connect")
+	pod := podexec.Pod{Namespace: Namespace, Name: podName(who, n.Name), Container: container}
+	b, err = t.Exec(ctx, pod, b, append([]string{program, "probe"}, probe...)...)
+	switch {
+	case errors.Is(err, podexec.ErrForbidden):
+		err = fmt.Errorf("%w; %s", err, Rights)
+	case err == nil:
+		err = json.Unmarshal(b, out)
+	}
 	if err != nil {
-		if errors.Is(err, podexec.ErrForbidden) {
-			err = fmt.Errorf("%w; %s", err, Rights)
-		}
-		return nil, fmt.Errorf("run the questions in pod %s: %w", pod.Name, err)
+		return fmt.Errorf("run headcnictl in pod %s: %w", pod.Name, err)
 	}
-	var results []Result
-	if err := json.NewDecoder(bytes.NewReader(out)).Decode(&results); err != nil || len(results) != len(list) {
-		return nil, fmt.Errorf("run the questions in pod %s: %d answers to %d questions (%v)", pod.Name, len(results), len(list), err)
-	}
-	return results, nil
+	return nil
 }
 
 // testPolicies denies and allows, and measures how long each took to hold.

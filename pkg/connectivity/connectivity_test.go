@@ -72,7 +72,7 @@ func TestAskAll(t *testing.T) {
 	} {
 		c.ask.Within, c.ask.Try = 5*time.Second, 2*time.Second
 		if c.want != "" {
-			c.ask.Within = time.Second
+			c.ask.Within = 2 * time.Second
 		}
 		asks, want = append(asks, c.ask), append(want, c.want)
 	}
@@ -107,6 +107,12 @@ type world struct {
 	o      Options
 	answer func(from string, a Ask) Result
 	said   []string
+	// measured is what a pod's measurement finds.
+	measured func(from string, m Measure) []byte
+	// flow is what becomes of one while so many parts were restarted, silent are those of which nothing comes back before.
+	flow      func(from string, restarts int) Flow
+	silent    []netip.AddrPort
+	restarted []string
 }
 
 func newWorld(t *testing.T) *world {
@@ -147,6 +153,11 @@ func newWorld(t *testing.T) *world {
 		Client: w.Client, Image: "headcni:1", Here: Here, Say: func(format string, args ...any) { w.said = append(w.said, fmt.Sprintf(format, args...)) },
 		Exec: func(ctx context.Context, pod podexec.Pod, stdin []byte, command ...string) ([]byte, error) {
 			var asks []Ask
+			if command[2] == "measure" {
+				var m Measure
+				err := json.Unmarshal(stdin, &m)
+				return w.measured(pod.Name, m), err
+			}
 			if err := json.Unmarshal(stdin, &asks); err != nil || !slices.Equal(command[1:], []string{"probe", "connect"}) {
 				return nil, fmt.Errorf("%v: %w", command, err)
 			}
@@ -162,7 +173,7 @@ func newWorld(t *testing.T) *world {
 		},
 	}
 	for i, name := range []string{"a", "b", "c"} {
-		w.o.Nodes = append(w.o.Nodes, Node{name, []netip.Addr{netip.AddrFrom4([4]byte{192, 168, 0, byte(i)})}})
+		w.o.Nodes = append(w.o.Nodes, Node{Name: name, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{192, 168, 0, byte(i)})}})
 	}
 	return w
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,10 +29,11 @@ const (
 	label = "headcni.io/connectivity-test"
 	alive = "headcni.io/connectivity-test-alive"
 	role  = "headcni.io/role"
-	// Roles of pods: those that answer, and those that ask.
-	answers, asks = "answers", "asks"
+	// Roles of pods: those that answer, those that ask, and those in the node's own network.
+	answers, asks, inNode = "answers", "asks", "node"
 
 	container = "test"
+	program   = "/usr/local/bin/headcnictl"
 	service   = "answers"
 
 	// podLife ends a pod whose test was killed.
@@ -163,12 +165,12 @@ func podName(role, node string) string {
 	return fmt.Sprintf("%s-%08x", name[:min(len(name), longest-9)], hash.Sum32())
 }
 
-// pod is one that complies with Pod Security "restricted", but for the hostPort.
+// pod is one that complies with Pod Security "restricted", but for the hostPort, and for the node's own network where it is in that.
 func (t *test) pod(who, node string, hostPort int32) *corev1.Pod {
 	yes, no, nobody, life, now := true, false, int64(65532), int64(podLife/time.Second), int64(0)
 	c := corev1.Container{
 		Name: container, Image: t.Image, ImagePullPolicy: corev1.PullIfNotPresent,
-		Command: []string{"/usr/local/bin/headcnictl", "probe", "answer"},
+		Command: []string{program, "probe", "answer"},
 		Env:     []corev1.EnvVar{{Name: "NODE_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}},
 		SecurityContext: &corev1.SecurityContext{
 			AllowPrivilegeEscalation: &no, ReadOnlyRootFilesystem: &yes, RunAsNonRoot: &yes, RunAsUser: &nobody,
@@ -183,34 +185,54 @@ func (t *test) pod(who, node string, hostPort int32) *corev1.Pod {
 	if hostPort != 0 {
 		c.Ports = []corev1.ContainerPort{{ContainerPort: Port, HostPort: hostPort, Protocol: corev1.ProtocolTCP}}
 	}
+	if t.perf {
+		c.Command = []string{program, "probe", "answer-perf"}
+		if n := t.byNode[node]; who == inNode { // not at each address of the machine
+			for _, a := range slices.Concat(n.Addrs, n.Tailnet) {
+				c.Command = append(c.Command, a.String())
+			}
+		}
+	}
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: podName(who, node), Namespace: Namespace, Labels: map[string]string{role: who}},
 		Spec: corev1.PodSpec{
-			NodeName: node, Containers: []corev1.Container{c}, RestartPolicy: corev1.RestartPolicyAlways,
+			NodeName: node, Containers: []corev1.Container{c}, RestartPolicy: corev1.RestartPolicyAlways, HostNetwork: who == inNode,
 			Tolerations:                  []corev1.Toleration{{Operator: corev1.TolerationOpExists}}, // also where others may not run
 			AutomountServiceAccountToken: &no, EnableServiceLinks: &no, ActiveDeadlineSeconds: &life, TerminationGracePeriodSeconds: &now,
 		},
 	}
 }
 
-// createPods makes two pods on each node. Where the cluster's rules allow no hostPort, those that answer have none.
+// createPods makes the pods. Where the cluster's rules allow no hostPort, those that answer have none, and where they allow no pod in the node's
+// own network there is none.
 func (t *test) createPods(ctx context.Context) error {
 	port := int32(HostPort)
+	if t.perf {
+		port = 0
+	}
 	for _, n := range t.Nodes {
-		if err := t.create(ctx, t.pod(asks, n.Name, 0)); err != nil {
-			return err
-		}
-		err := t.create(ctx, t.pod(answers, n.Name, port))
-		if port != 0 && apierrors.IsForbidden(err) {
-			var refused apierrors.APIStatus
-			errors.As(err, &refused) // it is one
-			port = 0
-			if err = t.create(ctx, t.pod(answers, n.Name, 0)); err == nil {
-				t.noHostPort = refused.Status().Message
+		for _, who := range t.roles {
+			hostPort := int32(0)
+			if who == answers {
+				hostPort = port
 			}
-		}
-		if err != nil {
-			return err
+			err := t.create(ctx, t.pod(who, n.Name, hostPort))
+			if refused := apierrors.APIStatus(nil); apierrors.IsForbidden(err) && errors.As(err, &refused) {
+				switch {
+				case who == inNode:
+					t.noInNode = refused.Status().Message
+					continue
+				case hostPort != 0:
+					port = 0
+					if err = t.create(ctx, t.pod(who, n.Name, 0)); err == nil {
+						t.noHostPort = refused.Status().Message
+					}
+				}
+			}
+			if err != nil {
+				return err
+			}
+			t.made++
 		}
 	}
 	return nil
@@ -278,13 +300,14 @@ func (t *test) waitPods(ctx context.Context) error {
 					continue
 				}
 			}
-			if p.Labels[role] == asks {
+			switch p.Labels[role] {
+			case asks:
 				n.asks = addrs
-			} else {
+			case answers:
 				n.answers = addrs
 			}
 		}
-		return len(list.Items) == 2*len(t.Nodes) && len(waiting) == 0, nil
+		return len(list.Items) == t.made && len(waiting) == 0, nil
 	})
 	if err != nil && limit.Err() == nil || ctx.Err() != nil {
 		return err

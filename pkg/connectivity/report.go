@@ -25,6 +25,8 @@ type Report struct {
 	// Pairs of nodes, each in one direction.
 	Pairs    int      `json:"pairs"`
 	Families []string `json:"families"`
+	// Disruptions are the restarts that were asked for.
+	Disruptions []Disruption `json:"disruptions,omitempty"`
 	// Started is how long it took until the pods ran, Seconds the whole with the removal of the namespace.
 	Started float64 `json:"startedSeconds"`
 	Seconds float64 `json:"seconds"`
@@ -64,6 +66,9 @@ func (r Report) Text(out io.Writer) error {
 	}
 	b.Reset()
 	b.WriteString(strings.Join(lines, "\n"))
+	for _, d := range r.Disruptions {
+		d.text(b)
+	}
 	r.wrong(b)
 	if r.OK {
 		fmt.Fprintf(b, "all right, %.0f s\n", r.Seconds)

@@ -44,6 +44,7 @@ type Controller struct {
 	// namesOf are the zones that the cluster's DNS was last looked at for, namesAt is when, namesNote what was said of it.
 	namesOf, namesNote string
 	namesAt            time.Time
+	section            section
 	// recordsOf are the names of Services that the ConfigMap for Headscale was last looked at for, recordsAt is when.
 	recordsOf string
 	recordsAt time.Time

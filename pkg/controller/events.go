@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/kube"
@@ -111,7 +112,9 @@ func (c *Controller) announce(ctx context.Context, key, text string, about corev
 	} else {
 		c.log.Warn("to be changed", "what", key, "id", id, "text", text)
 	}
-	if err := (kube.Reporter{Client: c.client, Program: "controller", Instance: c.identity}).Write(ctx, e); err != nil {
+	err := kube.Reporter{Client: c.client, Program: "controller", Instance: c.identity}.Write(ctx, e)
+	// A namespace that is going takes no event any more, ever.
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
 		c.log.Debug("write an event", "err", err)
 		return // announced again with the next pass
 	}

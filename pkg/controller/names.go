@@ -33,20 +33,31 @@ const (
 // dnsState is what there is of CoreDNS; nil where there is none.
 type dnsState struct{ main, custom *corev1.ConfigMap }
 
-// dnsPlan is what to write, with the resourceVersion that was read.
+// dnsPlan is what to write, with the resourceVersions that were read.
 type dnsPlan struct {
-	update, create, remove *corev1.ConfigMap
+	// writes are made one after the other, none after one that fails: what one takes away another gives, and CoreDNS does not start with both.
+	writes []dnsWrite
+	// added: CoreDNS' own ConfigMap had no section of ours at all. by is who wrote it last, if not we.
+	added bool
+	by    string
 	// finding is what somebody has to do, note what is as it should be and good to know; "" = nothing.
 	finding, note string
 }
 
+type dnsWrite struct {
+	verb   string
+	object *corev1.ConfigMap
+}
+
+const (
+	update = "update"
+	create = "create"
+	remove = "remove"
+)
+
 // names keeps the tailnet's domain in the cluster's DNS, and the names of Services for the tailnet.
 func (c *Controller) names(ctx context.Context, nodes []node) error {
-	zones, finding := c.zones(nodes)
-	domain := ""
-	if len(zones) > 0 {
-		domain = zones[0].Name
-	}
+	domain, zones, finding := c.zones(nodes)
 	return errors.Join(c.serviceNames(ctx, domain), c.clusterDNS(ctx, zones, finding))
 }
 
@@ -57,8 +68,15 @@ func (c *Controller) clusterDNS(ctx context.Context, zones []corefile.Zone, find
 		return nil
 	}
 	p, err := c.writeNames(ctx, zones)
-	if apierrors.IsForbidden(err) {
+	switch {
+	case apierrors.IsForbidden(err):
 		p, err = dnsPlan{finding: err.Error() + ": upgrade the chart, which gives that right, or set dns.manageCoreDNS to false"}, nil
+	case isRefused(err):
+		do := "put there by hand what `headcnictl dns corefile` prints, or set dns.manageCoreDNS to false"
+		if c.cfg.DNS.ManageCoreDNS == "false" {
+			do = "take the section of headcni out by hand"
+		}
+		p, err = dnsPlan{finding: err.Error() + ": " + do}, nil
 	}
 	if err != nil {
 		return err
@@ -78,9 +96,14 @@ func (c *Controller) clusterDNS(ctx context.Context, zones []corefile.Zone, find
 	return nil
 }
 
-// zones are those that CoreDNS is to forward. None is known before a node says the tailnet's domain, and while nodes contradict each
-// other: what stands there stays then.
-func (c *Controller) zones(nodes []node) (zones []corefile.Zone, finding string) {
+// isRefused reports whether the API server will not take what is written, however often: a ConfigMap that is immutable, or too large.
+func isRefused(err error) bool {
+	return apierrors.IsInvalid(err) || apierrors.IsRequestEntityTooLargeError(err)
+}
+
+// zones are the tailnet's domain, and those that CoreDNS is to forward. None is known before a node says the tailnet's domain, and while
+// nodes contradict each other: what stands there stays then.
+func (c *Controller) zones(nodes []node) (domain string, zones []corefile.Zone, finding string) {
 	var said []tailnet.Node
 	for _, n := range nodes {
 		if n.key != "" && !n.leaving {
@@ -93,15 +116,18 @@ func (c *Controller) zones(nodes []node) (zones []corefile.Zone, finding string)
 	}
 	switch {
 	case err != nil:
-		return nil, "names of the tailnet: " + err.Error()
+		return "", nil, "names of the tailnet: " + err.Error()
 	case !ok:
-		return nil, ""
+		return "", nil, ""
+	}
+	if a := c.cfg.DNS.Alias; a != "" && corefile.Apart(a, []string{z.Name}) != nil {
+		return z.Name, nil, fmt.Sprintf("names for other clusters: dns.alias %s and the tailnet's domain %s are inside each other: choose another alias", a, z.Name)
 	}
 	remote, err := remoteZones(c.cfg.Network.RemoteClusters, z.Name)
 	if err != nil {
-		return nil, "names of other clusters: " + err.Error()
+		return z.Name, nil, "names of other clusters: " + err.Error()
 	}
-	return append([]corefile.Zone{z}, remote...), ""
+	return z.Name, append([]corefile.Zone{z}, remote...), ""
 }
 
 // remoteZones are the domains of other clusters. MagicDNS answers for all that is below the tailnet's domain itself.
@@ -157,11 +183,60 @@ func (c *Controller) writeNames(ctx context.Context, zones []corefile.Zone) (dns
 		return dnsPlan{}, err
 	}
 	p := planDNS(have, zones, c.cfg.DNS)
-	return p, c.applyDNS(ctx, p)
+	if c.undone(&p); len(p.writes) == 0 {
+		return p, nil
+	}
+	if err := c.applyDNS(ctx, p); err != nil {
+		return p, err
+	}
+	c.section.wrote = c.now()
+	return p, nil
+}
+
+// sectionLost is how often CoreDNS' ConfigMap may lose our section before that is a finding.
+const sectionLost = 3
+
+// section is what became of our section in CoreDNS' ConfigMap: wrote is when we wrote it last, lost how often it was gone since it stood for an hour.
+type section struct {
+	wrote time.Time
+	lost  int
+	by    string
+}
+
+// undone notes that somebody took our section out, and says so where that goes on: kubeadm does it once in an upgrade, a tool that keeps
+// the ConfigMap as it has it does it again and again. With `auto` it is not put back each time then, as CoreDNS would load one after the other.
+func (c *Controller) undone(p *dnsPlan) {
+	s := &c.section
+	since := c.now().Sub(s.wrote)
+	if p.added && !s.wrote.IsZero() {
+		wait := namesCheck << min(6, max(0, s.lost-sectionLost)) // at last an hour
+		if s.lost >= sectionLost && c.cfg.DNS.ManageCoreDNS == config.Auto && since < wait {
+			p.writes = nil
+		} else {
+			s.lost, s.by = s.lost+1, p.by
+		}
+	} else if !p.added && since > time.Hour {
+		s.lost = 0
+	}
+	if s.lost >= sectionLost && p.finding == "" {
+		p.finding = fmt.Sprintf("ConfigMap %s/%s loses the section of headcni again and again (%s wrote it): have that keep what `headcnictl dns corefile` prints, or set dns.manageCoreDNS to false",
+			corefile.Namespace, corefile.ConfigMap, s.by)
+	}
+}
+
+// lastWriter is who wrote an object last, but for us.
+func lastWriter(m *corev1.ConfigMap) string {
+	by, at := "somebody", time.Time{}
+	for _, f := range m.ManagedFields {
+		if f.Manager != kube.Controller && f.Time != nil && f.Time.After(at) {
+			by, at = f.Manager, f.Time.Time
+		}
+	}
+	return by
 }
 
 func (c *Controller) dnsState(ctx context.Context) (s dnsState, err error) {
-	if s.main, err = c.dnsMap(ctx, corefile.ConfigMap); err != nil || s.main == nil {
+	if s.main, err = c.dnsMap(ctx, corefile.ConfigMap); err != nil {
 		return s, err
 	}
 	s.custom, err = c.dnsMap(ctx, corefile.Custom)
@@ -186,27 +261,22 @@ func (c *Controller) applyDNS(ctx context.Context, p dnsPlan) error {
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
 	objects := c.client.ConfigMaps(corefile.Namespace)
-	var errs []error
-	for _, w := range []struct {
-		object *corev1.ConfigMap
-		write  func(*corev1.ConfigMap) error
-	}{
-		{p.update, func(m *corev1.ConfigMap) error { _, err := objects.Update(ctx, m, metav1.UpdateOptions{}); return err }},
-		{p.create, func(m *corev1.ConfigMap) error { _, err := objects.Create(ctx, m, metav1.CreateOptions{}); return err }},
-		{p.remove, func(m *corev1.ConfigMap) error {
-			return objects.Delete(ctx, m.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &m.UID, ResourceVersion: &m.ResourceVersion}})
-		}},
-	} {
-		if w.object == nil {
-			continue
+	for _, w := range p.writes {
+		var err error
+		switch m := w.object; w.verb {
+		case update:
+			_, err = objects.Update(ctx, m, metav1.UpdateOptions{})
+		case create:
+			_, err = objects.Create(ctx, m, metav1.CreateOptions{})
+		case remove:
+			err = objects.Delete(ctx, m.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &m.UID, ResourceVersion: &m.ResourceVersion}})
 		}
-		if err := w.write(w.object); err != nil {
-			errs = append(errs, fmt.Errorf("write ConfigMap %s/%s: %w", corefile.Namespace, w.object.Name, err))
-			continue
+		if err != nil {
+			return fmt.Errorf("write ConfigMap %s/%s: %w", corefile.Namespace, w.object.Name, err)
 		}
 		c.log.Info("wrote CoreDNS' configuration", "configmap", w.object.Name)
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // planDNS says what to write so that CoreDNS has these zones; where it is not to be managed it has none of ours. It does no I/O.
@@ -251,10 +321,12 @@ func planDNS(have dnsState, zones []corefile.Zone, c config.DNS) dnsPlan {
 	if err != nil {
 		return dnsPlan{finding: dnsFinding(corefile.ConfigMap, err)}
 	}
+	p := dnsPlan{writes: outOfCustom(have)}
 	if next == have.main.Data[corefile.Key] {
-		return dnsPlan{}
+		return p
 	}
-	p := dnsPlan{update: withKey(have.main, corefile.Key, next)}
+	p.added, p.by = text == have.main.Data[corefile.Key], lastWriter(have.main)
+	p.writes = append(p.writes, dnsWrite{update, withKey(have.main, corefile.Key, next)})
 	if !file.Reloads() {
 		p.note = "the Corefile has no plugin reload: kubectl -n kube-system rollout restart deployment coredns"
 	}
@@ -315,41 +387,56 @@ func planCustom(have dnsState, main corefile.File, zones []corefile.Zone, port i
 			}
 		}
 	}
+	p, _ := outOfMain(have) // which can be read
 	switch {
 	case have.custom == nil:
-		return dnsPlan{create: &corev1.ConfigMap{
+		p.writes = append(p.writes, dnsWrite{create, &corev1.ConfigMap{
 			ObjectMeta: metav1.ObjectMeta{Name: corefile.Custom, Namespace: corefile.Namespace, Labels: map[string]string{managedBy: kube.Controller}},
 			Data:       map[string]string{corefile.CustomKey: want},
-		}}
-	case have.custom.Data[corefile.CustomKey] == want:
-		return dnsPlan{}
+		}})
+	case have.custom.Data[corefile.CustomKey] != want:
+		p.writes = append(p.writes, dnsWrite{update, withKey(have.custom, corefile.CustomKey, want)})
 	}
-	return dnsPlan{update: withKey(have.custom, corefile.CustomKey, want)}
+	return p
 }
 
 // withoutNames takes out what is ours.
 func withoutNames(have dnsState) dnsPlan {
-	var p dnsPlan
-	if have.custom != nil {
-		if _, ok := have.custom.Data[corefile.CustomKey]; ok && len(have.custom.Data) == 1 && have.custom.Labels[managedBy] == kube.Controller {
-			p.remove = have.custom
-			return p
-		} else if ok {
-			p.update = have.custom.DeepCopy()
-			delete(p.update.Data, corefile.CustomKey)
-			return p
-		}
-	}
-	if have.main == nil {
-		return p
-	}
-	next, err := corefile.Set(have.main.Data[corefile.Key], nil, 0)
+	p, err := outOfMain(have)
 	if err != nil {
 		p.finding = dnsFinding(corefile.ConfigMap, err)
-	} else if next != have.main.Data[corefile.Key] {
-		p.update = withKey(have.main, corefile.Key, next)
 	}
+	p.writes = append(outOfCustom(have), p.writes...)
 	return p
+}
+
+// outOfCustom takes our key out of the ConfigMap for users of K3s and AKS, and that itself where we made it and nobody else uses it.
+func outOfCustom(have dnsState) []dnsWrite {
+	m := have.custom
+	if m == nil {
+		return nil
+	}
+	if _, ok := m.Data[corefile.CustomKey]; !ok {
+		return nil
+	}
+	if len(m.Data) == 1 && len(m.BinaryData) == 0 && m.Labels[managedBy] == kube.Controller {
+		return []dnsWrite{{remove, m}}
+	}
+	m = m.DeepCopy()
+	delete(m.Data, corefile.CustomKey)
+	return []dnsWrite{{update, m}}
+}
+
+// outOfMain takes our section out of CoreDNS' own ConfigMap.
+func outOfMain(have dnsState) (p dnsPlan, err error) {
+	if have.main == nil {
+		return p, nil
+	}
+	next, err := corefile.Set(have.main.Data[corefile.Key], nil, 0)
+	if err == nil && next != have.main.Data[corefile.Key] {
+		p.writes = []dnsWrite{{update, withKey(have.main, corefile.Key, next)}}
+	}
+	return p, err
 }
 
 func withKey(m *corev1.ConfigMap, key, text string) *corev1.ConfigMap {
@@ -371,5 +458,9 @@ func (c *Controller) forgetNames(ctx context.Context) error {
 	if p.finding != "" {
 		c.log.Warn("CoreDNS' configuration stays as it is", "why", p.finding)
 	}
-	return c.applyDNS(ctx, p)
+	if err = c.applyDNS(ctx, p); isRefused(err) {
+		c.log.Warn("CoreDNS' configuration stays as it is: take the section of headcni out by hand", "err", err)
+		return nil
+	}
+	return err
 }

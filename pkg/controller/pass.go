@@ -55,6 +55,11 @@ func (c *Controller) pass(ctx context.Context) (pending bool, err error) {
 		c.metrics.joinKey.Set(0)
 	}
 	if api == nil {
+		// Of the tailnet's names the Nodes' own are known.
+		c.nodeNames = []string{}
+		for _, n := range nodes {
+			c.nodeNames = append(c.nodeNames, n.name)
+		}
 		return false, errors.Join(keyErr, c.unseen(ctx, nodes))
 	}
 	tailnet, err := api.Nodes(ctx)

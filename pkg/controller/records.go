@@ -79,7 +79,11 @@ func (c *Controller) serviceNames(ctx context.Context, domain string) error {
 	if domain == "" || !known || c.nodeNames == nil {
 		return nil
 	}
-	list, refused := records.Plan(domain, services, c.nodeNames)
+	had, err := c.recordsHad(ctx)
+	if err != nil {
+		return err
+	}
+	list, refused := records.Plan(domain, services, c.nodeNames, had)
 	text, err := records.JSON(list)
 	if err != nil {
 		return err
@@ -95,18 +99,57 @@ func (c *Controller) serviceNames(ctx context.Context, domain string) error {
 	return nil
 }
 
+// recordsHad are the names of Services as they were written last, which is read once.
+func (c *Controller) recordsHad(ctx context.Context) ([]records.Record, error) {
+	if c.recordsOf == "" {
+		ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+		defer cancel()
+		m, err := c.client.ConfigMaps(c.namespace).Get(ctx, kube.Records, metav1.GetOptions{})
+		if err != nil && !apierrors.IsNotFound(err) {
+			return nil, fmt.Errorf("read ConfigMap %s/%s: %w", c.namespace, kube.Records, err)
+		}
+		if err != nil || m.Data[kube.RecordsKey] == "" {
+			return nil, nil
+		}
+		c.recordsOf = m.Data[kube.RecordsKey]
+	}
+	return records.FromJSON(c.recordsOf), nil
+}
+
+// maxTold is how many Services are told in one pass: whoever may make Services can make many that are refused, and a pass has more to do.
+const maxTold = 50
+
 // tellServices announces why Services have no name, and that others have one again.
 func (c *Controller) tellServices(ctx context.Context, refused []records.Refusal) {
 	texts := map[string]string{}
-	for key := range c.announced {
-		if strings.HasPrefix(key, aboutService) {
-			texts[key] = ""
-		}
-	}
 	for _, r := range refused {
 		texts[aboutService+r.Service.Namespace+"/"+r.Service.Name] = "no name in the tailnet (annotation " + kube.TailnetName + "): " + r.Reason
 	}
-	for key, text := range texts {
+	for key := range c.announced {
+		service, ok := strings.CutPrefix(key, aboutService)
+		if !ok || texts[key] != "" {
+			continue
+		}
+		c.mu.Lock()
+		_, wants := c.services[service]
+		c.mu.Unlock()
+		if wants {
+			texts[key] = ""
+			continue
+		}
+		// It is gone, and its namespace perhaps, or wants none any more.
+		c.stand(key, "")
+		delete(c.announced, key)
+	}
+	told := 0
+	for _, key := range slices.Sorted(maps.Keys(texts)) {
+		text := texts[key]
+		if told == maxTold {
+			break // the next pass goes on
+		}
+		if c.announced[key] != text {
+			told++
+		}
 		namespace, name, _ := strings.Cut(strings.TrimPrefix(key, aboutService), "/")
 		c.announce(ctx, key, text, corev1.ObjectReference{Kind: "Service", APIVersion: "v1", Namespace: namespace, Name: name})
 		if text == "" {

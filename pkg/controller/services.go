@@ -65,7 +65,7 @@ func (c *Controller) serving(ctx context.Context, nodes []node, was serving) (s 
 	}
 	if a.Only == "" {
 		s.Routes = s.Ranges
-	} else if named, more, ok := c.namedServices(s.Ranges); !ok {
+	} else if named, more, ok := c.namedServices(ctx, s.Ranges); !ok {
 		known = false
 	} else {
 		if s.Routes = named; more > 0 {
@@ -104,7 +104,9 @@ func (c *Controller) serviceRanges(ctx context.Context, nodes []node) ([]netip.P
 		r.Services = c.rangesOf
 	}
 	r.Cluster = observation{ranges: r.Cluster, nodes: nodes}.podRanges()
-	if err := c.cfg.ValidateRanges(r); err != nil {
+	own := c.cfg // a fault in what is said of other clusters, which each node refuses, takes nothing from who reaches this one's services
+	own.Network.RemoteCIDRs, own.Network.RemoteClusters = nil, nil
+	if err := own.ValidateRanges(r); err != nil {
 		return nil, unusable{err}
 	}
 	return netset.Union(r.Services), nil
@@ -112,14 +114,18 @@ func (c *Controller) serviceRanges(ctx context.Context, nodes []node) ([]netip.P
 
 // namedServices are the addresses of the Services that have a name in the tailnet, and how many are left out. ok is false before the
 // Services are read.
-func (c *Controller) namedServices(ranges []netip.Prefix) (routes []netip.Prefix, more int, ok bool) {
+func (c *Controller) namedServices(ctx context.Context, ranges []netip.Prefix) (routes []netip.Prefix, more int, ok bool) {
 	c.mu.Lock()
 	services, known := slices.Collect(maps.Values(c.services)), c.services != nil
 	c.mu.Unlock()
 	if !known {
 		return nil, 0, false
 	}
-	list, _ := records.Accept(services, c.nodeNames)
+	had, err := c.recordsHad(ctx)
+	if err != nil {
+		return nil, 0, false
+	}
+	list, _ := records.Accept(services, c.nodeNames, had)
 	for _, s := range list {
 		for _, ip := range s.IPs {
 			if p := netip.PrefixFrom(ip, ip.BitLen()); netset.Covers(ranges, p) {

@@ -120,10 +120,13 @@ func TestServing(t *testing.T) {
 		lacking  string
 		unknown  bool
 	}{
-		"as Kubernetes says":            {have: true, want: "[10.96.0.0/12 fd00:96::/108]"},
-		"as the configuration says":     {set: func(n *config.Network) { n.ServiceCIDRs = config.CIDRs{"10.7.0.0/16"} }, have: true, want: "[10.7.0.0/16]"},
-		"nobody says":                   {want: "[10.96.0.0/16]", unknown: true},
-		"over pods":                     {set: func(n *config.Network) { n.ServiceCIDRs = config.CIDRs{"10.244.0.0/24"} }, want: "[]", lacking: "overlaps the service CIDR"},
+		"as Kubernetes says":        {have: true, want: "[10.96.0.0/12 fd00:96::/108]"},
+		"as the configuration says": {set: func(n *config.Network) { n.ServiceCIDRs = config.CIDRs{"10.7.0.0/16"} }, have: true, want: "[10.7.0.0/16]"},
+		"nobody says":               {want: "[10.96.0.0/16]", unknown: true},
+		"over pods":                 {set: func(n *config.Network) { n.ServiceCIDRs = config.CIDRs{"10.244.0.0/24"} }, want: "[]", lacking: "overlaps the service CIDR"},
+		"under another cluster's": {set: func(n *config.Network) {
+			n.RemoteClusters = []config.RemoteCluster{{Name: "west", PodCIDRs: config.CIDRs{"10.244.0.0/16"}, ServiceCIDRs: config.CIDRs{"10.96.0.0/12"}}}
+		}, have: true, want: "[10.96.0.0/12 fd00:96::/108]"},
 		"over the tailnet":              {set: func(n *config.Network) { n.ServiceCIDRs = config.CIDRs{"100.64.0.0/16"} }, want: "[]", lacking: "the tailnet's own addresses"},
 		"named ones only":               {set: func(n *config.Network) { n.AdvertiseServices.Only = config.OnlyNamed }, have: true, services: map[string]records.Service{"shop/web": web}, want: "[10.96.0.9/32]"},
 		"named ones, which nobody read": {set: func(n *config.Network) { n.AdvertiseServices.Only = config.OnlyNamed }, have: true, unread: true, want: "[10.96.0.7/32]", unknown: true},
@@ -171,7 +174,7 @@ func TestManyNamed(t *testing.T) {
 		c.services[label] = records.Service{Name: label, Label: strings.ReplaceAll(label, ".", "-"), IPs: []netip.Addr{at}, Created: now.Add(time.Duration(-i) * time.Second)}
 		at = at.Next()
 	}
-	routes, more, ok := c.namedServices(prefixes("10.96.0.0/16"))
+	routes, more, ok := c.namedServices(t.Context(), prefixes("10.96.0.0/16"))
 	if len(routes) != maxNamed || more != 7 || !ok {
 		t.Errorf("%d routes, %d more, %v", len(routes), more, ok)
 	}

@@ -29,7 +29,9 @@ import (
 	"github.com/headcni/headcni/pkg/membership"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/antispoof"
+	"github.com/headcni/headcni/pkg/networking/conntrack"
 	"github.com/headcni/headcni/pkg/networking/deadman"
+	"github.com/headcni/headcni/pkg/networking/fastpath"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/nft"
@@ -77,14 +79,16 @@ type Daemon struct {
 	paths        *pathmtu.Watch
 	table52      *noderoutes.Table52 // of the loop alone
 	links        noderoutes.Links    // of the loop alone
+	conntrack    conntrack.Watch     // of the loop alone
 	pods         *leases.Mender
 	ports        *leases.Ports
 	guardTest    selftest.Once
 	answerer     *nodedns.Answerer
 	services     *serviceroute.Gate
 	policy       *nodepolicy.Enforcer // nil where NetworkPolicies are not enforced
-	subnets      *subnets.Agent       // nil where no Namespace is asked
-	policyIsOff  bool                 // of the loop alone: nothing of them is left in the kernel
+	fast         *fastpath.Path
+	subnets      *subnets.Agent // nil where no Namespace is asked
+	policyIsOff  bool           // of the loop alone: nothing of them is left in the kernel
 
 	saved   state       // what we go by
 	kept    state       // what is on disk
@@ -140,6 +144,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	if k != nil {
 		forMember = &membership.Kubernetes{Node: k.Node(), Namespace: k.Namespace(), JoinKey: k.JoinKey}
 	}
+	d.fast = fastpath.New(log, new(podlink.Handle), c.Network.FastPath == string(config.Auto))
 	if d.cfg.Network.NetworkPolicy = c.Network.NetworkPolicy && k != nil; d.cfg.Network.NetworkPolicy {
 		d.policy = d.newPolicy()
 	}
@@ -269,6 +274,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.metrics.Pools(d.pools)
 	d.metrics.Drops(d.drops)
+	d.metrics.Conntrack(conntrack.Totals)
 	d.metrics.Policy(d.policy.Metrics)
 	if d.cfg.Monitoring.Listen != "" {
 		wait, err := monitoring.Serve(ctx, d.cfg.Monitoring.Listen, d.metrics, d.board)
@@ -299,6 +305,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	})
 	wg.Go(func() { d.count(ctx, finished) })
 	vital(func() error { return held.Keep(ctx) })
+	d.fast.Start(ctx, &wg, d.watchEvents)
 	d.policy.Start(ctx, &wg, d.watchEvents)
 	d.subnets.Start(ctx, &wg, d.watchEvents)
 	antispoof.New(d.log, d.tables, new(podlink.Handle)).Start(ctx, &wg, d.watchEvents)
@@ -320,6 +327,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	d.policy.Stop()
 	d.subnets.Stop()
 	d.policy.Leave()
+	d.fast.Leave()
 	err = context.Cause(ctx)
 	cancel(nil) // before the deferred Wait
 	d.log.Info("stopped; the network stays in force")
@@ -397,7 +405,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 			}
 		})
 	})
-	addresses := []string{deadman.HostPort(d.cfg.Headscale.URL)}
+	addresses := []string{deadman.HostPort(d.cfg.Headscale.Dialed())}
 	if d.kubernetes != nil {
 		addresses = append(addresses, deadman.HostPort(d.kubernetes.Server()))
 		wg.Go(func() { d.kubernetes.Run(ctx, d.loop.Wake) })

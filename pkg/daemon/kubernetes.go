@@ -61,6 +61,7 @@ func (d *Daemon) uninstallIfAsked(ctx context.Context) (asked bool, next time.Du
 func (d *Daemon) uninstallFor(ctx context.Context, v *nodeview.View) error {
 	if !d.uninstalled {
 		d.subnets.Stop()
+		d.fast.Leave()
 		d.policy.Stop() // it would put back what is taken away
 		if err := uninstall(ctx, d.cfg, d.saved, d.log, v.Runtime()); err != nil {
 			return err

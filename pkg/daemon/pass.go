@@ -7,11 +7,9 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/headcni/headcni/internal/netset"
-	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/dns/nodedns"
@@ -23,6 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
+	"github.com/headcni/headcni/pkg/tailscaled"
 )
 
 // The parts of a node in the order in which they are made right: the guard stands before anything can be routed, the
@@ -97,6 +96,9 @@ func (d *Daemon) pass(ctx context.Context) time.Duration {
 	}
 	if s.refused == nil {
 		s.plan, s.refused = makePlan(d.cfg, s.seen, d.saved)
+	}
+	if s.refused == nil && d.kubernetes == nil {
+		s.refused = tailscaled.SameMachine()
 	}
 	if s.seen.Tailnet != nil {
 		d.metrics.Tailnet(monitoring.Tailnet{
@@ -176,10 +178,10 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		}},
 		{Name: partHeadscale, Finding: findings.HeadscaleOther, Needs: []string{partTailnet}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			done, err := d.member.Check(ctx, s.seen.Seen)
-			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), err)
+			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), s.seen.Tailnet.LacksFamily(s.seen.PodCIDRs), err)
 		}},
 		{Name: partForeign, Finding: findings.ForeignFirewall, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, errors.Join(d.foreignDrops(s.seen.tun), s.seen.Tailnet.SharedCGNAT(s.seen.hostPrefixes), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path), noderoutes.Ahead(s.seen.ranges.Pods, netset.Union(s.seen.ranges.Cluster, s.seen.ranges.Remote)))
+			return nil, errors.Join(d.hostFirewall.Foreign(s.seen.tun), d.conntrack.Err(), s.seen.Tailnet.SharedCGNAT(s.seen.hostPrefixes), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), smallPath(s.seen.path), noderoutes.Ahead(s.seen.ranges.Pods, netset.Union(s.seen.ranges.Cluster, s.seen.ranges.Remote)))
 		}},
 		{Name: partGuard, Finding: findings.GuardFails, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return nil, d.guardTest.Result(ctx, s.plan.firewall, func(passed *bool) {
@@ -211,17 +213,6 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 		}})
 	}
 	return parts
-}
-
-// foreignDrops says which firewalls of others drop what pods send and get, and what to do about it.
-func (d *Daemon) foreignDrops(tun string) error {
-	drops, err := d.hostFirewall.ForeignDrops()
-	if err != nil || len(drops) == 0 {
-		return err
-	}
-	return fmt.Errorf("another program's firewall drops what pods send and get, which no rule of ours can change: %s; let %s* and %s "+
-		"pass there, for instance `firewall-cmd --permanent --zone=trusted --add-interface=%[2]s+ --add-interface=%[3]s && "+
-		"firewall-cmd --reload`", strings.Join(drops, ", "), names.PodLinkPrefix, tun)
 }
 
 // losesHeadscale says that tailscaled will not come back to its control server. A node that joined by such a URL works until a link of it

@@ -35,6 +35,33 @@ func TestSharedCGNAT(t *testing.T) {
 	}
 }
 
+func TestTailnetLacksFamily(t *testing.T) {
+	addrs := func(texts ...string) (out []netip.Addr) {
+		for _, s := range texts {
+			out = append(out, netip.MustParseAddr(s))
+		}
+		return out
+	}
+	both := []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd00:244:1::/64")}
+	for name, c := range map[string]struct {
+		status *tailscale.Status
+		pods   []netip.Prefix
+		want   string
+	}{
+		"both":           {&tailscale.Status{State: tailscale.Running, Self: tailscale.Peer{IPs: addrs("100.64.0.1", "fd7a:115c:a1e0::1")}}, both, ""},
+		"no IPv6":        {&tailscale.Status{State: tailscale.Running, Self: tailscale.Peer{IPs: addrs("100.64.0.1")}}, both, "set prefixes.v6"},
+		"no IPv4":        {&tailscale.Status{State: tailscale.Running, Self: tailscale.Peer{IPs: addrs("fd7a:115c:a1e0::1")}}, both, "set prefixes.v4"},
+		"none is wanted": {&tailscale.Status{State: tailscale.Running, Self: tailscale.Peer{IPs: addrs("100.64.0.1")}}, both[:1], ""},
+		"not in yet":     {&tailscale.Status{State: tailscale.Starting}, both, ""},
+		"no tailscaled":  {nil, both, ""},
+	} {
+		err := c.status.LacksFamily(c.pods)
+		if (err != nil) != (c.want != "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+	}
+}
+
 // Whatever is wrong with a part has an id, also where the error says none.
 func TestEveryPartHasAFinding(t *testing.T) {
 	for _, p := range (&Daemon{kubernetes: &nodeview.Watch{}}).parts() {

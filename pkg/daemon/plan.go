@@ -86,7 +86,7 @@ func makePlan(c config.Config, o observation, s state) (plan, error) {
 	own := o.ranges.Pods
 	// What a peer merely advertises never widens the set.
 	clusterCIDRs := netset.Union(own, o.ranges.Cluster, o.ranges.Remote)
-	if err := refuse(c, clusterCIDRs, o); err != nil {
+	if err := refuse(clusterCIDRs, o); err != nil {
 		return plan{}, err
 	}
 	p := plan{
@@ -136,7 +136,7 @@ func podMTU(c config.Config, o observation) int {
 }
 
 // refuse names the reasons why the node's pod CIDRs cannot be used here.
-func refuse(c config.Config, clusterCIDRs []netip.Prefix, o observation) error {
+func refuse(clusterCIDRs []netip.Prefix, o observation) error {
 	var errs []error
 	for _, h := range o.hostPrefixes {
 		for _, p := range clusterCIDRs {

@@ -62,7 +62,7 @@ func TestMakePlan(t *testing.T) {
 		conflist: got.conflist, // golden in TestPlanConflist
 		mtu:      1280,
 	}
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}, nft.Config{}), comparePrefixes); diff != "" {
 		t.Error(diff)
 	}
 
@@ -74,7 +74,7 @@ func TestMakePlan(t *testing.T) {
 	}
 	want.prefs.AdvertiseRoutes, want.prefs.DropRoutes = append(slices.Clone(own), leads.serves...), prefixes("10.96.0.8/32")
 	want.firewall.Served = prefixes("10.96.0.7/32", "10.96.128.0/17")
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}, nft.Config{}), comparePrefixes); diff != "" {
 		t.Error(diff)
 	}
 
@@ -222,7 +222,7 @@ func TestStrangers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}), comparePrefixes); diff != "" {
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(plan{}, nft.Config{}), comparePrefixes); diff != "" {
 			t.Errorf("%s changes the plan:\n%s", test.name, diff)
 		}
 	}

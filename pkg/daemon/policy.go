@@ -10,7 +10,7 @@ import (
 
 func (d *Daemon) newPolicy() *nodepolicy.Enforcer {
 	return nodepolicy.New(nodepolicy.Options{
-		Kubernetes: d.kubernetes, Metrics: d.metrics, Log: d.log, Strict: d.cfg.Network.PolicyStartup == config.PolicyStrict, Changed: d.loop.Wake,
+		Kubernetes: d.kubernetes, Metrics: d.metrics, Log: d.log, Strict: d.cfg.Network.PolicyStartup == config.PolicyStrict, Hold: d.fast.Hold, Changed: d.loop.Wake,
 	})
 }
 

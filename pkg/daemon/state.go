@@ -93,8 +93,8 @@ func (s state) clone() state {
 	return s
 }
 
-// SavedMode is the mode of tailscaled that the daemon on this node has settled on, "" where it has not.
-func SavedMode() (string, error) {
+// Settled is the mode of tailscaled that the daemon on this node has settled on, "" where it has not, and the node's ranges as Kubernetes said last.
+func Settled() (mode string, own []netip.Prefix, err error) {
 	s, err := loadState()
-	return s.Mode, err
+	return s.Mode, s.Kubernetes.PodCIDRs, err
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/dns/answer"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/install"
+	"github.com/headcni/headcni/pkg/networking/fastpath"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/policy/nodepolicy"
@@ -67,10 +68,10 @@ func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger, 
 	)
 	if err == nil {
 		// The plugins' own list goes with them; the state, which says what there was to put back, when all is done.
-		err = errors.Join(leaveTailnet(ctx, c, s, log), install.Remove(ctx, log, runtime), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
+		err = errors.Join(leaveTailnet(ctx, c, log), install.Remove(ctx, log, runtime), removeLeases(c.CNI.ConfDir), removeLeftovers(c.CNI.ConfDir))
 	}
 	if err == nil {
-		err = errors.Join(atomicfile.Remove(statePath()), nodepolicy.RemoveFiles(), removeRunFiles())
+		err = errors.Join(atomicfile.Remove(statePath()), tailscaled.ForgetMachine(), nodepolicy.RemoveFiles(), removeRunFiles())
 	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
@@ -80,7 +81,7 @@ func uninstall(ctx context.Context, c config.Config, s state, log *slog.Logger, 
 
 // leaveTailnet logs the dedicated tailscaled out and removes its state. Without its folder it runs on until it is stopped,
 // but keeps nothing; one that is started again makes a new one.
-func leaveTailnet(ctx context.Context, c config.Config, s state, log *slog.Logger) error {
+func leaveTailnet(ctx context.Context, c config.Config, log *slog.Logger) error {
 	if _, err := os.Stat(paths.TailscaleStateDir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -153,5 +154,5 @@ func unlessStopped(err error, mode string) error {
 }
 
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(nodepolicy.Remove(ctx), noderoutes.New(s.Host, nil).Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
+	return errors.Join(fastpath.Remove(), nodepolicy.Remove(ctx), noderoutes.New(s.Host, nil).Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -36,6 +37,7 @@ func healthy(name, cidr string) Node {
 			Parts:    []reconcile.Status{{Name: "config", OK: true}, {Name: "approval", OK: true}},
 			PodCIDRs: []nodestatus.PodCIDR{{CIDR: netip.MustParsePrefix(cidr), Advertised: true, Approved: true}},
 			Policy:   &nodestatus.Policy{InForce: true, Policies: 31, Isolated: 4},
+			FastPath: &nodestatus.FastPath{Links: 12},
 			Tailnet: &nodestatus.Tailnet{ControlURL: "https://hs.example.com", Peers: []nodestatus.Peer{
 				{Name: "x", Path: "direct", PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.9.0/24")}},
 				{Name: "laptop", Path: "relayed"},
@@ -54,6 +56,7 @@ func found(id findings.ID, severity findings.Severity, text string) reconcile.St
 
 func TestHealthyIsSilent(t *testing.T) {
 	s := Seen{Kubernetes: true, Nodes: []Node{healthy("fra-1", "10.244.1.0/24"), healthy("fra-2", "10.244.2.0/24")}, Controllers: []Controller{leading()}}
+	s.Nodes[1].Status.FastPath = &nodestatus.FastPath{Why: "this kernel has no flowtables"}
 	for _, thorough := range []bool{false, true} {
 		if r := NewReport("0.2.0", s, thorough); !r.OK || len(r.Findings) != 0 {
 			t.Errorf("%+v", r.Findings)
@@ -163,11 +166,51 @@ func pod(name, node, part string, phase corev1.PodPhase) *corev1.Pod {
 	}
 }
 
+// A Node that the DaemonSet leaves out by choice has no daemon, and that is right; one that it should be on is missed.
+func TestChosen(t *testing.T) {
+	node := func(name string, labels map[string]string) corev1.Node {
+		return corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}}
+	}
+	plain, virtual := node("a", map[string]string{"cores": "4"}), node("v", map[string]string{"type": "virtual-kubelet", "cores": "64"})
+	require := func(terms ...corev1.NodeSelectorTerm) corev1.PodSpec {
+		return corev1.PodSpec{Affinity: &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: terms}}}}
+	}
+	term := func(key string, op corev1.NodeSelectorOperator, values ...string) corev1.NodeSelectorTerm {
+		return corev1.NodeSelectorTerm{MatchExpressions: []corev1.NodeSelectorRequirement{{Key: key, Operator: op, Values: values}}}
+	}
+	for name, c := range map[string]struct {
+		spec           corev1.PodSpec
+		plain, virtual bool
+	}{
+		"all":           {corev1.PodSpec{}, true, true},
+		"nodeSelector":  {corev1.PodSpec{NodeSelector: map[string]string{"type": "virtual-kubelet"}}, false, true},
+		"NotIn":         {require(term("type", corev1.NodeSelectorOpNotIn, "virtual-kubelet")), true, false},
+		"In":            {require(term("type", corev1.NodeSelectorOpIn, "virtual-kubelet")), false, true},
+		"DoesNotExist":  {require(term("type", corev1.NodeSelectorOpDoesNotExist)), true, false},
+		"Exists":        {require(term("type", corev1.NodeSelectorOpExists)), false, true},
+		"Gt":            {require(term("cores", corev1.NodeSelectorOpGt, "8")), false, true},
+		"Lt":            {require(term("cores", corev1.NodeSelectorOpLt, "8")), true, false},
+		"one of two":    {require(term("type", corev1.NodeSelectorOpExists), term("cores", corev1.NodeSelectorOpLt, "8")), true, true},
+		"an empty term": {require(corev1.NodeSelectorTerm{}), false, false},
+		"nonsense":      {require(term("cores", "Like", "8")), false, false},
+		"by name": {require(corev1.NodeSelectorTerm{MatchFields: []corev1.NodeSelectorRequirement{
+			{Key: "metadata.name", Operator: corev1.NodeSelectorOpNotIn, Values: []string{"v"}}}}), true, false},
+	} {
+		if p, v := chosen(c.spec, &plain), chosen(c.spec, &virtual); p != c.plain || v != c.virtual {
+			t.Errorf("%s: %v and %v, want %v and %v", name, p, v, c.plain, c.virtual)
+		}
+	}
+}
+
 func TestCluster(t *testing.T) {
 	objects := func() []runtime.Object {
+		set := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Name: "headcni", Namespace: "kube-system"}}
+		set.Spec.Template.Spec.Affinity = &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{
+			{MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "type", Operator: corev1.NodeSelectorOpNotIn, Values: []string{"virtual-kubelet"}}}}}}}}
+		virtual := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "virtual", Labels: map[string]string{"type": "virtual-kubelet"}}}
 		windows := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "w", Labels: map[string]string{corev1.LabelOSStable: "windows"}}}
 		left := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "left", Annotations: map[string]string{"headcni.io/uninstalled": "true"}}}
-		out := []runtime.Object{windows, left, pod("old", "a", daemon, corev1.PodFailed), pod("new", "a", daemon, corev1.PodRunning), pod("b", "b", daemon, corev1.PodRunning),
+		out := []runtime.Object{set, virtual, windows, left, pod("old", "a", daemon, corev1.PodFailed), pod("new", "a", daemon, corev1.PodRunning), pod("b", "b", daemon, corev1.PodRunning),
 			pod("c", "c", daemon, corev1.PodPending), pod("controller", "a", controller, corev1.PodRunning)}
 		for _, name := range []string{"a", "b", "c", "d"} {
 			out = append(out, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}})
@@ -220,7 +263,7 @@ func TestCluster(t *testing.T) {
 		t.Error(s.Nodes, err)
 	}
 	c.Node = "A"
-	if _, err := c.Look(t.Context()); err == nil || err.Error() != `there is no Node "A": there are a, b, c, d, left, w` {
+	if _, err := c.Look(t.Context()); err == nil || err.Error() != `there is no Node "A": there are a, b, c, d, left, virtual, w` {
 		t.Error(err)
 	}
 	c.Node, c.Namespace = "", "elsewhere"

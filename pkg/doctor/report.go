@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -186,10 +187,37 @@ func (r Report) lines() (out []string) {
 		}
 		out = append(out, line)
 	}
+	if line := r.fastPath(); line != "" {
+		out = append(out, line)
+	}
 	if len(r.Nodes) == 1 && r.Nodes[0].Status != nil {
 		out = append(out, one(*r.Nodes[0].Status)...)
 	}
 	return out
+}
+
+// fastPath says on how many nodes there is one, and why there is none elsewhere, "" where no node tells.
+func (r Report) fastPath() string {
+	told, on, why := 0, 0, map[string]int{}
+	for _, n := range r.Nodes {
+		switch {
+		case n.Status == nil || n.Status.FastPath == nil:
+			continue
+		case n.Status.FastPath.Why == "":
+			on++
+		default:
+			why[n.Status.FastPath.Why]++
+		}
+		told++
+	}
+	if told == 0 {
+		return ""
+	}
+	line := fmt.Sprintf("fast path\t%d\tbetween a node's own pods, on %d of %d", on, on, len(r.Nodes))
+	for _, w := range slices.Sorted(maps.Keys(why)) {
+		line += fmt.Sprintf("; none on %d: %s", why[w], w)
+	}
+	return line
 }
 
 // one tells more of a node that was asked alone.

@@ -15,7 +15,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/podexec"
@@ -104,15 +103,17 @@ type Cluster struct {
 	Timeout time.Duration
 	// Node is the only one to look at, "" = all.
 	Node string
-	// Selector are labels of those to look at, none = all.
-	Selector map[string]string
 }
 
 // Components of the chart, by the label app.kubernetes.io/component, whose containers are called as below.
 const (
 	// Labels select all our pods.
-	Labels     = "app.kubernetes.io/name=headcni"
-	component  = "app.kubernetes.io/component"
+	Labels    = "app.kubernetes.io/name=headcni"
+	component = "app.kubernetes.io/component"
+	// DaemonLabels and TailscaledLabels select those of one component.
+	DaemonLabels     = Labels + "," + component + "=" + daemon
+	TailscaledLabels = Labels + "," + component + "=" + tailscaled
+
 	daemon     = "daemon"
 	tailscaled = "tailscaled"
 	controller = "controller"
@@ -188,6 +189,10 @@ func (c Cluster) Find(ctx context.Context) (s Seen, err error) {
 	if err != nil {
 		return s, fmt.Errorf("list HeadCNI's pods in namespace %s: %w", c.Namespace, err)
 	}
+	spec, err := c.daemons(ctx)
+	if err != nil {
+		return s, err
+	}
 	byNode := map[string]map[string]corev1.Pod{}
 	for _, p := range pods.Items {
 		name := p.Labels[component]
@@ -209,7 +214,7 @@ func (c Cluster) Find(ctx context.Context) (s Seen, err error) {
 	var names []string
 	for _, n := range nodes.Items {
 		names = append(names, n.Name)
-		if c.Node != "" && n.Name != c.Node || skipped(n) || !labels.SelectorFromSet(c.Selector).Matches(labels.Set(n.Labels)) {
+		if c.Node != "" && n.Name != c.Node || skipped(n) || !chosen(spec, &n) && byNode[n.Name][daemon].Name == "" {
 			continue
 		}
 		out := Node{Name: n.Name}

@@ -17,7 +17,7 @@ var groups = []struct {
 	{'5', "Names"},
 	{'6', "NetworkPolicies"},
 	{'7', "Services for the tailnet"},
-	{'8', "What headcnictl connectivity test tries"},
+	{'8', "What headcnictl connectivity test and perf try"},
 	{'9', "HeadCNI itself"},
 }
 

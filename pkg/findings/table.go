@@ -39,6 +39,7 @@ const (
 	PodNoLink         ID = "HC136"
 	PodLinkDown       ID = "HC137"
 	NoLease           ID = "HC138"
+	ConntrackFull     ID = "HC139"
 
 	NotApproved         ID = "HC201"
 	ApprovalUnseen      ID = "HC202"
@@ -69,6 +70,10 @@ const (
 	TailscaledUnwell    ID = "HC232"
 	HeadscaleOther      ID = "HC233"
 	HeadscaleUntried    ID = "HC234"
+	TailscaledState     ID = "HC235"
+	FamilyLacking       ID = "HC236"
+	TailnetElsewhere    ID = "HC237"
+	OtherMachine        ID = "HC238"
 	PolicyLacksRanges   ID = "HC301"
 	PolicyAutoApprovers ID = "HC302"
 	PolicyLacksMaps     ID = "HC303"
@@ -85,6 +90,7 @@ const (
 	HardNAT       ID = "HC408"
 	UDPBlocked    ID = "HC409"
 	RouterAnswers ID = "HC410"
+	Lost          ID = "HC411"
 
 	NameServer   ID = "HC501"
 	NamesCircle  ID = "HC502"
@@ -111,6 +117,7 @@ const (
 	EgressFails  ID = "HC807"
 	PoliciesFail ID = "HC808"
 	TailnetToPod ID = "HC809"
+	Interrupted  ID = "HC810"
 
 	Contradiction ID = "HC900"
 )
@@ -220,6 +227,10 @@ var Table = []Finding{
 		"The pod has the address, and headcni-ipam does not know that: another pod could be given it.",
 		"`sudo headcnictl ipam check --repair` on the node, or delete the pod, so that it is started anew."},
 
+	{ConntrackFull, Fail, "the kernel's table of connections is full, or nearly",
+		"The node follows as many connections as it may (`net.netfilter.nf_conntrack_max`). Those that there are go on; a packet that begins one is dropped, whoever sends it, and nobody is told but the kernel's log (`nf_conntrack: table full, dropping packet`).",
+		"allow more, by `sysctl -w net.netfilter.nf_conntrack_max=NUMBER` now and a file in /etc/sysctl.d for the next boot (a connection takes some 300 bytes); kube-proxy sets it at each start, by `conntrack.min` and `conntrack.maxPerCore`. `conntrack -L -o extended` shows whose they are."},
+
 	{NotApproved, Fail, "the node's routes are advertised and not approved",
 		"Headscale routes a node's pod range to it only once that is approved. Until then other nodes' pods do not reach this node's.",
 		"give headcni-controller (without Kubernetes the daemon) an API key, which approves by itself, or run `headscale nodes approve-routes`; `headscale nodes list-routes` shows how it stands."},
@@ -287,6 +298,21 @@ var Table = []Finding{
 	{TailscaledUnwell, Warn, "tailscaled complains", "tailscaled's own checks of its health say that something is wrong.", "`tailscale status` and `tailscale netcheck` on the node."},
 	{HeadscaleOther, Fail, "Headscale cannot do what was asked", "Headscale answers with an error.", "see the text and Headscale's own log."},
 	{HeadscaleUntried, Warn, "HeadCNI was not tried with this version of Headscale", "It was run with 0.26 to 0.29. Headscale's API changes between minor versions.", "see the README for the versions of this release; before an upgrade of Headscale, upgrade HeadCNI."},
+	{TailscaledState, Fail, "tailscaled cannot read its state",
+		"The file tailscaled.state is damaged, as after a power failure, or sealed with a TPM that is another now. tailscaled runs without it, and joins no tailnet.",
+		"in daemon mode `systemctl restart headcni-tailscaled` (Kubernetes: delete the node's pod of the DaemonSet headcni-tailscaled): a damaged file is put aside, and the node joins anew. " +
+			"In host mode put a backup of the file back, or move it away, and `systemctl restart tailscaled`."},
+	{FamilyLacking, Warn, "pods have a family of addresses that the tailnet lacks",
+		"Headscale's prefixes leave IPv6 (or IPv4) out, or got it after the node had joined. Pods reach each other; nodes, their NodePorts and host-network pods do not reach pods of other nodes by it.",
+		"set prefixes.v6 (or v4) in Headscale's configuration, start it again, and run `headscale nodes backfillips`; or take the family out of the pods' ranges."},
+	{TailnetElsewhere, Fail, "the tailnet's addresses are not Tailscale's",
+		"Headscale's prefixes are outside 100.64.0.0/10 and fd7a:115c:a1e0::/48, which Headscale takes with a warning. Nodes do not reach each other nor other nodes' pods by them, and nothing guards what is for the tailnet.",
+		"set prefixes.v4 and prefixes.v6 in Headscale's configuration to these ranges or parts of them, start it again, delete its nodes, and have them join anew."},
+	{OtherMachine, Fail, "this disk was another machine's",
+		"Two machines with one state are one node to Headscale: whichever speaks to it last has the pods' traffic, the other is dark. So the dedicated tailscaled does not start on the " +
+			"copy, and pods neither. The machine is told by its DMI UUID or serial number, in a container by its machine ID. With Kubernetes the controller sees two Nodes with one key.",
+		"on a copy `rm -r /var/lib/headcni` (in host mode `systemctl stop tailscaled`, `rm /var/lib/tailscale/tailscaled.state`, `systemctl start tailscaled`; a `tailscale logout` would end the original too), " +
+			"`network.podCIDRs` of its own, and `systemctl restart headcni-tailscaled`. Where the disk was moved and the other machine is gone for good: `rm /var/lib/headcni/machine`."},
 
 	{PolicyLacksRanges, Fail, "Headscale's policy does not name the pod ranges", "From 0.29 on `*` means tailnet addresses only; a policy that does not name pods' ranges drops their packets.", "add the line that the text prints to acls in Headscale's policy."},
 	{PolicyAutoApprovers, Warn, "autoApprovers lets nodes take each other's pods", "Any node with the tag may have any part of the range routed to it.", "with an API key headcni-controller approves by itself: remove the line from autoApprovers.routes."},
@@ -305,6 +331,7 @@ var Table = []Finding{
 	{HardNAT, Warn, "a node is relayed, and its router gives it another port for each peer", "Such a router (hard NAT: offices, NAT gateways of clouds, pfSense) keeps peers from sending to the node first. Two such nodes, or one and a home, meet at the relay only.", "pass UDP 41641 (tailscale.port) on the router to the node and have it keep that port for what the node sends (pfSense: an outbound rule with static port); or IPv6 on both sides; one of the two nodes is enough (docs/hybrid.md)."},
 	{UDPBlocked, Warn, "a node is relayed to all others: no UDP gets out", "No relay has told tailscaled by UDP how it is seen from outside. The network lets only TCP out, or the relay's STUN port is closed.", "let UDP out: port 3478 to the relay, and from port 41641 (tailscale.port) to anywhere; open UDP 3478 at Headscale's host. Else the relay it is: slower, and shared."},
 	{RouterAnswers, Warn, "two nodes are relayed although neither's router changes ports", "A router that accepts or rejects what comes to its own outside address, as a bare Linux does, notes the peer's first packet as a connection of its own; the node's next packet then gets another port. Or a firewall lets no UDP pass.", "on a router with Linux drop, do not accept or reject, what comes to its outside address: `nft add rule inet filter input iifname WAN ct state established,related accept`, `nft add rule inet filter input iifname WAN drop` (docs/hybrid.md)."},
+	{Lost, Fail, "a packet was lost, and nothing that was looked at says why", "`headcnictl why --live` sent it, and it was not seen where it should have passed next, or no answer was. All that nodes were asked about it is right.", "look for a firewall of another program at that place (`nft list ruleset`, `iptables-save`; in the cloud its own rules), and, where it vanished between nodes, for one that lets no UDP pass (`tailscale netcheck`); where there is none, report it with the file that `headcnictl sysdump` makes."},
 
 	{NameServer, Warn, "the node's name server for the tailnet does not work", "Pods' questions for names of the tailnet are not answered from this node.", "see the text; another program may have port 53 of the node's tailnet address."},
 	{NamesCircle, Fail, "questions for names can go in a circle", "CoreDNS asks the host's resolver, which asks the tailnet's, which asks CoreDNS.", "change one of what the text names; docs/names.md shows the usual ways."},
@@ -324,7 +351,7 @@ var Table = []Finding{
 	{ServicesNotHere, Fail, "the tailnet does not reach services by this node", "The node is chosen by `network.advertiseServices`, and services do not work on it: its kube-proxy does not say that they do, or its own rules or links are not as they should be.", "see the text; it leads there again by itself once they work. Where kube-proxy's health is elsewhere, set `network.advertiseServices.healthURL`."},
 	{ServicesNowhere, Warn, "the tailnet does not reach services as it is to", "No Node has the labels of `network.advertiseServices`, the ranges of services are not known or cannot be used, or Headscale's policy lets nobody there.", "see the text; `headcnictl dns headscale` prints the lines for Headscale."},
 
-	{TestPods, Fail, "a test pod does not run", "`headcnictl connectivity test` runs two pods on each node, with HeadCNI's own image. One was not started, or cannot be asked.", "see the text; `headcnictl doctor --node NODE`, and `kubectl -n kube-system get pods -o wide` for the node's kubelet and runtime."},
+	{TestPods, Fail, "a test pod does not run", "`headcnictl connectivity test` and `perf` run pods on each node, with HeadCNI's own image. One was not started, or cannot be asked.", "see the text; `headcnictl doctor --node NODE`, and `kubectl -n kube-system get pods -o wide` for the node's kubelet and runtime."},
 	{PodToPod, Fail, "a pod does not reach another", "A test pod got no answer from that of another node or of its own, or was seen by another address than its own.", "`headcnictl doctor` names what is wrong on both nodes; where it finds nothing, look for a firewall between them."},
 	{PacketSizes, Fail, "packets of a size do not arrive", "UDP packets that may not be cut, as large as the pods' link allows, got no answer, and perhaps small ones neither. Where small ones do, a path between the nodes carries less.", "let ICMP \"fragmentation needed\" pass on the way, or set network.mtu to what `headcnictl doctor` says (HC402) on every node."},
 	{ServicesFail, Fail, "pods do not reach Services", "A test pod reaches others by their own addresses and not by a ClusterIP, or no pods at all.", "see that kube-proxy, or what stands for it, runs on the node: `kubectl -n kube-system get pods -o wide`."},
@@ -333,6 +360,7 @@ var Table = []Finding{
 	{EgressFails, Fail, "pods do not reach nodes or the API server", "A test pod got no answer from a node's own address, or from the API server by its Service.", "`headcnictl doctor --node NODE`; see that the node's firewall lets pods' ranges in, and that network.masquerade is on where nodes have no routes to pods."},
 	{PoliciesFail, Fail, "a NetworkPolicy does not hold", "What a policy denies was answered, or what it allows was not, for longer than policies take to hold.", "`headcnictl status` says on how many nodes policies are in force, `headcnictl policy list` on the node how they stand."},
 	{TailnetToPod, Fail, "this machine does not reach pods by the tailnet", "The machine on which the test was started sends packets for pods into the tailnet, and gets no answer.", "let Headscale's policy accept from this machine to the pods' ranges; network.tailnetIngress and docs/security.md say what nodes let in."},
+	{Interrupted, Fail, "a restart interrupted pods for long", "While `headcnictl connectivity test --disrupt` restarted a part of HeadCNI on a node, datagrams between pods were lost for longer than they should be: a second where the restart does not concern them, 30 seconds where they go through the tailscaled that starts anew, whose pod must be made first.", "`headcnictl doctor --node NODE`; a busy node starts pods slowly, which `kubectl -n kube-system get events` shows. docs/reliability.md says what each restart costs."},
 
 	{Contradiction, Fail, "what the kernel does and what HeadCNI believes differ", "This is a fault of HeadCNI.", "please report it with the file that `headcnictl sysdump` makes."},
 }

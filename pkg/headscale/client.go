@@ -46,7 +46,9 @@ type Options struct {
 	Key secret.Secret
 	// CAFile is a PEM bundle to trust beside the system's roots, "" = none.
 	CAFile string
-	// Transport replaces the default one in tests; CAFile is then ignored.
+	// Proxy is the URL of an HTTP proxy, "" = what the environment says.
+	Proxy string
+	// Transport replaces the default one in tests; CAFile and Proxy are then ignored.
 	Transport http.RoundTripper
 }
 
@@ -74,7 +76,7 @@ func New(o Options) (*Client, error) {
 		if err != nil {
 			return nil, err
 		}
-		if t, err = newTransport(o.CAFile, ca); err != nil {
+		if t, err = newTransport(o.CAFile, ca, o.Proxy); err != nil {
 			return nil, err
 		}
 	}
@@ -95,9 +97,16 @@ func readCA(file string) ([]byte, error) {
 	return pem, nil
 }
 
-// newTransport trusts the system's roots and those of pem, which was read from caFile.
-func newTransport(caFile string, pem []byte) (http.RoundTripper, error) {
+// newTransport trusts the system's roots and those of pem, which was read from caFile. proxy is as in Options.
+func newTransport(caFile string, pem []byte, proxy string) (http.RoundTripper, error) {
 	t := http.DefaultTransport.(*http.Transport).Clone()
+	if proxy != "" {
+		u, err := url.Parse(proxy)
+		if err != nil || u.User != nil {
+			return nil, errors.New("headscale.proxy: want http://HOST:PORT, without a user or password")
+		}
+		t.Proxy = http.ProxyURL(u)
+	}
 	t.DialContext = (&net.Dialer{Timeout: 3 * time.Second}).DialContext
 	// HTTP/2 sends the next call over the connection on which the last one got no answer, HTTP/1 closes that.
 	t.Protocols = new(http.Protocols)

@@ -64,7 +64,7 @@ func (c *Connector) renew(key secret.Secret) error {
 	if c.client != nil && c.key == key && bytes.Equal(c.ca, ca) {
 		return nil
 	}
-	t, err := newTransport(c.cfg.CAFile, ca)
+	t, err := newTransport(c.cfg.CAFile, ca, c.cfg.Proxy)
 	if err != nil {
 		return err
 	}

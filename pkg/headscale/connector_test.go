@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
@@ -140,6 +141,51 @@ func TestConnectorReadsTheCAFileAgain(t *testing.T) {
 	}
 	if err := nodes(srv.Certificate().Raw); err != nil {
 		t.Errorf("with the server's: %v", err)
+	}
+}
+
+// With a proxy nothing is sent but by it: the server's name is nobody's here.
+func TestProxy(t *testing.T) {
+	hs := headscaletest.New(t)
+	srv := httptest.NewTLSServer(hs)
+	t.Cleanup(srv.Close)
+	var asked atomic.Value
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Store(r.Method + " " + r.Host)
+		to, err := net.Dial("tcp", srv.Listener.Addr().String())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer to.Close()
+		w.WriteHeader(http.StatusOK)
+		from, buffered, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return
+		}
+		defer from.Close()
+		go io.Copy(to, buffered)
+		_, _ = io.Copy(from, to) // until either hangs up
+	}))
+	t.Cleanup(proxy.Close)
+	caFile := filepath.Join(t.TempDir(), "ca.pem")
+	writeFile(t, caFile, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})))
+	key := hs.APIKey()
+	cfg := config.Headscale{URL: "https://example.com", CAFile: caFile, Proxy: proxy.URL} // a name that the certificate has
+	api, _, err := NewConnector(cfg, func(string) string { return key }).Connect(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := api.Nodes(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := asked.Load(); got != "CONNECT example.com:443" {
+		t.Errorf("the proxy was asked for %v", got)
+	}
+	proxy.Close()
+	api.http.CloseIdleConnections()
+	if _, err := api.Nodes(t.Context()); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "proxyconnect") {
+		t.Errorf("without the proxy: %v", err)
 	}
 }
 

@@ -20,6 +20,17 @@ const hookForward = 2
 // inet is the family of tables for both kinds of addresses. iptables has none there.
 var inet = family{knftables.InetFamily, unix.NFPROTO_INET}
 
+// Foreign is an error that says which firewalls of others drop what pods send and get, and what to do about it.
+func (f *Firewall) Foreign(tun string) error {
+	drops, err := f.ForeignDrops()
+	if err != nil || len(drops) == 0 {
+		return err
+	}
+	return fmt.Errorf("another program's firewall drops what pods send and get, which no rule of ours can change: %s; let %s* and %s "+
+		"pass there, for instance `firewall-cmd --permanent --zone=trusted --add-interface=%[2]s+ --add-interface=%[3]s && "+
+		"firewall-cmd --reload`", strings.Join(drops, ", "), names.PodLinkPrefix, tun)
+}
+
 // ForeignDrops names what in other programs' tables drops forwarded packets that nobody allowed there, such as
 // firewalld's: a drop is final in nftables, so no accept of ours can help, and pods stay cut off until the owner lets
 // them pass. A table with a rule about pods' links is taken for one whose owner has. The FORWARD chain of iptables is not

@@ -19,6 +19,8 @@ import (
 // Names of objects in our own namespace. The chart uses the same ones whatever the release is called: two HeadCNIs in
 // one cluster would fight over its nodes.
 const (
+	// Daemon is the DaemonSet of the node daemon.
+	Daemon = "headcni"
 	// DaemonAccount is the service account of the node daemon; the admission policy holds it to its own Node.
 	DaemonAccount = "headcni"
 	// AuthSecret is the user's: the API key or pre-auth key for Headscale.

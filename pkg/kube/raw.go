@@ -3,10 +3,12 @@ package kube
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
@@ -28,18 +30,28 @@ func NewRaw(c *rest.Config) (Raw, error) {
 func (r Raw) Get(ctx context.Context, path string, into any) error {
 	b, err := r.rest.Get().AbsPath(path).DoRaw(ctx)
 	if err != nil {
-		return err
+		return inWords(b, err)
 	}
 	return json.Unmarshal(b, into)
 }
 
+// inWords is an error with what the API server said: the library knows its status by the number alone where it does not decode the answer, and calls it
+// unknown.
+func inWords(answer []byte, err error) error {
+	var s metav1.Status
+	if !errors.As(err, new(apierrors.APIStatus)) || json.Unmarshal(answer, &s) != nil || s.Status != metav1.StatusFailure || s.Message == "" {
+		return err
+	}
+	return &apierrors.StatusError{ErrStatus: s}
+}
+
 // Delete removes what is at a path, if it is there.
 func (r Raw) Delete(ctx context.Context, path string) error {
-	_, err := r.rest.Delete().AbsPath(path).DoRaw(ctx)
-	if apierrors.IsNotFound(err) {
+	b, err := r.rest.Delete().AbsPath(path).DoRaw(ctx)
+	if err == nil || apierrors.IsNotFound(err) {
 		return nil
 	}
-	return err
+	return inWords(b, err)
 }
 
 // Right is one that somebody may have, such as to create daemonsets.apps in a namespace; "" is none.
@@ -72,6 +84,8 @@ func (r Raw) May(ctx context.Context, right Right) (bool, error) {
 	}
 	if err == nil {
 		err = json.Unmarshal(b, &answer)
+	} else {
+		err = inWords(b, err)
 	}
 	if err != nil {
 		return false, fmt.Errorf("ask for the right to %s: %w", right, err)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/headcni/headcni/internal/headscaletest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 )
@@ -22,6 +23,31 @@ func TestCheckKeepsWarnings(t *testing.T) {
 	m := &Member{cfg: config.Config{Headscale: config.Headscale{URL: "http://127.0.0.1:1"}}, checkedAt: time.Now(), warned: warned}
 	if _, err := m.Check(t.Context(), Seen{}); !errors.Is(err, warned) {
 		t.Errorf("%v, want %v", err, warned)
+	}
+}
+
+// A tailnet whose addresses are not Tailscale's is said to be none, in the families that pods have.
+func TestTailnetElsewhere(t *testing.T) {
+	pods := []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd00:244:1::/64")}
+	for name, c := range map[string]struct {
+		ips  []string
+		pods []netip.Prefix
+		want string
+	}{
+		"Tailscale's":         {[]string{"100.64.0.1", "fd7a:115c:a1e0::1"}, pods, ""},
+		"part of them":        {[]string{"100.127.255.1", "fd7a:115c:a1e0:9::1"}, pods, ""},
+		"another v4":          {[]string{"10.64.0.1", "fd7a:115c:a1e0::1"}, pods, "prefixes.v4"},
+		"another v6":          {[]string{"100.64.0.1", "fd7a:115c:a1e1::1"}, pods, "prefixes.v6"},
+		"another v6, no pods": {[]string{"100.64.0.1", "fd7a:115c:a1e1::1"}, pods[:1], ""},
+	} {
+		status := &tailscale.Status{State: tailscale.Running}
+		for _, ip := range c.ips {
+			status.Self.IPs = append(status.Self.IPs, netip.MustParseAddr(ip))
+		}
+		_, err := (&Member{}).Join(t.Context(), Seen{Tailnet: status, PodCIDRs: c.pods})
+		if c.want == "" && err != nil || c.want != "" && (findings.IDOf(err) != findings.TailnetElsewhere || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
 	}
 }
 

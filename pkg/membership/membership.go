@@ -168,16 +168,18 @@ func (m *Member) Join(ctx context.Context, s Seen) ([]string, error) {
 		move := tailscale.LoginOptions{ControlURL: m.cfg.Headscale.URL, Move: s.Mode == config.ModeDaemon}
 		err := m.client.Login(ctx, move)
 		if !errors.Is(err, tailscale.ErrNeedsKey) {
-			return nil, err
+			return nil, errors.Join(err, s.Tailnet.Elsewhere(s.PodCIDRs))
 		}
 		if err := m.loginWith(ctx, move); err != nil {
 			return nil, err
 		}
 		return []string{"moved to " + move.ControlURL}, reconcile.Waiting("has just moved")
 	case s.Running():
-		return nil, nil
+		return nil, s.Tailnet.Elsewhere(s.PodCIDRs)
 	case s.Tailnet.State == tailscale.Stopped && s.Mode == config.ModeHost:
 		return nil, errStopped
+	case s.Tailnet.Stateless() != "":
+		return nil, findings.Errorf(findings.TailscaledState, "tailscaled runs and cannot join: %s", s.Tailnet.Stateless())
 	case s.Tailnet.State == tailscale.Starting || s.Tailnet.State == tailscale.NoState:
 		return nil, reconcile.Waiting("tailscaled is starting")
 	case m.cfg.Headscale.URL == "":

@@ -16,6 +16,7 @@ type Metrics struct {
 	plugin *spoolCounter
 	pools  *pools
 	drops  *drops
+	table  *conntrack
 	policy *policy
 
 	passes       prometheus.Histogram
@@ -46,6 +47,7 @@ func NewMetrics(version string) *Metrics {
 	m := &Metrics{
 		pools:  &pools{read: func() []Pool { return nil }},
 		drops:  &drops{read: func() map[string]uint64 { return nil }},
+		table:  &conntrack{read: func() (entries, most, full uint64, err error) { return }},
 		policy: newPolicy(),
 		plugin: &spoolCounter{t: newTotals(), log: func(error) {}},
 		passes: prometheus.NewHistogram(prometheus.HistogramOpts{
@@ -82,7 +84,7 @@ func NewMetrics(version string) *Metrics {
 	m.selfTest = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "headcni_guard_self_test_ok", Help: "1 where the guard stopped and counted packets that were sent in clear on purpose, 0 where it did not.",
 	}, nil)
-	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.selfTest, m.selfTestRan, m.policy, m.passes, m.part, m.peers, m.podPeers, m.nodeKey, m.smallestPath, m.rearmPings, m.corrections)
+	m.registry = NewRegistry(version, m.plugin, m.pools, m.drops, m.table, m.selfTest, m.selfTestRan, m.policy, m.passes, m.part, m.peers, m.podPeers, m.nodeKey, m.smallestPath, m.rearmPings, m.corrections)
 	return m
 }
 
@@ -99,6 +101,9 @@ func (m *Metrics) Pools(read func() []Pool) { m.pools.read = read }
 // Drops sets the function that returns how many packets the node's rules dropped, by reason. Each scrape calls it. It must be set
 // before the first scrape.
 func (m *Metrics) Drops(read func() map[string]uint64) { m.drops.read = read }
+
+// Conntrack sets the function that looks at the kernel's table of connections. Each scrape calls it. It must be set before the first scrape.
+func (m *Metrics) Conntrack(read func() (entries, most, full uint64, err error)) { m.table.read = read }
 
 // SelfTest records how the guard's self-test ended: nil where it could not run.
 func (m *Metrics) SelfTest(passed *bool) {

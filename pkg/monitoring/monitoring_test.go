@@ -66,6 +66,7 @@ func TestServe(t *testing.T) {
 	m.Part("rules", true, 3)
 	m.Tailnet(Tailnet{Peers: map[string]int{"direct": 4, "offline": 1}, PodPeers: map[string]int{"direct": 3}, KeyExpiry: time.Unix(1800000000, 0), SmallestPath: 1230})
 	m.Pools(func() []Pool { return []Pool{{"headcni", "ipv4", 3, 253}, {"other", "ipv6", 1, 0}} })
+	m.Conntrack(func() (entries, most, full uint64, err error) { return 900, 1000, 7, nil })
 
 	ctx, cancel := context.WithCancel(t.Context())
 	addr := freeAddr(t)
@@ -88,6 +89,7 @@ func TestServe(t *testing.T) {
 		`headcni_ip_pool_addresses_in_use{family="ipv6",network="other"} 1`,
 		`headcni_tailnet_peers{path="offline"} 1`, `headcni_pod_peers{path="direct"} 3`, `headcni_pod_peers{path="offline"} 0`,
 		"headcni_node_key_expiry_timestamp_seconds 1.8e+09", "headcni_smallest_path_bytes 1230",
+		"headcni_conntrack_entries 900\n", "headcni_conntrack_max_entries 1000\n", "headcni_conntrack_full_total 7\n",
 	} {
 		if !strings.Contains(body, want) {
 			t.Errorf("metrics lack %q", want)

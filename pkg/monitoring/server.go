@@ -7,12 +7,23 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/headcni/headcni/pkg/reconcile"
+)
+
+const (
+	// maxConns there are at once: a scraper and the kubelet have one or two each, and the port may be open to pods and to the LAN.
+	maxConns = 64
+	// maxHeader bounds what is read of a request, in bytes.
+	maxHeader = 16 << 10
+	// A scraper comes back within idle, by the same connection.
+	idle = 2 * time.Minute
 )
 
 // Readiness reports whether the program is ready, and the state of its parts.
@@ -41,7 +52,9 @@ func Serve(ctx context.Context, listen string, g prometheus.Gatherer, r Readines
 		}{ok, parts}) // the client has gone
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{}))
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second}
+	srv := &http.Server{
+		Handler: mux, ReadTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: idle, MaxHeaderBytes: maxHeader, ConnState: new(crowd).changed,
+	}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(l) }()
 	context.AfterFunc(ctx, func() { srv.Close() })
@@ -51,4 +64,28 @@ func Serve(ctx context.Context, listen string, g prometheus.Gatherer, r Readines
 		}
 		return nil
 	}, nil
+}
+
+// crowd are a server's connections, the oldest first. Of too many the oldest is closed: whoever opens as many as they can, and says nothing
+// or reads nothing, keeps no probe and no scraper out, which are served within milliseconds.
+type crowd struct {
+	mu    sync.Mutex
+	conns []net.Conn
+}
+
+// changed is for http.Server.ConnState.
+func (c *crowd) changed(conn net.Conn, s http.ConnState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch s {
+	case http.StateNew:
+		if c.conns = append(c.conns, conn); len(c.conns) > maxConns {
+			_ = c.conns[0].Close() // its request, if it has one, fails
+			c.conns = slices.Delete(c.conns, 0, 1)
+		}
+	case http.StateClosed:
+		if i := slices.Index(c.conns, conn); i >= 0 {
+			c.conns = slices.Delete(c.conns, i, i+1)
+		}
+	}
 }

@@ -1,6 +1,8 @@
 package nft
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -214,6 +216,8 @@ func TestLANIngress(t *testing.T) {
 			cfg := typical()
 			cfg.LANIngress = allow
 			w.sync(cfg)
+			w.mustSay(map[bool]string{false: DropLANIngress, true: ""}[allow], a.podA, a.lan, false)
+			w.mustSay("", a.podA, a.lan, true)
 			for to, dst := range ways {
 				for as, src := range honest {
 					if got, want := arrives(src, dst), allow || to == "a port" || to == "a far pod's port"; got != want {
@@ -262,6 +266,284 @@ func (w *world) arrives(t *testing.T, a addrs, src, dst netip.Addr) bool {
 	raw(t, w.lan, nstest.Packet(src, dst, unix.IPPROTO_UDP, nstest.UDP(src, dst, ports, 9, "hello")))
 	seen := slices.Concat(pod.until(t, "the end", func() { w.end(t, a) }), tn.until(t, "the end", func() { w.end(t, a) }))
 	return slices.ContainsFunc(seen, func(s sight) bool { return strings.Contains(s.rest, "hello") })
+}
+
+// The kernel believes an ICMP error that quotes a datagram of one of its own sockets, whoever sends it. A pod speaks of what it got, and so
+// does who is behind the tunnel: else one packet makes all paths between nodes too small for tailscaled, for ten minutes.
+func TestFalseErrors(t *testing.T) {
+	w := newWorld(t)
+	type word struct {
+		by          *nstest.NS
+		src, to     netip.Addr
+		about, sent netip.Addr // the packet that it quotes went from the latter to the former
+	}
+	var socket *net.UDPConn
+	w.node.Do(t, func() (err error) {
+		socket, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.IPv6Unspecified(), 4711)))
+		return err
+	})
+	defer socket.Close()
+	for family, a := range worldAddrs {
+		mtu := map[string]uint16{"IPv4": 600, "IPv6": 1280}[family]
+		far := a.forged
+		w.node.Run(t, "ip", "route", "replace", "default", "via", a.lan.String())
+		say := func(of word, text string) {
+			about := nstest.Packet(of.sent, of.about, unix.IPPROTO_UDP, nstest.UDP(of.sent, of.about, 4711, 9, text))
+			raw(t, of.by, nstest.TooBig(of.src, of.to, mtu, about))
+		}
+		believed := func(of word) bool {
+			return strings.Contains(w.node.Run(t, "ip", "route", "get", of.about.String()), fmt.Sprintf(" mtu %d", mtu))
+		}
+		forget := func() {
+			w.node.Run(t, "ip", "route", "flush", "cache")
+			w.node.Run(t, "ip", "-6", "route", "flush", "cache")
+		}
+		wait := func(what string, of word) {
+			t.Helper()
+			for range 100 {
+				if say(of, "true"); believed(of) {
+					return
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+			t.Errorf("%s: %s is not believed", family, what)
+		}
+		lies := map[string]word{
+			"a pod of the node's own":      {w.podA, a.podA, a.node, a.lan, a.node},
+			"a device of the node's own":   {w.tn, a.device, a.nodeTailnet, a.lan, a.node},
+			"a far pod of the node's own":  {w.tn, a.remote, a.nodeTailnet, far, a.node},
+			"a pod of what a device got":   {w.podA, a.podA, a.node, a.device, a.nodeTailnet},
+			"a pod of what a far pod gets": {w.podA, a.podA, a.nodeTailnet, a.remote, a.nodeTailnet},
+		}
+		truths := map[string]word{
+			"a pod":                    {w.podA, a.podA, a.node, a.podA, a.node},
+			"a device":                 {w.tn, a.device, a.nodeTailnet, a.device, a.nodeTailnet},
+			"a far pod":                {w.tn, a.remote, a.nodeTailnet, a.remote, a.nodeTailnet},
+			"a router beside the node": {w.lan, a.lan, a.node, far, a.node},
+		}
+		w.sync(typical())
+		for what, lie := range lies {
+			forget()
+			say(lie, "false")
+			wait("after "+what, truths["a pod"])
+			if believed(lie) {
+				t.Errorf("%s: %s is believed", family, what)
+			}
+		}
+		for what, truth := range truths {
+			forget()
+			wait(what, truth)
+		}
+		// Pods hear as little of what they have sent to others.
+		other := look(t, w.podB, "eth0")
+		say(word{w.podA, a.podA, a.podB, a.remote, a.podB}, "a false word")
+		if got := other.until(t, "a true word", func() { say(word{w.podA, a.podA, a.podB, a.podA, a.podB}, "a true word") }); slices.ContainsFunc(got,
+			func(s sight) bool { return strings.Contains(s.rest, "a false word") }) {
+			t.Errorf("%s: a pod hears an error about what another pod of this node got of it", family)
+		}
+		w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+		for what, lie := range lies {
+			forget()
+			wait(what+", without our tables, so that this test can fail", lie)
+		}
+		forget()
+	}
+}
+
+// What the node has on its loopback is not for pods, also where portmap or kube-proxy had the kernel lead such addresses.
+func TestPodsReachNoLoopback(t *testing.T) {
+	w := newWorld(t)
+	a, home := worldAddrs["IPv4"], netip.MustParseAddr("127.0.0.1")
+	w.node.Run(t, "sh", "-ec", "echo 1 >/proc/sys/net/ipv4/conf/hca/route_localnet")
+	pod, err := w.podA.Handle.LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := w.mac("hca")
+	var l *net.UDPConn
+	w.node.Do(t, func() (err error) {
+		l, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(home, testPort)))
+		return err
+	})
+	defer l.Close()
+	first := func() string {
+		ports++
+		frame := slices.Concat(node, pod.Attrs().HardwareAddr, []byte{8, 0}, nstest.Packet(a.podA, home, unix.IPPROTO_UDP, nstest.UDP(a.podA, home, ports, testPort, "pod")))
+		w.podA.Do(t, func() error { return nstest.SendFrames(pod.Attrs().Index, frame) })
+		w.send(packet{from: w.node, dst: home})
+		b := make([]byte, 16)
+		n, _, err := l.ReadFromUDP(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b[:n])
+	}
+	w.sync(typical())
+	if got := first(); got != "x" {
+		t.Errorf("the loopback hears %q", got)
+	}
+	// A port of the node is asked at the loopback too.
+	w.node.Run(t, "sh", "-ec", `echo 1 >/proc/sys/net/ipv4/conf/hca/route_localnet
+		nft 'table ip ports { chain c { type nat hook output priority -100; ip daddr 127.0.0.1 udp dport 8080 dnat to `+a.podA.String()+`:8080; }; }'`)
+	if got := w.asks(t, netip.AddrPortFrom(home, 8080), a.podA); got != "answer" {
+		t.Errorf("a port of the node at its loopback: %q", got)
+	}
+	w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+	if got := first(); got != "pod" {
+		t.Errorf("without our tables the loopback hears %q: this test cannot fail", got)
+	}
+}
+
+// A connection of a pod's to the outside, or by a service, outlives a segment that conntrack takes for no part of it: neither the node nor
+// the pod answers with a reset.
+func TestStraySegments(t *testing.T) {
+	w := newWorld(t)
+	for family, a := range worldAddrs {
+		service := map[string]netip.Addr{"IPv4": netip.MustParseAddr("10.96.0.10"), "IPv6": netip.MustParseAddr("fd00:96::10")}[family]
+		survives := func(with *nstest.NS, of, asked netip.Addr) bool {
+			t.Helper()
+			sniff := look(t, with, "eth0")
+			var l net.Listener
+			with.Do(t, func() (err error) { l, err = net.Listen("tcp", netip.AddrPortFrom(of, testPort).String()); return err })
+			defer l.Close()
+			at := netip.MustParseAddrPort(l.Addr().String())
+			var client net.Conn
+			w.podA.Do(t, func() (err error) {
+				client, err = net.DialTimeout("tcp", netip.AddrPortFrom(asked, at.Port()).String(), 10*time.Second)
+				return err
+			})
+			defer client.Close()
+			server, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer server.Close()
+			if _, err := client.Write([]byte("question")); err != nil {
+				t.Fatal(err)
+			}
+			deadline := time.Now().Add(10 * time.Second)
+			if err := errors.Join(server.SetDeadline(deadline), client.SetDeadline(deadline)); err != nil {
+				t.Fatal(err)
+			}
+			b := make([]byte, 16)
+			if _, err := server.Read(b); err != nil {
+				t.Fatal(err)
+			}
+			peer := netip.MustParseAddrPort(server.RemoteAddr().String())
+			said := func(s sight) bool { return s.src == peer.Addr() && strings.HasSuffix(s.rest, "question") }
+			var seen []sight
+			for len(seen) == 0 { // the server has read it, so it has come
+				sniff.mu.Lock()
+				seen = slices.DeleteFunc(slices.Clone(sniff.seen), func(s sight) bool { return !said(s) })
+				sniff.mu.Unlock()
+			}
+			h := []byte(seen[0].rest)
+			expected, acknowledged := binary.BigEndian.Uint32(h[8:]), binary.BigEndian.Uint32(h[4:])+uint32(len("question"))
+			raw(t, with, nstest.Packet(of, peer.Addr(), unix.IPPROTO_TCP,
+				nstest.Segment(of, peer.Addr(), at.Port(), peer.Port(), expected+50_000_000, acknowledged, "stray")))
+			if _, err := server.Write([]byte("answer")); err != nil {
+				return false
+			}
+			n, err := client.Read(b)
+			return err == nil && string(b[:n]) == "answer"
+		}
+		w.node.Run(t, "nft", fmt.Sprintf(`table %[1]s foreign { chain c { type nat hook postrouting priority 100; oifname "eth0" masquerade; }
+			chain d { type nat hook prerouting priority -100; %[1]s daddr %[2]s dnat to %[3]s; }; }`, nftFamily[family], service, a.podB))
+		w.sync(typical())
+		outside := func() bool { return survives(w.lan, a.lan, a.lan) }
+		inside := func() bool { return survives(w.podB, a.podB, service) }
+		if !outside() || !inside() {
+			t.Errorf("%s: a stray segment ends a pod's connection", family)
+		}
+		w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+		if outside() || inside() {
+			t.Errorf("%s: it outlives that without our tables too: this test cannot fail", family)
+		}
+		w.node.Run(t, "nft", "delete", "table", nftFamily[family], "foreign")
+	}
+}
+
+// A connection of the node's own that conntrack does not know, as one that is older than the tables or that it has forgotten, goes on and
+// hears of its end, whatever nf_conntrack_tcp_loose says, also where the kernel does not tell whose socket a packet is for.
+func TestNodesOwnAreNoStrays(t *testing.T) {
+	w := newWorld(t)
+	for family, a := range worldAddrs {
+		for _, loose := range []string{"0", "1"} {
+			for _, takes := range []bool{true, false} {
+				for _, what := range []string{"text", "FIN", "RST"} {
+					w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+					w.node.Run(t, "sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_loose="+loose)
+					client, server := connection(t, w.lan, w.node, a.node)
+					w.tables.sockets = &takes
+					w.sync(typical())
+					var err error
+					switch what {
+					case "text":
+						_, err = client.Write([]byte("x"))
+					case "RST":
+						err = errors.Join(client.SetLinger(0), client.Close())
+					default:
+						err = client.Close()
+					}
+					if err = errors.Join(err, server.SetDeadline(time.Now().Add(10*time.Second))); err != nil {
+						t.Fatal(err)
+					}
+					if _, err := server.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+						t.Errorf("%s, tcp_loose=%s, nft_socket %v: the node does not hear %s", family, loose, takes, what)
+					}
+				}
+			}
+		}
+	}
+}
+
+// connection is one of TCP.
+func connection(t *testing.T, from, to *nstest.NS, at netip.Addr) (client, server *net.TCPConn) {
+	t.Helper()
+	var l net.Listener
+	to.Do(t, func() (err error) { l, err = net.Listen("tcp", netip.AddrPortFrom(at, 0).String()); return err })
+	defer l.Close()
+	var c net.Conn
+	from.Do(t, func() (err error) { c, err = net.DialTimeout("tcp", l.Addr().String(), 10*time.Second); return err })
+	t.Cleanup(func() { c.Close() })
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return c.(*net.TCPConn), s.(*net.TCPConn)
+}
+
+// asks is what the node hears from its pod A, which answers on a port.
+func (w *world) asks(t *testing.T, port netip.AddrPort, pod netip.Addr) string {
+	t.Helper()
+	var client, server *net.UDPConn
+	w.podA.Do(t, func() (err error) {
+		server, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(pod, port.Port())))
+		return err
+	})
+	defer server.Close()
+	w.node.Do(t, func() (err error) { client, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(port)); return err })
+	defer client.Close()
+	b := make([]byte, 16)
+	for range 50 {
+		deadline := time.Now().Add(60 * time.Millisecond)
+		if err := errors.Join(client.SetReadDeadline(deadline), server.SetReadDeadline(deadline)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.Write([]byte("question")); err != nil {
+			t.Fatal(err)
+		}
+		if _, from, err := server.ReadFromUDPAddrPort(b); err == nil {
+			if _, err := server.WriteToUDPAddrPort([]byte("answer"), from); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n, err := client.Read(b); err == nil {
+			return string(b[:n])
+		}
+	}
+	return ""
 }
 
 // Counters say why, outlive a rewrite, and are not the daemon's alone.
@@ -317,10 +599,7 @@ func TestPodFillsNoNeighbours(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node, err := net.ParseMAC(w.mac("hca"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	node := w.mac("hca")
 	mac := [6]byte(pod.Attrs().HardwareAddr)
 	flood := func() int {
 		var frames [][]byte

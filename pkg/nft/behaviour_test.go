@@ -2,8 +2,11 @@ package nft
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -319,7 +322,7 @@ func TestErrorsNotInClear(t *testing.T) {
 			for _, r := range ranges {
 				w.node.Run(t, "ip", "route", "replace", r, "via", a.lan.String())
 			}
-			w.tn.Run(t, "ip", "neigh", "replace", a.nodeTailnet.String(), "lladdr", w.mac("headcni01"), "nud", "permanent", "dev", "tun")
+			w.tn.Run(t, "ip", "neigh", "replace", a.nodeTailnet.String(), "lladdr", w.mac("headcni01").String(), "nud", "permanent", "dev", "tun")
 			w.disown(w.node, "headcni01", a.nodeTailnet)
 			service := map[string]netip.Addr{"IPv4": netip.MustParseAddr("10.96.0.10"), "IPv6": netip.MustParseAddr("fd00:96::10")}[family]
 			to := []netip.Addr{a.hole, a.remote2.Next(), service, a.nodeTailnet}
@@ -467,6 +470,86 @@ var nftFamily = map[string]string{"IPv4": "ip", "IPv6": "ip6"}
 func isTimeout(err error) bool {
 	var n net.Error
 	return errors.As(err, &n) && n.Timeout()
+}
+
+// Containers that a pod forwards for, as Docker in a pod, have a larger MTU than the pod, and many routers tell nobody that a packet
+// was too large.
+func TestContainersInAPod(t *testing.T) {
+	t.Parallel()
+	w, inner := newWorld(t), nstest.New(t)
+	w.node.Run(t, "ip", "link", "set", "hca", "mtu", "1280")
+	w.podA.Run(t, "sh", "-ec", fmt.Sprintf(`echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
+		ip link set eth0 mtu 1280
+		ip link add docker0 type veth peer name eth0 netns /run/netns/%s; ip link set docker0 up
+		ip addr add 172.18.0.1/24 dev docker0; ip addr add fd00:18::1/64 dev docker0 nodad
+		nft "table inet n { chain p { type nat hook postrouting priority 100; oifname eth0 masquerade; }; }"`, inner.Name))
+	inner.Run(t, "sh", "-ec", `ip link set eth0 up; ip addr add 172.18.0.2/24 dev eth0; ip addr add fd00:18::2/64 dev eth0 nodad
+		ip route add default via 172.18.0.1; ip route add default via fd00:18::1`)
+	// The server, and a pod of another node by a tunnel that promises more than it keeps, hear no ICMP error.
+	for _, ns := range []*nstest.NS{w.lan, w.tn} {
+		ns.Run(t, "nft", `table inet n { chain i { type filter hook input priority 0; icmp type destination-unreachable drop; icmpv6 type packet-too-big drop; }; }`)
+	}
+	for family, a := range worldAddrs {
+		for name, server := range map[string]struct {
+			ns   *nstest.NS
+			addr netip.Addr
+		}{"outside": {w.lan, a.lan}, "remote pod": {w.tn, a.remote}} {
+			t.Run(family+"/"+name, func(t *testing.T) {
+				w.node.Do(t, func() error { return w.tables.Remove(t.Context()) })
+				if mss, _ := w.download(inner, server.ns, server.addr, 0); mss <= 1240 {
+					t.Fatalf("the server's segments have %d bytes without our tables: this test cannot fail", mss)
+				}
+				w.sync(typical())
+				const size = 256 << 10
+				if mss, n := w.download(inner, server.ns, server.addr, size); mss > 1240 || n != size {
+					t.Errorf("%d of %d bytes came, by segments of %d", n, size, mss)
+				}
+			})
+		}
+	}
+}
+
+// download has a client read so many bytes from a server. It returns the size of the server's segments and what came.
+func (w *world) download(client, server *nstest.NS, at netip.Addr, size int) (mss int, n int64) {
+	w.t.Helper()
+	var l net.Listener
+	server.Do(w.t, func() (err error) {
+		l, err = net.Listen("tcp", netip.AddrPortFrom(at, 0).String())
+		return err
+	})
+	defer l.Close()
+	segments := make(chan int, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			segments <- 0
+			return
+		}
+		defer c.Close()
+		raw, err := c.(*net.TCPConn).SyscallConn()
+		segment := 0 // where it cannot be had
+		if err == nil {
+			_ = raw.Control(func(fd uintptr) { segment, _ = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_MAXSEG) })
+		}
+		segments <- segment
+		_, _ = c.Write(make([]byte, size))
+	}()
+	client.Do(w.t, func() error {
+		c, err := net.DialTimeout("tcp", l.Addr().String(), 10*time.Second)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if err := c.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			return err
+		}
+		n, err = io.Copy(io.Discard, c)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil // n says how far it came
+		}
+		return err
+	})
+	return <-segments, n
 }
 
 func TestPodsTalkThoughForwardDrops(t *testing.T) {

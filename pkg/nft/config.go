@@ -46,6 +46,9 @@ type Config struct {
 	HostMode bool
 	// Subnets are networks behind devices of the tailnet that are not the cluster's.
 	Subnets Subnets
+
+	// noSockets: this kernel does not tell whose socket a packet is for.
+	noSockets bool
 }
 
 // Port is one of the node's ports that leads to a pod of its own.

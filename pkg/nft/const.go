@@ -68,6 +68,10 @@ const (
 	chainGuard = "guard"
 	prioGuard  = knftables.FilterPriority
 
+	// chainHeard is in input, which what passes through the node does not pay for.
+	chainHeard = "heard"
+	prioHeard  = knftables.FilterPriority
+
 	// chainPatience is in output, where the node's own ICMP errors towards its pods pass.
 	chainPatience = "patience"
 	prioPatience  = knftables.FilterPriority
@@ -102,6 +106,10 @@ const (
 	DropPodRouter = "pod_router"
 	// A pod sends from or to a link-local address. It needs none but the gateway's, and each would be a neighbour of the node's.
 	DropPodLinkLocal = "pod_link_local"
+	// A pod's ICMP error quotes what no pod of this node can have got.
+	DropPodQuotes = "pod_quotes"
+	// A pod sends to the node's loopback.
+	DropPodLoopback = "pod_loopback"
 	// A port of the node leads to an address that its pod has no more.
 	DropPortStale = "port_stale"
 	// A pod begins something with more neighbours of the node's than it can have use for.
@@ -131,15 +139,19 @@ const (
 	DropPodFloods = "pod_floods"
 	// tailscaled's own packets in its own tunnel.
 	DropTunnelInTunnel = "tunnel_in_tunnel"
+	// An ICMP error out of the tunnel quotes what the node never sent by it.
+	DropTunnelQuotes = "tunnel_quotes"
+	// A segment of TCP that conntrack takes for no part of its connection, which may be a pod's.
+	DropStraySegment = "stray_segment"
 	// The node's word to its pod that there is no way, while the tunnel is away.
 	DropNoWay = "no_way_yet"
 )
 
 // reasons are all of them. They stay while the rules that use them are written anew.
 var reasons = []string{
-	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPortStale, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
+	DropPodForged, DropPodRouter, DropPodLinkLocal, DropPodQuotes, DropPodLoopback, DropPortStale, DropPodScans, DropOutsideForged, DropLANIngress, DropClusterClear, DropTailnetClear,
 	DropServiceClear, DropTailnetService, DropPodSource, DropTailnetEgress, DropTailnetSubnet, DropSubnetClear,
-	DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropNoWay,
+	DropTailscaled, DropPodFloods, DropTunnelInTunnel, DropTunnelQuotes, DropStraySegment, DropNoWay,
 }
 
 // The kernel has one table of neighbours a family for all links and all namespaces, with room for 1024 (gc_thresh3), and one that does not

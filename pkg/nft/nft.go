@@ -28,6 +28,8 @@ const writeTries = 3
 type Tables struct {
 	mu  sync.Mutex
 	nft nfcmd.NFT
+	// sockets tells whether the kernel takes ofSocket, nil before it was asked.
+	sockets *bool
 
 	// What was written last, what the kernel listed right after, and the generation at which it still held that.
 	text    string
@@ -58,6 +60,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	cfg.noSockets = !t.takesSockets(ctx)
 	want := rulesetOf(cfg)
 	text := fmt.Sprint(want)
 	if text == t.text {
@@ -94,12 +97,26 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 			break
 		}
 	}
-	endStale(t.ports, cfg, gap)
+	endStale(slices.Concat(t.ports, cfg.Ports), cfg, gap) // the new ones too: of those whose pod is gone a process before this may have known
 	t.ports = slices.Clone(cfg.Ports)
 	// A table that was made anew has lost them.
 	_, consentErr := t.writeConsent()
 	_, sourcesErr := t.writeSources()
 	return changes(first, before), errors.Join(t.writeMembers(cfg.Members), consentErr, sourcesErr)
+}
+
+// takesSockets asks the kernel, and once it has answered no more. One that has no nft_socket, nor a way to load it, gets no rule with it.
+func (t *Tables) takesSockets(ctx context.Context) bool {
+	if t.sockets == nil && t.nft.Open() == nil {
+		err := t.nft.Check(ctx, func(tx *knftables.Transaction) {
+			try := table{family: knftables.IPv4Family, chains: []chain{{"try", knftables.FilterType, knftables.InputHook, prioGuard, []string{ofSocket + " accept"}}}}
+			try.fill(tx)
+		})
+		if takes := err == nil; takes || nfcmd.Lacks(err) {
+			t.sockets = &takes
+		}
+	}
+	return t.sockets != nil && *t.sockets
 }
 
 // write makes the tables hold want, in one transaction for both families where that works.

@@ -117,6 +117,7 @@ func listChains(fam uint8, out listing) error {
 	if err != nil {
 		return err
 	}
+	texts := map[string]*strings.Builder{} // by chain; a large cluster has thousands of rules
 	for _, r := range rules {
 		a, err := nfnl.Attributes(r)
 		if err != nil {
@@ -126,7 +127,14 @@ func listChains(fam uint8, out listing) error {
 		if err != nil {
 			return err
 		}
-		out["rules of chain "+nfnl.Text(a[unix.NFTA_RULE_CHAIN])] += text + "\n"
+		chain := nfnl.Text(a[unix.NFTA_RULE_CHAIN])
+		if texts[chain] == nil {
+			texts[chain] = new(strings.Builder)
+		}
+		texts[chain].WriteString(text + "\n")
+	}
+	for chain, text := range texts {
+		out["rules of chain "+chain] = text.String()
 	}
 	return nil
 }
@@ -153,17 +161,19 @@ func listSets(fam uint8, out listing) error {
 		if err != nil {
 			return err
 		}
+		var text strings.Builder
 		for _, e := range elements {
 			a, err := nfnl.Attributes(e)
 			if err != nil {
 				return err
 			}
 			// Only the elements: where a long list is split into messages is up to the kernel.
-			text, err := elementsText(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
-			if err != nil {
+			if err := writeElements(&text, a[unix.NFTA_SET_ELEM_LIST_ELEMENTS]); err != nil {
 				return err
 			}
-			out["elements of set "+name] += text
+		}
+		if len(elements) > 0 {
+			out["elements of set "+name] = text.String()
 		}
 	}
 	return nil
@@ -177,30 +187,29 @@ func listObjects(fam uint8, out listing) error {
 	})
 }
 
-// elementsText renders a list of set elements. An interval is an element at its begin and an "end" element behind it.
+// writeElements renders a list of set elements. An interval is an element at its begin and an "end" element behind it.
 // An end at address 0 means nothing (nft adds one when it fills a set that it knows as used), and is left out.
-func elementsText(list []byte) (string, error) {
+func writeElements(out *strings.Builder, list []byte) error {
 	elements, err := nfnl.List(list)
 	if err != nil {
-		return "", fmt.Errorf("read set elements: %w", err)
+		return fmt.Errorf("read set elements: %w", err)
 	}
-	out := ""
 	for _, e := range elements {
 		a, err := nfnl.Attributes(e.Value)
 		if err != nil {
-			return "", err
+			return err
 		}
 		key, err := nfnl.Attributes(a[unix.NFTA_SET_ELEM_KEY])
 		if err != nil {
-			return "", err
+			return err
 		}
 		end := slices.Equal(a[unix.NFTA_SET_ELEM_FLAGS], []byte{0, 0, 0, nftSetElemIntervalEnd})
 		if end && len(bytes.Trim(key[unix.NFTA_DATA_VALUE], "\x00")) == 0 {
 			continue
 		}
-		out += fmt.Sprintf("%x\n", e.Value)
+		fmt.Fprintf(out, "%x\n", e.Value)
 	}
-	return out, nil
+	return nil
 }
 
 // observed is what the kernel holds of our tables at one generation.

@@ -77,11 +77,11 @@ func TestRulesStayWithinKernel419(t *testing.T) {
 		"64/second": "3.13", "burst": "4.3", "128": "4.3", "2000/second": "3.13", "4000": "4.3", "packets": "4.3", "state": "3.13 ct", "established,related": "3.13",
 		"counter": "3.13", "name": "4.10 nft_objref", "status": "3.13 ct", "dnat": "3.13", "reply": "3.13", "proto-dst": "3.13 ct", "8080": "3.13", "80": "3.13", "5353": "3.13", "iif": "3.13 meta, 4.10 fib",
 		"l4proto": "3.14 meta", "reject": "3.14 nft_reject", "with": "3.14", "reset": "3.14", "admin-prohibited": "3.14", "invalid": "3.13 ct", "related": "3.13 ct",
-		"established": "3.13 ct",
-		"ct":          "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
+		"established": "3.13 ct", "socket": "4.18 nft_socket", "transparent": "4.18 nft_socket", "0": "3.13",
+		"ct": "3.13 (ct original ip daddr: 4.17)", "direction": "3.13 ct", "original": "3.13 ct",
 		"tcp": "3.13", "udp": "3.13", "dport": "3.13", "53": "3.13", "flags": "3.13", "(syn": "3.13", "rst)": "3.13", "syn": "3.13", "option": "4.11 exthdr", "maxseg": "4.11 exthdr",
-		"size": "4.14 exthdr set", "1192": "3.13", "1172": "3.13",
-		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
+		"size": "4.14 exthdr set", "rt": "4.14 nft_rt", "mtu": "4.14 nft_rt", "1192": "3.13", "1172": "3.13",
+		".": "4.1 concatenation", "==": "3.13", "!=": "3.13", "<": "3.13", "&": "3.13 bitwise", "|": "3.13 bitwise",
 	}
 	value := regexp.MustCompile(`^(@(cluster|keepsrc|own|shared|services|served|sites|links|asked|askers|curious|subnets|beside|members|sources|abroad|to_[0-9a-f._]+/[0-9]+)|@th,\d+,\d+|0x[0-9a-f]+|"[^"]+"|[[]?[0-9a-f.:]*[:.][0-9a-f.:]*\]?(:\d+|/\d+)?)$`)
 	// Sets: 3.13; intervals: 3.13. Hooks of a table of one family: nat since 3.13, as inet only since 5.2.
@@ -182,15 +182,15 @@ func TestValidate(t *testing.T) {
 
 func TestPayload(t *testing.T) {
 	for in, want := range map[string]string{
-		"10.244.0.0/16":   "@th,192,16 0x0af4",
+		"10.244.0.0/16":   "@th,192,16 == 0x0af4",
 		"10.60.0.0/14":    "@th,192,16 & 0xfffc == 0x0a3c",
 		"10.244.8.0/22":   "@th,192,24 & 0xfffffc == 0x0af408",
 		"172.16.0.0/12":   "@th,192,16 & 0xfff0 == 0xac10",
-		"10.0.0.1/32":     "@th,192,32 0x0a000001",
+		"10.0.0.1/32":     "@th,192,32 == 0x0a000001",
 		"128.0.0.0/1":     "@th,192,8 & 0x80 == 0x80",
-		"fd00:244::/32":   "@th,192,32 0xfd000244",
+		"fd00:244::/32":   "@th,192,32 == 0xfd000244",
 		"fd00:240::/29":   "@th,192,32 & 0xfffffff8 == 0xfd000240",
-		"fd00:244:1::/56": "@th,192,56 0xfd000244000100",
+		"fd00:244:1::/56": "@th,192,56 == 0xfd000244000100",
 	} {
 		if got := payload(192, netip.MustParsePrefix(in)); got != want {
 			t.Errorf("%s: %s, want %s", in, got, want)

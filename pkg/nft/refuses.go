@@ -1,10 +1,13 @@
 package nft
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
 
@@ -73,4 +76,59 @@ func consents(f knftables.Family, link int, to netip.Addr) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// Beside says why our tables of this node refuse what a pod of it begins, or what is begun towards it, whatever policies say: as Refuses does,
+// or DropLANIngress. pod and other are the addresses, and link is the pod's, with its index.
+func Beside(link string, index int, pod, other netip.Addr, begins bool) (reason string, err error) {
+	dev, err := leaves(link, pod, other)
+	if dev == "" || err != nil {
+		return "", err
+	}
+	f := knftables.IPv4Family
+	if other.Is6() {
+		f = knftables.IPv6Family
+	}
+	rules, err := nfnl.Request(nfproto[f], unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
+		nfnl.Name(unix.NFTA_RULE_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_RULE_CHAIN, chainLAN))
+	if errors.Is(err, unix.ENOENT) {
+		return "", nil // there is no table that could refuse
+	}
+	if err != nil {
+		return "", err
+	}
+	says := func(text string) bool {
+		return slices.ContainsFunc(rules, func(r []byte) bool { return mentions(r, text) })
+	}
+	switch tun := says(dev); {
+	case begins && tun:
+		cluster, err := nfnl.Elements(nfnl.Set{Family: nfproto[f], Table: names.NFTTable, Name: SetCluster})
+		if err != nil || nfnl.Within(cluster, other) {
+			return "", err
+		}
+		return Refuses(index, other)
+	case !begins && !tun && dev != "lo" && !strings.HasPrefix(dev, names.PodLinkPrefix) && says(DropLANIngress):
+		return DropLANIngress, nil
+	}
+	return "", nil
+}
+
+// leaves is the link by which a pod's packets leave, "" where the kernel has no way, keeps them, or does not take the address for a source on the
+// pod's link: then it is no rule of ours that refuses.
+func leaves(link string, pod, other netip.Addr) (string, error) {
+	routes, err := netlink.RouteGetWithOptions(other.AsSlice(), &netlink.RouteGetOptions{Iif: link, SrcAddr: pod.AsSlice()})
+	if slices.ContainsFunc([]error{unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EXDEV, unix.EINVAL}, func(no error) bool { return errors.Is(err, no) }) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("ask for the route from %s to %s: %w", pod, other, err)
+	}
+	if len(routes) == 0 || routes[0].Type == unix.RTN_LOCAL {
+		return "", nil
+	}
+	l, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return "", fmt.Errorf("look up the link that leads to %s: %w", other, err)
+	}
+	return l.Attrs().Name, nil
 }

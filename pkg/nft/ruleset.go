@@ -63,6 +63,7 @@ func tableOf(family knftables.Family, cfg Config) table {
 			{chainPorts, knftables.NATType, knftables.PreroutingHook, prioPorts, toPorts(family, cfg)},
 			{chainPortsOut, knftables.NATType, knftables.OutputHook, prioPorts, toPorts(family, cfg)},
 			{chainGuard, knftables.FilterType, knftables.PostroutingHook, prioGuard, guard(family, cfg)},
+			{chainHeard, knftables.FilterType, knftables.InputHook, prioHeard, heard(family, cfg)},
 			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience, patience(family, cluster.elements)},
 			{chainNAT, knftables.NATType, knftables.PostroutingHook, prioNAT, nat(family, cfg)},
 			{chainLast, knftables.FilterType, knftables.PostroutingHook, prioLast, last(family, cfg)},
@@ -103,9 +104,18 @@ func antispoof(family knftables.Family, cfg Config) []string {
 		rule(`iifname "%s" %s daddr %s update @%s { %[2]s saddr timeout 60s limit rate over %[5]d/second burst %[6]d packets } %[7]s`,
 			names.PodLinks, family, answerer[family], setCurious, nameRate, nameBurst, drop(DropPodFloods)),
 	)
+	if own := setOf(family, "", cfg.Own).elements; len(own) > 0 {
+		// The kernel believes an ICMP error from anywhere that quotes a datagram of a socket of its own, as tailscaled's: one "packet too big"
+		// and nothing large gets to a peer any more. What a pod got was for a pod of this node.
+		rules = append(rules, rule(`iifname "%s" %s%s %s`, names.PodLinks, icmpErrors[family], quotesNone(quotedDestination[family], own...), drop(DropPodQuotes)))
+	}
 	if cfg.TunName != "" {
 		// tailscaled lets in what its node advertises. This is the second line, and keeps an exit node from leading to services.
 		rules = append(rules, rule(`iifname "%s" %s daddr @%s %[2]s daddr != @%[4]s %[5]s`, cfg.TunName, family, setServices, setServed, drop(DropTailnetService)))
+		if cfg.serves(family) {
+			// IPVS takes it in input, and sends it on as the node does: the chain tunnel does not see it.
+			rules = append(rules, rule(`iifname "%s" %s daddr @%s %s`, cfg.TunName, family, setServed, noteTunnel))
+		}
 	}
 	if !cfg.LANIngress {
 		// Here and not in lan, because IPVS has services on the node itself, and sends to pods as the node does.
@@ -113,6 +123,32 @@ func antispoof(family knftables.Family, cfg Config) []string {
 	}
 	return rules
 }
+
+// heard is about what the node itself gets.
+func heard(family knftables.Family, cfg Config) (rules []string) {
+	if family == knftables.IPv4Family {
+		// The kernel refuses that itself, until somebody sets route_localnet: portmap does, on the links of pods with ports of the node, and
+		// kube-proxy everywhere. Pods answer there what came by a port of the node, and only NAT leads that back.
+		home := rule(`iifname "%s" ip daddr 127.0.0.0/8`, names.PodLinks)
+		rules = append(rules, home+" ct direction reply accept", home+" "+drop(DropPodLoopback))
+	}
+	if cfg.Masquerade && !cfg.noSockets {
+		// Of a pod's connection to the outside conntrack may not know a segment again, as one that came late or far too early. It would end here,
+		// where nobody has such a connection, and the kernel's reset would end that of the pod. The node's own connections are not meant: those
+		// that are older than conntrack, or that it has forgotten, have a socket here, and must go on, and hear of their end.
+		stray := rule(`iifname != "%s" iifname != "lo" meta l4proto tcp ct state invalid`, names.PodLinks)
+		rules = append(rules, stray+" "+ofSocket+" accept", stray+" "+drop(DropStraySegment))
+	}
+	if cfg.TunName != "" {
+		// tailscaled lets in ICMP errors by whomever in the tailnet. What the node has sent by the tunnel is from or for the tailnet or pods.
+		rules = append(rules, rule(`iifname "%s" %s%s%s %s`, cfg.TunName, icmpErrors[family], quotesNone(quotedSource[family], tailnet[family]),
+			quotesNone(quotedDestination[family], append(setOf(family, "", cfg.Cluster, cfg.Own).elements, tailnet[family])...), drop(DropTunnelQuotes)))
+	}
+	return rules
+}
+
+// ofSocket matches what is for a socket of the node's own: a rule with it does not match where there is none. TPROXY's are none of these.
+const ofSocket = "socket transparent 0"
 
 // foreign matches the links that are neither the tunnel's nor pods' nor the node's own. Comparing links costs less than a look into
 // a set.
@@ -132,22 +168,35 @@ func tunnel(cfg Config) []string {
 	if cfg.TunName == "" {
 		return nil
 	}
-	return []string{rule(`iifname "%s" meta mark set meta mark & %s | %s`, cfg.TunName, markKeep, markFromTunnel)}
+	return []string{rule(`iifname "%s" %s`, cfg.TunName, noteTunnel)}
 }
 
-// clamp has both ends of a pod's TCP connection through the tunnel send segments that its path carries. The kernel only ever
-// lowers the size. tailscaled loses whole batches of larger ones.
+const noteTunnel = "meta mark set meta mark & " + markKeep + " | " + markFromTunnel
+
+// serves: devices of the tailnet reach services over this node.
+func (c Config) serves(family knftables.Family) bool {
+	return len(netset.OfFamily(c.Served, family == knftables.IPv6Family)) > 0
+}
+
+// clamp has both ends of a pod's TCP connection send segments that its path carries. The kernel only ever lowers the size. What a pod
+// forwards for containers of its own, as Docker in a pod does, speaks of their links' MTU, which is mostly larger than the pod's: where
+// the node's word that a packet is too large does not get back to the sender, nothing full would ever arrive. And through the tunnel
+// tailscaled loses whole batches of segments larger than the path to a peer.
 func clamp(family knftables.Family, cfg Config) []string {
+	const syn = "tcp flags & (syn | rst) == syn tcp option maxseg size set"
+	rules := []string{
+		rule(`iifname "%s" %s rt mtu`, names.PodLinks, syn),
+		rule(`oifname "%s" %s rt mtu`, names.PodLinks, syn),
+	}
 	if cfg.TunName == "" || cfg.PathMTU == 0 {
-		return nil
+		return rules
 	}
 	mss := cfg.PathMTU - 20 - 20
 	if family == knftables.IPv6Family {
 		mss -= 20
 	}
-	var rules []string
 	for _, side := range []string{"oifname", "iifname"} {
-		rules = append(rules, rule(`%s "%s" tcp flags & (syn | rst) == syn tcp option maxseg size set %d`, side, cfg.TunName, mss))
+		rules = append(rules, rule(`%s "%s" %s %d`, side, cfg.TunName, syn, mss))
 	}
 	return rules
 }
@@ -197,7 +246,12 @@ func fromPods(family knftables.Family, cfg Config) []string {
 // guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all.
 func guard(family knftables.Family, cfg Config) []string {
 	fam := string(family)
-	rules := []string{toPod} // what is frequent first
+	rules := []string{
+		// An answer of a service's that conntrack does not know again has its pod's source, whom the pod that asked has never called: its reset
+		// would end the connection. kube-proxy drops such in iptables mode alone. Here policies have seen it, and told of it.
+		rule(`oifname "%s" meta l4proto tcp ct state invalid %s`, names.PodLinks, drop(DropStraySegment)),
+		toPod, // what is frequent first
+	}
 	if cfg.TunName != "" {
 		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
 		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x %s`, cfg.TunName, markMask, names.BypassMark, drop(DropTunnelInTunnel)),
@@ -256,7 +310,7 @@ func toTailnet(family knftables.Family) string {
 // the link's address to whoever sent the packet, by the default route where tailscaled's routes are away.
 func quotes(family knftables.Family, cfg Config, out string) (rules []string) {
 	// Only these two carry something of the sender's choice where an error quotes.
-	match, v6 := "icmp type != echo-request icmp type != echo-reply", false
+	match, v6 := notEcho, false
 	if family == knftables.IPv6Family {
 		match, v6 = "icmpv6 type != echo-request icmpv6 type != echo-reply", true
 	}
@@ -325,10 +379,11 @@ func nat(family knftables.Family, cfg Config) []string {
 	}
 	if tun != "" {
 		fromTun := rule(`meta mark & %s == %s`, markMask, markFromTunnel)
-		if len(netset.OfFamily(cfg.Served, family == knftables.IPv6Family)) > 0 {
+		if cfg.serves(family) {
 			// A device of the tailnet at a service: who answers from elsewhere knows the way back to this node only. kube-proxy does the same
 			// where it knows the cluster's range. A pod of this node sees the device itself, unless kube-proxy hides it.
-			rules = append(rules, rule(`%s oifname != "%s" ct status dnat ct original %s daddr @%s masquerade fully-random`, fromTun, names.PodLinks, fam, setServed))
+			// What IPVS has done is no DNAT in conntrack's eyes.
+			rules = append(rules, rule(`%s oifname != "%s" ct original %s daddr @%s masquerade fully-random`, fromTun, names.PodLinks, fam, setServed))
 		}
 		rules = append(rules,
 			// A peer that routes through us to another peer must not get our identity.
@@ -427,16 +482,37 @@ func patience(family knftables.Family, cluster []netip.Prefix) []string {
 // quotedDestination is where an ICMP error has the destination of the packet that it is about, in bits: behind 8 bytes of its own header.
 var quotedDestination = map[knftables.Family]int{knftables.IPv4Family: (8 + 16) * 8, knftables.IPv6Family: (8 + 24) * 8}
 
+// quotedSource is where it has that packet's source.
+var quotedSource = map[knftables.Family]int{knftables.IPv4Family: (8 + 12) * 8, knftables.IPv6Family: (8 + 8) * 8}
+
+// icmpErrors matches what may quote a packet that it is about, ICMP's redirect too (RFC 792; RFC 4443, section 2.1).
+var icmpErrors = map[knftables.Family]string{
+	knftables.IPv4Family: notEcho,
+	knftables.IPv6Family: "icmpv6 type < 128",
+}
+
+const notEcho = "icmp type != echo-request icmp type != echo-reply"
+
+// quotesNone matches where the address that is quoted at an offset is in none of the prefixes.
+func quotesNone(at int, prefixes ...netip.Prefix) (match string) {
+	for _, p := range prefixes {
+		match += " " + compare(at, "!=", p)
+	}
+	return match
+}
+
 // payload matches a prefix at an offset, in bits, into the transport header.
-func payload(at int, p netip.Prefix) string {
+func payload(at int, p netip.Prefix) string { return compare(at, "==", p) }
+
+func compare(at int, how string, p netip.Prefix) string {
 	n := (p.Bits() + 7) / 8 // bytes to load
 	value := p.Addr().AsSlice()[:n]
 	if p.Bits()%8 == 0 {
-		return rule(`@th,%d,%d 0x%x`, at, n*8, value)
+		return rule(`@th,%d,%d %s 0x%x`, at, n*8, how, value)
 	}
 	mask := slices.Repeat([]byte{0xff}, n)
 	mask[n-1] = 0xff << (n*8 - p.Bits())
-	return rule(`@th,%d,%d & 0x%x == 0x%x`, at, n*8, mask, value)
+	return rule(`@th,%d,%d & 0x%x %s 0x%x`, at, n*8, mask, how, value)
 }
 
 func rule(format string, args ...any) string { return fmt.Sprintf(format, args...) }

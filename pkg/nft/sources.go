@@ -68,6 +68,9 @@ func (t *Tables) writeMembers(want []netip.Addr) error {
 	}
 	if err != nil {
 		t.members = nil
+		if errors.Is(err, unix.ENOENT) {
+			return nil // somebody has just taken the table away: the next Sync, which that brings, makes it anew
+		}
 		return fmt.Errorf("write the tailnet's members to table ip %s: %w", names.NFTTable, nfcmd.Explain(err))
 	}
 	t.members = slices.Clone(want)

@@ -79,7 +79,7 @@ func TestSourcesSpareTheFIB(t *testing.T) {
 			late.Run(t, "ip", "link", "set", "eth0", "up")
 			w.own(late, "eth0", a.podB)
 			gateway := map[string]string{"IPv4": "169.254.1.1", "IPv6": "fe80::1"}[family]
-			late.Run(t, "ip", "neigh", "add", gateway, "lladdr", w.mac("hcc"), "nud", "permanent", "dev", "eth0")
+			late.Run(t, "ip", "neigh", "add", gateway, "lladdr", w.mac("hcc").String(), "nud", "permanent", "dev", "eth0")
 			late.Run(t, "ip", "route", "add", gateway, "dev", "eth0")
 			late.Run(t, "ip", "route", "add", "default", "via", gateway, "dev", "eth0")
 			before = w.drops()[DropPodForged]

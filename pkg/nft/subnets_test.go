@@ -52,6 +52,18 @@ func (w *world) index(link string) int {
 	return l.Attrs().Index
 }
 
+// mustSay holds what is said of a pod's connections against what real packets saw.
+func (w *world) mustSay(want string, pod, other netip.Addr, begins bool) {
+	w.t.Helper()
+	w.node.Do(w.t, func() error {
+		got, err := Beside("hca", w.index("hca"), pod, other, begins)
+		if got != want {
+			w.t.Errorf("%s and %s, the pod begins: %t: refused as %q, want %q", pod, other, begins, got, want)
+		}
+		return err
+	})
+}
+
 func (w *world) consent(links ...string) {
 	w.t.Helper()
 	var indexes []int
@@ -169,6 +181,7 @@ func TestSubnets(t *testing.T) {
 				w.sync(c.cfg)
 				w.consent(c.consent...)
 				if !c.want.IsValid() {
+					w.mustSay(DropTailnetSubnet, a.podA, to, true)
 					before := w.drops()[DropTailnetSubnet]
 					w.mustRefuse(w.podA, to)
 					if got := w.heard(packet{from: w.podA, src: a.podA, to: w.tn, dst: to}); got.IsValid() {
@@ -177,8 +190,22 @@ func TestSubnets(t *testing.T) {
 					if w.drops()[DropTailnetSubnet] == before {
 						t.Error("nothing was counted")
 					}
-				} else if got := w.waitFor(packet{from: w.podA, src: a.podA, to: w.tn, dst: to}); got != c.want {
-					t.Errorf("the far end hears %s, want %s", got, c.want)
+				} else {
+					w.mustSay("", a.podA, to, true)
+					if got := w.waitFor(packet{from: w.podA, src: a.podA, to: w.tn, dst: to}); got != c.want {
+						t.Errorf("the far end hears %s, want %s", got, c.want)
+					}
+				}
+				device := ""
+				if c.cfg.TailnetEgress == config.EgressDeny {
+					device = DropTailnetEgress
+				}
+				w.mustSay(device, a.podA, a.device, true)
+				for _, free := range []netip.Addr{a.lan, a.podB, a.remote, a.node} {
+					w.mustSay("", a.podA, free, true)
+				}
+				for _, free := range []netip.Addr{to, a.device, a.podB, a.remote, a.node} {
+					w.mustSay("", a.podA, free, false)
 				}
 				if got := w.waitFor(packet{from: w.tn, src: to, to: w.podA, dst: a.podA}); got != to {
 					t.Errorf("what a host there begins: the pod hears %s", got)

@@ -70,7 +70,7 @@ func newWorld(t testing.TB) *world {
 		ip route add default via %s; ip route add default via %s`, v4.device, v6.device, v4.nodeTailnet, v6.nodeTailnet))
 	for _, a := range []addrs{v4, v6} {
 		// A forger knows the node's MAC: it must not fail for want of an answer to its forged question.
-		w.lan.Run(t, "ip", "neigh", "replace", a.node.String(), "lladdr", w.mac("eth0"), "nud", "permanent", "dev", "eth0")
+		w.lan.Run(t, "ip", "neigh", "replace", a.node.String(), "lladdr", w.mac("eth0").String(), "nud", "permanent", "dev", "eth0")
 		w.own(w.tn, "tun", a.remote, a.remote2)
 	}
 	w.pod(w.podA, "hca", v4.podA, v6.podA)
@@ -83,7 +83,7 @@ func (w *world) pod(ns *nstest.NS, link string, a4, a6 netip.Addr) {
 	w.t.Helper()
 	w.node.Run(w.t, "sh", "-ec", fmt.Sprintf(`ip link add %[1]s type veth peer name eth0 netns /run/netns/%[2]s; ip link set %[1]s up
 		ip addr add fe80::1/64 dev %[1]s nodad; ip route add %[3]s dev %[1]s; ip route add %[4]s dev %[1]s`, link, ns.Name, a4, a6))
-	mac := w.mac(link)
+	mac := w.mac(link).String()
 	ns.Run(w.t, "sh", "-ec", fmt.Sprintf(`ip link set eth0 up; ip addr add %[1]s/32 dev eth0; ip addr add %[2]s/128 dev eth0 nodad
 		ip neigh add 169.254.1.1 lladdr %[3]s nud permanent dev eth0; ip route add 169.254.1.1 dev eth0
 		ip neigh add fe80::1 lladdr %[3]s nud permanent dev eth0
@@ -91,13 +91,13 @@ func (w *world) pod(ns *nstest.NS, link string, a4, a6 netip.Addr) {
 }
 
 // mac is that of a link of the node.
-func (w *world) mac(link string) string {
+func (w *world) mac(link string) net.HardwareAddr {
 	w.t.Helper()
 	l, err := w.node.Handle.LinkByName(link)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return l.Attrs().HardwareAddr.String()
+	return l.Attrs().HardwareAddr
 }
 
 // own gives addresses to a link, so that its namespace may send from, and hears what is sent to, them.

@@ -28,6 +28,8 @@ type Status struct {
 	GuardTest string `json:"guardTest,omitempty"`
 	// Policy tells of NetworkPolicies, nil where they are not enforced.
 	Policy *Policy `json:"policy,omitempty"`
+	// FastPath is of flows between the node's own pods that go past its rules, nil where nobody tells of it.
+	FastPath *FastPath `json:"fastPath,omitempty"`
 	// Names are what may lead questions for names in a circle, each with what to do. Two of them are an error of the part names.
 	Names []string `json:"names,omitempty"`
 	// Parts are those of the node, each with its error and remedy where it has one.
@@ -37,6 +39,13 @@ type Status struct {
 	Services []PodCIDR `json:"services,omitempty"`
 	// Tailnet is nil while tailscaled does not answer.
 	Tailnet *Tailnet `json:"tailnet,omitempty"`
+}
+
+// FastPath is how the kernel carries flows between the node's own pods.
+type FastPath struct {
+	// Links are how many pods' links are in it. Why says why there is none, "" where there is.
+	Links int    `json:"links"`
+	Why   string `json:"why,omitempty"`
 }
 
 // Policy is how NetworkPolicies stand on the node.

@@ -31,6 +31,13 @@ func (s Status) Print(out io.Writer) error {
 	if s.Policy != nil {
 		s.Policy.print(w)
 	}
+	if f := s.FastPath; f != nil {
+		text := fmt.Sprintf("between %d links of pods, for flows that stand", f.Links)
+		if f.Why != "" {
+			text = "none: " + f.Why
+		}
+		fmt.Fprintf(w, "fast path\t%s\n", text)
+	}
 	if t := s.Tailnet; t == nil {
 		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
 	} else {

@@ -12,20 +12,23 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/inetsum"
 )
 
 // echoTimeout is long enough for a path around the world over a slow link.
 const echoTimeout = time.Second
 
-// echo reports whether an ICMP echo of size bytes, which nobody may fragment, comes back through the tunnel.
-func echo(ctx context.Context, tun string, to netip.Addr, size int) bool {
+// echo sends an ICMP echo of size bytes, which nobody may fragment, and succeeds if it comes back through the tunnel. It fails with EMSGSIZE where
+// the tun itself is too small.
+func echo(ctx context.Context, tun string, to netip.Addr, size int) error {
 	conn, err := ListenEcho(ctx, tun, to.Is6())
 	if err != nil {
-		return false // no tun, or no right: nothing is learned
+		return err // no tun, or no right: nothing is learned
 	}
 	defer conn.Close()
 	_, err = Echo(ctx, conn, to, size)
-	return err == nil
+	return err
 }
 
 // ListenEcho opens a socket for Echo, bound to a link where one is named, in the network namespace of the thread.
@@ -53,7 +56,7 @@ func Echo(ctx context.Context, conn net.PacketConn, to netip.Addr, size int) (ti
 	_, _ = rand.Read(msg[4:]) // never fails
 	msg[0] = request
 	if to.Is4() {
-		binary.BigEndian.PutUint16(msg[2:], checksum(msg))
+		binary.BigEndian.PutUint16(msg[2:], inetsum.Of(msg))
 	} // the kernel makes ICMPv6's
 	began := time.Now()
 	if _, err := conn.WriteTo(msg, &net.IPAddr{IP: to.AsSlice()}); err != nil {
@@ -85,19 +88,4 @@ func prepare(fd int, link string, ipv6 bool) error {
 		bound = unix.BindToDevice(fd, link)
 	}
 	return errors.Join(bound, unix.SetsockoptInt(fd, level, opt, probe))
-}
-
-// checksum is that of RFC 1071.
-func checksum(b []byte) uint16 {
-	var sum uint32
-	for i := 0; i+1 < len(b); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(b[i:]))
-	}
-	if len(b)%2 == 1 {
-		sum += uint32(b[len(b)-1]) << 8
-	}
-	for sum > 0xffff {
-		sum = sum>>16 + sum&0xffff
-	}
-	return ^uint16(sum)
 }

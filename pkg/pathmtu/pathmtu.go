@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/pkg/config/names"
 )
@@ -64,7 +65,7 @@ type state struct {
 // Watch keeps what is known of all peers. Make it with New.
 type Watch struct {
 	kick chan struct{}
-	echo func(ctx context.Context, tun string, to netip.Addr, size int) bool
+	echo func(ctx context.Context, tun string, to netip.Addr, size int) error
 	ask  func(endpoint netip.Addr) (int, error)
 
 	mu     sync.Mutex
@@ -186,17 +187,22 @@ func (w *Watch) probe(ctx context.Context, changed func(), s *state) {
 		return
 	}
 	s.next = time.Now().Add(patient)
+	shrunk := false // the tun itself has another MTU for the moment, which the daemon will put right
 	// One echo may be lost for another reason than its size.
 	passes := func(size, tries int) bool {
 		for range tries {
-			if w.echo(ctx, tun, s.Addr, size) {
+			err := w.echo(ctx, tun, s.Addr, size)
+			if err == nil {
 				return true
 			}
+			shrunk = shrunk || errors.Is(err, unix.EMSGSIZE)
 		}
 		return false
 	}
 	whole := passes(full, 3)
 	switch {
+	case shrunk:
+		s.next = time.Now().Add(again)
 	case w.learn(changed, s, w.carries(s)): // a router has said so; what came back went in pieces
 		s.next = time.Now().Add(again)
 	case whole:
@@ -205,7 +211,7 @@ func (w *Watch) probe(ctx context.Context, changed func(), s *state) {
 		for _, size := range ladder {
 			if size < full && passes(size, 2) {
 				// A path that was dead for a moment looks the same, but for what comes after.
-				if !passes(full, 2) {
+				if !passes(full, 2) && !shrunk {
 					w.set(changed, s, size, true)
 				}
 				return

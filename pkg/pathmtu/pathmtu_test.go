@@ -8,13 +8,21 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/nstest"
 )
+
+func TestMain(m *testing.M) { nstest.Main(m) }
 
 // path is a wire to one peer: what the kernel knows of it, and what it carries inside the tunnel.
 type path struct {
 	known, carries int
 	dead           bool
 }
+
+var errLost = errors.New("lost")
 
 func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -31,10 +39,12 @@ func TestWatch(t *testing.T) {
 			}
 			return 0, errors.New("no route")
 		}
-		w.echo = func(_ context.Context, _ string, _ netip.Addr, size int) bool {
+		w.echo = func(_ context.Context, _ string, _ netip.Addr, size int) error {
 			probes.Add(1)
-			p := wire.Load()
-			return !p.dead && size <= p.carries
+			if p := wire.Load(); p.dead || size > p.carries {
+				return errLost
+			}
+			return nil
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
@@ -111,9 +121,11 @@ func TestDeadForAMoment(t *testing.T) {
 			w := New(Path{})
 			w.ask = func(netip.Addr) (int, error) { return 1500, nil }
 			sent := 0
-			w.echo = func(context.Context, string, netip.Addr, int) bool {
-				sent++
-				return sent > lost
+			w.echo = func(context.Context, string, netip.Addr, int) error {
+				if sent++; sent <= lost {
+					return errLost
+				}
+				return nil
 			}
 			ctx, stop := context.WithCancel(t.Context())
 			defer stop()
@@ -125,4 +137,43 @@ func TestDeadForAMoment(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestShrunkTun: what the tun itself does not take, since somebody has given it another MTU, says nothing of the path.
+func TestShrunkTun(t *testing.T) {
+	peers := []Peer{{Name: "b", Addr: netip.MustParseAddr("192.0.2.2"), Endpoint: netip.MustParseAddrPort("192.0.2.2:41641")}}
+	for before := range 9 { // echoes that are lost before it shrinks
+		synctest.Test(t, func(t *testing.T) {
+			w := New(Path{})
+			w.ask = func(netip.Addr) (int, error) { return 1500, nil }
+			sent := 0
+			w.echo = func(_ context.Context, _ string, _ netip.Addr, size int) error {
+				switch sent++; {
+				case size <= 1200:
+					return nil
+				case sent > before:
+					return unix.EMSGSIZE
+				}
+				return errLost
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			go w.Run(ctx, func() {})
+			w.Set("tun", 1280, peers)
+			synctest.Wait()
+			if got, small := w.Smallest(); small {
+				t.Errorf("the tun shrank after %d echoes: %v", before, got)
+			}
+		})
+	}
+
+	ns := nstest.New(t)
+	ns.Run(t, "ip", "link", "add", "tun0", "mtu", "1200", "type", "veth", "peer", "name", "far")
+	ns.Run(t, "bash", "-c", "ip addr add 192.0.2.1/24 dev tun0; ip link set tun0 up; ip link set far up")
+	ns.Do(t, func() error {
+		if err := echo(t.Context(), "tun0", peers[0].Addr, 1280); !errors.Is(err, unix.EMSGSIZE) {
+			t.Errorf("an echo of 1280 bytes through a tun of 1200: %v, want EMSGSIZE", err)
+		}
+		return nil
+	})
 }

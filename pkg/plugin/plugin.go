@@ -14,6 +14,7 @@ import (
 
 	"github.com/headcni/headcni/internal/cnimain"
 	"github.com/headcni/headcni/pkg/cmdlog"
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/networking/hostport"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -221,9 +222,9 @@ func (p *Plugin) Del(ctx context.Context, a cnimain.Call) error {
 // detachAndRelease is DEL, and the undoing of ADD. An address is never free while a pod still has it, or while a port of the
 // node still leads to it.
 func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, ipamPlugin IPAM) error {
-	r.forgetPorts()
-	mapped := r.ports(ctx, "DEL", nil)
-	if errors.Is(mapped, errNoDelegate) {
+	mapped := r.returnPorts(ctx)
+	lost := errors.Is(mapped, errNoDelegate)
+	if lost {
 		r.Log.Warn("cannot take the pod's ports of the node back, if it had any", "err", mapped)
 		mapped = nil
 	}
@@ -234,6 +235,7 @@ func (p *Plugin) detachAndRelease(ctx context.Context, r *Request, ipamPlugin IP
 		err = errors.Join(withCode(stageDetach, err), mapped)
 		return fmt.Errorf("detach %s of container %s (its address stays taken): %w", r.IfName, r.ContainerID, err)
 	}
+	r.endPorts(lost) // their record stays for who comes when portmap is there again
 	r.stage = stageIPAM
 	released, err := ipamPlugin.Del(ctx)
 	if r.record.Addrs = released; len(released) == 0 && removed && err == nil {
@@ -288,7 +290,7 @@ func (p *Plugin) GC(ctx context.Context, a cnimain.Call) error {
 
 func (p *Plugin) gc(ctx context.Context, r *Request) error {
 	if !r.Config.HasValidAttachments {
-		return fmt.Errorf("%w: cni.dev/valid-attachments: missing; without it nothing can be told to be stale", netconf.ErrInvalid)
+		return fmt.Errorf("%w: %s: missing; without it nothing can be told to be stale", netconf.ErrInvalid, names.ValidAttachments)
 	}
 	valid := map[string]bool{}
 	for _, v := range r.Config.ValidAttachments {

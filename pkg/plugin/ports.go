@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
@@ -33,18 +34,30 @@ func (r *Request) ports(ctx context.Context, command string, result *types100.Re
 	if err != nil {
 		return err
 	}
-	_, err = portmap.run(ctx, command)
-	if err == nil && command == "ADD" {
-		r.keepPorts()
+	if command == "ADD" {
+		r.keepPorts() // first, so that whoever is killed now leaves no rule that nobody knows of
 	}
+	_, err = portmap.run(ctx, command)
 	return err
+}
+
+// returnPorts has portmap take back what ADD had it give, whatever DEL's configuration says of that: multus calls with one that has lost
+// half of its keys, and the node's may be another by now.
+func (r *Request) returnPorts(ctx context.Context) error {
+	record, ok := hostport.Of(hostport.Folder(r.Config.DaemonSocket), podlink.Name(r.ContainerID, r.IfName))
+	if ok && record.ContainerID == r.ContainerID && record.IfName == r.IfName {
+		given := r.of(record)
+		given.Netns = r.Netns
+		return given.ports(ctx, "DEL", nil)
+	}
+	return r.ports(ctx, "DEL", nil)
 }
 
 // keepPorts tells the daemon of the ports, which leads to them where portmap's rules are lost. ADD does not depend on it.
 func (r *Request) keepPorts() {
 	record := hostport.Record{
 		Link: podlink.Name(r.ContainerID, r.IfName), Addrs: r.record.Addrs,
-		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName,
+		Network: r.Config.Name, ContainerID: r.ContainerID, IfName: r.IfName, PortMap: r.Config.PortMap,
 	}
 	err := json.Unmarshal(r.Config.Runtime.Ports, &record.Ports)
 	if err == nil {
@@ -59,9 +72,6 @@ func (r *Request) keepPorts() {
 // the runtime, leaves portmap's rules, and the first rule for a port counts: it would lead to nobody, or to the next pod with the
 // address, until the node reboots. What fails here leaves things as they were, and is logged.
 func (p *Plugin) takePortsBack(ctx context.Context, r *Request, wanted func(hostport.Record) bool) {
-	if r.Config.PortMap == nil {
-		return
-	}
 	folder := hostport.Folder(r.Config.DaemonSocket)
 	records, err := hostport.List(folder)
 	if err != nil {
@@ -73,7 +83,7 @@ func (p *Plugin) takePortsBack(ctx context.Context, r *Request, wanted func(host
 		}
 		err := r.of(dead).delPorts(ctx)
 		if err == nil {
-			err = hostport.Forget(folder, dead.Link)
+			err = errors.Join(dead.EndFlows(), hostport.Forget(folder, dead.Link))
 		}
 		if err != nil {
 			r.Log.Warn("take the ports of the node back from a pod that is gone", "gone", dead.ContainerID, "err", err)
@@ -86,6 +96,12 @@ func (r *Request) of(dead hostport.Record) *Request {
 	other := *r
 	other.ContainerID, other.IfName, other.Netns, other.Config.Name = dead.ContainerID, dead.IfName, "", dead.Network
 	other.Config.Runtime.Ports, _ = json.Marshal(dead.Ports) // they came out of JSON
+	switch {
+	case dead.PortMap != nil:
+		other.Config.PortMap = dead.PortMap
+	case other.Config.PortMap == nil:
+		other.Config.PortMap = map[string]json.RawMessage{}
+	}
 	return &other
 }
 
@@ -110,10 +126,17 @@ func (r *Request) askedPorts() (asked []hostport.Mapping) {
 	return asked
 }
 
-// forgetPorts is before anything of the attachment is free.
-func (r *Request) forgetPorts() {
-	if err := hostport.Forget(hostport.Folder(r.Config.DaemonSocket), podlink.Name(r.ContainerID, r.IfName)); err != nil {
-		r.Log.Warn("forget the pod's ports of the node", "err", err)
+// endPorts is when rules and link are gone, before the address is free: it ends the flows that the ports led to the pod, and what was
+// noted of them after that, unless it is to be kept.
+func (r *Request) endPorts(keep bool) {
+	folder, link := hostport.Folder(r.Config.DaemonSocket), podlink.Name(r.ContainerID, r.IfName)
+	record, _ := hostport.Of(folder, link)
+	err := record.EndFlows()
+	if !keep {
+		err = errors.Join(err, hostport.Forget(folder, link))
+	}
+	if err != nil {
+		r.Log.Warn("end what the pod's ports of the node led to it", "err", err)
 	}
 }
 

@@ -19,9 +19,8 @@ type cluster struct {
 	addrs   []nodeAddr
 	podNets *netipx.IPSet
 
-	local map[*Pod]bool // the own node's
-	// claims are the pods that say that an address is theirs.
-	claims      map[netip.Addr][]*Pod
+	local       map[*Pod]bool // the own node's
+	claims      claims
 	byNamespace map[string][]*Pod
 	// byLabel has the pods with a label, by key and value, for the keys that were asked for.
 	byLabel map[string]map[string][]*Pod
@@ -37,9 +36,67 @@ type nodeAddr struct {
 	node *Node
 }
 
+// claims are the pods that say that an address is theirs. It is one each, so that one pointer is kept for each address and not a list: of
+// all that is known of a cluster they are the most.
+type claims struct {
+	four map[[4]byte]*Pod
+	six  map[[16]byte]*Pod
+	// several are all the pods of an address that more than one says is its own.
+	several map[netip.Addr][]*Pod
+}
+
+func newClaims() claims {
+	return claims{four: map[[4]byte]*Pod{}, six: map[[16]byte]*Pod{}, several: map[netip.Addr][]*Pod{}}
+}
+
+// sole is the one pod that says so, nil where there is none or several do.
+func (c claims) sole(a netip.Addr) *Pod {
+	if a.Is4() {
+		return c.four[a.As4()]
+	}
+	return c.six[a.As16()]
+}
+
+func (c claims) setSole(a netip.Addr, p *Pod) {
+	switch {
+	case a.Is4() && p != nil:
+		c.four[a.As4()] = p
+	case a.Is4():
+		delete(c.four, a.As4())
+	case p != nil:
+		c.six[a.As16()] = p
+	default:
+		delete(c.six, a.As16())
+	}
+}
+
+// of are all that say so.
+func (c claims) of(a netip.Addr) []*Pod {
+	if p := c.sole(a); p != nil {
+		return []*Pod{p}
+	}
+	return c.several[a]
+}
+
+func (c claims) add(a netip.Addr, p *Pod)    { c.set(a, append(c.of(a), p)) }
+func (c claims) remove(a netip.Addr, p *Pod) { c.set(a, without(c.of(a), p)) }
+
+func (c claims) set(a netip.Addr, all []*Pod) {
+	switch len(all) {
+	case 0:
+		c.setSole(a, nil)
+	case 1:
+		delete(c.several, a)
+		c.setSole(a, all[0])
+	default:
+		c.setSole(a, nil)
+		c.several[a] = all
+	}
+}
+
 // changes are what the last update did to a cluster.
 type changes struct {
-	// nodes: what blocks and the cluster's ranges mean may be different.
+	// nodes: what blocks and the cluster's ranges mean may be different. Then everything is compiled anew, and no pods are listed.
 	nodes bool
 	// pods are those that came, went, or share an address with one that did, and addrs the addresses of these.
 	pods  []*Pod
@@ -52,7 +109,7 @@ type changes struct {
 
 func newCluster() *cluster {
 	return &cluster{
-		Snapshot: &Snapshot{}, local: map[*Pod]bool{}, policies: map[string][]*networkingv1.NetworkPolicy{}, versions: map[string]int{}, claims: map[netip.Addr][]*Pod{}, byNamespace: map[string][]*Pod{},
+		Snapshot: &Snapshot{}, local: map[*Pod]bool{}, policies: map[string][]*networkingv1.NetworkPolicy{}, versions: map[string]int{}, claims: newClaims(), byNamespace: map[string][]*Pod{},
 		byLabel: map[string]map[string][]*Pod{}, byPort: map[string][]*Pod{},
 	}
 }
@@ -71,7 +128,7 @@ func (c *cluster) update(s *Snapshot) (ch changes) {
 	if ch.nodes || c.podNets == nil {
 		c.setNodes()
 	}
-	ch.pods, ch.addrs = c.setPods(old.Pods, s.Pods)
+	ch.pods, ch.addrs = c.setPods(old.Pods, s.Pods, !ch.nodes)
 	ch.policies = c.setPolicies(old.Policies, s.Policies)
 	spaces := make(map[string]map[string]string, len(s.Namespaces))
 	for _, n := range s.Namespaces {
@@ -132,24 +189,27 @@ func (c *cluster) setNodes() {
 	slices.SortFunc(c.addrs, func(a, b nodeAddr) int { return a.addr.Compare(b.addr) })
 }
 
-// setPods takes out the pods that are not there any more and adds the new ones.
-func (c *cluster) setPods(old, now []*Pod) (changed []*Pod, addrs map[netip.Addr]bool) {
+// setPods takes out the pods that are not there any more and adds the new ones. It lists them where tell is set.
+func (c *cluster) setPods(old, now []*Pod, tell bool) (changed []*Pod, addrs map[netip.Addr]bool) {
 	addrs = map[netip.Addr]bool{}
-	change := func(list []*Pod, change func([]*Pod, *Pod) []*Pod) {
+	change := func(list []*Pod, change func([]*Pod, *Pod) []*Pod, claim func(netip.Addr, *Pod)) {
 		for _, p := range list {
 			if !p.networked() {
 				continue
 			}
+			c.index(p, change, claim)
+			if !tell {
+				continue
+			}
 			changed = append(changed, p)
-			c.index(p, change)
 			for _, a := range p.IPs {
 				addrs[a] = true
 			}
 		}
 	}
 	gone, come := difference(old, now)
-	change(gone, without)
-	change(come, with)
+	change(gone, without, c.claims.remove)
+	change(come, with, c.claims.add)
 	for _, p := range gone {
 		delete(c.local, p)
 	}
@@ -159,7 +219,7 @@ func (c *cluster) setPods(old, now []*Pod) (changed []*Pod, addrs map[netip.Addr
 		}
 	}
 	for a := range addrs {
-		changed = append(changed, c.claims[a]...)
+		changed = append(changed, c.claims.of(a)...)
 	}
 	return changed, addrs
 }
@@ -200,7 +260,7 @@ func without[T comparable](list []T, v T) []T {
 }
 
 // index puts a pod into all indexes, or takes it out.
-func (c *cluster) index(p *Pod, list func([]*Pod, *Pod) []*Pod) {
+func (c *cluster) index(p *Pod, list func([]*Pod, *Pod) []*Pod, claim func(netip.Addr, *Pod)) {
 	put(c.byNamespace, p.Namespace, p, list)
 	for label, index := range c.byLabel {
 		if v, has := p.Labels[label]; has {
@@ -214,7 +274,7 @@ func (c *cluster) index(p *Pod, list func([]*Pod, *Pod) []*Pod) {
 	}
 	for i, a := range p.IPs {
 		if !slices.Contains(p.IPs[:i], a) {
-			put(c.claims, a, p, list)
+			claim(a, p)
 		}
 	}
 }
@@ -229,7 +289,7 @@ func put[K comparable, V any](index map[K][]V, key K, v V, list func([]V, V) []V
 
 // owners are the pods whose address it is: one, or several where nobody can tell.
 func (c *cluster) owners(a netip.Addr) []*Pod {
-	claims := c.claims[a]
+	claims := c.claims.of(a)
 	if len(claims) < 2 {
 		return claims
 	}
@@ -338,7 +398,7 @@ func (p *podPeer) members(c *cluster, ipv6 bool) (out []Member) {
 		for _, a := range pod.IPs {
 			switch {
 			case a.Is6() != ipv6:
-			case len(c.claims[a]) == 1: // as nearly always
+			case c.claims.sole(a) != nil: // as nearly always
 				out = append(out, Member{Addr: a})
 			default:
 				out = append(out, p.at(c, a)...)

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"strings"
@@ -141,7 +142,9 @@ func (e evaluator) podsAt(a netip.Addr) (pods []*Pod) {
 			pods = append(pods, p)
 		}
 	}
-	slices.SortFunc(pods, func(a, b *Pod) int { return strings.Compare(string(a.UID), string(b.UID)) })
+	slices.SortFunc(pods, func(a, b *Pod) int {
+		return cmp.Or(strings.Compare(string(a.UID), string(b.UID)), strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
+	})
 	return pods
 }
 

@@ -29,7 +29,8 @@ type Snapshot struct {
 // Pod is what policies need of a Pod.
 type Pod struct {
 	Namespace, Name string
-	UID             types.UID
+	// UID is of the own node's pods alone.
+	UID types.UID
 	// Node is the name of the node that it runs on, "" before it is scheduled.
 	Node   string
 	Labels map[string]string

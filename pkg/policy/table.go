@@ -30,17 +30,20 @@ const (
 	chainDenyIn, chainDenyOut                             = "deny-in", "deny-out"
 
 	// LogGroup is the NFLOG group of what is denied. The prefix is the direction's word, behind LogUnknown where the pod's policies are
-	// not known yet, and before LogAnswer where the packet is none of who began the connection.
-	LogGroup   = 4278
-	LogUnknown = "unknown-"
-	LogAnswer  = "-answer"
+	// not known yet, behind LogStateless where the packet belongs to no connection, and before LogAnswer where it is none of who began
+	// the connection.
+	LogGroup     = 4278
+	LogUnknown   = "unknown-"
+	LogStateless = "stateless-"
+	LogAnswer    = "-answer"
 )
 
 // Options are how the table judges what policies do not say.
 type Options struct {
 	// Strict: a pod whose policies are not known yet reaches its own node and nobody else.
 	Strict bool
-	// Log: packets that are denied go to NFLOG group LogGroup, at most ten a second each way, and as many for pods whose policies are not known.
+	// Log: packets that are denied go to NFLOG group LogGroup, at most ten a second each way, as many for pods whose policies are not known, and
+	// for what belongs to no connection.
 	Log bool
 }
 
@@ -67,7 +70,8 @@ func FixedChains(opt Options) []FixedChain {
 			word string
 			dir  Direction
 		}{{"iif", Egress}, {"oif", Ingress}} {
-			unknown := fmt.Sprintf(`%sname "%s" %[1]sgroup != %[3]d `, side.word, pods, names.PolicyLinkGroup)
+			// The group first: nearly all packets are done with by that number, and no name is copied and compared.
+			unknown := fmt.Sprintf(`%sgroup != %d %[1]sname "%[3]s" `, side.word, names.PolicyLinkGroup, pods)
 			gate = append(gate, opt.log(unknown, LogUnknown+side.dir.String())...)
 			gate = append(gate, unknown+"counter name "+CounterUnknown+" drop")
 		}
@@ -77,8 +81,8 @@ func FixedChains(opt Options) []FixedChain {
 	}
 	return []FixedChain{
 		{Name: chainStateless, Rules: join(
-			both("%[2]s saddr @"+SetIsolated+"%[1]s counter name "+CounterStateless+" drop"),
-			both("%[2]s daddr @"+SetIsolated+"%[1]s counter name "+CounterStateless+" drop"),
+			opt.stateless("4", "ip", "saddr", Egress), opt.stateless("6", "ip6", "saddr", Egress),
+			opt.stateless("4", "ip", "daddr", Ingress), opt.stateless("6", "ip6", "daddr", Ingress),
 		)},
 		{Name: chainDoubt, Rules: both("ct original %[2]s saddr != @" + SetRecheck + "%[1]s ct reply %[2]s saddr != @" + SetRecheck + "%[1]s accept")},
 		{Name: chainDenyIn, Rules: deny(opt, Ingress, SetDeniedIn)},
@@ -142,6 +146,12 @@ func deny(opt Options, dir Direction, denied string) []string {
 		"meta l4proto tcp ct state established reject with tcp reset",
 		"drop",
 	)
+}
+
+// stateless drops what comes from or goes to isolated pods and belongs to no connection.
+func (o Options) stateless(family, ip, end string, dir Direction) []string {
+	match := fmt.Sprintf("%s %s @%s%s ", ip, end, SetIsolated, family)
+	return append(o.log(match, LogStateless+dir.String()), match+"counter name "+CounterStateless+" drop")
 }
 
 // log logs some of the packets that match, where that is asked for.

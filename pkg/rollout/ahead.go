@@ -96,7 +96,7 @@ func (r *run) findRelease(ctx context.Context) error {
 		r.release, r.there = name, true
 	default:
 		r.fault(fmt.Sprintf("HeadCNI is in this cluster already: helm status %s -n %s", name, namespace),
-			fmt.Sprintf("upgrade it: -n %s; or take it off first: headcnictl uninstall -n %[1]s", namespace))
+			fmt.Sprintf("upgrade it: -n %s; or take it off first: headcnictl uninstall --yes -n %[1]s", namespace))
 	}
 	return nil
 }

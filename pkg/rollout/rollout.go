@@ -186,9 +186,9 @@ func (r *run) install(ctx context.Context) error {
 
 func (r *run) removal() string {
 	if r.Namespace == kube.DefaultNamespace {
-		return "headcnictl uninstall"
+		return "headcnictl uninstall --yes"
 	}
-	return "headcnictl uninstall -n " + r.Namespace
+	return "headcnictl uninstall --yes -n " + r.Namespace
 }
 
 func (r *run) interrupted() {

@@ -73,16 +73,14 @@ func (r *run) wait(ctx context.Context, until time.Time) error {
 // look asks everything.
 func (r *run) look(ctx context.Context) (l look) {
 	asked, cancel := r.ask(ctx)
-	rolling, set, err := r.rolling(asked)
+	rolling, wanted, err := r.rolling(asked)
 	cancel()
 	if err != nil {
 		l.missing = append(l.missing, "the API server: "+err.Error())
 		return l
 	}
 	l.missing = rolling
-	cluster := *r.Cluster
-	cluster.Selector = set.selector
-	if l.seen, err = cluster.Look(ctx); err != nil {
+	if l.seen, err = r.Cluster.Look(ctx); err != nil {
 		l.missing = append(l.missing, err.Error())
 		return l
 	}
@@ -94,34 +92,29 @@ func (r *run) look(ctx context.Context) (l look) {
 			l.missing = append(l.missing, "node "+n.Name+" is not Ready")
 		}
 	}
-	if len(l.seen.Nodes) < set.wanted { // those that an uninstall has left are not looked at
-		l.missing = append(l.missing, fmt.Sprintf("%d of %d nodes have an annotation %s", set.wanted-len(l.seen.Nodes), set.wanted, kube.Uninstalled))
+	if len(l.seen.Nodes) < wanted { // those that an uninstall has left are not looked at
+		l.missing = append(l.missing, fmt.Sprintf("%d of %d nodes have an annotation %s", wanted-len(l.seen.Nodes), wanted, kube.Uninstalled))
 	}
 	return l
 }
 
-// daemons is what the daemons' DaemonSet says.
-type daemons struct {
-	selector map[string]string
-	wanted   int
-}
-
 // rolling says which of our programs are not yet those of the newest revision. tailscaled's are replaced when their node's administrator says so.
-func (r *run) rolling(ctx context.Context) (out []string, d daemons, err error) {
+// wanted is how many nodes are to have a daemon.
+func (r *run) rolling(ctx context.Context) (out []string, wanted int, err error) {
 	say := func(kind, name string, ready, want int32) {
 		out = append(out, fmt.Sprintf("%s %s: %d of %d new and ready", kind, name, ready, want))
 	}
-	set, err := r.Cluster.Client.DaemonSets(r.Namespace).Get(ctx, "headcni", metav1.GetOptions{})
+	set, err := r.Cluster.Client.DaemonSets(r.Namespace).Get(ctx, kube.Daemon, metav1.GetOptions{})
 	if err != nil {
-		return nil, d, err
+		return nil, 0, err
 	}
-	d = daemons{set.Spec.Template.Spec.NodeSelector, int(set.Status.DesiredNumberScheduled)}
+	wanted = int(set.Status.DesiredNumberScheduled)
 	if s := set.Status; s.ObservedGeneration < set.Generation || s.DesiredNumberScheduled == 0 || min(s.UpdatedNumberScheduled, s.NumberReady) < s.DesiredNumberScheduled {
 		say("DaemonSet", set.Name, min(s.UpdatedNumberScheduled, s.NumberReady), s.DesiredNumberScheduled)
 	}
 	dep, err := r.Cluster.Client.Deployments(r.Namespace).Get(ctx, kube.Controller, metav1.GetOptions{})
 	if err != nil {
-		return nil, d, err
+		return nil, wanted, err
 	}
 	want := int32(1)
 	if dep.Spec.Replicas != nil {
@@ -130,7 +123,7 @@ func (r *run) rolling(ctx context.Context) (out []string, d daemons, err error) 
 	if s := dep.Status; s.ObservedGeneration < dep.Generation || min(s.UpdatedReplicas, s.ReadyReplicas) < want {
 		say("Deployment", dep.Name, min(s.UpdatedReplicas, s.ReadyReplicas), want)
 	}
-	return out, d, nil
+	return out, wanted, nil
 }
 
 // imageless are our pods whose image their node cannot get.

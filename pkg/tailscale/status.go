@@ -39,7 +39,7 @@ type Status struct {
 	TUN bool
 	// MagicDNSSuffix is the tailnet's domain, such as ts.example.com.
 	MagicDNSSuffix string
-	// Health holds what tailscaled complains of.
+	// Health holds what tailscaled complains of, for people: see Stateless.
 	Health []string
 	// SharesCGNAT tells that the tailnet's policy has given this node the attribute of that name (AttrSharesCGNAT).
 	SharesCGNAT bool
@@ -110,6 +110,19 @@ func PathCounts(peers []Peer) map[string]int {
 		n[p.Path()]++
 	}
 	return n
+}
+
+// stateless begins tailscaled's complaint that it has no store for its state (state-store-health of tailscale's feature/condregister).
+const stateless = "State store failed"
+
+// Stateless says why a tailscaled that answers has nowhere to keep who it is, and so joins nothing until it is started again; "" for
+// one that has.
+func (s Status) Stateless() string {
+	i := slices.IndexFunc(s.Health, func(h string) bool { return strings.HasPrefix(h, stateless) })
+	if s.State == Running || i < 0 {
+		return ""
+	}
+	return s.Health[i]
 }
 
 // PeerByID finds a peer by its stable ID.
@@ -204,6 +217,41 @@ func (w wireStatus) status() Status {
 		return strings.Compare(a.Name+"\x00"+a.ID, b.Name+"\x00"+b.ID)
 	})
 	return s
+}
+
+// LacksFamily warns of a family in which pods have addresses and this node has none in the tailnet: peers take no packet from a source
+// that is not a pod's nor the node's there, and no masquerading finds one.
+func (s *Status) LacksFamily(pods []netip.Prefix) error {
+	if s == nil || s.State != Running || len(s.Self.IPs) == 0 {
+		return nil
+	}
+	for name, is := range map[string]func(netip.Addr) bool{"IPv4": netip.Addr.Is4, "IPv6": netip.Addr.Is6} {
+		if slices.ContainsFunc(pods, func(p netip.Prefix) bool { return is(p.Addr()) }) && !slices.ContainsFunc(s.Self.IPs, is) {
+			return reconcile.Warning{Err: findings.Errorf(findings.FamilyLacking, "pods have %[1]s and this node has no %[1]s address in the tailnet: the node itself, its NodePorts and "+
+				"host-network pods do not reach pods of other nodes by %[1]s; set prefixes.v%[2]s in Headscale's configuration, start it again, and run `headscale nodes backfillips`", name, name[3:])}
+		}
+	}
+	return nil
+}
+
+// Elsewhere says that Headscale gives addresses outside Tailscale's ranges, in a family that pods have. Rules and guard know the tailnet by
+// these: nodes and pods would not reach members, nor nodes other nodes' pods, and what is for members would leave in clear while the tunnel
+// is away.
+func (s *Status) Elsewhere(pods []netip.Prefix) error {
+	if s == nil || s.State != Running {
+		return nil
+	}
+	for _, a := range s.Self.IPs {
+		name, in := "v4", netset.TailnetIPv4
+		if a.Is6() {
+			name, in = "v6", netset.TailnetIPv6
+		}
+		if !in.Contains(a) && slices.ContainsFunc(pods, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() }) {
+			return findings.Errorf(findings.TailnetElsewhere, "this node is %s in the tailnet, which is outside %s: nodes and pods would not reach members of the tailnet there; set prefixes.%s in "+
+				"Headscale's configuration to %[2]s or a part of it, start it again, delete its nodes (`headscale nodes delete`), and have them join anew", a, in, name)
+		}
+	}
+	return nil
 }
 
 // SharedCGNAT warns that tailscaled keeps this host from a network of its own inside the tailnet's range, which no rule of ours can change.

@@ -4,8 +4,10 @@ package tailscaled
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -23,16 +25,24 @@ import (
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
+// Node is what Become needs to know of its node.
+type Node struct {
+	// Mode is the one that the daemon has settled on, "" for none.
+	Mode func() (string, error)
+	// Ahead does what is better done before tailscaled starts. If it fails, tailscaled starts all the same.
+	Ahead func() error
+}
+
 // Become prepares the dedicated tailscaled of daemon mode and becomes it: on success it does not return. Its state outlives the
-// daemon; supervision is systemd's or Kubernetes'. savedMode is the mode that the daemon has settled on, "" for none.
+// daemon; supervision is systemd's or Kubernetes'.
 //
 // In Kubernetes every node runs it, those whose host has a tailscaled too: there it waits for its end, quietly.
-func Become(ctx context.Context, c config.Config, environ []string, savedMode func() (string, error), log *slog.Logger) error {
+func Become(ctx context.Context, c config.Config, environ []string, node Node, log *slog.Logger) error {
 	if os.Geteuid() != 0 {
 		return errors.New("start tailscaled: needs root for the tun device and the routes; run it with sudo or as a systemd unit")
 	}
 	if c.InKubernetes(getenvOf(environ)) && c.Tailscale.Mode != config.ModeDaemon {
-		wanted, err := wantDedicated(ctx, c, savedMode, log)
+		wanted, err := wantDedicated(ctx, c, node.Mode, log)
 		if err != nil || !wanted {
 			return err
 		}
@@ -53,11 +63,41 @@ func Become(ctx context.Context, c config.Config, environ []string, savedMode fu
 			return fmt.Errorf("start tailscaled: %w", err)
 		}
 	}
+	if !c.InKubernetes(getenvOf(environ)) { // where the controller sees one key on two Nodes
+		if err := SameMachine(); err != nil {
+			return fmt.Errorf("start tailscaled: %w", err)
+		}
+	}
+	if err := setAside(filepath.Join(paths.TailscaleStateDir, "tailscaled.state"), log); err != nil {
+		return fmt.Errorf("start tailscaled: %w", err)
+	}
+	if err := node.Ahead(); err != nil {
+		log.Warn("prepare the node for tailscaled: the daemon does it later, for which tailscaled binds its sockets anew", "err", err)
+	}
 	argv := []string{
 		bin, "--tun=" + c.Tailscale.InterfaceName, "--statedir=" + paths.TailscaleStateDir, "--socket=" + socket,
 		"--port=" + strconv.Itoa(c.Tailscale.Port), "--no-logs-no-support",
 	}
-	return fmt.Errorf("start %s: %w", bin, unix.Exec(bin, argv, tailscaledEnv(environ)))
+	return fmt.Errorf("start %s: %w", bin, unix.Exec(bin, argv, tailscaledEnv(environ, c.Headscale.Proxy)))
+}
+
+// setAside moves a state file away that is no JSON, as a power failure can leave it on some file systems: tailscaled would run
+// without any state and join nothing until somebody moves the file. Without it the node joins anew. One that cannot be read may well be
+// sound, and stays.
+func setAside(path string, log *slog.Logger) error {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && json.Valid(b) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	aside := path + ".damaged"
+	if err := os.Rename(path, aside); err != nil {
+		return err
+	}
+	log.Warn("tailscaled's state is damaged: this node joins the tailnet anew", "file", path, "kept", aside)
+	return nil
 }
 
 const (
@@ -148,8 +188,9 @@ func getenvOf(environ []string) func(string) string {
 	}
 }
 
-// tailscaledEnv is the environment of the dedicated tailscaled.
-func tailscaledEnv(environ []string) []string {
+// tailscaledEnv is the environment of the dedicated tailscaled. A proxy, where there is one, is the only one, and used for all that TLS
+// is spoken with.
+func tailscaledEnv(environ []string, proxy string) []string {
 	var env []string
 	for _, e := range environ {
 		name, _, _ := strings.Cut(e, "=")
@@ -157,7 +198,13 @@ func tailscaledEnv(environ []string) []string {
 		if name == "PATH" || strings.HasPrefix(name, "HEADCNI_") || strings.HasPrefix(name, "HEADSCALE_") {
 			continue
 		}
+		if proxy != "" && strings.HasSuffix(strings.ToUpper(name), "_PROXY") { // HTTPS_PROXY, NO_PROXY, https_proxy
+			continue
+		}
 		env = append(env, e)
+	}
+	if proxy != "" {
+		env = append(env, "HTTPS_PROXY="+proxy)
 	}
 	return append(env,
 		// Without iptables on PATH tailscaled uses nftables and starts seconds sooner: it needs no other program.

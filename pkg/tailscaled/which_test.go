@@ -1,7 +1,9 @@
 package tailscaled
 
 import (
+	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -29,6 +31,39 @@ func TestSocketOf(t *testing.T) {
 		if got := Socket(c.Tailscale, tt.mode); got != tt.want {
 			t.Errorf("%+v: got %s", tt, got)
 		}
+	}
+}
+
+// What a power failure left of the state is put aside; what is sound, or cannot be judged, stays.
+func TestSetAside(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tailscaled.state")
+	for name, c := range map[string]struct {
+		state string
+		aside bool
+	}{
+		"sound": {`{"_machinekey":"cHJpdmtleQ=="}`, false}, "zeros": {strings.Repeat("\x00", 4096), true}, "empty": {"", true}, "cut off": {`{"_machinekey":"cHJ`, true},
+	} {
+		if err := os.WriteFile(path, []byte(c.state), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // a second start has nothing to do
+			if err := setAside(path, slog.New(slog.DiscardHandler)); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		kept := path
+		if c.aside {
+			kept += ".damaged"
+		}
+		if b, err := os.ReadFile(kept); err != nil || string(b) != c.state {
+			t.Errorf("%s: %q is kept, %v", name, b, err)
+		}
+		if _, err := os.Stat(path); (err != nil) != c.aside {
+			t.Errorf("%s: put aside %v, want %v", name, err != nil, c.aside)
+		}
+	}
+	if err := setAside(t.TempDir(), slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("a folder in its place: no error")
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"slices"
 	"strings"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/doctor"
+	"github.com/headcni/headcni/pkg/kube/podexec"
 )
 
 // found is an end of a Kubernetes.
@@ -150,6 +152,8 @@ type Cluster struct {
 	doctor.Cluster
 	// Pods is the namespace of pods that are named without one.
 	Pods string
+	// Stream runs a command in a pod, with what it reads and writes.
+	Stream func(ctx context.Context, pod podexec.Pod, in io.Reader, out io.Writer, command ...string) error
 }
 
 // ends are both, and what q must say of them.
@@ -228,7 +232,21 @@ func (k Cluster) Look(ctx context.Context, a, b string, q Question) (Case, error
 		ask = append(ask, func(ctx context.Context) { k.headscale(ctx, seen, &c) })
 	}
 	k.All(ctx, ask...)
+	if q.Live && ctx.Err() == nil {
+		k.All(ctx, func(ctx context.Context) { k.live(ctx, &c, from.node, to.node) })
+	}
 	return c, ctx.Err()
+}
+
+// live has the one node send, and the other look on.
+func (k Cluster) live(ctx context.Context, c *Case, from, to *doctor.Node) {
+	ask := nodes{near: func(ctx context.Context, command []string) ([]byte, error) { return k.Exec(ctx, from.Pod, command...) }}
+	if to != nil {
+		ask.far = func(ctx context.Context, in io.Reader, out io.Writer, command []string) error {
+			return k.Stream(ctx, to.Pod, in, out, command...)
+		}
+	}
+	c.try(ctx, ask)
 }
 
 func (k Cluster) forbidden(err error) error {

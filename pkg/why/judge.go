@@ -40,6 +40,8 @@ type Step struct {
 	// Text is what was seen.
 	Text     string           `json:"text"`
 	Findings []doctor.Finding `json:"findings,omitempty"`
+
+	at stretch
 }
 
 // add notes what is wrong, with what there is to do here and now, "" for what the table says.
@@ -87,7 +89,9 @@ type Case struct {
 	// Headscale is nil where HeadscaleError says why it could not be asked.
 	Headscale      *Headscale
 	HeadscaleError string
-	Now            time.Time
+	// Live is nil where nothing was to be sent.
+	Live *Live
+	Now  time.Time
 }
 
 // Headscale is what the control server says.
@@ -117,6 +121,8 @@ type Report struct {
 	Findings []doctor.Finding `json:"findings"`
 	// Step is the first that decides, counted from 1; 0 where all is well.
 	Step int `json:"step,omitempty"`
+	// Live is what became of a packet, nil where none was to be sent.
+	Live *Live `json:"live,omitempty"`
 }
 
 // way is how packets leave the near node.
@@ -144,47 +150,58 @@ func (c Case) way() way {
 func Judge(version string, c Case) Report {
 	r := Report{Version: version, From: c.From, To: c.To, Port: c.Question.port(), Findings: []doctor.Finding{}}
 	w := c.way()
-	add := func(s *Step) {
+	add := func(at stretch, s *Step) {
 		if s != nil {
+			s.at = at
 			r.Steps = append(r.Steps, *s)
 		}
 	}
-	add(c.sender())
-	add(c.policy(c.Near, "policy egress", c.From))
-	add(c.rules(w))
-	add(c.guard())
+	add(onNear, c.sender())
+	add(onNear, c.policy(c.Near, "policy egress", c.From))
+	add(onNear, c.rules(w))
+	add(onNear, c.guard())
 	if w == tunnel {
-		add(c.tailnet())
-		add(c.headscale())
+		add(between, c.tailnet())
+		add(between, c.headscale())
 	}
 	if w != local && !c.To.Outside {
-		add(c.arrival(w))
+		add(onFar, c.arrival(w))
 	}
-	far := c.Near
+	far, at := c.Near, onFar
 	if c.Far != nil {
 		far = *c.Far
 	}
+	if w == local {
+		at = onNear
+	}
 	switch {
 	case c.To.Outside:
-		add(&Step{Name: "receiver", Where: c.To.Name, State: Unknown, Text: "it is no node or pod of ours, so that nobody can be asked there"})
+		add(atReceiver, &Step{Name: "receiver", Where: c.To.Name, State: Unknown, Text: "it is no node or pod of ours, so that nobody can be asked there"})
 	case w != local && c.Far == nil:
-		add(&Step{Name: "policy ingress", Where: c.To.Node, State: Unknown, Text: "could not look: " + c.FarError})
+		add(at, &Step{Name: "policy ingress", Where: c.To.Node, State: Unknown, Text: "could not look: " + c.FarError})
 	default:
-		add(c.policy(far, "policy ingress", c.To))
-		add(c.receiver(far))
+		add(at, c.policy(far, "policy ingress", c.To))
+		add(atReceiver, c.receiver(far))
 	}
-	r.decide()
+	answered := false
+	if r.Live = c.Live; c.Live != nil {
+		var steps []Step
+		steps, answered = c.tried(r.Steps, w)
+		r.Steps = append(r.Steps, steps...)
+	}
+	r.decide(answered)
 	return r
 }
 
-func (r *Report) decide() {
+// decide finds what decides. Where a packet was answered, it does not count that nobody could look at something.
+func (r *Report) decide(answered bool) {
 	r.Verdict = Yes
 	for i, s := range r.Steps {
 		r.Findings = append(r.Findings, s.Findings...)
 		switch {
 		case s.State == No && r.Verdict != NoWay:
 			r.Verdict, r.Step = NoWay, i+1
-		case (s.State == Unknown || s.State == Follows) && r.Verdict == Yes:
+		case (s.State == Unknown || s.State == Follows) && r.Verdict == Yes && !answered:
 			r.Verdict, r.Step = Unsure, i+1
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -78,11 +80,15 @@ func (l Node) Look(ctx context.Context, a, b string, q Question) (Case, error) {
 			c.To.Node = "another node"
 		}
 	}
+	var via []string
 	if c.way() == tunnel {
 		l.headscale(ctx, &c)
 		if !c.To.Outside {
-			l.far(ctx, &c)
+			via = l.far(ctx, &c)
 		}
+	}
+	if q.Live {
+		l.live(ctx, &c, via)
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return c, ctx.Err()
@@ -90,8 +96,37 @@ func (l Node) Look(ctx context.Context, a, b string, q Question) (Case, error) {
 	return c, nil
 }
 
-// far asks the node that has, or that Headscale says should have, who is sent to.
-func (l Node) far(ctx context.Context, c *Case) {
+// live sends from here, and has the other node look on by the command via.
+func (l Node) live(ctx context.Context, c *Case, via []string) {
+	ask := nodes{near: func(ctx context.Context, command []string) ([]byte, error) {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		return said(exec.CommandContext(ctx, self, append(command[1:], "--socket", l.Socket)...))
+	}}
+	if via != nil {
+		ask.far = func(ctx context.Context, in io.Reader, out io.Writer, command []string) error {
+			cmd := exec.CommandContext(ctx, via[0], append(slices.Clone(via[1:]), command...)...)
+			cmd.Stdin, cmd.Stdout = in, out
+			return cmd.Run()
+		}
+	}
+	c.try(ctx, ask)
+}
+
+// said is what a command writes, or why it fails in its own words.
+func said(cmd *exec.Cmd) ([]byte, error) {
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && len(exit.Stderr) > 0 {
+		err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
+	}
+	return out, err
+}
+
+// far asks the node that has, or that Headscale says should have, who is sent to. It returns the command that runs another there.
+func (l Node) far(ctx context.Context, c *Case) (via []string) {
 	name := ""
 	if h := c.Near.Tailnet.Holder; h != nil {
 		name = h.Name
@@ -104,42 +139,38 @@ func (l Node) far(ctx context.Context, c *Case) {
 	switch {
 	case name == "":
 		c.FarError = "nobody knows which node has " + c.Near.Dst.String()
-		return
+		return nil
 	case l.Via == "":
 		c.FarError = errNoVia
-		return
+		return nil
 	}
 	q, err := c.farQuestion()
 	if err != nil {
 		c.FarError = err.Error()
-		return
+		return nil
 	}
 	// No shell: a name is one argument whatever it holds. Who names a machine of the tailnet must not choose an option.
 	if strings.HasPrefix(name, "-") {
 		c.FarError = fmt.Sprintf("%q is no name for --via", name)
-		return
+		return nil
 	}
 	argv := strings.Fields(l.Via)
 	for i := range argv {
 		argv[i] = strings.ReplaceAll(argv[i], "{}", name)
 	}
-	argv = append(append(argv, "headcnictl"), q.Args()...)
 	ctx, cancel := context.WithTimeout(ctx, l.Timeout)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).Output()
+	out, err := said(exec.CommandContext(ctx, argv[0], append(append(slices.Clone(argv[1:]), "headcnictl"), q.Args()...)...))
 	var s Side
 	if err == nil {
 		err = json.Unmarshal(out, &s)
 	}
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && len(exit.Stderr) > 0 {
-		err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(exit.Stderr)))
-	}
 	if err != nil {
 		c.FarError = fmt.Sprintf("%s: %v", strings.Join(argv[:min(len(argv), 3)], " "), err)
-		return
+		return nil
 	}
 	c.Far = &s
+	return argv
 }
 
 func (l Node) headscale(ctx context.Context, c *Case) {

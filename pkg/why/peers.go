@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -205,4 +206,36 @@ func (m Mesh) between(from, to Row) (Peer, bool) {
 		}
 	}
 	return Peer{}, false
+}
+
+// Path says in a few words how one Node reaches another.
+func (m Mesh) Path(from, to string) string {
+	row := func(name string) Row {
+		i := slices.IndexFunc(m.Nodes, func(r Row) bool { return r.Node == name })
+		if i < 0 {
+			return Row{Node: name, Error: "not asked"}
+		}
+		return m.Nodes[i]
+	}
+	a, b := row(from), row(to)
+	switch p, ok := m.between(a, b); {
+	case a.Error != "":
+		return "path unknown"
+	case !ok:
+		return "not in its tailnet"
+	case p.Path == pathRelayed:
+		return "relayed by " + p.Endpoint
+	default:
+		return strings.TrimSpace(p.Path + " " + p.Endpoint)
+	}
+}
+
+// IPs are a Node's addresses in the tailnet.
+func (m Mesh) IPs(node string) []netip.Addr {
+	for _, r := range m.Nodes {
+		if r.Node == node {
+			return r.IPs
+		}
+	}
+	return nil
 }

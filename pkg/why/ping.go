@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"time"
 
@@ -20,6 +19,7 @@ import (
 
 	"github.com/headcni/headcni/internal/printable"
 	"github.com/headcni/headcni/pkg/pathmtu"
+	"github.com/headcni/headcni/pkg/why/live"
 )
 
 // Pings is what one node is asked to do.
@@ -78,7 +78,13 @@ func (p Place) Ping(ctx context.Context, q Pings) (Pinged, error) {
 			defer unix.Close(ns)
 			out.Inside, out.From = true, s.Link.Pod
 			outer := listen
-			listen = func() (net.PacketConn, error) { return inside(ns, outer) }
+			listen = func() (conn net.PacketConn, err error) {
+				err = live.In(ns, func() (err error) {
+					conn, err = outer()
+					return err
+				})
+				return conn, err
+			}
 		}
 	}
 	conn, err := listen()
@@ -150,20 +156,6 @@ func hasAddr(fd int, a netip.Addr) bool {
 		}
 	}
 	return false
-}
-
-// inside opens a socket in another network namespace, where it stays.
-func inside(ns int, listen func() (net.PacketConn, error)) (conn net.PacketConn, err error) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends with this goroutine
-		if err = unix.Setns(ns, unix.CLONE_NEWNET); err == nil {
-			conn, err = listen()
-		}
-	}()
-	<-done
-	return conn, err
 }
 
 // Print writes it for people.

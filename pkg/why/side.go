@@ -40,6 +40,8 @@ type Question struct {
 	// Protocol is tcp, udp or icmp, which has no Port.
 	Protocol string
 	Port     uint16
+	// Live: a packet is sent as well.
+	Live bool
 }
 
 func (q Question) port() string {

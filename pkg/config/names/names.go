@@ -1,4 +1,4 @@
-// Package names holds the names and numbers in the kernel that more than one package must know.
+// Package names holds the names and numbers, in the kernel and in the CNI protocol, that more than one package must know.
 package names
 
 import (
@@ -16,6 +16,8 @@ const (
 	NFTTable = "headcni"
 	// PolicyTable is our table in family inet that enforces NetworkPolicies. The gate of ADD asks for it where they are enforced.
 	PolicyTable = "headcni-policy"
+	// FastTable is our table in family inet by which flows between pods of the node go past the rules.
+	FastTable = "headcni-fast"
 	// PolicyLinkGroup is the group (IFLA_GROUP) of the host's end of a pod whose policies are in force. A new link is in group 0.
 	PolicyLinkGroup = 4278
 	// RuleComment marks the few rules of ours that stand in someone else's chain.

@@ -12,11 +12,9 @@ import (
 
 	"github.com/headcni/headcni/internal/jsonobj"
 	"github.com/headcni/headcni/internal/nearest"
+	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/secret"
 )
-
-// reserved begins the keys of the protocol (specification section 1).
-const reserved = "cni.dev/"
 
 // injected are the keys that meta-plugins put into the configuration of every plugin that they run: a device of the pod, by multus, and
 // arguments. Others have a domain in their name, as the protocol's own have: what a later version adds must not fail here.
@@ -133,21 +131,21 @@ func checked[T any](d *decoder, want string) reader { return d.decodeInto(new(T)
 // ignore is the reader of keys that runtimes write for themselves.
 func ignore(string, json.RawMessage) {}
 
-// validAttachments is the list that GC gets. Unlike any other key it means the same where it is null as where it is empty: a
-// runtime that knows of no attachment may have a nil list.
-const validAttachments = reserved + "valid-attachments"
-
 func (d *decoder) top(o jsonobj.Object) {
 	c := d.c
-	if _, c.HasValidAttachments = o[validAttachments]; c.HasValidAttachments {
+	_, now := o[names.ValidAttachments]
+	_, first := o[names.AttachmentsAsReleased]
+	if c.HasValidAttachments = now || first; c.HasValidAttachments {
 		c.ValidAttachments = []Attachment{}
 	}
 	o = maps.Clone(o)
-	maps.DeleteFunc(o, func(key string, _ json.RawMessage) bool { return key != validAttachments && isForeign(key) })
+	maps.DeleteFunc(o, func(key string, _ json.RawMessage) bool {
+		return key != names.ValidAttachments && key != names.AttachmentsAsReleased && isForeign(key)
+	})
 	d.strict("", o, readers{
 		"cniVersion": d.decodeInto(&c.CNIVersion, "a string"), "name": d.decodeInto(&c.Name, "a string"), "type": checked[string](d, "a string"),
 		"cniVersions": ignore, "capabilities": ignore, "disableCheck": ignore, "disableGC": ignore, "loadOnlyInlinedPlugins": ignore,
-		"args": d.args, "runtimeConfig": d.runtime, validAttachments: d.attachments,
+		"args": d.args, "runtimeConfig": d.runtime, names.ValidAttachments: d.attachments, names.AttachmentsAsReleased: d.attachments,
 		"prevResult": func(_ string, v json.RawMessage) { c.PrevResult = v },
 		"dns":        d.decodeInto(&c.DNS, "{nameservers, domain, search, options}"),
 		"ipam":       d.ipam, "magic_dns": d.magicDNS, "gate": d.gate,
@@ -162,8 +160,10 @@ func (d *decoder) top(o jsonobj.Object) {
 }
 
 func (d *decoder) attachments(key string, v json.RawMessage) {
-	d.decode(key, v, &d.c.ValidAttachments, "a list of {containerID, ifname}")
-	for i, a := range d.c.ValidAttachments {
+	var list []Attachment
+	d.decode(key, v, &list, "a list of {containerID, ifname}")
+	d.c.ValidAttachments = append(d.c.ValidAttachments, list...)
+	for i, a := range list {
 		if a.ContainerID == "" || a.IfName == "" { // GC would end an attachment that lives
 			d.fault(key, "[%d]: want containerID and ifname", i)
 		}

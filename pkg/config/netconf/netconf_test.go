@@ -237,7 +237,10 @@ func TestAttachments(t *testing.T) {
 	if c, err = netconf.Parse(with(t, `{"cni.dev/valid-attachments":null}`)); err != nil || !c.HasValidAttachments || len(c.ValidAttachments) > 0 {
 		t.Errorf("null, as a nil list of Go is written: got %v, %v", c.HasValidAttachments, err)
 	}
-	if c, err = netconf.Parse(with(t, `{"cni.dev/attachments":null}`)); err != nil || c.HasValidAttachments {
+	if c, err = netconf.Parse(with(t, `{"cni.dev/attachments":[{"containerID":"a","ifname":"eth0"}],"cni.dev/valid-attachments":[{"containerID":"b","ifname":"eth0"}]}`)); err != nil || len(c.ValidAttachments) != 2 {
+		t.Errorf("by both names: got %v, %v", c.ValidAttachments, err)
+	}
+	if c, err = netconf.Parse(with(t, `{"cni.dev/other":null}`)); err != nil || c.HasValidAttachments {
 		t.Errorf("no list: got %v, %v", c.HasValidAttachments, err)
 	}
 	for _, item := range []string{`null`, `{}`, `{"containerID":"a"}`, `{"ifname":"eth0"}`, `{"containerID":"a","ifname":""}`} {

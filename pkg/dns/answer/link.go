@@ -1,10 +1,15 @@
 package answer
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -15,7 +20,12 @@ import (
 // The addresses stand on lo: a dummy link of our own is a kernel module that hosts lack. Of scope host the node uses them for nothing else.
 const loopback = "lo"
 
+// port is DNS'.
+const port = 53
+
 // EnsureAddrs gives the node the addresses, and says which it had to add.
+//
+// They are there before a tailscaled of ours starts (Ahead): for each that comes later it binds its sockets anew, which loses a packet.
 func EnsureAddrs(addrs []netip.Addr) (done []string, err error) {
 	lo, err := netlink.LinkByName(loopback)
 	if err != nil {
@@ -31,6 +41,46 @@ func EnsureAddrs(addrs []netip.Addr) (done []string, err error) {
 		}
 	}
 	return done, nil
+}
+
+// Ahead gives the node the addresses although nobody answers there yet: a question is refused until somebody does, and whoever asked goes on
+// to the next server. Where another program listens at port 53 of all addresses it would be asked: then they do not come (see Server.Run).
+func Ahead(addrs []netip.Addr) error {
+	for _, file := range []string{"udp", "udp6", "tcp", "tcp6"} {
+		f, err := os.Open("/proc/thread-self/net/" + file)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a kernel without IPv6
+		}
+		if err != nil {
+			return fmt.Errorf("look who listens at port %d: %w", port, err)
+		}
+		taken, err := listens(f)
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("look who listens at port %d: %w", port, err)
+		}
+		if taken {
+			return nil
+		}
+	}
+	_, err := EnsureAddrs(addrs)
+	return err
+}
+
+// listens reports whether a socket in a file such as /proc/net/udp is bound to the port at all addresses (proc_pid_net(5)): its second word
+// is address and port in hexadecimal digits.
+func listens(file io.Reader) (bool, error) {
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		words := strings.Fields(lines.Text())
+		if len(words) < 2 {
+			continue
+		}
+		if addr, at, _ := strings.Cut(words[1], ":"); at == fmt.Sprintf("%04X", port) && strings.Trim(addr, "0") == "" {
+			return true, nil
+		}
+	}
+	return false, lines.Err()
 }
 
 // RemoveAddrs takes them away.

@@ -1,6 +1,7 @@
 package answer
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -67,10 +68,7 @@ func (s *Server) Run(ctx context.Context, addrs []netip.Addr) error {
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	port := s.Port
-	if port == 0 {
-		port = 53
-	}
+	at := cmp.Or(s.Port, port)
 	var closers []io.Closer
 	defer func() {
 		cancel(nil)
@@ -81,7 +79,7 @@ func (s *Server) Run(ctx context.Context, addrs []netip.Addr) error {
 	// The address may come later than the socket, or go for a while.
 	lc := net.ListenConfig{Control: freeBind}
 	for _, a := range addrs {
-		at := netip.AddrPortFrom(a, port).String()
+		at := netip.AddrPortFrom(a, at).String()
 		udp, err := lc.ListenPacket(ctx, "udp", at)
 		if err != nil {
 			return cannotListen(err)

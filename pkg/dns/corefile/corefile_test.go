@@ -1,6 +1,7 @@
 package corefile
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"strings"
@@ -40,7 +41,6 @@ hc.internal:53 {
     cache 30 {
         success 9984 5
         denial 1024 5
-        servfail 1s
     }
     forward . 169.254.116.52 100.100.100.100 {
         policy sequential
@@ -57,7 +57,7 @@ func TestSet(t *testing.T) {
 		"no final line end":    {strings.TrimSuffix(kubeadm, "\n"), kubeadm + glued},
 		"as it should be":      {kubeadm + section, kubeadm + section},
 		"stays where it is":    {section + kubeadm, section + kubeadm},
-		"somebody changed it":  {kubeadm + strings.Replace(section, "servfail 1s\n    }", "", 1), kubeadm + section},
+		"somebody changed it":  {kubeadm + strings.Replace(section, "denial 1024 5\n    }", "", 1), kubeadm + section},
 		"a comment at the end": {kubeadm + "# mine {", kubeadm + "# mine {\n" + glued},
 		"a zone of their own":  {kubeadm + "x.hc.internal {\n whoami\n}\n", kubeadm + "x.hc.internal {\n whoami\n}\n" + section},
 		"another port":         {kubeadm + "hc.internal:5353 {\n whoami\n}\n", kubeadm + "hc.internal:5353 {\n whoami\n}\n" + section},
@@ -93,6 +93,7 @@ func TestSetRefuses(t *testing.T) {
 		"no begin mark":       {kubeadm + "# END headcni\n", "not where headcni-controller wrote it"},
 		"two sections":        {section + kubeadm + section, "not where headcni-controller wrote it"},
 		"inside another":      {strings.Replace(kubeadm, "    ready\n", section, 1), "without its closing brace"},
+		"without its marks":   {kubeadm + strings.TrimSuffix(section[strings.Index(section, "\n")+1:], "# END headcni\n"), "hc.internal:53 of headcni without its marks"},
 		"a mark that changed": {kubeadm + "# BEGIN headcni\n", "not where headcni-controller wrote it"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -130,6 +131,12 @@ func TestCluster(t *testing.T) {
 	}
 	if _, _, err := f.Cluster(); err == nil {
 		t.Error("a cluster without kubernetes")
+	}
+	if f, err = Parse(".:53 {\n kubernetes a.test\n bind 10.96.0.10\n}\n"); err != nil {
+		t.Fatal(err)
+	}
+	if domains, _, err := f.Cluster(); !errors.Is(err, ErrBind) || len(domains) != 1 {
+		t.Errorf("listens on one address: %v %v", domains, err)
 	}
 }
 

@@ -171,18 +171,27 @@ func served(key string) (zone string, port int, ok bool) {
 
 // Serves returns the key by which one of the server blocks has this zone at this port, "" where none has.
 func (f File) Serves(zone string, port int) string {
+	key, _ := f.serving(zone, port)
+	return key
+}
+
+func (f File) serving(zone string, port int) (key string, by Block) {
 	for _, b := range f.Blocks {
 		for _, key := range b.Keys {
 			if z, p, ok := served(key); ok && !b.snippet() && z == zone && p == port {
-				return key
+				return key, b
 			}
 		}
 	}
-	return ""
+	return "", Block{}
 }
 
-// ErrNoCluster means that no server block answers for a Kubernetes cluster.
-var ErrNoCluster = errors.New("no server block with the plugin kubernetes")
+var (
+	// ErrNoCluster means that no server block answers for a Kubernetes cluster.
+	ErrNoCluster = errors.New("no server block with the plugin kubernetes")
+	// ErrBind means that it listens on chosen addresses: other server blocks would listen on all addresses, and who asks at these would not be answered by them.
+	ErrBind = errors.New("listens on chosen addresses (plugin bind): put there what `headcnictl dns corefile` prints, with the same line bind")
+)
 
 // Cluster is how CoreDNS serves its cluster: the cluster's domains, and the port.
 func (f File) Cluster() (domains []string, port int, err error) {
@@ -202,7 +211,10 @@ func (f File) Cluster() (domains []string, port int, err error) {
 				}
 			}
 			_, port, _ = served(b.Keys[0])
-			return domains, port, nil
+			if slices.ContainsFunc(b.Directives, func(d Directive) bool { return d.Name == "bind" }) {
+				err = ErrBind
+			}
+			return domains, port, err
 		}
 	}
 	return nil, 0, ErrNoCluster

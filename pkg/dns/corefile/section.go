@@ -16,8 +16,8 @@ const (
 	beginMark, endMark = "# BEGIN headcni", "# END headcni"
 )
 
-// split cuts a Corefile into what stands before our section, the section, and what stands behind it.
-func split(text string) (before, section, after string, err error) {
+// split finds what stands in a Corefile before our section, and what stands behind it.
+func split(text string) (before, after string, err error) {
 	at := 0
 	start, stop := -1, -1
 	for line := range strings.Lines(text) {
@@ -29,29 +29,29 @@ func split(text string) (before, section, after string, err error) {
 		case bare == end && start >= 0 && stop < 0:
 			stop = at + len(line)
 		case strings.HasPrefix(strings.TrimSpace(bare), beginMark), strings.HasPrefix(strings.TrimSpace(bare), endMark):
-			return "", "", "", fmt.Errorf("%q is not where headcni-controller wrote it: delete that section, with both of its marks", bare)
+			return "", "", fmt.Errorf("%q is not where headcni-controller wrote it: delete that section, with both of its marks", bare)
 		}
 		at += len(line)
 	}
 	switch {
 	case start < 0:
-		return text, "", "", nil
+		return text, "", nil
 	case stop < 0:
-		return "", "", "", fmt.Errorf("%q has no %q behind it: delete that section, or put that line back", text[start:start+len(beginMark)], end)
+		return "", "", fmt.Errorf("%q has no %q behind it: delete that section, or put that line back", text[start:start+len(beginMark)], end)
 	}
-	return text[:start], text[start:stop], text[stop:], nil
+	return text[:start], text[stop:], nil
 }
 
 // Outside is the Corefile without our section.
 func Outside(text string) (string, error) {
-	before, _, after, err := split(text)
+	before, after, err := split(text)
 	return before + after, err
 }
 
 // Set makes our section hold these zones; no zones remove it. Outside of the section no byte changes. An error says why it cannot
 // be; then nothing is to be written. port is that of the new blocks.
 func Set(text string, zones []Zone, port int) (string, error) {
-	before, _, after, err := split(text)
+	before, after, err := split(text)
 	if err != nil {
 		return "", err
 	}
@@ -64,7 +64,7 @@ func Set(text string, zones []Zone, port int) (string, error) {
 		return "", err
 	}
 	for _, z := range zones {
-		if err := rest.free(z.Name, port); err != nil {
+		if err := rest.free(z, port); err != nil {
 			return "", err
 		}
 	}
@@ -90,11 +90,16 @@ func parseBoth(before, after string) (File, error) {
 }
 
 // free says who else has a zone. CoreDNS does not start with two server blocks for one.
-func (f File) free(zone string, port int) error {
-	if key := f.Serves(zone, port); key != "" {
-		return fmt.Errorf("has a server block %s already, which is not of headcni: remove that one, or set dns.manageCoreDNS to false", key)
+func (f File) free(zone Zone, port int) error {
+	key, by := f.serving(zone.Name, port)
+	if key == "" {
+		return nil
 	}
-	return nil
+	// What kubeadm migrates for another CoreDNS has no comments any more.
+	if ours, err := Parse(Render([]Zone{zone}, port)); err == nil && reflect.DeepEqual(ours.Blocks, []Block{by}) {
+		return fmt.Errorf("has the server block %s of headcni without its marks: delete that block, and it is written anew with them", key)
+	}
+	return fmt.Errorf("has a server block %s already, which is not of headcni: remove that one, or set dns.manageCoreDNS to false", key)
 }
 
 // check holds the result against what it should be, as CoreDNS' lexer sees it: an open quote or a comment at the end of somebody

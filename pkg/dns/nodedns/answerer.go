@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -76,12 +77,7 @@ func (a *Answerer) Sync(own []netip.Prefix) ([]string, error) {
 	a.own.Store(&own)
 	a.mu.Lock()
 	if a.at == nil {
-		for i, addr := range []netip.Addr{netset.AnswererIPv4, netset.AnswererIPv6} {
-			if len(netset.OfFamily(own, i == 1)) > 0 {
-				a.at = append(a.at, addr)
-			}
-		}
-		if a.at != nil {
+		if a.at = addrsFor(own); a.at != nil {
 			a.wanted <- a.at
 		}
 	}
@@ -96,6 +92,40 @@ func (a *Answerer) Sync(own []netip.Prefix) ([]string, error) {
 		return nil, errStarts
 	}
 	return answer.EnsureAddrs(at)
+}
+
+// addrsFor are where a node with pods of these ranges answers.
+func addrsFor(own []netip.Prefix) (at []netip.Addr) {
+	for i, addr := range []netip.Addr{netset.AnswererIPv4, netset.AnswererIPv6} {
+		if len(netset.OfFamily(own, i == 1)) > 0 {
+			at = append(at, addr)
+		}
+	}
+	return at
+}
+
+// Ahead is for before a tailscaled of ours starts: answer.Ahead. Where the node's ranges are not known yet, as at the first start on
+// Kubernetes, pods have no family that the host lacks.
+func Ahead(own []netip.Prefix) error {
+	at := addrsFor(own)
+	if at == nil {
+		host, err := net.InterfaceAddrs()
+		if err != nil {
+			return err
+		}
+		at = addrsFor(global(host))
+	}
+	return answer.Ahead(at)
+}
+
+// global are the addresses by which a host is reached from elsewhere.
+func global(host []net.Addr) (out []netip.Prefix) {
+	for _, a := range host {
+		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().IsGlobalUnicast() {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // set says whether it answers, and has a pass look at it.

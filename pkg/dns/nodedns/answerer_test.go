@@ -90,3 +90,62 @@ func TestAnswererBesideAnother(t *testing.T) {
 	other.Close()
 	until("it has gone", func(err error) bool { return err == nil })
 }
+
+// TestAhead: the addresses are those of the node's ranges, else of the families that the host has, and none while another program would be asked there.
+func TestAhead(t *testing.T) {
+	ranges := func(texts ...string) (out []netip.Prefix) {
+		for _, s := range texts {
+			out = append(out, netip.MustParsePrefix(s))
+		}
+		return out
+	}
+	for name, c := range map[string]struct {
+		own    []netip.Prefix
+		host   []string
+		listen string
+		want   string
+	}{
+		"two families":               {ranges("10.244.1.0/24", "fd00:244:1::/64"), nil, "", "46"},
+		"one":                        {ranges("fd00:244:1::/64"), []string{"192.0.2.1/24"}, "", "6"},
+		"not known, a host with one": {nil, []string{"192.0.2.1/24"}, "", "4"},
+		"not known, with two":        {nil, []string{"192.0.2.1/24", "2001:db8::1/64"}, "", "46"},
+		"UDP is taken":               {ranges("10.244.1.0/24"), nil, "udp4", ""},
+		"UDP of both is taken":       {ranges("10.244.1.0/24"), nil, "udp", ""},
+		"TCP is taken":               {ranges("10.244.1.0/24"), nil, "tcp4", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ns := nstest.New(t)
+			ns.Run(t, "ip", "link", "set", "lo", "up")
+			for _, a := range c.host {
+				ns.Run(t, "ip", "addr", "add", a, "dev", "lo")
+			}
+			ns.Do(t, func() error {
+				switch {
+				case strings.HasPrefix(c.listen, "udp"):
+					other, err := net.ListenPacket(c.listen, ":53")
+					if err != nil {
+						return err
+					}
+					defer other.Close()
+				case c.listen != "":
+					other, err := net.Listen(c.listen, ":53")
+					if err != nil {
+						return err
+					}
+					defer other.Close()
+				}
+				return errors.Join(Ahead(c.own), Ahead(c.own))
+			})
+			got, lo := "", ns.Run(t, "ip", "addr", "show", "lo")
+			if strings.Contains(lo, netset.AnswererIPv4.String()) {
+				got += "4"
+			}
+			if strings.Contains(lo, netset.AnswererIPv6.String()) {
+				got += "6"
+			}
+			if got != c.want {
+				t.Errorf("%q, want %q:\n%s", got, c.want, lo)
+			}
+		})
+	}
+}

@@ -36,9 +36,12 @@ type Refusal struct {
 	Reason  string
 }
 
+// MaxNames is how many Services have a name: each is in the file that Headscale sends to every device, and who may make Services names them.
+const MaxNames = 1000
+
 // Plan gives each Service its name below the tailnet's domain, where it may have it.
-func Plan(domain string, services []Service, taken []string) (out []Record, refused []Refusal) {
-	accepted, refused := Accept(services, taken)
+func Plan(domain string, services []Service, taken []string, had []Record) (out []Record, refused []Refusal) {
+	accepted, refused := Accept(services, taken, had)
 	for _, s := range accepted {
 		out = append(out, recordsOf(domain, s)...)
 	}
@@ -46,11 +49,26 @@ func Plan(domain string, services []Service, taken []string) (out []Record, refu
 	return out, refused
 }
 
-// Accept says which Services may have the names that they want, the oldest first. taken are the names of the tailnet's nodes. Of two that
-// want one name the Service that was made first has it, so that nobody takes a name that is in use.
-func Accept(services []Service, taken []string) (accepted []Service, refused []Refusal) {
+// Accept says which Services may have the names that they want. taken are the names of the tailnet's nodes, had the records as they are now. Who
+// has a name keeps it, also where an older Service wants it too: else whoever has an old one could take what others use. Of those that have
+// none the oldest come first.
+func Accept(services []Service, taken []string, had []Record) (accepted []Service, refused []Refusal) {
+	holds := map[string][]string{}
+	for _, r := range had {
+		label, _, _ := strings.Cut(r.Name, ".")
+		holds[label] = append(holds[label], r.Value)
+	}
+	isHolder := func(s Service) bool {
+		return slices.ContainsFunc(s.IPs, func(ip netip.Addr) bool { return slices.Contains(holds[s.Label], ip.String()) })
+	}
 	services = slices.Clone(services)
 	slices.SortFunc(services, func(a, b Service) int {
+		if x, y := isHolder(a), isHolder(b); x != y {
+			if x {
+				return -1
+			}
+			return 1
+		}
 		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
 	})
 	has := map[string]Service{}
@@ -63,9 +81,11 @@ func Accept(services []Service, taken []string) (accepted []Service, refused []R
 		case slices.ContainsFunc(taken, func(n string) bool { return strings.EqualFold(n, s.Label) }):
 			reason = fmt.Sprintf("a node of the tailnet has the name %s", s.Label)
 		case dup:
-			reason = fmt.Sprintf("the Service %s/%s, which is older, has the name %s", other.Namespace, other.Name, s.Label)
+			reason = fmt.Sprintf("the Service %s/%s has the name %s", other.Namespace, other.Name, s.Label)
 		case len(s.IPs) == 0:
 			reason = "it has no address of its own (ClusterIP): names lead to one address of each family"
+		case len(accepted) == MaxNames:
+			reason = fmt.Sprintf("%d Services have names already, and no more are told to Headscale", MaxNames)
 		}
 		if reason != "" {
 			refused = append(refused, Refusal{s, reason})
@@ -97,4 +117,12 @@ func JSON(list []Record) (string, error) {
 	}
 	b, err := json.MarshalIndent(list, "", "  ")
 	return string(b) + "\n", err
+}
+
+// FromJSON reads what JSON made. What cannot be read are no records.
+func FromJSON(text string) (list []Record) {
+	if json.Unmarshal([]byte(text), &list) != nil {
+		return nil
+	}
+	return list
 }

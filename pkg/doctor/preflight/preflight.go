@@ -26,6 +26,7 @@ import (
 	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/headscale"
+	"github.com/headcni/headcni/pkg/networking/ipvs"
 	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nft/selftest"
 )
@@ -43,6 +44,13 @@ func Checks(ctx context.Context, c config.Config, getenv func(string) string) []
 	out := []doctor.Check{root, nftProgram(ctx), tun()}
 	if len(root.Found) == 0 {
 		out = append(out, kernel(ctx))
+	}
+	if c.Network.NetworkPolicy {
+		if err := ipvs.Find(); err != nil {
+			services := doctor.Check{Where: here, Count: 1}
+			services.Add(findings.PolicyNot, "%v", err)
+			out = append(out, services)
+		}
 	}
 	return append(out, otherCNIs(c.CNI.ConfDir), ranges(c), ports(ctx, c), Control(ctx, c, getenv))
 }
@@ -244,7 +252,7 @@ func Control(ctx context.Context, c config.Config, getenv func(string) string) d
 	anonymous := api
 	if api == nil {
 		var bad error
-		if anonymous, bad = headscale.New(headscale.Options{URL: c.Headscale.URL, CAFile: c.Headscale.CAFile}); bad != nil {
+		if anonymous, bad = headscale.New(headscale.Options{URL: c.Headscale.URL, CAFile: c.Headscale.CAFile, Proxy: c.Headscale.Proxy}); bad != nil {
 			add(bad, findings.ConfigUnusable)
 			return out
 		}

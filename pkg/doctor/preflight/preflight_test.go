@@ -16,6 +16,7 @@ import (
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/networking/ipvs"
 )
 
 func TestMain(m *testing.M) { nstest.Main(m) }
@@ -59,6 +60,7 @@ func TestChecks(t *testing.T) {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
+	run(t, "ip", "link", "set", "lan1", "name", ipvs.Links[0])
 	run(t, "ip", "address", "add", "10.244.7.1/24", "dev", "lan0")
 	run(t, "ip", "link", "set", "lan0", "up")
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -68,7 +70,7 @@ func TestChecks(t *testing.T) {
 	defer l.Close()
 	c.Monitoring.Listen = l.Addr().String()
 	write(key, "hskey-api-000000000000-"+strings.Repeat("0", 64))
-	want("each fault", findings.RangeOverlapsHost, findings.OtherCNI, findings.PortInUse, findings.APIKeyRefused)
+	want("each fault", findings.RangeOverlapsHost, findings.OtherCNI, findings.PortInUse, findings.APIKeyRefused, findings.PolicyNot)
 	for _, check := range Checks(t.Context(), c, func(string) string { return "" }) {
 		for _, f := range check.Found {
 			if strings.Contains(f.Cause, strings.Repeat("0", 20)) {
@@ -76,6 +78,7 @@ func TestChecks(t *testing.T) {
 			}
 		}
 	}
+	c.Network.NetworkPolicy = false
 	s.Kill()
 	c.Monitoring.Listen = ""
 	want("no Headscale", findings.RangeOverlapsHost, findings.OtherCNI, findings.HeadscaleUnreached)

@@ -59,14 +59,18 @@ type Node struct {
 	PodCIDRs []netip.Prefix
 }
 
-// Nodes returns all Nodes by name, and whether they are all: false until the API server has sent everything.
+// Nodes returns all Nodes by name, and whether they are all: false until the API server has sent everything. It is the same list until one
+// of them changes.
 func (w *Watch) Nodes() (nodes []Node, all bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, name := range slices.Sorted(maps.Keys(w.addrs)) {
-		nodes = append(nodes, Node{Name: name, Addrs: w.addrs[name], PodCIDRs: w.cidrs[name]})
+	if w.list == nil {
+		w.list = make([]Node, 0, len(w.addrs))
+		for _, name := range slices.Sorted(maps.Keys(w.addrs)) {
+			w.list = append(w.list, Node{Name: name, Addrs: w.addrs[name], PodCIDRs: w.cidrs[name]})
+		}
 	}
-	return nodes, w.synced
+	return w.list, w.synced
 }
 
 // addrsOf are all addresses of a Node, sorted.

@@ -55,6 +55,7 @@ type Watch struct {
 	own      *corev1.Node
 	cidrs    map[string][]netip.Prefix // by name of each Node, ours included
 	addrs    map[string][]netip.Addr   // likewise
+	list     []Node                    // of both, nil after a change
 	services []netip.Prefix
 }
 
@@ -173,9 +174,14 @@ func (s *nodeStore) RemoveNode(n *corev1.Node)        { s.change(n, (*Watch).rem
 func (s *nodeStore) change(n *corev1.Node, do func(*Watch, *corev1.Node) bool) {
 	w := s.watch()
 	w.mu.Lock()
-	cidrs, addrs := w.cidrs[n.Name], w.addrs[n.Name]
+	cidrs := w.cidrs[n.Name]
+	addrs, had := w.addrs[n.Name]
 	news := do(w, n)
+	_, has := w.addrs[n.Name]
 	moved := !slices.Equal(cidrs, w.cidrs[n.Name]) || !slices.Equal(addrs, w.addrs[n.Name])
+	if moved || had != has {
+		w.list = nil
+	}
 	w.mu.Unlock()
 	if news {
 		w.changed()
@@ -202,7 +208,7 @@ func (s *nodeStore) ReplaceNodes(nodes []*corev1.Node) {
 	if !seen[w.node] {
 		w.own = nil
 	}
-	w.synced, w.err = true, nil
+	w.synced, w.err, w.list = true, nil, nil
 	w.mu.Unlock()
 	w.changed()
 	w.onAddrs()

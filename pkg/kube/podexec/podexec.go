@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/remotecommand"
 	utilexec "k8s.io/client-go/util/exec"
+	"k8s.io/klog/v2"
 	"k8s.io/streaming/pkg/httpstream"
 )
 
@@ -47,13 +48,24 @@ func Run(ctx context.Context, c *rest.Config, pod Pod, command ...string) ([]byt
 
 // Feed is Run for a command that reads its standard input, where what is secret or long belongs; nil = it has none.
 func Feed(ctx context.Context, c *rest.Config, pod Pod, stdin []byte, command ...string) ([]byte, error) {
-	u, err := address(c, pod, command)
-	if err != nil {
-		return nil, err
-	}
 	var in io.Reader
 	if stdin != nil {
 		in = bytes.NewReader(stdin)
+	}
+	var stdout limited
+	err := Stream(ctx, c, pod, in, &stdout, command...)
+	return stdout.bytes(), err
+}
+
+// Stream runs a command to its end, and hands on what it writes to standard output as it comes. stdin may be nil.
+func Stream(ctx context.Context, c *rest.Config, pod Pod, stdin io.Reader, stdout io.Writer, command ...string) error {
+	// The library logs what ends a stream; whoever asked hears of it.
+	ctx = klog.NewContext(ctx, klog.New(nil))
+	u, err := address(c, pod, command)
+	if err != nil {
+		return err
+	}
+	if stdin != nil {
 		q := u.Query()
 		q.Set("stdin", "true")
 		u.RawQuery = q.Encode()
@@ -61,20 +73,20 @@ func Feed(ctx context.Context, c *rest.Config, pod Pod, stdin []byte, command ..
 	// WebSocket is what API servers of today speak and proxies let pass; SPDY is for those before 1.31.
 	ws, err := remotecommand.NewWebSocketExecutor(c, "GET", u.String())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	spdy, err := remotecommand.NewSPDYExecutor(c, "POST", u)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	executor, err := remotecommand.NewFallbackExecutor(ws, spdy, func(err error) bool {
 		return httpstream.IsUpgradeFailure(err) || httpstream.IsHTTPSProxyError(err)
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var stdout, stderr limited
-	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: in, Stdout: &stdout, Stderr: &stderr})
+	var stderr limited
+	err = executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Stderr: &stderr})
 	var exit utilexec.ExitError
 	switch {
 	case err == nil:
@@ -85,7 +97,7 @@ func Feed(ctx context.Context, c *rest.Config, pod Pod, stdin []byte, command ..
 	case ctx.Err() != nil:
 		err = fmt.Errorf("no answer in time: %w", context.Cause(ctx))
 	}
-	return stdout.bytes(), err
+	return err
 }
 
 // address is that of the pod's subresource exec.

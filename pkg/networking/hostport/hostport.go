@@ -39,6 +39,8 @@ type Record struct {
 	Network     string `json:"network,omitempty"`
 	ContainerID string `json:"containerID,omitempty"`
 	IfName      string `json:"ifName,omitempty"`
+	// PortMap is the plugin portmap's options by which it gave them; nil in records of older versions, which do not say.
+	PortMap map[string]json.RawMessage `json:"portmap"`
 }
 
 // Overlaps tells whether one of the ports is one of the record's too.
@@ -90,6 +92,12 @@ func Forget(folder, link string) error {
 		return nil
 	}
 	return err
+}
+
+// Of reads the record of a pod's link; ok is false where there is none, or none that can be read.
+func Of(folder, link string) (r Record, ok bool) {
+	r, err := read(filepath.Join(folder, link))
+	return r, err == nil && r.Link == link
 }
 
 // List reads all records. What cannot be read is left out, and told.

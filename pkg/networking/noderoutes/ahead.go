@@ -26,15 +26,16 @@ func Ahead(own, cluster []netip.Prefix) error {
 		if err != nil {
 			return err
 		}
+		own, cluster := f.of(own), f.of(cluster)
 		for _, m := range all {
 			r, err := decodeRule(m)
 			if err != nil {
 				return err
 			}
-			if !r.ahead(f.of(own), f.of(cluster)) {
+			if !r.ahead(own, cluster) {
 				continue
 			}
-			leads, err := r.leads(f, f.of(cluster))
+			leads, err := r.leads(f, cluster)
 			if err != nil {
 				return err
 			}

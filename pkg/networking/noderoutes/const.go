@@ -34,8 +34,8 @@ const (
 	prefCluster = 5191
 	// prefClusterElse: or nowhere, whatever other routes there are.
 	prefClusterElse = 5192
-	// prefTailnetElse: tailnet addresses else lead nowhere. In IPv4 that is for pods alone: clouds have resolvers in
-	// 100.64.0.0/10, which hosts reach by their default route.
+	// prefTailnetElse: tailnet addresses else lead nowhere. In IPv4 that is for pods and for the node's own tailnet address alone: clouds
+	// have resolvers in 100.64.0.0/10, which hosts reach by their default route, from another address.
 	prefTailnetElse = 5193
 	// prefLAN: main's routes but the default one, before foreign subnet routes: the node keeps its own networks. It and the next
 	// leave out what is for the tailnet, which the rules before them have led away: it must not find the LAN where somebody

@@ -211,7 +211,8 @@ func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			ns := nstest.New(t)
-			ns.Run(t, "sh", "-c", "ip link add u0 type veth peer name u1; ip link set u0 up; ip link set u1 up; "+
+			// Else the links' own addresses, and the routes to them, come when nobody has answered for a second.
+			ns.Run(t, "sh", "-c", "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad; ip link add u0 type veth peer name u1; ip link set u0 up; ip link set u1 up; "+
 				"ip addr add 192.0.2.1/24 dev u0; ip addr add 2001:db8::1/64 dev u0 nodad; ip route add default via 192.0.2.254; "+setUp)
 			time.Sleep(50 * time.Millisecond) // the kernel's own multicast routes appear after the link is up
 			before := rulesAndRoutes(t, ns) + sysctls(t, ns)

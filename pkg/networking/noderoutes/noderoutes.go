@@ -66,6 +66,7 @@ func (n *Routes) Sync(ctx context.Context, cfg Config) ([]string, error) {
 		if err != nil {
 			return done, explain(err)
 		}
+		have.self = tailnetAddrs(cfg.TunName)
 		steps := plan(have, cfg)
 		if len(steps) == 0 {
 			return done, nil

@@ -107,6 +107,8 @@ type state struct {
 	routes  []route
 	sysctls map[string]string // the switches for forwarding
 	links   []link
+	// self are the tailnet addresses of the tun.
+	self []netip.Prefix
 	// families are those that the kernel has.
 	families []family
 }
@@ -135,8 +137,8 @@ func (s step) String() string {
 	return fmt.Sprintf("set %s=%s", strings.ReplaceAll(s.sysctl, "/", "."), s.value)
 }
 
-// wantedRules says which rules the node needs.
-func wantedRules(f family, cfg Config) []rule {
+// wantedRules says which rules the node needs, whose tun has the tailnet addresses self.
+func wantedRules(f family, cfg Config, self []netip.Prefix) []rule {
 	base := rule{af: f.af, mask: bypassMark, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_MAIN,
 		suppress: noSuppress, proto: protocol}
 	var out []rule
@@ -177,7 +179,7 @@ func wantedRules(f family, cfg Config) []rule {
 	add(prefResolverElse, netip.PrefixFrom(f.resolver, f.resolver.BitLen()), func(r *rule) { unreachable(r); r.mask = 0 })
 	if f.shared {
 		add(prefTailnetHost, f.tailnet, func(r *rule) { r.suppress = int32(f.tailnet.Bits()) })
-		for _, p := range f.of(netset.Union(cfg.Cluster, cfg.Own, cfg.Leaving)) {
+		for _, p := range f.of(netset.Union(cfg.Cluster, cfg.Own, cfg.Leaving, self)) {
 			add(prefTailnetElse, f.tailnet, func(r *rule) { unreachable(r); r.from = p })
 		}
 		if cfg.TunName != "" {
@@ -214,7 +216,7 @@ func plan(have state, cfg Config) []step {
 	for _, f := range have.families {
 		add, del := planRoutes(have.routes, wantedRoutes(f, cfg), f)
 		routes, oldRoutes = append(routes, add...), append(oldRoutes, del...)
-		add, del = planRules(have.rules, wantedRules(f, cfg), f)
+		add, del = planRules(have.rules, wantedRules(f, cfg, have.self), f)
 		rules, oldRules = append(rules, add...), append(oldRules, del...)
 	}
 	for _, f := range have.families {

@@ -20,7 +20,7 @@ import (
 func complete(cfg Config) state {
 	s := state{families: families, sysctls: map[string]string{}}
 	for _, f := range families {
-		s.rules = append(s.rules, wantedRules(f, cfg)...)
+		s.rules = append(s.rules, wantedRules(f, cfg, nil)...)
 		s.routes = append(s.routes, wantedRoutes(f, cfg)...)
 		s.sysctls[f.forwarding] = "1"
 	}
@@ -108,7 +108,7 @@ func TestPlanRA(t *testing.T) {
 // What is encoded is what is read back, also for what the kernel leaves out.
 func TestRuleCodec(t *testing.T) {
 	for _, f := range families {
-		for _, want := range wantedRules(f, typical()) {
+		for _, want := range wantedRules(f, typical(), nil) {
 			msg := encodeRule(want).Serialize()[unix.NLMSG_HDRLEN:]
 			got, err := decodeRule(msg)
 			if err != nil || got != want {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
@@ -33,6 +34,21 @@ func HostPrefixes(tun string) ([]netip.Prefix, error) {
 	}
 	slices.SortFunc(out, netip.Prefix.Compare)
 	return slices.Compact(out), nil // kube-proxy's ipvs link has an address for each Service
+}
+
+// tailnetAddrs are the tun's addresses in the tailnet's IPv4 range, none where there is no tun, or none any more.
+func tailnetAddrs(tun string) (out []netip.Prefix) {
+	i, err := net.InterfaceByName(tun)
+	if err != nil {
+		return nil
+	}
+	all, _ := prefixesOf(i) // fails where it has just gone
+	for _, p := range all {
+		if netset.TailnetIPv4.Contains(p.Addr()) {
+			out = append(out, netip.PrefixFrom(p.Addr(), p.Addr().BitLen()))
+		}
+	}
+	return out
 }
 
 // prefixesOf are the interface's addresses with their prefix lengths.

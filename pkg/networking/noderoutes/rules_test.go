@@ -20,6 +20,7 @@ const fibWorld = `for l in eth0 hca headcni01; do ip link add $l type veth peer 
 ip addr add $lan1/$lanbits dev eth0 $nodad
 ip route add default via $lan2 dev eth0
 ip route add $pod dev hca
+ip addr add $self dev headcni01 $nodad
 ip rule add pref 5210 fwmark 0x80000/0xff0000 lookup main
 ip rule add pref 5230 fwmark 0x80000/0xff0000 lookup default
 ip rule add pref 5250 fwmark 0x80000/0xff0000 unreachable
@@ -68,7 +69,9 @@ func TestRulesDecide(t *testing.T) {
 				"$tailnet $frompod": "headcni01", "$cloud $frompod": unreachable}},
 			{"the same, and the tunnel is dead", "ip route flush table 52; ip route add $cgn via $lan2", true, map[string]string{
 				"$tailnet $frompod": unreachable, "$cloud $frompod": unreachable, "$outside $frompod": "eth0"}},
-			{"somebody took the node's own address from the tun", "ip route add $cgn via $lan2", true, map[string]string{
+			{"the node's own answers into the tailnet, and the tunnel is dead", "ip route flush table 52; ip route add $cgn via $lan2", true, map[string]string{
+				"$tailnet from $self": unreachable}},
+			{"somebody took the node's own address from the tun", "ip addr del $self dev headcni01; ip route add $cgn via $lan2", true, map[string]string{
 				"$self from $tailnet iif headcni01": fromTun, "$pod from $tailnet iif headcni01": "hca", "$lan3 from $tailnet iif headcni01": "eth0"}},
 			{"the same, and the tun was made anew", "ip link del headcni01; ip link add headcni01 type veth peer name again; ip link set headcni01 up", true, map[string]string{
 				"$self from $tailnet iif headcni01": fromTun}},

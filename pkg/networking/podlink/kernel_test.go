@@ -138,6 +138,7 @@ func TestAttach(t *testing.T) {
 		"host 10.244.1.2 lladdr PODMAC PERMANENT",
 		"host 10.244.1.2 proto kernel scope link",
 		"pod 169.254.1.1 lladdr HOSTMAC PERMANENT",
+		"pod 169.254.1.1 proto static scope link",
 		"pod default via 169.254.1.1 proto static onlink",
 		"pod eth0 inet 10.244.1.2/32 scope global eth0",
 	}
@@ -184,6 +185,14 @@ func TestAttach(t *testing.T) {
 					}
 					return nil
 				})
+			}
+			// As Kata Containers makes them anew: from what it lists, without the flag onlink.
+			for _, family := range []string{"-4", "-6"} {
+				for _, route := range strings.Split(strings.TrimSpace(n.pod.Run(t, "ip", family, "route", "show", "default")), "\n") {
+					if route != "" {
+						n.pod.Run(t, "ip", append([]string{family, "route", "replace"}, strings.Fields(strings.ReplaceAll(route, " onlink", ""))...)...)
+					}
+				}
 			}
 			if err := n.detach(t); err != nil {
 				t.Fatal(err)

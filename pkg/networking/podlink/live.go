@@ -3,6 +3,7 @@ package podlink
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -79,6 +80,12 @@ func (h *Handle) Attached() (map[string]Attachment, error) {
 		}
 	}
 	return all, nil
+}
+
+// Names are those of the host's ends of all pods' links.
+func (h *Handle) Names() ([]string, error) {
+	all, err := h.Attached()
+	return slices.Sorted(maps.Keys(all)), err
 }
 
 // Sources lists the addresses that the main table leads to pods' links, by the links' indexes: a pod sends from no others.

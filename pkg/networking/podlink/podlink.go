@@ -325,6 +325,9 @@ func (h *Handle) setUpPod(inside *rtnl.Conn, pod Pod, l Pair) (metric int, err e
 		if r.Gateway.IsValid() && !known[r.Gateway] {
 			known[r.Gateway] = true
 			steps = append(steps, addNeigh("pod", l.podIdx, r.Gateway, l.HostMAC))
+			if r.Gateway.Is4() || !r.Gateway.IsLinkLocalUnicast() {
+				steps = append(steps, routeToGateway(l.podIdx, r.Gateway))
+			}
 		}
 	}
 	for _, r := range routes {
@@ -369,9 +372,9 @@ func (h *Handle) addRoutesBehind(inside *rtnl.Conn, pod Pod, index, metric int) 
 const (
 	carrierTries = 100
 	carrierWait  = time.Millisecond
-	// addrWait bounds what mostly takes less than addrFirst. The queue of a node with many busy processes has been seen to take
-	// 100 ms.
-	addrWait  = time.Second
+	// addrWait bounds what mostly takes less than addrFirst. The queue of a node with many busy processes takes 100 ms, and with 60 of
+	// them on two processors it has been seen to take more than a second.
+	addrWait  = 10 * time.Second
 	addrFirst = 50 * time.Microsecond
 )
 

@@ -160,6 +160,16 @@ func replaceRoute(index int, a netip.Addr) rtnl.Request {
 	return r
 }
 
+// routeToGateway: ip route append GATEWAY dev LINK
+//
+// The pod's kernel does not need it, since routes by the gateway are onlink. A runtime that makes the pod's routes anew elsewhere, as
+// Kata Containers does inside its virtual machine, does so without that flag.
+func routeToGateway(index int, gateway netip.Addr) rtnl.Request {
+	r := addRoute("pod", index, Route{Dst: netip.PrefixFrom(gateway, gateway.BitLen())})
+	r.Flags = unix.NLM_F_CREATE | unix.NLM_F_APPEND // another interface of the pod's may have it too
+	return r
+}
+
 // protocols say who has made a route. On the node that is the kernel: systemd-networkd deletes routes of any other from links that it
 // manages, and on some hosts it manages all (`[Match] Name=*`). In the pod there is nobody but us.
 var protocols = map[string]byte{"host": unix.RTPROT_KERNEL, "pod": unix.RTPROT_STATIC}

@@ -21,6 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/networking/ipvs"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/policy"
 	"github.com/headcni/headcni/pkg/policy/enforce"
@@ -79,6 +80,8 @@ type Config struct {
 	Table   Table
 	Links   Links
 	Options policy.Options
+	// Hold has each packet meet the rules until release is called, where flows go past them else; nil where each does.
+	Hold func() (release func(), err error)
 	// File is where the last snapshot is kept for a start without the API server.
 	File string
 	// Changed is called when what Err returns has changed.
@@ -245,7 +248,7 @@ func (a *Agent) sync(ctx context.Context) (next time.Duration, err error) {
 	a.mu.Lock()
 	a.state.Unknown, a.state.Stale = unknown, stale
 	a.mu.Unlock()
-	return next, ipvs()
+	return next, ipvs.Find()
 }
 
 // cluster is what is known of the cluster; stale where it is what an earlier process knew. Without the API server and without that the
@@ -338,6 +341,13 @@ func (a *Agent) group(owners []owner) error {
 			in = append(in, o.link.Index)
 			owners[i].link.Group = 0
 		}
+	}
+	if len(in) > 0 && a.Hold != nil {
+		release, err := a.Hold()
+		if err != nil {
+			return fmt.Errorf("have all packets meet the rules: %w", err)
+		}
+		defer release()
 	}
 	err := errors.Join(a.Links.SetGroup(names.PolicyLinkGroup, out...), a.Links.SetGroup(0, in...))
 	if err != nil {

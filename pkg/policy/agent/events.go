@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,27 +13,28 @@ import (
 	"github.com/headcni/headcni/internal/rtnl"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/networking/ipvs"
 )
 
 // linkWait gathers the events of one change of a link.
 const linkWait = 2 * time.Millisecond
 
-// LinkChanges signals soon after a pod's link came, went, got its carrier or was put into a group. The channel is closed when ctx ends
+// LinkChanges signals soon after a pod's link came, went, got its carrier or was put into a group, and when IPVS comes or goes. The channel is closed when ctx ends
 // or the kernel's events cannot be read any more.
 func LinkChanges(ctx context.Context) (<-chan struct{}, error) {
-	out, err := nlwatch.Watch(ctx, unix.NETLINK_ROUTE, linkWait, podLink, unix.RTNLGRP_LINK)
+	out, err := nlwatch.Watch(ctx, unix.NETLINK_ROUTE, linkWait, ofInterest, unix.RTNLGRP_LINK)
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to events of links: %w", err)
 	}
 	return out, nil
 }
 
-func podLink(typ uint16, msg []byte) bool {
+func ofInterest(typ uint16, msg []byte) bool {
 	if typ != unix.RTM_NEWLINK && typ != unix.RTM_DELLINK {
 		return false
 	}
 	l, err := rtnl.ParseLink(msg)
-	return err != nil || strings.HasPrefix(l.Name, names.PodLinkPrefix)
+	return err != nil || strings.HasPrefix(l.Name, names.PodLinkPrefix) || slices.Contains(ipvs.Links, l.Name)
 }
 
 // maxEvents are kept while the API server is away; older ones go.
@@ -82,24 +84,4 @@ func (r *Reporter) Run(ctx context.Context) {
 			}
 		}
 	}
-}
-
-// ipvsLink is kube-proxy's in IPVS mode.
-const ipvsLink = "kube-ipvs0"
-
-// errIPVS: with IPVS services' packets pass INPUT and OUTPUT, and not the hook on which policies stand.
-var errIPVS = fmt.Errorf("kube-proxy is in IPVS mode (there is a link %s): NetworkPolicies would NOT hold for what goes by a service; "+
-	"run kube-proxy with --proxy-mode=nftables or iptables (then `ip link delete %[1]s`), or set network.networkPolicy: false", ipvsLink)
-
-// ipvs returns errIPVS where kube-proxy uses it.
-func ipvs() error {
-	c, err := rtnl.Open(unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	if _, err := c.LinkByName(ipvsLink); err == nil {
-		return errIPVS
-	}
-	return nil
 }

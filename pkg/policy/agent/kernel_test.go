@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -25,6 +26,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
+	"github.com/headcni/headcni/pkg/networking/ipvs"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/policy"
 	"github.com/headcni/headcni/pkg/policy/enforce"
@@ -71,6 +73,12 @@ func (b *bench) SetGroup(group uint32, indexes ...int) error {
 	return b.links.SetGroup(group, indexes...)
 }
 
+// hold has each packet meet the rules, as who carries flows past them does.
+func (b *bench) hold() (release func(), err error) {
+	b.calls = append(b.calls, "hold")
+	return func() { b.calls = append(b.calls, "release") }, nil
+}
+
 var errAway = errors.New("connection refused")
 
 func newBench(t *testing.T, objects ...runtime.Object) *bench {
@@ -93,9 +101,17 @@ func (b *bench) start(opt policy.Options) {
 	b.Cleanup(func() { cancel(); <-ended })
 	b.table, b.calls, b.events = enforce.New(filepath.Join(b.dir, "chains.json")), nil, nil
 	b.agent = New(Config{
-		Log: slog.New(slog.NewTextHandler(b.Output(), nil)), Node: "a", Cluster: b.watch, Table: b, Links: b, Options: opt,
+		Log: slog.New(slog.NewTextHandler(b.Output(), nil)), Node: "a", Cluster: b.watch, Table: b, Links: b, Options: opt, Hold: b.hold,
 		File: filepath.Join(b.dir, "policy.json"), Changed: func() {}, Tell: func(e kube.Event) { b.events = append(b.events, e) },
 		Synced: func(float64) {}, Failed: func() {},
+	})
+	saver := &b.agent.saver
+	b.Cleanup(func() {
+		select {
+		case <-saver.stop: // the test has ended it
+		default:
+			saver.end()
+		}
 	})
 }
 
@@ -187,6 +203,11 @@ func TestLife(t *testing.T) {
 	if u := b.agent.State().Unknown; b.grouped(late) || len(u) != 1 || u[0].Pod != "ns/late" {
 		t.Errorf("let out, or not seen: %+v", u)
 	}
+	b.host.Run(t, "ip", "link", "set", late, "group", "4278")
+	b.calls = nil
+	if b.pass(); b.grouped(late) || !slices.Equal(b.calls, []string{"hold", "group 0", "release"}) {
+		t.Errorf("a pod of which nothing is known stays let out, or its flows do: %q", b.calls)
+	}
 	if _, err := b.client.CoreV1().Pods("ns").Create(t.Context(), pod("late", "u2"), metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -218,6 +239,39 @@ func TestLife(t *testing.T) {
 	b.host.Do(t, func() error { return errors.Join(Off(t.Context(), b, b), Off(t.Context(), b, b)) })
 	if b.grouped(first) || b.grouped(nobody) || strings.Contains(b.listed(), policy.Table) {
 		t.Error(b.listed())
+	}
+}
+
+// TestIPVS: policies are not said to be in force where services go round them; the link is seen as it comes and goes, and what is
+// written holds all the same.
+func TestIPVS(t *testing.T) {
+	for _, name := range ipvs.Links {
+		b := newBench(t, pod("web", "u1"), denyAll("web"), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}})
+		first := b.attach("c1", "ns/web", "u1", "10.244.1.10")
+		b.start(strict)
+		b.passUntil("policies in force", func() bool { return b.agent.Err() == nil && b.grouped(first) })
+		var changes <-chan struct{}
+		b.host.Do(t, func() (err error) { changes, err = LinkChanges(t.Context()); return err })
+		told := func() {
+			t.Helper()
+			select {
+			case <-changes:
+			case <-time.After(20 * time.Second):
+				t.Fatal("nobody is told")
+			}
+		}
+		b.host.Run(t, "ip", "link", "add", name, "type", "bridge") // kube-proxy's is a dummy, which not every kernel has
+		told()
+		if err := b.pass(); err == nil || errors.As(err, new(reconcile.Waiting)) || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "--proxy-mode=nftables") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !strings.Contains(b.listed(), "10.244.1.10 : goto") {
+			t.Error("what holds without a service is gone:", b.listed())
+		}
+		b.host.Run(t, "ip", "link", "del", name)
+		for b.pass() != nil {
+			told() // the kernel may say the link's end in pieces
+		}
 	}
 }
 
@@ -349,5 +403,18 @@ func TestOtherBoot(t *testing.T) {
 	}
 	if got, err = load(file, "b", boot); err != nil || got != nil {
 		t.Errorf("another node's: %v, %+v", err, got)
+	}
+	// A file that lacks its end would lack policies.
+	whole, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range whole[:len(whole)-1] { // the last byte ends a line
+		if err := os.WriteFile(file, whole[:n], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := load(file, "a", boot); err == nil || got != nil {
+			t.Fatalf("%d of %d bytes: %v, %+v", n, len(whole), err, got)
+		}
 	}
 }

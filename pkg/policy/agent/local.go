@@ -94,42 +94,50 @@ func (l *locals) place(c *watch.Cluster, links map[string]podlink.Attachment) (s
 // snapshot is the cluster's with the own pods as they are here.
 func (l *locals) snapshot(c *watch.Cluster, have map[*policy.Pod][]netip.Addr, taken map[netip.Addr]bool, gone map[*policy.Pod]bool) (*policy.Snapshot, bool) {
 	s, made, changed := *c.Snapshot, map[*policy.Pod]*policy.Pod{}, false
-	s.Pods = make([]*policy.Pod, 0, len(c.Pods)+len(gone))
-	add := func(p, here *policy.Pod) {
+	// here returns a pod as it is here, which is the pod of the last snapshot where that is the same.
+	here := func(p *policy.Pod, as policy.Pod) *policy.Pod {
 		before := l.made[p]
 		if before == nil {
 			before = p
 		}
-		if before.Done == here.Done && before.Terminating == here.Terminating && slices.Equal(before.IPs, here.IPs) {
-			here = before
-		} else {
+		if before.Done != as.Done || before.Terminating != as.Terminating || !slices.Equal(before.IPs, as.IPs) {
 			changed = true
+			before = &as
 		}
-		if here != p {
-			made[p] = here
+		if before != p {
+			made[p] = before
 		}
-		s.Pods = append(s.Pods, here)
+		return before
 	}
-	for _, p := range c.Pods {
+	copied := false
+	set := func(i int, p *policy.Pod) {
+		if !copied && s.Pods[i] != p { // nearly always the list is the cluster's
+			s.Pods, copied = slices.Clone(s.Pods), true
+		}
+		if copied {
+			s.Pods[i] = p
+		}
+	}
+	for i, p := range c.Pods {
 		if p.Node != c.Node {
-			s.Pods = append(s.Pods, p)
 			continue
 		}
-		here := *p
+		as := *p
 		if addrs, ok := have[p]; ok {
 			slices.SortFunc(addrs, netip.Addr.Compare)
-			here.IPs, here.Done, here.Terminating = addrs, false, p.Terminating || p.Done
+			as.IPs, as.Done, as.Terminating = addrs, false, p.Terminating || p.Done
 		} else {
 			// After a reboot the status still names an address that may be another's by now.
-			here.IPs = slices.DeleteFunc(slices.Clone(p.IPs), func(a netip.Addr) bool { return taken[a] })
+			as.IPs = slices.DeleteFunc(slices.Clone(p.IPs), func(a netip.Addr) bool { return taken[a] })
 		}
-		add(p, &here)
+		set(i, here(p, as))
 	}
+	s.Pods = slices.Clip(s.Pods) // what is added is not the cluster's
 	for p := range gone {
-		here := *p
-		here.IPs, here.Done, here.Terminating = have[p], false, true
-		slices.SortFunc(here.IPs, netip.Addr.Compare)
-		add(p, &here)
+		as := *p
+		as.IPs, as.Done, as.Terminating = have[p], false, true
+		slices.SortFunc(as.IPs, netip.Addr.Compare)
+		s.Pods = append(s.Pods, here(p, as))
 	}
 	for p := range l.made {
 		changed = changed || made[p] == nil

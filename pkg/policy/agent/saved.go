@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -23,7 +25,7 @@ import (
 )
 
 // savedVersion is that of the file. One of another version is not read.
-const savedVersion = 1
+const savedVersion = 2
 
 const (
 	// saveEvery is how long after one writing of the file the next is due at the earliest, and saveShare how many times as long as the
@@ -32,42 +34,70 @@ const (
 	saveShare = 100
 )
 
-// saved is the last snapshot, for a start without the API server.
+// saved is the last snapshot, for a start without the API server. In the file its pods and policies follow it one by one: a large cluster
+// need not be in memory twice.
 type saved struct {
-	Version    int                           `json:"version"`
-	Boot       string                        `json:"boot"`
-	Node       string                        `json:"node"`
-	Pods       []*policy.Pod                 `json:"pods"`
-	Static     map[types.UID]types.UID       `json:"static,omitempty"`
-	Namespaces []policy.Namespace            `json:"namespaces"`
-	Policies   []*networkingv1.NetworkPolicy `json:"policies"`
-	Nodes      []policy.Node                 `json:"nodes"`
-	PodCIDRs   []netip.Prefix                `json:"podCIDRs"`
+	savedHead
+	pods     []*policy.Pod
+	policies []*networkingv1.NetworkPolicy
+}
+
+type savedHead struct {
+	Version    int                     `json:"version"`
+	Boot       string                  `json:"boot"`
+	Node       string                  `json:"node"`
+	Static     map[types.UID]types.UID `json:"static,omitempty"`
+	Namespaces []policy.Namespace      `json:"namespaces"`
+	Nodes      []policy.Node           `json:"nodes"`
+	PodCIDRs   []netip.Prefix          `json:"podCIDRs"`
+	// Pods and Policies are how many follow. A file that has fewer is not read: without a policy a pod has rights that are not its own.
+	Pods     int `json:"podCount"`
+	Policies int `json:"policyCount"`
 }
 
 // load returns what is kept of a node, nil where that is nothing. Of an earlier boot other nodes' pods are left out: their addresses may
 // be others' by now, which would have rights that are not theirs.
 func load(file, node, boot string) (*watch.Cluster, error) {
-	b, err := os.ReadFile(file)
+	f, err := os.Open(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
+	defer f.Close()
 	var s saved
-	if err := json.Unmarshal(b, &s); err != nil {
+	d := json.NewDecoder(f)
+	if err := d.Decode(&s.savedHead); err != nil {
 		return nil, fmt.Errorf("read %s: %w", file, err)
 	}
 	if s.Version != savedVersion || s.Node != node {
 		return nil, nil
 	}
+	if s.pods, err = decode[policy.Pod](d, s.Pods); err == nil {
+		s.policies, err = decode[networkingv1.NetworkPolicy](d, s.Policies)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", file, err)
+	}
 	if boot == "" || boot != s.Boot {
-		s.Pods = slices.DeleteFunc(s.Pods, func(p *policy.Pod) bool { return p.Node != node })
+		s.pods = slices.DeleteFunc(s.pods, func(p *policy.Pod) bool { return p.Node != node })
 	}
 	return &watch.Cluster{Static: s.Static, Snapshot: &policy.Snapshot{
-		Node: node, Pods: s.Pods, Namespaces: s.Namespaces, Policies: s.Policies, Nodes: s.Nodes, PodCIDRs: s.PodCIDRs,
+		Node: node, Pods: s.pods, Namespaces: s.Namespaces, Policies: s.policies, Nodes: s.Nodes, PodCIDRs: s.PodCIDRs,
 	}}, nil
+}
+
+// decode reads n values.
+func decode[T any](d *json.Decoder, n int) (all []*T, err error) {
+	for range n {
+		v := new(T)
+		if err := d.Decode(v); err != nil {
+			return nil, fmt.Errorf("%d of %d %T: %w", len(all), n, *v, err)
+		}
+		all = append(all, v)
+	}
+	return all, nil
 }
 
 // saver writes the file beside the loop, which does not wait for a disk.
@@ -88,10 +118,10 @@ type saver struct {
 func (s *saver) save(snapshot *policy.Snapshot, static map[types.UID]types.UID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.next = &saved{
-		Version: savedVersion, Node: snapshot.Node, Pods: snapshot.Pods, Static: static, Namespaces: snapshot.Namespaces,
-		Policies: snapshot.Policies, Nodes: snapshot.Nodes, PodCIDRs: snapshot.PodCIDRs,
-	}
+	s.next = &saved{pods: snapshot.Pods, policies: snapshot.Policies, savedHead: savedHead{
+		Version: savedVersion, Node: snapshot.Node, Static: static, Namespaces: snapshot.Namespaces, Nodes: snapshot.Nodes,
+		PodCIDRs: snapshot.PodCIDRs, Pods: len(snapshot.Pods), Policies: len(snapshot.Policies),
+	}}
 	if !s.busy {
 		s.busy = true
 		s.running.Go(s.write)
@@ -133,11 +163,24 @@ func (s *saved) write(file string) error {
 		return err
 	}
 	s.Boot = boot
-	b, err := json.Marshal(s)
-	if err != nil {
-		return err
-	}
-	return atomicfile.Write(file, b, 0o600)
+	return atomicfile.Stream(file, 0o600, func(w io.Writer) error {
+		buffered := bufio.NewWriter(w)
+		e := json.NewEncoder(buffered)
+		if err := e.Encode(s.savedHead); err != nil {
+			return err
+		}
+		for _, p := range s.pods {
+			if err := e.Encode(p); err != nil {
+				return err
+			}
+		}
+		for _, p := range s.policies {
+			if err := e.Encode(p); err != nil {
+				return err
+			}
+		}
+		return buffered.Flush()
+	})
 }
 
 // end writes what is left and waits for it.

@@ -20,6 +20,10 @@ import (
 
 // Table keeps the table. It is safe for concurrent use.
 type Table struct {
+	// Hold has each packet meet the table until release is called, where flows go past it else. It is called before an Apply writes what
+	// may take rights away. Nil where each packet does.
+	Hold func() (release func(), err error)
+
 	file string
 
 	mu   sync.Mutex
@@ -108,6 +112,13 @@ func (t *Table) apply(ctx context.Context, rules *policy.Ruleset, opt policy.Opt
 		return Change{}, fmt.Errorf("look at the policy table: %w", t.explain(err))
 	}
 	p.change.First = t.last == nil
+	if t.Hold != nil && p.takesRights() {
+		release, err := t.Hold()
+		if err != nil {
+			return p.change, fmt.Errorf("have all packets meet the policy table: %w", err)
+		}
+		defer release()
+	}
 	had := t.have
 	t.have = nil
 	if err := t.execute(ctx, p, want); err != nil {

@@ -291,6 +291,11 @@ func (p *plan) changeRecheck(want *held, in map[netip.Addr]uint64) {
 	}
 }
 
+// takesRights: a flow that stands may be forbidden from now on.
+func (p *plan) takesRights() bool {
+	return p.change.Rechecked > 0 || p.change.Cold || len(p.change.Repaired) > 0
+}
+
 // said counts in words.
 func said(n int, what string) string {
 	if n == 1 {

@@ -247,7 +247,7 @@ func (t *Table) sweep(p *plan) {
 		return
 	}
 	p.change.Deleted = len(p.drop.chains) + len(p.drop.sets) + len(p.drop.objects)
-	awaitPackets()
+	nfnl.AwaitPackets()
 	b := nfnl.NewBatch(unix.NFPROTO_INET)
 	table := nfnl.Name(unix.NFTA_CHAIN_TABLE, policy.Table) // 1 in all kinds of messages
 	for _, name := range p.drop.chains {
@@ -266,15 +266,6 @@ func (t *Table) sweep(p *plan) {
 	p.leftovers = t.send(b) != nil
 	for _, name := range p.drop.chains {
 		delete(t.digests, name)
-	}
-}
-
-// awaitPackets waits until the kernel has finished with all packets that it works on now (membarrier waits for a grace period of RCU:
-// some 15 ms without work).
-func awaitPackets() {
-	const global = 1 // MEMBARRIER_CMD_GLOBAL
-	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0); errno != 0 {
-		time.Sleep(100 * time.Millisecond) // a kernel that has it not, or not with nohz_full
 	}
 }
 

@@ -6,7 +6,12 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 
+	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/pkg/kube"
+	"github.com/headcni/headcni/pkg/networking/podlink"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/policy"
 	"github.com/headcni/headcni/pkg/policy/enforce"
 	"github.com/headcni/headcni/pkg/policy/report"
@@ -15,9 +20,10 @@ import (
 // answerer answers one question.
 type answerer struct {
 	*State
-	kernel  Kernel
-	denied  enforce.Denied
-	grouped map[netip.Addr]bool
+	kernel Kernel
+	denied enforce.Denied
+	links  map[netip.Addr]podlink.Attachment
+	beside func(link string, index int, pod, other netip.Addr, begins bool) (reason string, err error)
 }
 
 // directions are those of a connection, as its first packet meets them.
@@ -45,7 +51,11 @@ func (a *answerer) between(from, to *report.End, p *port) ([]report.Answer, erro
 	for _, src := range from.Addrs {
 		for _, dst := range to.Addrs {
 			if src.Is6() == dst.Is6() {
-				out = merge(out, a.answer(from, to, src, dst, p))
+				one := a.answer(from, to, src, dst, p)
+				if err := a.refused(&one, src, dst); err != nil {
+					return nil, err
+				}
+				out = merge(out, one)
 			}
 		}
 	}
@@ -55,10 +65,41 @@ func (a *answerer) between(from, to *report.End, p *port) ([]report.Answer, erro
 	return out, nil
 }
 
+// refused says what this node's other rules refuse.
+func (a *answerer) refused(out *report.Answer, src, dst netip.Addr) error {
+	for i, pod := range []netip.Addr{src, dst} {
+		link, ours := a.links[pod]
+		if !ours || a.beside == nil {
+			continue
+		}
+		begins, other := i == 0, []netip.Addr{dst, src}[i]
+		reason, err := a.beside(link.Name, link.Index, pod, other, begins)
+		if err != nil {
+			return err
+		}
+		namespace, _, _ := strings.Cut(link.Label, "/")
+		switch reason {
+		case "":
+			continue
+		case nft.DropTailnetSubnet:
+			out.Refused = fmt.Sprintf("%s is in a network behind a device of the tailnet; network.tailnetSubnets is deny, and the annotation %s of Namespace %s does not name it",
+				other, kube.TailnetSubnets, namespace)
+		case nft.DropTailnetEgress:
+			out.Refused = fmt.Sprintf("network.tailnetEgress is deny: pods begin nothing towards %s, which is in the tailnet", other)
+		case nft.DropLANIngress:
+			out.Refused = fmt.Sprintf("network.lanIngress is deny: %s is beside the node, and reaches pods by a port of the node (NodePort, hostPort), for which the below holds, and not by their own addresses", other)
+		default:
+			out.Refused = "the node's rules refuse it: " + reason
+		}
+		out.Verdict = report.Denied
+	}
+	return nil
+}
+
 // merge adds an answer to those that are equal to it but for the addresses.
 func merge(all []report.Answer, one report.Answer) []report.Answer {
 	for i := range all {
-		if reflect.DeepEqual(all[i].Sides, one.Sides) && all[i].Verdict == one.Verdict {
+		if reflect.DeepEqual(all[i].Sides, one.Sides) && all[i].Verdict == one.Verdict && all[i].Refused == one.Refused {
 			all[i].Src, all[i].Dst = union(all[i].Src, one.Src), union(all[i].Dst, one.Dst)
 			return all
 		}
@@ -212,8 +253,8 @@ func (a *answerer) ask(k *report.Kernel, dir policy.Direction, f judged, want bo
 		return
 	}
 	// A link that is not ours has no gate.
-	open, ours := a.grouped[own]
-	gate := a.Strict && ours && !open
+	link, ours := a.links[own]
+	gate := a.Strict && ours && link.Group != names.PolicyLinkGroup
 	if gate {
 		kernel = false
 		compiled = compiled && want // a pod whose policies are not known has none compiled

@@ -212,8 +212,9 @@ func concerns(d report.Drop, pod string) bool {
 
 // drop says whose packet it was, and why it was denied.
 func (st *State) drop(p nflog.Packet) (d report.Drop, ok bool) {
-	unknown := strings.HasPrefix(p.Prefix, policy.LogUnknown)
-	word, answer := strings.CutSuffix(strings.TrimPrefix(p.Prefix, policy.LogUnknown), policy.LogAnswer)
+	word, unknown := strings.CutPrefix(p.Prefix, policy.LogUnknown)
+	word, stateless := strings.CutPrefix(word, policy.LogStateless)
+	word, answer := strings.CutSuffix(word, policy.LogAnswer)
 	dir := policy.Ingress
 	switch word {
 	case policy.Ingress.String():
@@ -231,6 +232,10 @@ func (st *State) drop(p nflog.Packet) (d report.Drop, ok bool) {
 		Time: p.Time, Direction: directionName(dir), From: *st.addrEnd(f.Src), To: *st.addrEnd(f.Dst), Port: protocolText(f), Answer: answer,
 	}
 	d.From.Note, d.To.Note = "", ""
+	if stateless {
+		d.Why = "it belongs to no connection that the kernel knows"
+		return d, true
+	}
 	if unknown {
 		d.Why = "policies not known yet"
 		own := d.From

@@ -95,6 +95,8 @@ func TestDropsText(t *testing.T) {
 			packet("out", "10.244.1.10", "10.244.2.20", 6, 4000, 5432),
 			packet("unknown-out", "10.244.1.13", "10.244.2.20", 6, 4000, 5432),
 			packet("unknown-in", "10.244.2.20", "10.244.1.99", 6, 4000, 5432),
+			packet("stateless-in", "10.244.2.30", "10.244.1.10", 6, 4000, 80),
+			packet("stateless-out", "fd00:244:1::10", "fd7a:115c:a1e0::2", 6, 80, 4000),
 			packet("somebody", "10.244.2.20", "10.244.1.99", 6, 4000, 5432),
 		} {
 			l.reading(p)

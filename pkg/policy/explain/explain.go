@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 	"github.com/headcni/headcni/pkg/policy"
 	"github.com/headcni/headcni/pkg/policy/enforce"
@@ -54,6 +53,8 @@ type Explainer struct {
 	State  func() (*State, error)
 	Kernel Kernel
 	Links  Links
+	// Beside says why the node's other rules refuse what a pod begins, or what is begun towards it: nft.Beside. With nil nobody is asked.
+	Beside func(link string, index int, pod, other netip.Addr, begins bool) (reason string, err error)
 }
 
 // settle is how long a change has to reach the kernel before a difference counts, and tries how often it is looked again.
@@ -183,8 +184,8 @@ func (x *Explainer) explain(ctx context.Context, st *State, q report.Question) (
 	if err != nil {
 		return nil, err
 	}
-	a := &answerer{State: st, kernel: x.Kernel, denied: denied}
-	if a.grouped, err = x.grouped(); err != nil {
+	a := &answerer{State: st, kernel: x.Kernel, denied: denied, beside: x.Beside}
+	if a.links, err = x.links(); err != nil {
 		return nil, err
 	}
 	e := &report.Explanation{Node: st.Snapshot.Node, Problem: text(st.Problem)}
@@ -215,16 +216,16 @@ func (x *Explainer) explain(ctx context.Context, st *State, q report.Question) (
 	return e, err
 }
 
-// grouped are the addresses of pods that the gate lets out: their links are in the group of those whose policies are in force.
-func (x *Explainer) grouped() (map[netip.Addr]bool, error) {
+// links are the own pods', by address.
+func (x *Explainer) links() (map[netip.Addr]podlink.Attachment, error) {
 	links, err := x.Links.Attached()
 	if err != nil {
 		return nil, fmt.Errorf("list pods' links: %w", err)
 	}
-	out := map[netip.Addr]bool{}
+	out := map[netip.Addr]podlink.Attachment{}
 	for _, l := range links {
 		for _, a := range l.Addrs {
-			out[a] = l.Group == names.PolicyLinkGroup
+			out[a] = l
 		}
 	}
 	return out, nil

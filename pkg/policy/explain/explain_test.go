@@ -18,6 +18,7 @@ import (
 	"github.com/headcni/headcni/internal/policytest"
 	"github.com/headcni/headcni/pkg/config/names"
 	"github.com/headcni/headcni/pkg/networking/podlink"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/policy"
 	"github.com/headcni/headcni/pkg/policy/enforce"
 	"github.com/headcni/headcni/pkg/policy/explain"
@@ -41,7 +42,7 @@ type links struct {
 func (l links) Attached() (map[string]podlink.Attachment, error) {
 	out := map[string]podlink.Attachment{}
 	for i, p := range l.s.Pods {
-		a := podlink.Attachment{Group: names.PolicyLinkGroup}
+		a := podlink.Attachment{Group: names.PolicyLinkGroup, Index: i, Label: p.Namespace + "/" + p.Name}
 		if p.Node == l.s.Node && !p.HostNetwork && !p.Done {
 			a.Addrs = p.IPs
 		}
@@ -62,7 +63,20 @@ func explainer(st *explain.State, inKernel *policy.Snapshot, held ...string) *ex
 	for _, name := range held {
 		l.held[name] = true
 	}
-	return &explain.Explainer{State: func() (*explain.State, error) { return st, nil }, Kernel: k, Links: l}
+	return &explain.Explainer{State: func() (*explain.State, error) { return st, nil }, Kernel: k, Links: l, Beside: beside}
+}
+
+// beside is what other rules refuse: a network behind a device of the tailnet, such a device, and who is beside the node.
+func beside(_ string, _ int, _, other netip.Addr, begins bool) (string, error) {
+	switch {
+	case begins && other == addr("192.168.77.7"):
+		return nft.DropTailnetSubnet, nil
+	case begins && other == addr("100.64.0.77"):
+		return nft.DropTailnetEgress, nil
+	case !begins && other == addr("198.51.100.7"):
+		return nft.DropLANIngress, nil
+	}
+	return "", nil
 }
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -166,6 +180,10 @@ func TestText(t *testing.T) {
 		"to-remote-any-port": {q: report.Question{Pod: "web", To: "db"}},
 		"to-nobodys-address": {q: report.Question{Pod: "web", To: "10.244.9.9", Port: "icmp"}},
 		"open-to-open":       {q: report.Question{Pod: "open", To: "edge/gw"}},
+		"to-subnet":          {q: report.Question{Pod: "open", To: "192.168.77.7", Port: "443"}},
+		"to-device":          {q: report.Question{Pod: "open", To: "100.64.0.77"}},
+		"from-lan":           {q: report.Question{Pod: "open", From: "198.51.100.7", Port: "80"}},
+		"to-lan":             {q: report.Question{Pod: "open", To: "198.51.100.7", Port: "80"}},
 		"kernel-empty":       {q: report.Question{Pod: "web", From: "open", Port: "80"}, kernel: &broken, wrong: true},
 		"kernel-empty-pod":   {q: report.Question{Pod: "web"}, kernel: &broken, wrong: true},
 		"gate-closed":        {q: report.Question{Pod: "open", To: "edge/gw", Port: "80"}, held: "shop/open", wrong: true},

@@ -159,6 +159,17 @@ func TestSeesDeniedPackets(t *testing.T) {
 	expect("ingress edge/gw (10.244.2.30) -> shop/web (10.244.1.10) 80/tcp: isolated by shop/deny, shop/web")
 	send(inside, web, open, 81, 1)
 	expect("egress  shop/web (10.244.1.10) -> shop/open (10.244.1.11) 81/tcp: isolated by shop/web")
+	for _, way := range []struct {
+		ns       *nstest.NS
+		src, dst netip.Addr
+		text     string
+	}{
+		{outside, gw, web, "ingress edge/gw (10.244.2.30) -> shop/web (10.244.1.10)"},
+		{inside, web, gw, "egress  shop/web (10.244.1.10) -> edge/gw (10.244.2.30)"},
+	} {
+		way.ns.Do(t, func() error { return nstest.Send(nstest.Shapes(way.src, way.dst, 3000)["SYN+FIN"]) })
+		expect(way.text + " 9/tcp: it belongs to no connection")
+	}
 	node.Run(t, "ip", "link", "set", "hcweb", "group", "0")
 	send(inside, web, gw, 82, 1)
 	expect("egress  shop/web (10.244.1.10) -> edge/gw (10.244.2.30) 82/tcp: policies not known yet")

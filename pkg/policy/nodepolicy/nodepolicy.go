@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/netip"
 	"path/filepath"
-	"runtime/debug"
 	"sync"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/podlink"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy"
 	"github.com/headcni/headcni/pkg/policy/agent"
@@ -53,6 +53,8 @@ type Options struct {
 	Log        *slog.Logger
 	// Strict isolates a pod until its policies are known.
 	Strict bool
+	// Hold has each packet meet the rules until release is called, where flows go past them else.
+	Hold func() (release func(), err error)
 	// Changed is called when Err may say something else.
 	Changed func()
 }
@@ -65,10 +67,11 @@ func New(o Options) *Enforcer {
 		watch: watch.New(k.Client(), k.Node(), k.Nodes), table: enforce.New(rulesPath()),
 		reporter: agent.NewReporter(events.Write), cancel: func() {}, log: o.Log, strict: o.Strict,
 	}
+	p.table.Hold = o.Hold
 	k.OnAddrs(p.watch.NodesChanged)
 	p.agent = agent.New(agent.Config{
 		Log: o.Log, Node: k.Node(), Cluster: p.watch, Table: p.table, Links: new(podlink.Handle),
-		Options: policy.Options{Strict: p.strict}, File: snapshotPath(),
+		Options: policy.Options{Strict: p.strict}, Hold: o.Hold, File: snapshotPath(),
 		Changed: o.Changed, Tell: p.reporter.Tell, Synced: o.Metrics.PolicySynced, Failed: o.Metrics.PolicyFailed,
 	})
 	return p
@@ -84,8 +87,6 @@ func (p *Enforcer) Start(
 	if p == nil {
 		return
 	}
-	// Most of the memory is what is known of the cluster: garbage may be half as much.
-	debug.SetGCPercent(gcPercent)
 	ctx, p.cancel = context.WithCancel(ctx)
 	for _, run := range []func(){
 		func() { p.watch.Run(ctx, p.agent.Wake) },
@@ -113,9 +114,6 @@ func (p *Enforcer) Stop() {
 		p.running.Wait()
 	}
 }
-
-// gcPercent is GOGC while a whole cluster is followed.
-const gcPercent = 50
 
 // leaveTimeout bounds what is asked when the daemon stops.
 const leaveTimeout = 3 * time.Second
@@ -169,7 +167,7 @@ func (p *Enforcer) Answers() map[string]http.HandlerFunc {
 		}
 	}
 	d := explain.Drops{
-		Explainer: &explain.Explainer{State: p.explained, Kernel: p.table, Links: linksNow{}}, Log: p.agent.LogDenied, Read: nflog.Read,
+		Explainer: &explain.Explainer{State: p.explained, Kernel: p.table, Links: linksNow{}, Beside: nft.Beside}, Log: p.agent.LogDenied, Read: nflog.Read,
 	}
 	return d.Handlers()
 }

@@ -92,9 +92,11 @@ const (
 type Answer struct {
 	Src []netip.Addr `json:"src,omitempty"`
 	Dst []netip.Addr `json:"dst,omitempty"`
-	// Verdict is that of both ends together.
+	// Verdict is that of both ends together, and of Refused.
 	Verdict Verdict `json:"verdict"`
-	Sides   []Side  `json:"sides"`
+	// Refused is what refuses it on this node whatever policies say, "" where nothing does.
+	Refused string `json:"refused,omitempty"`
+	Sides   []Side `json:"sides"`
 }
 
 // Side is what one end's policies say.

@@ -107,6 +107,9 @@ func (e Explanation) Print(out io.Writer) error {
 			}
 			w.line("%s%s%s", of, strings.ToUpper(word(a.Verdict)), loud)
 		}
+		if a.Refused != "" {
+			w.line("  whatever policies say: %s", printable.Line(a.Refused))
+		}
 		for _, s := range a.Sides {
 			s.print(w, e.Pod != nil)
 		}

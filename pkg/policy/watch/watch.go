@@ -35,12 +35,17 @@ type Watch struct {
 	pods       pods
 	namespaces map[string]policy.Namespace
 	policies   map[types.NamespacedName]*networkingv1.NetworkPolicy
-	list       []*networkingv1.NetworkPolicy // of policies, nil after a change: the same order makes it cheap to compare
-	synced     map[string]bool               // by kind
-	away       map[string]error
-	awaySince  time.Time // zero while the API server can be asked for everything
-	since      time.Time // of the first change that no snapshot has, zero where there is none
-	ranges     *ranges
+	// These are made of the above when they are asked for, and nil after a change: the same order makes it cheap to compare.
+	list   []*networkingv1.NetworkPolicy
+	spaces []policy.Namespace
+	// places are the nodes' addresses that count, of the nodes that ranges are of.
+	places []policy.Node
+
+	synced    map[string]bool // by kind
+	away      map[string]error
+	awaySince time.Time // zero while the API server can be asked for everything
+	since     time.Time // of the first change that no snapshot has, zero where there is none
+	ranges    *ranges
 }
 
 // The kinds that are followed here. Nodes are followed by nodeview.
@@ -66,10 +71,10 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		kube.Follow(ctx, w.client, w.client.Pods(""), &corev1.Pod{}, kube.Feed[*corev1.Pod, pod]{
-			Trim: trimPod, Answered: w.answered(kindPods),
+			Trim: w.trimPod, Answered: w.answered(kindPods),
 			Replace: func(all []pod) { w.replaced(kindPods, func() { w.pods.replace(all) }) },
 			Set:     func(p pod) { w.change(func() bool { return w.pods.set(p) }) },
-			Remove:  func(p pod) { w.change(func() bool { return w.pods.remove(p.name()) }) },
+			Remove:  func(p pod) { w.change(func() bool { return w.pods.remove(nameOfPod(p.Pod)) }) },
 		})
 	})
 	wg.Go(func() {
@@ -77,12 +82,14 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 			Trim: func(n *corev1.Namespace) policy.Namespace { return policy.Namespace{Name: n.Name, Labels: n.Labels} }, Answered: w.answered(kindNamespaces),
 			Replace: func(all []policy.Namespace) { w.replaced(kindNamespaces, func() { w.replaceNamespaces(all) }) },
 			Set:     func(n policy.Namespace) { w.change(func() bool { return w.setNamespace(n) }) },
-			Remove:  func(n policy.Namespace) { w.change(func() bool { return drop(w.namespaces, n.Name) }) },
+			Remove: func(n policy.Namespace) {
+				w.change(func() bool { w.spaces = nil; return drop(w.namespaces, n.Name) })
+			},
 		})
 	})
 	wg.Go(func() {
 		kube.Follow(ctx, w.client, w.client.NetworkPolicies(""), &networkingv1.NetworkPolicy{}, kube.Feed[*networkingv1.NetworkPolicy, *networkingv1.NetworkPolicy]{
-			Trim: trimPolicy, Answered: w.answered(kindPolicies),
+			Trim: w.trimPolicy, Answered: w.answered(kindPolicies),
 			Replace: func(all []*networkingv1.NetworkPolicy) { w.replaced(kindPolicies, func() { w.replacePolicies(all) }) },
 			Set:     func(p *networkingv1.NetworkPolicy) { w.change(func() bool { return w.setPolicy(p) }) },
 			Remove: func(p *networkingv1.NetworkPolicy) {
@@ -188,16 +195,17 @@ func (w *Watch) Snapshot() *Cluster {
 	if !all || !w.synced[kindPods] || !w.synced[kindNamespaces] || !w.synced[kindPolicies] {
 		return nil
 	}
-	s := &policy.Snapshot{Node: w.node, Pods: make([]*policy.Pod, 0, len(w.pods.list))}
-	for _, n := range w.namespaces {
-		s.Namespaces = append(s.Namespaces, n)
+	if w.spaces == nil {
+		w.spaces = slices.AppendSeq(make([]policy.Namespace, 0, len(w.namespaces)), maps.Values(w.namespaces))
 	}
 	if w.list == nil {
-		w.list = slices.Collect(maps.Values(w.policies))
+		w.list = slices.AppendSeq(make([]*networkingv1.NetworkPolicy, 0, len(w.policies)), maps.Values(w.policies))
 	}
-	s.Policies = w.list
-	c := &Cluster{Snapshot: s, Static: map[types.UID]types.UID{}, Since: w.since}
+	c := &Cluster{Snapshot: &policy.Snapshot{Node: w.node, Namespaces: w.spaces, Policies: w.list}, Static: map[types.UID]types.UID{}, Since: w.since}
 	w.place(c, nodes)
+	for p, uid := range w.pods.static {
+		c.Static[p.UID] = uid
+	}
 	w.since = time.Time{}
 	return c
 }
@@ -205,44 +213,49 @@ func (w *Watch) Snapshot() *Cluster {
 // place fills in who has which addresses. What one node says of itself and its pods takes nothing from another: a pod's address
 // does not count where it is in another Node's range, and a node's not where it is in any.
 func (w *Watch) place(c *Cluster, nodes []nodeview.Node) {
-	fresh := w.ranges == nil || !w.ranges.areOf(nodes)
-	if fresh {
+	all := &w.pods
+	if w.ranges == nil || !w.ranges.areOf(nodes) {
 		w.ranges = newRanges(nodes)
-	}
-	var beside []netip.Prefix
-	for _, p := range w.pods.list {
-		if fresh || p.placed == nil {
-			p.placed, p.beside = w.ranges.place(&p.Pod)
-		}
-		beside = append(beside, p.beside...)
-		c.Pods = append(c.Pods, p.placed)
-		if p.static != "" && p.Node == w.node {
-			c.Static[p.UID] = p.static
+		clear(all.placed)
+		clear(all.beside)
+		w.places = make([]policy.Node, 0, len(nodes))
+		for _, n := range nodes {
+			w.places = append(w.places, policy.Node{Name: n.Name, Addrs: slices.DeleteFunc(slices.Clone(n.Addrs), w.ranges.hold)})
 		}
 	}
-	for _, n := range nodes {
-		c.Nodes = append(c.Nodes, policy.Node{Name: n.Name, Addrs: slices.DeleteFunc(slices.Clone(n.Addrs), w.ranges.hold)})
+	for i, p := range all.placed {
+		if p != nil {
+			continue
+		}
+		placed, beside := w.ranges.place(all.list[i])
+		if all.placed[i] = placed; beside != nil {
+			all.beside[all.list[i]] = beside
+		}
 	}
-	c.PodCIDRs = netset.Union(w.ranges.all, beside)
+	c.Pods, c.Nodes, c.PodCIDRs = slices.Clone(all.placed), w.places, w.ranges.union
+	if len(all.beside) > 0 {
+		c.PodCIDRs = netset.Union(w.ranges.union, slices.Concat(slices.Collect(maps.Values(all.beside))...))
+	}
 }
 
 // ranges finds whose pod CIDR an address is in.
 type ranges struct {
 	nodes   []nodeview.Node
-	all     []netip.Prefix
+	union   []netip.Prefix
 	lens    [2][]int // lengths that occur, longest first, for IPv4 and IPv6
 	holders map[netip.Prefix]string
 }
 
 func newRanges(nodes []nodeview.Node) *ranges {
 	r := &ranges{nodes: nodes, holders: map[netip.Prefix]string{}}
+	var all []netip.Prefix
 	for _, n := range nodes {
 		for _, p := range n.PodCIDRs {
 			if _, taken := r.holders[p]; taken {
 				continue // who had it first cannot be told here; the controller does
 			}
 			r.holders[p] = n.Name
-			r.all = append(r.all, p)
+			all = append(all, p)
 			lens := &r.lens[family(p.Addr())]
 			if !slices.Contains(*lens, p.Bits()) {
 				*lens = append(*lens, p.Bits())
@@ -252,12 +265,18 @@ func newRanges(nodes []nodeview.Node) *ranges {
 	for i := range r.lens {
 		slices.SortFunc(r.lens[i], func(a, b int) int { return b - a })
 	}
+	r.union = netset.Union(all)
 	return r
 }
 
-// areOf reports whether nodes have the same ranges.
+// areOf reports whether they are those of nodes. Lists that did not change are the same ones.
 func (r *ranges) areOf(nodes []nodeview.Node) bool {
-	return slices.EqualFunc(r.nodes, nodes, func(a, b nodeview.Node) bool { return a.Name == b.Name && slices.Equal(a.PodCIDRs, b.PodCIDRs) })
+	if len(nodes) > 0 && len(nodes) == len(r.nodes) && &nodes[0] == &r.nodes[0] {
+		return true
+	}
+	return slices.EqualFunc(r.nodes, nodes, func(a, b nodeview.Node) bool {
+		return a.Name == b.Name && slices.Equal(a.PodCIDRs, b.PodCIDRs) && slices.Equal(a.Addrs, b.Addrs)
+	})
 }
 
 // place returns a pod with the addresses that no other Node holds, and those that none does: its Node had their range before, or
@@ -305,8 +324,22 @@ func (r *ranges) holder(a netip.Addr) (node string, held bool) {
 	return "", false
 }
 
+// trimPod and trimPolicy cut down what is kept as it is read: until all are, a cluster has as many copies of labels as pods.
+func (w *Watch) trimPod(p *corev1.Pod) pod {
+	out := trimPod(p, w.node)
+	w.pods.shared.pod(out.Pod)
+	return out
+}
+
+func (w *Watch) trimPolicy(p *networkingv1.NetworkPolicy) *networkingv1.NetworkPolicy {
+	out := trimPolicy(p)
+	w.pods.shared.policy(out)
+	return out
+}
+
 func (w *Watch) replaceNamespaces(all []policy.Namespace) {
 	clear(w.namespaces)
+	w.spaces = nil
 	for _, n := range all {
 		w.namespaces[n.Name] = n
 	}
@@ -315,6 +348,7 @@ func (w *Watch) replaceNamespaces(all []policy.Namespace) {
 func (w *Watch) setNamespace(n policy.Namespace) bool {
 	before, had := w.namespaces[n.Name]
 	w.namespaces[n.Name] = n
+	w.spaces = nil
 	return !had || !equalLabels(before.Labels, n.Labels)
 }
 
@@ -322,14 +356,12 @@ func (w *Watch) replacePolicies(all []*networkingv1.NetworkPolicy) {
 	clear(w.policies)
 	w.list = nil
 	for _, p := range all {
-		w.pods.shared.sharePolicy(p)
 		w.policies[nameOf(p)] = p
 	}
 }
 
 func (w *Watch) setPolicy(p *networkingv1.NetworkPolicy) bool {
 	before := w.policies[nameOf(p)]
-	w.pods.shared.sharePolicy(p)
 	w.policies[nameOf(p)] = p
 	w.list = nil
 	return before == nil || before.UID != p.UID || before.Generation != p.Generation || !equalSpecs(before, p)

@@ -131,11 +131,11 @@ func TestSnapshot(t *testing.T) {
 	want := &policy.Snapshot{
 		Node: "a",
 		Pods: []*policy.Pod{
-			{Namespace: "ns", Name: "done", UID: "uid-done", Node: "b", Labels: labels("done"), Done: true},
-			{Namespace: "ns", Name: "host", UID: "uid-host", Node: "b", HostNetwork: true},
-			{Namespace: "ns", Name: "leaving", UID: "uid-leaving", Node: "b", Labels: labels("leaving"), IPs: addrs("10.99.0.1"), Terminating: true},
+			{Namespace: "ns", Name: "done", Node: "b", Labels: labels("done"), Done: true},
+			{Namespace: "ns", Name: "host", Node: "b", HostNetwork: true},
+			{Namespace: "ns", Name: "leaving", Node: "b", Labels: labels("leaving"), IPs: addrs("10.99.0.1"), Terminating: true},
 			{Namespace: "ns", Name: "static", UID: "uid-static", Node: "a", Labels: labels("static"), IPs: addrs("10.244.1.11")},
-			{Namespace: "ns", Name: "thief", UID: "uid-thief", Node: "b", Labels: labels("thief"), IPs: addrs("10.244.2.7")},
+			{Namespace: "ns", Name: "thief", Node: "b", Labels: labels("thief"), IPs: addrs("10.244.2.7")},
 			{
 				Namespace: "ns", Name: "web", UID: "uid-web", Node: "a", Labels: labels("web"), IPs: addrs("10.244.1.10", "fd00:244:1::a"),
 				Ports: []policy.NamedPort{
@@ -273,11 +273,12 @@ func TestRevoked(t *testing.T) {
 
 // TestShared: pods with the same labels hold one map, and what is no longer used is not kept for ever.
 func TestShared(t *testing.T) {
-	s := newPods()
+	w := New(kubetest.New(), "a", nil)
+	s, trim := &w.pods, w.trimPod
 	for i := range 100 {
 		p := onNode("b", fmt.Sprint("web-", i), "10.244.2.1")
 		p.Labels = map[string]string{"app": "web", "hash": "1"}
-		s.set(trimPod(p))
+		s.set(trim(p))
 	}
 	s.list[0].Labels["probe"] = "x"
 	for i := range s.list {
@@ -288,9 +289,9 @@ func TestShared(t *testing.T) {
 	for i := range 100000 {
 		p := onNode("b", "changing")
 		p.Labels = map[string]string{"n": fmt.Sprint(i)}
-		s.set(trimPod(p))
+		s.set(trim(p))
 	}
-	if n := len(s.shared); n > 4*len(s.list)+2048 {
+	if n := s.shared.n; n > 4*len(s.list)+2048 {
 		t.Errorf("%d texts are kept of %d pods", n, len(s.list))
 	}
 }
