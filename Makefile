@@ -77,15 +77,16 @@ release: need-go ## dist/: archives, images, chart, lists of modules and checksu
 
 # The packages that take longest begin first, or the last of them would run alone.
 LONGEST := ./test/tailnet ./test/policy ./test/hosts ./test/sites ./test/conformance ./test/rearm
+# Linking takes a quarter less without symbols and DWARF (-s -w), and traces of goroutines need neither.
 # test/deploy's stand-ins for kubectl and helm are the test binary itself: with the race detector it takes a second to start.
 .PHONY: test
 test: need-go ## All tests but e2e's, test-manual's and test-kernel's, with the race detector, none skipped; needs root
 	@if ((EUID != 0)); then \
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
-	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod oci simnodes) \
-		prometheus=$$(test/tools/packages unpack prometheus); export PATH="$$PATH:$$prometheus/usr/bin"; \
-		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -timeout 20m $(TESTFLAGS) $(LONGEST) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual -e /test/kernel); \
+	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod derper oci simnodes) \
+		prometheus=$$(test/tools/packages unpack prometheus); tinyproxy=$$(test/tools/packages unpack tinyproxy-bin); export PATH="$$PATH:$$prometheus/usr/bin:$$tinyproxy/usr/bin"; \
+		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -ldflags='-s -w' -timeout 20m $(TESTFLAGS) $(LONGEST) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual -e /test/kernel -e /test/crio); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		(cd test/tools/oci; go vet ./...; go test ./...); cd test/tools/simnodes; go vet ./...
 
@@ -94,6 +95,11 @@ test-manual: need-go ## docs/install-by-hand.md, command by command, on two mach
 	@if ((EUID != 0)); then echo "make test-manual: needs root: run 'sudo make test-manual'" >&2; exit 1; fi
 	@$(call PREPARE,manual,$(PROGRAMS) headcnictl $(PLUGINS),headscale tailscale) HEADCNI_MACHINE=$$(test/manual/rootfs); export HEADCNI_MACHINE HEADCNI_TEST_REQUIRE=1; \
 		go test -v -count 1 -timeout 20m ./test/manual/
+
+.PHONY: test-crio
+test-crio: need-go ## A node on which CRI-O's own module (ocicni) makes pods' networks: restarts, kill -9, a power cut, uninstall; needs root, takes a minute
+	@if ((EUID != 0)); then echo "make test-crio: needs root: run 'sudo make test-crio'" >&2; exit 1; fi
+	@$(call PREPARE,lab,$(LAB),headscale tailscale-trimmed ocicni) $(TRIMMED) HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 10m ./test/crio/
 
 # A Debian package that stands for a kernel.
 KERNEL ?= linux-image-amd64
@@ -127,6 +133,14 @@ e2e: need-go ## The chart on a real Kubernetes, with upstream's network conforma
 
 CONFORMANCE ?= \[sig-network\].*\[Conformance\]
 
+# What needs a cloud, the internet, SCTP or kube-proxy's iptables mode, and what is run by other targets.
+.PHONY: e2e-network
+e2e-network: KUBERNETES = containerd kubernetes kubernetes-e2e
+e2e-network: need-go ## The rest of upstream's network tests, those that no certificate asks for; needs root
+	@if ((EUID != 0)); then echo "make e2e-network: needs root: run 'sudo make e2e-network'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -run 'TestSmoke$$' ./test/e2e/ -args -conformance '\[sig-network\]' \
+		-skip '\[Conformance\]|Netpol|Feature:(LoadBalancer|Networking|PerformanceDNS|KubeProxyNFAcct|LocalhostNodePorts|SCTPConnectivity)|SCTP|Disruptive|Serial|Provider:' $(E2EFLAGS)
+
 .PHONY: e2e-old
 e2e-old: KUBERNETES = kubernetes-1.34
 e2e-old: need-go ## The chart on an older Kubernetes (1.34) with Debian's containerd (1.6); needs root
@@ -159,15 +173,25 @@ e2e-policy-old: need-go ## The same on an older Kubernetes (1.34) with Debian's 
 		go test -v -count 1 -timeout 60m -run '$(RUN)' ./test/e2e/ -args -netpol '$(NETPOL)' -versions 'kubelet v1\.34\..*containerd://1\.' $(E2EFLAGS)
 
 .PHONY: e2e-faults
-e2e-faults: need-go ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; 20 minutes
+e2e-faults: need-go ## On a real Kubernetes: restarts, reboot, node loss, uninstall, stolen and stale nodes, metrics, other set-ups; half an hour
 	@if ((EUID != 0)); then echo "make e2e-faults: needs root: run 'sudo make e2e-faults'" >&2; exit 1; fi
-	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$|TestNetpol$$|TestPolicy|TestNamesSpeed|TestSites$$|TestMigrate$$' ./test/e2e/ -args $(E2EFLAGS)
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 60m -skip 'TestSmoke$$|TestNetpol$$|TestPolicy|TestNamesSpeed|TestSites$$|TestMigrate$$|TestClusters$$' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-migrate
 e2e-migrate: LAB += loopback
 e2e-migrate: need-go ## docs/migration.md on a real Kubernetes: from a bridge with routes to HeadCNI, node by node, and back; needs root, 7 minutes
 	@if ((EUID != 0)); then echo "make e2e-migrate: needs root: run 'sudo make e2e-migrate'" >&2; exit 1; fi
 	@$(WITH_CLUSTER) go test -v -count 1 -timeout 30m -run 'TestMigrate$$' ./test/e2e/ -args $(E2EFLAGS)
+
+.PHONY: e2e-names
+e2e-names: need-go ## Names and services between pods and devices of the tailnet, on a real Kubernetes; needs root, 6 minutes, PROXY=iptables
+	@if ((EUID != 0)); then echo "make e2e-names: needs root: run 'sudo make e2e-names'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 30m -run 'TestNames$$' ./test/e2e/ -args $(if $(PROXY),-proxy-mode '$(PROXY)') $(E2EFLAGS)
+
+.PHONY: e2e-clusters
+e2e-clusters: need-go ## Two real Kubernetes in one tailnet, which reach each other's pods and Services by address and name; needs root, 6 minutes
+	@if ((EUID != 0)); then echo "make e2e-clusters: needs root: run 'sudo make e2e-clusters'" >&2; exit 1; fi
+	@$(WITH_CLUSTER) go test -v -count 1 -timeout 30m -run 'TestClusters$$' ./test/e2e/ -args $(E2EFLAGS)
 
 .PHONY: e2e-sites
 e2e-sites: need-go ## A real Kubernetes whose nodes stand behind NAT and reach the API server by the tailnet only; needs root, 7 minutes

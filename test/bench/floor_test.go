@@ -100,13 +100,13 @@ func (r *requests) neighbour(index uint32, a netip.Addr, mac net.HardwareAddr) {
 	r.add(unix.RTM_NEWNEIGH, makeNew, m, nl.NewRtAttr(unix.NDA_DST, a.AsSlice()), nl.NewRtAttr(unix.NDA_LLADDR, mac))
 }
 
-// route: ip route add DST [via GATEWAY onlink] dev LINK, or ip route add DST dev LINK proto kernel
-func (r *requests) route(index uint32, dst netip.Prefix, gateway netip.Addr) {
+// route: ip route add DST [via GATEWAY onlink] dev LINK proto PROTOCOL
+func (r *requests) route(index uint32, protocol byte, dst netip.Prefix, gateway netip.Addr) {
 	m := nl.NewRtMsg()
-	m.Family, m.Dst_len, m.Protocol, m.Scope = unix.AF_INET, uint8(dst.Bits()), unix.RTPROT_KERNEL, unix.RT_SCOPE_LINK
+	m.Family, m.Dst_len, m.Protocol, m.Scope = unix.AF_INET, uint8(dst.Bits()), protocol, unix.RT_SCOPE_LINK
 	parts := []nl.NetlinkRequestData{m, nl.NewRtAttr(unix.RTA_DST, dst.Addr().AsSlice()), attr32(unix.RTA_OIF, index)}
 	if gateway.IsValid() {
-		m.Protocol, m.Scope, m.Flags = unix.RTPROT_STATIC, unix.RT_SCOPE_UNIVERSE, unix.RTNH_F_ONLINK
+		m.Scope, m.Flags = unix.RT_SCOPE_UNIVERSE, unix.RTNH_F_ONLINK
 		parts = append(parts, nl.NewRtAttr(unix.RTA_GATEWAY, gateway.AsSlice()))
 	}
 	r.add(unix.RTM_NEWROUTE, makeNew, parts...)
@@ -122,14 +122,15 @@ func newBare(b testing.TB) bare {
 	var host, pod, remove requests
 	host.link()
 	host.neighbour(bareHost, addr, barePodMAC)
-	host.route(bareHost, netip.PrefixFrom(addr, 32), netip.Addr{})
+	host.route(bareHost, unix.RTPROT_KERNEL, netip.PrefixFrom(addr, 32), netip.Addr{})
 	pod.noLinkLocal(barePod, 0)
 	pod.add(unix.RTM_NEWLINK, 0, linkMessage(barePod, unix.IFF_UP))
 	m := nl.NewIfAddrmsg(unix.AF_INET)
 	m.Index, m.Prefixlen = barePod, 32
 	pod.add(unix.RTM_NEWADDR, makeNew, m, nl.NewRtAttr(unix.IFA_LOCAL, addr.AsSlice()))
 	pod.neighbour(barePod, gateway, bareHostMAC)
-	pod.route(barePod, netip.MustParsePrefix("0.0.0.0/0"), gateway)
+	pod.route(barePod, unix.RTPROT_STATIC, netip.PrefixFrom(gateway, 32), netip.Addr{})
+	pod.route(barePod, unix.RTPROT_STATIC, netip.MustParsePrefix("0.0.0.0/0"), gateway)
 	remove.add(unix.RTM_DELLINK, 0, linkMessage(bareHost, 0))
 	return bare{host.write(b, "host"), pod.write(b, "pod"), remove.write(b, "remove")}
 }

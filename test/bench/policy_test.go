@@ -285,6 +285,62 @@ func BenchmarkPolicyPath(b *testing.B) {
 	}
 }
 
+// BenchmarkPolicyRules shows what the parts of the table cost a packet that is judged anew each time: one way by UDP.
+func BenchmarkPolicyRules(b *testing.B) {
+	nstest.Require(b)
+	const off = "off"
+	gate := "flush chain inet %[1]s egress; flush chain inet %[1]s ingress;"
+	hooks := gate
+	for _, c := range policy.FixedChains(policy.Options{Strict: true}) {
+		for _, r := range c.Rules {
+			if strings.Contains(r, " counter name "+policy.CounterUnknown) || strings.HasPrefix(r, "iifname != ") {
+				gate += " add rule inet %[1]s " + c.Name + " " + r + ";"
+			}
+		}
+	}
+	var ways []way
+	var names []string
+	for _, v := range []struct {
+		name     string
+		policies int
+		script   string
+	}{{off, -1, ""}, {"the hooks alone", 0, hooks}, {"and the gate", 0, gate}, {"and the look-ups: no policy", 0, ""}, {"and a class in both directions: 1 policy", 1, ""}} {
+		node := newPolicyNode(b)
+		ends := node.ends(b)
+		if v.policies >= 0 {
+			node.apply(b, policiesForBoth(v.policies))
+		}
+		if v.script != "" {
+			node.node.Run(b, "nft", fmt.Sprintf(v.script, policy.Table))
+		}
+		if v.name != off {
+			names = append(names, v.name)
+		}
+		ways = append(ways, func(got samples) error {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			const times, tries = 500, 10
+			best := time.Hour
+			for range tries { // the least disturbed
+				begin := threadTime()
+				for range times {
+					if err := ends.move(ends.udp, ends.udpPeer, 64); err != nil {
+						return fmt.Errorf("%s: %w", v.name, err)
+					}
+				}
+				best = min(best, (threadTime()-begin)/times)
+			}
+			got.add("UDP one way "+v.name, best*1000)
+			return nil
+		})
+	}
+	got := interleave(b, 100, ways...)
+	r := newComparison(b, "What parts of the table cost a packet, in processor time:")
+	for _, name := range names {
+		r.compare(got, row{"UDP one way", "us", name, off, ratio, ""})
+	}
+}
+
 // policySizes are clusters: pods and policies.
 var policySizes = [][2]int{{1000, 100}, {10000, 1000}, {30000, 10000}}
 

@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -52,13 +53,16 @@ func kinds() []*kind {
 		[]*kind{{name: "power cut", weight: 3, alone: true, strike: cutPower}})
 }
 
+// near is one of the other nodes.
+func (b *blow) near() *node { return b.w.nodes[(b.s.node+1+int(b.s.pick)%(nodes-1))%nodes] }
+
 // shell runs a script on the node that is struck. In it PICK is the fault's number to choose by, and `pick` prints one line of its
 // input, if there is any; TUN is the tun, LINK the host's end of the link of a pod, PORT the node's port of the switch, NEAR4 and NEAR6
 // another node.
 func (b *blow) shell(t *testing.T, at *lab.Machine, script string) {
 	t.Helper()
 	all := b.n.pods()
-	near := b.w.nodes[(b.s.node+1+int(b.s.pick)%(nodes-1))%nodes]
+	near := b.near()
 	script = strings.NewReplacer("PICK", fmt.Sprint(b.s.pick), "TUN", b.n.Tun, "LINK", all[int(b.s.pick)%len(all)].Link(), "PORT", b.n.Port,
 		"NEAR4", near.Underlay[0].String(), "NEAR6", near.Underlay[1].String(),
 		"GATEWAY4", labtest.ControlAddr(b.w.Lab, false).String(), "GATEWAY6", labtest.ControlAddr(b.w.Lab, true).String()).Replace(script)
@@ -151,6 +155,16 @@ func headscaleKinds() []*kind {
 				t.Fatal(err)
 			}
 			labtest.Sh(t, b.w.Control.Machine, "headscale nodes approve-routes -i %s -r ''", node.ID)
+			// Peers hear of it later: as long as none has, all looks as before.
+			labtest.Eventually(t, "a peer hears of it, or the daemon has them approved again", func() error {
+				if labtest.Sh(t, b.near().Machine, "ip route show table 52 %s", b.n.PodCIDRs[0]) == "" {
+					return nil
+				}
+				if node, err = labtest.Registered(t, b.w.Lab, b.n.Node); err == nil && len(node.Approved) == 0 {
+					err = errors.New("neither")
+				}
+				return err
+			})
 		}},
 	)
 }
@@ -228,8 +242,9 @@ func linkKinds() []*kind {
 		script(4, "a pod's link: forwarding=0", "echo 0 > "+conf+"forwarding", ""),
 		script(4, "a pod's link: rp_filter, arp_ignore and proxy_arp changed", "cd "+conf+`
 echo $(cat rp_filter arp_ignore proxy_arp) > /run/chaos-LINK
-echo 1 > rp_filter; echo 0 > arp_ignore; echo 1 > proxy_arp`, `read -r a b c < /run/chaos-LINK; rm /run/chaos-LINK
-cd `+conf+" && echo $a > rp_filter && echo $b > arp_ignore && echo $c > proxy_arp"),
+echo 1 > rp_filter; echo 0 > arp_ignore; echo 1 > proxy_arp`, `f=$(echo /run/chaos-hc*); read -r a b c < $f; rm $f # LINK may be another's by now
+cd /proc/sys/net/ipv4/conf/${f#/run/chaos-} 2>/dev/null || exit 0 # its pod is gone
+echo $a > rp_filter; echo $b > arp_ignore; echo $c > proxy_arp`),
 	)
 }
 

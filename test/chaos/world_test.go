@@ -167,8 +167,9 @@ func (w *world) stopFlows() {
 }
 
 // defences are our rules, last routes and tables. What is asked of a node is asked all the time while it is repaired, on the processors
-// that are to repair it: two processes for each family. (nft 1.0.6 finds the last table only where one process is to list two.)
-const defences = `for f in -4 -6; do ip -force $f -batch - <<< $'rule\nroute show type unreachable' || :; done
+// that are to repair it: two processes for each family. (nft 1.0.6 finds the last table only where one process is to list two.) Rules are
+// sorted: of those with one number, whose order says nothing, the one that came back is the last.
+const defences = `for f in -4 -6; do ip -force $f -batch - <<< $'rule\nroute show type unreachable' | LC_ALL=C sort || :; done
 { nft -s list table ip headcni; nft -s list table ip6 headcni; } | sed '/^\tset ask/,/^\t}$/d; /^\tset sources /,/^\t}$/d'`
 
 // state is what faults must leave alone on a node, or what must come back: rules, guard, last routes, tailscaled's routes, the tun, the

@@ -26,6 +26,7 @@ var allowed = map[string][]any{
 	"network.tailnetEgress":          {"masquerade", "preserve", "deny"},
 	"network.tailnetSubnets":         {"deny", "allow"},
 	"network.policyStartup":          {"strict", "open"},
+	"network.fastPath":               {"auto", "off"},
 	"ipam.strategy":                  {"sequential", "random", "dense-pack"},
 	"network.advertiseServices.only": {"", "named"},
 	"logging.level":                  {"debug", "info", "warn", "error"},

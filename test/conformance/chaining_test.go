@@ -125,6 +125,40 @@ func TestPortmap(t *testing.T) {
 	}
 }
 
+// DEL takes the ports of the node back by what ADD was told: multus calls it with a configuration that has lost all but the keys that
+// the CNI project's library knows (its issue 1449), and the node's may have changed since.
+func TestPortsAreReturnedWhateverDELSays(t *testing.T) {
+	needs(t, "iptables", "nft")
+	for _, backend := range []string{"iptables", "nftables"} {
+		t.Run(backend, func(t *testing.T) {
+			n, pod := newNode(t), nstest.New(t)
+			n.reference("portmap")
+			n.client()
+			run, err := os.MkdirTemp("/run", "daemon")
+			if err != nil {
+				t.Fatal(err)
+			}
+			socket := fmt.Sprintf(`"daemon_socket":%q`, run+"/daemon.sock")
+			l := n.list("", n.headcni(fmt.Sprintf(`{"capabilities":{"portMappings":true},"portmap":{"backend":%q},%s}`, backend, socket)))
+			asked := map[string]any{"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
+			rules := func() string { return n.host.Run(t, "sh", "-c", "nft list ruleset 2>/dev/null | grep -c 8080 || :") }
+			before := rules()
+			n.add(l, rt("c1", pod, asked))
+			if rules() == before {
+				t.Error("ADD made no rule: this test cannot fail")
+			}
+			n.must(attach("DEL", "c1", pod, n.conf("{"+socket+"}")))
+			if now := rules(); now != before {
+				t.Errorf("rules for the port: %s, at the start %s", now, before)
+			}
+			if left, err := os.ReadDir(run + "/ports"); err != nil || len(left) > 0 {
+				t.Errorf("records: %v, %v", left, err)
+			}
+			n.empty()
+		})
+	}
+}
+
 // A pod that is gone without DEL, as after a crash of the runtime, does not keep its port of the node from the next one: portmap's first
 // rule for a port counts. GC takes it back too.
 func TestPortOfTheDead(t *testing.T) {
@@ -180,6 +214,87 @@ func TestPortOfTheDead(t *testing.T) {
 			n.empty()
 		})
 	}
+}
+
+// A client that never stops sending by UDP reaches whoever has the node's port after its pod, though no daemon is there to see to it:
+// conntrack would lead it to the pod's address for as long as it sends, whoever has that next.
+func TestPortOfAPodThatWent(t *testing.T) {
+	needs(t, "iptables", "nft")
+	for _, backend := range []string{"iptables", "nftables"} {
+		for how, end := range map[string]func(*testing.T, *node, *libcni.NetworkConfigList, *libcni.RuntimeConf){
+			"DEL": func(_ *testing.T, n *node, l *libcni.NetworkConfigList, r *libcni.RuntimeConf) { n.del(l, r) },
+			"GC": func(t *testing.T, n *node, l *libcni.NetworkConfigList, _ *libcni.RuntimeConf) {
+				if err := n.cni().GCNetworkList(t.Context(), l, &libcni.GCArgs{}); err != nil {
+					t.Error(err)
+				}
+			},
+		} {
+			t.Run(backend+" "+how, func(t *testing.T) {
+				n := newNode(t)
+				n.reference("portmap")
+				from := n.client()
+				run, err := os.MkdirTemp("/run", "daemon")
+				if err != nil {
+					t.Fatal(err)
+				}
+				l := n.list("", n.headcni(fmt.Sprintf(`{"capabilities":{"portMappings":true},"portmap":{"backend":%q},"daemon_socket":%q}`, backend, run+"/daemon.sock")))
+				pod := nstest.New(t)
+				r := rt("c1", pod, map[string]any{"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "udp"}}})
+				n.add(l, r)
+				say(t, pod, "0.0.0.0:80", "the pod")
+				say(t, n.host, "198.51.100.1:8080", "the node")
+				var client net.Conn
+				from.Do(t, func() (err error) {
+					client, err = net.Dial("udp", "198.51.100.1:8080")
+					return err
+				})
+				t.Cleanup(func() { client.Close() })
+				if got := ask(t, client); got != "the pod" {
+					t.Errorf("before %s %q answers", how, got)
+				}
+				end(t, n, l, r)
+				if got := ask(t, client); got != "the node" {
+					t.Errorf("after %s %q answers", how, got)
+				}
+			})
+		}
+	}
+}
+
+// say answers each datagram with a word until the test ends.
+func say(t *testing.T, at *nstest.NS, addr, word string) {
+	t.Helper()
+	var c net.PacketConn
+	at.Do(t, func() (err error) {
+		c, err = net.ListenPacket("udp4", addr)
+		return err
+	})
+	t.Cleanup(func() { c.Close() })
+	go func() {
+		for b := make([]byte, 16); ; {
+			_, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = c.WriteTo([]byte(word), from) // the other end tells
+		}
+	}()
+}
+
+// ask sends until somebody answers, and says who; "nobody" where there is no answer to a second of questions.
+func ask(t *testing.T, c net.Conn) string {
+	t.Helper()
+	b := make([]byte, 16)
+	for range 20 {
+		_, _ = c.Write([]byte("who?")) // refused, where the one before said that nobody is there
+		if err := c.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := c.Read(b); err == nil {
+			return string(b[:n])
+		}
+	}
+	return "nobody"
 }
 
 func TestFirewall(t *testing.T) {

@@ -92,6 +92,19 @@ func TestPrevResultWithNull(t *testing.T) {
 	}
 }
 
+// TestGCByItsFirstName: the specification as released with 1.1.0 says cni.dev/attachments, and later cni.dev/valid-attachments.
+func TestGCByItsFirstName(t *testing.T) {
+	for _, program := range []string{"headcni", "headcni-ipam"} {
+		n := newNode(t)
+		for _, id := range []string{"c1", "c2"} {
+			n.must(attach("ADD", id, nstest.New(t), n.conf("")))
+		}
+		c := call{program: program, verb: "GC", conf: n.conf(`{"cni.dev/attachments":[{"containerID":"c1","ifname":"eth0"}]}`)}
+		n.must(c)
+		n.wantOwners("c1")
+	}
+}
+
 // TestGCOfNothing: a runtime that knows of no attachment, as CRI-O at its start, may give a nil list.
 func TestGCOfNothing(t *testing.T) {
 	n, pod := newNode(t), nstest.New(t)

@@ -25,20 +25,25 @@ import (
 
 func TestMain(m *testing.M) { nstest.Main(m) }
 
-// programs builds what is tested as it ships, once, into the private /run that goes with the test process.
+// programs are what is tested as it ships, built once, into the private /run that goes with the test process.
 var programs = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("/run", "conformance")
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", dir, "./cmd/headcni", "./cmd/headcni-ipam")
+	return dir, build(dir, "./cmd/headcni", "./cmd/headcni-ipam")
+})
+
+// build builds programs into dir. args may begin with further flags.
+func build(dir string, args ...string) error {
+	cmd := exec.Command("go", append([]string{"build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", dir}, args...)...)
 	cmd.Dir = "../.."
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build: %w\n%s", err, out)
+		return fmt.Errorf("build: %w\n%s", err, out)
 	}
-	return dir, nil
-})
+	return nil
+}
 
 // node is a runtime's node: a network namespace, plugins, leases.
 type node struct {

@@ -349,7 +349,7 @@ func TestChecks(t *testing.T) {
 		"no right":        {with(func(s *scenario) { s.Forbidden = "create clusterrolebindings" }), []string{"you may not create clusterrolebindings", "cluster-admin"}},
 		"no nodes":        {with(func(s *scenario) { s.Nodes = nil }), []string{"no Linux nodes"}},
 		"elsewhere already": {with(func(s *scenario) { s.Owner = "mine -n net" }),
-			[]string{"helm status mine -n net", "upgrade it: -n net", "headcnictl uninstall -n net"}},
+			[]string{"helm status mine -n net", "upgrade it: -n net", "headcnictl uninstall --yes -n net"}},
 		"a value that the chart does not take": {run{scenario: world(), args: []string{"--set", "config.network.mtu=x"}}, []string{"the chart does not take these values", "schema"}},
 		"a node inside the pods' range": {run{scenario: nodes(func(n []fakeNode) { n[1].Addr = "10.244.0.7" })},
 			[]string{"HC102", "Node b is at 10.244.0.7, inside the pods' 10.244.0.0/24"}},
@@ -440,7 +440,7 @@ func TestOptionsReachHelm(t *testing.T) {
 	r := run{args: []string{"-u", url, "-k", apiKey, "--set", "config.network.mtu=1300", "--set=config.ipam.strategy=random", "--image", "r:5000/a/b:c",
 		"-n", "net", "--kubeconfig", "KUBECONFIG", "--context=c", "--timeout", "1m30s"}, scenario: s}
 	r.do(t)
-	r.want(t, 0, "Its end: headcnictl uninstall -n net")
+	r.want(t, 0, "Its end: headcnictl uninstall --yes -n net")
 	if c := r.find("helm upgrade", "--namespace net", "--kubeconfig "+r.dir+"/kubeconfig --kube-context c", "--set config.network.mtu=1300", "--set config.ipam.strategy=random",
 		"image.repository=r:5000/a/b ", "image.tag=c ", "config.cni.binDir=/var/snap/microk8s/current/opt/cni/bin"); c == nil {
 		t.Error("helm upgrade is called otherwise")
@@ -586,7 +586,7 @@ func TestInterrupted(t *testing.T) {
 			}
 			_ = cmd.Wait() // the exit code tells
 			r.finish(t, cmd, out.Bytes())
-			r.want(t, tc.code, "Interrupted; HeadCNI may be installed in part. Run this again to go on, or take it off: headcnictl uninstall")
+			r.want(t, tc.code, "Interrupted; HeadCNI may be installed in part. Run this again to go on, or take it off: headcnictl uninstall --yes")
 			if !slices.ContainsFunc(r.calls, func(c call) bool { return c.Interrupted }) {
 				t.Error("helm goes on")
 			}
@@ -697,7 +697,7 @@ func TestUninstall(t *testing.T) {
 		"a node is down":  {there(func(s *scenario) { s.Nodes[1].NotReady = true }), []string{"--yes"}, 0, []string{"not Ready: b", "headcni-daemon uninstall"}, true},
 		"again":           {there(func(s *scenario) { s.Owner, s.Gone = "", true }), []string{"--yes"}, 0, []string{"Helm has no release", "HeadCNI is off"}, true},
 		"helm's was lost": {there(func(s *scenario) { s.Gone = true }), []string{"--yes"}, 1, []string{"its ClusterRole headcni is there"}, true},
-		"elsewhere":       {there(func(s *scenario) { s.Owner = "mine -n net" }), []string{"--yes"}, 1, []string{"headcnictl uninstall -n net"}, false},
+		"elsewhere":       {there(func(s *scenario) { s.Owner = "mine -n net" }), []string{"--yes"}, 1, []string{"headcnictl uninstall --yes -n net"}, false},
 		"wrong usage":     {there(none), []string{"now"}, 2, []string{"unknown command"}, false},
 	} {
 		t.Run(name, func(t *testing.T) {

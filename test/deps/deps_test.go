@@ -25,6 +25,7 @@ var level = map[string]int{
 	"internal/jsonw":      0,
 	"internal/nearest":    0,
 	"internal/printable":  0,
+	"internal/inetsum":    0,
 	"internal/netset":     0,
 	"internal/nfcmd":      0,
 	"internal/nlwatch":    0,
@@ -42,8 +43,9 @@ var level = map[string]int{
 	// What can be wrong, which every package may say.
 	"pkg/findings": 0,
 
-	"internal/sysctl": 1,
-	"pkg/config":      1,
+	"internal/program": 1,
+	"internal/sysctl":  1,
+	"pkg/config":       1,
 
 	"internal/cnimain": 2,
 	"pkg/logging":      2,
@@ -58,8 +60,11 @@ var level = map[string]int{
 	"pkg/kube":                  3,
 	"pkg/monitoring":            3,
 	"pkg/networking/antispoof":  3,
+	"pkg/networking/conntrack":  3,
 	"pkg/networking/deadman":    3,
+	"pkg/networking/fastpath":   3,
 	"pkg/networking/hostport":   3,
+	"pkg/networking/ipvs":       3,
 	"pkg/networking/noderoutes": 3,
 	"pkg/networking/podlink":    3,
 	"pkg/nft":                   3,

@@ -311,3 +311,22 @@ func TestDemoPrints(t *testing.T) {
 		t.Errorf("README.md shows %d lines of the demo", shown)
 	}
 }
+
+// TestKeysTakeTheirValues: where a document says `network.lanIngress: deny`, the daemon takes that value for that key.
+func TestKeysTakeTheirValues(t *testing.T) {
+	says := regexp.MustCompile(`^(?:config\.)?(\w+(?:\.\w+)+): (\S+)$`)
+	checked := 0
+	for _, name := range append(guides(t), "CONTRIBUTING.md", "CHANGELOG.md") {
+		for _, m := range span.FindAllStringSubmatch(read(t, name), -1) {
+			if kv := says.FindStringSubmatch(m[1]); kv != nil && slices.Contains(config.Keys(), kv[1]) {
+				checked++
+				if _, err := config.Load(root+"/docs/daemon.yaml", false, nil, []string{kv[1] + "=" + kv[2]}); err != nil {
+					t.Errorf("%s says `%s`: %v", name, m[1], err)
+				}
+			}
+		}
+	}
+	if checked < 8 {
+		t.Errorf("found %d keys with values: is the pattern right?", checked)
+	}
+}

@@ -91,6 +91,8 @@ func TestCLI(t *testing.T) {
 	want(w.user(t, "reader", "pods/log"), "2", "needs the right to create pods/exec in namespace kube-system", "status")
 	want(w.user(t, "", ""), "2", "list the Nodes", "status")
 
+	w.whyLive(t, want)
+
 	dump := filepath.Join(w.Dir, "dump.tgz")
 	want(admin, "0", "secrets masked", "sysdump", "-o", dump)
 	w.checkDump(t, dump)
@@ -122,12 +124,23 @@ func TestCLI(t *testing.T) {
 		}
 		return path
 	}
-	want(admin, "1", "is refused by Headscale", "key", "show")
+	// The pod that is asked may have its Secret later than the leader.
+	showsKey := func(want, text string) {
+		t.Helper()
+		eventually(t, "key show: "+text, 4*time.Minute, func(ctx context.Context) error {
+			if out, code := look(ctx, admin, "key", "show"); code != want || !strings.Contains(out, text) {
+				time.Sleep(2 * time.Second)
+				return fmt.Errorf("exit code %s of\n%s", code, out)
+			}
+			return nil
+		})
+	}
+	showsKey("1", "is refused by Headscale")
 	want(admin, "1", "nothing was changed", "key", "rotate", "--from-file", file("wrong", "hskey-api-otherwrongr-"+strings.Repeat("w", 64)))
 	want(admin, "0", "written to Secret "+namespace+"/headcni-auth", "key", "rotate", "--from-file", file("right", string(right)+"\n"))
 	want(w.user(t, "rotator", "pods/exec"), "2", "it needs the right to patch the Secret headcni-auth", "key", "rotate", "--from-file", file("new", w.newAPIKey(t)))
 	want(admin, "0", "3 of 3 nodes right", "status", "--wait=4m")
-	want(admin, "0", "number ", "key", "show")
+	showsKey("0", "number ")
 	number := func(ctx context.Context) string {
 		out, _ := look(ctx, admin, "key", "show")
 		_, after, _ := strings.Cut(out, "number ")
@@ -143,6 +156,33 @@ func TestCLI(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// whyLive has a packet sent from pod to pod: where all is well, to a port that nobody listens on, and against a policy.
+func (w *world) whyLive(t *testing.T, want func(kubeconfig, code, text string, args ...string)) {
+	t.Helper()
+	w.apply(t, "echo.yaml", echoManifest)
+	eventually(t, "the pods answer", 3*time.Minute, w.findPods)
+	from, to := w.echo[w.Workers()[0].Name], w.echo[w.Workers()[1].Name]
+	why := []string{"why", "--live", echoes + "/" + from.Name, echoes + "/" + to.Name, "--port"}
+	want(w.Kubeconfig(), "0", "answered, and the answer came back", append(why, "8080")...)
+	want(w.Kubeconfig(), "0", "sent from the pod's link, on its node", append(why[:4:4], "--proto", "icmp")...)
+	want(w.Kubeconfig(), "1", "refused, as step", append(why, "81")...)
+	w.apply(t, "denies.yaml", "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: denies, namespace: "+echoes+"}, spec: {podSelector: {}, policyTypes: [Ingress]}}")
+	defer w.kubectl(t, "delete", "networkpolicy", "-n", echoes, "denies")
+	eventually(t, "the policy holds", time.Minute, func(ctx context.Context) error {
+		if _, err := w.get(ctx, from, url(addrs(t, to)[0], 8080, "/hostname")); err == nil {
+			time.Sleep(100 * time.Millisecond)
+			return errors.New("it still answers")
+		}
+		return nil
+	})
+	want(w.Kubeconfig(), "1", "NetworkPolicies denied it", append(why, "8080")...)
+	for _, n := range w.Nodes {
+		if out, err := n.Run(within(t, time.Minute), "ip", "-br", "link"); err != nil || strings.Contains(out, "headcni-why") {
+			t.Errorf("%s: %v, left links:\n%s", n.Name, err, out)
+		}
+	}
 }
 
 // newAPIKey makes one with Headscale's own client.

@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -26,7 +28,7 @@ type suite struct {
 // testConformance runs upstream's own tests, in parallel.
 func testConformance(t *testing.T, w *world) {
 	if *conformance != "" {
-		w.upstream(t, suite{focus: *conformance, procs: 6, limit: 20 * time.Minute})
+		w.upstream(t, suite{focus: *conformance, skip: *skip, procs: 6, limit: 40 * time.Minute})
 	}
 }
 
@@ -107,6 +109,11 @@ func (w *world) upstream(t *testing.T, s suite) {
 	want := passed(out)
 	began := time.Now()
 	out, err = ginkgo(s.limit, "--procs="+strconv.Itoa(s.procs), "--timeout="+(s.limit-time.Minute).String())
+	if *artifacts != "" {
+		if err := os.WriteFile(filepath.Join(*artifacts, "upstream.log"), []byte(out), 0o600); err != nil {
+			t.Error(err)
+		}
+	}
 	lines := strings.Split(strings.TrimSpace(out), "\n")
 	for _, line := range lines {
 		if strings.Contains(line, "[FAIL]") {

@@ -31,6 +31,7 @@ const (
 
 var (
 	conformance   = flag.String("conformance", "", "run upstream's tests with this focus too, such as '\\[sig-network\\].*\\[Conformance\\]'")
+	skip          = flag.String("skip", "", "leave out those of -conformance's tests that this matches")
 	policies      = flag.Bool("policies", false, "TestSmoke runs some of upstream's tests of NetworkPolicies too")
 	netpol        = flag.String("netpol", `\[sig-network\] Netpol`, "the focus of TestNetpol's tests of upstream's")
 	proxyMode     = flag.String("proxy-mode", cluster.ModeNFTables, "kube-proxy's mode, nftables or iptables")

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -30,23 +31,27 @@ type askers struct {
 	servers []corev1.Pod
 	// addresses are the nodes' names in the tailnet, and what they must lead to: an IPv4 and an IPv6 address.
 	addresses map[string][]string
-	// service is the address of a service of the cluster.
-	service string
+	// service are the addresses of a Service of the cluster, IPv4 first.
+	service []netip.Addr
 }
 
 // TestNames has pods that may ask CoreDNS and nobody else resolve the tailnet's names, by each of its pods, while Headscale is dead and
 // after tailscaled was restarted. A device of the tailnet resolves the cluster's names by split DNS, and reaches Services and pods by what it
-// is told. Afterwards the Corefile is as it was, to the byte.
+// is told, as policies let it; what it leads to is reached by pods with consent. Afterwards the Corefile is as it was, to the byte.
 func TestNames(t *testing.T) {
 	w := start(t, cluster.Options{ProxyMode: *proxyMode, Device: true, Policy: func(policy map[string]any) {
 		rule := policy["acls"].([]map[string]any)[0]
 		for _, p := range cluster.ServicePrefixes() {
 			rule["dst"] = append(rule["dst"].([]string), p.String()+":*")
 		}
+		for p := range strings.SplitSeq(behindDevice, ",") {
+			rule["dst"] = append(rule["dst"].([]string), p+":*")
+		}
 		policy["nodeAttrs"] = []map[string]any{{"target": []string{lab.Tag}, "attr": []string{"cache-network-maps", "magicdns-aaaa"}}}
 	}})
 	before := w.corefile(t)
 	w.apply(t, "echo.yaml", echoManifest)
+	w.kubectl(t, "annotate", "service", "-n", echoes, "echo", kube.TailnetName+"="+tailnetName)
 	w.kubectl(t, "label", "node", w.Workers()[0].Name, servicesLabel+"=")
 	w.install(t, map[string]any{"config": map[string]any{
 		"dns":     map[string]any{"alias": "e2e.k8s.lab"},
@@ -57,7 +62,9 @@ func TestNames(t *testing.T) {
 	w.apply(t, "names.yaml", namesManifest)
 	a := &askers{world: w, addresses: map[string][]string{}}
 	a.find(t)
-	a.service = w.kubectl(t, "get", "service", "-n", echoes, "echo", "-o", "jsonpath={.spec.clusterIP}")
+	for _, ip := range strings.Fields(w.kubectl(t, "get", "service", "-n", echoes, "echo", "-o", "jsonpath={.spec.clusterIPs[0]} {.spec.clusterIPs[1]}")) {
+		a.service = append(a.service, netip.MustParseAddr(ip))
+	}
 	began := time.Now()
 	// kubelet brings a changed ConfigMap into CoreDNS' pods within a minute and a half.
 	eventually(t, "names of the tailnet", 4*time.Minute, a.all)
@@ -68,6 +75,7 @@ func TestNames(t *testing.T) {
 	a.deniedElsewhere(t)
 	a.printed(t)
 	w.joinDevice(t)
+	a.behindDevice(t)
 
 	if err := w.Control.Headscale.Kill(); err != nil {
 		t.Fatal(err)
@@ -145,8 +153,8 @@ func (a *askers) all(ctx context.Context) error {
 		nobody := "@" + server.Status.PodIP + " nobody." + lab.BaseDomain
 		fmt.Fprintf(&script, "echo \"%s: $(dig +tries=1 +time=2 %s | sed -n 's/.*status: \\([A-Z]*\\).*/\\1/p')\"\n", nobody, nobody)
 		want = append(want, nobody+": NXDOMAIN")
-		ask(a.service, "@"+server.Status.PodIP, "echo.e2e.svc.cluster.local")
-		ask(a.service, "@"+server.Status.PodIP, "echo.e2e.svc.e2e.k8s.lab") // as other clusters ask
+		ask(a.service[0].String(), "@"+server.Status.PodIP, "echo.e2e.svc.cluster.local")
+		ask(a.service[0].String(), "@"+server.Status.PodIP, "echo.e2e.svc.e2e.k8s.lab") // as other clusters ask
 		for _, name := range slices.Sorted(maps.Keys(a.addresses)) {
 			for i, kind := range []string{"A", "AAAA"} {
 				for _, by := range []string{"+notcp", "+tcp"} {

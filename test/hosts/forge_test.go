@@ -1,12 +1,15 @@
 package hosts
 
 import (
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,6 +17,7 @@ import (
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/internal/nstest"
 )
 
@@ -138,29 +142,132 @@ func deceived(t *testing.T, n *lab.Node, scenes []scene) {
 	labtest.StartDaemon(t, n)
 }
 
-// A pod sends from its own address and from no other.
-func TestForgingPod(t *testing.T) {
-	w := surroundings.Enter(t)
-	var scenes []scene
+// poses are what a pod may send as, in each family, to a pod of its node, to one of another, to its node and to the outside.
+func (w *world) poses(t *testing.T, p *lab.Pod) (scenes []scene) {
+	t.Helper()
+	near, far := w.a2, w.b1
+	if p == w.b1 {
+		near, far = w.b2, w.a1
+	}
+	n, other := p.Node, far.Node
 	for i, v6 := range []bool{false, true} {
-		s := scene{from: w.a1, own: w.a1.Addr(v6), forged: []netip.Addr{
-			w.a2.Addr(v6), w.b1.Addr(v6), w.a.Underlay[i], w.b.Underlay[i], labtest.ControlAddr(w.Lab, v6),
-			labtest.TailnetAddrs(t, w.a)[i], labtest.TailnetAddrs(t, w.b)[i], w.a.PodCIDRs[i].Addr().Next(),
+		s := scene{from: p, own: p.Addr(v6), forged: []netip.Addr{
+			near.Addr(v6), far.Addr(v6), n.Underlay[i], other.Underlay[i], labtest.ControlAddr(w.Lab, v6),
+			labtest.TailnetAddrs(t, n)[i], labtest.TailnetAddrs(t, other)[i], n.PodCIDRs[i].Addr().Next(), clusterIPs[i].Addr(),
+			[]netip.Addr{netset.AnswererIPv4, netset.AnswererIPv6}[i],
 			[]netip.Addr{netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("2001:db8::9")}[i],
 			[]netip.Addr{netip.MustParseAddr("169.254.1.1"), netip.MustParseAddr("fe80::1")}[i],
 		}}
-		near := listen(t, "a pod of its node, "+labtest.Family(v6), w.a2, w.a2.Addr(v6))
 		s.to = []*ear{
-			near, listen(t, "a pod of another node, "+labtest.Family(v6), w.b1, w.b1.Addr(v6)),
-			listen(t, "its node, "+labtest.Family(v6), w.a, w.a.Underlay[i]),
+			listen(t, "a pod of its node, "+labtest.Family(v6), near, near.Addr(v6)),
+			listen(t, "a pod of another node, "+labtest.Family(v6), far, far.Addr(v6)),
+			listen(t, "its node, "+labtest.Family(v6), n, n.Underlay[i]),
 			listen(t, "the outside, "+labtest.Family(v6), w.Control, labtest.ControlAddr(w.Lab, v6)),
 		}
-		speak(t, s)
-		silent(t, s.to)
-		s.to = []*ear{near}
 		scenes = append(scenes, s)
 	}
+	return scenes
+}
+
+// A pod sends from its own address and from no other.
+func TestForgingPod(t *testing.T) {
+	w := surroundings.Enter(t)
+	scenes := w.poses(t, w.a1)
+	for i, s := range scenes {
+		speak(t, s)
+		silent(t, s.to)
+		scenes[i].to = s.to[:1]
+	}
 	deceived(t, w.a, scenes)
+}
+
+// Nor does it while the node changes: programs die and come back, rules are flushed, pods come and go.
+func TestForgingPodWhileNodeChanges(t *testing.T) {
+	w := surroundings.Enter(t)
+	for _, p := range []*lab.Pod{w.a1, w.b1} {
+		n, scenes := p.Node, w.poses(t, p)
+		watch := labtest.Capture(t, w.Lab)
+		stop := flood(p, scenes)
+		t.Cleanup(stop)
+		for range 10 {
+			labtest.Kill(t, n.Daemon)
+			if err := n.StartDaemon(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(rand.N(300 * time.Millisecond))
+		}
+		labtest.Ready(t, n)
+		labtest.Kill(t, n.Tailscaled)
+		time.Sleep(labtest.Moment)
+		labtest.StartTailscaled(t, n)
+		labtest.Ready(t, n)
+		labtest.Sh(t, n.Machine, "%s", labtest.FlushRules)
+		for i := range 5 {
+			other, err := n.AddPod(labtest.Within(t), fmt.Sprintf("other-%d", i), lab.PodOptions{Idle: true})
+			if err == nil {
+				err = other.Remove(labtest.Within(t))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		labtest.Ready(t, n)
+		for _, s := range scenes {
+			for _, e := range s.to {
+				labtest.Eventually(t, "something genuine at "+e.name, func() error {
+					if _, truth := e.lies(); !truth {
+						return errors.New("nothing")
+					}
+					return nil
+				})
+			}
+			silent(t, s.to)
+		}
+		labtest.NoneInClear(t, watch())
+
+		labtest.Kill(t, n.Daemon)
+		labtest.Sh(t, n.Machine, "nft flush chain ip headcni antispoof; nft flush chain ip6 headcni antispoof")
+		for _, s := range scenes {
+			labtest.Eventually(t, "without our rules something forged arrives at "+s.to[0].name, func() error {
+				if lies, _ := s.to[0].lies(); len(lies) == 0 {
+					return errors.New("this test cannot fail")
+				}
+				return nil
+			})
+		}
+		stop()
+		labtest.StartDaemon(t, n)
+	}
+}
+
+// flood says everything forged to all, again and again, and something genuine, and sends to those of the tunnel.
+func flood(p *lab.Pod, scenes []scene) (stop func()) {
+	var over atomic.Bool
+	var ended sync.WaitGroup
+	for i, s := range scenes {
+		var to []netip.AddrPort
+		for _, a := range slices.Concat(labtest.OfNobody(i == 1), labtest.OfTailnet(i == 1), []netip.Addr{clusterIPs[i].Addr()}) {
+			to = append(to, netip.AddrPortFrom(a, lab.EchoPort))
+		}
+		for _, e := range s.to {
+			to = append(to, e.addr)
+		}
+		ended.Go(func() {
+			for !over.Load() {
+				for _, at := range to {
+					for _, src := range s.forged {
+						_ = forge(p, src, at, "forged "+src.String()) // what is refused is of no interest
+					}
+					_ = forge(p, s.own, at, genuine)
+				}
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+	return func() {
+		over.Store(true)
+		ended.Wait()
+	}
 }
 
 // A host on the LAN does not pass for a pod, a service, a tailnet device or the node, also where a port of the node leads it to a pod.

@@ -1,10 +1,14 @@
 package hosts
 
 import (
+	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
@@ -27,7 +31,8 @@ func TestHostPortsOutliveAFlush(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p := labtest.AddPod(t, n, "ported", lab.PodOptions{Ports: []hostport.Mapping{{HostPort: port, ContainerPort: lab.EchoPort, Protocol: "TCP"}}})
+			p := labtest.AddPod(t, n, "ported", lab.PodOptions{Ports: []hostport.Mapping{
+				{HostPort: port, ContainerPort: lab.EchoPort, Protocol: "TCP"}, {HostPort: port, ContainerPort: lab.EchoPort, Protocol: "UDP"}}})
 			at := func(v6 bool) netip.AddrPort {
 				if v6 {
 					return netip.AddrPortFrom(n.Underlay[1], port)
@@ -66,9 +71,24 @@ func TestHostPortsOutliveAFlush(t *testing.T) {
 			reached("after its link had another name, and another flush")
 			labtest.Kill(t, n.Daemon)
 			reached("without the daemon")
+			flows := func() string {
+				return labtest.Sh(t, n.Machine, "for f in ipv4 ipv6; do conntrack -L -p udp --orig-port-dst %d -f $f; done", port)
+			}
+			for _, v6 := range []bool{false, true} {
+				c := dialUDP(t, w.Control, at(v6))
+				labtest.Eventually(t, "reach the pod by UDP", func() error { return answered(c) })
+				if got := flows(); !strings.Contains(got, fmt.Sprintf("src=%s", p.Addr(v6))) {
+					t.Errorf("conntrack does not know of a flow to %s: %s", p.Addr(v6), got)
+				}
+			}
 			next := p.Addrs
 			if err := p.Remove(labtest.Within(t)); err != nil {
 				t.Fatal(err)
+			}
+			for _, a := range next {
+				if got := flows(); strings.Contains(got, fmt.Sprintf("src=%s", a)) {
+					t.Errorf("without the daemon a flow goes on to %s, which nobody has: %s", a, got)
+				}
 			}
 			labtest.StartDaemon(t, n)
 			labtest.Ready(t, n)
@@ -81,4 +101,27 @@ func TestHostPortsOutliveAFlush(t *testing.T) {
 		})
 	}
 	w.works(t)
+}
+
+// dialUDP has one socket that asks all the time of a test.
+func dialUDP(t *testing.T, from lab.Place, to netip.AddrPort) net.Conn {
+	t.Helper()
+	c, err := from.Dial(labtest.Within(t), "udp", to.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// answered asks once.
+func answered(c net.Conn) error {
+	if _, err := c.Write([]byte("who?")); err != nil {
+		return err
+	}
+	if err := c.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
+	_, err := c.Read(make([]byte, 128))
+	return err
 }

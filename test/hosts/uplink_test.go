@@ -109,7 +109,7 @@ func TestUplinkRouterAdvertisements(t *testing.T) {
 		return nil
 	}
 	labtest.Eventually(t, "wait for a default route", byRA)
-	monitor, err := n.Start("ip", nil, "-6", "monitor", "route")
+	monitor, err := n.Start("ip", nil, "-ts", "-6", "monitor", "route")
 	if err != nil {
 		t.Fatal(err)
 	}

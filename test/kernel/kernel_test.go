@@ -37,16 +37,18 @@ const silence = 10 * time.Minute
 var all = flag.Bool("all", false, "run all tests of the packages in the guest, not only the quick ones")
 
 // only chooses what runs in the guest. Without the help of a processor the rest takes long, and Headscale may give up on its own database while it starts.
-var only = flag.String("only", "^(preflight|pkg/nft)$", "run what matches this regular expression: packages, preflight, demo")
+var only = flag.String("only", "^(preflight|pkg/nft|pkg/networking/fastpath)$", "run what matches this regular expression: packages, bench NAME, preflight, demo")
 
-// packages are those whose tests run in the guest, with those of them that say most in little time.
-var packages = []struct{ path, quick string }{
-	{"pkg/nft", "TestNeverInClear|TestPortsMoveUDP|TestSubnetsNotInClear"},
-	{"pkg/networking/podlink", "TestAttach$|TestCheck|TestGroup|TestGate|TestPodHasNoNeighboursToAskFor|TestSecondInterface"},
-	{"pkg/networking/noderoutes", "TestRemoveLeavesTheHostAsItWas|TestRulesShareTheTailnetsRange|TestTunnelRoutesComeBack|TestConfigurationChange"},
-	{"pkg/policy/enforce", "TestDenied|TestLookups|TestRecheckEmptied"},
-	{"pkg/policy/nflog", "."},
-	{"test/policy", "TestKernelRandom|TestNodePort"},
+// packages are those whose tests run in the guest, with those of them that say most in little time, and benchmarks: ONLY="bench NAME".
+var packages = []struct{ path, quick, bench string }{
+	{"pkg/nft", "TestNeverInClear|TestPortsMoveUDP|TestSubnetsNotInClear", ""},
+	{"pkg/networking/podlink", "TestAttach$|TestCheck|TestGroup|TestGate|TestPodHasNoNeighboursToAskFor|TestSecondInterface", ""},
+	{"pkg/networking/noderoutes", "TestRemoveLeavesTheHostAsItWas|TestRulesShareTheTailnetsRange|TestTunnelRoutesComeBack|TestConfigurationChange", ""},
+	{"pkg/networking/fastpath", "TestPolicyEndsFlows|TestForged|TestPodGoes", "FastPath"},
+	{"pkg/policy/enforce", "TestDenied|TestLookups|TestRecheckEmptied", ""},
+	{"pkg/policy/nflog", ".", ""},
+	{"test/policy", "TestKernelRandom|TestNodePort", ""},
+	{"test/kernel/ipvs", ".", ""},
 }
 
 // forbidden has a module that may not be loaded, as hardened machines have them, which must be named; and then has it allowed.
@@ -92,11 +94,13 @@ func commands(t *testing.T) (list []wire.Command) {
 	dir := t.TempDir()
 	env := []string{
 		"PATH=" + os.Getenv("PATH") + ":/usr/sbin:/sbin", "HOME=/root", "LANG=C.UTF-8", nstest.RequireEnv + "=1",
+		"HEADCNI_TEST_FLOWTABLE=1", // pkg/networking/fastpath: this kernel has flowtables, and going without proves nothing
 		lab.ToolsEnv + "=" + os.Getenv(lab.ToolsEnv), lab.BinEnv + "=" + os.Getenv(lab.BinEnv),
 	}
 	args := []string{"test", "-c", "-o", dir + "/"}
 	for _, p := range packages {
-		if !chosen.MatchString(p.path) {
+		bench := "bench " + filepath.Base(p.path)
+		if !chosen.MatchString(p.path) && (p.bench == "" || !chosen.MatchString(bench)) {
 			continue
 		}
 		args = append(args, "./"+p.path)
@@ -105,6 +109,10 @@ func commands(t *testing.T) (list []wire.Command) {
 			flags = append(flags, "-test.short", "-test.run="+p.quick)
 		}
 		list = append(list, wire.Command{Name: p.path, Dir: filepath.Join(root, p.path), Env: env, Args: flags})
+		if p.bench != "" {
+			list = append(list, wire.Command{Name: bench, Dir: filepath.Join(root, p.path), Env: env, Args: []string{
+				flags[0], "-test.run=^$", "-test.bench=" + p.bench, "-test.benchtime=40x", "-test.timeout=60m"}})
+		}
 	}
 	ahead := wire.Command{Name: "preflight", Dir: root, Env: env, Args: []string{"bash", "-euo", "pipefail", "-c", forbidden}}
 	demo := wire.Command{Name: "demo", Dir: root, Env: env, Args: []string{"bin/headcnictl", "demo", "--no-color"}}

@@ -49,7 +49,7 @@ var mutants = []struct{ name, file, old, new string }{
 	{"errors are denied", "table.go", `"ct state related meta l4proto { icmp, ipv6-icmp } accept",`, ""},
 	{"what is unknown passes", "table.go", `unknown+"counter name "+CounterUnknown+" drop"`, `unknown+"counter name "+CounterUnknown+" accept"`},
 	{"no connection, no policy", "table.go", `Invalid: "goto " + chainStateless,`, `Invalid: "accept",`},
-	{"who went stays in the sets", "cluster.go", "change(gone, without)", "change(gone[:0], without)"},
+	{"who went stays in the sets", "cluster.go", "change(gone, without, c.claims.remove)", "change(gone[:0], without, c.claims.remove)"},
 }
 
 // TestMutants breaks the compiler, or the fixed chains, in each of these ways: the tests notice every one.

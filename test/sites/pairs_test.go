@@ -15,6 +15,13 @@ import (
 func TestPairs(t *testing.T) {
 	w := sites.Enter(t)
 	stop := labtest.Capture(t, w.Lab)
+	pairs(t, w)
+	labtest.NoneInClear(t, stop())
+}
+
+// pairs has each pair of a world's pods talk.
+func pairs(t *testing.T, w world) {
+	t.Helper()
 	each(w, func(a, b *lab.Pod) {
 		for _, v6 := range []bool{false, true} {
 			what := fmt.Sprintf("%s and %s, %s", a.Node.Name, b.Node.Name, labtest.Family(v6))
@@ -28,7 +35,6 @@ func TestPairs(t *testing.T) {
 			labtest.WantUDP(t, what, b, a.Addr(v6), size, b.Addr(v6))
 		}
 	})
-	labtest.NoneInClear(t, stop())
 }
 
 // What can be direct becomes so, and the rest is reached by the relay.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
 	"github.com/headcni/headcni/pkg/config"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 var (
@@ -237,27 +239,56 @@ func (r *results) write(t testing.TB, title string) {
 	}
 }
 
-// With a relay of its own beside it, Headscale may be dead: nodes that need the relay go on, and find back to it.
+// With relays of their own nodes take the nearer one, and the other one when that dies. Then Headscale may be dead: nodes that need a relay go on,
+// and find back to it.
 func TestRelayApart(t *testing.T) {
 	l := labtest.New(t, lab.Options{
-		Nodes: 2, Names: []string{"office", "branch"}, Bin: labtest.Programs(t), Relay: true,
+		Nodes: 2, Names: []string{"office", "branch"}, Bin: labtest.Programs(t), Derpers: []time.Duration{100 * time.Millisecond, 0},
 		Sites: []lab.Site{{NAT: lab.Hard, Strict: true}},
 	})
 	var pods []*lab.Pod
 	for _, n := range l.Nodes {
 		pods = append(pods, labtest.AddPod(t, n, "pod-"+n.Name, lab.PodOptions{}))
 	}
-	labtest.Kill(t, l.Control.Headscale)
+	far, near := l.Derpers[0], l.Derpers[1]
+	wantRelay(t, l, near.Name)
 	stop := labtest.Capture(t, l)
 	flows := labtest.StartFlows(t, pods[0], pods[1])
 	flows.WaitBack(t, time.Now())
 	if path := pathTo(t, l.Nodes[0], l.Nodes[1]); path != "relayed" {
 		t.Errorf("the path is %s", path)
 	}
+	died := time.Now()
+	labtest.Kill(t, near.Process)
+	wantRelay(t, l, far.Name)
+	flows.WaitBack(t, time.Now())
+	t.Logf("pods reach each other by the other relay %v after theirs has died", time.Since(died).Round(time.Second))
+	labtest.Kill(t, l.Control.Headscale)
+	flows.WaitBack(t, time.Now().Add(labtest.Moment))
 	forget(t, l.Nodes...)
 	flows.WaitBack(t, time.Now().Add(labtest.Moment))
 	flows.Stop()
 	labtest.NoneInClear(t, stop())
+}
+
+// wantRelay waits until each node knows that the others are reached by a relay.
+func wantRelay(t *testing.T, l *lab.Lab, name string) {
+	t.Helper()
+	for _, n := range l.Nodes {
+		api := tailscale.New(n.Path(strings.TrimPrefix(n.Socket(), "/var")))
+		labtest.EventuallyWithin(t, patience, n.Name+" is to reach others by "+name, func() error {
+			st, err := api.Status(t.Context())
+			if err != nil {
+				return err
+			}
+			for _, p := range st.Peers {
+				if p.Relay != name {
+					return fmt.Errorf("%s is reached by %q", p.Name, p.Relay)
+				}
+			}
+			return nil
+		})
+	}
 }
 
 // A router with another address leaves tailscaled's connection to Headscale hanging. Nobody misses it until Headscale restarts: who does not come

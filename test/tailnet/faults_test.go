@@ -16,6 +16,8 @@ import (
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 // broken is a lab with a pod on each of two nodes, in which one thing after the other is broken.
@@ -45,6 +47,34 @@ func (w *broken) startFlows(t *testing.T) labtest.Flows {
 	t.Helper()
 	// From one side alone: where both sides begin at once, WireGuard takes 5 s or a multiple of it to agree.
 	labtest.WantTCP(t, "the first contact", w.a, labtest.Echo(w.b, false), w.a.Addr(false))
+	// And once they have left the relay: what is under way by it then may be lost, whatever the daemon does.
+	for _, way := range [][2]*lab.Pod{{w.a, w.b}, {w.b, w.a}} {
+		from, to := way[0], way[1]
+		api := tailscale.New(from.Node.Path(strings.TrimPrefix(from.Node.Socket(), "/var")))
+		labtest.Eventually(t, "a direct path from "+from.Name, func() error {
+			if _, _, err := lab.Echo(t.Context(), from, to.Addr(false), 64); err != nil {
+				return err
+			}
+			st, err := api.Status(t.Context())
+			if err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(st.Peers, func(p tailscale.Peer) bool { return p.Name == to.Node.Name && p.CurAddr != "" }) {
+				return errors.New("it goes by the relay")
+			}
+			return nil
+		})
+	}
+	// And once their nodes have all their addresses: for each new one tailscaled binds its sockets anew.
+	for _, p := range w.pods() {
+		labtest.Eventually(t, "the answerer's address on "+p.Node.Name, func() error {
+			out, err := p.Node.Run(t.Context(), "ip", "-brief", "address", "show", "dev", "lo")
+			if err == nil && !(strings.Contains(out, netset.AnswererIPv4.String()) && strings.Contains(out, netset.AnswererIPv6.String())) {
+				err = errors.New(out)
+			}
+			return err
+		})
+	}
 	f := slices.Concat(labtest.StartFlows(t, w.a, w.b), labtest.StartFlows(t, w.b, w.a))
 	f.WaitBack(t, time.Now())
 	return f

@@ -16,6 +16,7 @@ import (
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/labtest"
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/headscale"
 )
@@ -38,6 +39,35 @@ func TestPreAuthKey(t *testing.T) {
 		}
 		labtest.WantTCP(t, labtest.Family(v6), b, labtest.Echo(a, v6), b.Addr(v6))
 		labtest.WantTCP(t, labtest.Family(v6), a, labtest.Echo(b, v6), a.Addr(v6))
+	}
+	wantAddressesForNamesFirst(t, n)
+}
+
+// wantAddressesForNamesFirst: they were there before a tailscaled of ours started. For each address that comes later it binds its sockets anew, and a
+// packet is lost. It says so, with what lo had before and has then; one more address has it say what it knows.
+func wantAddressesForNamesFirst(t *testing.T, n *lab.Node) {
+	t.Helper()
+	const late = "192.0.2.77/32"
+	if out, err := n.Run(t.Context(), "ip", "address", "add", late, "dev", "lo"); err != nil {
+		t.Fatal(out, err)
+	}
+	var changes []string // what lo had before each
+	labtest.Eventually(t, "tailscaled tells of an address", func() error {
+		changes = nil
+		for line := range strings.Lines(logSince(t, n, 0)) { // tailscaled's too
+			if _, change, ok := strings.Cut(line, " ips lo: ["); ok && strings.Contains(line, "LinkChange: major") {
+				before, now, _ := strings.Cut(change, "]->[")
+				if changes = append(changes, before); strings.Contains(now, late) {
+					return nil
+				}
+			}
+		}
+		return errors.New("not yet")
+	})
+	for _, before := range changes {
+		if !strings.Contains(before, netset.AnswererIPv4.String()) || !strings.Contains(before, netset.AnswererIPv6.String()) {
+			t.Errorf("tailscaled had begun when lo had %s", before)
+		}
 	}
 }
 

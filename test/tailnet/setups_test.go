@@ -46,6 +46,7 @@ const (
 var brokenSetups = []setup{
 	{name: "tailscaled is dead", at: ownHost, do: endTailscaled, undo: startTailscaled, want: findings.TailscaledSilent, says: "answer"},
 	{name: "the dedicated tailscaled is dead", at: ownDaemon, do: endTailscaled, undo: startTailscaled, want: findings.TailscaledSilent, says: "headcni-tailscaled"},
+	{name: "tailscaled's state is zeros", at: ownHost, do: zeroState, undo: keptState, want: findings.TailscaledState, says: "tailscaled.state"},
 	{name: "tailscaled writes the host's resolver", at: ownHost, sh: "tailscale set --accept-dns=true", mend: "tailscale set --accept-dns=false", want: findings.NamesRisk, says: "accept-dns"},
 	{name: "tailscale down", at: ownHost, sh: "tailscale down", mend: "tailscale up", want: findings.TailscaledStopped, says: "tailscale up"},
 	{name: "tailscaled's shields are up", at: ownHost, sh: "tailscale set --shields-up", mend: "tailscale set --shields-up=false", want: findings.ShieldsUp, says: "shields-up=false"},
@@ -167,6 +168,19 @@ func finds(t *testing.T, n *lab.Node, want findings.ID, says string) {
 func endTailscaled(t *testing.T, _ *lab.Lab, n *lab.Node) { labtest.Stop(t, n.Tailscaled) }
 
 func startTailscaled(t *testing.T, _ *lab.Lab, n *lab.Node) { labtest.StartTailscaled(t, n) }
+
+// zeroState is what a power failure leaves on some file systems.
+func zeroState(t *testing.T, l *lab.Lab, n *lab.Node) {
+	endTailscaled(t, l, n)
+	labtest.Sh(t, n.Machine, "cd /var/lib/tailscale; cp tailscaled.state kept; head -c 2048 /dev/zero >tailscaled.state")
+	startTailscaled(t, l, n)
+}
+
+func keptState(t *testing.T, l *lab.Lab, n *lab.Node) {
+	endTailscaled(t, l, n)
+	labtest.Sh(t, n.Machine, "cd /var/lib/tailscale; mv kept tailscaled.state")
+	startTailscaled(t, l, n)
+}
 
 // newKey makes an API key with Headscale's own client.
 func newKey(t *testing.T, l *lab.Lab) string {
