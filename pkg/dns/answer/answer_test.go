@@ -343,6 +343,26 @@ func TestServer(t *testing.T) {
 	}
 }
 
+// The node takes neither address as its own, by a link without any, also where an older version of ours has added it.
+func TestNodeTakesOtherAddresses(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "sh", "-ec", `ip link set lo up; ip link add other type veth peer name far0; ip link set far0 up; ip link set other up
+		ip link add bare type veth peer name far1; ip link set far1 up; ip link set bare up; ip -6 addr add fd68:6561:6463:6e69::53/128 dev lo nodad
+		ip addr add 192.0.2.1/24 dev other; ip addr add fd77::1/64 dev other nodad; ip route add 10.244.0.2 dev bare; ip route add fd00:244::2 dev bare`)
+	ns.Do(t, func() error {
+		done, err := EnsureAddrs([]netip.Addr{netset.AnswererIPv4, netset.AnswererIPv6})
+		if again, err := EnsureAddrs([]netip.Addr{netset.AnswererIPv4, netset.AnswererIPv6}); err != nil || len(done) != 2 || len(again) != 0 {
+			t.Errorf("%v, then %v, %v", done, again, err)
+		}
+		return err
+	})
+	for to, want := range map[string]string{"10.244.0.2": "192.0.2.1", "fd00:244::2": "fd77::1"} {
+		if got := ns.Run(t, "ip", "route", "get", to); !strings.Contains(got, "src "+want+" ") {
+			t.Errorf("want from %s: %s", want, got)
+		}
+	}
+}
+
 // A client that opens connections and says nothing keeps nobody else out, and one that may not ask hears nothing.
 func TestServerIsNotWornOut(t *testing.T) {
 	w := newWorld(t)

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -17,13 +19,15 @@ import (
 	"github.com/headcni/headcni/internal/netset"
 )
 
-// The addresses stand on lo: a dummy link of our own is a kernel module that hosts lack. Of scope host the node uses them for nothing else.
+// The addresses stand on lo: a dummy link of our own is a kernel module that hosts lack. The node uses them for nothing else: in IPv4 they
+// are of scope host; IPv6 has no such scope, and would take one that is on the first link as its own where no other fits better, as while
+// a link's own address is gone. There they are deprecated, which is the last that it takes (RFC 6724, section 5, rule 3).
 const loopback = "lo"
 
 // port is DNS'.
 const port = 53
 
-// EnsureAddrs gives the node the addresses, and says which it had to add.
+// EnsureAddrs gives the node the addresses, and says what it had to do.
 //
 // They are there before a tailscaled of ours starts (Ahead): for each that comes later it binds its sockets anew, which loses a packet.
 func EnsureAddrs(addrs []netip.Addr) (done []string, err error) {
@@ -33,14 +37,26 @@ func EnsureAddrs(addrs []netip.Addr) (done []string, err error) {
 	}
 	for _, a := range addrs {
 		err := netlink.AddrAdd(lo, address(a))
-		switch {
-		case err == nil:
-			done = append(done, fmt.Sprintf("add %s to %s", a, loopback))
-		case !errors.Is(err, unix.EEXIST):
+		if errors.Is(err, unix.EEXIST) {
+			if !preferred(lo, a) {
+				continue
+			}
+			err = netlink.AddrReplace(lo, address(a))
+		}
+		if err != nil {
 			return done, fmt.Errorf("add %s to %s: %w", a, loopback, err)
 		}
+		done = append(done, fmt.Sprintf("add %s to %s", a, loopback))
 	}
 	return done, nil
+}
+
+// preferred reports whether the node may take the address as its own, as one that an older version of ours has added.
+func preferred(lo netlink.Link, a netip.Addr) bool {
+	have, err := netlink.AddrList(lo, netlink.FAMILY_V6)
+	return (err == nil || errors.Is(err, netlink.ErrDumpInterrupted)) && slices.ContainsFunc(have, func(b netlink.Addr) bool {
+		return b.Equal(*address(a)) && b.Flags&unix.IFA_F_DEPRECATED == 0
+	})
 }
 
 // Ahead gives the node the addresses although nobody answers there yet: a question is refused until somebody does, and whoever asked goes on
@@ -103,6 +119,7 @@ func address(a netip.Addr) *netlink.Addr {
 	out := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}, Scope: unix.RT_SCOPE_HOST}
 	if a.Is6() {
 		out.Flags = unix.IFA_F_NODAD
+		out.ValidLft, out.PreferedLft = math.MaxUint32, 0 // valid for ever, and deprecated
 	}
 	return out
 }

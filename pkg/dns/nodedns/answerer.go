@@ -121,7 +121,7 @@ func Ahead(own []netip.Prefix) error {
 // global are the addresses by which a host is reached from elsewhere.
 func global(host []net.Addr) (out []netip.Prefix) {
 	for _, a := range host {
-		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().IsGlobalUnicast() {
+		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().IsGlobalUnicast() && p.Addr() != netset.AnswererIPv6 {
 			out = append(out, p)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/golden"
+	"github.com/headcni/headcni/internal/netset"
 	"github.com/headcni/headcni/internal/nstest"
 )
 
@@ -426,5 +427,10 @@ func TestDefaultSource(t *testing.T) {
 	ns.Run(t, "ip", "route", "del", "default", "metric", "0")
 	if got, err := find(unix.AF_INET); err != nil || got.String() != "198.51.100.7" {
 		t.Errorf("got %v, %v; want the route's source", got, err)
+	}
+	// Nobody outside knows where the node answers for names.
+	ns.Run(t, "sh", "-c", "ip link del docker0; ip -6 addr flush dev u0 scope global; ip -6 addr add "+netset.AnswererIPv6.String()+" dev lo; ip link set lo up")
+	if got, err := find(unix.AF_INET6); !errors.Is(err, ErrNoSource) {
+		t.Errorf("got %v, %v; want no source", got, err)
 	}
 }

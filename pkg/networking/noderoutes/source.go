@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/netset"
 )
 
 // ErrNoSource means that the node has no default route, or no address to use it with.
@@ -76,7 +78,7 @@ func hostAddrs(addrs []netlink.Addr) []hostAddr {
 	var out []hostAddr
 	for _, a := range addrs {
 		ones, _ := a.Mask.Size()
-		if ip := addrOf(a.IP); ip.IsValid() && a.Scope == unix.RT_SCOPE_UNIVERSE && !ip.IsLinkLocalUnicast() {
+		if ip := addrOf(a.IP); ip.IsValid() && a.Scope == unix.RT_SCOPE_UNIVERSE && !ip.IsLinkLocalUnicast() && ip != netset.AnswererIPv6 {
 			out = append(out, hostAddr{a.LinkIndex, netip.PrefixFrom(ip, ones), a.Flags&second != 0})
 		}
 	}
