@@ -95,8 +95,8 @@ const (
 	PolicyOpen   = "open"   // everything
 )
 
-// Whether established flows between pods of one node go past the node's rules.
-const FastPathOff = "off" // Auto is the other: where the kernel can
+// Off is the other value of what is Auto where it can be.
+const Off = "off"
 
 // Network is what the node's network looks like. Pod CIDRs are this node's, cluster CIDRs this cluster's pools.
 type Network struct {
@@ -119,8 +119,11 @@ type Network struct {
 	NetworkPolicy bool `json:"networkPolicy"`
 	// PolicyStartup is what a pod may do whose policies are not known yet.
 	PolicyStartup string `json:"policyStartup"`
-	// FastPath is Auto or FastPathOff.
+	// FastPath has flows between pods of one node go past the node's rules once they stand: Auto, where the kernel can, or Off.
 	FastPath string `json:"fastPath"`
+	// PeerMTU has packets between pods of two nodes be as large as the path between these was seen to carry: Auto, or Off, where they are as
+	// large as the tun's.
+	PeerMTU string `json:"peerMTU"`
 	// AdvertiseServices leads the tailnet to the cluster's services.
 	AdvertiseServices AdvertiseServices `json:"advertiseServices"`
 }
@@ -284,7 +287,7 @@ func (t *Tristate) UnmarshalJSON(b []byte) error {
 func Default() Config {
 	return Config{
 		Tailscale: Tailscale{Mode: ModeAuto, InterfaceName: names.DaemonTun, Tags: []string{"tag:headcni"}, Port: 41641},
-		Network: Network{Masquerade: true, TailnetEgress: EgressMasquerade, TailnetSubnets: SubnetsDeny, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict, FastPath: string(Auto),
+		Network: Network{Masquerade: true, TailnetEgress: EgressMasquerade, TailnetSubnets: SubnetsDeny, LANFirst: Auto, LANIngress: LANDeny, NetworkPolicy: true, PolicyStartup: PolicyStrict, FastPath: string(Auto), PeerMTU: Off,
 			AdvertiseServices: AdvertiseServices{NodeSelector: map[string]string{}, HealthURL: "http://127.0.0.1:10256/healthz"}},
 		IPAM:       IPAM{Type: "headcni-ipam", Strategy: "sequential", GCInterval: "1m"},
 		CNI:        CNI{BinDir: paths.CNIBinDir, ConfDir: paths.CNIConfDir},

@@ -106,10 +106,11 @@ func (c Config) validateNetwork(v *faults) {
 	v.oneOf("network.tailnetSubnets", n.TailnetSubnets, SubnetsDeny, SubnetsAllow)
 	v.oneOf("network.lanIngress", n.LANIngress, LANDeny, LANAllow)
 	v.oneOf("network.policyStartup", n.PolicyStartup, PolicyStrict, PolicyOpen)
-	v.oneOf("network.fastPath", n.FastPath, string(Auto), FastPathOff)
+	v.oneOf("network.fastPath", n.FastPath, string(Auto), Off)
+	v.oneOf("network.peerMTU", n.PeerMTU, string(Auto), Off)
 	v.oneOf("network.lanFirst", string(n.LANFirst), string(Auto), "true", "false")
 	if n.MTU != 0 && (n.MTU < 576 || n.MTU > 65520) {
-		v.add("network.mtu", strconv.Itoa(n.MTU), "want 0 (the tun's) or 576 to 65520 bytes; IPv6 needs 1280")
+		v.add("network.mtu", strconv.Itoa(n.MTU), "want 0 (the tun's, or by network.peerMTU) or 576 to 65520 bytes; IPv6 needs 1280")
 	}
 	lists := []struct {
 		key   string

@@ -144,6 +144,9 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	if k != nil {
 		forMember = &membership.Kubernetes{Node: k.Node(), Namespace: k.Namespace(), JoinKey: k.JoinKey}
 	}
+	if c.Network.PeerMTU == string(config.Auto) {
+		d.paths.Widen(noderoutes.PeerMTU{})
+	}
 	d.fast = fastpath.New(log, new(podlink.Handle), c.Network.FastPath == string(config.Auto))
 	if d.cfg.Network.NetworkPolicy = c.Network.NetworkPolicy && k != nil; d.cfg.Network.NetworkPolicy {
 		d.policy = d.newPolicy()

@@ -54,7 +54,7 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		}
 	}
 	if o.Tailnet != nil && len(o.Tailnet.Self.IPs) > 0 {
-		if link, err := findTun(o.tun, o.Tailnet.Self.IPs); err == nil {
+		if link, err := tailscale.FindTunNear(o.tun, o.Tailnet.Self.IPs); err == nil {
 			o.tun, o.tunMTU = link.Name, link.MTU
 		} else if o.Tailnet.State == tailscale.Running {
 			o.TailnetErr = err
@@ -79,6 +79,9 @@ func (d *Daemon) observe(ctx context.Context) (o observation, err error) {
 		return o, err
 	}
 	o.path, _ = d.paths.Smallest()
+	if o.wide = d.paths.Wide(); o.wide != nil {
+		o.uplinkMTU = noderoutes.UplinkMTU()
+	}
 	if o.members = d.saved.Members; o.Running() {
 		o.members = o.Tailnet.PeerAddrs4()
 	}
@@ -146,16 +149,4 @@ func sourceAddr(family int) (netip.Addr, error) {
 		return netip.Addr{}, nil
 	}
 	return a, err
-}
-
-// findTun looks at the interface that it was before, and at all of them only if that is not it: a node has hundreds.
-func findTun(last string, tailnet []netip.Addr) (tailscale.Link, error) {
-	link, err := tailscale.FindTun(tailnet, func() ([]tailscale.Link, error) {
-		l, err := tailscale.LinkNamed(last)
-		return []tailscale.Link{l}, err
-	})
-	if err == nil {
-		return link, nil
-	}
-	return tailscale.FindTun(tailnet, tailscale.Links)
 }

@@ -64,6 +64,10 @@ type observation struct {
 	leaving []netip.Prefix
 	// path is the path to a peer that carries least, the zero Path where all carry the tun's MTU.
 	path pathmtu.Path
+	// wide are peers' ranges of pods that more than the tun's MTU goes to, and how many bytes; uplinkMTU is what the node's uplinks carry. Both
+	// only where network.peerMTU wants them.
+	wide      map[netip.Prefix]int
+	uplinkMTU int
 	// held is why pod CIDRs that Kubernetes gave us must not be used: another Node has them too, or they are outside the cluster's.
 	held []error
 }
@@ -122,12 +126,15 @@ func withNeighbours(prefixes []netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.IsSingleIP() || p.Bits() == 0 })
 }
 
-// podMTU is what is configured, where the tun carries it, else the tun's. Where somebody has set that too small for IPv6, which the part
+// podMTU is what is configured, where the tun or the node's uplink carries it, else what these do. Where somebody has set that too small for IPv6, which the part
 // links tells, new pods of both families get what IPv6 needs: the plugin refuses less.
 func podMTU(c config.Config, o observation) int {
 	tun := cmp.Or(o.tunMTU, names.TunMTU)
 	if slices.ContainsFunc(o.ranges.Pods, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
 		tun = max(tun, netconf.MinMTU6)
+	}
+	if c.Network.PeerMTU == string(config.Auto) && o.uplinkMTU > 0 {
+		tun = max(tun, min(pathmtu.Inside(o.uplinkMTU, true), pathmtu.Widest)) // what routes do not carry, the node says to the pod
 	}
 	if c.Network.MTU == 0 {
 		return tun
@@ -194,14 +201,18 @@ func (o observation) accepted() noderoutes.Accepted {
 	if !o.Running() || o.prefs == nil || !o.prefs.RouteAll {
 		return noderoutes.Accepted{}
 	}
-	return noderoutes.Accepted{TunName: o.tun, Routes: o.Tailnet.TunnelRoutes()}
+	return noderoutes.Accepted{TunName: o.tun, Routes: o.Tailnet.TunnelRoutes(), MTUs: o.wide}
+}
+
+// podsOf are a peer's ranges of pods.
+func (o observation) podsOf(p tailscale.Peer) []netip.Prefix {
+	cluster := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
+	return slices.DeleteFunc(slices.Clone(p.Routes), func(r netip.Prefix) bool { return !netset.Covers(cluster, r) })
 }
 
 // podPeers are those with pods.
 func (o observation) podPeers() []tailscale.Peer {
-	cluster := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
-	inside := func(r netip.Prefix) bool { return netset.Covers(cluster, r) }
-	return slices.DeleteFunc(slices.Clone(o.peers()), func(p tailscale.Peer) bool { return len(p.IPs) == 0 || !slices.ContainsFunc(p.Routes, inside) })
+	return slices.DeleteFunc(slices.Clone(o.peers()), func(p tailscale.Peer) bool { return len(p.IPs) == 0 || len(o.podsOf(p)) == 0 })
 }
 
 // directPeers are those whose paths are worth knowing. Packets through a relay are a TCP stream, and fit.
@@ -209,18 +220,9 @@ func (o observation) directPeers() []pathmtu.Peer {
 	var out []pathmtu.Peer
 	for _, p := range o.podPeers() {
 		endpoint, _ := netip.ParseAddrPort(p.CurAddr) // "" is none
-		out = append(out, pathmtu.Peer{Name: p.Name, Addr: p.IPs[0], Endpoint: endpoint})
+		out = append(out, pathmtu.Peer{Name: p.Name, Addr: p.IPs[0], Endpoint: endpoint, Pods: o.podsOf(p)})
 	}
 	return out
-}
-
-// smallPath says that a path carries too little, where no router does: nothing but TCP is helped then.
-func smallPath(p pathmtu.Path) error {
-	if !p.Silent {
-		return nil
-	}
-	return reconcile.Warning{Err: findings.Errorf(findings.PathSmall, "path to %s carries %d bytes, and no router says so: TCP of pods is clamped, but larger UDP packets vanish; let "+
-		"ICMP \"fragmentation needed\" pass on the way, or set network.mtu to %[2]d (IPv6 pods need 1280) on every node", p.Peer, p.Bytes)}
 }
 
 // tunLink is the tun as tailscaled says it is; without addresses while it does not run.

@@ -20,6 +20,7 @@ func (d *Daemon) status(ctx context.Context) nodestatus.Status {
 	d.mu.Unlock()
 	s := nodestatus.Status{Version: d.version, Mode: last.Mode, Tun: last.tun, TunMTU: last.tunMTU, SmallPath: last.path.Peer, SmallPathBytes: last.path.Bytes}
 	s.Policy, s.FastPath, s.Names = d.policy.Status(), (*nodestatus.FastPath)(d.fast.State()), nodedns.RisksOf(last.dns, d.cfg.DNS.MagicDNS.BaseDomain).Texts()
+	s.PeerMTU = (*nodestatus.PeerMTU)(d.paths.State())
 	s.Dropped, s.GuardTest = nonZero(d.drops()), d.guardTest.Said()
 	t, prefs := d.member.Look(ctx)
 	var approved []netip.Prefix

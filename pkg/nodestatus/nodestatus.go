@@ -30,6 +30,8 @@ type Status struct {
 	Policy *Policy `json:"policy,omitempty"`
 	// FastPath is of flows between the node's own pods that go past its rules, nil where nobody tells of it.
 	FastPath *FastPath `json:"fastPath,omitempty"`
+	// PeerMTU is of packets between pods of two nodes that are larger than TunMTU, nil where nobody asked for them.
+	PeerMTU *PeerMTU `json:"peerMTU,omitempty"`
 	// Names are what may lead questions for names in a circle, each with what to do. Two of them are an error of the part names.
 	Names []string `json:"names,omitempty"`
 	// Parts are those of the node, each with its error and remedy where it has one.
@@ -46,6 +48,14 @@ type FastPath struct {
 	// Links are how many pods' links are in it. Why says why there is none, "" where there is.
 	Links int    `json:"links"`
 	Why   string `json:"why,omitempty"`
+}
+
+// PeerMTU is which paths to peers carry more than the tun's MTU, as was seen.
+type PeerMTU struct {
+	// Peers of Of have such a path; the largest carries Bytes, 0 where there is none.
+	Peers int `json:"peers"`
+	Of    int `json:"of"`
+	Bytes int `json:"bytes"`
 }
 
 // Policy is how NetworkPolicies stand on the node.

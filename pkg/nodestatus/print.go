@@ -38,6 +38,13 @@ func (s Status) Print(out io.Writer) error {
 		}
 		fmt.Fprintf(w, "fast path\t%s\n", text)
 	}
+	if p := s.PeerMTU; p != nil {
+		text := fmt.Sprintf("%d of %d paths to nodes with pods carry more than %d bytes", p.Peers, p.Of, s.TunMTU)
+		if p.Peers > 0 {
+			text += fmt.Sprintf(", up to %d", p.Bytes)
+		}
+		fmt.Fprintf(w, "peer MTU\t%s\n", text)
+	}
 	if t := s.Tailnet; t == nil {
 		fmt.Fprintln(w, "tailnet\ttailscaled does not answer")
 	} else {

@@ -22,7 +22,20 @@ const echoTimeout = time.Second
 // echo sends an ICMP echo of size bytes, which nobody may fragment, and succeeds if it comes back through the tunnel. It fails with EMSGSIZE where
 // the tun itself is too small.
 func echo(ctx context.Context, tun string, to netip.Addr, size int) error {
-	conn, err := ListenEcho(ctx, tun, to.Is6())
+	return echoBy(ctx, to, size, func(fd uintptr) error { return prepare(int(fd), tun, to.Is6()) })
+}
+
+// echoWide is an IPv4 echo of more bytes than the tun's MTU, which goes by its route's instead (Wider). It fails with EMSGSIZE where that
+// is less, or there is no such route.
+func echoWide(ctx context.Context, tun string, to netip.Addr, size int) error {
+	return echoBy(ctx, to, size, func(fd uintptr) error {
+		return errors.Join(unix.BindToDevice(int(fd), tun), unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, probeTOS),
+			unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO))
+	})
+}
+
+func echoBy(ctx context.Context, to netip.Addr, size int, prepare func(fd uintptr) error) error {
+	conn, err := listenEcho(ctx, to.Is6(), prepare)
 	if err != nil {
 		return err // no tun, or no right: nothing is learned
 	}
@@ -33,13 +46,17 @@ func echo(ctx context.Context, tun string, to netip.Addr, size int) error {
 
 // ListenEcho opens a socket for Echo, bound to a link where one is named, in the network namespace of the thread.
 func ListenEcho(ctx context.Context, link string, ipv6 bool) (net.PacketConn, error) {
+	return listenEcho(ctx, ipv6, func(fd uintptr) error { return prepare(int(fd), link, ipv6) })
+}
+
+func listenEcho(ctx context.Context, ipv6 bool, prepare func(fd uintptr) error) (net.PacketConn, error) {
 	network := "ip4:icmp"
 	if ipv6 {
 		network = "ip6:ipv6-icmp"
 	}
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var set error
-		err := c.Control(func(fd uintptr) { set = prepare(int(fd), link, ipv6) })
+		err := c.Control(func(fd uintptr) { set = prepare(fd) })
 		return errors.Join(err, set)
 	}}
 	return lc.ListenPacket(ctx, network, "")

@@ -3,6 +3,8 @@
 // What the kernel knows of the way to a peer's endpoint counts first: the link's MTU, and what routers have said to tailscaled's
 // own packets. An echo of full size through the tunnel makes routers say it before pods need it, shows where they are silent, and
 // where a path carries more again: what the kernel has learned expires after ten minutes, and that alone proves nothing.
+//
+// Where it is asked to, it proves paths that carry more than the tun's MTU in the same way.
 package pathmtu
 
 import (
@@ -17,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/pkg/findings"
+	"github.com/headcni/headcni/pkg/reconcile"
 )
 
 const (
@@ -42,6 +46,8 @@ type Peer struct {
 	// Addr is its tailnet address, Endpoint where tailscaled sends to; the zero AddrPort where that is not known now.
 	Addr     netip.Addr
 	Endpoint netip.AddrPort
+	// Pods are its ranges of pods.
+	Pods []netip.Prefix
 }
 
 // Path is a path that carries less than the tunnel's MTU.
@@ -53,6 +59,15 @@ type Path struct {
 	Silent bool `json:"silent,omitempty"`
 }
 
+// Err says that a path carries too little, where no router does: nothing but TCP is helped then.
+func (p Path) Err() error {
+	if !p.Silent {
+		return nil
+	}
+	return reconcile.Warning{Err: findings.Errorf(findings.PathSmall, "path to %s carries %d bytes, and no router says so: TCP of pods is clamped, but larger UDP packets vanish; let "+
+		"ICMP \"fragmentation needed\" pass on the way, or set network.mtu to %[2]d (IPv6 pods need 1280) on every node", p.Peer, p.Bytes)}
+}
+
 type state struct {
 	Peer
 	bytes  int // 0: the tunnel's MTU passes, as far as is known
@@ -60,19 +75,26 @@ type state struct {
 	idle   bool      // its endpoint is not known now
 	seen   time.Time // by Set
 	next   time.Time // when it may be probed again
+
+	wide     int       // bytes beyond the tun's MTU that were proven, 0: none
+	nextWide time.Time // when that may be looked at again
 }
 
 // Watch keeps what is known of all peers. Make it with New.
 type Watch struct {
 	kick chan struct{}
 	echo func(ctx context.Context, tun string, to netip.Addr, size int) error
-	ask  func(endpoint netip.Addr) (int, error)
+	// echoWide is one of more bytes than the tun's MTU.
+	echoWide func(ctx context.Context, tun string, to netip.Addr, size int) error
+	wider    Wider // nil: nothing larger than the tun's MTU is wanted
+	ask      func(endpoint netip.Addr) (int, error)
 
 	mu     sync.Mutex
 	tun    string
 	tunMTU int
 	peers  map[netip.Addr]*state
-	before Path // from before our start, until its peer is seen
+	before Path                 // from before our start, until its peer is seen
+	were   map[netip.Prefix]int // wide paths from before our start, until their peers are seen
 	began  time.Time
 }
 
@@ -82,7 +104,7 @@ func New(before Path) *Watch {
 	if before.Bytes < Floor {
 		before = Path{}
 	}
-	return &Watch{before: before, began: time.Now(), kick: make(chan struct{}, 1), echo: echo, ask: underlay, peers: map[netip.Addr]*state{}}
+	return &Watch{before: before, began: time.Now(), kick: make(chan struct{}, 1), echo: echo, echoWide: echoWide, ask: underlay, peers: map[netip.Addr]*state{}}
 }
 
 // Set says which peers there are. What is known of one stays while its endpoint is the same or not known; of a new endpoint the
@@ -97,13 +119,18 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 		switch {
 		case !ok:
 			s = &state{Peer: p}
+			for _, pods := range p.Pods {
+				s.wide = max(s.wide, w.were[pods])
+				delete(w.were, pods)
+			}
 			if p.Name == w.before.Peer {
 				s.bytes, s.silent = w.before.Bytes, w.before.Silent
 				w.before = Path{}
 			}
 		case p.Endpoint.IsValid() && p.Endpoint != s.Endpoint:
-			s = &state{Peer: p, bytes: s.bytes, silent: s.silent}
+			s = &state{Peer: p, bytes: s.bytes, silent: s.silent, wide: s.wide}
 		}
+		s.Pods = p.Pods
 		s.idle, s.seen = !p.Endpoint.IsValid(), time.Now()
 		now[p.Addr] = s
 	}
@@ -115,6 +142,7 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 	}
 	if time.Since(w.began) > memory {
 		w.before = Path{}
+		clear(w.were)
 	}
 	w.peers = now
 	select {
@@ -149,10 +177,14 @@ func (w *Watch) Run(ctx context.Context, changed func()) {
 		case <-time.After(wait):
 		}
 		began, peers := time.Now(), w.list()
-		peers = slices.DeleteFunc(peers, func(s *state) bool { return w.learn(changed, s, w.carries(s)) })
+		peers = slices.DeleteFunc(peers, func(s *state) bool {
+			w.narrow(changed, s)
+			return w.learn(changed, s, w.carries(s))
+		})
 		for _, s := range peers {
 			if probe && time.Since(began) < budget && ctx.Err() == nil {
 				w.probe(ctx, changed, s)
+				w.proveWide(ctx, changed, s)
 			}
 		}
 	}

@@ -40,6 +40,18 @@ func FindTun(tailnet []netip.Addr, list func() ([]Link, error)) (Link, error) {
 		"with userspace networking", ErrNoTun, tailnet)
 }
 
+// FindTunNear looks at the interface that it was before, and at all of them only if that is not it: a node has hundreds.
+func FindTunNear(last string, tailnet []netip.Addr) (Link, error) {
+	link, err := FindTun(tailnet, func() ([]Link, error) {
+		l, err := LinkNamed(last)
+		return []Link{l}, err
+	})
+	if err == nil {
+		return link, nil
+	}
+	return FindTun(tailnet, Links)
+}
+
 // Links lists the interfaces of the current network namespace.
 func Links() ([]Link, error) {
 	ifaces, err := net.Interfaces()

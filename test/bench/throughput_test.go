@@ -7,12 +7,15 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/headcni/headcni/internal/lab"
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/config"
 )
 
 // BenchmarkThroughput compares one TCP stream between pods on two nodes with one between the nodes over tailscale, and
@@ -76,13 +79,96 @@ func BenchmarkThroughput(b *testing.B) {
 			return err
 		})
 	}
+	for _, p := range paths[:2] {
+		ways = append(ways, func(got samples) error {
+			bps, err := streams(ctx, 8, p.from, p.to, p.addr)
+			got["TCP, 8 streams "+p.name] = append(got["TCP, 8 streams "+p.name], bps/1e9)
+			return err
+		})
+	}
 	got := interleave(b, 12, ways...)
 	r := newComparison(b, "Throughput:")
 	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[0].name, paths[1].name, ratio, "at least 0.97"})
+	r.compare(got, row{"TCP, 8 streams", "Gb/s", paths[0].name, paths[1].name, ratio, "at least 0.97"})
 	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[0].name, paths[2].name, ratio, ""})
 	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[3].name, paths[4].name, ratio, ""})
 	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[3].name, paths[5].name, ratio, "at least 0.95"})
 	r.compare(got, row{"TCP", "1 stream, Gb/s", paths[3].name, paths[6].name, ratio, ""})
+}
+
+// streams are the sum of so many streams at once.
+func streams(ctx context.Context, n int, from, to lab.Place, addr netip.Addr) (sum float64, err error) {
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	for range n {
+		wg.Go(func() {
+			bps, failed := lab.Throughput(ctx, from, to, addr, time.Second)
+			mu.Lock()
+			defer mu.Unlock()
+			sum, err = sum+bps, errors.Join(err, failed)
+		})
+	}
+	wg.Wait()
+	return sum, err
+}
+
+// BenchmarkPeerMTU compares one TCP stream between pods of two nodes with network.peerMTU (auto) with one between pods of two without it, over
+// an underlay that carries jumbo frames and over one that does not.
+func BenchmarkPeerMTU(b *testing.B) {
+	nstest.Require(b)
+	if err := (lab.Options{}).Check(); err != nil {
+		nstest.Skip(b, err.Error())
+	}
+	r := newComparison(b, "network.peerMTU:")
+	for _, mtu := range []int{9000, 1500} {
+		peerMTU(b, r, mtu)
+	}
+}
+
+func peerMTU(b *testing.B, r *report, mtu int) {
+	ctx, cancel := context.WithTimeout(b.Context(), 5*time.Minute)
+	defer cancel()
+	l, err := lab.New(ctx, lab.Options{Nodes: 4, Modes: []string{config.ModeDaemon}, UnderlayMTU: mtu, Configure: func(n *lab.Node, c map[string]any) {
+		if n.Name == "node-1" || n.Name == "node-2" {
+			c["network"].(map[string]any)["peerMTU"] = string(config.Auto)
+		}
+	}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	var pods []*lab.Pod
+	for i, n := range l.Nodes {
+		p, err := n.AddPod(ctx, fmt.Sprintf("load-%d", i), lab.PodOptions{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		pods = append(pods, p)
+	}
+	if _, _, err := lab.Echo(ctx, pods[0], pods[1].Addr(false), 64); err != nil {
+		b.Fatal(err)
+	}
+	for ctx.Err() == nil { // until the path is proven at both ends
+		routes := 0
+		for _, n := range l.Nodes[:2] {
+			out, _ := n.Run(ctx, "ip", "route", "show", "table", "52")
+			routes += min(1, strings.Count(out, "/25 "))
+		}
+		if routes == 2 {
+			break
+		}
+		time.Sleep(time.Second)
+	}
+	what := fmt.Sprintf("TCP %d", mtu)
+	var ways []way
+	for i, name := range []string{"auto", "off"} {
+		ways = append(ways, func(got samples) error {
+			bps, err := lab.Throughput(ctx, pods[2*i], pods[2*i+1], pods[2*i+1].Addr(false), time.Second)
+			got[what+" "+name] = append(got[what+" "+name], bps/1e9)
+			return err
+		})
+	}
+	r.compare(interleave(b, 12, ways...), row{what, fmt.Sprintf("1 stream, underlay %d, Gb/s", mtu), "auto", "off", ratio, ""})
 }
 
 // withoutCache has a node look every packet of its pods up in the FIB.

@@ -27,6 +27,7 @@ var allowed = map[string][]any{
 	"network.tailnetSubnets":         {"deny", "allow"},
 	"network.policyStartup":          {"strict", "open"},
 	"network.fastPath":               {"auto", "off"},
+	"network.peerMTU":                {"auto", "off"},
 	"ipam.strategy":                  {"sequential", "random", "dense-pack"},
 	"network.advertiseServices.only": {"", "named"},
 	"logging.level":                  {"debug", "info", "warn", "error"},

@@ -152,7 +152,7 @@ func (n *Routes) Remove(ctx context.Context) error {
 	defer n.mu.Unlock()
 	errs := []error{n.forgetEarlierBoot()}
 	// The way into the network is closed first: without rules nothing may be forwarded.
-	errs = append(errs, n.restore())
+	errs = append(errs, n.restore(), removePeerMTUs())
 	have, raws, err := observe()
 	if err != nil {
 		return errors.Join(append(errs, explain(err))...)

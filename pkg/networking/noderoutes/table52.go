@@ -3,6 +3,7 @@ package noderoutes
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -17,6 +18,7 @@ const routeGrace = 500 * time.Millisecond
 type Table52 struct {
 	missing map[netip.Prefix]time.Time // since when
 	kernel  table
+	widened bool // there may be routes with an MTU: in the beginning an earlier process's
 }
 
 // Accepted are the routes that tailscaled accepts from its peers, by its status.
@@ -25,18 +27,22 @@ type Accepted struct {
 	TunName string
 	// Routes are none while tailscaled does not run or accepts none.
 	Routes []netip.Prefix
+	// MTUs are how many bytes go to ranges of peers' pods where that is more than the tun's MTU.
+	MTUs map[netip.Prefix]int
 }
 
 // table is tailscaled's routing table in the kernel.
 type table interface {
 	missing(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error)
 	add(tun string, prefixes []netip.Prefix) ([]string, error)
+	widen(tun string, mtus map[netip.Prefix]int) ([]string, error)
 }
 
 // NewTable52 returns a Table52 that has looked at nothing yet.
-func NewTable52() *Table52 { return &Table52{kernel: kernelTable{}} }
+func NewTable52() *Table52 { return &Table52{kernel: kernelTable{}, widened: true} }
 
-// Sync adds the routes that have been missing for longer than routeGrace, while tailscaled's status still names them.
+// Sync adds the routes that have been missing for longer than routeGrace, while tailscaled's status still names them, and has those to
+// peers' pods carry what MTUs says.
 func (t *Table52) Sync(a Accepted) ([]string, error) {
 	if len(a.Routes) == 0 {
 		t.missing = nil // the next look may be at other routes
@@ -68,6 +74,19 @@ func (t *Table52) Sync(a Accepted) ([]string, error) {
 		if done, err = t.kernel.add(a.TunName, due); err != nil {
 			return done, fmt.Errorf("tailscaled's routes are gone from its table: %w", err)
 		}
+	}
+	wide := map[netip.Prefix]int{}
+	for p, mtu := range a.MTUs {
+		if slices.Contains(a.Routes, p) {
+			wide[p] = mtu
+		}
+	}
+	if len(wide) > 0 || t.widened {
+		more, err := t.kernel.widen(a.TunName, wide)
+		if done = append(done, more...); err != nil {
+			return done, err
+		}
+		t.widened = len(wide) > 0
 	}
 	if len(since) > 0 {
 		return done, reconcile.Soon{Waiting: errRoutesMissing, In: next}

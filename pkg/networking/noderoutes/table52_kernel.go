@@ -77,11 +77,15 @@ func tunnelRoutes(link netlink.Link, f family) ([]netip.Prefix, error) {
 	}
 	var out []netip.Prefix
 	for _, r := range routes {
-		if r.Type == unix.RTN_UNICAST {
+		if r.Type == unix.RTN_UNICAST && r.MTU == 0 { // else it is ours (PeerMTUs)
 			out = append(out, routeTo(r, f))
 		}
 	}
 	return out, nil
+}
+
+func (kernelTable) widen(tun string, mtus map[netip.Prefix]int) ([]string, error) {
+	return syncPeerMTUs(tun, mtus)
 }
 
 // add puts routes into tailscaled's table as tailscaled itself does, which takes them for its own from then on.
@@ -91,10 +95,7 @@ func (kernelTable) add(tun string, prefixes []netip.Prefix) (added []string, err
 		return nil, fmt.Errorf("look at %s: %w", tun, err)
 	}
 	for _, p := range prefixes {
-		r := &netlink.Route{
-			LinkIndex: link.Attrs().Index, Table: tailscaleTable,
-			Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
-		}
+		r := &netlink.Route{LinkIndex: link.Attrs().Index, Table: tailscaleTable, Dst: ipNet(p)}
 		what := fmt.Sprintf("add route %s dev %s table %d", p, tun, tailscaleTable)
 		if err := netlink.RouteReplace(r); err != nil {
 			return added, fmt.Errorf("%s: %w", what, explain(err))
