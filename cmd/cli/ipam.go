@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -58,6 +59,9 @@ type networkLease struct {
 func (f *ipamFlags) each(fn func(network string, p *ipam.Pool) error) error {
 	if _, err := os.Stat(f.dataDir); errors.Is(err, os.ErrNotExist) && f.dataDir != paths.IPAMDir {
 		return fmt.Errorf("--data-dir %s: there is no such folder", f.dataDir)
+	}
+	if _, err := os.Stat(filepath.Dir(f.dataDir)); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("this machine is no node of HeadCNI, %s is not there: run it on a node, as root", filepath.Dir(f.dataDir))
 	}
 	networks, err := ipam.Networks(f.dataDir)
 	if err != nil {

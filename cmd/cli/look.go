@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -43,7 +44,11 @@ type lookFlags struct {
 	// mayBeLocal: the command has --local.
 	mayBeLocal bool
 	timeout    time.Duration
+	stderr     func() io.Writer
 }
+
+// patience is how long nothing is said of a node that does not answer.
+const patience = 8 * time.Second
 
 func (f *lookFlags) add(cmd *cobra.Command) {
 	f.addNodes(cmd)
@@ -65,6 +70,7 @@ func (f *lookFlags) addCluster(cmd *cobra.Command) {
 	fl := cmd.Flags()
 	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "how to reach the API server; without it KUBECONFIG, else ~/.kube/config")
 	fl.StringVar(&f.context, "context", "", "the kubeconfig's context to use")
+	f.stderr = cmd.ErrOrStderr
 }
 
 // addWhere adds what says whom to ask.
@@ -178,13 +184,24 @@ func (f *lookFlags) looker() (looker, error) {
 	if err != nil {
 		return looker{}, err
 	}
+	var once sync.Once
 	cluster := &doctor.Cluster{
 		Client: client, Namespace: f.namespace, Timeout: f.timeout, Node: f.node,
 		Exec: func(ctx context.Context, pod podexec.Pod, command ...string) ([]byte, error) {
+			defer f.late(&once, pod).Stop()
 			return podexec.Run(ctx, c, pod, command...)
 		},
 	}
 	return looker{cluster.Look, cluster, c}, nil
+}
+
+// late says, once for all pods, that one does not answer, until its timer is stopped.
+func (f *lookFlags) late(once *sync.Once, pod podexec.Pod) *time.Timer {
+	return time.AfterFunc(patience, func() {
+		once.Do(func() {
+			fmt.Fprintf(f.stderr(), "headcnictl: pod %s/%s does not answer yet; a node may take %s (--timeout)\n", pod.Namespace, pod.Name, f.timeout)
+		})
+	})
 }
 
 // fail prints why there is no answer.
