@@ -18,14 +18,14 @@ func dropsCmd() *cobra.Command {
 	var follow bool
 	var pod string
 	cmd := &cobra.Command{
-		Use:   "drops [-f] [--pod P]",
-		Short: "Show the packets that NetworkPolicies deny on this node, with both pods and the policies that isolate",
-		Long: "Show the packets that NetworkPolicies deny on this node: when, in which direction, both ends by name, protocol and port, and which\n" +
+		Use:   "drops [-f] [--pod P] [--node N]",
+		Short: "Show the packets that NetworkPolicies deny, with both pods and the policies that isolate",
+		Long: "Show the packets that NetworkPolicies deny: when, in which direction, both ends by name, protocol and port, and which\n" +
 			"policies isolate the pod.\n\n" +
 			"With -f the kernel logs them while the command runs, at most ten a second of each kind: the counters count all.\n" +
-			"In Kubernetes run it by `kubectl exec -it` in the node's pod: it ends when you leave.\n" +
 			"Without it: those that were logged last, and the counters.\n\n" +
-			"It asks the daemon of this node, as root. Exit code 0: answered; 2: no answer.",
+			policyHow + "\n\n" +
+			"JSON is an object, of a cluster a list of one for each node; with -f one for each packet. Exit code 0: answered; 2: no answer, of a node at least.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return f.run(cmd, func(ctx context.Context, out io.Writer) error {
@@ -37,7 +37,7 @@ func dropsCmd() *cobra.Command {
 					defer stop()
 					return f.followDrops(ctx, out, cmd.ErrOrStderr(), pod)
 				}
-				d, err := report.AskDrops(ctx, f.socket, f.namespace, pod)
+				d, err := report.AskDrops(ctx, f.socket, f.pods, pod)
 				if err != nil {
 					return err
 				}
@@ -45,10 +45,21 @@ func dropsCmd() *cobra.Command {
 					return printJSON(out, d)
 				}
 				return d.Print(out)
+			}, func(ctx context.Context, l looker, out io.Writer) error {
+				if follow {
+					return f.followAll(ctx, l, out, cmd.ErrOrStderr(), pod)
+				}
+				command := []string{"drops", "-n", f.pods}
+				if pod != "" {
+					command = append(command, "--pod", pod)
+				}
+				answers, err := askDaemons[report.Drops](ctx, l, nil, command...)
+				return errors.Join(printAll(f, out, answers, func(a report.Drops) string { return a.Node }, func(a report.Drops) error { return a.Print(out) }), err)
 			})
 		},
 	}
 	f.add(cmd)
+	cmd.Flags().StringVar(&f.node, "node", "", "look at this node only")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "have the kernel log, and show each packet as it is denied, until Ctrl-C")
 	cmd.Flags().StringVar(&pod, "pod", "", "only packets from or to this pod (NAMESPACE/NAME, or NAME)")
 	return cmd
@@ -76,7 +87,7 @@ func untilGone(ctx context.Context, in io.Reader, pod bool) (context.Context, co
 // followDrops prints a line for each packet; JSON is one object a line.
 func (f *policyFlags) followDrops(ctx context.Context, out, notes io.Writer, pod string) error {
 	lines := json.NewEncoder(out)
-	return report.Follow(ctx, f.socket, f.namespace, pod, func(e report.Event) error {
+	return report.Follow(ctx, f.socket, f.pods, pod, func(e report.Event) error {
 		switch {
 		case e.Started != nil:
 			if e.Started.Note != "" {

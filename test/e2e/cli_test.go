@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"github.com/headcni/headcni/internal/cluster"
 )
 
@@ -91,7 +93,7 @@ func TestCLI(t *testing.T) {
 	want(w.user(t, "reader", "pods/log"), "2", "needs the right to create pods/exec in namespace kube-system", "status")
 	want(w.user(t, "", ""), "2", "list the Nodes", "status")
 
-	w.whyLive(t, want)
+	w.whyLive(t, ctl, want)
 
 	dump := filepath.Join(w.Dir, "dump.tgz")
 	want(admin, "0", "secrets masked", "sysdump", "-o", dump)
@@ -158,8 +160,9 @@ func TestCLI(t *testing.T) {
 	})
 }
 
-// whyLive has a packet sent from pod to pod: where all is well, to a port that nobody listens on, and against a policy.
-func (w *world) whyLive(t *testing.T, want func(kubeconfig, code, text string, args ...string)) {
+// whyLive has a packet sent from pod to pod: where all is well, to a port that nobody listens on, and against a policy, of which all nodes are
+// asked then.
+func (w *world) whyLive(t *testing.T, ctl string, want func(kubeconfig, code, text string, args ...string)) {
 	t.Helper()
 	w.apply(t, "echo.yaml", echoManifest)
 	eventually(t, "the pods answer", 3*time.Minute, w.findPods)
@@ -178,11 +181,49 @@ func (w *world) whyLive(t *testing.T, want func(kubeconfig, code, text string, a
 		return nil
 	})
 	want(w.Kubeconfig(), "1", "NetworkPolicies denied it", append(why, "8080")...)
+	w.policiesFromAfar(t, ctl, want, from, to)
 	for _, n := range w.Nodes {
 		if out, err := n.Run(within(t, time.Minute), "ip", "-br", "link"); err != nil || strings.Contains(out, "headcni-why") {
 			t.Errorf("%s: %v, left links:\n%s", n.Name, err, out)
 		}
 	}
+}
+
+// policiesFromAfar asks all nodes from afar about a policy that isolates to, and follows what it denies.
+func (w *world) policiesFromAfar(t *testing.T, ctl string, want func(kubeconfig, code, text string, args ...string), from, to *corev1.Pod) {
+	t.Helper()
+	admin := w.Kubeconfig()
+	for _, n := range w.Nodes {
+		want(admin, "0", "node "+n.Name+"\n", "policy", "list")
+	}
+	explain := []string{"policy", "explain", echoes + "/" + to.Name, "--from", echoes + "/" + from.Name, "--port", "8080"}
+	want(admin, "0", echoes+"/denies", explain...)
+	want(admin, "0", "node "+from.Spec.NodeName+"\n", explain...) // its kernel lets it out
+	want(admin, "0", `"node": "`+to.Spec.NodeName+`"`, append(explain, "-o", "json")...)
+	want(admin, "2", "there is no pod nobody in namespace default", "policy", "explain", "nobody")
+	want(admin, "0", "DENIED", "drops", "--node", to.Spec.NodeName)
+	want(w.user(t, "stranger", "pods/log"), "2", "needs the right to create pods/exec", "policy", "list")
+
+	ctx := within(t, 2*time.Minute)
+	go func() {
+		for ctx.Err() == nil {
+			_, _ = w.get(ctx, from, url(addrs(t, to)[0], 8080, "/hostname")) // it is denied
+			time.Sleep(time.Second)
+		}
+	}()
+	out, err := w.Control.Run(ctx, "sh", "-c", fmt.Sprintf("KUBECONFIG=%s timeout -s INT 20 %s drops -f 2>&1 || [ $? = 124 ]", admin, ctl))
+	if line := to.Spec.NodeName + "  "; err != nil || !strings.Contains(out, line) || !strings.Contains(out, echoes+"/"+from.Name) || !strings.Contains(out, echoes+"/"+to.Name) {
+		t.Errorf("drops -f: %v, want lines of %q:\n%s", err, line, out)
+	}
+	eventually(t, "nobody logs any more", time.Minute, func(ctx context.Context) error {
+		for _, n := range w.Nodes {
+			if out, err := n.Run(ctx, "pgrep", "-f", "headcnictl drops"); err == nil {
+				time.Sleep(time.Second)
+				return fmt.Errorf("%s: %s", n.Name, out)
+			}
+		}
+		return nil
+	})
 }
 
 // newAPIKey makes one with Headscale's own client.

@@ -1,0 +1,196 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/headcni/headcni/pkg/doctor"
+	"github.com/headcni/headcni/pkg/kube/podexec"
+	"github.com/headcni/headcni/pkg/policy/report"
+)
+
+// askDaemons runs headcnictl in the pods of the daemons of these nodes, nil for all that l looks at, and returns what those said that answered.
+// The error names each of the others.
+func askDaemons[T any](ctx context.Context, l looker, only []string, args ...string) ([]T, error) {
+	seen, err := l.cluster.Find(ctx)
+	if err != nil {
+		return nil, err
+	}
+	command := append([]string{"headcnictl"}, append(args, "-o", "json")...)
+	nodes := slices.DeleteFunc(seen.Nodes, func(n doctor.Node) bool { return only != nil && !slices.Contains(only, n.Name) })
+	answers, errs := make([]T, len(nodes)), make([]error, len(nodes))
+	var ask []func(context.Context)
+	for i, n := range nodes {
+		if errs[i] = n.Err; n.Err == nil {
+			ask = append(ask, func(ctx context.Context) { errs[i] = l.cluster.Ask(ctx, n.Pod, &answers[i], command...) })
+		}
+	}
+	l.cluster.All(ctx, ask...)
+	if ctx.Err() != nil {
+		return nil, errInterrupted
+	}
+	if err := l.cluster.Forbidden(errs); err != nil {
+		return nil, err
+	}
+	var answered []T
+	for i, err := range errs {
+		if err != nil {
+			errs[i] = fmt.Errorf("node %s: %w", nodes[i].Name, err)
+			continue
+		}
+		answered = append(answered, answers[i])
+	}
+	return answered, errors.Join(errs...)
+}
+
+// nodesOf are the nodes of a pod and of whom it speaks with, where that is a pod too.
+func (f *policyFlags) nodesOf(ctx context.Context, l looker, pod, other string) (nodes []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	defer cancel()
+	for i, ref := range []string{pod, other} {
+		namespace, name, ok := strings.Cut(ref, "/")
+		if !ok {
+			namespace, name = f.pods, ref
+		}
+		if ref == "" || namespace == "node" {
+			continue
+		}
+		p, err := l.cluster.Client.Pods(namespace).Get(ctx, name, metav1.GetOptions{})
+		switch {
+		case i == 1 && (apierrors.IsNotFound(err) || apierrors.IsInvalid(err)): // an address or a node, or the pod's node says that there is none
+		case apierrors.IsNotFound(err):
+			return nil, fmt.Errorf("there is no pod %s in namespace %s", name, namespace)
+		case err != nil:
+			return nil, fmt.Errorf("look for pod %s/%s: %w", namespace, name, err)
+		case p.Spec.NodeName == "":
+			return nil, fmt.Errorf("pod %s/%s is on no node yet", namespace, name)
+		case !slices.Contains(nodes, p.Spec.NodeName):
+			nodes = append(nodes, p.Spec.NodeName)
+		}
+	}
+	return nodes, nil
+}
+
+// printAll prints the answers of several nodes: as text each below the node's name, where there are several.
+func printAll[T any](f *policyFlags, out io.Writer, answers []T, node func(T) string, text func(T) error) error {
+	if len(answers) == 0 {
+		return nil
+	}
+	if f.output == "json" {
+		return printJSON(out, answers)
+	}
+	for i, a := range answers {
+		if len(answers) > 1 {
+			fmt.Fprintf(out, "%snode %s\n\n", strings.Repeat("\n", min(i, 1)), node(a))
+		}
+		if err := text(a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// nodeDrop is a packet that was denied on a node.
+type nodeDrop struct {
+	Node string `json:"node"`
+	report.Drop
+}
+
+// followAll prints a line for each packet that any node denies, until ctx ends or no node answers any more.
+func (f *policyFlags) followAll(ctx context.Context, l looker, out, notes io.Writer, pod string) error {
+	seen, err := l.cluster.Find(ctx)
+	if err != nil {
+		return err
+	}
+	command := []string{"headcnictl", "drops", "-f", "-o", "json", "-n", f.pods}
+	if pod != "" {
+		command = append(command, "--pod", pod)
+	}
+	var wg sync.WaitGroup
+	lines := &dropLines{out: out, text: f.output != "json", named: len(seen.Nodes) > 1}
+	errs := make([]error, len(seen.Nodes))
+	for i, n := range seen.Nodes {
+		if errs[i] = n.Err; n.Err != nil {
+			fmt.Fprintf(notes, "node %s: %v\n", n.Name, n.Err)
+			continue
+		}
+		wg.Go(func() {
+			// It ends there by the end of its standard input, which is when ctx ends.
+			in, end := io.Pipe()
+			defer context.AfterFunc(ctx, func() { end.Close() })()
+			errs[i] = podexec.Stream(ctx, l.config, n.Pod, in, &nodeLines{node: n.Name, to: lines}, command...)
+			if ctx.Err() == nil {
+				errs[i] = fmt.Errorf("node %s: %w", n.Name, cmp.Or(errs[i], errEnded))
+				fmt.Fprintln(notes, errs[i])
+			}
+		})
+	}
+	fmt.Fprintf(notes, "%d nodes log what policies deny, at most ten packets a second of each kind; Ctrl-C ends it\n", len(seen.Nodes))
+	wg.Wait()
+	if ctx.Err() != nil {
+		return lines.err
+	}
+	return errors.Join(lines.err, l.cluster.Forbidden(errs), noneAnswered(errs))
+}
+
+var errEnded = errors.New("it does not log any more")
+
+// dropLines prints what nodes say, a line at a time.
+type dropLines struct {
+	mu    sync.Mutex
+	out   io.Writer
+	text  bool
+	named bool // the node is said
+	err   error
+}
+
+func (d *dropLines) print(node string, line []byte) error {
+	drop := nodeDrop{Node: node}
+	if err := json.Unmarshal(line, &drop.Drop); err != nil {
+		return fmt.Errorf("what node %s says cannot be read: %w", node, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case d.err != nil:
+	case !d.text:
+		d.err = json.NewEncoder(d.out).Encode(drop)
+	case d.named:
+		_, d.err = fmt.Fprintf(d.out, "%s  %s\n", node, drop.Text())
+	default:
+		_, d.err = fmt.Fprintln(d.out, drop.Text())
+	}
+	return d.err
+}
+
+// nodeLines is where one node writes.
+type nodeLines struct {
+	node string
+	to   *dropLines
+	half []byte
+}
+
+func (n *nodeLines) Write(p []byte) (int, error) {
+	n.half = append(n.half, p...)
+	for {
+		line, rest, ok := bytes.Cut(n.half, []byte("\n"))
+		if !ok {
+			return len(p), nil
+		}
+		n.half = rest
+		if err := n.to.print(n.node, line); err != nil {
+			return 0, err
+		}
+	}
+}
