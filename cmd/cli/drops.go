@@ -54,7 +54,7 @@ func dropsCmd() *cobra.Command {
 					command = append(command, "--pod", pod)
 				}
 				answers, err := askDaemons[report.Drops](ctx, l, nil, command...)
-				return errors.Join(printAll(f, out, answers, func(a report.Drops) string { return a.Node }, func(a report.Drops) error { return a.Print(out) }), err)
+				return errors.Join(printAll(f, out, answers, func(a report.Drops) error { return a.Print(out) }), err)
 			})
 		},
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/ipam"
+	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
@@ -24,16 +25,27 @@ const gcGrace = time.Minute
 
 // ipamFlags are the flags that all ipam commands have.
 type ipamFlags struct {
-	dataDir, output string
+	lookFlags
+	dataDir string
+}
+
+// cluster is where to ask, of which cluster is nil where this node is.
+func (f *ipamFlags) elsewhere(cmd *cobra.Command) (looker, error) {
+	f.local = f.local || cmd.Flags().Changed("data-dir")
+	if err := f.checkWhere(); err != nil {
+		return looker{}, err
+	}
+	return f.looker()
 }
 
 func ipamCmd() *cobra.Command {
 	f := &ipamFlags{}
 	cmd := &cobra.Command{
 		Use:   "ipam",
-		Short: "Look at the addresses that this node has given to pods",
-		Long: "Look at the addresses that this node has given to pods. It reads the files that the plugins write, as root, and\n" +
-			"needs neither headcni-daemon nor Kubernetes.",
+		Short: "Look at the addresses that nodes have given to pods",
+		Long: "Look at the addresses that nodes have given to pods. It reads the files that the plugins write, as root, and\n" +
+			"needs neither headcni-daemon nor Kubernetes. With a kubeconfig `list` and `check` do so in the pods of the\n" +
+			"nodes' daemons: no port is opened.",
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if f.output != "table" && f.output != "json" {
 				return noAnswer{fmt.Errorf("--output %s: want table or json", f.output)}
@@ -51,6 +63,8 @@ func ipamCmd() *cobra.Command {
 
 // networkLease is a lease with the network that it belongs to.
 type networkLease struct {
+	// Node is "" for this one.
+	Node    string `json:"node,omitempty"`
 	Network string `json:"network"`
 	ipam.Lease
 }
@@ -98,22 +112,45 @@ func withAdvice(err error) error {
 }
 
 func ipamListCmd(f *ipamFlags) *cobra.Command {
-	return &cobra.Command{
-		Use:   "list",
+	cmd := &cobra.Command{
+		Use:   "list [--node N]",
 		Short: "List the leases",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			leases := []networkLease{}
-			err := f.each(func(n string, p *ipam.Pool) error {
+			there, err := f.elsewhere(cmd)
+			switch {
+			case err != nil:
+				return err
+			case there.cluster != nil:
+				nodes, err := askDaemons[[]networkLease](cmd.Context(), there, nil, "ipam", "list")
+				for _, n := range nodes {
+					for _, l := range n.Answer {
+						l.Node = n.Node
+						leases = append(leases, l)
+					}
+				}
+				return printLeases(cmd.OutOrStdout(), f.output, "no leases", leases, err)
+			}
+			err = f.each(func(n string, p *ipam.Pool) error {
 				list, err := p.List(cmd.Context())
 				for _, l := range list {
-					leases = append(leases, networkLease{n, l})
+					leases = append(leases, networkLease{Network: n, Lease: l})
 				}
 				return err
 			})
 			return printLeases(cmd.OutOrStdout(), f.output, "no leases", leases, err)
 		},
 	}
+	f.addNode(cmd)
+	return cmd
+}
+
+// addNode adds what says which nodes to ask.
+func (f *ipamFlags) addNode(cmd *cobra.Command) {
+	f.addWhere(cmd)
+	cmd.Flags().StringVar(&f.namespace, "headcni-namespace", kube.DefaultNamespace, "where HeadCNI is installed")
+	cmd.Flags().StringVar(&f.node, "node", "", "look at this node only")
 }
 
 // printLeases prints the leases, or in a table's place the word for none, and passes err on, which says that there may be more.
@@ -133,13 +170,20 @@ func renderLeases(out io.Writer, format, none string, leases []networkLease) err
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NETWORK\tADDRESSES\tPOD\tCONTAINER\tINTERFACE\tSINCE\tWRITER")
+	node := ""
+	if leases[0].Node != "" {
+		node = "NODE\t"
+	}
+	fmt.Fprintln(w, node+"NETWORK\tADDRESSES\tPOD\tCONTAINER\tINTERFACE\tSINCE\tWRITER")
 	for _, l := range leases {
 		var addrs []string
 		for _, a := range l.Addrs {
 			addrs = append(addrs, a.Addr.Addr().String())
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.Network, strings.Join(addrs, " "), podName(l.Owner), l.ContainerID, l.IfName,
+		if node != "" {
+			node = l.Node + "\t"
+		}
+		fmt.Fprintf(w, "%s%s\t%s\t%s\t%s\t%s\t%s\t%s\n", node, l.Network, strings.Join(addrs, " "), podName(l.Owner), l.ContainerID, l.IfName,
 			l.Time.Format(time.RFC3339), l.Writer)
 	}
 	return w.Flush()
@@ -158,27 +202,44 @@ func podName(o ipam.Owner) string {
 func ipamCheckCmd(f *ipamFlags) *cobra.Command {
 	var repair bool
 	cmd := &cobra.Command{
-		Use:   "check",
+		Use:   "check [--node N] [--repair]",
 		Short: "Look for what is wrong on disk",
 		Long: "Look for what is wrong on disk. Leftovers of killed processes are harmless: they go with their pod, or with garbage collection.\n\n" +
 			"Exit code 0: all is well, or put right; 1: something is left; 2: could not look.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			type networkProblem struct {
+				Node    string `json:"node,omitempty"` // "" for this one
 				Network string `json:"network"`
 				ipam.Problem
 			}
 			found, left := []networkProblem{}, 0
-			err := f.each(func(n string, p *ipam.Pool) error {
-				problems, err := p.Check(cmd.Context(), repair)
-				for _, pr := range problems {
-					found = append(found, networkProblem{n, pr})
-					if !pr.Repaired {
-						left++
+			there, err := f.elsewhere(cmd)
+			switch {
+			case err != nil:
+			case there.cluster != nil && repair:
+				err = errors.New("--repair is for the node that it runs on: run it there, with --local")
+			case there.cluster != nil:
+				var nodes []said[[]networkProblem]
+				nodes, err = askDaemons[[]networkProblem](cmd.Context(), there, nil, "ipam", "check")
+				for _, n := range nodes {
+					for _, p := range n.Answer {
+						p.Node = n.Node
+						found, left = append(found, p), left+1
 					}
 				}
-				return err
-			})
+			default:
+				err = f.each(func(n string, p *ipam.Pool) error {
+					problems, err := p.Check(cmd.Context(), repair)
+					for _, pr := range problems {
+						found = append(found, networkProblem{Network: n, Problem: pr})
+						if !pr.Repaired {
+							left++
+						}
+					}
+					return err
+				})
+			}
 			out := cmd.OutOrStdout()
 			if f.output == "json" {
 				err = errors.Join(printJSON(out, found), err)
@@ -187,6 +248,9 @@ func ipamCheckCmd(f *ipamFlags) *cobra.Command {
 					state := "found"
 					if p.Repaired {
 						state = "repaired"
+					}
+					if p.Node != "" {
+						fmt.Fprintf(out, "%s: ", p.Node)
 					}
 					fmt.Fprintf(out, "%s: %s: %s: %s\n", p.Network, p.Path, p.Text, state)
 				}
@@ -205,6 +269,7 @@ func ipamCheckCmd(f *ipamFlags) *cobra.Command {
 			return nil
 		},
 	}
+	f.addNode(cmd)
 	cmd.Flags().BoolVar(&repair, "repair", false, "put right what is wrong; what might be in use stays taken")
 	return cmd
 }
@@ -226,12 +291,12 @@ func ipamGCCmd(f *ipamFlags) *cobra.Command {
 				freed, err := p.GC(cmd.Context(), func(l ipam.Lease) bool {
 					stale := leaked(l, links, now)
 					if stale && dryRun {
-						gone = append(gone, networkLease{n, l})
+						gone = append(gone, networkLease{Network: n, Lease: l})
 					}
 					return !stale || dryRun
 				})
 				for _, l := range freed {
-					gone = append(gone, networkLease{n, l})
+					gone = append(gone, networkLease{Network: n, Lease: l})
 				}
 				return err
 			})

@@ -96,7 +96,7 @@ func policyListCmd() *cobra.Command {
 				return l.Print(out, time.Now())
 			}, func(ctx context.Context, l looker, out io.Writer) error {
 				answers, err := askDaemons[report.List](ctx, l, nil, "policy", "list")
-				return errors.Join(printAll(f, out, answers, func(a report.List) string { return a.Node }, func(a report.List) error { return a.Print(out, time.Now()) }), err)
+				return errors.Join(printAll(f, out, answers, func(a report.List) error { return a.Print(out, time.Now()) }), err)
 			})
 		},
 	}
@@ -149,8 +149,8 @@ func policyExplainCmd() *cobra.Command {
 					}
 				}
 				answers, err := askDaemons[report.Explanation](ctx, l, nodes, command...)
-				err = errors.Join(printAll(f, out, answers, func(a report.Explanation) string { return a.Node }, func(a report.Explanation) error { return a.Print(out) }), err)
-				if err == nil && slices.ContainsFunc(answers, report.Explanation.Wrong) {
+				err = errors.Join(printAll(f, out, answers, func(a report.Explanation) error { return a.Print(out) }), err)
+				if err == nil && slices.ContainsFunc(answers, func(a said[report.Explanation]) bool { return a.Answer.Wrong() }) {
 					return differs
 				}
 				return err

@@ -15,44 +15,9 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/headcni/headcni/pkg/doctor"
 	"github.com/headcni/headcni/pkg/kube/podexec"
 	"github.com/headcni/headcni/pkg/policy/report"
 )
-
-// askDaemons runs headcnictl in the pods of the daemons of these nodes, nil for all that l looks at, and returns what those said that answered.
-// The error names each of the others.
-func askDaemons[T any](ctx context.Context, l looker, only []string, args ...string) ([]T, error) {
-	seen, err := l.cluster.Find(ctx)
-	if err != nil {
-		return nil, err
-	}
-	command := append([]string{"headcnictl"}, append(args, "-o", "json")...)
-	nodes := slices.DeleteFunc(seen.Nodes, func(n doctor.Node) bool { return only != nil && !slices.Contains(only, n.Name) })
-	answers, errs := make([]T, len(nodes)), make([]error, len(nodes))
-	var ask []func(context.Context)
-	for i, n := range nodes {
-		if errs[i] = n.Err; n.Err == nil {
-			ask = append(ask, func(ctx context.Context) { errs[i] = l.cluster.Ask(ctx, n.Pod, &answers[i], command...) })
-		}
-	}
-	l.cluster.All(ctx, ask...)
-	if ctx.Err() != nil {
-		return nil, errInterrupted
-	}
-	if err := l.cluster.Forbidden(errs); err != nil {
-		return nil, err
-	}
-	var answered []T
-	for i, err := range errs {
-		if err != nil {
-			errs[i] = fmt.Errorf("node %s: %w", nodes[i].Name, err)
-			continue
-		}
-		answered = append(answered, answers[i])
-	}
-	return answered, errors.Join(errs...)
-}
 
 // nodesOf are the nodes of a pod and of whom it speaks with, where that is a pod too.
 func (f *policyFlags) nodesOf(ctx context.Context, l looker, pod, other string) (nodes []string, err error) {
@@ -83,18 +48,19 @@ func (f *policyFlags) nodesOf(ctx context.Context, l looker, pod, other string) 
 }
 
 // printAll prints the answers of several nodes: as text each below the node's name, where there are several.
-func printAll[T any](f *policyFlags, out io.Writer, answers []T, node func(T) string, text func(T) error) error {
-	if len(answers) == 0 {
-		return nil
-	}
+func printAll[T any](f *policyFlags, out io.Writer, all []said[T], text func(T) error) error {
 	if f.output == "json" {
+		answers := []T{}
+		for _, a := range all {
+			answers = append(answers, a.Answer)
+		}
 		return printJSON(out, answers)
 	}
-	for i, a := range answers {
-		if len(answers) > 1 {
-			fmt.Fprintf(out, "%snode %s\n\n", strings.Repeat("\n", min(i, 1)), node(a))
+	for i, a := range all {
+		if len(all) > 1 {
+			fmt.Fprintf(out, "%snode %s\n\n", strings.Repeat("\n", min(i, 1)), a.Node)
 		}
-		if err := text(a); err != nil {
+		if err := text(a.Answer); err != nil {
 			return err
 		}
 	}

@@ -200,6 +200,8 @@ func (w *world) policiesFromAfar(t *testing.T, ctl string, want func(kubeconfig,
 	want(admin, "0", echoes+"/denies", explain...)
 	want(admin, "0", "node "+from.Spec.NodeName+"\n", explain...) // its kernel lets it out
 	want(admin, "0", `"node": "`+to.Spec.NodeName+`"`, append(explain, "-o", "json")...)
+	want(admin, "0", echoes+"/"+from.Name, "ipam", "list")
+	want(admin, "0", "all well", "ipam", "check")
 	want(admin, "2", "there is no pod nobody in namespace default", "policy", "explain", "nobody")
 	want(admin, "0", "DENIED", "drops", "--node", to.Spec.NodeName)
 	want(w.user(t, "stranger", "pods/log"), "2", "needs the right to create pods/exec", "policy", "list")
