@@ -105,32 +105,29 @@ func (w *Watch) proveWide(ctx context.Context, changed func(), s *state) {
 		return
 	}
 	tun, full := w.tunnel()
-	proven := false
+	proven, gone := false, false // gone: somebody has taken the echoes' route
 	if err := w.wider.AddProbe(tun, s.Addr, probeTOS, room); err == nil {
-		for try := 0; try < 3 && !proven && ctx.Err() == nil; try++ {
+		for try := 0; try < 3 && !proven && !gone && ctx.Err() == nil; try++ {
 			err := w.echoWide(ctx, tun, s.Addr, room)
 			proven = err == nil && w.room(s) == room // else a router has said so, and what came back went in pieces
-			if errors.Is(err, unix.EMSGSIZE) {
-				break
-			}
+			gone = errors.Is(err, unix.EMSGSIZE)
 		}
 	}
-	if !proven && w.echo(ctx, tun, s.Addr, full) != nil || ctx.Err() != nil {
+	switch {
+	case proven:
+		s.nextWide = time.Now().Add(max(recheck, time.Duration(len(w.list()))*recheckEach))
+		w.widen(changed, s, room)
+	case w.echo(ctx, tun, s.Addr, full) != nil || ctx.Err() != nil:
 		// Nothing passes for the moment, of any size, or this process ends: what was proven stays.
 		s.nextWide = time.Now().Add(recheck)
-		return
-	}
-	if !proven {
+	default:
 		_ = w.wider.RemoveProbe(tun, s.Addr, probeTOS) // it leads nothing but echoes
 		s.nextWide = time.Now().Add(patient)
-		if s.wide > 0 {
+		if gone || s.wide > 0 || w.room(s) != room {
 			s.nextWide = time.Now().Add(again)
 		}
 		w.widen(changed, s, 0)
-		return
 	}
-	s.nextWide = time.Now().Add(max(recheck, time.Duration(len(w.list()))*recheckEach))
-	w.widen(changed, s, room)
 }
 
 func (w *Watch) widen(changed func(), s *state, bytes int) {

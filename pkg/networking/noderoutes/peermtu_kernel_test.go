@@ -86,12 +86,19 @@ func TestPeerMTU(t *testing.T) {
 	if diff := cmp.Diff(before, ns.Run(t, "sh", "-c", show)); diff != "" {
 		t.Error(diff)
 	}
+	probe := func() error { return PeerMTU{}.AddProbe("tun", netip.MustParseAddr("100.64.0.2"), 4, 8928) }
 	sync("wide", 4, wide)
-	ns.Do(t, func() error {
-		return errors.Join(PeerMTU{}.AddProbe("tun", netip.MustParseAddr("100.64.0.2"), 4, 8928), New(Saved{}, nil).Remove(t.Context()))
-	})
+	ns.Do(t, func() error { return errors.Join(probe(), New(Saved{}, nil).Remove(t.Context())) })
 	if diff := cmp.Diff(before, ns.Run(t, "sh", "-c", show)); diff != "" {
 		t.Errorf("after removal: %s", diff)
+	}
+	// What an earlier process has left, which wanted it.
+	sync("wide", 4, wide)
+	ns.Do(t, probe)
+	table = NewTable52()
+	sync("nobody wants it any more", 0, nil)
+	if diff := cmp.Diff(before, ns.Run(t, "sh", "-c", show)); diff != "" {
+		t.Errorf("after nobody wants it: %s", diff)
 	}
 }
 

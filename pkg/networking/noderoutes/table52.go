@@ -3,7 +3,6 @@ package noderoutes
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -27,7 +26,7 @@ type Accepted struct {
 	TunName string
 	// Routes are none while tailscaled does not run or accepts none.
 	Routes []netip.Prefix
-	// MTUs are how many bytes go to ranges of peers' pods where that is more than the tun's MTU.
+	// MTUs are how many bytes go to ranges of peers' pods where that is more than the tun's MTU; nil where nothing larger is wanted.
 	MTUs map[netip.Prefix]int
 }
 
@@ -35,7 +34,7 @@ type Accepted struct {
 type table interface {
 	missing(tun string, prefixes []netip.Prefix) ([]netip.Prefix, error)
 	add(tun string, prefixes []netip.Prefix) ([]string, error)
-	widen(tun string, mtus map[netip.Prefix]int) ([]string, error)
+	widen(Accepted) ([]string, error)
 }
 
 // NewTable52 returns a Table52 that has looked at nothing yet.
@@ -75,18 +74,12 @@ func (t *Table52) Sync(a Accepted) ([]string, error) {
 			return done, fmt.Errorf("tailscaled's routes are gone from its table: %w", err)
 		}
 	}
-	wide := map[netip.Prefix]int{}
-	for p, mtu := range a.MTUs {
-		if slices.Contains(a.Routes, p) {
-			wide[p] = mtu
-		}
-	}
-	if len(wide) > 0 || t.widened {
-		more, err := t.kernel.widen(a.TunName, wide)
+	if a.MTUs != nil || t.widened {
+		more, err := t.kernel.widen(a)
 		if done = append(done, more...); err != nil {
 			return done, err
 		}
-		t.widened = len(wide) > 0
+		t.widened = a.MTUs != nil
 	}
 	if len(since) > 0 {
 		return done, reconcile.Soon{Waiting: errRoutesMissing, In: next}

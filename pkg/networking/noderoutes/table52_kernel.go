@@ -84,8 +84,18 @@ func tunnelRoutes(link netlink.Link, f family) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-func (kernelTable) widen(tun string, mtus map[netip.Prefix]int) ([]string, error) {
-	return syncPeerMTUs(tun, mtus)
+// widen has the routes that tailscaled accepts say the MTUs that are wanted.
+func (kernelTable) widen(a Accepted) ([]string, error) {
+	if a.MTUs == nil {
+		return nil, removePeerMTUs()
+	}
+	wide := map[netip.Prefix]int{}
+	for p, mtu := range a.MTUs {
+		if slices.Contains(a.Routes, p) {
+			wide[p] = mtu
+		}
+	}
+	return syncPeerMTUs(a.TunName, wide)
 }
 
 // add puts routes into tailscaled's table as tailscaled itself does, which takes them for its own from then on.

@@ -24,7 +24,7 @@ func (f *fakeTable) add(tun string, prefixes []netip.Prefix) ([]string, error) {
 	return []string{fmt.Sprint(tun, prefixes)}, nil
 }
 
-func (f *fakeTable) widen(string, map[netip.Prefix]int) ([]string, error) { return nil, nil }
+func (f *fakeTable) widen(Accepted) ([]string, error) { return nil, nil }
 
 // What tailscaled speaks of and is just about to make, or has just taken away, is not ours to add.
 func TestTable52WaitsForTailscaled(t *testing.T) {
