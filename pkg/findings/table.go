@@ -91,6 +91,7 @@ const (
 	UDPBlocked    ID = "HC409"
 	RouterAnswers ID = "HC410"
 	Lost          ID = "HC411"
+	OffloadsOff   ID = "HC412"
 
 	NameServer   ID = "HC501"
 	NamesCircle  ID = "HC502"
@@ -332,6 +333,7 @@ var Table = []Finding{
 	{UDPBlocked, Warn, "a node is relayed to all others: no UDP gets out", "No relay has told tailscaled by UDP how it is seen from outside. The network lets only TCP out, or the relay's STUN port is closed.", "let UDP out: port 3478 to the relay, and from port 41641 (tailscale.port) to anywhere; open UDP 3478 at Headscale's host. Else the relay it is: slower, and shared."},
 	{RouterAnswers, Warn, "two nodes are relayed although neither's router changes ports", "A router that accepts or rejects what comes to its own outside address, as a bare Linux does, notes the peer's first packet as a connection of its own; the node's next packet then gets another port. Or a firewall lets no UDP pass.", "on a router with Linux drop, do not accept or reject, what comes to its outside address: `nft add rule inet filter input iifname WAN ct state established,related accept`, `nft add rule inet filter input iifname WAN drop` (docs/hybrid.md)."},
 	{Lost, Fail, "a packet was lost, and nothing that was looked at says why", "`headcnictl why --live` sent it, and it was not seen where it should have passed next, or no answer was. All that nodes were asked about it is right.", "look for a firewall of another program at that place (`nft list ruleset`, `iptables-save`; in the cloud its own rules), and, where it vanished between nodes, for one that lets no UDP pass (`tailscale netcheck`); where there is none, report it with the file that `headcnictl sysdump` makes."},
+	{OffloadsOff, Warn, "the uplink sends and gets packet by packet", "Somebody has switched off offloads that its device could do (gso, gro, tx-udp-segmentation). tailscaled takes up to 1.4 times the processor's time for each byte.", "the `ethtool -K` line of the text switches them on, until the next start: keep it where the link is configured. Leave them off where they were switched off for a fault of the device."},
 
 	{NameServer, Warn, "the node's name server for the tailnet does not work", "Pods' questions for names of the tailnet are not answered from this node.", "see the text; another program may have port 53 of the node's tailnet address."},
 	{NamesCircle, Fail, "questions for names can go in a circle", "CoreDNS asks the host's resolver, which asks the tailnet's, which asks CoreDNS.", "change one of what the text names; docs/names.md shows the usual ways."},
