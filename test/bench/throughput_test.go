@@ -159,7 +159,7 @@ func peerMTU(b *testing.B, r *report, mtu int) {
 		}
 		time.Sleep(time.Second)
 	}
-	what := fmt.Sprintf("TCP %d", mtu)
+	what := fmt.Sprintf("TCP, underlay %d bytes", mtu)
 	var ways []way
 	for i, name := range []string{"auto", "off"} {
 		ways = append(ways, func(got samples) error {
@@ -168,7 +168,7 @@ func peerMTU(b *testing.B, r *report, mtu int) {
 			return err
 		})
 	}
-	r.compare(interleave(b, 12, ways...), row{what, fmt.Sprintf("1 stream, underlay %d, Gb/s", mtu), "auto", "off", ratio, ""})
+	r.compare(interleave(b, 12, ways...), row{what, "1 stream, Gb/s", "auto", "off", ratio, ""})
 }
 
 // withoutCache has a node look every packet of its pods up in the FIB.

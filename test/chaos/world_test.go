@@ -444,7 +444,7 @@ func (n *node) pods() []*lab.Pod { return slices.Concat(n.stay, n.guest) }
 func (w *world) leases(t *testing.T, n *node) {
 	t.Helper()
 	var leases []ipam.Lease
-	if err := json.Unmarshal([]byte(labtest.Sh(t, n.Machine, "headcnictl ipam list -o json")), &leases); err != nil {
+	if err := json.Unmarshal([]byte(labtest.Sh(t, n.Machine, "headcnictl ipam list --local -o json")), &leases); err != nil {
 		t.Fatal(err)
 	}
 	got, want := map[string][]netip.Addr{}, map[string][]netip.Addr{}
@@ -462,7 +462,7 @@ func (w *world) leases(t *testing.T, n *node) {
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("leases of %s (-pods +leases):\n%s", n.Name, diff)
 	}
-	if out, err := n.Run(labtest.Within(t), "headcnictl", "ipam", "check"); err != nil || !strings.Contains(out, "all well") {
+	if out, err := n.Run(labtest.Within(t), "headcnictl", "ipam", "check", "--local"); err != nil || !strings.Contains(out, "all well") {
 		t.Errorf("ipam check on %s: %v\n%s", n.Name, err, out)
 	}
 }

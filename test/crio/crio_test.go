@@ -147,7 +147,7 @@ func (c *runtime) leftovers() error {
 	}
 	slices.Sort(want)
 	var leases []struct{ ContainerID string }
-	if err := json.Unmarshal([]byte(labtest.Sh(c.t, c.Machine, "headcnictl ipam list -o json")), &leases); err != nil {
+	if err := json.Unmarshal([]byte(labtest.Sh(c.t, c.Machine, "headcnictl ipam list --local -o json")), &leases); err != nil {
 		return err
 	}
 	var have []string

@@ -32,7 +32,7 @@ func TestHostilePodsVolume(t *testing.T) {
 func hostilePodsVolume(t *testing.T, p *lab.Pod) {
 	n := p.Node
 	labtest.Ready(t, n)
-	leases := func() string { return labtest.Sh(t, n.Machine, "headcnictl ipam list -o json") }
+	leases := func() string { return labtest.Sh(t, n.Machine, "headcnictl ipam list --local -o json") }
 	spool := func() string { return labtest.Sh(t, n.Machine, "ls /run/headcni/hints") }
 	labtest.Eventually(t, "the records of this node's pods are counted", func() error {
 		if left := spool(); left != "" {

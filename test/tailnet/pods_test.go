@@ -134,7 +134,7 @@ func podLinks(t *testing.T, n *lab.Node) (found []string) {
 // leases asks on the node: in another boot, and the lab's nodes have boots of their own, the store begins anew.
 func leases(t *testing.T, n *lab.Node) (all []ipam.Lease) {
 	t.Helper()
-	out, err := n.Run(labtest.Within(t), "headcnictl", "ipam", "list", "-o", "json")
+	out, err := n.Run(labtest.Within(t), "headcnictl", "ipam", "list", "--local", "-o", "json")
 	if err == nil {
 		err = json.Unmarshal([]byte(out), &all)
 	}
