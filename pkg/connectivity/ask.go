@@ -44,8 +44,11 @@ const (
 // APIServer stands for where Kubernetes tells every pod that the API server is: its Service, without a name.
 const APIServer = "API server"
 
-// FullSize stands for the MTU of the asker's own link.
+// FullSize stands for the MTU of the asker's own link, or what its node says that the path carries, which is no less than the tunnel's.
 const FullSize = -1
+
+// leastMTU is the tunnel's in bytes, and the least of IPv6 (RFC 8200, section 5).
+const leastMTU = 1280
 
 // Ask is one question of a test pod.
 type Ask struct {
@@ -244,7 +247,13 @@ func (a Ask) udp(ctx context.Context) error {
 	buf := make([]byte, maxDatagram)
 	deadline, _ := ctx.Deadline() // there is one
 	for {
-		if _, err := c.Write(question); err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
+		_, err := c.Write(question)
+		if told := pathMTU(c, to.Addr().Is6()); a.Size == FullSize && errors.Is(err, syscall.EMSGSIZE) && told < size && told >= leastMTU {
+			size = told
+			question = question[:size-headers]
+			continue
+		}
+		if err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
 			return fmt.Errorf("a packet of %d bytes: %w", size, plain(err))
 		}
 		// A datagram may be lost.
@@ -257,6 +266,18 @@ func (a Ask) udp(ctx context.Context) error {
 			return fmt.Errorf("no answer to a packet of %d bytes", size)
 		}
 	}
+}
+
+// pathMTU is what a connected socket knows of its path, 0 for nothing.
+func pathMTU(c net.Conn, ipv6 bool) (mtu int) {
+	level, option := unix.IPPROTO_IP, unix.IP_MTU
+	if ipv6 {
+		level, option = unix.IPPROTO_IPV6, unix.IPV6_MTU
+	}
+	if raw, err := c.(syscall.Conn).SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { mtu, _ = unix.GetsockoptInt(int(fd), level, option) })
+	}
+	return mtu
 }
 
 func earlier(a, b time.Time) time.Time {

@@ -30,14 +30,15 @@ import (
 // gate echoes, but for what it is told to drop.
 type gate struct {
 	net.PacketConn
-	shut    atomic.Bool
-	dropped atomic.Int64
+	shut            atomic.Bool
+	passed, dropped atomic.Int64
 }
 
 func (g *gate) ReadFrom(b []byte) (int, net.Addr, error) {
 	for {
 		n, from, err := g.PacketConn.ReadFrom(b)
 		if err != nil || !g.shut.Load() {
+			g.passed.Add(1)
 			return n, from, err
 		}
 		g.dropped.Add(1)
@@ -66,15 +67,20 @@ func TestSendFlows(t *testing.T) {
 	if err := errors.Join(json.NewEncoder(end).Encode(in), lines.Decode(&begun)); err != nil || len(begun.Silent) != 0 {
 		t.Fatal(err, begun)
 	}
-	away := func(g *gate, n int64) {
+	reach := func(count *atomic.Int64, n int64) {
 		t.Helper()
-		g.shut.Store(true)
-		for g.dropped.Load() < n {
+		for count.Load() < n {
 			if t.Context().Err() != nil {
 				t.Fatal(t.Context().Err())
 			}
 			time.Sleep(time.Millisecond)
 		}
+	}
+	away := func(g *gate, n int64) {
+		t.Helper()
+		reach(&g.passed, g.passed.Load()+2) // what was sent before it counts may still be on the way
+		g.shut.Store(true)
+		reach(&g.dropped, n)
 	}
 	away(gates[0], 10)
 	gates[0].shut.Store(false)
