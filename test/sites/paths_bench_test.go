@@ -19,7 +19,7 @@ const settles = 5 * time.Second
 func BenchmarkPaths(b *testing.B) {
 	w := newWorld(b, lab.Options{Modes: []string{config.ModeHost, config.ModeDaemon}})
 	out := table(b)
-	fmt.Fprintf(out, "\n| first answer, direct after |")
+	fmt.Fprintf(out, "\n| first answer, direct after, one TCP stream in Mb/s |")
 	for _, p := range places[1:] {
 		fmt.Fprintf(out, " %s |", p.name)
 	}
@@ -28,14 +28,18 @@ func BenchmarkPaths(b *testing.B) {
 		fmt.Fprintf(out, "| **%s** |%s", places[i].name, strings.Repeat(" |", i))
 		for _, to := range w.pods[i+1:] {
 			first, direct, err := meet(b, from, to)
-			switch {
-			case err != nil:
-				b.Errorf("%s to %s: %v", from.Node.Name, to.Node.Name, err)
-			case direct == 0:
-				fmt.Fprintf(out, " %.2f s, relay |", first.Seconds())
-			default:
-				fmt.Fprintf(out, " %.2f s, %.1f s |", first.Seconds(), direct.Seconds())
+			bps := 0.0
+			if err == nil {
+				bps, err = lab.Throughput(b.Context(), from, to, to.Addr(false), time.Second)
 			}
+			path := "relay"
+			if direct != 0 {
+				path = fmt.Sprintf("%.1f s", direct.Seconds())
+			}
+			if err != nil {
+				b.Errorf("%s to %s: %v", from.Node.Name, to.Node.Name, err)
+			}
+			fmt.Fprintf(out, " %.2f s, %s, %.0f |", first.Seconds(), path, bps/1e6)
 		}
 		fmt.Fprintln(out)
 	}
