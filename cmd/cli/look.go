@@ -82,6 +82,16 @@ func (f *lookFlags) addWhere(cmd *cobra.Command) {
 	fl.DurationVar(&f.timeout, "timeout", 30*time.Second, "how long one node may take")
 }
 
+// addForPods is addWhere for commands that name pods, whose namespace is --namespace.
+func (f *lookFlags) addForPods(cmd *cobra.Command, pods *string) {
+	f.addWhere(cmd)
+	fl := cmd.Flags()
+	fl.StringVarP(pods, "namespace", "n", "default", "namespace of pods that are named without one")
+	fl.StringVar(&f.namespace, "headcni-namespace", kube.DefaultNamespace, "where HeadCNI is installed")
+	fl.StringVar(&f.socket, "socket", paths.APISocket, "where this node's daemon answers")
+	fl.StringVarP(&f.output, "output", "o", "text", textOrJSON)
+}
+
 func (f *lookFlags) addOutput(cmd *cobra.Command, first, usage string) {
 	cmd.Flags().StringVarP(&f.output, "output", "o", first, usage)
 	cmd.Flags().BoolVar(&f.strict, "strict", false, "exit with 3 where there are warnings")

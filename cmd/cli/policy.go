@@ -11,8 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/policy/report"
 )
 
@@ -28,14 +26,7 @@ type policyFlags struct {
 	pods string
 }
 
-func (f *policyFlags) add(cmd *cobra.Command) {
-	f.addWhere(cmd)
-	fl := cmd.Flags()
-	fl.StringVarP(&f.pods, "namespace", "n", "default", "namespace of pods that are named without one")
-	fl.StringVar(&f.namespace, "headcni-namespace", kube.DefaultNamespace, "where HeadCNI is installed")
-	fl.StringVar(&f.socket, "socket", paths.APISocket, "where this node's daemon answers")
-	fl.StringVarP(&f.output, "output", "o", "text", textOrJSON)
-}
+func (f *policyFlags) add(cmd *cobra.Command) { f.addForPods(cmd, &f.pods) }
 
 // run has the exit codes of all commands that ask daemons: what is printed is the answer, and an error that there is none. here asks this
 // node, there a cluster, where a kubeconfig leads to one.

@@ -12,7 +12,6 @@ import (
 
 	"github.com/headcni/headcni/internal/version"
 	"github.com/headcni/headcni/pkg/config/paths"
-	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/podexec"
 	"github.com/headcni/headcni/pkg/why"
 )
@@ -25,12 +24,7 @@ type reachFlags struct {
 
 func (f *reachFlags) add(cmd *cobra.Command) {
 	cmd.Args = cobra.ExactArgs(2)
-	f.addWhere(cmd)
-	fl := cmd.Flags()
-	fl.StringVarP(&f.pods, "namespace", "n", "default", "namespace of pods that are named without one")
-	fl.StringVar(&f.namespace, "headcni-namespace", kube.DefaultNamespace, "where HeadCNI is installed")
-	fl.StringVar(&f.socket, "socket", paths.APISocket, "where this node's daemon answers")
-	fl.StringVarP(&f.output, "output", "o", "text", textOrJSON)
+	f.addForPods(cmd, &f.pods)
 }
 
 const reachEnds = `A and B are pods (NAMESPACE/NAME, or NAME), node/NAME, an address, or B a
