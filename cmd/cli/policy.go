@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -110,7 +109,7 @@ func policyExplainCmd() *cobra.Command {
 			"  headcnictl policy explain shop/web\n" +
 			"  headcnictl policy explain -n shop web --from edge/gateway --port http\n" +
 			"  headcnictl policy explain shop/web --to 203.0.113.7 --port 53/udp\n\n" + policyHow + "\n\n" +
-			"JSON is an object, of a cluster a list of one for each node that was asked. Exit code 0: answered; 1: a kernel does otherwise than policies say; 2: no answer.",
+			"Exit code 0: answered; 1: a kernel does otherwise than policies say; 2: no answer.",
 		Args: cobra.ExactArgs(1), DisableFlagsInUseLine: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return f.run(cmd, func(ctx context.Context, out io.Writer) error {
@@ -119,15 +118,7 @@ func policyExplainCmd() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if f.output == "json" {
-					err = printJSON(out, e)
-				} else {
-					err = e.Print(out)
-				}
-				if err == nil && e.Wrong() {
-					return differs
-				}
-				return err
+				return f.printExplanation(out, e)
 			}, func(ctx context.Context, l looker, out io.Writer) error {
 				nodes, err := f.nodesOf(ctx, l, args[0], q.From+q.To)
 				if err != nil {
@@ -139,12 +130,14 @@ func policyExplainCmd() *cobra.Command {
 						command = append(command, flag, value)
 					}
 				}
-				answers, err := askDaemons[report.Explanation](ctx, l, nodes, command...)
-				err = errors.Join(printAll(f, out, answers, func(a report.Explanation) error { return a.Print(out) }), err)
-				if err == nil && slices.ContainsFunc(answers, func(a said[report.Explanation]) bool { return a.Answer.Wrong() }) {
-					return differs
+				said, lacking := askDaemons[report.Explanation](ctx, l, nodes, command...)
+				if len(said) == 0 {
+					return lacking
 				}
-				return err
+				if err := f.printExplanation(out, bothSides(said)); lacking == nil {
+					return err
+				}
+				return lacking
 			})
 		},
 	}
@@ -154,4 +147,16 @@ func policyExplainCmd() *cobra.Command {
 	cmd.Flags().StringVar(&q.Port, "port", "", "port of who is sent to: a number or a port's name, with /udp or /sctp where it is not TCP; or icmp")
 	cmd.MarkFlagsMutuallyExclusive("from", "to")
 	return cmd
+}
+
+func (f *policyFlags) printExplanation(out io.Writer, e report.Explanation) (err error) {
+	if f.output == "json" {
+		err = printJSON(out, e)
+	} else {
+		err = e.Print(out)
+	}
+	if err == nil && e.Wrong() {
+		return differs
+	}
+	return err
 }

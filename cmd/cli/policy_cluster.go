@@ -47,6 +47,24 @@ func (f *policyFlags) nodesOf(ctx context.Context, l looker, pod, other string) 
 	return nodes, nil
 }
 
+// bothSides is what both ends' nodes say in one: of each side what the node says whose kernel was asked.
+func bothSides(nodes []said[report.Explanation]) report.Explanation {
+	one := nodes[0].Answer
+	for _, other := range nodes[1:] {
+		for i, a := range one.Answers {
+			for j := range a.Sides {
+				if i >= len(other.Answer.Answers) || j >= len(other.Answer.Answers[i].Sides) {
+					continue // pods have changed between the two answers
+				}
+				if side := other.Answer.Answers[i].Sides[j]; a.Sides[j].Kernel.Asked == 0 && side.Kernel.Asked > 0 && side.Of == a.Sides[j].Of {
+					a.Sides[j] = side
+				}
+			}
+		}
+	}
+	return one
+}
+
 // printAll prints the answers of several nodes: as text each below the node's name, where there are several.
 func printAll[T any](f *policyFlags, out io.Writer, all []said[T], text func(T) error) error {
 	if f.output == "json" {

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/headcni/headcni/internal/daemontest"
 	"github.com/headcni/headcni/pkg/nodestatus"
 	"github.com/headcni/headcni/pkg/policy/report"
@@ -85,5 +87,30 @@ headcnictl: the end
 	}
 	if _, err := headcnictl(t, "policy", "explain", "web", "--from", "a", "--to", "b", "--socket", socket); err == nil {
 		t.Error("--from and --to together")
+	}
+}
+
+// Of each side the node counts whose kernel was asked, whoever said more.
+func TestBothSides(t *testing.T) {
+	side := func(of string, asked int) report.Side {
+		return report.Side{Of: of, Kernel: report.Kernel{Asked: asked}}
+	}
+	explanation := func(from, to int) report.Explanation {
+		return report.Explanation{Answers: []report.Answer{{Sides: []report.Side{side("a", from), side("b", to)}}}}
+	}
+	for name, c := range map[string]struct {
+		all  []said[report.Explanation]
+		want report.Explanation
+	}{
+		"one node":                             {[]said[report.Explanation]{{"one", explanation(2, 3)}}, explanation(2, 3)},
+		"two nodes":                            {[]said[report.Explanation]{{"one", explanation(2, 0)}, {"two", explanation(0, 3)}}, explanation(2, 3)},
+		"other order":                          {[]said[report.Explanation]{{"two", explanation(0, 3)}, {"one", explanation(2, 0)}}, explanation(2, 3)},
+		"a pod has lost its address meanwhile": {[]said[report.Explanation]{{"one", explanation(2, 0)}, {"two", report.Explanation{}}}, explanation(2, 0)},
+		"another pod has it": {[]said[report.Explanation]{{"one", explanation(2, 0)},
+			{"two", report.Explanation{Answers: []report.Answer{{Sides: []report.Side{side("a", 0), side("c", 3)}}}}}}, explanation(2, 0)},
+	} {
+		if diff := cmp.Diff(c.want, bothSides(c.all)); diff != "" {
+			t.Errorf("%s: %s", name, diff)
+		}
 	}
 }
