@@ -133,8 +133,8 @@ func podMTU(c config.Config, o observation) int {
 	if slices.ContainsFunc(o.ranges.Pods, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
 		tun = max(tun, netconf.MinMTU6)
 	}
-	if c.Network.PeerMTU == string(config.Auto) && o.uplinkMTU > 0 {
-		tun = max(tun, min(pathmtu.Inside(o.uplinkMTU, true), pathmtu.Widest)) // what routes do not carry, the node says to the pod
+	if c.Network.PeerMTU == string(config.Auto) {
+		tun = max(tun, pathmtu.Worthwhile(o.uplinkMTU, true, tun)) // what routes do not carry, the node says to the pod
 	}
 	if c.Network.MTU == 0 {
 		return tun

@@ -11,6 +11,8 @@ import (
 )
 
 const (
+	// worth is how many times the tun's MTU a path must carry: between links of 1500 bytes nothing is gained (BenchmarkPeerMTU).
+	worth = 2
 	// Widest bounds packets to a peer's pods: what a link of 9216 bytes carries, the largest that switches have.
 	Widest = 9136
 	// probeTOS is that of echoes larger than the tun's MTU, by which alone they have a route that says so (RFC 791: reliability; nothing
@@ -77,11 +79,19 @@ func (w *Watch) State() *State {
 	return s
 }
 
-// room is what the kernel says that a path carries beyond the tun's MTU, 0 where that is nothing.
+// room is what the kernel says that a path carries, 0 where that is not worth more than the tun's MTU.
 func (w *Watch) room(s *state) int {
 	_, full := w.tunnel()
 	mtu, err := w.ask(s.Endpoint.Addr())
-	if n := min(Widest, Inside(mtu, s.Endpoint.Addr().Is6())); err == nil && full > 0 && n > full {
+	if err != nil || full == 0 {
+		return 0
+	}
+	return Worthwhile(mtu, s.Endpoint.Addr().Is6(), full)
+}
+
+// Worthwhile is what an underlay of so many bytes carries inside the tunnel, 0 where that is not worth more than the tun's MTU.
+func Worthwhile(underlay int, ipv6 bool, tunMTU int) int {
+	if n := min(Widest, Inside(underlay, ipv6)); n >= worth*tunMTU {
 		return n
 	}
 	return 0
