@@ -26,7 +26,7 @@ func TestAhead(t *testing.T) {
 	for rule, found := range map[string]bool{
 		"-4 pref 100 lookup 77":                           true,
 		"-4 pref 100 lookup main":                         true,
-		"-4 pref 5185 to 10.244.9.0/24 lookup 77":         true,
+		"-4 pref 5184 to 10.244.9.0/24 lookup 77":         true,
 		"-4 pref 100 from 10.244.0.0/16 lookup 77":        true,
 		"-4 pref 100 iif hcaaaaaaaaaa lookup 77":          true,
 		"-4 pref 100 to 10.244.0.0/16 blackhole":          true,

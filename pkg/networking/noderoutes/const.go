@@ -15,6 +15,9 @@ import (
 // The rules stand before tailscaled's (5210-5270). They are not in 5200-5299, since tailscaled takes the deletion of any
 // rule there for one of its own. Everything of these numbers is ours, whoever made it.
 const (
+	// prefLocal: the node's own addresses come first, also on hosts whose rule for them was moved behind ours, as ifupdown2 does where
+	// there are VRFs: prefLAN and prefLANFirst would lead them, 127.0.0.1 among them, to the default route. Elsewhere it is not there.
+	prefLocal = 5185
 	// prefTailnet: tailnet addresses, by tailscaled's table, before a wide static route in main (fd00::/8) takes them.
 	prefTailnet = 5186
 	// prefResolverElse: tailscaled's own address is nobody else's, whoever asks, and whatever routes the host has around it.
@@ -53,7 +56,7 @@ const (
 	// tailnet, must not even choose the source of what the node itself sends, which the kernel does before kube-proxy's DNAT.
 	prefServices = 5197
 
-	prefFirst, prefLast = prefTailnet, prefServices
+	prefFirst, prefLast = prefLocal, prefServices
 
 	// tailscaleTable is where tailscaled puts the routes that it accepted.
 	tailscaleTable = 52

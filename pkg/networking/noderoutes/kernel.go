@@ -62,24 +62,26 @@ func dumpRules(f family) ([][]byte, error) {
 	return msgs, nil
 }
 
-// listRules returns the rules of our numbers, with the raw message of each.
-func listRules(f family) ([]rule, []rawRule, error) {
+// listRules returns the rules of our numbers, with the raw message of each, and whether none before them looks up the node's addresses.
+func listRules(f family) (rules []rule, raws []rawRule, localLate bool, err error) {
 	msgs, err := dumpRules(f)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, false, err
 	}
-	var rules []rule
-	var raws []rawRule
+	localLate = true
 	for _, m := range msgs {
 		r, err := decodeRule(m)
 		if err != nil {
-			return nil, nil, fmt.Errorf("list %s rules: %w", f.name, err)
+			return nil, nil, false, fmt.Errorf("list %s rules: %w", f.name, err)
+		}
+		if r.pref < prefFirst && r.looksUpLocal() {
+			localLate = false
 		}
 		if r.pref >= prefFirst && r.pref <= prefLast && r.af == f.af {
 			rules, raws = append(rules, r), append(raws, rawRule(m))
 		}
 	}
-	return rules, raws, nil
+	return rules, raws, localLate, nil
 }
 
 // decodeRule reads struct fib_rule_hdr {family, dst_len, src_len, tos, table, res1, res2, action; u32 flags}.

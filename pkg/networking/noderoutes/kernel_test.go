@@ -208,6 +208,7 @@ func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
 		"busy":              "ip rule add pref 100 lookup 7; ip route add unreachable 10.244.0.0/16 metric 100; ip rule add pref 5210 lookup 52",
 		"router":            "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding",
 		"one link forwards": "echo 1 >/proc/sys/net/ipv4/conf/u0/forwarding; echo 1 >/proc/sys/net/ipv6/conf/u1/forwarding; echo 0 >/proc/sys/net/ipv4/conf/all/accept_redirects",
+		"with VRFs":         "for f in -4 -6; do ip $f rule add pref 32765 table local; ip $f rule del pref 0 table local; done",
 		"one does not":      "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 0 >/proc/sys/net/ipv4/conf/u0/forwarding",
 	} {
 		t.Run(name, func(t *testing.T) {

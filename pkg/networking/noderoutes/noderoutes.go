@@ -100,17 +100,18 @@ func (n *Routes) Sync(ctx context.Context, cfg Config) ([]string, error) {
 
 // observe reads the kernel. raws has each rule of have as the kernel printed it.
 func observe() (have state, raws map[rule]rawRule, err error) {
-	have.sysctls = map[string]string{}
+	have.sysctls, have.localLate = map[string]string{}, map[int]bool{}
 	raws = map[rule]rawRule{}
 	for _, f := range families {
 		if !hasFamily(f) {
 			continue
 		}
 		have.families = append(have.families, f)
-		rules, raw, err := listRules(f)
+		rules, raw, localLate, err := listRules(f)
 		if err != nil {
 			return have, nil, err
 		}
+		have.localLate[f.af] = localLate
 		for i, r := range rules {
 			have.rules = append(have.rules, r)
 			raws[r] = raw[i]
@@ -157,11 +158,17 @@ func (n *Routes) Remove(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(append(errs, explain(err))...)
 	}
-	// In the order of their numbers, in which no step opens what the next one would have closed, and the routes last.
-	var steps []step
+	// In the order of their numbers, in which no step opens what the next one would have closed, and the routes last. What leads to the
+	// node itself goes behind all other rules.
+	var steps, local []step
 	for _, r := range have.rules {
-		steps = append(steps, step{delete: true, rule: &r})
+		if r.pref == prefLocal {
+			local = append(local, step{delete: true, rule: &r})
+		} else {
+			steps = append(steps, step{delete: true, rule: &r})
+		}
 	}
+	steps = append(steps, local...)
 	for _, r := range have.routes {
 		steps = append(steps, step{delete: true, route: &r})
 	}

@@ -70,10 +70,18 @@ func (r rule) String() string {
 }
 
 func tableName(t uint32) string {
-	if t == unix.RT_TABLE_MAIN {
+	switch t {
+	case unix.RT_TABLE_MAIN:
 		return "main"
+	case unix.RT_TABLE_LOCAL:
+		return "local"
 	}
 	return fmt.Sprint(t)
+}
+
+// looksUpLocal reports whether a rule leads whatever is for an address of the node to the node.
+func (r rule) looksUpLocal() bool {
+	return r == rule{af: r.af, pref: r.pref, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_LOCAL, suppress: noSuppress, proto: r.proto}
 }
 
 // route is a route of our metric in main.
@@ -109,6 +117,8 @@ type state struct {
 	links   []link
 	// self are the tailnet addresses of the tun.
 	self []netip.Prefix
+	// localLate are those families, by family.af, whose own rule for the node's addresses does not stand before ours.
+	localLate map[int]bool
 	// families are those that the kernel has.
 	families []family
 }
@@ -216,7 +226,11 @@ func plan(have state, cfg Config) []step {
 	for _, f := range have.families {
 		add, del := planRoutes(have.routes, wantedRoutes(f, cfg), f)
 		routes, oldRoutes = append(routes, add...), append(oldRoutes, del...)
-		add, del = planRules(have.rules, wantedRules(f, cfg, have.self), f)
+		want := wantedRules(f, cfg, have.self)
+		if have.localLate[f.af] {
+			want = slices.Insert(want, 0, rule{af: f.af, pref: prefLocal, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_LOCAL, suppress: noSuppress, proto: protocol})
+		}
+		add, del = planRules(have.rules, want, f)
 		rules, oldRules = append(rules, add...), append(oldRules, del...)
 	}
 	for _, f := range have.families {

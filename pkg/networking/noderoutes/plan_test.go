@@ -124,6 +124,7 @@ func TestRuleCodec(t *testing.T) {
 }
 
 func TestRelevant(t *testing.T) {
+	local := encodeRule(rule{af: unix.AF_INET, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_LOCAL, suppress: noSuppress}).Serialize()[unix.NLMSG_HDRLEN:]
 	rule := func(pref uint32) []byte {
 		return encodeRule(rule{af: unix.AF_INET, pref: pref, suppress: noSuppress}).Serialize()[unix.NLMSG_HDRLEN:]
 	}
@@ -144,6 +145,7 @@ func TestRelevant(t *testing.T) {
 	}{
 		{"our rule", unix.RTM_DELRULE, rule(5192), true},
 		{"tailscaled's rule", unix.RTM_NEWRULE, rule(5210), false},
+		{"the rule for the node's own addresses", unix.RTM_DELRULE, local, true},
 		{"our route", unix.RTM_DELROUTE, route(16, 0, unreachableMetric), true},
 		{"a default route", unix.RTM_NEWROUTE, route(0, 0, 100), true},
 		{"a cached route", unix.RTM_NEWROUTE, route(0, 0x200, 100), false},

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -108,6 +109,59 @@ func TestRulesDecide(t *testing.T) {
 	}
 }
 
+// On hosts with VRFs ifupdown2 moves the rule for the node's own addresses behind all others (32765). What is for the node stays there, and a
+// host that moves it back, or has it before ours in another place, gets no rule that it does not need.
+func TestLocalRuleMoved(t *testing.T) {
+	for flag, addrs := range fibAddrs {
+		t.Run(flag, func(t *testing.T) {
+			ns := nstest.New(t)
+			run := func(script string) string { return ns.Run(t, "sh", "-ec", addrs.Replace(script)) }
+			run(fibWorld)
+			cfg := typical()
+			cfg.LANFirst = true
+			n := New(Saved{}, nil)
+			mustSync(t, ns, n, cfg)
+			loopback := map[string]string{"-4": "127.0.0.1", "-6": "::1"}[flag]
+			toItself := func() {
+				t.Helper()
+				for _, dst := range []string{loopback, "$lan1", "$self", loopback + " mark 0x80000", "$lan1 from $lan3 iif eth0", "$self from $tailnet iif headcni01"} {
+					if got := run("ip route get " + dst); !strings.Contains(got, "table local") && !strings.HasPrefix(got, "local ") {
+						t.Errorf("%s: %s; want the node itself", addrs.Replace(dst), strings.TrimSpace(got))
+					}
+				}
+			}
+			toItself()
+			for _, c := range []struct {
+				change string
+				needed bool
+			}{
+				{"ip rule add pref 32765 table local; ip rule del pref 0 table local", true},
+				{"ip rule add pref 100 lookup local", false}, // as Cilium has it
+				{"ip rule del pref 100; ip rule add pref 100 iif lo lookup local", true},
+				{"ip rule del pref 100; ip rule add pref 5190 lookup local", true}, // which is our number
+				{"ip rule add pref 0 table local", false},
+			} {
+				var events <-chan struct{}
+				ns.Do(t, func() (err error) { events, err = n.Changes(t.Context()); return err })
+				run(c.change)
+				select {
+				case <-events:
+				case <-time.After(5 * time.Second):
+					t.Errorf("%s: no event", c.change)
+				}
+				mustSync(t, ns, n, cfg)
+				toItself()
+				if got := run("ip rule show pref 5185"); (got != "") != c.needed {
+					t.Errorf("%s: rule %q, want one: %v", c.change, got, c.needed)
+				}
+				if again := mustSync(t, ns, n, cfg); len(again) != 0 {
+					t.Errorf("%s: not steady: %q", c.change, again)
+				}
+			}
+		})
+	}
+}
+
 // 100.64.0.0/10 is not the tailnet's alone, and fd7a:115c:a1e0::/48 is: hosts reach what their cloud has in the former, pods what the
 // host has a route of its own to.
 func TestRulesShareTheTailnetsRange(t *testing.T) {
@@ -173,7 +227,7 @@ func anyRulesLeft(t *testing.T, flag string, addrs *strings.Replacer) error {
 	if flag == "-6" {
 		f = families[1]
 	}
-	all, raws, err := listRules(f)
+	all, raws, _, err := listRules(f)
 	if err != nil {
 		return err
 	}
