@@ -233,6 +233,21 @@ func Attrs(b []byte) map[uint16][]byte {
 	return attrs
 }
 
+// Attr finds one attribute, nil where it is missing. It is for those who look at many messages: it allocates nothing.
+func Attr(b []byte, typ uint16) []byte {
+	for len(b) >= 4 {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < 4 || n > len(b) {
+			break
+		}
+		if binary.NativeEndian.Uint16(b[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER) == typ {
+			return b[4:n]
+		}
+		b = b[min(align(n), len(b)):]
+	}
+	return nil
+}
+
 // ignoringEINTR repeats a system call that a signal has interrupted (Go's own preemption signals among them).
 func ignoringEINTR(call func() error) error {
 	for {

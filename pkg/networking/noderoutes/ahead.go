@@ -72,21 +72,16 @@ func (r rule) leads(f family, cluster []netip.Prefix) (bool, error) {
 	default:
 		return false, nil
 	}
-	routes, err := retryInterrupted(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(f.af, &netlink.Route{Table: int(r.table)}, netlink.RT_FILTER_TABLE)
-	})
-	if err != nil {
-		return false, fmt.Errorf("list the routes of table %d: %w", r.table, err)
-	}
-	return slices.ContainsFunc(routes, func(route netlink.Route) bool {
-		to := routeTo(route, f)
-		if r.table == tailscaleTable || r.suppress != noSuppress && to.Bits() <= int(r.suppress) || route.Priority == unreachableMetric {
-			return false
+	var leads bool
+	err := eachRoute(f, r.table, func(m routeMsg) {
+		if leads || r.table == tailscaleTable || r.suppress != noSuppress && m.to.Bits() <= int(r.suppress) || m.number(unix.RTA_PRIORITY) == unreachableMetric {
+			return
 		}
-		_, overlaps := netset.Overlapping(cluster, to)
+		_, overlaps := netset.Overlapping(cluster, m.to)
 		// A route to an own pod leads where ours would.
-		return overlaps && !strings.HasPrefix(linkName(route.LinkIndex), names.PodLinkPrefix)
-	}), nil
+		leads = overlaps && !strings.HasPrefix(linkName(m.number(unix.RTA_OIF)), names.PodLinkPrefix)
+	})
+	return leads, err
 }
 
 // linkName is "" where there is no such link.

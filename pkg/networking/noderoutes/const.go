@@ -95,6 +95,8 @@ var families = []family{
 	{"IPv6", unix.AF_INET6, netset.TailnetIPv6, netset.ResolverIPv6, false, "net/ipv6/conf", sysctl.IPv6Forwarding},
 }
 
+var ipv4, ipv6 = families[0], families[1]
+
 // of returns the prefixes of the family.
 func (f family) of(list []netip.Prefix) []netip.Prefix {
 	return netset.OfFamily(list, f.af == unix.AF_INET6)

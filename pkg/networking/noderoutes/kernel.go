@@ -10,12 +10,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/internal/rtnl"
 	"github.com/headcni/headcni/internal/sysctl"
 	"github.com/headcni/headcni/pkg/config/names"
 )
@@ -195,23 +197,79 @@ func deleteRule(raw rawRule) error {
 	return err
 }
 
+// routeMsg is a route as the kernel lists it, valid until the next one.
+type routeMsg struct {
+	to    netip.Prefix
+	kind  uint8 // unix.RTN_*
+	proto uint8
+	attrs []byte
+}
+
+// number is an attribute that is a number, 0 where it is missing.
+func (m routeMsg) number(attr uint16) int {
+	if v := rtnl.Attr(m.attrs, attr); len(v) == 4 {
+		return int(binary.NativeEndian.Uint32(v))
+	}
+	return 0
+}
+
+// eachRoute gives the routes of a table to take, perhaps twice (rtnl.Conn.Dump). A router that speaks BGP has a million of them in main: they
+// are never all in memory, and what nobody asks for is not read.
+func eachRoute(f family, table uint32, take func(routeMsg)) error {
+	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	r := rtnl.Request{What: fmt.Sprintf("list %s routes of table %s", f.name, tableName(table)), Type: unix.RTM_GETROUTE}
+	r.Bytes(byte(f.af), 0, 0, 0, 0, 0, 0, 0)
+	r.Uint32(0)
+	return c.Dump(r, func(b []byte) {
+		if m, ok := parseRoute(f, table, b); ok {
+			take(m)
+		}
+	})
+}
+
+// parseRoute reads struct rtmsg and the destination behind it. ok is false for what is of another table, or an entry of a cache.
+func parseRoute(f family, table uint32, b []byte) (m routeMsg, ok bool) {
+	const cloned = 0x200 // RTM_F_CLONED
+	if len(b) < unix.SizeofRtMsg {
+		return m, false
+	}
+	h := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
+	if h.Flags&cloned != 0 || int(h.Family) != f.af || table < 256 && uint32(h.Table) != table {
+		return m, false
+	}
+	m = routeMsg{kind: h.Type, proto: h.Protocol, attrs: b[unix.SizeofRtMsg:]}
+	if table >= 256 && uint32(m.number(unix.RTA_TABLE)) != table {
+		return m, false
+	}
+	addr := netip.IPv4Unspecified()
+	if f.af == unix.AF_INET6 {
+		addr = netip.IPv6Unspecified()
+	}
+	if h.Dst_len > 0 {
+		addr, ok = netip.AddrFromSlice(rtnl.Attr(m.attrs, unix.RTA_DST))
+	} else {
+		ok = true
+	}
+	m.to = netip.PrefixFrom(addr, int(h.Dst_len))
+	return m, ok
+}
+
 // listRoutes returns the routes of our metric in main.
 func listRoutes(f family) ([]route, error) {
-	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
-	routes, err := retryInterrupted(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list %s routes: %w", f.name, err)
-	}
 	var out []route
-	for _, r := range routes {
-		if r.Priority != unreachableMetric {
-			continue // the library's filter knows a priority for rules only
+	err := eachRoute(f, unix.RT_TABLE_MAIN, func(m routeMsg) {
+		if m.number(unix.RTA_PRIORITY) != unreachableMetric {
+			return
 		}
-		out = append(out, route{to: routeTo(r, f), kind: r.Type, proto: int(r.Protocol)})
-	}
-	return out, nil
+		if r := (route{to: m.to, kind: int(m.kind), proto: int(m.proto)}); !slices.Contains(out, r) {
+			out = append(out, r)
+		}
+	})
+	return out, err
 }
 
 // HostNetworks are what main has routes to but the default one: networks of the host's own, and its pods.
@@ -221,17 +279,13 @@ func HostNetworks() ([]netip.Prefix, error) {
 		if !hasFamily(f) {
 			continue
 		}
-		filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST}
-		routes, err := retryInterrupted(func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(f.af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_TYPE)
-		})
-		if err != nil {
-			return nil, fmt.Errorf("list %s routes: %w", f.name, err)
-		}
-		for _, r := range routes {
-			if to := routeTo(r, f); to.Bits() > 0 && !to.Addr().IsLinkLocalUnicast() && !to.Addr().IsMulticast() {
+		err := eachRoute(f, unix.RT_TABLE_MAIN, func(m routeMsg) {
+			if to := m.to; m.kind == unix.RTN_UNICAST && to.Bits() > 0 && !to.Addr().IsLinkLocalUnicast() && !to.Addr().IsMulticast() {
 				out = append(out, to)
 			}
+		})
+		if err != nil {
+			return nil, err
 		}
 	}
 	return out, nil
@@ -287,17 +341,14 @@ func listLinks() ([]link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
-	defaults, err := listDefaults(unix.AF_INET6)
+	defaults, err := listDefaults(ipv6)
 	if err != nil {
 		return nil, err
 	}
 	viaRA := map[int]bool{}
 	for _, r := range defaults {
-		if r.Protocol == unix.RTPROT_RA {
-			viaRA[r.LinkIndex] = true
-			for _, h := range r.MultiPath {
-				viaRA[h.LinkIndex] = true
-			}
+		for _, h := range r.hops {
+			viaRA[h.link] = viaRA[h.link] || r.proto == unix.RTPROT_RA
 		}
 	}
 	var out []link
@@ -329,16 +380,43 @@ func isUplink(l netlink.Link) bool {
 	return false
 }
 
-// listDefaults returns main's default routes.
-func listDefaults(af int) ([]netlink.Route, error) {
-	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Dst: nil}
-	routes, err := retryInterrupted(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(af, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+// defaultRoute is a default route of main. The hops have its source.
+type defaultRoute struct {
+	kind, proto uint8
+	metric      int
+	hops        []hop
+}
+
+// listDefaults returns main's default routes, best metric first.
+func listDefaults(f family) ([]defaultRoute, error) {
+	var out []defaultRoute
+	err := eachRoute(f, unix.RT_TABLE_MAIN, func(m routeMsg) {
+		if m.to.Bits() == 0 {
+			out = append(out, defaultRoute{kind: m.kind, proto: m.proto, metric: m.number(unix.RTA_PRIORITY), hops: m.hops()})
+		}
 	})
-	if err != nil {
-		return nil, fmt.Errorf("list default routes: %w", err)
+	slices.SortStableFunc(out, func(a, b defaultRoute) int { return a.metric - b.metric })
+	return out, err
+}
+
+// hops are where a route leads.
+func (m routeMsg) hops() []hop {
+	addr := func(attrs []byte, attr uint16) netip.Addr { return addrOf(rtnl.Attr(attrs, attr)) }
+	source := addr(m.attrs, unix.RTA_PREFSRC)
+	several := rtnl.Attr(m.attrs, unix.RTA_MULTIPATH)
+	if several == nil {
+		return []hop{{m.number(unix.RTA_OIF), addr(m.attrs, unix.RTA_GATEWAY), source}}
 	}
-	return routes, nil
+	var out []hop
+	for len(several) >= unix.SizeofRtNexthop {
+		h := (*unix.RtNexthop)(unsafe.Pointer(&several[0]))
+		if int(h.Len) < unix.SizeofRtNexthop || int(h.Len) > len(several) {
+			break
+		}
+		out = append(out, hop{int(h.Ifindex), addr(several[unix.SizeofRtNexthop:h.Len], unix.RTA_GATEWAY), source})
+		several = several[min((int(h.Len)+3)&^3, len(several)):]
+	}
+	return out
 }
 
 // hasFamily is false for IPv6 on a host that was started with ipv6.disable=1 or has none in its kernel.

@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -434,4 +436,89 @@ func TestDefaultSource(t *testing.T) {
 	if got, err := find(unix.AF_INET6); !errors.Is(err, ErrNoSource) {
 		t.Errorf("got %v, %v; want no source", got, err)
 	}
+}
+
+// Routes are read as the kernel lists them: next hops, sources, kinds, and tables of any number.
+func TestDefaults(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "sh", "-ec", "for l in u0 u1; do ip link add $l type veth peer name p$l; ip link set $l up; ip link set p$l up; done; "+
+		"ip addr add 192.0.2.1/24 dev u0; ip addr add 198.51.100.1/24 dev u1; ip addr add 2001:db8::1/64 dev u0 nodad; ip addr add 2001:db8:1::1/64 dev u1 nodad; "+
+		"ip route add unreachable default metric 4000; ip route add default via 192.0.2.254 metric 300 src 192.0.2.1; "+
+		"ip route add default metric 200 src 198.51.100.1 nexthop via 192.0.2.253 nexthop via 198.51.100.254; ip route add default via 192.0.2.9 table 7000; "+
+		"ip -6 route add default metric 50 nexthop via 2001:db8::254 nexthop via 2001:db8:1::254; ip -6 route add default via 2001:db8::253 proto ra metric 60")
+	var got, elsewhere []string
+	ns.Do(t, func() error {
+		name := func(h hop) string {
+			return fmt.Sprintf("%s %v %v", linkName(h.link), h.gateway, h.source)
+		}
+		for _, f := range families {
+			routes, err := listDefaults(f)
+			if err != nil {
+				return err
+			}
+			for _, r := range routes {
+				line := fmt.Sprintf("%d kind %d proto %d:", r.metric, r.kind, r.proto)
+				for _, h := range r.hops {
+					line += " " + name(h) + ";"
+				}
+				got = append(got, line)
+			}
+		}
+		return eachRoute(ipv4, 7000, func(m routeMsg) { elsewhere = append(elsewhere, fmt.Sprint(m.to, " ", name(m.hops()[0]))) })
+	})
+	want := []string{
+		"200 kind 1 proto 3: u0 192.0.2.253 198.51.100.1; u1 198.51.100.254 198.51.100.1;",
+		"300 kind 1 proto 3: u0 192.0.2.254 192.0.2.1;",
+		"4000 kind 7 proto 3:  invalid IP invalid IP;",
+		"50 kind 1 proto 3: u0 2001:db8::254 invalid IP; u1 2001:db8:1::254 invalid IP;",
+		"60 kind 1 proto 9: u0 2001:db8::253 invalid IP;",
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+	if d := cmp.Diff([]string{"0.0.0.0/0 u0 192.0.2.9 invalid IP"}, elsewhere); d != "" {
+		t.Errorf("of another table (-want +got):\n%s", d)
+	}
+}
+
+// A router that speaks BGP has a million routes in main. The daemon, which looks at them all the time, never has them all in memory.
+func TestManyRoutes(t *testing.T) {
+	const many = 50_000
+	ns := nstest.New(t)
+	var batch strings.Builder
+	for i := range many {
+		fmt.Fprintf(&batch, "route add 20.%d.%d.0/24 via 192.0.2.254\n", i>>8, i&255)
+	}
+	file := filepath.Join(t.TempDir(), "routes")
+	if err := os.WriteFile(file, []byte(batch.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ns.Run(t, "sh", "-ec", "ip link add u0 type veth peer name u1; ip link set u0 up; ip link set u1 up; ip addr add 192.0.2.1/24 dev u0; ip route add default via 192.0.2.254")
+	n := New(Saved{}, nil)
+	mustSync(t, ns, n, typical())
+	pass := func() (bytes uint64) {
+		ns.Do(t, func() error {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, syncErr := n.Sync(t.Context(), typical())
+			_, sourceErr := DefaultSource(unix.AF_INET)
+			UplinkMTU()
+			runtime.ReadMemStats(&after)
+			bytes = after.TotalAlloc - before.TotalAlloc
+			return errors.Join(syncErr, sourceErr)
+		})
+		return bytes
+	}
+	few := pass()
+	ns.Run(t, "ip", "-batch", file)
+	if lots := pass(); lots > few+(1<<20) {
+		t.Errorf("with %d routes more a pass allocates %d bytes, without %d", many, lots, few)
+	}
+	ns.Do(t, func() error {
+		networks, err := HostNetworks()
+		if len(networks) < many {
+			t.Errorf("%d networks of the host's, of %d", len(networks), many)
+		}
+		return err
+	})
 }

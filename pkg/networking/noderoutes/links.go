@@ -203,18 +203,14 @@ func notForwarding() (links []string, err error) {
 
 // uplinkNames are the links of the IPv4 default routes.
 func uplinkNames() (map[string]bool, error) {
-	routes, err := listDefaults(unix.AF_INET)
+	routes, err := listDefaults(ipv4)
 	if err != nil {
 		return nil, err
 	}
 	out := map[string]bool{}
 	for _, r := range routes {
-		indices := []int{r.LinkIndex}
-		for _, h := range r.MultiPath {
-			indices = append(indices, h.LinkIndex)
-		}
-		for _, i := range indices {
-			if l, err := netlink.LinkByIndex(i); err == nil { // or it has just gone
+		for _, h := range r.hops {
+			if l, err := netlink.LinkByIndex(h.link); err == nil { // or it has just gone
 				out[l.Attrs().Name] = true
 			}
 		}

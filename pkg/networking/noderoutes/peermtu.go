@@ -67,7 +67,7 @@ func (PeerMTU) Now() (map[netip.Prefix]int, error) {
 // UplinkMTU is what the links of the node's default routes carry, the least of both families' first ones in bytes, 0 without any.
 func UplinkMTU() (least int) {
 	for _, f := range families {
-		routes, err := listDefaults(f.af)
+		routes, err := listDefaults(f)
 		hops := defaultHops(routes)
 		if err != nil || len(hops) == 0 {
 			continue

@@ -3,13 +3,11 @@ package noderoutes
 import (
 	"encoding/binary"
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -187,11 +185,10 @@ func TestSourceOf(t *testing.T) {
 			t.Errorf("%s: %v, %v; want %q", name, got, ok, c.want)
 		}
 	}
-	hops := defaultHops([]netlink.Route{
-		{Type: unix.RTN_UNREACHABLE, Priority: 1},
-		{Type: unix.RTN_UNICAST, Priority: 20, LinkIndex: 2},
-		{Type: unix.RTN_UNICAST, Priority: 10, Src: net.ParseIP("192.0.2.1"),
-			MultiPath: []*netlink.NexthopInfo{{LinkIndex: 3}, {LinkIndex: 4, Gw: net.ParseIP("192.0.2.254")}}},
+	hops := defaultHops([]defaultRoute{
+		{kind: unix.RTN_UNREACHABLE, metric: 1, hops: []hop{{}}},
+		{kind: unix.RTN_UNICAST, metric: 10, hops: []hop{{link: 3, source: addr("192.0.2.1")}, {4, addr("192.0.2.254"), addr("192.0.2.1")}}},
+		{kind: unix.RTN_UNICAST, metric: 20, hops: []hop{{link: 2}}},
 	})
 	want := []hop{{link: 3, source: addr("192.0.2.1")}, {4, addr("192.0.2.254"), addr("192.0.2.1")}, {link: 2}}
 	if d := cmp.Diff(want, hops, cmp.AllowUnexported(hop{}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {

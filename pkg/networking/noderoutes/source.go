@@ -19,17 +19,16 @@ var ErrNoSource = errors.New("no default route with a source address")
 // DefaultSource returns the address that the node uses towards the world outside by main's default route: pods see it as
 // their node's address unless the configuration names another. family is unix.AF_INET or unix.AF_INET6.
 // Without one the error is ErrNoSource.
-func DefaultSource(family int) (netip.Addr, error) {
-	for _, f := range families {
-		if f.af == family && !hasFamily(f) {
-			return netip.Addr{}, fmt.Errorf("find the node's %s address: %w", f.name, ErrNoSource)
-		}
+func DefaultSource(af int) (netip.Addr, error) {
+	f := families[slices.IndexFunc(families, func(f family) bool { return f.af == af })]
+	if !hasFamily(f) {
+		return netip.Addr{}, fmt.Errorf("find the node's %s address: %w", f.name, ErrNoSource)
 	}
-	routes, err := listDefaults(family)
+	routes, err := listDefaults(f)
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("find the node's address: %w", err)
 	}
-	addrs, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
+	addrs, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, af) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("find the node's address: list addresses: %w", err)
 	}
@@ -54,20 +53,12 @@ type hostAddr struct {
 	notPreferred bool // not what the kernel would choose first: secondary, temporary, deprecated or not yet usable
 }
 
-// defaultHops returns the next hops, best metric first.
-func defaultHops(routes []netlink.Route) []hop {
-	slices.SortStableFunc(routes, func(a, b netlink.Route) int { return a.Priority - b.Priority })
+// defaultHops returns the next hops, in the order of their routes.
+func defaultHops(routes []defaultRoute) []hop {
 	var out []hop
 	for _, r := range routes {
-		if r.Type != unix.RTN_UNICAST {
-			continue
-		}
-		source := addrOf(r.Src)
-		if len(r.MultiPath) == 0 {
-			out = append(out, hop{r.LinkIndex, addrOf(r.Gw), source})
-		}
-		for _, h := range r.MultiPath {
-			out = append(out, hop{h.LinkIndex, addrOf(h.Gw), source})
+		if r.kind == unix.RTN_UNICAST {
+			out = append(out, r.hops...)
 		}
 	}
 	return out

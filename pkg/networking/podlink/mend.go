@@ -321,9 +321,12 @@ func hostRoute(b []byte) (a netip.Addr, w way, leads, ok bool) {
 		return a, w, false, false
 	}
 	m := (*unix.RtMsg)(unsafe.Pointer(&b[0]))
+	if m.Table != unix.RT_TABLE_MAIN || m.Dst_len != 32 && m.Dst_len != 128 { // a router has a million
+		return a, w, false, false
+	}
 	attrs := rtnl.Attrs(b[unix.SizeofRtMsg:])
 	a, ok = netip.AddrFromSlice(attrs[unix.RTA_DST])
-	if !ok || int(m.Dst_len) != a.BitLen() || m.Table != unix.RT_TABLE_MAIN {
+	if !ok || int(m.Dst_len) != a.BitLen() {
 		return a, w, false, false
 	}
 	number := func(attr uint16) int {
