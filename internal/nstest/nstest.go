@@ -272,3 +272,33 @@ func (ns *NS) Run(t testing.TB, name string, args ...string) string {
 	}
 	return string(out)
 }
+
+// LinksComeAndGo makes pairs of links, stay0 and so on, and beside them others that come and go all the time until the test ends, as on a
+// host that starts containers without pause: no list of links is read without a change.
+func (ns *NS) LinksComeAndGo(t testing.TB, pairs int) {
+	t.Helper()
+	var stay, change strings.Builder
+	for i := range pairs {
+		fmt.Fprintf(&stay, "link add stay%d type veth peer name peer%[1]d\n", i)
+		fmt.Fprintf(&change, "link add NAME%d type veth peer name peerNAME%[1]d\nlink del NAME%[1]d\n", i)
+	}
+	dir := t.TempDir()
+	comes := strings.ReplaceAll(change.String(), "NAME", "come")
+	for name, text := range map[string]string{"stay": stay.String(), "come": comes, "go": strings.ReplaceAll(comes, "come", "go")} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ns.Run(t, "ip", "-batch", filepath.Join(dir, "stay"))
+	for _, name := range []string{"come", "go"} {
+		cmd := ns.Command("sh", "-c", `while ip -batch "$1"; do :; done`, "sh", filepath.Join(dir, name))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			_ = cmd.Wait() // "signal: killed"
+		})
+	}
+}

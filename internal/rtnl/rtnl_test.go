@@ -2,6 +2,7 @@ package rtnl
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -61,6 +62,25 @@ func TestBatch(t *testing.T) {
 	for i, want := range []bool{true, false, true} {
 		if got := i < len(replies) && len(replies[i]) > 0; got != want {
 			t.Errorf("answer %d: %v, want %v", i, got, want)
+		}
+	}
+}
+
+// On a host that starts containers without pause no list of links is read undisturbed. What is there all along is in it all the same.
+func TestLinksComeAndGo(t *testing.T) {
+	const pairs = 1500
+	ns := nstest.New(t)
+	ns.LinksComeAndGo(t, pairs)
+	c := open(t, ns)
+	for range 2 {
+		all := map[string]bool{}
+		if err := c.Links(func(l Link) { all[l.Name] = true }); err != nil {
+			t.Fatal(err)
+		}
+		for i := range pairs {
+			if name := fmt.Sprintf("stay%d", i); !all[name] {
+				t.Errorf("%s is missing among %d", name, len(all))
+			}
 		}
 	}
 }

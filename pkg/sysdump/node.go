@@ -190,17 +190,12 @@ var kinds = map[int]string{
 func routes() ([]byte, error) {
 	var b bytes.Buffer
 	names := map[int]string{}
-	if all, err := netlink.LinkList(); err == nil {
-		for _, l := range all {
-			names[l.Attrs().Index] = l.Attrs().Name
-		}
+	all, _ := netlink.LinkList() // as far as it can be read while links come and go
+	for _, l := range all {
+		names[l.Attrs().Index] = l.Attrs().Name
 	}
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-		list, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
-		if err != nil {
-			return b.Bytes(), fmt.Errorf("list routes: %w", err)
-		}
-		for _, r := range list {
+		err := netlink.RouteListFilteredIter(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
 			fmt.Fprintf(&b, "table %d: %s %s", r.Table, kinds[r.Type], orAll(r.Dst))
 			if r.Gw != nil {
 				fmt.Fprintf(&b, " via %s", r.Gw)
@@ -216,6 +211,10 @@ func routes() ([]byte, error) {
 				fmt.Fprintf(&b, " mtu %d", r.MTU)
 			}
 			b.WriteByte('\n')
+			return true
+		})
+		if err != nil {
+			return b.Bytes(), fmt.Errorf("list routes: %w", err)
 		}
 	}
 	return b.Bytes(), nil
@@ -223,7 +222,7 @@ func routes() ([]byte, error) {
 
 func links() ([]byte, error) {
 	all, err := netlink.LinkList()
-	if err != nil {
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
 	var b bytes.Buffer
@@ -231,10 +230,7 @@ func links() ([]byte, error) {
 		a := l.Attrs()
 		fmt.Fprintf(&b, "%d: %s %s mtu %d state %s flags %s group %d master %d mac %s alias %q\n",
 			a.Index, a.Name, l.Type(), a.MTU, a.OperState, a.Flags, a.Group, a.MasterIndex, a.HardwareAddr, a.Alias)
-		addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
-		if err != nil {
-			continue // the link has gone
-		}
+		addrs, _ := netlink.AddrList(l, netlink.FAMILY_ALL) // none where the link has gone
 		for _, addr := range addrs {
 			fmt.Fprintf(&b, "    %s\n", addr)
 		}

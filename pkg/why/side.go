@@ -264,7 +264,7 @@ func existing(links ...string) string {
 // isOwn reports whether the machine itself has an address.
 func isOwn(a netip.Addr) bool {
 	all, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	return err == nil && slices.ContainsFunc(all, func(have netlink.Addr) bool {
+	return (err == nil || errors.Is(err, netlink.ErrDumpInterrupted)) && slices.ContainsFunc(all, func(have netlink.Addr) bool {
 		ip, _ := netip.AddrFromSlice(have.IP)
 		return ip.Unmap() == a
 	})

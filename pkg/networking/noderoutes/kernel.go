@@ -258,6 +258,54 @@ func parseRoute(f family, table uint32, b []byte) (m routeMsg, ok bool) {
 	return m, ok
 }
 
+// eachAddr gives the node's addresses of a family to take, perhaps twice.
+func eachAddr(f family, take func(hostAddr)) error {
+	c, err := rtnl.Open(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	r := rtnl.Request{What: fmt.Sprintf("list %s addresses", f.name), Type: unix.RTM_GETADDR}
+	r.Bytes(byte(f.af), 0, 0, 0)
+	r.Uint32(0)
+	return c.Dump(r, func(b []byte) {
+		if a, ok := parseAddr(f, b); ok {
+			take(a)
+		}
+	})
+}
+
+// parseAddr reads struct ifaddrmsg and what is behind it. With a peer, IFA_ADDRESS is the peer's.
+func parseAddr(f family, b []byte) (a hostAddr, ok bool) {
+	if len(b) < unix.SizeofIfAddrmsg {
+		return a, false
+	}
+	h := (*unix.IfAddrmsg)(unsafe.Pointer(&b[0]))
+	attrs := b[unix.SizeofIfAddrmsg:]
+	addr := rtnl.Attr(attrs, unix.IFA_LOCAL)
+	if addr == nil {
+		addr = rtnl.Attr(attrs, unix.IFA_ADDRESS)
+	}
+	flags := uint32(h.Flags)
+	if v := rtnl.Attr(attrs, unix.IFA_FLAGS); len(v) == 4 {
+		flags = binary.NativeEndian.Uint32(v)
+	}
+	ip, ok := netip.AddrFromSlice(addr)
+	const second = unix.IFA_F_SECONDARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	a = hostAddr{link: int(h.Index), prefix: netip.PrefixFrom(ip, int(h.Prefixlen)), scope: h.Scope, notPreferred: flags&second != 0}
+	return a, ok && int(h.Family) == f.af
+}
+
+// addrsOf are the addresses of one link.
+func addrsOf(index int, f family) (out []netip.Addr, err error) {
+	err = eachAddr(f, func(a hostAddr) {
+		if a.link == index {
+			out = append(out, a.prefix.Addr())
+		}
+	})
+	return out, err
+}
+
 // listRoutes returns the routes of our metric in main.
 func listRoutes(f family) ([]route, error) {
 	var out []route
@@ -337,9 +385,14 @@ func deleteRoute(r route) error {
 
 // listLinks returns the links over which router advertisements may come.
 func listLinks() ([]link, error) {
-	links, err := retryInterrupted(netlink.LinkList)
+	c, err := rtnl.Open(unix.NETLINK_ROUTE)
 	if err != nil {
-		return nil, fmt.Errorf("list links: %w", err)
+		return nil, err
+	}
+	defer c.Close()
+	links := map[int]rtnl.Link{} // by index: a name may be another's by the second reading
+	if err := c.Links(func(l rtnl.Link) { links[l.Index] = l }); err != nil {
+		return nil, err
 	}
 	defaults, err := listDefaults(ipv6)
 	if err != nil {
@@ -353,7 +406,7 @@ func listLinks() ([]link, error) {
 	}
 	var out []link
 	for _, l := range links {
-		name := l.Attrs().Name
+		name := l.Name
 		if strings.HasPrefix(name, names.PodLinkPrefix) {
 			continue // there are hundreds, and no router advertises on them
 		}
@@ -366,18 +419,15 @@ func listLinks() ([]link, error) {
 			continue
 		}
 		out = append(out, link{name: name, acceptRA: ra, forwards: forwarding == "1",
-			raDefault: viaRA[l.Attrs().Index], uplink: isUplink(l)})
+			raDefault: viaRA[l.Index], uplink: isUplink(l)})
 	}
+	slices.SortFunc(out, func(a, b link) int { return strings.Compare(a.name, b.name) })
 	return out, nil
 }
 
 // isUplink reports whether a link can connect the host to its network. Container engines make links of other types.
-func isUplink(l netlink.Link) bool {
-	switch l.Type() {
-	case "device", "vlan", "bond", "team":
-		return l.Attrs().Flags&net.FlagLoopback == 0
-	}
-	return false
+func isUplink(l rtnl.Link) bool {
+	return slices.Contains([]string{"", "vlan", "bond", "team"}, l.Kind) && l.Name != "lo" // "": hardware
 }
 
 // defaultRoute is a default route of main. The hops have its source.

@@ -522,3 +522,26 @@ func TestManyRoutes(t *testing.T) {
 		return err
 	})
 }
+
+// On a host that starts containers without pause no list of links or addresses is read undisturbed. The node is right all the same.
+func TestLinksComeAndGo(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "sh", "-ec", "ip link add u0 type veth peer name u1; ip link set u0 up; ip link set u1 up; ip addr add 192.0.2.1/24 dev u0; ip addr add 2001:db8::1/64 dev u0 nodad; "+
+		"ip route add default via 192.0.2.254; ip -6 route add default via 2001:db8::254")
+	n := New(Saved{}, nil)
+	mustSync(t, ns, n, typical())
+	ns.LinksComeAndGo(t, 1500)
+	for range 3 {
+		if got := mustSync(t, ns, n, typical()); len(got) != 0 {
+			t.Errorf("changes %q", got)
+		}
+		ns.Do(t, func() error {
+			for _, f := range families {
+				if a, err := DefaultSource(f.af); err != nil || a != netip.MustParseAddr(map[string]string{"IPv4": "192.0.2.1", "IPv6": "2001:db8::1"}[f.name]) {
+					t.Errorf("the node's %s address is %v, error %v", f.name, a, err)
+				}
+			}
+			return nil
+		})
+	}
+}

@@ -133,12 +133,12 @@ func lackingAddrs(link netlink.Link, tun Tun) (lacks []netip.Addr, off, err erro
 				continue
 			}
 		}
-		have, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(link, f.af) })
+		have, err := addrsOf(link.Attrs().Index, f)
 		if err != nil {
-			return nil, off, fmt.Errorf("list %s addresses of %s: %w", f.name, name, err)
+			return nil, off, err
 		}
 		for _, a := range want {
-			if a.Is6() == (f.af == unix.AF_INET6) && !slices.ContainsFunc(have, func(h netlink.Addr) bool { return h.IP.Equal(a.AsSlice()) }) {
+			if a.Is6() == (f.af == unix.AF_INET6) && !slices.Contains(have, a) {
 				lacks = append(lacks, a)
 			}
 		}

@@ -162,7 +162,7 @@ func TestRelevant(t *testing.T) {
 func TestSourceOf(t *testing.T) {
 	addr := netip.MustParseAddr
 	a := func(link int, p string, second bool) hostAddr {
-		return hostAddr{link, netip.MustParsePrefix(p), second}
+		return hostAddr{link: link, prefix: netip.MustParsePrefix(p), notPreferred: second}
 	}
 	for name, c := range map[string]struct {
 		hops  []hop

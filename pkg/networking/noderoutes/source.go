@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/netset"
@@ -28,11 +27,16 @@ func DefaultSource(af int) (netip.Addr, error) {
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("find the node's address: %w", err)
 	}
-	addrs, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, af) })
+	var addrs []hostAddr
+	err = eachAddr(f, func(a hostAddr) {
+		if ip := a.prefix.Addr(); a.scope == unix.RT_SCOPE_UNIVERSE && !ip.IsLinkLocalUnicast() && ip != netset.AnswererIPv6 {
+			addrs = append(addrs, a)
+		}
+	})
 	if err != nil {
-		return netip.Addr{}, fmt.Errorf("find the node's address: list addresses: %w", err)
+		return netip.Addr{}, fmt.Errorf("find the node's address: %w", err)
 	}
-	a, ok := sourceOf(defaultHops(routes), hostAddrs(addrs))
+	a, ok := sourceOf(defaultHops(routes), addrs)
 	if !ok {
 		return netip.Addr{}, fmt.Errorf("find the node's address: %w", ErrNoSource)
 	}
@@ -46,11 +50,12 @@ type hop struct {
 	source  netip.Addr // preferred source, zero: none
 }
 
-// hostAddr is an address of the node of global scope.
+// hostAddr is an address of the node.
 type hostAddr struct {
 	link         int
 	prefix       netip.Prefix
-	notPreferred bool // not what the kernel would choose first: secondary, temporary, deprecated or not yet usable
+	scope        uint8 // unix.RT_SCOPE_*
+	notPreferred bool  // not what the kernel would choose first: secondary, temporary, deprecated or not yet usable
 }
 
 // defaultHops returns the next hops, in the order of their routes.
@@ -59,18 +64,6 @@ func defaultHops(routes []defaultRoute) []hop {
 	for _, r := range routes {
 		if r.kind == unix.RTN_UNICAST {
 			out = append(out, r.hops...)
-		}
-	}
-	return out
-}
-
-func hostAddrs(addrs []netlink.Addr) []hostAddr {
-	const second = unix.IFA_F_SECONDARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
-	var out []hostAddr
-	for _, a := range addrs {
-		ones, _ := a.Mask.Size()
-		if ip := addrOf(a.IP); ip.IsValid() && a.Scope == unix.RT_SCOPE_UNIVERSE && !ip.IsLinkLocalUnicast() && ip != netset.AnswererIPv6 {
-			out = append(out, hostAddr{a.LinkIndex, netip.PrefixFrom(ip, ones), a.Flags&second != 0})
 		}
 	}
 	return out

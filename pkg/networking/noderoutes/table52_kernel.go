@@ -59,11 +59,8 @@ func (kernelTable) missing(tun string, prefixes []netip.Prefix) ([]netip.Prefix,
 
 // hasGlobal reports whether a link has an address of a family that is not link-local.
 func hasGlobal(link netlink.Link, f family) (bool, error) {
-	addrs, err := retryInterrupted(func() ([]netlink.Addr, error) { return netlink.AddrList(link, f.af) })
-	if err != nil {
-		return false, fmt.Errorf("list %s addresses of %s: %w", f.name, link.Attrs().Name, err)
-	}
-	return slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return !a.IP.IsLinkLocalUnicast() }), nil
+	addrs, err := addrsOf(link.Attrs().Index, f)
+	return slices.ContainsFunc(addrs, func(a netip.Addr) bool { return !a.IsLinkLocalUnicast() }), err
 }
 
 // tunnelRoutes returns the routes of tailscaled's table over its interface.
