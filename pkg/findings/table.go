@@ -40,6 +40,7 @@ const (
 	PodLinkDown       ID = "HC137"
 	NoLease           ID = "HC138"
 	ConntrackFull     ID = "HC139"
+	NamedAsPods       ID = "HC140"
 
 	NotApproved         ID = "HC201"
 	ApprovalUnseen      ID = "HC202"
@@ -231,6 +232,9 @@ var Table = []Finding{
 	{ConntrackFull, Fail, "the kernel's table of connections is full, or nearly",
 		"The node follows as many connections as it may (`net.netfilter.nf_conntrack_max`). Those that there are go on; a packet that begins one is dropped, whoever sends it, and nobody is told but the kernel's log (`nf_conntrack: table full, dropping packet`).",
 		"allow more, by `sysctl -w net.netfilter.nf_conntrack_max=NUMBER` now and a file in /etc/sysctl.d for the next boot (a connection takes some 300 bytes); kube-proxy sets it at each start, by `conntrack.min` and `conntrack.maxPerCore`. `conntrack -L -o extended` shows whose they are."},
+	{NamedAsPods, Fail, "a link of the host's is named as pods' links are",
+		"HeadCNI knows pods' links by their names, which begin with hc. A network card, a VLAN or a VPN of such a name counts as one: what pods send by it keeps their own address, the guard lets it out, and IPv6 finds no neighbours there.",
+		"give it another name, at once by `ip link set dev NAME down` and `ip link set dev NAME name OTHER`, and for the next boot where it has its name from: a .link file of systemd's, set-name of netplan's, the VPN's configuration."},
 
 	{NotApproved, Fail, "the node's routes are advertised and not approved",
 		"Headscale routes a node's pod range to it only once that is approved. Until then other nodes' pods do not reach this node's.",

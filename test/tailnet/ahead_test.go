@@ -86,6 +86,7 @@ var brokenAhead = []ahead{
 	{name: "another CNI is there", sh: "echo '{}' >/etc/cni/net.d/05-calico.conflist", mend: "rm /etc/cni/net.d/05-calico.conflist", want: findings.OtherCNI, says: "05-calico.conflist"},
 	{name: "the LAN is inside the pods' range", set: []string{"network.clusterCIDRs=192.168.77.128/25"}, want: findings.RangeOverlapsHost, says: "eth0"},
 	{name: "docker0 is inside the pods' range", sh: "ip link add docker0 type bridge; ip address add 10.244.9.1/24 dev docker0; ip link set docker0 up", mend: "ip link del docker0", want: findings.RangeOverlapsHost, says: "docker0"},
+	{name: "a link named as pods' links are", sh: "ip link add hcloud0 type bridge", mend: "ip link del hcloud0", want: findings.NamedAsPods, says: "hcloud0"},
 	{name: "the LAN is inside the services' range", set: []string{"network.serviceCIDRs=192.168.77.128/25"}, want: findings.RangeOverlapsHost, says: "192.168.77.128/25"},
 	{name: "/dev/net/tun is missing", sh: "mount -t tmpfs tmpfs /dev/net", mend: "umount /dev/net", want: findings.NoTunDevice, says: "no such file"},
 	{name: "/dev/net/tun is another device", sh: "mount --bind /dev/null /dev/net/tun", mend: "umount /dev/net/tun", want: findings.NoTunDevice, says: "no tun device"},

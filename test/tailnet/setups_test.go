@@ -60,6 +60,7 @@ var brokenSetups = []setup{
 	{name: "docker0 is inside the pods' range", at: ownDaemon, sh: "ip link add docker0 type bridge; ip address add N.1/25 dev docker0; ip link set docker0 up", mend: "ip link del docker0",
 		want: findings.RangeOverlapsHost, says: "10.244.2.0/25"},
 	{name: "a network of the host in 100.64.0.0/10", at: ownHost, sh: fmt.Sprintf(newLink, "cloud0", "100.99.0.1/24"), mend: "ip link del cloud0", want: findings.HostInTailnet, says: "disable-linux-cgnat-drop-rule"},
+	{name: "a link named as pods' links are", at: ownDaemon, sh: fmt.Sprintf(newLink, "hcloud0", "192.0.2.1/24"), mend: "ip link del hcloud0", restart: true, want: findings.NamedAsPods, says: "hcloud0"},
 	{name: "another CNI comes first", at: ownHost, sh: "echo '{}' >/etc/cni/net.d/05-flannel.conflist", mend: "rm /etc/cni/net.d/05-flannel.conflist", want: findings.OtherCNI, says: "05-flannel.conflist"},
 	{name: "the plugin is missing", at: ownHost, sh: "mv /opt/cni/bin/headcni /opt/cni/bin/away", mend: "mv /opt/cni/bin/away /opt/cni/bin/headcni", restart: true, want: findings.PluginMissing, says: "headcni-daemon install"},
 	{name: "the plugin cannot be run", at: ownDaemon, sh: "mv /opt/cni/bin/headcni /opt/cni/bin/away; install -m 0644 /dev/null /opt/cni/bin/headcni", mend: "mv /opt/cni/bin/away /opt/cni/bin/headcni", restart: true,

@@ -63,3 +63,14 @@ func Valid(s string) bool {
 	}
 	return s != ""
 }
+
+// IsPodLink reports whether a link has a name as a pod's veth on the host.
+func IsPodLink(name string) bool {
+	hash, ok := strings.CutPrefix(name, PodLinkPrefix)
+	return ok && len(hash) == 10 && strings.Trim(hash, "0123456789abcdef") == ""
+}
+
+// CountsAsPodLink reports whether nft's rules take a link for a pod's that is none.
+func CountsAsPodLink(name string) bool {
+	return strings.HasPrefix(name, PodLinkPrefix) && !IsPodLink(name)
+}

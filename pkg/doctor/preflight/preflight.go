@@ -161,7 +161,9 @@ func ranges(c config.Config) doctor.Check {
 		return out
 	}
 	for _, l := range links {
-		if l.Flags&net.FlagLoopback != 0 || strings.HasPrefix(l.Name, names.PodLinkPrefix) {
+		if names.CountsAsPodLink(l.Name) {
+			out.Add(findings.NamedAsPods, "%s counts as a pod's link: its name begins with %q", l.Name, names.PodLinkPrefix)
+		} else if l.Flags&net.FlagLoopback != 0 || strings.HasPrefix(l.Name, names.PodLinkPrefix) {
 			continue
 		}
 		addrs, err := l.Addrs()

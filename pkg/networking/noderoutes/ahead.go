@@ -2,6 +2,7 @@ package noderoutes
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -91,4 +92,23 @@ func linkName(index int) string {
 		return ""
 	}
 	return link.Attrs().Name
+}
+
+// NamedAsPods is an error that names the host's links which count as pods': the node's rules know these by their names alone.
+func NamedAsPods() error {
+	links, err := net.Interfaces()
+	if err != nil {
+		return fmt.Errorf("list the host's interfaces: %w", err)
+	}
+	var found []string
+	for _, l := range links {
+		if names.CountsAsPodLink(l.Name) {
+			found = append(found, l.Name)
+		}
+	}
+	if found == nil {
+		return nil
+	}
+	return findings.Errorf(findings.NamedAsPods, "%s: a link whose name begins with %q counts as a pod's, and nothing keeps pods' packets from leaving there in clear; give it another name "+
+		"(ip link set dev NAME name OTHER, while it is down)", strings.Join(found, ", "), names.PodLinkPrefix)
 }

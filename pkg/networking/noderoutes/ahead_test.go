@@ -53,3 +53,21 @@ func TestAhead(t *testing.T) {
 		ns.Run(t, "sh", "-c", "ip "+family+" rule del "+words)
 	}
 }
+
+// A link of the host's that nft's rules take for a pod's is named, and a pod's is not.
+func TestNamedAsPods(t *testing.T) {
+	ns := nstest.New(t)
+	named := func() (err error) {
+		ns.Do(t, func() error { err = NamedAsPods(); return nil })
+		return err
+	}
+	ns.Run(t, "sh", "-ec", "ip link add hc0123456789 type veth peer name h0; ip link add wlhc0 type veth peer name eth0")
+	if err := named(); err != nil {
+		t.Error(err)
+	}
+	ns.Run(t, "sh", "-ec", "ip link add hcloud0 type veth peer name h1; ip link add hc01234567890 type veth peer name h2; ip link add hc-vpn type veth peer name h3")
+	if err := named(); findings.IDOf(err) != findings.NamedAsPods || !strings.Contains(err.Error(), "hcloud0") || !strings.Contains(err.Error(), "hc01234567890") ||
+		!strings.Contains(err.Error(), "hc-vpn") || strings.Contains(err.Error(), "hc0123456789,") {
+		t.Error(err)
+	}
+}

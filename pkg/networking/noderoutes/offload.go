@@ -20,7 +20,7 @@ var offloads = []struct{ feature, word string }{
 // Uplink is the link of the node's first default route, IPv4's where there is one; "" without any.
 func Uplink() string {
 	for _, f := range families {
-		routes, err := listDefaults(f.af)
+		routes, err := listDefaults(f)
 		if hops := defaultHops(routes); err == nil && len(hops) > 0 {
 			if link, err := netlink.LinkByIndex(hops[0].link); err == nil {
 				return link.Attrs().Name

@@ -658,7 +658,7 @@ func TestName(t *testing.T) {
 	seen := map[string]bool{}
 	for i := range 20000 {
 		name := Name(fmt.Sprintf("%064x", i), "eth0")
-		if len(name) != 12 || !isName(name) {
+		if len(name) != 12 || !names.IsPodLink(name) {
 			t.Fatalf("%q", name)
 		}
 		if seen[name] {

@@ -97,7 +97,7 @@ func (h *Handle) Sources() (map[int][]netip.Addr, error) {
 	all := map[int][]netip.Addr{}
 	for _, l := range v.links {
 		for _, a := range v.routes[l.Index] {
-			if v.ways[a].link == l.Index && isName(l.Name) && !slices.Contains(all[l.Index], a) {
+			if v.ways[a].link == l.Index && names.IsPodLink(l.Name) && !slices.Contains(all[l.Index], a) {
 				all[l.Index] = append(all[l.Index], a)
 			}
 		}
@@ -140,7 +140,7 @@ func listLinks(c *rtnl.Conn) (map[string]rtnl.Link, error) {
 		if l.Kind != "veth" {
 			return
 		}
-		if isName(l.Name) {
+		if names.IsPodLink(l.Name) {
 			links[l.Name] = l
 		} else if _, pod, ok := podOf(l); ok {
 			renamed[Name(pod.ContainerID, pod.IfName)] = l
@@ -154,11 +154,6 @@ func listLinks(c *rtnl.Conn) (map[string]rtnl.Link, error) {
 	return links, err
 }
 
-func isName(name string) bool {
-	hash, ok := strings.CutPrefix(name, names.PodLinkPrefix)
-	return ok && len(hash) == 10 && strings.Trim(hash, "0123456789abcdef") == ""
-}
-
 // HasPods reports whether any pod's link is on the node.
 func (h *Handle) HasPods() bool {
 	c, err := h.open()
@@ -166,7 +161,7 @@ func (h *Handle) HasPods() bool {
 		return false
 	}
 	found := false
-	err = c.Links(func(l rtnl.Link) { found = found || l.Kind == "veth" && isName(l.Name) })
+	err = c.Links(func(l rtnl.Link) { found = found || l.Kind == "veth" && names.IsPodLink(l.Name) })
 	return err == nil && found
 }
 
