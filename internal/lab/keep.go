@@ -223,6 +223,9 @@ func (w World) Down(ctx context.Context) error {
 	// The machines hold the lock for as long as they live.
 	return until(ctx, 10*time.Millisecond, nil, func() error {
 		lock, err := lockFile(filepath.Join(w.Dir, "lock"), unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // another lab, which began just now, has swept it away
+		}
 		if err != nil {
 			return err
 		}

@@ -66,3 +66,10 @@ func TestFolderOfAnotherUser(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Whoever begins a lab sweeps the folders of those that are dead: also of one that `demo down` has just killed, and waits for.
+func TestSweptMeanwhile(t *testing.T) {
+	if err := (World{Dir: filepath.Join(t.TempDir(), "swept")}).Down(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
