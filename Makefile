@@ -85,7 +85,8 @@ test: need-go ## All tests but e2e's, test-manual's and test-kernel's, with the 
 		echo "make test: needs root for the kernel and tailnet tests: run 'sudo make test'" >&2; \
 		echo "(as an ordinary user, 'go test ./...' runs what it can and says what it skips)" >&2; exit 1; fi
 	@$(call PREPARE,test,$(LAB),headscale tailscale tailscale-trimmed cni-plugins helm cyclonedx-gomod derper oci simnodes) \
-		prometheus=$$(test/tools/packages unpack prometheus); tinyproxy=$$(test/tools/packages unpack tinyproxy-bin); export PATH="$$PATH:$$prometheus/usr/bin:$$tinyproxy/usr/bin"; \
+		prometheus=$$(test/tools/packages unpack prometheus); tinyproxy=$$(test/tools/packages unpack tinyproxy-bin); miniupnpd=$$(test/tools/packages unpack miniupnpd-nftables); \
+		export PATH="$$PATH:$$prometheus/usr/bin:$$tinyproxy/usr/bin:$$miniupnpd/usr/sbin"; \
 		go vet ./...; CGO_ENABLED=1 HEADCNI_TEST_REQUIRE=1 go test -race -ldflags='-s -w' -timeout 20m $(TESTFLAGS) $(LONGEST) $$(go list ./... | grep -v -e /test/e2e -e /test/deploy -e /test/manual -e /test/kernel -e /test/crio); \
 		HEADCNI_TEST_REQUIRE=1 go test $(TESTFLAGS) ./test/deploy/; \
 		(cd test/tools/oci; go vet ./...; go test ./...); cd test/tools/simnodes; go vet ./...
@@ -257,7 +258,8 @@ bench-services: need-go ## How long a device reaches no Service when the node th
 .PHONY: bench-sites
 bench-sites: need-go ## Nodes behind routers: which pairs meet directly and how soon, and how long pods are dark after routers forget, as tables in bin/sites.md; needs root, takes 15 minutes; TRIALS=5
 	@if ((EUID != 0)); then echo "make bench-sites: needs root: run 'sudo make bench-sites'" >&2; exit 1; fi
-	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed) rm -f bin/sites.md; HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m \
+	@$(call PREPARE,lab,$(LAB),headscale tailscale tailscale-trimmed) miniupnpd=$$(test/tools/packages unpack miniupnpd-nftables); export PATH="$$PATH:$$miniupnpd/usr/sbin"; \
+		rm -f bin/sites.md; HEADCNI_TEST_REQUIRE=1 go test -v -count 1 -timeout 60m \
 		-run 'TestRecovery' -bench . -benchtime 1x ./test/sites/ -args -trials $(or $(TRIALS),5) -table '$(CURDIR)/bin/sites.md'
 
 .PHONY: bench-scale

@@ -170,11 +170,11 @@ func (l *Lab) hosts(proxied bool) string {
 		fmt.Fprintf(&hosts, "%s %s\n", l.opt.underlay(1)[0].Addr(), tlsHost)
 	}
 	for i, name := range l.names() {
-		n := 1
+		addrs := l.opt.underlay(1)
 		if i > 0 {
-			n = i + 10
+			addrs = l.opt.outside(l.opt.site(i-1), i+10)
 		}
-		for _, a := range l.opt.underlay(n) {
+		for _, a := range addrs {
 			fmt.Fprintf(&hosts, "%s %s\n", a.Addr(), name)
 		}
 	}
@@ -209,8 +209,13 @@ func (l *Lab) wire(ctx context.Context) error {
 	if err := l.Control.addBridge(l.opt); err != nil {
 		return err
 	}
-	if slices.ContainsFunc(l.opt.Sites, func(s Site) bool { return s.IPv6 }) {
+	if slices.ContainsFunc(l.opt.Sites, func(s Site) bool { return s.IPv6 || s.maps() }) {
 		if err := l.Control.forward(); err != nil {
+			return err
+		}
+	}
+	if slices.ContainsFunc(l.opt.Sites, Site.maps) {
+		if err := l.Control.addPublic(); err != nil {
 			return err
 		}
 	}

@@ -56,7 +56,7 @@ func (n *Node) plugIn(ctx context.Context, i int) error {
 		n.Tun = "headcni01"
 	}
 	host := i + 11
-	for _, a := range n.lab.opt.underlay(host) {
+	for _, a := range n.lab.opt.outside(n.lab.opt.site(i), host) {
 		n.Underlay = append(n.Underlay, a.Addr())
 	}
 	n.PodCIDRs = podCIDRs(i + 1)

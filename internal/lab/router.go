@@ -23,6 +23,16 @@ const (
 	Hard NAT = "hard"
 )
 
+// PortMapping is how a router is asked to map ports of its outside address.
+type PortMapping string
+
+const (
+	// UPnP is all that many home routers speak.
+	UPnP PortMapping = "upnp"
+	// NATPMP stands for PCP too, which is answered at the same port.
+	NATPMP PortMapping = "natpmp"
+)
+
 // Site is where a node stands: the zero value is the underlay itself, anything else a LAN behind a router. The routers of
 // all sites have their outside on the underlay, which is the internet to them.
 type Site struct {
@@ -32,6 +42,8 @@ type Site struct {
 	Carrier bool
 	// Opened has the router keep the port of the node's tailscaled, 41641, and pass on to it what comes to that.
 	Opened bool
+	// PortMapping has the router map ports for the nodes that ask it to. Its outside address is a public one. It does not go with Carrier.
+	PortMapping PortMapping
 	// NoUDP lets nothing out but TCP to the control host.
 	NoUDP bool
 	// Proxy lets nothing out at all, but has an HTTP proxy on the router that connects to port 443 of whoever is named to it. The
@@ -53,6 +65,8 @@ type Site struct {
 }
 
 func (s Site) behind() bool { return s != Site{} }
+
+func (s Site) maps() bool { return s.PortMapping != "" }
 
 // homeLAN is what most homes have.
 var homeLAN = netip.MustParsePrefix("192.168.1.0/24")
@@ -79,7 +93,9 @@ type Router struct {
 	Site Site
 	// Proxy is its HTTP proxy, where it has one.
 	Proxy *Process
-	node  *Node
+	// Mapper maps ports, where the site has that.
+	Mapper *Process
+	node   *Node
 }
 
 const (
@@ -142,11 +158,11 @@ func (n *Node) plugSite(ctx context.Context, control *Machine) error {
 	if err := outer.Machine.plugBy(site.Wire, control, n.Port, mtu); err != nil {
 		return err
 	}
-	wan := opt.underlay(host)
+	wan := opt.outside(site, host)
 	if !site.IPv6 {
 		wan = slices.DeleteFunc(wan, func(p netip.Prefix) bool { return p.Addr().Is6() })
 	}
-	if err := outer.configure(wanLink, wan, gateways(opt.underlay(1), wan)); err != nil {
+	if err := outer.configure(wanLink, wan, gateways(opt.outside(site, 1), wan)); err != nil {
 		return err
 	}
 	for i, inner := range n.Routers[:len(n.Routers)-1] {
@@ -164,6 +180,11 @@ func (n *Node) plugSite(ctx context.Context, control *Machine) error {
 	}
 	if site.Proxy {
 		if err := n.Routers[0].StartProxy(ctx); err != nil {
+			return err
+		}
+	}
+	if site.maps() {
+		if err := outer.StartMapper(ctx); err != nil {
 			return err
 		}
 	}
@@ -259,6 +280,11 @@ func (r *Router) rules() string {
 		fmt.Fprintf(&forward, "ct status dnat accept\n")
 		fmt.Fprintf(&nat, "oifname %s udp sport %d masquerade\n", wanLink, tailscaledPort)
 	}
+	var mapping string
+	if s.maps() {
+		mapping = mapperChains
+		fmt.Fprintf(&forward, "jump %s\n", mapped)
+	}
 	if !outermost || !s.OpenInput {
 		fmt.Fprintf(&input, "iifname %s ct state established,related accept\niifname %s meta l4proto ipv6-icmp accept\niifname %s drop\n", wanLink, wanLink, wanLink)
 	}
@@ -270,8 +296,12 @@ func (r *Router) rules() string {
 	default:
 		fmt.Fprintf(&forward, "meta nfproto ipv4 drop\n")
 	}
-	return fmt.Sprintf(`table inet router {
-chain forward { type filter hook forward priority 0; policy drop;
+	return fmt.Sprintf(`add table inet router
+delete table inet router
+add table ip routernat
+delete table ip routernat
+table inet router {
+%schain forward { type filter hook forward priority 0; policy drop;
 %s%s}
 chain input { type filter hook input priority 0;
 %s}
@@ -282,7 +312,7 @@ chain prerouting { type nat hook prerouting priority -100;
 chain postrouting { type nat hook postrouting priority 100;
 %s}
 }
-`, head.String(), forward.String(), input.String(), opened, nat.String())
+`, mapping, head.String(), forward.String(), input.String(), opened, nat.String())
 }
 
 // Forget has the router lose all that it knows of connections, as a restart of it does.
@@ -291,6 +321,19 @@ func (r *Router) Forget() error {
 		return fmt.Errorf("flush what %s knows of connections: %w", r.Name, err)
 	}
 	return nil
+}
+
+// Restart has the router begin anew, without what it knew of connections and without the ports that it mapped.
+func (r *Router) Restart(ctx context.Context) error {
+	if r.Mapper != nil {
+		if err := r.Mapper.Kill(); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(r.route(), r.Forget()); err != nil || r.Mapper == nil {
+		return err
+	}
+	return r.StartMapper(ctx)
 }
 
 // Connections is how the router translates, one connection a line, for whoever wants to know why two nodes do not meet.
@@ -310,9 +353,9 @@ func (n *Node) Renumber(host int) error {
 	if err := r.loseIPv4(wanLink); err != nil {
 		return err
 	}
-	addr := n.lab.opt.underlay(host)[:1]
+	addr := n.lab.opt.outside(r.Site, host)[:1]
 	n.Underlay[0] = addr[0].Addr()
-	return r.configure(wanLink, addr, n.lab.opt.underlay(1)[:1])
+	return r.configure(wanLink, addr, n.lab.opt.outside(r.Site, 1)[:1])
 }
 
 // loseIPv4 takes a link's IPv4 addresses away.

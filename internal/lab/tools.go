@@ -47,6 +47,9 @@ func (o Options) checkTools() error {
 	if slices.ContainsFunc(o.Sites, func(s Site) bool { return s.Proxy }) && len(haveAll(o.path(), proxyProgram)) > 0 {
 		return fmt.Errorf("%w %s; put the folder with it that `test/tools/packages unpack tinyproxy-bin` prints on PATH", ErrMissing, proxyProgram)
 	}
+	if slices.ContainsFunc(o.Sites, Site.maps) && len(haveAll(o.path(), mapperProgram)) > 0 {
+		return fmt.Errorf("%w %s; put the folder with it that `test/tools/packages unpack miniupnpd-nftables` prints on PATH", ErrMissing, mapperProgram)
+	}
 	if missing := haveAll(o.path(), "bash", "ip", "nft", "mount", "find"); len(missing) > 0 {
 		return fmt.Errorf("%w %s; install iproute2, nftables, mount and findutils", ErrMissing, strings.Join(missing, ", "))
 	}

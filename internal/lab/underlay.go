@@ -18,6 +18,8 @@ const bridgeName = "underlay"
 var (
 	underlay4 = netip.MustParsePrefix("192.168.77.0/24")
 	underlay6 = netip.MustParsePrefix("fd77:77:77::/64")
+	// public4 is a second network on the underlay, which the control host routes: no router maps ports to an outside address that is private.
+	public4 = netip.MustParsePrefix("25.77.77.0/24")
 )
 
 // underlayAddrs are the addresses of host number n, 1 to 254, where the underlay has both families.
@@ -36,6 +38,15 @@ func (o Options) underlay(n int) []netip.Prefix {
 	return all
 }
 
+// outside are the addresses of host number n of the underlay, where it is the router of a site or a node without one.
+func (o Options) outside(s Site, n int) []netip.Prefix {
+	addrs := o.underlay(n)
+	if s.maps() {
+		addrs[0] = hostIn(public4, n)
+	}
+	return addrs
+}
+
 // addBridge makes the underlay on the control host, which is host 1 on it.
 func (m *Machine) addBridge(opt Options) error {
 	snooping := false // it would hold neighbour discovery back until its first query
@@ -44,6 +55,21 @@ func (m *Machine) addBridge(opt Options) error {
 		return fmt.Errorf("add the underlay bridge: %w", err)
 	}
 	return m.configure(bridgeName, opt.underlay(1), nil)
+}
+
+// addPublic has the control host be the gateway of public4 too. What it sends itself still comes from its own address, at which alone nodes know its relay.
+func (m *Machine) addPublic() error {
+	gateway := netip.PrefixFrom(hostIn(public4, 1).Addr(), 32)
+	if err := m.configure(bridgeName, []netip.Prefix{gateway}, nil); err != nil {
+		return err
+	}
+	bridge, err := m.Net.LinkByName(bridgeName)
+	if err != nil {
+		return err
+	}
+	return m.Net.RouteReplace(&netlink.Route{
+		LinkIndex: bridge.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: netipNet(public4), Src: underlayAddrs(1)[0].Addr().AsSlice(),
+	})
 }
 
 // plug connects the machine to control by a veth pair eth0 - port, which is a port of the underlay or stands alone.
