@@ -29,12 +29,13 @@ var places = []place{
 	{"opened", lab.Site{NAT: lab.Hard, Opened: true}},
 	{"dual", lab.Site{NAT: lab.Hard, IPv6: true}},
 	{"dual2", lab.Site{NAT: lab.Hard, IPv6: true, MTU: 1400}},
+	{"upnp", lab.Site{NAT: lab.Hard, Strict: true, PortMapping: lab.UPnP}},
 }
 
 // direct tells whether two places meet without the relay. maybe is where it is decided by whose packet comes first.
 func direct(a, b lab.Site) (yes, maybe bool) {
 	// reached is a node that others can send to first.
-	reached := func(s lab.Site) bool { return s == lab.Site{} || s.Opened }
+	reached := func(s lab.Site) bool { return s == lab.Site{} || s.Opened || s.PortMapping != "" }
 	switch {
 	case a.NoUDP || b.NoUDP:
 		return false, false

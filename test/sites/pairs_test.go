@@ -46,19 +46,8 @@ func TestPaths(t *testing.T) {
 			if !yes {
 				continue // looked at below, when the others have had their time
 			}
-			for _, p := range [][2]*lab.Pod{{a, b}, {b, a}} {
-				if maybe {
-					continue
-				}
-				labtest.Eventually(t, fmt.Sprintf("wait for a direct path from %s to %s", p[0].Node.Name, p[1].Node.Name), func() error {
-					if _, _, err := lab.Echo(t.Context(), p[0], p[1].Addr(false), 64); err != nil {
-						return err
-					}
-					if path := pathTo(t, p[0].Node, p[1].Node); path != "direct" {
-						return fmt.Errorf("it is %s", path)
-					}
-					return nil
-				})
+			if !maybe {
+				wantDirect(t, a, b)
 			}
 		}
 	}
@@ -67,11 +56,33 @@ func TestPaths(t *testing.T) {
 			if yes, _ := direct(places[i].site, places[i+1+j].site); yes {
 				continue
 			}
-			labtest.WantUDP(t, "by the relay", a, b.Addr(false), 64, a.Addr(false))
-			if path := pathTo(t, a.Node, b.Node); path != "relayed" {
-				t.Errorf("%s reaches %s on a path that is %s: the routers are not what they should be", a.Node.Name, b.Node.Name, path)
-			}
+			wantRelayed(t, a, b)
 		}
+	}
+}
+
+// wantDirect waits until two pods' nodes reach each other directly.
+func wantDirect(t testing.TB, a, b *lab.Pod) {
+	t.Helper()
+	for _, p := range [][2]*lab.Pod{{a, b}, {b, a}} {
+		labtest.Eventually(t, fmt.Sprintf("wait for a direct path from %s to %s", p[0].Node.Name, p[1].Node.Name), func() error {
+			if _, _, err := lab.Echo(t.Context(), p[0], p[1].Addr(false), 64); err != nil {
+				return err
+			}
+			if path := pathTo(t, p[0].Node, p[1].Node); path != "direct" {
+				return fmt.Errorf("it is %s", path)
+			}
+			return nil
+		})
+	}
+}
+
+// wantRelayed holds that a pod reaches another one by the relay.
+func wantRelayed(t testing.TB, a, b *lab.Pod) {
+	t.Helper()
+	labtest.WantUDP(t, "by the relay", a, b.Addr(false), 64, a.Addr(false))
+	if path := pathTo(t, a.Node, b.Node); path != "relayed" {
+		t.Errorf("%s reaches %s on a path that is %s: the routers are not what they should be", a.Node.Name, b.Node.Name, path)
 	}
 }
 

@@ -100,7 +100,7 @@ func sleep(t testing.TB, nodes []*lab.Node) time.Time {
 }
 
 func (w world) node(name string) int {
-	return slices.IndexFunc(places, func(p place) bool { return p.name == name })
+	return slices.IndexFunc(w.Nodes, func(n *lab.Node) bool { return n.Name == name })
 }
 
 // side are the nodes of all pairs that send, 0, or receive, 1.
@@ -118,7 +118,7 @@ func TestRecovery(t *testing.T) {
 	var all results
 	for range max(1, *trials) {
 		for _, f := range faults {
-			all.add(f.name, w.recover(t, f))
+			all.add(f.name, w.recover(t, f, recovering))
 		}
 	}
 	if *trials > 0 {
@@ -132,20 +132,20 @@ func BenchmarkRecoveryAlone(b *testing.B) {
 	var all results
 	for range max(1, *trials) {
 		for _, f := range faults {
-			all.add(f.name, w.recover(b, f))
+			all.add(f.name, w.recover(b, f, recovering))
 		}
 	}
 	all.write(b, "tailscaled alone")
 }
 
 // recover has one fault and returns how long each pair was dark, in their order.
-func (w world) recover(t testing.TB, f fault) []time.Duration {
+func (w world) recover(t testing.TB, f fault, pairs [][2]string) []time.Duration {
 	t.Helper()
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 2*patience+*asleep+labtest.Soon, fmt.Errorf("not within %v", patience))
 	defer cancel()
-	flows := make([]*lab.Stream, len(recovering))
+	flows := make([]*lab.Stream, len(pairs))
 	began := time.Now()
-	for i, p := range recovering {
+	for i, p := range pairs {
 		a, b := w.pods[w.node(p[0])], w.pods[w.node(p[1])]
 		var err error
 		if flows[i], err = lab.StartStream(ctx, p[0]+" to "+p[1], a, b, b.Addr(false)); err != nil {
