@@ -107,9 +107,10 @@ func pathTo(t testing.TB, from, to *lab.Node) string {
 	return ""
 }
 
+// status is what a node says of itself. With the race detector a program sleeps for a second before it ends, unless it is told not to.
 func status(t testing.TB, n *lab.Node) (s nodestatus.Status) {
 	t.Helper()
-	if err := json.Unmarshal([]byte(labtest.Sh(t, n.Machine, "headcni-daemon status -o json || :")), &s); err != nil {
+	if err := json.Unmarshal([]byte(labtest.Sh(t, n.Machine, "GORACE=atexit_sleep_ms=0 headcni-daemon status -o json || :")), &s); err != nil {
 		t.Fatal(err)
 	}
 	if s.Tailnet == nil {
