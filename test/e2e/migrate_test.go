@@ -246,8 +246,8 @@ func (w *world) reach(ctx context.Context, nodes ...*cluster.Node) error {
 	for _, from := range nodes {
 		for _, to := range nodes {
 			for _, ip := range w.echo[to.Name].Status.PodIPs {
-				if _, err := w.get(ctx, w.echo[from.Name], url(netip.MustParseAddr(ip.IP), 8080, "/hostname")); err != nil {
-					return fmt.Errorf("from %s to %s: %w", from.Name, to.Name, err)
+				if out, err := w.get(ctx, w.echo[from.Name], url(netip.MustParseAddr(ip.IP), 8080, "/hostname")); err != nil || strings.TrimSpace(out) != w.echo[to.Name].Name {
+					return fmt.Errorf("from %s to %s: %q, %v", from.Name, to.Name, out, err)
 				}
 			}
 		}
