@@ -29,7 +29,7 @@ type ipamFlags struct {
 	dataDir string
 }
 
-// cluster is where to ask, of which cluster is nil where this node is.
+// elsewhere is where to ask. Its cluster is nil where that is this node.
 func (f *ipamFlags) elsewhere(cmd *cobra.Command) (looker, error) {
 	f.local = f.local || cmd.Flags().Changed("data-dir")
 	if err := f.checkWhere(); err != nil {

@@ -128,7 +128,7 @@ func (f *policyFlags) followAll(ctx context.Context, l looker, out, notes io.Wri
 	return errors.Join(lines.err, l.cluster.Forbidden(errs), noneAnswered(errs))
 }
 
-var errEnded = errors.New("it does not log any more")
+var errEnded = errors.New("its daemon ended or went away; begin anew when it is back")
 
 // dropLines prints what nodes say, a line at a time.
 type dropLines struct {

@@ -204,23 +204,26 @@ func (o observation) accepted() noderoutes.Accepted {
 	return noderoutes.Accepted{TunName: o.tun, Routes: o.Tailnet.TunnelRoutes(), MTUs: o.wide}
 }
 
-// podsOf are a peer's ranges of pods.
-func (o observation) podsOf(p tailscale.Peer) []netip.Prefix {
-	cluster := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
-	return slices.DeleteFunc(slices.Clone(p.Routes), func(r netip.Prefix) bool { return !netset.Covers(cluster, r) })
-}
-
 // podPeers are those with pods.
 func (o observation) podPeers() []tailscale.Peer {
-	return slices.DeleteFunc(slices.Clone(o.peers()), func(p tailscale.Peer) bool { return len(p.IPs) == 0 || len(o.podsOf(p)) == 0 })
+	inside := o.insideClusters()
+	return slices.DeleteFunc(slices.Clone(o.peers()), func(p tailscale.Peer) bool { return len(p.IPs) == 0 || !slices.ContainsFunc(p.Routes, inside) })
+}
+
+// insideClusters tells pods' ranges from other routes.
+func (o observation) insideClusters() func(netip.Prefix) bool {
+	clusters := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
+	return func(r netip.Prefix) bool { return netset.Covers(clusters, r) }
 }
 
 // directPeers are those whose paths are worth knowing. Packets through a relay are a TCP stream, and fit.
 func (o observation) directPeers() []pathmtu.Peer {
 	var out []pathmtu.Peer
+	inside := o.insideClusters()
 	for _, p := range o.podPeers() {
 		endpoint, _ := netip.ParseAddrPort(p.CurAddr) // "" is none
-		out = append(out, pathmtu.Peer{Name: p.Name, Addr: p.IPs[0], Endpoint: endpoint, Pods: o.podsOf(p)})
+		pods := slices.DeleteFunc(slices.Clone(p.Routes), func(r netip.Prefix) bool { return !inside(r) })
+		out = append(out, pathmtu.Peer{Name: p.Name, Addr: p.IPs[0], Endpoint: endpoint, Pods: pods})
 	}
 	return out
 }

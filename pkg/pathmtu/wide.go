@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	// worth is how many times the tun's MTU a path must carry: between links of 1500 bytes nothing is gained (BenchmarkPeerMTU).
+	// worth is how many times the tun's MTU a path must carry: between links of 1500 bytes nothing is gained (adr/0037).
 	worth = 2
 	// Widest bounds packets to a peer's pods: what a link of 9216 bytes carries, the largest that switches have.
 	Widest = 9136
@@ -43,7 +43,7 @@ func (w *Watch) Widen(wider Wider) {
 
 // Wide are the peers' ranges of pods to which more than the tun's MTU goes, and how many bytes. nil where nobody asks for that.
 func (w *Watch) Wide() map[netip.Prefix]int {
-	if w == nil || w.wider == nil {
+	if w.wider == nil {
 		return nil
 	}
 	w.mu.Lock()

@@ -102,17 +102,7 @@ func TestPeerMTU(t *testing.T) {
 	}
 
 	// A flow that stands goes on when the path gets smaller and nobody says so.
-	listener := labtest.Listen(t, pods[1], netip.AddrPortFrom(pods[1].Addr(false), 0))
-	c, err := pods[0].Dial(labtest.Within(t), "tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	in, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer in.Close()
+	c, in := connect(t, pods[0], pods[1], pods[1].Addr(false))
 	pass := func() {
 		t.Helper()
 		go func() { _, _ = c.Write(make([]byte, 1<<20)) }() // what is read tells

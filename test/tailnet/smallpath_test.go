@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -72,17 +71,7 @@ func unclamped(t *testing.T, l *lab.Lab, pods []*lab.Pod, took time.Duration) {
 		labtest.Sh(t, n.Machine, "nft flush chain ip headcni clamp; nft flush chain ip6 headcni clamp")
 	}
 	for _, v6 := range []bool{false, true} {
-		listener := labtest.Listen(t, pods[1], netip.AddrPortFrom(pods[1].Addr(v6), 0))
-		c, err := pods[0].Dial(labtest.Within(t), "tcp", listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		in, err := listener.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer in.Close()
+		c, in := connect(t, pods[0], pods[1], pods[1].Addr(v6))
 		deadline := time.Now().Add(5 * took)
 		_, _ = c.SetDeadline(deadline), in.SetDeadline(deadline) // sockets that are open
 		go func() { _, _ = c.Write(make([]byte, 16<<20)) }()     // ends at the deadline

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"strconv"
 	"testing"
@@ -175,6 +176,22 @@ func linkMTU(t *testing.T, n *lab.Node, name string) int {
 		t.Fatal(err)
 	}
 	return link.Attrs().MTU
+}
+
+// connect returns both ends of a connection from one place to an address of another, which end with the test.
+func connect(t *testing.T, from, to lab.Place, addr netip.Addr) (c, in net.Conn) {
+	t.Helper()
+	l := labtest.Listen(t, to, netip.AddrPortFrom(addr, 0))
+	c, err := from.Dial(labtest.Within(t), "tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if in, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close() })
+	return c, in
 }
 
 // transfer sends random data over TCP and compares what arrives.

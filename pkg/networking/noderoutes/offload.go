@@ -5,7 +5,6 @@ import (
 	"strings"
 
 	"github.com/safchain/ethtool"
-	"github.com/vishvananda/netlink"
 
 	"github.com/headcni/headcni/pkg/findings"
 	"github.com/headcni/headcni/pkg/reconcile"
@@ -17,27 +16,16 @@ var offloads = []struct{ feature, word string }{
 	{"tx-generic-segmentation", "gso"}, {"tx-udp-segmentation", "tx-udp-segmentation"}, {"rx-gro", "gro"},
 }
 
-// Uplink is the link of the node's first default route, IPv4's where there is one; "" without any.
-func Uplink() string {
-	for _, f := range families {
-		routes, err := listDefaults(f)
-		if hops := defaultHops(routes); err == nil && len(hops) > 0 {
-			if link, err := netlink.LinkByIndex(hops[0].link); err == nil {
-				return link.Attrs().Name
-			}
-		}
-	}
-	return ""
-}
-
 // OffloadsOff is a warning where somebody has switched off what the device of the uplink could do of offloads. What it cannot do, and links
 // without a device, are as they are.
 func OffloadsOff() error {
-	link := Uplink()
-	if _, err := os.Stat("/sys/class/net/" + link + "/device"); link == "" || err != nil {
-		return nil
+	for _, link := range uplinks() {
+		name := link.Attrs().Name
+		if _, err := os.Stat("/sys/class/net/" + name + "/device"); err == nil {
+			return offloadsOff(name)
+		}
 	}
-	return offloadsOff(link)
+	return nil
 }
 
 func offloadsOff(link string) error {

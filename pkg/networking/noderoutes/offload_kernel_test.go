@@ -28,8 +28,8 @@ func TestOffloadsOff(t *testing.T) {
 	want := func(text string) {
 		t.Helper()
 		ns.Do(t, func() error {
-			if got := Uplink(); got != "up0" {
-				t.Errorf("uplink %q", got)
+			if got := uplinks(); len(got) != 1 || got[0].Attrs().Name != "up0" {
+				t.Errorf("uplinks %v", got)
 			}
 			if err := OffloadsOff(); err != nil {
 				t.Errorf("a link without a device: %v", err)

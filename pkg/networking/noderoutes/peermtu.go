@@ -64,21 +64,6 @@ func (PeerMTU) Now() (map[netip.Prefix]int, error) {
 	return out, nil
 }
 
-// UplinkMTU is what the links of the node's default routes carry, the least of both families' first ones in bytes, 0 without any.
-func UplinkMTU() (least int) {
-	for _, f := range families {
-		routes, err := listDefaults(f)
-		hops := defaultHops(routes)
-		if err != nil || len(hops) == 0 {
-			continue
-		}
-		if link, err := netlink.LinkByIndex(hops[0].link); err == nil && (least == 0 || link.Attrs().MTU < least) {
-			least = link.Attrs().MTU
-		}
-	}
-	return least
-}
-
 // halves are the two prefixes that are p together, nil where they would be single addresses, as probes' are.
 func halves(p netip.Prefix) []netip.Prefix {
 	if p.Bits() > p.Addr().BitLen()-2 {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/headcni/headcni/internal/netset"
@@ -104,6 +105,29 @@ func sourceOf(hops []hop, addrs []hostAddr) (netip.Addr, bool) {
 		return netip.Addr{}, false
 	}
 	return addrs[i].prefix.Addr(), true
+}
+
+// uplinks are the links of each family's first default route.
+func uplinks() (out []netlink.Link) {
+	for _, f := range families {
+		routes, err := listDefaults(f)
+		if hops := defaultHops(routes); err == nil && len(hops) > 0 {
+			if link, err := netlink.LinkByIndex(hops[0].link); err == nil {
+				out = append(out, link)
+			}
+		}
+	}
+	return out
+}
+
+// UplinkMTU is the least that the uplinks carry in bytes, 0 without any.
+func UplinkMTU() (least int) {
+	for _, link := range uplinks() {
+		if mtu := link.Attrs().MTU; least == 0 || mtu < least {
+			least = mtu
+		}
+	}
+	return least
 }
 
 func addrOf(ip net.IP) netip.Addr {

@@ -74,7 +74,7 @@ func tunnelRoutes(link netlink.Link, f family) ([]netip.Prefix, error) {
 	}
 	var out []netip.Prefix
 	for _, r := range routes {
-		if r.Type == unix.RTN_UNICAST && r.MTU == 0 { // else it is ours (PeerMTUs)
+		if r.Type == unix.RTN_UNICAST && r.MTU == 0 { // else it is ours (PeerMTU)
 			out = append(out, routeTo(r, f))
 		}
 	}
