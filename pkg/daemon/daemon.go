@@ -272,7 +272,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	socketErr := func(err error) { d.log.Warn("put a socket back that somebody has removed", "err", err) }
 	spoolErr := func(err error) { d.log.Warn("count what the plugin did", "err", err) }
-	if err := d.metrics.OpenSpool(totalsPath(), cmdlog.Spool(paths.DaemonSocket), spoolErr); err != nil {
+	if err := d.metrics.OpenSpool(totalsPath(), cmdlog.Spool(paths.DaemonSocket), d.pods.Tell, spoolErr); err != nil {
 		spoolErr(err) // pods matter more than their number
 	}
 	d.metrics.Pools(d.pools)
@@ -386,7 +386,9 @@ func totalsPath() string { return filepath.Join(paths.RunDir, "metrics.json") }
 func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 	for ctx.Err() == nil {
 		d.metrics.CountSpool()
-		_ = d.pods.See() // the part pods says what is wrong
+		if lost, _ := d.pods.See(); lost { // the part pods says what is wrong
+			d.loop.Wake()
+		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(spoolInterval):

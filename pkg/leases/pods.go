@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -26,8 +27,8 @@ const (
 
 // Mender puts back on the host's ends of pods' links what the plugin made once and others can take away or change (NetworkManager,
 // systemd-networkd, a person). What a pod is to have is in its lease, which only we write. Of a pod whose addresses another IPAM
-// plugin gave there is none of ours: it is to have what it was seen to have since the daemon started. So it is with what no lease says of
-// a link. Of the pod itself nothing is asked but its hardware address: it could name addresses of others.
+// plugin gave there is none of ours: it is to have what its ADD said and what it was seen to have since the daemon started. So it is with
+// what no lease says of a link. Of the pod itself nothing is asked but its hardware address: it could name addresses of others.
 type Mender struct {
 	confDir string
 	links   podlink.Handle
@@ -35,7 +36,8 @@ type Mender struct {
 	settled time.Duration
 
 	mu   sync.Mutex
-	seen map[string]seen // by the link's name
+	seen map[string]seen          // by the link's name
+	told map[string]cmdlog.Record // likewise: ADDs since the last look
 }
 
 // seen is what a pod's link was seen to have.
@@ -50,27 +52,42 @@ type seen struct {
 
 // NewMender looks after the networks whose pools are where the conflist in confDir has its own.
 func NewMender(confDir string) *Mender {
-	return &Mender{confDir: confDir, settled: settled, seen: map[string]seen{}}
+	return &Mender{confDir: confDir, settled: settled, seen: map[string]seen{}, told: map[string]cmdlog.Record{}}
 }
 
-// See notes what pods' links have now.
-func (m *Mender) See() error {
+// Tell notes what an ADD gave: its link may have lost that again before anybody looks.
+func (m *Mender) Tell(r cmdlog.Record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case r.Command == "DEL":
+		delete(m.told, r.HostIfName)
+	case r.Command == "ADD" && r.ErrorCode == 0:
+		m.told[r.HostIfName] = r
+	}
+}
+
+// See notes what pods' links have now. lost tells that one no longer has all that its ADD gave it.
+func (m *Mender) See() (lost bool, err error) {
 	var links podlink.Handle
 	defer links.Close()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	now, err := links.Attached()
 	if err != nil {
-		return err
+		return false, err
 	}
 	before := m.seen
 	m.seen = map[string]seen{}
 	for name, pod := range now {
 		was := before[name]
-		for _, a := range was.Addrs {
-			if was.Network == pod.Network && !slices.Contains(pod.Addrs, a) {
-				pod.Addrs = append(pod.Addrs, a)
-			}
+		have := len(pod.Addrs)
+		if was.Network == pod.Network && was.Made.Index == pod.Index {
+			pod.Addrs = union(pod.Addrs, was.Addrs)
+		}
+		if told := m.told[name]; told.ContainerID == pod.ContainerID && told.IfName == pod.IfName {
+			pod.Addrs = union(pod.Addrs, told.Addrs)
+			lost = lost || len(pod.Addrs) > have
 		}
 		switch {
 		case was.Made.Index != pod.Index:
@@ -88,7 +105,18 @@ func (m *Mender) See() error {
 			m.seen[name] = was
 		}
 	}
-	return nil
+	clear(m.told)
+	return lost, nil
+}
+
+// union appends to have those of more that it lacks.
+func union(have, more []netip.Addr) []netip.Addr {
+	for _, a := range more {
+		if !slices.Contains(have, a) {
+			have = append(have, a)
+		}
+	}
+	return have
 }
 
 // pods are the attachments of all networks: as their leases have them, and without one as they were seen.
@@ -97,7 +125,7 @@ func (m *Mender) pods(ctx context.Context, own ipam.Config) ([]podlink.Leased, e
 	if err != nil {
 		return nil, err
 	}
-	if err := m.See(); err != nil {
+	if _, err := m.See(); err != nil {
 		return nil, err
 	}
 	m.mu.Lock()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/pkg/cmdlog"
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/ipam"
 	"github.com/headcni/headcni/pkg/networking/podlink"
@@ -56,6 +57,21 @@ func TestMendWithoutLease(t *testing.T) {
 		})
 	}
 	sync()
+	// One that lost its route before anybody looked: its ADD said what it has.
+	addrs["told"] = "10.244.1.202"
+	link := podlink.Name("told", "eth0")
+	host.Run(t, "ip", "link", "add", link, "type", "veth")
+	host.Run(t, "ip", "link", "set", link, "alias", "net told/eth0", "up")
+	m.Tell(cmdlog.Record{Command: "ADD", ContainerID: "told", IfName: "eth0", HostIfName: link, Addrs: []netip.Addr{netip.MustParseAddr(addrs["told"])}})
+	host.Do(t, func() error {
+		if lost, err := m.See(); err != nil || !lost {
+			t.Errorf("lost %v, %v: the told link has no route", lost, err)
+		}
+		if lost, err := m.See(); err != nil || lost {
+			t.Errorf("lost %v, %v: it was told once", lost, err)
+		}
+		return nil
+	})
 	if _, err := pool.Release(t.Context(), "released", "eth0"); err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +89,7 @@ func TestMendWithoutLease(t *testing.T) {
 	sync()
 	for id, addr := range addrs {
 		back := strings.Contains(host.Run(t, "ip", "route", "show", "dev", podlink.Name(id, "eth0")), addr+" ")
-		if want := slices.Contains([]string{"leased", "foreign"}, id); back != want {
+		if want := slices.Contains([]string{"leased", "foreign", "told"}, id); back != want {
 			t.Errorf("%s: its route is back: %v, want %v", id, back, want)
 		}
 	}
@@ -96,7 +112,12 @@ func TestMendChanged(t *testing.T) {
 	state := func() string {
 		return host.Run(t, "sh", "-c", "ip link show "+link+" | sed 's/^[0-9]*: //'; ip route show 10.244.1.7")
 	}
-	see := func() { host.Do(t, m.See) }
+	see := func() {
+		host.Do(t, func() error {
+			_, err := m.See()
+			return err
+		})
+	}
 	mend := func() (done []string) {
 		host.Do(t, func() error {
 			_, _ = m.Sync(t.Context()) // it waits for what was just found

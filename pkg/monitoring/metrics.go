@@ -7,6 +7,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	dto "github.com/prometheus/client_model/go"
+
+	"github.com/headcni/headcni/pkg/cmdlog"
 )
 
 // Metrics are the daemon's. The four of the specification are counted from the plugin's records, see OpenSpool.
@@ -88,10 +90,10 @@ func NewMetrics(version string) *Metrics {
 	return m
 }
 
-// OpenSpool counts the plugin's records in the spool from now on, on top of the totals that an earlier daemon left at path. log is
-// called with each error.
-func (m *Metrics) OpenSpool(path, spool string, log func(error)) error {
-	m.plugin.log = log
+// OpenSpool counts the plugin's records in the spool from now on, on top of the totals that an earlier daemon left at path. each is
+// called with each record, more than once where that could not be counted at first, and log with each error.
+func (m *Metrics) OpenSpool(path, spool string, each func(cmdlog.Record), log func(error)) error {
+	m.plugin.each, m.plugin.log = each, log
 	return m.plugin.open(path, spool)
 }
 

@@ -51,7 +51,7 @@ func TestServe(t *testing.T) {
 	m := NewMetrics("v1")
 	v4, v6 := netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00::2")
 	socket := filepath.Join(t.TempDir(), "daemon.sock")
-	if err := m.OpenSpool(filepath.Join(t.TempDir(), "metrics.json"), cmdlog.Spool(socket), func(err error) { t.Error(err) }); err != nil {
+	if err := m.OpenSpool(filepath.Join(t.TempDir(), "metrics.json"), cmdlog.Spool(socket), func(cmdlog.Record) {}, func(err error) { t.Error(err) }); err != nil {
 		t.Fatal(err)
 	}
 	for _, h := range []cmdlog.Record{

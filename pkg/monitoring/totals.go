@@ -70,6 +70,7 @@ func (t *totals) add(r cmdlog.Record) {
 // in memory only.
 type spoolCounter struct {
 	path, spool string
+	each        func(cmdlog.Record)
 	log         func(error)
 
 	mu sync.Mutex
@@ -131,6 +132,7 @@ func (c *spoolCounter) countSpool() error {
 		next := c.t.clone()
 		next.Counted = nil
 		for _, s := range found {
+			c.each(s.Record)
 			next.add(s.Record)
 			next.Counted = append(next.Counted, s.Name)
 		}

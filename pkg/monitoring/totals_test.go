@@ -15,7 +15,7 @@ import (
 
 func openBook(t *testing.T, dir string) *spoolCounter {
 	t.Helper()
-	b := &spoolCounter{t: newTotals(), log: func(err error) { t.Error(err) }}
+	b := &spoolCounter{t: newTotals(), each: func(cmdlog.Record) {}, log: func(err error) { t.Error(err) }}
 	if err := b.open(filepath.Join(dir, "metrics.json"), cmdlog.Spool(filepath.Join(dir, "daemon.sock"))); err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -166,17 +165,21 @@ func TestHostLocal(t *testing.T) {
 	if err := a.Check(labtest.Within(t)); err != nil {
 		t.Errorf("CHECK: %v", err)
 	}
-	// There is no lease of ours to look at: what the link had before must do.
-	link := regexp.MustCompile(`dev (hc\S+)`).FindStringSubmatch(labtest.Sh(t, n.Machine, "ip route get %s", a.Addr(false)))
-	if link == nil {
-		t.Fatal("no link leads to the pod")
+	// There is no lease of ours to look at: what its ADD said and what the link had must do.
+	lose := func(p *lab.Pod) {
+		t.Helper()
+		labtest.Sh(t, n.Machine, "ip route flush dev %s; ip -6 route flush dev %[1]s; ip link set %[1]s down", p.Link())
 	}
-	labtest.Sh(t, n.Machine, "ip route flush dev %s; ip -6 route flush dev %[1]s; ip link set %[1]s down", link[1])
-	for _, v6 := range []bool{false, true} {
-		labtest.Eventually(t, "the link that lost its routes is mended, "+labtest.Family(v6), func() error {
-			_, err := lab.Ask(labtest.Within(t), far, labtest.Echo(a, v6))
-			return err
-		})
+	young := labtest.AddPod(t, n, "hl-young", lab.PodOptions{})
+	lose(young)
+	lose(a)
+	for _, p := range []*lab.Pod{a, young} {
+		for _, v6 := range []bool{false, true} {
+			labtest.Eventually(t, "the link of "+p.Name+" that lost its routes is mended, "+labtest.Family(v6), func() error {
+				_, err := lab.Ask(labtest.Within(t), far, labtest.Echo(p, v6))
+				return err
+			})
+		}
 	}
 	if err := a.Check(labtest.Within(t)); err != nil {
 		t.Errorf("CHECK of the mended link: %v", err)
@@ -188,7 +191,7 @@ func TestHostLocal(t *testing.T) {
 			t.Errorf("no lease of host-local's: %v", err)
 		}
 	}
-	for _, p := range []*lab.Pod{a, b} {
+	for _, p := range []*lab.Pod{a, b, young} {
 		if err := p.Remove(labtest.Within(t)); err != nil {
 			t.Error(err)
 		}
