@@ -15,7 +15,7 @@ const (
 	// MapIn and MapOut dispatch an isolated local pod's address to its class chain (type addr : verdict, goto).
 	MapIn, MapOut = "in", "out"
 	// SetIsolated holds the addresses of both maps, SetSelf each of them twice (addr . addr), SetRecheck those of local pods whose
-	// established flows must be judged again.
+	// flows that were let through must be judged again.
 	SetIsolated, SetSelf, SetRecheck = "isolated", "self", "recheck"
 	// MapState says what becomes of a packet by its connection's state (type ct_state : verdict): see StateVerdicts.
 	MapState = "state"
@@ -26,8 +26,9 @@ const (
 	// CounterStateless counts the packets from and to isolated pods that belong to no connection.
 	CounterStateless = "stateless"
 
-	chainEgress, chainIngress, chainStateless, chainDoubt = "egress", "ingress", "stateless", "doubt"
-	chainDenyIn, chainDenyOut                             = "deny-in", "deny-out"
+	chainEgress, chainIngress, chainStateless = "egress", "ingress", "stateless"
+	chainJudged, chainDoubt                   = "judged", "doubt"
+	chainDenyIn, chainDenyOut                 = "deny-in", "deny-out"
 
 	// LogGroup is the NFLOG group of what is denied. The prefix is the direction's word, behind LogUnknown where the pod's policies are
 	// not known yet, behind LogStateless where the packet belongs to no connection, and before LogAnswer where it is none of who began
@@ -84,6 +85,8 @@ func FixedChains(opt Options) []FixedChain {
 			opt.stateless("4", "ip", "saddr", Egress), opt.stateless("6", "ip6", "saddr", Egress),
 			opt.stateless("4", "ip", "daddr", Ingress), opt.stateless("6", "ip6", "daddr", Ingress),
 		)},
+		// A connection is tracked from the packet on that both base chains let through.
+		{Name: chainJudged, Rules: []string{"ct status confirmed accept"}},
 		{Name: chainDoubt, Rules: both("ct original %[2]s saddr != @" + SetRecheck + "%[1]s ct reply %[2]s saddr != @" + SetRecheck + "%[1]s accept")},
 		{Name: chainDenyIn, Rules: deny(opt, Ingress, SetDeniedIn)},
 		{Name: chainDenyOut, Rules: deny(opt, Egress, SetDeniedOut)},
@@ -99,32 +102,36 @@ func FixedChains(opt Options) []FixedChain {
 	}
 }
 
-// StateVerdicts are the elements of MapState. A packet of a connection that stands goes the short way, and two look-ups longer while any pod
-// is under recheck: nearly always none is.
+// StateVerdicts are the elements of MapState. A packet of a connection that stands goes the short way, and so does one of a connection
+// that nobody has answered, as of UDP that goes one way only, from the second packet on. While any pod is under recheck the first go two
+// look-ups longer, and the others are judged: nearly always none is.
 func StateVerdicts(recheck bool) map[State]string {
-	short := "accept"
+	verdicts := map[State]string{
+		Established: "accept", Related: "accept", New: "jump " + chainJudged,
+		Invalid: "goto " + chainStateless, Untracked: "goto " + chainStateless,
+	}
 	if recheck {
-		short = "jump " + chainDoubt
+		verdicts[Established], verdicts[Related] = "jump "+chainDoubt, "jump "+chainDoubt
+		delete(verdicts, New)
 	}
-	return map[State]string{
-		Established: short, Related: short, Invalid: "goto " + chainStateless, Untracked: "goto " + chainStateless,
-	}
+	return verdicts
 }
 
 // State is a connection's, as nf_tables has it (include/uapi/linux/netfilter/nf_conntrack_common.h: NF_CT_STATE_BIT).
 type State uint32
 
-// The states that MapState has. A new connection is in none of them.
+// The states that a packet may have. New: none of who answers has come yet.
 const (
 	Invalid     State = 1 << 0
 	Established State = 1 << 1
 	Related     State = 1 << 2
+	New         State = 1 << 3
 	Untracked   State = 1 << 6
 )
 
 // String returns the name, as nft has it.
 func (s State) String() string {
-	return map[State]string{Invalid: "invalid", Established: "established", Related: "related", Untracked: "untracked"}[s]
+	return map[State]string{Invalid: "invalid", Established: "established", Related: "related", New: "new", Untracked: "untracked"}[s]
 }
 
 // deny is where a packet ends that no rule accepted.

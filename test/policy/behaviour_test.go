@@ -259,6 +259,63 @@ egress: [{to: [{podSelector: {matchLabels: {app: remote-1}}}], ports: [{port: 10
 	})
 }
 
+// TestOneWay: a flow that nobody answers goes the short way from its second packet on, and ends with the change that forbids it,
+// whichever end may no longer.
+func TestOneWay(t *testing.T) {
+	both(t, func(t *testing.T, i int) {
+		w := newWorld(t)
+		own, remote := policytest.Local(0)[i], policytest.Remote(0)[i]
+		// short is how many packets went the short way while do ran.
+		short := func(do func()) (packets int) {
+			const table, counted = policy.Table, "judged ct status confirmed counter"
+			w.node.Run(t, "nft", "insert rule inet "+table+" "+counted)
+			do()
+			_, after, _ := strings.Cut(w.node.Run(t, "nft", "list chain inet "+table+" judged"), "packets ")
+			_, _ = fmt.Sscan(after, &packets)
+			w.node.Run(t, "nft", "flush chain inet "+table+" judged; add rule inet "+table+" judged ct status confirmed accept")
+			return packets
+		}
+		recheck := func(allowed bool) (left int) {
+			w.node.Do(t, func() (err error) {
+				left, err = w.table.Recheck(t.Context(), func(policy.Flow) (egress, ingress bool) { return allowed, allowed })
+				return err
+			})
+			return left
+		}
+		for _, f := range []policy.Flow{
+			{Src: own, Dst: remote, Protocol: policy.UDP, Port: 9},
+			{Src: remote, Dst: own, Protocol: policy.UDP, Port: 9},
+		} {
+			w.policies(forLocal0 + "policyTypes: [Ingress, Egress]\ningress: [{}]\negress: [{}]")
+			if left := recheck(true); left != 0 {
+				t.Fatalf("%d addresses are under recheck", left)
+			}
+			id := w.send(f)
+			w.waitFor(id, "the first packet")
+			if n := short(func() {
+				w.forget(id)
+				w.sendAs(id, f)
+				w.waitFor(id, "the second packet")
+			}); n != 2 {
+				t.Errorf("%d base chains let the second packet go the short way, want 2", n)
+			}
+			w.policies(forLocal0 + "policyTypes: [Ingress, Egress]")
+			for range 2 {
+				w.forget(id)
+				w.sendAs(id, f)
+				w.waitFor(w.send(policy.Flow{Src: policytest.Local(1)[i], Dst: remote, Protocol: policy.UDP, Port: 9}), "another pod's packet")
+				if w.has(id) {
+					t.Fatalf("%+v is forbidden and goes on", f)
+				}
+				// With its flow there, the pod stays under recheck.
+				if recheck(false) == 0 {
+					t.Fatal("no address is under recheck")
+				}
+			}
+		}
+	})
+}
+
 // TestForgottenConnection: once the kernel has forgotten a forbidden connection, its server cannot bring it back to life.
 func TestForgottenConnection(t *testing.T) {
 	both(t, func(t *testing.T, i int) {

@@ -150,12 +150,18 @@ func (w *world) waitFor(id uint16, what string) {
 }
 
 // send sends a flow's first packet and returns its identifier.
-func (w *world) send(f policy.Flow) (id uint16) {
+func (w *world) send(f policy.Flow) uint16 {
 	w.t.Helper()
 	if w.next++; w.next >= lastID {
 		w.t.Fatal("no identifiers are left")
 	}
-	id = w.next
+	w.sendAs(w.next, f)
+	return w.next
+}
+
+// sendAs sends a flow's packet again where its identifier was sent before.
+func (w *world) sendAs(id uint16, f policy.Flow) {
+	w.t.Helper()
 	var payload []byte
 	switch f.Protocol {
 	case policy.TCP:
@@ -168,7 +174,13 @@ func (w *world) send(f policy.Flow) (id uint16) {
 		payload = nstest.Echo(f.Src, f.Dst, id)
 	}
 	w.places[w.at[f.Src]].Do(w.t, func() error { return nstest.Send(nstest.Packet(f.Src, f.Dst, uint8(f.Protocol), payload)) })
-	return id
+}
+
+// forget makes has say no until a probe comes in again.
+func (w *world) forget(id uint16) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.heard, id)
 }
 
 func (w *world) apply(rules *policy.Ruleset) {

@@ -44,7 +44,9 @@ var mutants = []struct{ name, file, old, new string }{
 	{"a relabelled namespace is not noticed", "cluster.go", "now == nil || !maps.Equal(before, now)", "now == nil || !maps.Equal(before, before)"},
 	{"who began it is isolated", "table.go", `both("ct reply %[2]s saddr vmap @"+MapIn`, `both("ct original %[2]s saddr vmap @"+MapIn`},
 	{"answers pass by the port that they come from", "table.go", `"ct direction reply meta l4proto . th sport vmap @%s"`, `"ct direction reply meta l4proto . th dport vmap @%s"`},
-	{"flows that stand go on", "table.go", `short = "jump " + chainDoubt`, `short = "accept"`},
+	{"flows that stand go on", "table.go", `verdicts[Established], verdicts[Related] = "jump "+chainDoubt, "jump "+chainDoubt`, ""},
+	{"flows that nobody answers go on", "table.go", `delete(verdicts, New)`, ""},
+	{"what nobody answers is not judged", "table.go", `"ct status confirmed accept"`, `"ct state new accept"`},
 	{"a pod is not itself", "table.go", `fmt.Sprintf("ct original ip saddr . ct reply ip saddr @%s4 accept", SetSelf),`, ""},
 	{"errors are denied", "table.go", `"ct state related meta l4proto { icmp, ipv6-icmp } accept",`, ""},
 	{"what is unknown passes", "table.go", `unknown+"counter name "+CounterUnknown+" drop"`, `unknown+"counter name "+CounterUnknown+" accept"`},
@@ -80,7 +82,7 @@ func TestMutants(t *testing.T) {
 			}
 			tests, in := "^(TestCases|TestCompileRandom)$", dir
 			if m.file == "table.go" {
-				tests, in = "^(TestCut|TestOwnNodeAndItself|TestNodePort|TestErrors|TestUnknownPod|TestNoConnection)$", "."
+				tests, in = "^(TestCut|TestOneWay|TestOwnNodeAndItself|TestNodePort|TestErrors|TestUnknownPod|TestNoConnection)$", "."
 			}
 			out, err := exec.CommandContext(t.Context(), "go", "test", "-vet=off", "-overlay", overlay, "-failfast", "-run", tests, in).CombinedOutput()
 			switch {
