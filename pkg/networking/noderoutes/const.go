@@ -13,7 +13,7 @@ import (
 // Every number of the node's rules and routes, with its reason.
 //
 // The rules stand before tailscaled's (5210-5270). They are not in 5200-5299, since tailscaled takes the deletion of any
-// rule there for one of its own. Everything of these numbers is ours, whoever made it.
+// rule there for one of its own. Everything of these numbers is ours, whoever made it, but of prefLocal (rule.ours).
 const (
 	// prefLocal: the node's own addresses come first, also on hosts whose rule for them was moved behind ours, as ifupdown2 does where
 	// there are VRFs: prefLAN and prefLANFirst would lead them, 127.0.0.1 among them, to the default route. Elsewhere it is not there.

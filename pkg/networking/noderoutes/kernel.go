@@ -76,10 +76,10 @@ func listRules(f family) (rules []rule, raws []rawRule, localLate bool, err erro
 		if err != nil {
 			return nil, nil, false, fmt.Errorf("list %s rules: %w", f.name, err)
 		}
-		if r.pref < prefFirst && r.looksUpLocal() {
+		if r.pref <= prefLocal && !r.ours() && r.looksUpLocal() {
 			localLate = false
 		}
-		if r.pref >= prefFirst && r.pref <= prefLast && r.af == f.af {
+		if r.ours() && r.af == f.af {
 			rules, raws = append(rules, r), append(raws, rawRule(m))
 		}
 	}

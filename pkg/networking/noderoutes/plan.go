@@ -84,6 +84,17 @@ func (r rule) looksUpLocal() bool {
 	return r == rule{af: r.af, pref: r.pref, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_LOCAL, suppress: noSuppress, proto: r.proto}
 }
 
+// localRule leads whatever is for an address of the node to the node.
+func localRule(af int) rule {
+	return rule{af: af, pref: prefLocal, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_LOCAL, suppress: noSuppress, proto: protocol}
+}
+
+// ours reports whether a rule is one of ours. All of our numbers are, but prefLocal: who asks for no number (wg-quick, systemd-networkd,
+// `ip rule add`) gets the one before the first rule but the host's own.
+func (r rule) ours() bool {
+	return r == localRule(r.af) || r.pref > prefLocal && r.pref <= prefLast
+}
+
 // route is a route of our metric in main.
 type route struct {
 	to    netip.Prefix
@@ -228,7 +239,7 @@ func plan(have state, cfg Config) []step {
 		routes, oldRoutes = append(routes, add...), append(oldRoutes, del...)
 		want := wantedRules(f, cfg, have.self)
 		if have.localLate[f.af] {
-			want = slices.Insert(want, 0, rule{af: f.af, pref: prefLocal, action: nl.FR_ACT_TO_TBL, table: unix.RT_TABLE_LOCAL, suppress: noSuppress, proto: protocol})
+			want = slices.Insert(want, 0, localRule(f.af))
 		}
 		add, del = planRules(have.rules, want, f)
 		rules, oldRules = append(rules, add...), append(oldRules, del...)

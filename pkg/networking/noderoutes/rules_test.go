@@ -162,6 +162,43 @@ func TestLocalRuleMoved(t *testing.T) {
 	}
 }
 
+// Rules without a number of their own get the one before our first, which is prefLocal. They are others', and stay.
+func TestRulesWithoutNumber(t *testing.T) {
+	ns := nstest.New(t)
+	cfg := typical()
+	n := New(Saved{}, nil)
+	mustSync(t, ns, n, cfg)
+	for _, flag := range []string{"-4", "-6"} {
+		ns.Run(t, "ip", flag, "rule", "add", "not", "fwmark", "51820", "table", "51820") // as wg-quick does it
+		before := ns.Run(t, "ip", flag, "rule", "show", "pref", "5185")
+		if !strings.Contains(before, "51820") {
+			t.Fatalf("the kernel gave it another number: %s", ns.Run(t, "ip", flag, "rule"))
+		}
+		if steps := mustSync(t, ns, n, cfg); len(steps) > 0 {
+			t.Errorf("beside it: %q", steps)
+		}
+		ns.Run(t, "sh", "-ec", "ip "+flag+" rule add pref 32765 table local; ip "+flag+" rule del pref 0 table local")
+		mustSync(t, ns, n, cfg)
+		if got := ns.Run(t, "ip", flag, "rule", "show", "pref", "5185"); !strings.Contains(got, "51820") || !strings.Contains(got, "lookup local") {
+			t.Errorf("where ours is needed too: %s", got)
+		}
+		if steps := mustSync(t, ns, n, cfg); len(steps) > 0 {
+			t.Errorf("not steady: %q", steps)
+		}
+		ns.Run(t, "sh", "-ec", "ip "+flag+" rule add pref 0 table local; ip "+flag+" rule del pref 32765 table local")
+		mustSync(t, ns, n, cfg)
+		if got := ns.Run(t, "ip", flag, "rule", "show", "pref", "5185"); got != before {
+			t.Errorf("where it is not needed any more: %s", got)
+		}
+	}
+	ns.Do(t, func() error { return n.Remove(t.Context()) })
+	for _, flag := range []string{"-4", "-6"} {
+		if got := ns.Run(t, "ip", flag, "rule", "show", "pref", "5185"); !strings.Contains(got, "51820") {
+			t.Errorf("after Remove: %q", got)
+		}
+	}
+}
+
 // 100.64.0.0/10 is not the tailnet's alone, and fd7a:115c:a1e0::/48 is: hosts reach what their cloud has in the former, pods what the
 // host has a route of its own to.
 func TestRulesShareTheTailnetsRange(t *testing.T) {
