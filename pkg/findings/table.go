@@ -208,8 +208,10 @@ var Table = []Finding{
 		"A packet for a pod or the tailnet was about to leave in clear, or came with an address that is not its sender's. It was stopped.",
 		"`nft list counters table ip headcni` names the reason; docs/security.md says what each means. A few while tailscaled starts are usual."},
 	{RuleAhead, Fail, "another program's routing rule stands before HeadCNI's",
-		"A rule of a smaller number than 5185 leads what pods send to pods of other nodes elsewhere, such as a VPN's, or one that somebody made by hand.",
-		"`ip rule` and `ip -6 rule` on the node: take it away (`ip rule del pref NUMBER`), or give it a number above 5197 where it is meant for other packets."},
+		"A rule of a smaller number than 5186 leads elsewhere what pods send to pods of other nodes, or what the node sends to its own pods (a kubelet's probes, all answers): a VPN's, such as " +
+			"wg-quick's or NetBird's, one for a host with several uplinks, or one that somebody made by hand.",
+		"`ip rule` and `ip -6 rule` on the node: take it away (`ip rule del pref NUMBER`), or give it a number above 5197 where it is meant for other packets. Where it has to stay, lead pods' packets " +
+			"past it, by two smaller numbers: `ip rule add pref NUMBER to RANGE lookup main` with the node's own range, and then `ip rule add pref NUMBER to RANGE lookup 52` with the cluster's."},
 	{PoolFull, Warn, "no address is left for new pods", "Every address of the node's pod range is leased, or rests. Pods that run are not concerned; new ones wait for an address.",
 		"`sudo headcnictl ipam list` says who has them, `headcnictl ipam check` whether pods that are gone still do (`ipam gc` frees them); else put fewer pods on the node, or give it a larger range."},
 	{NotRoot, Fail, "this needs root", "Rules, routes, nftables and the daemon's socket are root's.", "run it with sudo, or in the daemon's pod."},

@@ -38,7 +38,10 @@ const (
 	keepYAML = "cp /etc/headcni/daemon.yaml /etc/headcni/kept.yaml; "
 	backYAML = "mv /etc/headcni/kept.yaml /etc/headcni/daemon.yaml"
 	// newLink makes a network of the host's own; its name and its address are to be filled in.
-	newLink  = "ip link add %s type veth peer name other0; ip address add %s dev %[1]s; ip link set %[1]s up"
+	newLink = "ip link add %s type veth peer name other0; ip address add %s dev %[1]s; ip link set %[1]s up"
+	// netBirdPast has what errors.md says to do beside NetBird.
+	netBirdPast = "ip rule add pref 103 to N.0/24 lookup main; ip rule add pref 104 to 10.244.0.0/16 lookup 52; ip rule add pref 105 lookup main suppress_prefixlength 0; " +
+		"ip rule add pref 110 not fwmark 0x1bd00 lookup 7120"
 	readOnly = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys"
 )
 
@@ -70,8 +73,15 @@ var brokenSetups = []setup{
 	{name: "a rule of a VPN before ours", at: ownHost, sh: "ip route add default via 192.168.77.1 table 77; ip rule add pref 100 lookup 77", mend: "ip rule del pref 100; ip route flush table 77", restart: true,
 		want: findings.RuleAhead, says: "100:"},
 	{name: "a rule that sends pods nowhere", at: ownDaemon, sh: "ip -6 rule add pref 90 to fd00:244::/32 unreachable", mend: "ip -6 rule del pref 90", restart: true, want: findings.RuleAhead, says: "fd00:244::/32"},
-	{name: "a rule for other packets before ours", at: ownHost, sh: "ip route add default via 192.168.77.1 table 77; ip rule add pref 100 from 192.168.77.0/24 lookup 77", mend: "ip rule del pref 100; ip route flush table 77",
+	{name: "a rule for other packets before ours", at: ownHost, sh: "ip route add default via 192.168.77.1 table 77; ip rule add pref 100 from 192.168.99.0/24 lookup 77", mend: "ip rule del pref 100; ip route flush table 77",
 		restart: true, want: nothing},
+	{name: "a rule for the node's own address before ours", at: ownHost, sh: "ip route add default via 192.168.77.1 table 77; ip rule add pref 100 from 192.168.77.0/24 lookup 77",
+		mend: "ip rule del pref 100; ip route flush table 77", restart: true, want: findings.RuleAhead, says: "own pods"},
+	{name: "NetBird's rules", at: ownDaemon, sh: "for f in -4 -6; do ip $f rule add pref 105 lookup main suppress_prefixlength 0; ip $f rule add pref 110 not fwmark 0x1bd00 lookup 7120; done",
+		mend: "for f in -4 -6; do ip $f rule del pref 105; ip $f rule del pref 110; done", restart: true, want: findings.RuleAhead, says: "105:"},
+	{name: "NetBird's rules, and pods are led past them", at: ownDaemon, sh: netBirdPast, mend: "for p in 103 104 105 110; do ip rule del pref $p; done", restart: true, want: nothing},
+	{name: "a VPN of wg-quick", at: ownHost, sh: "ip link add wg0 type veth peer name wg1; ip link set wg0 up; ip link set wg1 up; ip route add default dev wg0 table 51820; ip rule add not fwmark 51820 table 51820; ip rule add table main suppress_prefixlength 0",
+		mend: "ip rule del not fwmark 51820 table 51820; ip rule del table main suppress_prefixlength 0; ip link del wg0", restart: true, want: findings.RuleAhead, says: "51820"},
 	{name: "forwarding is off", at: ownHost, sh: "echo 0 >/proc/sys/net/ipv4/ip_forward; echo 0 >/proc/sys/net/ipv6/conf/all/forwarding", want: nothing, back: "grep -q 1 /proc/sys/net/ipv4/ip_forward && grep -q 1 /proc/sys/net/ipv6/conf/all/forwarding"},
 	{name: "forwarding is off, and cannot be set", at: ownHost, sh: "echo 0 >/proc/sys/net/ipv4/ip_forward; " + readOnly, mend: "umount /proc/sys", want: findings.RoutingRules, says: "forward"},
 	{name: "rp_filter is strict", at: ownDaemon, sh: "for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 1 >$f; done", restart: true, want: nothing},

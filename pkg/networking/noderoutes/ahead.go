@@ -16,9 +16,10 @@ import (
 	"github.com/headcni/headcni/pkg/findings"
 )
 
-// Ahead is an error that names rules of others which stand before ours and lead packets between pods elsewhere.
+// Ahead is an error that names rules of others which stand before ours and lead elsewhere what pods send to each other, or what the node itself
+// sends to its pods, such as a kubelet's probes and all answers.
 func Ahead(own, cluster []netip.Prefix) error {
-	var found []string
+	var pods, node []string
 	for _, f := range families {
 		if !hasFamily(f) {
 			continue
@@ -27,45 +28,88 @@ func Ahead(own, cluster []netip.Prefix) error {
 		if err != nil {
 			return err
 		}
+		var self []netip.Prefix
+		err = eachAddr(f, func(a hostAddr) { self = append(self, netip.PrefixFrom(a.prefix.Addr(), a.prefix.Addr().BitLen())) })
+		if err != nil {
+			return err
+		}
 		own, cluster := f.of(own), f.of(cluster)
+		toOwn := own
 		for _, m := range all {
 			r, err := decodeRule(m)
 			if err != nil {
 				return err
 			}
-			if !r.ahead(own, cluster) {
+			if !r.ahead() {
 				continue
 			}
-			leads, err := r.leads(f, cluster)
-			if err != nil {
-				return err
+			// Somebody leads there what ours would, before those of others.
+			if plain := (rule{af: r.af, pref: r.pref, to: r.to, action: r.action, table: r.table, suppress: noSuppress, proto: r.proto}); r == plain && r.to.IsValid() {
+				left := func(p netip.Prefix) bool { return netset.Covers([]netip.Prefix{r.to}, p) }
+				switch {
+				case r.table == tailscaleTable:
+					cluster = slices.DeleteFunc(slices.Clone(cluster), left)
+				case r.table == unix.RT_TABLE_MAIN && netset.Covers(own, r.to):
+					toOwn = slices.DeleteFunc(slices.Clone(toOwn), left)
+					continue
+				}
 			}
-			if leads {
-				found = append(found, fmt.Sprintf("%s %q", f.name, strings.TrimSpace(r.String())))
+			text := fmt.Sprintf("%s %q", f.name, strings.TrimSpace(r.String()))
+			if r.meets(own, cluster, names.PodLinkPrefix) {
+				leads, err := r.leads(f, cluster)
+				if err != nil {
+					return err
+				}
+				if leads {
+					pods = append(pods, text)
+					continue
+				}
+			}
+			// What leads to main finds pods there.
+			if r.from.IsValid() && r.table != unix.RT_TABLE_MAIN && r.meets(self, toOwn, "lo") {
+				leads, err := r.leads(f, toOwn)
+				if err != nil {
+					return err
+				}
+				if leads {
+					node = append(node, text)
+				}
 			}
 		}
+	}
+	var found []string
+	if pods != nil {
+		found = append(found, "what pods send to pods of other nodes: "+strings.Join(pods, ", "))
+	}
+	if node != nil {
+		found = append(found, "what this node sends to its own pods: "+strings.Join(node, ", "))
 	}
 	if found == nil {
 		return nil
 	}
-	return findings.Errorf(findings.RuleAhead, "rules of another program stand before HeadCNI's and lead pods' packets elsewhere: %s; `ip rule del pref NUMBER` takes one away, "+
-		"or give it a number above %d", strings.Join(found, ", "), prefLast)
+	return findings.Errorf(findings.RuleAhead, "rules of another program stand before HeadCNI's and lead elsewhere %s; `ip rule del pref NUMBER` takes one away, "+
+		"or give it a number above %d", strings.Join(found, "; "), prefLast)
 }
 
-// ahead reports whether a rule can meet a packet from an own pod to another node's before ours do. Of one with a mark, or with what is not
-// understood, nothing is said.
-func (r rule) ahead(own, cluster []netip.Prefix) bool {
-	if r.pref == 0 || r.pref >= prefFirst || r.not || r.mask != 0 || r.extra != "" || r.table == unix.RT_TABLE_LOCAL {
+// ahead reports whether a rule of others stands before ours, and can meet a packet without a mark. Of what is not understood nothing is said.
+func (r rule) ahead() bool {
+	if r.pref == 0 || r.pref >= prefFirst && r.pref != prefLocal || r.ours() || r.extra != "" || r.table == unix.RT_TABLE_LOCAL {
 		return false
 	}
-	meets := func(selector netip.Prefix, ranges []netip.Prefix) bool {
-		return len(ranges) > 0 && (!selector.IsValid() || slices.ContainsFunc(ranges, selector.Overlaps))
-	}
-	return meets(r.from, own) && meets(r.to, cluster) && (r.iif == "" || strings.HasPrefix(r.iif, names.PodLinkPrefix))
+	marked := r.mark&r.mask != 0
+	return marked == r.not // "not" with a mark meets whatever lacks it
 }
 
-// leads reports whether a rule has an answer for such a packet: else the kernel goes on to the next.
-func (r rule) leads(f family, cluster []netip.Prefix) (bool, error) {
+// meets reports whether a rule can meet a packet from one of some ranges to one of others that came by a link of that name.
+func (r rule) meets(from, to []netip.Prefix, link string) bool {
+	within := func(selector netip.Prefix, ranges []netip.Prefix) bool {
+		return len(ranges) > 0 && (r.not || !selector.IsValid() || slices.ContainsFunc(ranges, selector.Overlaps))
+	}
+	return within(r.from, from) && within(r.to, to) && (r.not || r.iif == "" || strings.HasPrefix(r.iif, link))
+}
+
+// leads reports whether a rule has an answer for what is for some ranges, which is none of ours: else the kernel goes on to the next.
+func (r rule) leads(f family, ranges []netip.Prefix) (bool, error) {
 	switch r.action {
 	case nl.FR_ACT_TO_TBL:
 	case nl.FR_ACT_UNREACHABLE, nl.FR_ACT_BLACKHOLE, nl.FR_ACT_PROHIBIT:
@@ -73,16 +117,33 @@ func (r rule) leads(f family, cluster []netip.Prefix) (bool, error) {
 	default:
 		return false, nil
 	}
-	var leads bool
+	if r.table == tailscaleTable {
+		return false, nil
+	}
+	// The longest routes around each range, of those that have an answer and of those that say that there is none (throw).
+	answer, none := map[netip.Prefix]int{}, map[netip.Prefix]int{}
 	err := eachRoute(f, r.table, func(m routeMsg) {
-		if leads || r.table == tailscaleTable || r.suppress != noSuppress && m.to.Bits() <= int(r.suppress) || m.number(unix.RTA_PRIORITY) == unreachableMetric {
+		if r.suppress != noSuppress && m.to.Bits() <= int(r.suppress) {
 			return
 		}
-		_, overlaps := netset.Overlapping(cluster, m.to)
-		// A route to an own pod leads where ours would.
-		leads = overlaps && !strings.HasPrefix(linkName(m.number(unix.RTA_OIF)), names.PodLinkPrefix)
+		longest := answer
+		if m.kind == unix.RTN_THROW {
+			longest = none
+		} else if strings.HasPrefix(linkName(m.number(unix.RTA_OIF)), names.PodLinkPrefix) {
+			return // a route to an own pod leads where ours would
+		}
+		for _, p := range ranges {
+			if p.Overlaps(m.to) && (m.kind != unix.RTN_THROW || m.to.Bits() <= p.Bits()) {
+				longest[p] = max(longest[p], m.to.Bits()+1)
+			}
+		}
 	})
-	return leads, err
+	for _, p := range ranges {
+		if answer[p] > none[p] {
+			return true, err
+		}
+	}
+	return false, err
 }
 
 // linkName is "" where there is no such link.
