@@ -113,7 +113,7 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.tun, w.tunMTU = tun, tunMTU
-	now := map[netip.Addr]*state{}
+	now, taken := map[netip.Addr]*state{}, map[netip.Prefix]bool{}
 	for _, p := range peers {
 		s, ok := w.peers[p.Addr]
 		switch {
@@ -121,7 +121,6 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 			s = &state{Peer: p}
 			for _, pods := range p.Pods {
 				s.wide = max(s.wide, w.were[pods])
-				delete(w.were, pods)
 			}
 			if p.Name == w.before.Peer {
 				s.bytes, s.silent = w.before.Bytes, w.before.Silent
@@ -133,10 +132,16 @@ func (w *Watch) Set(tun string, tunMTU int, peers []Peer) {
 		s.Pods = p.Pods
 		s.idle, s.seen = !p.Endpoint.IsValid(), time.Now()
 		now[p.Addr] = s
+		for _, pods := range p.Pods {
+			taken[pods] = true
+			delete(w.were, pods)
+		}
 	}
 	for addr, s := range w.peers {
 		if _, ok := now[addr]; !ok && time.Since(s.seen) < memory {
 			s.idle = true
+			// What was proven of its path says nothing of the path to who has its range now.
+			s.Pods = slices.DeleteFunc(slices.Clone(s.Pods), func(pods netip.Prefix) bool { return taken[pods] })
 			now[addr] = s
 		}
 	}

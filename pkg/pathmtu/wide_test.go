@@ -164,3 +164,43 @@ func TestWideAndDeadForAMoment(t *testing.T) {
 		}
 	})
 }
+
+// A range that another peer has now, as when a node joined anew with its range or was replaced, goes by what was proven of that one's path.
+func TestWideIsOfWhoHasTheRange(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pods, second := netip.MustParsePrefix("10.244.2.0/24"), netip.MustParsePrefix("10.244.3.0/24")
+		carries := map[netip.Addr]int{}
+		w := New(Path{})
+		w.Widen(&fakeWider{now: map[netip.Prefix]int{second: 8912}})
+		w.ask = func(netip.Addr) (int, error) { return 9000, nil }
+		w.echo = func(context.Context, string, netip.Addr, int) error { return nil }
+		w.echoWide = func(_ context.Context, _ string, to netip.Addr, size int) error {
+			if size > carries[to] {
+				return errLost
+			}
+			return nil
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		go w.Run(ctx, func() {})
+		before := Peer{Name: "b", Addr: netip.MustParseAddr("100.64.0.2"), Endpoint: netip.MustParseAddrPort("192.0.2.2:41641"), Pods: []netip.Prefix{pods}}
+		after := Peer{Name: "b", Addr: netip.MustParseAddr("100.64.0.3"), Endpoint: netip.MustParseAddrPort("192.0.2.3:41641"), Pods: []netip.Prefix{pods}}
+		carries[before.Addr] = 8928
+		want := func(what string, peer Peer, want map[netip.Prefix]int) {
+			t.Helper()
+			w.Set("tun", 1280, []Peer{peer})
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			if got := w.Wide(); !maps.Equal(got, want) {
+				t.Errorf("%s: %v, want %v", what, got, want)
+			}
+		}
+		want("a wide path, and one from before the start", before, map[netip.Prefix]int{pods: 8928, second: 8912})
+		want("another has the range", after, map[netip.Prefix]int{second: 8912})
+		after.Pods = append(after.Pods, second)
+		want("and one from before the start", after, map[netip.Prefix]int{})
+		after.Pods, before.Pods = []netip.Prefix{second}, []netip.Prefix{second}
+		want("that one alone", after, map[netip.Prefix]int{})
+		want("the first has it again", before, map[netip.Prefix]int{second: 8928})
+	})
+}
