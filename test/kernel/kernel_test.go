@@ -44,7 +44,7 @@ var packages = []struct{ path, quick, bench string }{
 	{"pkg/nft", "TestNeverInClear|TestPortsMoveUDP|TestSubnetsNotInClear", ""},
 	{"pkg/networking/podlink", "TestAttach$|TestCheck|TestGroup|TestGate|TestPodHasNoNeighboursToAskFor|TestSecondInterface", ""},
 	{"pkg/networking/noderoutes", "TestRemoveLeavesTheHostAsItWas|TestRulesShareTheTailnetsRange|TestTunnelRoutesComeBack|TestConfigurationChange", ""},
-	{"pkg/networking/fastpath", "TestPolicyEndsFlows|TestForged|TestPodGoes", "FastPath"},
+	{"pkg/networking/fastpath", "TestPolicyEndsFlows|TestForged|TestPodGoes|TestIPVSStays", "FastPath"},
 	{"pkg/policy/enforce", "TestDenied|TestLookups|TestRecheckEmptied", ""},
 	{"pkg/policy/nflog", ".", ""},
 	{"test/policy", "TestKernelRandom|TestNodePort", ""},

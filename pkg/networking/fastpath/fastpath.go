@@ -44,8 +44,9 @@ const (
 )
 
 // rule takes up flows that stand, as the kernel sees them at the end of the forward hook. Translated ones stay out: who ends these deletes
-// what the kernel tracks, and expects that to be all.
-var rule = fmt.Sprintf(`iifname "%s" oifname "%[1]s" meta l4proto { tcp, udp } ct state established ct status & (snat | dnat) == 0 numgen random mod %d == 0 flow add @%s`,
+// what the kernel tracks, and expects that to be all. What IPVS translates conntrack does not call so: an answer has the service's address here,
+// and not that of who sent it, to whom the way back by its link leads.
+var rule = fmt.Sprintf(`iifname "%s" oifname "%[1]s" meta l4proto { tcp, udp } ct state established ct status & (snat | dnat) == 0 numgen random mod %d == 0 fib saddr . iif oif exists flow add @%s`,
 	names.PodLinks, oneIn, flowtable)
 
 // Links are the node's pods': a podlink.Handle.
@@ -92,7 +93,7 @@ func New(log *slog.Logger, links Links, on bool) *Path {
 }
 
 // modules are the kernel's that the table needs.
-const modules = "nf_tables, nf_conntrack, nf_flow_table, nf_flow_table_inet, nft_flow_offload, nft_ct and nft_numgen"
+const modules = "nf_tables, nf_conntrack, nf_flow_table, nf_flow_table_inet, nft_flow_offload, nft_ct, nft_numgen and nft_fib_inet"
 
 // Start takes away what an earlier process has left, and then keeps the flowtable until ctx ends. events calls a function for what a
 // channel signals.

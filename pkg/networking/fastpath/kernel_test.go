@@ -387,6 +387,28 @@ func TestTranslatedStay(t *testing.T) {
 	}
 }
 
+// Connections to services of IPVS stay with the rules, which is where their answers get the service's address: conntrack does not call that a translation.
+func TestIPVSStays(t *testing.T) {
+	w := newWorld(t)
+	if !w.up() {
+		return
+	}
+	w.node.Run(t, "sh", "-ec", "ip link add kube-ipvs0 type dummy; ipvsadm -l; echo 1 >/proc/sys/net/ipv4/vs/conntrack")
+	for family := range 2 {
+		service := netip.AddrPortFrom([]netip.Addr{netip.MustParseAddr("10.96.0.8"), netip.MustParseAddr("fd00:96::8")}[family], 80)
+		server := netip.AddrPortFrom(w.b.addrs[family], port)
+		w.node.Run(t, "ip", "addr", "add", netip.PrefixFrom(service.Addr(), service.Addr().BitLen()).String(), "dev", "kube-ipvs0", "nodad")
+		for network, flag := range map[string]string{"tcp": "-t", "udp": "-u"} {
+			w.node.Run(t, "sh", "-ec", fmt.Sprintf("ipvsadm -A %[1]s %[2]s -s rr; ipvsadm -a %[1]s %[2]s -r %[3]s -m", flag, service, server))
+			f := w.beginBy(service, network, family, w.a, w.b)
+			if f.become(15) {
+				t.Errorf("%s goes past the rules", f)
+			}
+			_, _ = f.client.Close(), f.serv.Close()
+		}
+	}
+}
+
 // The flowtable has the links that there are, also after somebody took everything away, and after what an earlier process has left.
 func TestLinksComeAndGo(t *testing.T) {
 	w := newWorld(t)

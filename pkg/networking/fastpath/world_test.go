@@ -227,10 +227,16 @@ type flow struct {
 // begin begins one from a pod to another.
 func (w *world) begin(network string, family int, from, to *pod) *flow {
 	w.Helper()
+	return w.beginBy(netip.AddrPortFrom(to.addrs[family], port), network, family, from, to)
+}
+
+// beginBy begins one by an address for which the pod answers.
+func (w *world) beginBy(by netip.AddrPort, network string, family int, from, to *pod) *flow {
+	w.Helper()
 	f := &flow{world: w, network: network, family: family, from: from, to: to}
 	client, server := netip.AddrPortFrom(from.addrs[family], own), netip.AddrPortFrom(to.addrs[family], port)
 	if network == "udp" {
-		f.client, f.serv = w.connect(from.ns, client, server), w.connect(to.ns, server, client)
+		f.client, f.serv = w.connect(from.ns, client, by), w.connect(to.ns, server, client)
 	} else {
 		var l net.Listener
 		to.ns.Do(w, func() (err error) {
@@ -240,7 +246,7 @@ func (w *world) begin(network string, family int, from, to *pod) *flow {
 		defer l.Close()
 		from.ns.Do(w, func() (err error) {
 			d := net.Dialer{Control: reuse, LocalAddr: net.TCPAddrFromAddrPort(client), Timeout: 20 * time.Second, KeepAlive: -1}
-			f.client, err = d.DialContext(w.Context(), "tcp", server.String())
+			f.client, err = d.DialContext(w.Context(), "tcp", by.String())
 			return err
 		})
 		var err error
