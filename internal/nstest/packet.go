@@ -30,6 +30,17 @@ func Packet(src, dst netip.Addr, protocol uint8, payload []byte) []byte {
 	return b
 }
 
+// SourceRouted is an IPv4 packet that names whom it is to go to from its destination on (RFC 791, section 3.1: loose source route).
+func SourceRouted(packet []byte, then netip.Addr) []byte {
+	option := slices.Concat([]byte{131, 7, 4}, then.AsSlice(), []byte{0})
+	p := slices.Concat(packet[:20], option, packet[20:])
+	p[0] += byte(len(option) / 4)
+	binary.BigEndian.PutUint16(p[2:], uint16(len(p)))
+	p[10], p[11] = 0, 0
+	binary.BigEndian.PutUint16(p[10:], inetsum.Of(p[:20+len(option)]))
+	return p
+}
+
 // Send sends an IP packet from the caller's network namespace as it is.
 func Send(packet []byte) error {
 	family, to := unix.AF_INET, unix.Sockaddr(nil)

@@ -44,6 +44,10 @@ func IPv4LinkARPIgnore(link string) string { return "net/ipv4/conf/" + link + "/
 // ARPIgnoreAll answers none (kernel: ip-sysctl.rst, arp_ignore).
 const ARPIgnoreAll = "8"
 
+// IPv4LinkSourceRoute is the key of whether a packet that comes in by the link may name its way itself (RFC 791: source route): through the node to
+// somebody whom no rule has seen. The host's switch, mostly 0, must allow it too (kernel: ip-sysctl.rst, accept_source_route).
+func IPv4LinkSourceRoute(link string) string { return "net/ipv4/conf/" + link + "/accept_source_route" }
+
 // Read returns a setting's value. Errors are as those of os.ReadFile.
 func Read(key string) (string, error) { return procfs.Read(filepath.Join(Root, key)) }
 

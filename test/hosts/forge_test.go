@@ -297,6 +297,64 @@ func TestForgingLANHost(t *testing.T) {
 	deceived(t, w.a, scenes)
 }
 
+// On a host that lets packets name their way themselves, which goes round policies and tailscaled's filter, what comes from pods and out of the
+// tunnel does not.
+func TestSourceRoute(t *testing.T) {
+	w := surroundings.Enter(t)
+	labtest.Sh(t, w.a.Machine, "echo 1 >/proc/sys/net/ipv4/conf/all/accept_source_route")
+	t.Cleanup(func() { labtest.Sh(t, w.a.Machine, "echo 0 >/proc/sys/net/ipv4/conf/all/accept_source_route") })
+	if _, err := w.a2.Run(labtest.Within(t), "sh", "-ec", "for f in /proc/sys/net/ipv4/conf/*/accept_source_route; do echo 1 >$f; done"); err != nil { // as one that starts there has it
+		t.Fatal(err)
+	}
+	to := listen(t, "a pod", w.a2, w.a2.Addr(false))
+	tun := w.a.Tun
+	labtest.Eventually(t, "the daemon has seen it", func() error {
+		if v := strings.TrimSpace(labtest.Sh(t, w.a.Machine, "cat /proc/sys/net/ipv4/conf/%s/accept_source_route", tun)); v != "0" {
+			return fmt.Errorf("%s has %s", tun, v)
+		}
+		return nil
+	})
+	for _, c := range []struct {
+		what, link   string
+		from         lab.Place
+		own, through netip.Addr
+	}{
+		{"a pod of the node", w.a1.Link(), w.a1, w.a1.Addr(false), w.a.Underlay[0]},
+		{"another node", tun, w.b, labtest.TailnetAddrs(t, w.b)[0], labtest.TailnetAddrs(t, w.a)[0]},
+	} {
+		send := func(text string) {
+			packet := nstest.SourceRouted(nstest.Packet(c.own, c.through, unix.IPPROTO_UDP, nstest.UDP(c.own, to.addr.Addr(), 4242, to.addr.Port(), text)), to.addr.Addr())
+			if err := c.from.Do(func() error { return nstest.Send(packet) }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		to.forget()
+		labtest.Eventually(t, "something genuine from "+c.what, func() error {
+			send("by a way of its own, from " + c.what)
+			if err := forge(c.from, c.own, to.addr, genuine); err != nil {
+				return err
+			}
+			time.Sleep(50 * time.Millisecond)
+			if _, ok := to.lies(); !ok {
+				return errors.New("nothing yet")
+			}
+			return nil
+		})
+		silent(t, []*ear{to})
+		labtest.Kill(t, w.a.Daemon)
+		labtest.Sh(t, w.a.Machine, "echo 1 >/proc/sys/net/ipv4/conf/%s/accept_source_route", c.link)
+		labtest.Eventually(t, "without the link's own switch it arrives", func() error {
+			send("by a way of its own")
+			time.Sleep(50 * time.Millisecond)
+			if lies, _ := to.lies(); len(lies) == 0 {
+				return errors.New("this test cannot fail")
+			}
+			return nil
+		})
+		labtest.StartDaemon(t, w.a)
+	}
+}
+
 // What pods send from is in the cache of that check soon after they came, and is not any more soon after they went, also where nobody
 // saw them go.
 func TestSourcesAreKnown(t *testing.T) {

@@ -43,7 +43,22 @@ type Links struct {
 func (l *Links) Sync(tun Tun) ([]string, error) {
 	done, tunErr := l.syncTun(tun)
 	more, err := syncForwarding(tun.Name)
-	return append(done, more...), errors.Join(tunErr, err)
+	done = append(done, more...)
+	more, routeErr := refuseSourceRoutes(tun.Name)
+	return append(done, more...), errors.Join(tunErr, err, routeErr)
+}
+
+// refuseSourceRoutes keeps a device that may send to this node from reaching, by a way that its packets name, whom it may not: tailscaled's filter,
+// and policies, see the node's address.
+func refuseSourceRoutes(tun string) ([]string, error) {
+	key := sysctl.IPv4LinkSourceRoute(tun)
+	if tun == "" || !sysctl.IsOn(sysctl.IPv4LinkSourceRoute("all")) || !sysctl.IsOn(key) {
+		return nil, nil
+	}
+	if err := sysctl.Write(key, "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("packets out of the tunnel may name their way themselves, past who may reach what: set %s=0: %w", key, explain(err))
+	}
+	return []string{fmt.Sprintf("set %s=0", key)}, nil
 }
 
 // syncTun gives tailscaled routeGrace first: it may be at work.

@@ -60,7 +60,9 @@ type setting struct{ key, value string }
 
 // hostSettings are those of a link's host's end: see hostSysctls.
 func hostSettings(link string) []setting {
-	return []setting{{sysctl.IPv4LinkARPIgnore(link), sysctl.ARPIgnoreAll}, {sysctl.IPv6Link(link, "accept_ra"), "0"}}
+	return []setting{
+		{sysctl.IPv4LinkARPIgnore(link), sysctl.ARPIgnoreAll}, {sysctl.IPv4LinkSourceRoute(link), "0"}, {sysctl.IPv6Link(link, "accept_ra"), "0"},
+	}
 }
 
 // changed are the settings that have another value. One that cannot be read, as without IPv6, has none.

@@ -20,6 +20,7 @@ func TestMend(t *testing.T) {
 		"neighbours flushed":  "ip neigh flush dev LINK nud permanent",
 		"the gateway's moved": "ip -6 addr del fe80::1/64 dev LINK",
 		"ARP is answered":     "echo 0 >/proc/sys/net/ipv4/conf/LINK/arp_ignore",
+		"source routes":       "echo 1 >/proc/sys/net/ipv4/conf/LINK/accept_source_route",
 		"RAs are taken":       "echo 2 >/proc/sys/net/ipv6/conf/LINK/accept_ra",
 
 		"v4 neighbour's address changed":  "ip neigh replace 10.244.1.2 lladdr 02:00:00:00:00:77 nud permanent dev LINK",
@@ -67,7 +68,7 @@ func TestMend(t *testing.T) {
 			state := func() string {
 				return n.host.Run(t, "sh", "-ec", strings.ReplaceAll(`ip -4 route show 10.244.1.2 | head -n 1; ip -6 route show fd00:244:1::2 | head -n 1
 ip neigh show dev LINK nud permanent; ip -6 -o addr show dev LINK to fe80::1 | tr -s ' '; ip -o link show up dev LINK
-cat /proc/sys/net/ipv4/conf/LINK/arp_ignore /proc/sys/net/ipv6/conf/LINK/accept_ra`, "LINK", l.HostName))
+cat /proc/sys/net/ipv4/conf/LINK/arp_ignore /proc/sys/net/ipv4/conf/LINK/accept_source_route /proc/sys/net/ipv6/conf/LINK/accept_ra`, "LINK", l.HostName))
 			}
 			lacks := func() (found []Lack) {
 				on(t, n.host, func(h *Handle) (err error) { found, err = h.Lacks(pods); return err })

@@ -428,8 +428,8 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-// hostSysctls lets the host's end forward what the pod sends, if the node forwards, and ignore router advertisements and ARP
-// requests: a pod must not give the node a default route, nor fill the node's table of neighbours with as many as it makes up. It
+// hostSysctls lets the host's end forward what the pod sends, if the node forwards, by the way that the node chooses, and ignore router
+// advertisements and ARP requests: a pod must not give the node a default route, nor fill the node's table of neighbours with as many as it makes up. It
 // asks for none, since its gateway is a permanent neighbour, and so is the pod for the node. It reports whether the kernel has IPv6 on the link.
 func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err error) {
 	if err := h.step("sysctl host accept_ra"); err != nil {
@@ -443,6 +443,9 @@ func (h *Handle) hostSysctls(log *slog.Logger, link string) (ipv6 bool, err erro
 	}
 	if err := sysctl.Write(sysctl.IPv4LinkARPIgnore(link), sysctl.ARPIgnoreAll); err != nil {
 		log.Warn("could not keep a pod from filling the node's table of neighbours by ARP", "link", link, "err", err)
+	}
+	if err := sysctl.Write(sysctl.IPv4LinkSourceRoute(link), "0"); err != nil {
+		log.Warn("could not keep a pod from naming the way of its packets itself, which goes round policies where the host allows it", "link", link, "err", err)
 	}
 	err = writeSysctl(link, "accept_ra", "0")
 	if errors.Is(err, os.ErrNotExist) {
