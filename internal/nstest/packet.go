@@ -182,6 +182,19 @@ func Shapes(src, dst netip.Addr, port uint16) map[string][]byte {
 	add("an unknown protocol", 253, []byte("secret"))
 	add("IP in IP", map[bool]uint8{true: unix.IPPROTO_IPIP, false: unix.IPPROTO_IPV6}[src.Is4()],
 		Packet(src, dst, unix.IPPROTO_UDP, UDP(src, dst, next(), 9, "secret")))
+	add("GRE", unix.IPPROTO_GRE, append([]byte{0, 0, 8, 0}, Packet(src, dst, unix.IPPROTO_UDP, UDP(src, dst, next(), 9, "secret"))...))
+	add("ESP", unix.IPPROTO_ESP, []byte("\x00\x00\x00\x01\x00\x00\x00\x01 secret"))
+	add("SCTP", unix.IPPROTO_SCTP, SCTPInit(next(), 9))
+	if src.Is4() {
+		out["UDP by a way of its own"] = SourceRouted(Packet(src, dst, unix.IPPROTO_UDP, UDP(src, dst, next(), 9, "secret")), dst)
+		add("IGMP", unix.IPPROTO_IGMP, []byte{0x16, 0, 9, 4, 224, 0, 0, 251})
+	} else {
+		// Each header says what follows it, and has no more than 8 bytes.
+		for name, header := range map[string][2]byte{"hop-by-hop options": {unix.IPPROTO_HOPOPTS, 1}, "destination options": {unix.IPPROTO_DSTOPTS, 1}, "a routing header": {unix.IPPROTO_ROUTING, 0}, "a fragment's header": {unix.IPPROTO_FRAGMENT, 0}} {
+			begin := []byte{unix.IPPROTO_UDP, 0, header[1], header[1] * 4, 0, 0, 0, 0} // PadN
+			add("UDP behind "+name, header[0], append(begin, UDP(src, dst, next(), 9, "secret")...))
+		}
+	}
 	rest := []byte{0, 7, 0, 1}
 	types := map[string][2]byte{"echo request": {8, 0}, "echo reply": {0, 0}, "redirect": {5, 1}, "unreachable": {3, 1}, "timestamp reply": {14, 0}}
 	if src.Is6() {
