@@ -64,26 +64,27 @@ func dumpRules(f family) ([][]byte, error) {
 	return msgs, nil
 }
 
-// listRules returns the rules of our numbers, with the raw message of each, and whether none before them looks up the node's addresses.
-func listRules(f family) (rules []rule, raws []rawRule, localLate bool, err error) {
+// listRules returns the rules of our numbers, with the raw message of each, whether none before them looks up the node's addresses, and whether
+// none behind them does either.
+func listRules(f family) (rules []rule, raws []rawRule, localLate, localOurs bool, err error) {
 	msgs, err := dumpRules(f)
 	if err != nil {
-		return nil, nil, false, err
+		return nil, nil, false, false, err
 	}
-	localLate = true
+	localLate, localOurs = true, true
 	for _, m := range msgs {
 		r, err := decodeRule(m)
 		if err != nil {
-			return nil, nil, false, fmt.Errorf("list %s rules: %w", f.name, err)
+			return nil, nil, false, false, fmt.Errorf("list %s rules: %w", f.name, err)
 		}
-		if r.pref <= prefLocal && !r.ours() && r.looksUpLocal() {
-			localLate = false
+		if r.looksUpLocal() && !r.ours() {
+			localLate, localOurs = localLate && r.pref > prefLocal, false
 		}
 		if r.ours() && r.af == f.af {
 			rules, raws = append(rules, r), append(raws, rawRule(m))
 		}
 	}
-	return rules, raws, localLate, nil
+	return rules, raws, localLate, localOurs, nil
 }
 
 // decodeRule reads struct fib_rule_hdr {family, dst_len, src_len, tos, table, res1, res2, action; u32 flags}.

@@ -100,18 +100,18 @@ func (n *Routes) Sync(ctx context.Context, cfg Config) ([]string, error) {
 
 // observe reads the kernel. raws has each rule of have as the kernel printed it.
 func observe() (have state, raws map[rule]rawRule, err error) {
-	have.sysctls, have.localLate = map[string]string{}, map[int]bool{}
+	have.sysctls, have.localLate, have.localOurs = map[string]string{}, map[int]bool{}, map[int]bool{}
 	raws = map[rule]rawRule{}
 	for _, f := range families {
 		if !hasFamily(f) {
 			continue
 		}
 		have.families = append(have.families, f)
-		rules, raw, localLate, err := listRules(f)
+		rules, raw, localLate, localOurs, err := listRules(f)
 		if err != nil {
 			return have, nil, err
 		}
-		have.localLate[f.af] = localLate
+		have.localLate[f.af], have.localOurs[f.af] = localLate, localOurs
 		for i, r := range rules {
 			have.rules = append(have.rules, r)
 			raws[r] = raw[i]
@@ -147,7 +147,7 @@ func (n *Routes) apply(s step, raws map[rule]rawRule) error {
 	return n.setSysctl(s.sysctl, s.value)
 }
 
-// Remove takes away every rule and route of our numbers, and puts the sysctls back that Sync changed. Twice is fine.
+// Remove takes away every rule and route of our numbers, but for one without which the node would not know its own addresses, and puts the sysctls back that Sync changed. Twice is fine.
 func (n *Routes) Remove(ctx context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -162,10 +162,11 @@ func (n *Routes) Remove(ctx context.Context) error {
 	// node itself goes behind all other rules.
 	var steps, local []step
 	for _, r := range have.rules {
-		if r.pref == prefLocal {
-			local = append(local, step{delete: true, rule: &r})
-		} else {
+		switch {
+		case r.pref != prefLocal:
 			steps = append(steps, step{delete: true, rule: &r})
+		case !have.localOurs[r.af]: // else the host had its own among our numbers, or has lost it
+			local = append(local, step{delete: true, rule: &r})
 		}
 	}
 	steps = append(steps, local...)

@@ -130,6 +130,8 @@ type state struct {
 	self []netip.Prefix
 	// localLate are those families, by family.af, whose own rule for the node's addresses does not stand before ours.
 	localLate map[int]bool
+	// localOurs are those that have no such rule but ours.
+	localOurs map[int]bool
 	// families are those that the kernel has.
 	families []family
 }

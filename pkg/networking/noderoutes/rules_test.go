@@ -158,6 +158,17 @@ func TestLocalRuleMoved(t *testing.T) {
 					t.Errorf("%s: not steady: %q", c.change, again)
 				}
 			}
+			remove := func() { ns.Do(t, func() error { return n.Remove(t.Context()) }) }
+			run("ip rule del pref 0") // the one at 32765 is there
+			mustSync(t, ns, n, cfg)
+			remove()
+			if got := run("ip rule show pref 5185"); got != "" {
+				t.Errorf("it stays: %s", got)
+			}
+			run("ip rule add pref 5190 lookup local; ip rule del pref 32765 table local")
+			mustSync(t, ns, n, cfg)
+			remove()
+			toItself() // nobody else leads there
 		})
 	}
 }
@@ -264,7 +275,7 @@ func anyRulesLeft(t *testing.T, flag string, addrs *strings.Replacer) error {
 	if flag == "-6" {
 		f = families[1]
 	}
-	all, raws, _, err := listRules(f)
+	all, raws, _, _, err := listRules(f)
 	if err != nil {
 		return err
 	}
