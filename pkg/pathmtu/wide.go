@@ -15,9 +15,9 @@ const (
 	worth = 2
 	// Widest bounds packets to a peer's pods: what a link of 9216 bytes carries, the largest that switches have.
 	Widest = 9136
-	// probeTOS is that of echoes larger than the tun's MTU, by which alone they have a route that says so (RFC 791: reliability; nothing
-	// else is known to set it).
-	probeTOS = 0x04
+	// probeTOS is that of echoes larger than the tun's MTU, by which alone they have a route that says so. Of the six bits kernels may compare three,
+	// and none of the DSCPs that have a name ends as these do (IANA: dscp-registry).
+	probeTOS = 0x0c
 	// recheck is how often a wide path is looked at again while it is in use, recheckEach what is between two such looks of one node: they
 	// cost as many bytes as they prove.
 	recheck, recheckEach = 9 * time.Second, 100 * time.Millisecond

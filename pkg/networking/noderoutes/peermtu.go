@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -95,8 +96,8 @@ func peerRoutes(f family) (out []netlink.Route, err error) {
 	return out, nil
 }
 
-// syncPeerMTUs has the routes over tun say the MTUs of want and no others, and says what it did.
-func syncPeerMTUs(tun string, want map[netip.Prefix]int) (done []string, err error) {
+// syncPeerMTUs has the routes over tun say the MTUs of want and no others, but for probes to addresses that are accepted, and says what it did.
+func syncPeerMTUs(tun string, want map[netip.Prefix]int, accepted []netip.Prefix) (done []string, err error) {
 	link, err := netlink.LinkByName(tun)
 	if errors.As(err, new(netlink.LinkNotFoundError)) {
 		return nil, nil // its routes went with it
@@ -118,8 +119,8 @@ func syncPeerMTUs(tun string, want map[netip.Prefix]int) (done []string, err err
 		}
 		for _, r := range routes {
 			to := routeTo(r, f)
-			if to.IsSingleIP() {
-				continue // a probe's
+			if to.IsSingleIP() && slices.Contains(accepted, to) {
+				continue // a probe's; once its peer is gone somebody else may have the address
 			}
 			if r.LinkIndex == link.Attrs().Index && mtus[to] == r.MTU {
 				delete(mtus, to)

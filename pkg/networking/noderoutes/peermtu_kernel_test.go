@@ -82,7 +82,8 @@ func TestPeerMTU(t *testing.T) {
 	ns.Do(t, func() error {
 		return errors.Join(PeerMTU{}.RemoveProbe("tun", netip.MustParseAddr("100.64.0.2"), 4), PeerMTU{}.RemoveProbe("tun", netip.MustParseAddr("100.64.0.2"), 4))
 	})
-	sync("the peer is not accepted any more", 4, map[netip.Prefix]int{elsewhere: 8928})
+	ns.Do(t, func() error { return PeerMTU{}.AddProbe("tun", netip.MustParseAddr("100.64.0.9"), 4, 8928) })
+	sync("the probe of a peer that is gone, and the range of one that is not accepted any more", 5, map[netip.Prefix]int{elsewhere: 8928})
 	if diff := cmp.Diff(before, ns.Run(t, "sh", "-c", show)); diff != "" {
 		t.Error(diff)
 	}

@@ -92,7 +92,7 @@ func (kernelTable) widen(a Accepted) ([]string, error) {
 			wide[p] = mtu
 		}
 	}
-	return syncPeerMTUs(a.TunName, wide)
+	return syncPeerMTUs(a.TunName, wide, a.Routes)
 }
 
 // add puts routes into tailscaled's table as tailscaled itself does, which takes them for its own from then on.
