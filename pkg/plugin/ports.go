@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
@@ -95,7 +96,11 @@ func (p *Plugin) takePortsBack(ctx context.Context, r *Request, wanted func(host
 func (r *Request) of(dead hostport.Record) *Request {
 	other := *r
 	other.ContainerID, other.IfName, other.Netns, other.Config.Name = dead.ContainerID, dead.IfName, "", dead.Network
-	other.Config.Runtime.Ports, _ = json.Marshal(dead.Ports) // they came out of JSON
+	// Older versions gave portmap ports that it refuses, at DEL too.
+	ports := slices.DeleteFunc(slices.Clone(dead.Ports), func(m hostport.Mapping) bool { return m.HostPort == 0 || m.ContainerPort == 0 })
+	if other.Config.Runtime.Ports = nil; len(ports) > 0 {
+		other.Config.Runtime.Ports, _ = json.Marshal(ports) // they came out of JSON
+	}
 	switch {
 	case dead.PortMap != nil:
 		other.Config.PortMap = dead.PortMap
@@ -148,7 +153,10 @@ func (r *Request) portmapConfig(result *types100.Result) ([]byte, error) {
 	}
 	conf := map[string]any{}
 	for key, value := range r.Config.PortMap {
-		conf[key] = value
+		// DEL needs to know where to look. Of the others portmap refuses what is wrong at DEL as at ADD, which has then made nothing.
+		if result != nil || key == "backend" {
+			conf[key] = value
+		}
 	}
 	conf["cniVersion"], conf["name"], conf["type"] = speak, r.Config.Name, "portmap"
 	conf["runtimeConfig"] = map[string]json.RawMessage{"portMappings": r.Config.Runtime.Ports}

@@ -159,6 +159,68 @@ func TestPortsAreReturnedWhateverDELSays(t *testing.T) {
 	}
 }
 
+// TestPortsThatPortmapRefuses: a pod's author can write such a port, by an annotation of multus's. portmap refuses it at DEL as at ADD, so ADD must
+// refuse it before an address is taken, and DEL, which may come for one that an older version has begun, must not wait for portmap's consent.
+func TestPortsThatPortmapRefuses(t *testing.T) {
+	needs(t, "iptables", "nft")
+	n, pod := newNode(t), nstest.New(t)
+	n.reference("portmap")
+	run, err := os.MkdirTemp("/run", "daemon")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(run) })
+	conf := func(options, ports string) string {
+		return n.conf(fmt.Sprintf(`{"daemon_socket":%q,"portmap":%s,"runtimeConfig":{"portMappings":%s}}`, run+"/daemon.sock", options, ports))
+	}
+	const right = `{"hostPort":8080,"containerPort":80,"protocol":"tcp"}`
+	for _, wrong := range []string{
+		`{"containerPort":80}`, `{"hostPort":8080}`, `{"hostPort":0,"containerPort":80}`, `{"hostPort":8080,"containerPort":-1}`, `{"hostPort":70000,"containerPort":80}`,
+		`{"hostPort":"8080","containerPort":80}`, `{"hostPort":8080.5,"containerPort":80}`, `{"hostPort":8080,"containerPort":80,"protocol":6}`, `null`, `[]`, `"8080:80"`,
+	} {
+		c := attach("ADD", "c1", pod, conf("{}", "["+right+","+wrong+"]"))
+		n.fails(c, 7, "runtimeConfig.portMappings[1]")
+		n.empty()
+		// One that lives, and whose DEL says it.
+		n.must(attach("ADD", "c1", pod, conf("{}", "["+right+"]")))
+		c.verb = "DEL"
+		n.must(c)
+		n.empty()
+		if rules := n.host.Run(t, "nft", "list", "ruleset"); strings.Contains(rules, "8080") {
+			t.Errorf("%s: DEL leaves rules: %s", wrong, rules)
+		}
+	}
+	for options, code := range map[string]uint{
+		`{"backend":"ipchains"}`: 7, `{"backend":1}`: 7, // ours to see
+		`{"snat":"yes"}`: 999, `{"markMasqBit":99}`: 999, `{"backend":"nftables","conditionsV4":["-d","192.0.2.0/24"]}`: 999, `{"conditionsV4":["-j","NOWHERE"]}`: 999,
+	} {
+		c := attach("ADD", "c1", pod, conf(options, "["+right+"]"))
+		n.fails(c, code)
+		n.empty()
+		c.verb = "DEL"
+		n.must(c)
+		n.empty()
+	}
+	// A record of an older version.
+	c := attach("ADD", "c1", pod, conf("{}", "["+right+"]"))
+	n.must(c)
+	records, err := os.ReadDir(run + "/ports")
+	if err != nil || len(records) != 1 {
+		t.Fatalf("records: %v, %v", records, err)
+	}
+	path := run + "/ports/" + records[0].Name()
+	record, err := os.ReadFile(path)
+	if err == nil {
+		err = os.WriteFile(path, []byte(strings.Replace(string(record), `"hostPort":8080`, `"hostPort":0`, 1)), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.verb = "DEL"
+	n.must(c)
+	n.empty()
+}
+
 // A pod that is gone without DEL, as after a crash of the runtime, does not keep its port of the node from the next one: portmap's first
 // rule for a port counts. GC takes it back too.
 func TestPortOfTheDead(t *testing.T) {

@@ -122,6 +122,7 @@ var rules = []rule{
 	{"Conventions", "capabilities ips and ipRanges; args.cni.ips; all of them before CNI_ARGS IP", ipams, []string{"TestArgsOfIPAM", "cmd/headcni-ipam.TestRequestedAddresses", "pkg/ipam.TestRequestedIPs"}},
 	{"Conventions", "portMappings: portmap run by headcni or behind it, by iptables and nftables", plugin, []string{"TestPortmap"}},
 	{"Conventions", "portMappings: DEL takes back what ADD was told to give, whatever its own configuration says, as multus's", plugin, []string{"TestPortsAreReturnedWhateverDELSays"}},
+	{"Conventions", "portMappings: what portmap refuses to read is refused before an address is taken, and keeps no DEL from its end", plugin, []string{"TestPortsThatPortmapRefuses"}},
 	{"Conventions", "portMappings: DEL ends the UDP flows that led to the pod, before another has its address", plugin, []string{"TestPortOfAPodThatWent"}},
 	{"Conventions", "portMappings: a pod that is gone without DEL keeps its ports from no other, and GC takes them back", plugin, []string{"TestPortOfTheDead"}},
 	{"Conventions", "tuning behind headcni: sysctls, MTU; a MAC is for headcni to set, and CHECK says so where tuning did", plugin, []string{"TestTuning"}},

@@ -2,8 +2,11 @@ package netconf
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/headcni/headcni/internal/jsonobj"
 )
@@ -25,7 +28,11 @@ const (
 	// MinMTU6 is IPv6's (RFC 8200, section 5): below it the kernel takes IPv6 off the link.
 	MinMTU6 = 1280
 	maxMTU  = 65535 // veth's
+	maxPort = 65535
 )
+
+// PortMapBackends are the ways in which the plugin portmap can be told to lead ports to pods.
+var PortMapBackends = []string{"iptables", "nftables"}
 
 // keyedCIDR is a CIDR and the key it stands under.
 type keyedCIDR struct {
@@ -58,6 +65,7 @@ func (d *decoder) validate() {
 	d.contradictions()
 	d.validateMTU()
 	d.validateDNS()
+	d.validatePorts()
 	if c.Gate != nil && len(c.Gate.PodCIDRs) == 0 {
 		d.fault("gate.podCIDRs", "missing; name the node's pod CIDRs or leave gate out")
 	}
@@ -155,4 +163,35 @@ func (d *decoder) validateDNS() {
 	if c.MagicDNS.Enable && len(c.MagicDNS.Nameservers) == 0 {
 		c.MagicDNS.Nameservers = []string{MagicDNSServer}
 	}
+}
+
+// validatePorts keeps from the plugin portmap what it would refuse to read. It refuses that at DEL too, without a look at what there is to
+// take back, so a pod that got as far as ADD could not go and kept its address. DEL goes on with what is right.
+func (d *decoder) validatePorts() {
+	c := d.c
+	if c.PortMap == nil {
+		return // another plugin's
+	}
+	var backend string
+	if v := c.PortMap["backend"]; v != nil && (json.Unmarshal(v, &backend) != nil || !slices.Contains(PortMapBackends, backend)) {
+		d.fault("portmap.backend", "want %s", strings.Join(PortMapBackends, " or "))
+		delete(c.PortMap, "backend")
+	}
+	var asked, right []json.RawMessage
+	_ = json.Unmarshal(c.Runtime.Ports, &asked) // nil: none
+	for i, v := range asked {
+		var m struct {
+			HostPort      int    `json:"hostPort"`
+			ContainerPort int    `json:"containerPort"`
+			Protocol      string `json:"protocol"`
+			HostIP        string `json:"hostIP"`
+		}
+		known := json.Unmarshal(v, &m) == nil
+		if !known || m.HostPort < 1 || m.HostPort > maxPort || m.ContainerPort < 1 || m.ContainerPort > maxPort {
+			d.fault(fmt.Sprintf("runtimeConfig.portMappings[%d]", i), "want {hostPort, containerPort, protocol, hostIP}, ports from 1 to %d", maxPort)
+			continue
+		}
+		right = append(right, v)
+	}
+	c.Runtime.Ports = list(right)
 }
