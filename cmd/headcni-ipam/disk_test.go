@@ -51,6 +51,15 @@ func remountReadOnly(at string) error {
 	return unix.Mount("", at, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
 }
 
+// inPlace puts something else in the place of a file.
+func inPlace(path string, put func(path string) error) error {
+	return errors.Join(os.Remove(path), put(path))
+}
+
+func link(path string) error   { return os.Symlink("/nowhere", path) }
+func fifo(path string) error   { return unix.Mkfifo(path, 0o600) }
+func socket(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) }
+
 // fillDisk leaves no room in a file system.
 func fillDisk(at string) error {
 	f, err := os.Create(filepath.Join(at, "ballast"))
@@ -97,7 +106,15 @@ func TestDisk(t *testing.T) {
 		{name: "index is a folder", spoil: func(d string) error {
 			i := boot(d, "index/10.0.0.0-12")
 			return errors.Join(os.Remove(i), os.Mkdir(i, 0o700))
-		}, add: types.ErrIOFailure, text: "index/10.0.0.0-12", del: types.ErrIOFailure, noState: true},
+		}},
+		{name: "index is a link", spoil: func(d string) error { return inPlace(boot(d, "index/10.0.0.0-12"), link) }},
+		{name: "record is a link", spoil: func(d string) error { return inPlace(boot(d, "leases/a:eth0"), link) }},
+		{name: "record is a socket", spoil: func(d string) error { return inPlace(boot(d, "leases/a:eth0"), socket) }},
+		{name: "sequence is a FIFO", spoil: func(d string) error { return inPlace(boot(d, "last.0"), fifo) }},
+		{name: "layout is a FIFO", spoil: func(d string) error { return inPlace(boot(d, "layout"), fifo) },
+			add: codeCorrupt, text: "layout is", del: codeCorrupt},
+		{name: "layout of many words", spoil: func(d string) error { return os.WriteFile(boot(d, "layout"), make([]byte, 9000), 0o600) },
+			add: codeCorrupt, text: "layout is", del: codeCorrupt},
 		{name: "sequence junk", spoil: func(d string) error { return os.WriteFile(boot(d, "last.0"), []byte("junk"), 0o600) }},
 		{name: "layout truncated", spoil: func(d string) error { return os.Truncate(boot(d, "layout"), 0) },
 			add: codeCorrupt, text: "layout is", del: codeCorrupt},
@@ -139,6 +156,10 @@ func TestDisk(t *testing.T) {
 				status = types.ErrPluginNotAvailable
 			}
 			want("STATUS", "", status, c.text)
+			if c.add == 0 { // one file that is wrong keeps no other lease from garbage collection
+				mustRun(t, call{"GC", "", "", conf("1.1.0", dir, dual, `, "cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0"}]`)})
+				want("CHECK", "b", codeNoLease, "")
+			}
 			want("DEL", "a", c.del, "")
 		})
 	}

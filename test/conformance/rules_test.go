@@ -134,6 +134,7 @@ var rules = []rule{
 	{"Robustness", "an environment that no runtime should give: namespaces of the node itself and of the machine's first process, paths that are none, names, arguments; nothing of the node changes, and no other pod suffers", plugin, []string{"TestHostileEnvironment", "TestFirstProcess"}},
 	{"Robustness", "a plugin of CNI_PATH is run only from an absolute folder, and not where anybody may write it", plugin, []string{"TestHostilePath"}},
 	{"Robustness", "dataDir, log_file and daemon_socket where others have planted links, FIFOs and files: no file of others is written, and the error says what to do", plugin, []string{"TestHostileDataDir", "TestHostileLogFile", "TestHostileSpool"}},
+	{"Robustness", "a link, FIFO, folder or junk in the place of a file of the leases: nobody waits for it, no address is given twice, what is only a hint is made anew, and GC goes on", both, []string{"pkg/ipam.TestJunkInAnyFile", "cmd/headcni-ipam.TestDisk"}},
 	{"Robustness", "an IPAM plugin or portmap that prints without end is ended, and the error says so", plugin, []string{"pkg/plugin.TestDelegateWithoutEnd"}},
 	{"Robustness", "input without end", both, []string{"internal/cnimain.TestInputWithoutEnd", "internal/cnimain.TestInputThatDoesNotEnd"}},
 	{"Robustness", "neither the input nor a secret in it comes out in errors or logs", both, []string{"TestNothingLeaksOut"}},

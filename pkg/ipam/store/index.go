@@ -86,11 +86,17 @@ func (tx *Tx) openWindow(base netip.Addr) (*window, error) {
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
 	}
+	if noFile(err) {
+		return nil, ErrIndex
+	}
 	if err != nil {
 		return nil, wrap("open", w.name, err)
 	}
 	if err := tx.readWindow(w); err != nil {
 		tx.s.fs.Close(w.fd)
+		if noFile(err) {
+			err = ErrIndex
+		}
 		return nil, err
 	}
 	return w, nil
@@ -272,8 +278,12 @@ func (tx *Tx) dropWindow(base netip.Addr) error {
 }
 
 func (tx *Tx) unlinkIfThere(name string) error {
-	if err := tx.s.fs.Unlink(tx.boot, name); !errors.Is(err, unix.ENOENT) {
+	switch err := tx.s.fs.Unlink(tx.boot, name); {
+	case errors.Is(err, unix.ENOENT):
+		return nil
+	case errors.Is(err, unix.EISDIR):
+		return removeAll(tx.s.fs, tx.boot, name)
+	default:
 		return wrap("remove", name, err)
 	}
-	return nil
 }

@@ -362,6 +362,9 @@ func (tx *Tx) checkLayout() error {
 	if errors.Is(err, unix.ENOENT) {
 		return tx.s.corrupt("the file layout is missing")
 	}
+	if errors.Is(err, unix.EFBIG) || noFile(err) {
+		return tx.s.corrupt("layout is no file of ours")
+	}
 	if err != nil {
 		return err
 	}

@@ -56,10 +56,11 @@ func again0(call func() error) error {
 	return err
 }
 
-// Open is openat(2). It never follows a link in the last place and never leaks the descriptor to a child.
+// Open is openat(2). It never follows a link in the last place, never leaks the descriptor to a child, and never waits for the other end of
+// a FIFO that is in a file's place, which would hold the lock meanwhile.
 func (System) Open(dir int, name string, flags int, mode uint32) (int, error) {
 	return again(func() (int, error) {
-		return unix.Openat(dir, name, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW, mode)
+		return unix.Openat(dir, name, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, mode)
 	})
 }
 
@@ -124,6 +125,11 @@ func (System) Rmdir(dir int, name string) error {
 // Rename is renameat(2).
 func (System) Rename(dir int, from, to string) error {
 	return again0(func() error { return unix.Renameat(dir, from, dir, to) })
+}
+
+// noFile reports what the kernel says where something else is in a file's place: a folder, a link, a FIFO or a socket.
+func noFile(err error) bool {
+	return errors.Is(err, unix.EISDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ESPIPE) || errors.Is(err, unix.ENXIO)
 }
 
 // readFile reads a small file: at most limit bytes, more is an error.

@@ -39,13 +39,18 @@ func (tx *Tx) Find(containerID, ifName string) (Entry, error) {
 // read reads one record. A record that cannot be understood is not an error.
 func (tx *Tx) read(name string) (Entry, error) {
 	path := leaseDir + "/" + name
-	fd, err := tx.s.fs.Open(tx.boot, path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return Entry{}, wrap("open", path, err)
-	}
-	defer tx.s.fs.Close(fd)
 	e := Entry{name: name}
-	if e.stat, err = tx.s.fs.Stat(fd, ""); err != nil {
+	fd, err := tx.s.fs.Open(tx.boot, path, unix.O_RDONLY, 0)
+	switch {
+	case noFile(err): // it must not keep garbage collection from all others
+		e.stat, err = tx.s.fs.Stat(tx.boot, path)
+	case err != nil:
+		return Entry{}, wrap("open", path, err)
+	default:
+		defer tx.s.fs.Close(fd)
+		e.stat, err = tx.s.fs.Stat(fd, "")
+	}
+	if err != nil {
 		return Entry{}, wrap("look at", path, err)
 	}
 	owner, named := ownerOf(name)
@@ -316,7 +321,7 @@ const lastSize = 48
 // Last is the address that a range set gave last; the zero value where it gave none or the file is of no use.
 func (tx *Tx) Last(set int) (netip.Addr, error) {
 	data, err := tx.readSmall(lastName(set), lastSize)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EFBIG) {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EFBIG) || noFile(err) {
 		return netip.Addr{}, nil
 	}
 	if err != nil {
@@ -333,6 +338,12 @@ func (tx *Tx) Last(set int) (netip.Addr, error) {
 func (tx *Tx) SetLast(set int, a netip.Addr) error {
 	name := lastName(set)
 	fd, err := tx.s.fs.Open(tx.boot, name, unix.O_WRONLY|unix.O_CREAT, 0o600)
+	if noFile(err) {
+		if err := tx.unlinkIfThere(name); err != nil {
+			return err
+		}
+		fd, err = tx.s.fs.Open(tx.boot, name, unix.O_WRONLY|unix.O_CREAT, 0o600)
+	}
 	if err != nil {
 		return wrap("open", name, err)
 	}
