@@ -67,7 +67,7 @@ func relevant(typ uint16, msg []byte) bool {
 	switch typ {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		r, err := decodeRule(msg)
-		return err != nil || r.pref >= prefFirst && r.pref <= prefLast || r.table == unix.RT_TABLE_LOCAL
+		return err != nil || r.pref <= prefLast || r.table == unix.RT_TABLE_LOCAL // others' before ours may lead pods' packets elsewhere
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		return routeRelevant(msg) || typ == unix.RTM_DELROUTE && tableOf(msg) == tailscaleTable
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:

@@ -142,6 +142,7 @@ func TestRelevant(t *testing.T) {
 		want bool
 	}{
 		{"our rule", unix.RTM_DELRULE, rule(5192), true},
+		{"another's rule before ours", unix.RTM_NEWRULE, rule(105), true},
 		{"tailscaled's rule", unix.RTM_NEWRULE, rule(5210), false},
 		{"the rule for the node's own addresses", unix.RTM_DELRULE, local, true},
 		{"our route", unix.RTM_DELROUTE, route(16, 0, unreachableMetric), true},
