@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strconv"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headcni/headcni/internal/atomicfile"
 	"github.com/headcni/headcni/pkg/config/netconf"
 	"github.com/headcni/headcni/pkg/findings"
@@ -137,6 +139,9 @@ func Plugin(binDir string) error {
 	info, err := os.Stat(filepath.Join(binDir, "headcni"))
 	if err == nil && (info.IsDir() || info.Mode().Perm()&0o111 == 0) {
 		err = fmt.Errorf("%s cannot be run (mode %04o)", filepath.Join(binDir, "headcni"), info.Mode().Perm())
+	}
+	if fs := (unix.Statfs_t{}); err == nil && unix.Statfs(filepath.Join(binDir, "headcni"), &fs) == nil && fs.Flags&unix.ST_NOEXEC != 0 {
+		err = fmt.Errorf("%s cannot be run: its file system is mounted noexec (mount -o remount,exec)", filepath.Join(binDir, "headcni"))
 	}
 	if err != nil {
 		return findings.Errorf(findings.PluginMissing, "the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)

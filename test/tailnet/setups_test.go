@@ -68,6 +68,8 @@ var brokenSetups = []setup{
 	{name: "the plugin is missing", at: ownHost, sh: "mv /opt/cni/bin/headcni /opt/cni/bin/away", mend: "mv /opt/cni/bin/away /opt/cni/bin/headcni", restart: true, want: findings.PluginMissing, says: "headcni-daemon install"},
 	{name: "the plugin cannot be run", at: ownDaemon, sh: "mv /opt/cni/bin/headcni /opt/cni/bin/away; install -m 0644 /dev/null /opt/cni/bin/headcni", mend: "mv /opt/cni/bin/away /opt/cni/bin/headcni", restart: true,
 		want: findings.PluginMissing, says: "cannot be run"},
+	{name: "the plugin's folder is mounted noexec", at: ownDaemon, sh: "mkdir /run/was; cp -aL /opt/cni/bin/. /run/was; mount -t tmpfs -o noexec tmpfs /opt/cni/bin; cp -a /run/was/. /opt/cni/bin",
+		mend: "umount /opt/cni/bin; rm -r /run/was", restart: true, want: findings.PluginMissing, says: "noexec"},
 	{name: "a firewall drops pods' packets", at: ownHost, sh: "nft 'table inet strict { chain fw { type filter hook forward priority 10; policy drop; }; }'", mend: "nft delete table inet strict",
 		want: findings.ForeignFirewall, says: "inet strict fw"},
 	{name: "a rule of a VPN before ours", at: ownHost, sh: "ip route add default via 192.168.77.1 table 77; ip rule add pref 100 lookup 77", mend: "ip rule del pref 100; ip route flush table 77",
