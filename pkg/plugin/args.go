@@ -26,7 +26,8 @@ type Args struct {
 func parseArgs(s string) (a Args, err error) {
 	for _, pair := range strings.Split(s, ";") {
 		key, value, ok := strings.Cut(pair, "=")
-		if pair == "" || ok && value == "" {
+		// As headcni-ipam reads it: a request that has a space beside it is one too.
+		if key, value = strings.TrimSpace(key), strings.TrimSpace(value); value == "" && (ok || key == "") {
 			continue
 		}
 		var fault error

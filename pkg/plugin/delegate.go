@@ -204,6 +204,11 @@ func parseResult(b []byte, version string) (*types100.Result, error) {
 	if slices.Contains(result.Interfaces, nil) || slices.Contains(result.IPs, nil) || slices.Contains(result.Routes, nil) {
 		return nil, errors.New("interfaces, ips and routes must not hold null")
 	}
+	// Passed on, they would be the word <nil>, which nobody can read.
+	if slices.ContainsFunc(result.IPs, func(i *types100.IPConfig) bool { return i.Address.IP == nil }) ||
+		slices.ContainsFunc(result.Routes, func(r *types.Route) bool { return r.Dst.IP == nil }) {
+		return nil, errors.New("each of ips needs an address, and each of routes a dst")
+	}
 	return result, nil
 }
 

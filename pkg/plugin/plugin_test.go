@@ -504,7 +504,11 @@ func TestParseArgs(t *testing.T) {
 	if err != nil || a.PodNamespace != "ns" || a.PodName != "p" || a.PodUID != "4b-1" || a.IPs != nil || a.MAC.String() != "02:00:00:00:00:01" {
 		t.Errorf("got %+v, %v", a, err)
 	}
-	for _, s := range []string{"x", "IP=1.2.3", "MAC=ff:ff:ff:ff:ff:ff", "IP=::1%lo"} {
+	a, err = parseArgs(" IP = 10.0.0.9 ; K8S_POD_NAME= p; ; MAC =")
+	if err != nil || len(a.IPs) != 1 || a.IPs[0].String() != "10.0.0.9" || a.PodName != "p" || a.MAC != nil {
+		t.Errorf("got %+v, %v", a, err)
+	}
+	for _, s := range []string{"x", " x ", "IP=1.2.3", "MAC=ff:ff:ff:ff:ff:ff", "IP=::1%lo"} {
 		if _, err := parseArgs(s); !errors.Is(err, errEnvironment) || !strings.Contains(err.Error(), "CNI_ARGS") {
 			t.Errorf("%q: %v", s, err)
 		}

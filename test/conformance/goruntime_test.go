@@ -90,6 +90,14 @@ func TestPrevResultWithNull(t *testing.T) {
 		n.must(attach("DEL", "c1", pod, conf))
 		n.empty()
 	}
+	// What no result may lack is no null to be passed over, nor to be passed on.
+	for _, previous := range []string{`{"ips":[{}]}`, `{"ips":[{"address":null}]}`, `{"ips":[null]}`, `{"routes":[{}]}`, `{"routes":[{"dst":null}]}`, `{"interfaces":[null]}`} {
+		c := attach("ADD", "c1", pod, beside(n.conf(""), `"prevResult":`+previous))
+		n.fails(c, 7, "prevResult")
+		n.empty()
+		c.verb = "DEL"
+		n.must(c)
+	}
 }
 
 // TestGCByItsFirstName: the specification as released with 1.1.0 says cni.dev/attachments, and later cni.dev/valid-attachments.
