@@ -350,6 +350,71 @@ func TestFalseErrors(t *testing.T) {
 	}
 }
 
+// A pod's word about another pod's connection reaches neither of its ends, nor the node where that is one. Of a link that nobody has said
+// anything of yet, nothing is known.
+func TestFalseErrorsAboutAnotherPod(t *testing.T) {
+	w := newWorld(t)
+	w.sync(typical())
+	for _, a := range worldAddrs {
+		w.node.Run(t, "ip", "route", "add", a.hole.String(), "dev", "hcb")
+	}
+	socket := func() (l *net.UDPConn) {
+		w.node.Do(t, func() (err error) {
+			l, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.IPv6Unspecified(), 4711)))
+			return err
+		})
+		return l
+	}()
+	defer socket.Close()
+	for _, known := range []bool{false, true} {
+		if known {
+			sources := w.sources()
+			for _, a := range worldAddrs {
+				sources[w.index("hcb")] = append(sources[w.index("hcb")], a.hole)
+			}
+			w.say(w.tables, sources)
+		}
+		for family, a := range worldAddrs {
+			flow := func(src, dst netip.Addr, text string) []byte {
+				return nstest.Packet(src, dst, unix.IPPROTO_UDP, nstest.UDP(src, dst, 4711, 9, text))
+			}
+			// heard tells whether who began a connection hears of an error about it.
+			heard := func(by *nstest.NS, says netip.Addr, end *nstest.NS, link string, src, dst netip.Addr) bool {
+				raw(t, end, flow(src, dst, "begun"))
+				e := look(t, end, link)
+				got := e.until(t, "all is said", func() {
+					raw(t, by, nstest.TooBig(says, src, 1280, flow(src, dst, "an error")), flow(says, src, "all is said"))
+				})
+				return slices.ContainsFunc(got, func(s sight) bool { return strings.Contains(s.rest, "an error") })
+			}
+			if got := heard(w.podA, a.podA, w.tn, "tun", a.remote, a.podB); got == known {
+				t.Errorf("%s, known %v: a far pod hears it: %v", family, known, got)
+			}
+			if got := heard(w.podA, a.podA, w.podB, "eth0", a.podB, a.hole); got == known {
+				t.Errorf("%s, known %v: a near pod hears it: %v", family, known, got)
+			}
+			if !heard(w.podB, a.podB, w.tn, "tun", a.remote, a.podB) {
+				t.Errorf("%s, known %v: a pod's word about its own connection is dropped", family, known)
+			}
+			believes := func(by *nstest.NS, says netip.Addr) bool {
+				w.node.Run(t, "sh", "-c", "ip route flush cache; ip -6 route flush cache")
+				raw(t, w.node, flow(a.node, a.podB, "begun"))
+				for range 5 {
+					raw(t, by, nstest.TooBig(says, a.node, 1280, flow(a.node, a.podB, "an error")))
+					time.Sleep(20 * time.Millisecond)
+				}
+				return strings.Contains(w.node.Run(t, "ip", "route", "get", a.podB.String()), " mtu 1280")
+			}
+			if got := believes(w.podA, a.podA); got == known {
+				t.Errorf("%s, known %v: the node believes it: %v", family, known, got)
+			}
+			if !believes(w.podB, a.podB) {
+				t.Errorf("%s, known %v: the node does not believe a pod about its own connection", family, known)
+			}
+		}
+	}
+}
+
 // What the node has on its loopback is not for pods, also where portmap or kube-proxy had the kernel lead such addresses.
 func TestPodsReachNoLoopback(t *testing.T) {
 	w := newWorld(t)

@@ -106,7 +106,7 @@ const (
 	DropPodRouter = "pod_router"
 	// A pod sends from or to a link-local address. It needs none but the gateway's, and each would be a neighbour of the node's.
 	DropPodLinkLocal = "pod_link_local"
-	// A pod's ICMP error quotes what no pod of this node can have got.
+	// A pod's ICMP error quotes what no pod of this node can have got, or what another has.
 	DropPodQuotes = "pod_quotes"
 	// A pod sends to the node's loopback.
 	DropPodLoopback = "pod_loopback"

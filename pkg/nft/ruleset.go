@@ -124,8 +124,16 @@ func antispoof(family knftables.Family, cfg Config) []string {
 	return rules
 }
 
+// falseErrors drops a pod's ICMP errors about a connection of which it is neither end, as one of another pod of this node. Before the daemon
+// has said which addresses a link sends from, nothing is known of it.
+func falseErrors(family knftables.Family) string {
+	return rule(`iifname "%s" ct state related %s iif . %[3]s saddr @%[4]s iif . ct original %[3]s saddr != @%[4]s iif . ct reply %[3]s saddr != @%[4]s %[5]s`,
+		names.PodLinks, icmpErrors[family], family, setSources, drop(DropPodQuotes))
+}
+
 // heard is about what the node itself gets.
 func heard(family knftables.Family, cfg Config) (rules []string) {
+	rules = append(rules, falseErrors(family))
 	if family == knftables.IPv4Family {
 		// The kernel refuses that itself, until somebody sets route_localnet: portmap does, on the links of pods with ports of the node, and
 		// kube-proxy everywhere. Pods answer there what came by a port of the node, and only NAT leads that back.
@@ -233,7 +241,10 @@ func lan(family knftables.Family, cfg Config) []string {
 // fromPods lets pods send, but for one that goes through the neighbours of the node. In front stands what is frequent.
 func fromPods(family knftables.Family, cfg Config) []string {
 	fam, from := string(family), rule(`iifname "%s"`, names.PodLinks)
-	rules := []string{rule(`%s oifname "%s" accept`, from, names.PodLinks)}
+	rules := []string{
+		rule(`%s oifname "%s" ct state != related accept`, from, names.PodLinks),
+		falseErrors(family),
+	}
 	rules = append(rules, toSubnets(family, cfg)...)
 	return append(rules, from+" ct state established,related accept",
 		rule(`%s %s daddr != @%s accept`, from, fam, setLinks),
