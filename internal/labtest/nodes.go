@@ -245,10 +245,11 @@ func Prefs(t testing.TB, n *lab.Node) map[string]any {
 	return p
 }
 
-// FlushRules takes away our routing rules, FlushTables our nftables, FlushRoutes our routes of last resort.
+// FlushRules takes away our routing rules, FlushTables our nftables, FlushRoutes our routes of last resort. The daemon may take a rule away itself
+// meanwhile.
 const (
 	FlushRules = `for f in -4 -6; do
-		for pref in $(ip $f rule | sed -n 's/^\(51[89][0-9]\):.*/\1/p'); do ip $f rule delete pref $pref; done
+		for pref in $(ip $f rule | sed -n 's/^\(51[89][0-9]\):.*/\1/p'); do ip $f rule delete pref $pref || [[ -z $(ip $f rule show pref $pref) ]]; done
 	done`
 	FlushTables = `for f in ip ip6; do nft delete table $f headcni; done`
 	FlushRoutes = `for f in -4 -6; do ip $f route flush metric 4278 type unreachable; done`

@@ -230,9 +230,9 @@ ip $f route delete $(ip $f route show table 52 | awk '/ dev / { print $1 }' | pi
 // linkKinds break the host's end of a pod's link.
 func linkKinds() []*kind {
 	const conf = "/proc/sys/net/ipv4/conf/LINK/"
-	return append(claiming("bridge",
+	return slices.Concat(claiming("bridge",
 		script(4, "a pod's link in a bridge", "ip link add chaos-bridge type bridge; ip link set chaos-bridge up; ip link set LINK master chaos-bridge", "ip link delete chaos-bridge"),
-	),
+	), []*kind{
 		script(8, "a pod's link down", "ip link set LINK down", ""),
 		script(8, "a pod's link down and up", "ip link set LINK down; ip link set LINK up", ""),
 		script(8, "a pod's link: routes flushed", "ip route flush dev LINK; ip -6 route flush dev LINK", ""),
@@ -240,12 +240,13 @@ func linkKinds() []*kind {
 		script(4, "a pod's link: neighbours flushed", "ip neigh flush dev LINK nud permanent; ip -6 neigh flush dev LINK nud permanent", ""),
 		script(4, "a pod's link: IPv6 off", "echo 1 > /proc/sys/net/ipv6/conf/LINK/disable_ipv6", ""),
 		script(4, "a pod's link: forwarding=0", "echo 0 > "+conf+"forwarding", ""),
+	}, claiming("settings",
 		script(4, "a pod's link: rp_filter, arp_ignore and proxy_arp changed", "cd "+conf+`
 echo $(cat rp_filter arp_ignore proxy_arp) > /run/chaos-LINK
 echo 1 > rp_filter; echo 0 > arp_ignore; echo 1 > proxy_arp`, `f=$(echo /run/chaos-hc*); read -r a b c < $f; rm $f # LINK may be another's by now
 cd /proc/sys/net/ipv4/conf/${f#/run/chaos-} 2>/dev/null || exit 0 # its pod is gone
 echo $a > rp_filter; echo $b > arp_ignore; echo $c > proxy_arp`),
-	)
+	))
 }
 
 // hostKinds break what belongs to the host.
