@@ -1,6 +1,6 @@
-// Package cmdlog carries records of finished CNI commands from the short-lived plugin to the daemon, which counts them. They
-// are files in a spool; a connection to the daemon's socket, on which nothing is said, makes it look at once. No pod depends
-// on it: a lost record never fails an ADD or a DEL.
+// Package cmdlog carries records of finished CNI commands from the short-lived plugin to the daemon, which counts them and knows by
+// them what a pod was given. They are files in a spool; a connection to the daemon's socket, on which nothing is said, makes it look at
+// once. No pod depends on it: a lost record never fails an ADD or a DEL.
 package cmdlog
 
 import (

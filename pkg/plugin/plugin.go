@@ -115,7 +115,7 @@ func (p *Plugin) finish(r *Request, err error) error {
 	r.Log.Debug("done", "duration", r.record.Duration, "code", r.record.ErrorCode, "err", err)
 	if r.Command == "ADD" || r.Command == "DEL" {
 		if err := p.Record(r.Config.DaemonSocket, r.record); err != nil {
-			r.Log.Debug("the daemon was not told of the command", "err", err) // it is for metrics only
+			r.Log.Debug("the daemon was not told of the command", "err", err) // it is for metrics, and for what a link loses at once
 		}
 	}
 	return failed

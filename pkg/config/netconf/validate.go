@@ -31,8 +31,8 @@ const (
 	maxPort = 65535
 )
 
-// PortMapBackends are the ways in which the plugin portmap can be told to lead ports to pods.
-var PortMapBackends = []string{"iptables", "nftables"}
+// portMapBackends are the ways in which the plugin portmap can be told to lead ports to pods.
+var portMapBackends = []string{"iptables", "nftables"}
 
 // keyedCIDR is a CIDR and the key it stands under.
 type keyedCIDR struct {
@@ -173,8 +173,8 @@ func (d *decoder) validatePorts() {
 		return // another plugin's
 	}
 	var backend string
-	if v := c.PortMap["backend"]; v != nil && (json.Unmarshal(v, &backend) != nil || !slices.Contains(PortMapBackends, backend)) {
-		d.fault("portmap.backend", "want %s", strings.Join(PortMapBackends, " or "))
+	if v := c.PortMap["backend"]; v != nil && (json.Unmarshal(v, &backend) != nil || !slices.Contains(portMapBackends, backend)) {
+		d.fault("portmap.backend", "want %s", strings.Join(portMapBackends, " or "))
 		delete(c.PortMap, "backend")
 	}
 	var asked, right []json.RawMessage

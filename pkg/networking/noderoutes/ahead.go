@@ -123,17 +123,19 @@ func (r rule) leads(f family, ranges []netip.Prefix) (bool, error) {
 	// The longest routes around each range, of those that have an answer and of those that say that there is none (throw).
 	answer, none := map[netip.Prefix]int{}, map[netip.Prefix]int{}
 	err := eachRoute(f, r.table, func(m routeMsg) {
-		if r.suppress != noSuppress && m.to.Bits() <= int(r.suppress) {
+		throw := m.kind == unix.RTN_THROW
+		around := func(p netip.Prefix) bool { return p.Overlaps(m.to) && (!throw || m.to.Bits() <= p.Bits()) }
+		if r.suppress != noSuppress && m.to.Bits() <= int(r.suppress) || !slices.ContainsFunc(ranges, around) {
 			return
 		}
 		longest := answer
-		if m.kind == unix.RTN_THROW {
+		if throw {
 			longest = none
-		} else if strings.HasPrefix(linkName(m.number(unix.RTA_OIF)), names.PodLinkPrefix) {
+		} else if strings.HasPrefix(linkName(m.number(unix.RTA_OIF)), names.PodLinkPrefix) { // it asks the kernel, and a router has a million routes elsewhere
 			return // a route to an own pod leads where ours would
 		}
 		for _, p := range ranges {
-			if p.Overlaps(m.to) && (m.kind != unix.RTN_THROW || m.to.Bits() <= p.Bits()) {
+			if around(p) {
 				longest[p] = max(longest[p], m.to.Bits()+1)
 			}
 		}

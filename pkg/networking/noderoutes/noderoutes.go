@@ -147,7 +147,8 @@ func (n *Routes) apply(s step, raws map[rule]rawRule) error {
 	return n.setSysctl(s.sysctl, s.value)
 }
 
-// Remove takes away every rule and route of our numbers, but for one without which the node would not know its own addresses, and puts the sysctls back that Sync changed. Twice is fine.
+// Remove takes away every rule and route of our numbers, but for one without which the node would not know its own addresses, and puts the
+// sysctls back that Sync changed. Twice is fine.
 func (n *Routes) Remove(ctx context.Context) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
