@@ -1,12 +1,15 @@
 package nfnl
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
+	"go4.org/netipx"
 	"golang.org/x/sys/unix"
 )
 
@@ -187,6 +190,51 @@ func decodeVerdict(b []byte) string {
 		return word
 	}
 	return ""
+}
+
+// Intervals are prefixes as a set of intervals has them: an element at the beginning, and one behind the end unless that is the last address of all.
+func Intervals(prefixes []netip.Prefix) (out []Element) {
+	for _, p := range prefixes {
+		out = append(out, Element{Key: string(p.Addr().AsSlice())})
+		if behind := netipx.PrefixLastIP(p).Next(); behind.IsValid() {
+			out = append(out, Element{Key: string(behind.AsSlice()), Flags: ElemEnd})
+		}
+	}
+	return out
+}
+
+// Prefixes are those of a set of intervals, in order of address. It is false where the set holds anything else: a range that is no prefix, or
+// elements that have more than a key.
+func Prefixes(elements []Element) (out []netip.Prefix, ok bool) {
+	elements = slices.Clone(elements)
+	slices.SortFunc(elements, func(a, b Element) int { // where two touch, the end of one is before the beginning of the other
+		return cmp.Or(cmp.Compare(a.Key, b.Key), cmp.Compare(b.Flags&ElemEnd, a.Flags&ElemEnd))
+	})
+	if len(elements) > 0 && elements[0].Flags&ElemEnd != 0 && strings.Trim(elements[0].Key, "\x00") == "" {
+		elements = elements[1:] // nft adds one to a set that it knows as used, which means nothing
+	}
+	for len(elements) > 0 {
+		begin := elements[0]
+		from, valid := netip.AddrFromSlice([]byte(begin.Key))
+		if !valid || begin.Odd || begin.Flags != 0 {
+			return nil, false
+		}
+		to := netipx.PrefixLastIP(netip.PrefixFrom(from, 0)) // what goes to the last address of all has no end
+		elements = elements[1:]
+		if len(elements) > 0 {
+			end, valid := netip.AddrFromSlice([]byte(elements[0].Key))
+			if !valid || elements[0].Odd || elements[0].Flags != ElemEnd {
+				return nil, false
+			}
+			to, elements = end.Prev(), elements[1:]
+		}
+		p, isPrefix := netipx.IPRangeFrom(from, to).Prefix()
+		if !isPrefix {
+			return nil, false
+		}
+		out = append(out, p)
+	}
+	return out, true
 }
 
 // Within reports whether a set of intervals has an address: the last beginning or end before it decides.

@@ -149,6 +149,14 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			done, err := d.pods.Sync(ctx)
 			return done, errors.Join(err, s.seen.portsErr)
 		}},
+		// Before the node joins and pods start: tailscaled binds its sockets anew for the addresses.
+		{Name: partNames, Finding: findings.NameServer, Needs: []string{partFirewall}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
+			done, err := d.answerer.Sync(s.plan.firewall.Own)
+			if d.kubernetes != nil { // elsewhere nothing is known to ask the host's resolver for pods, and status has it
+				err = errors.Join(err, nodedns.RisksOf(s.seen.dns, d.cfg.DNS.MagicDNS.BaseDomain).Err())
+			}
+			return done, err
+		}},
 		{Name: partTailnet, Finding: findings.NotInTailnet, Needs: []string{partRoutes}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.member.Join(ctx, s.seen.Seen)
 		}},
@@ -188,13 +196,6 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 				d.metrics.SelfTest(passed)
 				d.loop.Wake()
 			})
-		}},
-		{Name: partNames, Finding: findings.NameServer, Needs: []string{partFirewall}, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			done, err := d.answerer.Sync(s.plan.firewall.Own)
-			if d.kubernetes != nil { // elsewhere nothing is known to ask the host's resolver for pods, and status has it
-				err = errors.Join(err, nodedns.RisksOf(s.seen.dns, d.cfg.DNS.MagicDNS.BaseDomain).Err())
-			}
-			return done, err
 		}},
 		{Name: partSubnets, Finding: findings.Subnets, Needs: []string{partFirewall}, Optional: true, Run: func(context.Context, *pass) ([]string, error) {
 			return nil, d.subnets.Err()

@@ -1,11 +1,14 @@
 package nft
 
 import (
+	"errors"
+	"net"
 	"net/netip"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 )
 
@@ -60,4 +63,53 @@ func TestUnmasked(t *testing.T) {
 			t.Errorf("%s: %v, want %v", what, got, c.want)
 		}
 	}
+}
+
+// A rule is never in force before what it asks for: no packet of the cluster is refused while tables come, or come back, or change.
+func TestNothingIsRefusedMeanwhile(t *testing.T) {
+	w := newWorld(t)
+	w.sync(typical())
+	for _, a := range worldAddrs {
+		w.flood(w.podA, w.tn, a.remote)
+	}
+	wider, other := typical(), typical()
+	wider.Cluster = append(prefixes("10.245.0.0/16", "fd00:245::/32"), wider.Cluster...)
+	wider.KeepSource = append(prefixes("10.97.0.0/16"), wider.KeepSource...)
+	other.Cluster = append(prefixes("10.247.0.0/24", "10.247.1.0/24"), other.Cluster...)
+	for range 15 {
+		for what, change := range map[string]func(){
+			"somebody has flushed all":     func() { w.node.Run(t, "nft", "flush", "ruleset"); w.sync(typical()) },
+			"somebody has emptied a chain": func() { w.node.Run(t, "nft", "flush", "chain", "ip", "headcni", "guard"); w.sync(typical()) },
+			"a daemon starts":              func() { w.tables = New(); w.sync(typical()) },
+			"the cluster has become wider": func() { w.sync(wider) },
+			"and has other ranges":         func() { w.sync(other) },
+			"and is what it was":           func() { w.sync(typical()) },
+		} {
+			change()
+			for reason, n := range w.drops() {
+				if n > 0 && reason != DropPodLinkLocal { // the world's pods look for neighbours
+					t.Fatalf("%s: %d packets were dropped as %s", what, n, reason)
+				}
+			}
+		}
+	}
+}
+
+// flood sends datagrams from one namespace to another without a pause, until the test ends.
+func (w *world) flood(from, to *nstest.NS, dst netip.Addr) {
+	w.t.Helper()
+	at := net.UDPAddrFromAddrPort(netip.AddrPortFrom(dst, testPort))
+	var in, out *net.UDPConn
+	to.Do(w.t, func() (err error) { in, err = net.ListenUDP("udp", at); return err })
+	from.Do(w.t, func() (err error) { out, err = net.DialUDP("udp", nil, at); return err })
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			if _, err := out.Write([]byte("x")); errors.Is(err, net.ErrClosed) {
+				return
+			}
+		}
+	}()
+	w.t.Cleanup(func() { in.Close(); out.Close(); <-ended })
 }

@@ -82,15 +82,16 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	_ = t.tally() // a table that has to be made anew takes its counters along; they are not worth an unfiltered packet
 	before := first
 	for range writeTries {
-		if err := t.write(ctx, want, before); err != nil {
+		transactions, err := t.write(ctx, want, before)
+		if err != nil {
 			return changes(first, before), err
 		}
 		after, err := observe()
 		if err != nil {
 			return nil, nfcmd.Explain(err)
 		}
-		// Was it our transaction alone that made what we see? Else write again: two equal results are as good.
-		sure := after.gen == before.gen+1 || after.equal(t.written)
+		// Were it our transactions alone that made what we see? Else write again: two equal results are as good.
+		sure := after.gen == before.gen+transactions || after.equal(t.written)
 		t.written, before = after, after
 		if sure {
 			t.text = text
@@ -110,7 +111,7 @@ func (t *Tables) takesSockets(ctx context.Context) bool {
 	if t.sockets == nil && t.nft.Open() == nil {
 		err := t.nft.Check(ctx, func(tx *knftables.Transaction) {
 			try := table{family: knftables.IPv4Family, chains: []chain{{"try", knftables.FilterType, knftables.InputHook, prioGuard, []string{ofSocket + " accept"}}}}
-			try.fill(tx)
+			try.fill(tx, nil)
 		})
 		if takes := err == nil; takes || nfcmd.Lacks(err) {
 			t.sockets = &takes
@@ -119,22 +120,23 @@ func (t *Tables) takesSockets(ctx context.Context) bool {
 	return t.sockets != nil && *t.sockets
 }
 
-// write makes the tables hold want, in one transaction for both families where that works.
-func (t *Tables) write(ctx context.Context, want []table, have observed) error {
+// write makes the tables hold want, both families at once where that works. It says how many transactions that took.
+func (t *Tables) write(ctx context.Context, want []table, have observed) (transactions uint32, err error) {
 	if err := t.nft.Open(); err != nil {
-		return err
+		return 0, err
 	}
-	err := t.nft.Write(ctx, func(tx *knftables.Transaction) {
-		for _, w := range want {
-			w.replace(tx, have.tables[w.family])
-		}
-	})
+	transactions, err = t.transact(ctx, want, have.tables)
 	if err == nil {
-		return nil
+		return transactions, nil
 	}
 	var errs []error
 	for _, w := range want {
-		err := t.nft.Write(ctx, func(tx *knftables.Transaction) { w.replace(tx, have.tables[w.family]) })
+		now, err := list(w.family) // somebody may have changed it meanwhile
+		if err == nil {
+			var more uint32
+			more, err = t.transact(ctx, []table{w}, map[knftables.Family]listing{w.family: now})
+			transactions += more
+		}
 		if err != nil {
 			// Something stands in the way that was not seen, such as a chain of ours on another hook.
 			err = t.nft.Write(ctx, w.recreate)
@@ -147,16 +149,41 @@ func (t *Tables) write(ctx context.Context, want []table, have observed) error {
 			errs = append(errs, fmt.Errorf("write table %s %s: %w", w.family, names.NFTTable, err))
 		}
 	}
-	return errors.Join(errs...)
+	return transactions, errors.Join(errs...)
+}
+
+// transact fills the sets that are not there, and then makes the tables hold want in one transaction.
+func (t *Tables) transact(ctx context.Context, want []table, have map[knftables.Family]listing) (transactions uint32, err error) {
+	held := make([]map[string][]netip.Prefix, len(want))
+	for i, w := range want {
+		if w.mustRecreate(have[w.family]) {
+			continue
+		}
+		if t.prepare(w, have[w.family]) {
+			transactions++
+		}
+		if held[i], err = w.held(); err != nil {
+			return transactions, nfcmd.Explain(err)
+		}
+	}
+	err = t.nft.Write(ctx, func(tx *knftables.Transaction) {
+		for i, w := range want {
+			w.replace(tx, have[w.family], held[i])
+		}
+	})
+	if err == nil {
+		transactions++
+	}
+	return transactions, err
 }
 
 // replace fills the table, or makes it anew where it has parts that filling cannot put right.
-func (t table) replace(tx *knftables.Transaction, have listing) {
+func (t table) replace(tx *knftables.Transaction, have listing, held map[string][]netip.Prefix) {
 	if t.mustRecreate(have) {
 		t.recreate(tx)
 		return
 	}
-	t.fill(tx)
+	t.fill(tx, held)
 	for _, name := range stale(t, have) {
 		tx.Delete(t.set(set{name: name}))
 	}
@@ -166,7 +193,7 @@ func (t table) replace(tx *knftables.Transaction, have listing) {
 func (t table) recreate(tx *knftables.Transaction) {
 	tx.Add(t.object()) // so that there is one to delete
 	tx.Delete(t.object())
-	t.fill(tx)
+	t.fill(tx, nil)
 }
 
 // Remove deletes our tables and nothing else. Twice is fine.

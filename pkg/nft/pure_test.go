@@ -51,7 +51,7 @@ func transaction(cfg Config) string {
 	f := knftables.NewFake("", "")
 	tx := f.NewTransaction()
 	for _, t := range rulesetOf(cfg) {
-		t.fill(tx)
+		t.fill(tx, nil)
 	}
 	return tx.String()
 }

@@ -48,12 +48,14 @@ func tableOf(family knftables.Family, cfg Config) table {
 	return table{
 		family:   family,
 		counters: reasons,
+		// Those of prefixes first: prepare makes them before the others.
 		sets: append([]set{
 			cluster, setOf(family, setKeepSource, cfg.Cluster, cfg.Own, cfg.KeepSource), setOf(family, setOwn, cfg.Own),
 			setOf(family, setServices, cfg.KeepSource), setOf(family, setServed, cfg.Served), setOf(family, setShared, cfg.Shared), setOf(family, setSites, cfg.Sites),
-			{name: setMembers, keys: addrType(family)}, setOf(family, setLinks, cfg.Links), {name: setSources, keys: linkType + " . " + addrType(family)}, {name: setAsked, size: askedSize}, {name: setAskers, size: askedSize},
-			{name: setCurious, size: curiousSize}, setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
+			setOf(family, setLinks, cfg.Links), setOf(family, setSubnets, cfg.Subnets.Known), setOf(family, setBeside, cfg.Subnets.Beside),
 			setOf(family, setAbroad, cfg.Subnets.All, cfg.Subnets.Known, cfg.Subnets.Named),
+			{name: setMembers, keys: addrType(family)}, {name: setSources, keys: linkType + " . " + addrType(family)},
+			{name: setAsked, size: askedSize}, {name: setAskers, size: askedSize}, {name: setCurious, size: curiousSize},
 		}, consentSets(family, cfg)...),
 		chains: []chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
@@ -530,19 +532,27 @@ func rule(format string, args ...any) string { return fmt.Sprintf(format, args..
 
 // fill makes the table hold t and nothing else inside the chains and sets of t. Chains stay registered, so that each
 // packet meets either all old or all new rules.
-func (t table) fill(tx *knftables.Transaction) {
+//
+// Of a set whose prefixes are held only what differs is touched. It must be there still, or the transaction fails.
+func (t table) fill(tx *knftables.Transaction, held map[string][]netip.Prefix) {
 	tx.Add(t.object())
 	for _, c := range t.counters {
 		tx.Add(&knftables.Counter{Family: t.family, Table: names.NFTTable, Name: c})
 	}
 	for _, s := range t.sets {
-		tx.Add(t.set(s))
-		if s.filled() {
-			continue
+		has, known := held[s.name]
+		if !known {
+			tx.Add(t.set(s))
+			if s.filled() {
+				continue
+			}
+			tx.Flush(t.set(s))
 		}
-		tx.Flush(t.set(s))
-		for _, p := range s.elements {
-			tx.Add(&knftables.Element{Family: t.family, Table: names.NFTTable, Set: s.name, Key: []string{p.String()}})
+		for _, p := range netset.Without(has, s.elements) {
+			tx.Delete(t.element(s, p))
+		}
+		for _, p := range netset.Without(s.elements, has) {
+			tx.Add(t.element(s, p))
 		}
 	}
 	for _, c := range t.chains {
@@ -564,6 +574,14 @@ func addrType(family knftables.Family) string {
 	return "ipv4_addr"
 }
 
+// addrLen is an address's length in bytes.
+func addrLen(family knftables.Family) uint32 {
+	if family == knftables.IPv6Family {
+		return 16
+	}
+	return 4
+}
+
 // filled: not by what a Config says.
 func (s set) filled() bool { return s.size > 0 || s.keys != "" }
 
@@ -582,6 +600,10 @@ func (t table) set(s set) *knftables.Set {
 	}
 	return &knftables.Set{Family: t.family, Table: names.NFTTable, Name: s.name, Type: kind,
 		Flags: []knftables.SetFlag{knftables.IntervalFlag}}
+}
+
+func (t table) element(s set, p netip.Prefix) *knftables.Element {
+	return &knftables.Element{Family: t.family, Table: names.NFTTable, Set: s.name, Key: []string{p.String()}}
 }
 
 func (t table) chain(c chain) *knftables.Chain {

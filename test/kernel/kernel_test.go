@@ -41,7 +41,7 @@ var only = flag.String("only", "^(preflight|pkg/nft|pkg/networking/fastpath)$", 
 
 // packages are those whose tests run in the guest, with those of them that say most in little time, and benchmarks: ONLY="bench NAME".
 var packages = []struct{ path, quick, bench string }{
-	{"pkg/nft", "TestNeverInClear|TestPortsMoveUDP|TestSubnetsNotInClear", ""},
+	{"pkg/nft", "TestNeverInClear|TestNothingIsRefusedMeanwhile|TestPortsMoveUDP|TestSubnetsNotInClear", ""},
 	{"pkg/networking/podlink", "TestAttach$|TestCheck|TestGroup|TestGate|TestPodHasNoNeighboursToAskFor|TestSecondInterface", ""},
 	{"pkg/networking/noderoutes", "TestRemoveLeavesTheHostAsItWas|TestRulesShareTheTailnetsRange|TestTunnelRoutesComeBack|TestConfigurationChange", ""},
 	{"pkg/networking/fastpath", "TestPolicyEndsFlows|TestForged|TestPodGoes|TestIPVSStays", "FastPath"},

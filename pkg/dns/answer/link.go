@@ -61,26 +61,25 @@ func preferred(lo netlink.Link, a netip.Addr) bool {
 
 // Ahead gives the node the addresses although nobody answers there yet: a question is refused until somebody does, and whoever asked goes on
 // to the next server. Where another program listens at port 53 of all addresses it would be asked: then they do not come (see Server.Run).
-func Ahead(addrs []netip.Addr) error {
+func Ahead(addrs []netip.Addr) (done []string, err error) {
 	for _, file := range []string{"udp", "udp6", "tcp", "tcp6"} {
 		f, err := os.Open("/proc/thread-self/net/" + file)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // a kernel without IPv6
 		}
 		if err != nil {
-			return fmt.Errorf("look who listens at port %d: %w", port, err)
+			return nil, fmt.Errorf("look who listens at port %d: %w", port, err)
 		}
 		taken, err := listens(f)
 		f.Close()
 		if err != nil {
-			return fmt.Errorf("look who listens at port %d: %w", port, err)
+			return nil, fmt.Errorf("look who listens at port %d: %w", port, err)
 		}
 		if taken {
-			return nil
+			return nil, nil
 		}
 	}
-	_, err := EnsureAddrs(addrs)
-	return err
+	return EnsureAddrs(addrs)
 }
 
 // listens reports whether a socket in a file such as /proc/net/udp is bound to the port at all addresses (proc_pid_net(5)): its second word

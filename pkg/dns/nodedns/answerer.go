@@ -89,7 +89,12 @@ func (a *Answerer) Sync(own []netip.Prefix) ([]string, error) {
 		return nil, errors.Join(failed, answer.RemoveAddrs())
 	}
 	if !listening && at != nil {
-		return nil, errStarts
+		// Not when it listens, by when pods may have begun to talk: tailscaled binds its sockets anew for each address that comes.
+		done, err := answer.Ahead(at)
+		if err == nil {
+			err = errStarts
+		}
+		return done, err
 	}
 	return answer.EnsureAddrs(at)
 }
@@ -115,7 +120,8 @@ func Ahead(own []netip.Prefix) error {
 		}
 		at = addrsFor(global(host))
 	}
-	return answer.Ahead(at)
+	_, err := answer.Ahead(at)
+	return err
 }
 
 // global are the addresses by which a host is reached from elsewhere.
