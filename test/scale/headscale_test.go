@@ -39,7 +39,7 @@ const (
 	// atOnce is how many join at once when a cluster starts.
 	atOnce = 20
 	// patience is for the slowest step of all, on a machine that does other things.
-	patience = 10 * time.Minute
+	patience = 40 * time.Minute
 
 	pods = "10.240.0.0/12"
 )
