@@ -41,7 +41,9 @@ func TestPrefixes(t *testing.T) {
 			t.Errorf("%s: %s, %t", text, got, ok)
 		}
 	}
-	at := func(a string, flags uint32) Element { return Element{Key: string(netip.MustParseAddr(a).AsSlice()), Flags: flags} }
+	at := func(a string, flags uint32) Element {
+		return Element{Key: string(netip.MustParseAddr(a).AsSlice()), Flags: flags}
+	}
 	if got, ok := Prefixes([]Element{at("0.0.0.0", ElemEnd), at("10.0.0.0", 0), at("10.0.0.4", ElemEnd)}); !ok || len(got) != 1 {
 		t.Errorf("with an end that means nothing: %s, %t", got, ok)
 	}
