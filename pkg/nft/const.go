@@ -7,6 +7,7 @@ import (
 	"sigs.k8s.io/knftables"
 
 	"github.com/headcni/headcni/internal/netset"
+	"github.com/headcni/headcni/pkg/config/names"
 )
 
 // Every name, priority, mark and address of the rules, with its reason.
@@ -65,7 +66,7 @@ const (
 
 	// chainGuard is in postrouting, not output: after DNAT only there the output interface is the final one, and it
 	// sees forwarded packets too. It runs before source NAT.
-	chainGuard = "guard"
+	chainGuard = names.NFTChain
 	prioGuard  = knftables.FilterPriority
 
 	// chainHeard is in input, which what passes through the node does not pay for.

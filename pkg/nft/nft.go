@@ -77,7 +77,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 		t.written.gen = first.gen
 		return nil, t.writeMembers(cfg.Members)
 	}
-	gap := !first.equal(t.written) && (t.written.tables != nil || first.lacksATable())
+	gap := !first.equal(t.written) && (t.written.tables != nil || first.lacksRules())
 	t.text = ""
 	_ = t.tally() // a table that has to be made anew takes its counters along; they are not worth an unfiltered packet
 	before := first

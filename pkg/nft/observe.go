@@ -244,9 +244,9 @@ func (o observed) equal(p observed) bool {
 	return maps.EqualFunc(o.tables, p.tables, func(a, b listing) bool { return maps.Equal(a, b) })
 }
 
-// lacksATable: nobody has made it, or somebody has deleted it.
-func (o observed) lacksATable() bool {
-	return slices.ContainsFunc(families, func(f knftables.Family) bool { return len(o.tables[f]) == 0 })
+// lacksRules: nobody has made a table, or not yet its rules, or somebody has deleted it.
+func (o observed) lacksRules() bool {
+	return slices.ContainsFunc(families, func(f knftables.Family) bool { return o.tables[f]["chain "+chainGuard] == "" })
 }
 
 // changes says in words what differs between two looks.

@@ -26,7 +26,7 @@ const (
 	// CounterStateless counts the packets from and to isolated pods that belong to no connection.
 	CounterStateless = "stateless"
 
-	chainEgress, chainIngress, chainStateless = "egress", "ingress", "stateless"
+	chainEgress, chainIngress, chainStateless = "egress", names.PolicyChain, "stateless"
 	chainJudged, chainDoubt                   = "judged", "doubt"
 	chainDenyIn, chainDenyOut                 = "deny-in", "deny-out"
 

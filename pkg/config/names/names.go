@@ -12,10 +12,12 @@ const (
 	PodLinkPrefix = "hc"
 	// PodLinks matches the host names of all pods' veths in nft's rules.
 	PodLinks = PodLinkPrefix + "*"
-	// NFTTable is our table in the families ip and ip6. The gate of ADD asks for both.
+	// NFTTable is our table in the families ip and ip6. The gate of ADD asks both for NFTChain, which comes with all rules, while sets are there before.
 	NFTTable = "headcni"
-	// PolicyTable is our table in family inet that enforces NetworkPolicies. The gate of ADD asks for it where they are enforced.
+	NFTChain = "guard"
+	// PolicyTable is our table in family inet that enforces NetworkPolicies. Where they are enforced the gate of ADD asks for PolicyChain, which comes last.
 	PolicyTable = "headcni-policy"
+	PolicyChain = "ingress"
 	// FastTable is our table in family inet by which flows between pods of the node go past the rules.
 	FastTable = "headcni-fast"
 	// PolicyLinkGroup is the group (IFLA_GROUP) of the host's end of a pod whose policies are in force. A new link is in group 0.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -15,7 +16,7 @@ import (
 var ErrNotProgrammed = errors.New("node network is not programmed")
 
 // Gate asks the kernel whether the daemon's node network is in force: an address of the node's own CIDR that no pod has
-// must lead nowhere, and both nft tables must exist, and with policy that of NetworkPolicies. It takes some 15 us a question. The
+// must lead nowhere, and the rules of both nft tables must be there, and with policy those of NetworkPolicies. It takes some 15 us a question. The
 // error matches ErrNotProgrammed if the answer is no.
 func (h *Handle) Gate(podCIDRs []netip.Prefix, policy bool) error {
 	c, err := h.open()
@@ -44,7 +45,7 @@ func gateClosed(c *rtnl.Conn, cidr netip.Prefix) error {
 	return fmt.Errorf("%w: %w", ErrNotProgrammed, err)
 }
 
-// gateTables: nft list table ip headcni, ip6 headcni, inet headcni-policy
+// gateTables: nft list chain ip headcni guard, ip6 headcni guard, inet headcni-policy ingress
 func gateTables(podCIDRs []netip.Prefix, policy bool) error {
 	c, err := rtnl.Open(unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -52,32 +53,39 @@ func gateTables(podCIDRs []netip.Prefix, policy bool) error {
 	}
 	defer c.Close()
 	for _, t := range []struct {
-		family string
-		number byte
-		name   string
-		absent bool // it need not be there
-		ipv6   bool
+		family      string
+		number      byte
+		name, chain string
+		absent      bool // it need not be there
+		ipv6        bool
 	}{
-		{"ip", unix.NFPROTO_IPV4, names.NFTTable, false, false}, {"ip6", unix.NFPROTO_IPV6, names.NFTTable, false, true},
-		{"inet", unix.NFPROTO_INET, names.PolicyTable, !policy, false},
+		{"ip", unix.NFPROTO_IPV4, names.NFTTable, names.NFTChain, false, false}, {"ip6", unix.NFPROTO_IPV6, names.NFTTable, names.NFTChain, false, true},
+		{"inet", unix.NFPROTO_INET, names.PolicyTable, names.PolicyChain, !policy, false},
 	} {
 		if t.absent {
 			continue
 		}
 		r := rtnl.Request{
-			What: fmt.Sprintf("look for nft table %s %s", t.family, t.name), Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE,
+			What: fmt.Sprintf("look for chain %s of nft table %s %s", t.chain, t.family, t.name), Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETCHAIN,
 		}
 		r.Bytes(t.number, unix.NFNETLINK_V0, 0, 0)
-		r.AttrString(unix.NFTA_TABLE_NAME, t.name)
+		r.AttrString(unix.NFTA_CHAIN_TABLE, t.name)
+		r.AttrString(unix.NFTA_CHAIN_NAME, t.chain)
 		_, err := c.Do(r)
-		if errors.Is(err, unix.EAFNOSUPPORT) && t.ipv6 && !anyIPv6(podCIDRs) {
-			continue // a kernel without IPv6
+		if err != nil && t.ipv6 && !anyIPv6(podCIDRs) && (errors.Is(err, unix.EAFNOSUPPORT) || !kernelHasIPv6()) {
+			continue
 		}
 		if err != nil {
 			return fmt.Errorf("%w: %w; is headcni-daemon running?", ErrNotProgrammed, err)
 		}
 	}
 	return nil
+}
+
+// kernelHasIPv6 is false on a host that was started with ipv6.disable=1 or has no IPv6 in its kernel.
+func kernelHasIPv6() bool {
+	_, err := os.Stat("/proc/sys/net/ipv6")
+	return err == nil
 }
 
 func anyIPv6(list []netip.Prefix) bool {

@@ -639,13 +639,18 @@ func TestGate(t *testing.T) {
 	want("v4 closed", "fd00:244:1::, which is free, would leave the node")
 	n.Run(t, "ip", "-6", "rule", "add", "pref", "5189", "to", "fd00:244:1::/64", "unreachable")
 	want("both closed", "nft table ip headcni")
-	n.Run(t, "nft", "add", "table", "ip", "headcni")
-	want("one table", "nft table ip6 headcni")
-	n.Run(t, "nft", "add", "table", "ip6", "headcni")
+	// A table comes before its rules.
+	for _, table := range []string{"ip headcni", "ip6 headcni"} {
+		n.Run(t, "nft", "add table "+table)
+		want("a table without rules", "nft table "+table)
+		n.Run(t, "nft", "add chain "+table+" guard")
+	}
 	want("all", "")
 	policy = true
 	want("policy is on", "nft table inet headcni-policy")
-	n.Run(t, "nft", "add", "table", "inet", "headcni-policy")
+	n.Run(t, "nft", "add table inet headcni-policy; add chain inet headcni-policy egress")
+	want("policies are on their way", "nft table inet headcni-policy")
+	n.Run(t, "nft", "add chain inet headcni-policy ingress")
 	want("all, and policy", "")
 	n.Run(t, "ip", "rule", "del", "pref", "5189")
 	n.Run(t, "ip", "route", "add", "unreachable", "10.244.1.0/24")
