@@ -16,6 +16,12 @@ import (
 // Path is the conflist's in the runtime's configuration folder.
 func Path(confDir string) string { return filepath.Join(confDir, paths.ConflistName) }
 
+// Stands reports whether there is one, whatever it says: pods may have been started.
+func Stands(confDir string) bool {
+	_, err := os.Lstat(Path(confDir))
+	return err == nil
+}
+
 // Sweep removes what a daemon that was killed left half-written.
 func Sweep(confDir string) error {
 	return errors.Join(atomicfile.Sweep(Path(confDir)), atomicfile.Sweep(originalPath()))

@@ -425,7 +425,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	wg.Go(func() { d.services.Run(ctx, d.loop.Wake) })
 	wg.Go(func() { d.watchPaths(ctx) })
 	wg.Go(func() { d.member.Watch(ctx, d.loop.Wake) })
-	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing) })
+	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing, d.loop.Wake) })
 }
 
 // watchPaths tells of peers' endpoints. Neither tailscaled's bus nor the kernel has an event for what changes here.

@@ -173,6 +173,11 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			if !s.seen.subnets.Asked {
 				return nil, reconcile.Waiting("asks the API server which subnets of the tailnet Namespaces name")
 			}
+			if !conflist.Stands(d.cfg.CNI.ConfDir) {
+				if err := d.member.Unsettled(); err != nil {
+					return nil, err
+				}
+			}
 			done, err = d.syncConflist(s.plan)
 			s.programmed = err == nil
 			return done, err

@@ -56,6 +56,9 @@ type Member struct {
 	mu      sync.Mutex
 	socket  string        // what client talks to
 	changed chan struct{} // closed when socket changes
+	// settled tells that peers have their sessions, settleBy until when they are waited for, zero before anybody has asked.
+	settled  bool
+	settleBy time.Time
 }
 
 // Kubernetes is what a member needs of Kubernetes.
@@ -328,16 +331,6 @@ func (m *Member) Watch(ctx context.Context, changed func()) {
 				changed()
 			}
 		})
-	})
-}
-
-// Rearm keeps WireGuard sessions alive over restarts of tailscaled, here and on peers, and paths over what routers forget.
-func (m *Member) Rearm(ctx context.Context, pinged func()) {
-	m.follow(ctx, func(ctx context.Context, c *tailscale.Client) error {
-		var wg sync.WaitGroup
-		defer wg.Wait()
-		wg.Go(func() { _ = c.Mend(ctx, tailscale.MendOptions{Log: m.log}) }) // ctx's error, as of the other
-		return c.Rearm(ctx, tailscale.RearmOptions{Log: m.log, Pinged: pinged})
 	})
 }
 

@@ -33,6 +33,8 @@ type simNode struct {
 	cfg    simOptions
 	up     bool
 	starts int // the disco key, too
+	// settled is when the rearmer said so last, zero where it said that there is something to do.
+	settled time.Time
 }
 
 // simSession is one end of a session. Keys are numbered by their handshake; 0 is none.
@@ -108,7 +110,7 @@ func (a *simNode) start(login bool) {
 	if a.cfg.noDaemon {
 		return
 	}
-	a.r = newRearmer(a.net.ctx, a, RearmOptions{Pinged: func() { a.net.mu.Lock(); a.net.pings++; a.net.mu.Unlock() }})
+	a.r = newRearmer(a.net.ctx, a, RearmOptions{Pinged: func() { a.net.mu.Lock(); a.net.pings++; a.net.mu.Unlock() }, Settled: a.settles})
 	if login {
 		a.r.observe(true, state(stateNeedsLogin))
 		a.r.observe(false, state(stateRunning))
@@ -117,6 +119,27 @@ func (a *simNode) start(login bool) {
 	first := sessionsAre(time.Hour, "somebody", sessionEstablished)
 	first.State = state(stateRunning).State
 	a.r.observe(true, first)
+}
+
+func (a *simNode) settles(now bool) {
+	a.net.mu.Lock()
+	defer a.net.mu.Unlock()
+	if a.settled = (time.Time{}); now {
+		a.settled = time.Now()
+	}
+}
+
+// settledWith waits until a node takes its sessions for settled, and says how long after that with another node was made, or before.
+func (a *simNode) settledWith(b *simNode) time.Duration {
+	for since := time.Now(); time.Since(since) < time.Minute; time.Sleep(time.Millisecond) {
+		a.net.mu.Lock()
+		at, made := a.settled, a.seen[b].derived
+		a.net.mu.Unlock()
+		if !at.IsZero() {
+			return at.Sub(made)
+		}
+	}
+	return time.Hour
 }
 
 // learn tells a node of peers.

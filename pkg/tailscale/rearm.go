@@ -39,6 +39,9 @@ const (
 type RearmOptions struct {
 	// Pinged is called for each ping that is sent.
 	Pinged func()
+	// Settled is called with true once each peer that is online has a session, or was tried in vain, and with false when that has changed, as
+	// when a node joins. It is not settled in the beginning.
+	Settled func(bool)
 	// Log tells of pings at debug level. nil logs nothing.
 	Log *slog.Logger
 }
@@ -79,11 +82,17 @@ type rearmer struct {
 	last   map[string][2]time.Time // of the last but one and the last ping by peer
 	conn   context.Context         // ends with the connection to the bus
 	cancel context.CancelFunc
+	// pinging are the pings in flight, settled what was told last.
+	pinging int
+	settled bool
 }
 
 func newRearmer(ctx context.Context, net tailnet, o RearmOptions) *rearmer {
 	if o.Pinged == nil {
 		o.Pinged = func() {}
+	}
+	if o.Settled == nil {
+		o.Settled = func(bool) {}
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -113,6 +122,7 @@ func (r *rearmer) forget() {
 	r.cancel()
 	r.conn, r.cancel = context.WithCancel(r.ctx)
 	r.s = sessions{}
+	r.tell()
 	for id, t := range r.last {
 		if time.Since(t[1]) > rearmInterval {
 			delete(r.last, id)
@@ -123,6 +133,7 @@ func (r *rearmer) forget() {
 func (r *rearmer) observe(first bool, n notify) {
 	r.mu.Lock()
 	r.s.observe(first, n, time.Now())
+	r.tell()
 	r.mu.Unlock()
 	r.poke()
 }
@@ -164,7 +175,23 @@ func (r *rearmer) look(conn context.Context) {
 		return
 	}
 	for _, p := range r.s.act(st, time.Now()) {
-		r.wg.Go(func() { r.ping(conn, p) })
+		r.pinging++
+		r.wg.Go(func() {
+			r.ping(conn, p)
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.pinging--
+			r.tell()
+		})
+	}
+	r.tell()
+}
+
+// tell says whether sessions are settled where that has changed.
+func (r *rearmer) tell() {
+	if now := r.pinging == 0 && r.s.settled(); now != r.settled {
+		r.settled = now
+		r.opts.Settled(now)
 	}
 }
 

@@ -193,6 +193,20 @@ func (p *session) second(d time.Duration) time.Duration {
 
 func jitter(d time.Duration) time.Duration { return rand.N(d) }
 
+// settled reports whether peers were looked at, and none that is online is about to get its first session, or has one in the making.
+func (s *sessions) settled() bool {
+	if !s.running || !s.look.IsZero() {
+		return false
+	}
+	for _, p := range s.peers {
+		first := p.todo == taskArm || p.todo == taskAnnounce
+		if p.online && (p.state == sessionHandshake || first && p.needs()) {
+			return false
+		}
+	}
+	return true
+}
+
 // next is when status has to be asked for, zero for never.
 func (s *sessions) next() time.Time {
 	at := s.look

@@ -19,6 +19,11 @@ func TestFirstContact(t *testing.T) {
 			a, b := n.add(o), n.add(o)
 			join(randomly(time.Second), a, b)
 			took = connected(a, b)
+			for _, pair := range [][2]*simNode{{a, b}, {b, a}} {
+				if d := pair[0].settledWith(pair[1]); !o.blind && (d < 0 || d > 3*time.Second) {
+					t.Errorf("%s takes itself for settled %v after its session was made", pair[0].peer.Name, d)
+				}
+			}
 			stop()
 			crossed = n.refused()
 			if n.pinged() > 2 && !o.blind {
