@@ -27,7 +27,7 @@ func BenchmarkThroughput(b *testing.B) {
 	if err := (lab.Options{}).Check(); err != nil {
 		nstest.Skip(b, err.Error())
 	}
-	ctx, cancel := context.WithTimeout(b.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(b.Context(), 20*time.Minute)
 	defer cancel()
 	l, err := lab.New(ctx, lab.Options{Nodes: 3})
 	if err != nil {
@@ -121,7 +121,7 @@ func BenchmarkPeerMTU(b *testing.B) {
 	}
 	r := newComparison(b, "network.peerMTU:")
 	const mtu = 9000
-	ctx, cancel := context.WithTimeout(b.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(b.Context(), 20*time.Minute)
 	defer cancel()
 	l, err := lab.New(ctx, lab.Options{Nodes: 4, Modes: []string{config.ModeDaemon}, UnderlayMTU: mtu, Configure: func(n *lab.Node, c map[string]any) {
 		if n.Name == "node-1" || n.Name == "node-2" {
