@@ -76,7 +76,7 @@ func TestNothingIsRefusedMeanwhile(t *testing.T) {
 	wider.Cluster = append(prefixes("10.245.0.0/16", "fd00:245::/32"), wider.Cluster...)
 	wider.KeepSource = append(prefixes("10.97.0.0/16"), wider.KeepSource...)
 	other.Cluster = append(prefixes("10.247.0.0/24", "10.247.1.0/24"), other.Cluster...)
-	for range 15 {
+	for range 5 {
 		for what, change := range map[string]func(){
 			"somebody has flushed all":     func() { w.node.Run(t, "nft", "flush", "ruleset"); w.sync(typical()) },
 			"somebody has emptied a chain": func() { w.node.Run(t, "nft", "flush", "chain", "ip", "headcni", "guard"); w.sync(typical()) },
