@@ -611,6 +611,7 @@ func TestBadInput(t *testing.T) {
 		{"ADD", "c1", "", good, 4}, {"ADD", "-", pod.Path, good, 4}, {"FETCH", "c1", pod.Path, good, 4},
 		{"ADD", "c1", "/run/netns/none", good, 8}, {"ADD", "c1", "/proc/self/ns/mnt", good, 8},
 		{"ADD", "c1", "/etc/passwd", good, 8}, {"ADD", "c1", n.host.Path, good, 8},
+		{"ADD", "c1", pod.Path, n.conf(t, `{"prevResult":{"cniVersion":"1.1.0","interfaces":[{"name":"net1"}],"ips":[{"interface":1,"address":"192.0.2.7/24"}]}}`, "10.244.1.0/24"), 7},
 		{"CHECK", "c1", pod.Path, good, 7}, {"GC", "", "", good, 7},
 	} {
 		_, err := n.call(tt.verb, tt.id, tt.netns, tt.conf)

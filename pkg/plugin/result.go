@@ -142,6 +142,12 @@ func (r *Request) previous() (*types100.Result, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: prevResult: %w", netconf.ErrInvalid, err)
 	}
+	// Specification section 5, "Success". One behind the last would be ours.
+	for i, ip := range result.IPs {
+		if n := len(result.Interfaces); ip.Interface != nil && (*ip.Interface < 0 || *ip.Interface >= n) {
+			return nil, fmt.Errorf("%w: prevResult: ips[%d].interface: %d, and there are %d interfaces", netconf.ErrInvalid, i, *ip.Interface, n)
+		}
+	}
 	return result, nil
 }
 
