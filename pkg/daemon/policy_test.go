@@ -22,7 +22,7 @@ import (
 )
 
 // policyFiles are what is kept on disk.
-var policyFiles = []string{filepath.Join(paths.StateDir, "policy.json"), filepath.Join(paths.RunDir, "policy-rules.json")}
+var policyFiles = []string{filepath.Join(paths.StateDir, "policy.json"), filepath.Join(paths.RunDir, "policy-rules.json"), filepath.Join(paths.RunDir, "policy-kept")}
 
 // TestPolicy: NetworkPolicies are in force beside the passes, stay so when the daemon stops, and go when they are switched off, and at
 // uninstall; a pod that runs has its link's group as long.

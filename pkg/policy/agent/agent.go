@@ -82,8 +82,9 @@ type Config struct {
 	Options policy.Options
 	// Hold has each packet meet the rules until release is called, where flows go past them else; nil where each does.
 	Hold func() (release func(), err error)
-	// File is where the last snapshot is kept for a start without the API server.
-	File string
+	// File is where the last snapshot is kept for a start without the API server, and Note a file that goes with the boot: it is there while File
+	// is not behind what the kernel was made to hold.
+	File, Note string
 	// Changed is called when what Err returns has changed.
 	Changed func()
 	// Tell writes an event, when it can.
@@ -105,9 +106,10 @@ type Agent struct {
 	retry  time.Duration
 	notes  notes
 	saver  saver
-	// kept is the last snapshot of an earlier process, until the API server has sent everything; loaded tells that it was looked for.
-	kept   *watch.Cluster
-	loaded bool
+	// file is the last snapshot of an earlier process, until the API server has sent everything; loaded tells that it was looked for. kept is what
+	// this node goes by until then.
+	file, kept *watch.Cluster
+	loaded     bool
 
 	// freed: what the first reading of the cluster took was given back.
 	freed bool
@@ -152,7 +154,7 @@ func New(c Config) *Agent {
 		Config: c, loop: reconcile.NewLoop(), compiler: policy.NewCompiler(), began: time.Now(), locals: newLocals(), notes: newNotes(c.Tell),
 		recheck: make(chan struct{}, 1), err: reconcile.Waiting("asks the API server for policies"),
 	}
-	a.saver = saver{file: c.File, log: c.Log, stop: make(chan struct{})}
+	a.saver = saver{file: c.File, note: c.Note, log: c.Log, stop: make(chan struct{})}
 	a.dirty.Store(true)
 	a.loop.Pass = func(ctx context.Context, _ bool) time.Duration { return a.pass(ctx) }
 	a.loop.Settle = func(took time.Duration) time.Duration { return min(max(settleMin, took/4), settleMax) }
@@ -237,8 +239,11 @@ func (a *Agent) sync(ctx context.Context) (next time.Duration, err error) {
 		if !cluster.Since.IsZero() {
 			a.Synced(time.Since(cluster.Since).Seconds())
 		}
-		if !stale {
+		switch {
+		case !stale:
 			a.saver.save(snapshot, cluster.Static)
+		case cluster == a.file:
+			a.saver.current()
 		}
 	}
 	if err := a.group(owners); err != nil {
@@ -263,16 +268,25 @@ func (a *Agent) cluster(links map[string]podlink.Attachment) (c *watch.Cluster, 
 	if !a.loaded {
 		a.loaded = true
 		boot, _ := procfs.Read(paths.BootID) // without it the file counts as one of an earlier boot
-		if a.kept, err = load(a.File, a.Node, boot); err != nil {
+		if a.file, err = load(a.File, a.Node, boot); err != nil {
 			a.Log.Warn("read what policies depended on: the file is not used", "err", err)
 		}
-		if a.kept != nil && c != nil {
-			a.locals.place(a.kept, links) // pods that the API server no longer shows, and that still run
+		if a.file != nil && c != nil {
+			a.locals.place(a.file, links) // pods that the API server no longer shows, and that still run
 		}
 	}
 	if c != nil {
-		a.kept = nil
+		a.file, a.kept = nil, nil
 		return c, false, nil
+	}
+	if a.kept == nil && a.file != nil {
+		// What the kernel holds may be of policies that came later. Without a table old ones are better than none.
+		if here, err := present(); err != nil {
+			return nil, false, err
+		} else if here && a.saver.behind() {
+			return nil, false, fmt.Errorf("what is known of network policies (%s) is older than what is in force%s; pods that run are not touched, new ones wait", a.File, since(a.Cluster.Away()))
+		}
+		a.kept = a.file
 	}
 	if a.kept == nil && len(links) == 0 {
 		a.kept = &watch.Cluster{Snapshot: &policy.Snapshot{Node: a.Node}}
@@ -291,10 +305,16 @@ func (a *Agent) apply(ctx context.Context, s *policy.Snapshot, owners []owner, s
 		a.dirty.Store(true)
 		return err
 	} else if !here {
-		// With the table comes its gate: pods that are there already lose nothing by it.
+		// With its rules comes the table's gate: pods that are there already lose nothing by it.
 		if err := a.group(owners); err != nil {
 			a.dirty.Store(true)
 			return err
+		}
+	}
+	if !stale {
+		if err := a.saver.begin(); err != nil {
+			a.dirty.Store(true)
+			return fmt.Errorf("note that what is kept of network policies is old: %w", err)
 		}
 	}
 	change, err := a.Table.Apply(ctx, rules, a.options())
@@ -400,14 +420,14 @@ func (a *Agent) judge() func(policy.Flow) (egress, ingress bool) {
 	}
 }
 
-// present reports whether the kernel has a table of that name.
+// present reports whether the kernel has the table's rules that meet packets, which come last.
 func present() (bool, error) {
-	_, err := nfnl.Request(unix.NFPROTO_INET, unix.NFT_MSG_GETTABLE, 0, nfnl.Name(unix.NFTA_TABLE_NAME, policy.Table))
+	_, err := nfnl.Request(unix.NFPROTO_INET, unix.NFT_MSG_GETCHAIN, 0, nfnl.Name(unix.NFTA_CHAIN_TABLE, policy.Table), nfnl.Name(unix.NFTA_CHAIN_NAME, names.PolicyChain))
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("look for nft table inet %s: %w", policy.Table, err)
+		return false, fmt.Errorf("look for chain %s of nft table inet %s: %w", names.PolicyChain, policy.Table, err)
 	}
 	return true, nil
 }

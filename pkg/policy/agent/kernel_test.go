@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -42,13 +43,14 @@ type bench struct {
 	client kubetest.Client
 	away   atomic.Bool
 	host   *nstest.NS
-	dir    string
-	table  *enforce.Table
-	links  podlink.Handle
-	watch  *watch.Watch
-	agent  *Agent
-	events []kube.Event
-	calls  []string // to table and links, in order
+	// dir is on disk, run goes with the boot.
+	dir, run string
+	table    *enforce.Table
+	links    podlink.Handle
+	watch    *watch.Watch
+	agent    *Agent
+	events   []kube.Event
+	calls    []string // to table and links, in order
 }
 
 // Apply is the table's, and notes that it was called.
@@ -82,7 +84,7 @@ func (b *bench) hold() (release func(), err error) {
 var errAway = errors.New("connection refused")
 
 func newBench(t *testing.T, objects ...runtime.Object) *bench {
-	b := &bench{T: t, client: kubetest.New(objects...), host: nstest.New(t), dir: t.TempDir()}
+	b := &bench{T: t, client: kubetest.New(objects...), host: nstest.New(t), dir: t.TempDir(), run: t.TempDir()}
 	b.client.PrependReactor("*", "*", func(kubetesting.Action) (bool, runtime.Object, error) { return b.away.Load(), nil, errAway })
 	t.Cleanup(func() { b.links.Close() })
 	return b
@@ -99,10 +101,10 @@ func (b *bench) start(opt policy.Options) {
 	ended := make(chan struct{})
 	go func() { b.watch.Run(ctx, func() {}); close(ended) }()
 	b.Cleanup(func() { cancel(); <-ended })
-	b.table, b.calls, b.events = enforce.New(filepath.Join(b.dir, "chains.json")), nil, nil
+	b.table, b.calls, b.events = enforce.New(filepath.Join(b.run, "chains.json")), nil, nil
 	b.agent = New(Config{
 		Log: slog.New(slog.NewTextHandler(b.Output(), nil)), Node: "a", Cluster: b.watch, Table: b, Links: b, Options: opt, Hold: b.hold,
-		File: filepath.Join(b.dir, "policy.json"), Changed: func() {}, Tell: func(e kube.Event) { b.events = append(b.events, e) },
+		File: filepath.Join(b.dir, "policy.json"), Note: filepath.Join(b.run, "kept"), Changed: func() {}, Tell: func(e kube.Event) { b.events = append(b.events, e) },
 		Synced: func(float64) {}, Failed: func() {},
 	})
 	saver := &b.agent.saver
@@ -361,6 +363,70 @@ func TestAway(t *testing.T) {
 	}
 }
 
+// TestAwayBehind: what is on disk is older than what the kernel holds where it could not be written, as on a full disk, or not yet. Without
+// the API server a new process takes nothing away for it: pods that run keep all, and new ones wait. Where there is no table, old policies
+// are better than none.
+func TestAwayBehind(t *testing.T) {
+	b := newBench(t, pod("web", "u1"), pod("again", "u2"), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}})
+	makeRoom := nstest.FillDisk(t, b.dir)
+	makeRoom()
+	first := b.attach("c1", "ns/web", "u1", "10.244.1.10")
+	b.start(strict)
+	kept := func() bool {
+		_, err := os.Stat(b.agent.Note)
+		return err == nil
+	}
+	b.passUntil("policies in force and kept", func() bool { return b.agent.Err() == nil && b.grouped(first) && kept() })
+	if err := os.WriteFile(filepath.Join(b.dir, "ballast"), make([]byte, 64<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	if _, err := b.client.NetworkingV1().NetworkPolicies("ns").Create(t.Context(), denyAll("web"), metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	isolated := func() bool { return strings.Contains(b.listed(), "10.244.1.10 : goto") }
+	b.passUntil("the new policy in force", isolated)
+	b.agent.saver.end()
+
+	b.away.Store(true)
+	b.start(strict)
+	again := b.attach("c2", "ns/again", "u2", "10.244.1.11")
+	b.agent.began = time.Now().Add(-time.Hour)
+	b.passUntil("an answer", func() bool { return !errors.As(b.agent.Err(), new(reconcile.Waiting)) })
+	if !isolated() || !b.grouped(first) || b.grouped(again) || b.agent.Err() == nil {
+		t.Errorf("policies of a while ago: isolated %v, %v\n%s", isolated(), b.agent.Err(), b.listed())
+	}
+	b.host.Run(t, "nft", "delete", "table", "inet", policy.Table)
+	b.start(strict)
+	b.agent.began = time.Now().Add(-time.Hour)
+	b.passUntil("what is known in force", func() bool { return b.agent.State().Stale && b.grouped(again) })
+	b.start(strict)
+	b.agent.began = time.Now().Add(-time.Hour)
+	b.passUntil("the same, which the kernel holds by now", func() bool { return b.agent.State().Stale })
+
+	makeRoom()
+	b.away.Store(false)
+	b.passUntil("the API server's word in force, and kept", func() bool { return !b.agent.State().Stale && isolated() && kept() })
+	b.away.Store(true)
+	b.start(strict)
+	b.agent.began = time.Now().Add(-time.Hour)
+	b.passUntil("what was written in force", func() bool { return b.agent.State().Stale })
+	if !isolated() || b.agent.Err() != nil {
+		t.Errorf("%v\n%s", b.agent.Err(), b.listed())
+	}
+}
+
+// TestHalfMade: pods that run lose nothing either where a process before was killed when it had made the table, and not yet its rules.
+func TestHalfMade(t *testing.T) {
+	b := newBench(t, pod("web", "u1"), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}})
+	first := b.attach("c1", "ns/web", "u1", "10.244.1.10")
+	b.host.Run(t, "nft", "add", "table", "inet", policy.Table)
+	b.start(strict)
+	b.passUntil("policies in force", func() bool { return b.agent.Err() == nil && b.grouped(first) })
+	if !slices.Equal(b.calls, []string{"group 4278", "apply"}) {
+		t.Errorf("pods that run lose packets: %q", b.calls)
+	}
+}
+
 // TestAwayAtFirst: where nobody ever knew anything, pods that run are left alone, and on an empty node the gate stands.
 func TestAwayAtFirst(t *testing.T) {
 	for _, running := range []bool{true, false} {
@@ -385,7 +451,7 @@ func TestAwayAtFirst(t *testing.T) {
 // TestOtherBoot: of a boot before only what concerns the own node is used.
 func TestOtherBoot(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "policy.json")
-	s := saver{file: file, log: slog.New(slog.DiscardHandler), stop: make(chan struct{})}
+	s := saver{file: file, note: filepath.Join(filepath.Dir(file), "kept"), log: slog.New(slog.DiscardHandler), stop: make(chan struct{})}
 	c := clusterOf(web("u1", "10.244.1.10"), &policy.Pod{Namespace: "ns", Name: "db", UID: "db", Node: "b", IPs: addrs("10.244.2.2")})
 	c.Policies = []*networkingv1.NetworkPolicy{denyAll("web")}
 	s.save(c.Snapshot, c.Static)

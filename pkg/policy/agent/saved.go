@@ -103,21 +103,55 @@ func decode[T any](d *json.Decoder, n int) (all []*T, err error) {
 // saver writes the file beside the loop, which does not wait for a disk.
 type saver struct {
 	file string
+	// note is there in this boot while the file has what the kernel was made to hold, or will be.
+	note string
 	log  *slog.Logger
 
 	running sync.WaitGroup
 	stop    chan struct{}
 
-	mu   sync.Mutex
-	next *saved // what is to be written, nil where it has been
-	busy bool
-	err  error
+	mu    sync.Mutex
+	next  *saved // what is to be written, nil where it has been
+	ahead bool   // the kernel may hold what save was not called for yet
+	busy  bool
+	err   error
+}
+
+// begin is called before the kernel is made to hold something else than the file has: whoever is killed from now on leaves a file that is
+// behind, until save has written it.
+func (s *saver) begin() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ahead = true
+	return atomicfile.Remove(s.note)
+}
+
+// current notes that the kernel was made to hold what the file has.
+func (s *saver) current() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ahead = false
+	s.tell()
+}
+
+// tell needs the lock. Where the note cannot be written, as in a full /run, the file counts as behind.
+func (s *saver) tell() {
+	if err := atomicfile.WriteUnsynced(s.note, nil, 0o600); err != nil {
+		s.log.Warn("note that what policies depend on is kept: a start without the API server will not go by it", "err", err)
+	}
+}
+
+// behind: the kernel was made to hold more than the file has.
+func (s *saver) behind() bool {
+	_, err := os.Lstat(s.note)
+	return err != nil
 }
 
 // save has a snapshot kept soon.
 func (s *saver) save(snapshot *policy.Snapshot, static map[types.UID]types.UID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.ahead = false
 	s.next = &saved{pods: snapshot.Pods, policies: snapshot.Policies, savedHead: savedHead{
 		Version: savedVersion, Node: snapshot.Node, Static: static, Namespaces: snapshot.Namespaces, Nodes: snapshot.Nodes,
 		PodCIDRs: snapshot.PodCIDRs, Pods: len(snapshot.Pods), Policies: len(snapshot.Policies),
@@ -140,19 +174,33 @@ func (s *saver) write() {
 			return
 		}
 		began := time.Now()
-		s.wrote(next.write(s.file))
+		err := next.write(s.file)
+		s.wrote(next, err)
+		wait := max(saveEvery, saveShare*time.Since(began))
+		if err != nil {
+			wait = retryMax
+		}
 		select {
 		case <-s.stop:
-		case <-time.After(max(saveEvery, saveShare*time.Since(began))):
+			if err != nil {
+				return
+			}
+		case <-time.After(wait):
 		}
 	}
 }
 
-func (s *saver) wrote(err error) {
+func (s *saver) wrote(what *saved, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	switch {
+	case err == nil && s.next == nil && !s.ahead:
+		s.tell()
+	case err != nil && s.next == nil:
+		s.next = what // there may be room later, and no change until then
+	}
 	if err != nil && s.err == nil {
-		s.log.Warn("keep what policies depend on: a start without the API server will know nothing of it", "err", err)
+		s.log.Warn("keep what policies depend on: a start without the API server will know nothing of it; make room on the file system of "+s.file, "err", err)
 	}
 	s.err = err
 }

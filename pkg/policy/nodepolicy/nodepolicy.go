@@ -42,8 +42,10 @@ type Enforcer struct {
 	running sync.WaitGroup
 }
 
-// snapshotPath is where the last snapshot is kept, and rulesPath what the kernel's rules looked like when they were written.
+// snapshotPath is where the last snapshot is kept, notePath is there in this boot while it is not behind the kernel, and rulesPath is what the
+// kernel's rules looked like when they were written.
 func snapshotPath() string { return filepath.Join(paths.StateDir, "policy.json") }
+func notePath() string     { return filepath.Join(paths.RunDir, "policy-kept") }
 func rulesPath() string    { return filepath.Join(paths.RunDir, "policy-rules.json") }
 
 // Options are what an Enforcer works with.
@@ -71,7 +73,7 @@ func New(o Options) *Enforcer {
 	k.OnAddrs(p.watch.NodesChanged)
 	p.agent = agent.New(agent.Config{
 		Log: o.Log, Node: k.Node(), Cluster: p.watch, Table: p.table, Links: new(podlink.Handle),
-		Options: policy.Options{Strict: p.strict}, Hold: o.Hold, File: snapshotPath(),
+		Options: policy.Options{Strict: p.strict}, Hold: o.Hold, File: snapshotPath(), Note: notePath(),
 		Changed: o.Changed, Tell: p.reporter.Tell, Synced: o.Metrics.PolicySynced, Failed: o.Metrics.PolicyFailed,
 	})
 	return p
@@ -144,7 +146,11 @@ func Remove(ctx context.Context) error {
 
 // RemoveFiles removes what is kept on disk.
 func RemoveFiles() error {
-	return errors.Join(atomicfile.Remove(snapshotPath()), atomicfile.Sweep(snapshotPath()), atomicfile.Remove(rulesPath()), atomicfile.Sweep(rulesPath()))
+	var errs []error
+	for _, path := range []string{notePath(), snapshotPath(), rulesPath()} {
+		errs = append(errs, atomicfile.Remove(path), atomicfile.Sweep(path))
+	}
+	return errors.Join(errs...)
 }
 
 // linksNow reads pods' links anew each time, for several who ask at once.
