@@ -1,11 +1,14 @@
 package conflist
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -20,6 +23,19 @@ func Path(confDir string) string { return filepath.Join(confDir, paths.ConflistN
 func Stands(confDir string) bool {
 	_, err := os.Lstat(Path(confDir))
 	return err == nil
+}
+
+// Elsewhere reports whether a conflist of ours stands that gives pods addresses of other ranges than the node's.
+func Elsewhere(confDir string, own []netip.Prefix) (bool, error) {
+	b, err := os.ReadFile(Path(confDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read the conflist: %w", err)
+	}
+	var p plugin
+	return json.Unmarshal(ownPlugin(b), &p) == nil && p.Gate != nil && !slices.Equal(p.Gate.PodCIDRs, texts(own)), nil
 }
 
 // Sweep removes what a daemon that was killed left half-written.

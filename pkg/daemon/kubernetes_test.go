@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -14,10 +15,12 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/headcni/headcni/internal/kubetest"
+	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/pkg/config"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 func TestRangesInForce(t *testing.T) {
@@ -156,5 +159,44 @@ func TestDaemonInKubernetes(t *testing.T) {
 	d.pass(t.Context())
 	if diff := cmp.Diff(before, hostState(t)); diff != "" {
 		t.Errorf("after uninstall (-want +got):\n%s", diff)
+	}
+}
+
+// A Node that was made anew while its machine was off has other pod CIDRs, and another Node may have the former ones. The conflist of the boot
+// before names these, and its gate finds them closed, as all of the cluster is without tailscaled: until that answers a pod would get an
+// address at which everybody else looks for a pod of another node.
+func TestConflistOfFormerRange(t *testing.T) {
+	c := testConfig(t)
+	c.Network.PodCIDRs, c.Network.ClusterCIDRs = nil, nil
+	nstest.FreshState(t)
+	c.CNI.ConfDir = t.TempDir()
+	t.Setenv("NODE_NAME", "a")
+	former, now := netip.MustParsePrefix("10.244.3.0/24"), netip.MustParsePrefix("10.244.8.0/24")
+	old, err := conflist.Render(conflist.Input{PodCIDRs: []netip.Prefix{former}, MTU: 1280, IPAM: config.Default().IPAM})
+	if err == nil {
+		err = os.WriteFile(conflist.Path(c.CNI.ConfDir), old, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := newDaemon(t, func() config.Config { c := c; c.Network.PodCIDRs = config.CIDRs{"192.0.2.0/24"}; return c }())
+	d.cfg.Network.PodCIDRs = nil
+	d.kubernetes, _ = startWatch(t, node("a", now.String()), node("b", former.String()))
+	d.saved.Kubernetes = nodeview.LastKnown{Node: "a", PodCIDRs: []netip.Prefix{former}}
+	d.board = d.newBoard(d.parts())
+	t.Cleanup(func() { _ = removeNetwork(context.Background(), d.saved) })
+	waitUntil(t, func() bool { return d.kubernetes.View().Synced })
+	d.pass(t.Context())
+	if got := partErrors(d); got[partRoutes] != "" || got[partConflist] == "" {
+		t.Fatal(got)
+	}
+	var gate podlink.Handle
+	defer gate.Close()
+	if err := gate.Gate([]netip.Prefix{former}, false); err != nil {
+		t.Error("the gate alone tells:", err)
+	}
+	have, err := conflist.IPAM(c.CNI.ConfDir)
+	if err != nil || len(have.Sets) != 1 || have.Sets[0][0].Subnet != now {
+		t.Errorf("pods get addresses of %+v, %v", have.Sets, err)
 	}
 }

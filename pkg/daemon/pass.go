@@ -134,9 +134,13 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return nil, s.refused
 		}},
 		{Name: partFirewall, Finding: findings.FirewallRules, Needs: []string{partConfig}, Run: func(ctx context.Context, s *pass) ([]string, error) {
+			moved, err := d.moveConflist(s)
+			if err != nil {
+				return nil, err
+			}
 			done, err := d.tables.Sync(ctx, s.plan.firewall)
 			more, err2 := d.hostFirewall.Sync(ctx, hostfirewall.Config{TunName: s.plan.firewall.TunName})
-			return append(done, more...), errors.Join(err, err2)
+			return slices.Concat(moved, done, more), errors.Join(err, err2)
 		}},
 		{Name: partRoutes, Finding: findings.RoutingRules, Needs: []string{partFirewall}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.node.Sync(ctx, s.plan.node)
@@ -302,6 +306,26 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 	return changes, d.remember(func(s *state) { s.Advertised = p.prefs.AdvertiseRoutes })
 }
 
+// moveConflist has a conflist that stands, as one of an earlier boot does, give addresses of the ranges that the node has now, before its gate
+// opens. The gate cannot tell: it asks whether a range is closed, and one that is another node's by now may be.
+func (d *Daemon) moveConflist(s *pass) (done []string, err error) {
+	moved, err := conflist.Elsewhere(d.cfg.CNI.ConfDir, s.seen.ranges.Pods)
+	if err != nil || !moved || s.plan.duplicate != nil {
+		return nil, err // what another node has pods do not get either; the part prefs says it
+	}
+	return d.writeConflist(s.plan)
+}
+
+func (d *Daemon) writeConflist(p plan) (done []string, err error) {
+	changed, err := conflist.Write(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
+		return d.remember(func(s *state) { s.ConflistMode = mode })
+	})
+	if changed {
+		done = []string{"write " + conflist.Path(d.cfg.CNI.ConfDir)}
+	}
+	return done, err
+}
+
 func (d *Daemon) syncConflist(p plan) (done []string, err error) {
 	defer func() {
 		switch {
@@ -314,20 +338,17 @@ func (d *Daemon) syncConflist(p plan) (done []string, err error) {
 	if err := conflist.Plugin(d.cfg.CNI.BinDir); err != nil {
 		return nil, err
 	}
-	changed, err := conflist.Write(d.cfg.CNI.ConfDir, p.conflist, func(mode os.FileMode) error {
-		return d.remember(func(s *state) { s.ConflistMode = mode })
-	})
+	wrote, err := d.writeConflist(p)
 	if err != nil {
 		return nil, err
 	}
 	done, err = conflist.StandFirst(d.cfg.CNI.ConfDir, d.cfg.CNI.Exclusive, func(names []string) error {
 		return d.remember(func(s *state) { s.Hidden = slices.Compact(slices.Sorted(slices.Values(append(s.Hidden, names...)))) })
 	})
-	if changed {
+	if len(wrote) > 0 {
 		if want := d.cfg.Network.MTU; want > p.mtu {
 			d.log.Warn("network.mtu is more than the tailnet carries: pods get what it carries", "network.mtu", want, "mtu", p.mtu)
 		}
-		done = append(done, "write "+conflist.Path(d.cfg.CNI.ConfDir))
 	}
-	return done, err
+	return append(done, wrote...), err
 }
