@@ -313,6 +313,9 @@ func testGate(t *testing.T, n *lab.Node, status uint) {
 	if err := n.CNI().GetStatusNetworkList(labtest.Within(t), list); err != nil {
 		t.Errorf("STATUS of a programmed node: %v", err)
 	}
+	labtest.Sh(t, n.Machine, "nft flush table ip headcni") // which leaves chains and sets
+	_, err = n.AddPod(labtest.Within(t), "refused", lab.PodOptions{})
+	wantCode(t, "ADD without rules", err, types.ErrTryAgainLater)
 	labtest.Flush(t, n)
 	links := podLinks(t, n)
 	_, err = n.AddPod(labtest.Within(t), "refused", lab.PodOptions{})

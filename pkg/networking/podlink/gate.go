@@ -1,6 +1,7 @@
 package podlink
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -71,7 +72,10 @@ func gateTables(podCIDRs []netip.Prefix, policy bool) error {
 		r.Bytes(t.number, unix.NFNETLINK_V0, 0, 0)
 		r.AttrString(unix.NFTA_CHAIN_TABLE, t.name)
 		r.AttrString(unix.NFTA_CHAIN_NAME, t.chain)
-		_, err := c.Do(r)
+		replies, err := c.Do(r)
+		if err == nil && chainIsEmpty(replies[0]) {
+			return fmt.Errorf("%w: chain %s of nft table %s %s has no rules; is headcni-daemon running?", ErrNotProgrammed, t.chain, t.family, t.name)
+		}
 		if err != nil && t.ipv6 && !anyIPv6(podCIDRs) && (errors.Is(err, unix.EAFNOSUPPORT) || !kernelHasIPv6()) {
 			continue
 		}
@@ -80,6 +84,18 @@ func gateTables(podCIDRs []netip.Prefix, policy bool) error {
 		}
 	}
 	return nil
+}
+
+// nfgenmsgLen is the length of what comes before a message's attributes (struct nfgenmsg).
+const nfgenmsgLen = 4
+
+// chainIsEmpty: `nft flush table` leaves the chains. No other chain of ours leads to those that are asked for, so each use is a rule.
+func chainIsEmpty(reply []byte) bool {
+	if len(reply) < nfgenmsgLen {
+		return true
+	}
+	use := rtnl.Attr(reply[nfgenmsgLen:], unix.NFTA_CHAIN_USE)
+	return len(use) != 4 || binary.BigEndian.Uint32(use) == 0
 }
 
 // kernelHasIPv6 is false on a host that was started with ipv6.disable=1 or has no IPv6 in its kernel.

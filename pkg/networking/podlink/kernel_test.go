@@ -644,14 +644,22 @@ func TestGate(t *testing.T) {
 		n.Run(t, "nft", "add table "+table)
 		want("a table without rules", "nft table "+table)
 		n.Run(t, "nft", "add chain "+table+" guard")
+		want("a chain without rules", "guard of nft table "+table+" has no rules")
+		n.Run(t, "nft", "add rule "+table+" guard drop")
 	}
 	want("all", "")
 	policy = true
 	want("policy is on", "nft table inet headcni-policy")
 	n.Run(t, "nft", "add table inet headcni-policy; add chain inet headcni-policy egress")
 	want("policies are on their way", "nft table inet headcni-policy")
-	n.Run(t, "nft", "add chain inet headcni-policy ingress")
+	n.Run(t, "nft", "add chain inet headcni-policy ingress; add rule inet headcni-policy ingress drop")
 	want("all, and policy", "")
+	for _, table := range []string{"inet headcni-policy", "ip6 headcni", "ip headcni"} { // in the order in which they are asked for, from behind
+		n.Run(t, "nft", "flush table "+table) // which leaves chains and sets
+		want("flushed", table+" has no rules")
+	}
+	n.Run(t, "nft", "add rule ip headcni guard drop; add rule ip6 headcni guard drop; add rule inet headcni-policy ingress drop")
+	want("all again", "")
 	n.Run(t, "ip", "rule", "del", "pref", "5189")
 	n.Run(t, "ip", "route", "add", "unreachable", "10.244.1.0/24")
 	want("an unreachable route", "")
