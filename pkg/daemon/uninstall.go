@@ -153,6 +153,8 @@ func unlessStopped(err error, mode string) error {
 	return err
 }
 
+// removeNetwork closes the way into the network first, see noderoutes: what keeps pods apart goes when nothing is forwarded any more, but for a host
+// that did so before us.
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(fastpath.Remove(), nodepolicy.Remove(ctx), noderoutes.New(s.Host, nil).Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
+	return errors.Join(fastpath.Remove(), noderoutes.New(s.Host, nil).Remove(ctx), nodepolicy.Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
 }

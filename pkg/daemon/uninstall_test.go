@@ -27,6 +27,7 @@ import (
 	"github.com/headcni/headcni/pkg/config/paths"
 	"github.com/headcni/headcni/pkg/conflist"
 	"github.com/headcni/headcni/pkg/install"
+	"github.com/headcni/headcni/pkg/networking/podlink"
 )
 
 // uninstallEnv turns the test binary into a process that uninstalls, with the conflist in this folder.
@@ -287,4 +288,68 @@ func TestUninstallKilled(t *testing.T) {
 		t.Error("every uninstall had ended before it was killed")
 	}
 	t.Logf("%d of 10 were killed half-way", half)
+}
+
+// Pods that run while the node is taken down are held apart by NetworkPolicies until nothing is forwarded any more.
+func TestUninstallOpensNoPod(t *testing.T) {
+	c := testConfig(t)
+	nstest.FreshState(t)
+	c.CNI.ConfDir = t.TempDir()
+	d := newDaemon(t, c)
+	pods := map[string]*nstest.NS{}
+	for addr, link := range map[string]string{"10.244.1.10": podlink.Name("c1", "eth0"), "10.244.1.11": podlink.Name("c2", "eth0")} {
+		pods[addr] = nstest.New(t)
+		run(t, "ip", "link", "add", link, "type", "veth", "peer", "eth0", "netns", pods[addr].Name)
+		t.Cleanup(func() { run(t, "ip", "link", "del", link) })
+		run(t, "ip", "addr", "add", "169.254.1.1/32", "dev", link)
+		run(t, "ip", "link", "set", link, "up")
+		run(t, "ip", "route", "add", addr, "dev", link)
+		pods[addr].Run(t, "ip", "link", "set", "eth0", "up")
+		pods[addr].Run(t, "ip", "addr", "add", addr+"/32", "dev", "eth0")
+		pods[addr].Run(t, "ip", "route", "add", "default", "dev", "eth0", "onlink", "via", "169.254.1.1")
+	}
+	from, to := new(net.UDPConn), new(net.UDPConn)
+	pods["10.244.1.11"].Do(t, func() (err error) {
+		to, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(10, 244, 1, 11), Port: 9})
+		return err
+	})
+	pods["10.244.1.10"].Do(t, func() (err error) {
+		from, err = net.DialUDP("udp4", nil, &net.UDPAddr{IP: net.IPv4(10, 244, 1, 11), Port: 9})
+		return err
+	})
+	defer from.Close()
+	defer to.Close()
+	hears := func(within time.Duration) bool {
+		_ = to.SetReadDeadline(time.Now().Add(within))
+		_, err := to.Read(make([]byte, 16))
+		return err == nil
+	}
+	for range 6 { // the moment between two steps is short
+		d.pass(t.Context())
+		waitUntil(t, func() bool { _, _ = from.Write([]byte("x")); return hears(50 * time.Millisecond) })
+		run(t, "nft", "add table inet headcni-policy; add chain inet headcni-policy ingress { type filter hook forward priority 11; policy drop; }")
+		for hears(50 * time.Millisecond) {
+		}
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					_, _ = from.Write([]byte("x"))
+				}
+			}
+		}()
+		err := removeNetwork(t.Context(), d.saved)
+		close(stop)
+		<-stopped
+		if err != nil {
+			t.Error(err)
+		}
+		if hears(50 * time.Millisecond) {
+			t.Error("a pod that policies isolate was reached")
+		}
+	}
 }
