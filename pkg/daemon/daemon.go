@@ -135,7 +135,7 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	}
 	m := monitoring.NewMetrics(version)
 	d := &Daemon{
-		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, kubernetes: k, saved: saved, kept: saved,
+		cfg: c, ipam: ipam, log: log, getenv: getenv, metrics: m, kubernetes: k,
 		tables: nft.New(), hostFirewall: hostfirewall.New(), table52: noderoutes.NewTable52(), pods: leases.NewMender(c.CNI.ConfDir), ports: leases.NewPorts(paths.DaemonSocket),
 		paths: pathmtu.New(saved.Path),
 		loop:  reconcile.NewLoop(), cutOff: make(chan string, 1), version: version, began: time.Now(),
@@ -159,10 +159,16 @@ func New(c config.Config, log *slog.Logger, getenv func(string) string, version 
 	d.services = serviceroute.New(c.Network.AdvertiseServices.HealthURL, partFirewall, partRoutes, partLinks)
 	d.board = d.newBoard(d.parts())
 	d.loop.Pass, d.loop.Settle = d.look, func(time.Duration) time.Duration { return debounce }
+	d.goBy(saved)
+	return d, nil
+}
+
+// goBy takes over what is on disk.
+func (d *Daemon) goBy(saved state) {
+	d.saved, d.kept = saved, saved
 	d.node = noderoutes.New(saved.Host, func(h noderoutes.Saved) error {
 		return d.remember(func(s *state) { s.Host = h })
 	})
-	return d, nil
 }
 
 func (d *Daemon) newBoard(parts []reconcile.Part[*pass]) *reconcile.Board[*pass] {
@@ -255,6 +261,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return err
 	}
 	defer held.Close()
+	// New read it without the lock: a daemon that has just ended, or an uninstall, may have written it since.
+	saved, err := loadState()
+	if err != nil {
+		return err
+	}
+	d.goBy(saved)
 	if err := errors.Join(atomicfile.Sweep(statePath()), atomicfile.Sweep(totalsPath()), conflist.Sweep(d.cfg.CNI.ConfDir)); err != nil {
 		d.log.Warn("remove what an earlier daemon did not finish writing", "err", err)
 	}

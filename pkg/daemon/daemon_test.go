@@ -258,6 +258,32 @@ func TestStateIsWrittenBeforeAndReadBack(t *testing.T) {
 	}
 }
 
+// What a daemon goes by is what stands on disk when it has the lock: the one before it may have written after this one was made, and what
+// uninstall puts back would be lost.
+func TestStateOfTheOneBefore(t *testing.T) {
+	c := testConfig(t)
+	nstest.FreshState(t)
+	d := newDaemon(t, c)
+	before := newDaemon(t, c)
+	if err := before.remember(func(s *state) { s.ConflistMode = 0o640 }); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- d.Run(ctx) }()
+	waitUntil(t, func() bool { return partErrors(d)[partRoutes] == "" })
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if s, err := loadState(); err != nil || s.ConflistMode != 0o640 || s.Host.Set == nil {
+		t.Errorf("kept %+v, %v", s, err)
+	}
+	if err := Uninstall(t.Context(), c, quiet); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestCheckConfig: what stands in the way of a daemon with a valid configuration is named, and nothing else.
 func TestCheckConfig(t *testing.T) {
 	file := func(mode os.FileMode) string {
