@@ -25,8 +25,9 @@ func Stands(confDir string) bool {
 	return err == nil
 }
 
-// Elsewhere reports whether a conflist of ours stands that gives pods addresses of other ranges than the node's.
-func Elsewhere(confDir string, own []netip.Prefix) (bool, error) {
+// Outdated reports whether a conflist of ours stands that gives pods addresses of other ranges than the node's, or whose gate does not wait for
+// NetworkPolicies where policy says that these are enforced.
+func Outdated(confDir string, own []netip.Prefix, policy bool) (bool, error) {
 	b, err := os.ReadFile(Path(confDir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -35,7 +36,11 @@ func Elsewhere(confDir string, own []netip.Prefix) (bool, error) {
 		return false, fmt.Errorf("read the conflist: %w", err)
 	}
 	var p plugin
-	return json.Unmarshal(ownPlugin(b), &p) == nil && p.Gate != nil && !slices.Equal(p.Gate.PodCIDRs, texts(own)), nil
+	if json.Unmarshal(ownPlugin(b), &p) != nil || p.Gate == nil {
+		return false, nil
+	}
+	waits := p.NetworkPolicy != nil && *p.NetworkPolicy
+	return !slices.Equal(p.Gate.PodCIDRs, texts(own)) || policy && !waits, nil
 }
 
 // Sweep removes what a daemon that was killed left half-written.

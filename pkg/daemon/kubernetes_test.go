@@ -162,10 +162,10 @@ func TestDaemonInKubernetes(t *testing.T) {
 	}
 }
 
-// A Node that was made anew while its machine was off has other pod CIDRs, and another Node may have the former ones. The conflist of the boot
+// TestConflistOfAnEarlierBoot: a Node that was made anew while its machine was off has other pod CIDRs, and another Node may have the former ones. The conflist of the boot
 // before names these, and its gate finds them closed, as all of the cluster is without tailscaled: until that answers a pod would get an
-// address at which everybody else looks for a pod of another node.
-func TestConflistOfFormerRange(t *testing.T) {
+// address at which everybody else looks for a pod of another node. Nor does its gate wait for NetworkPolicies that were switched on meanwhile.
+func TestConflistOfAnEarlierBoot(t *testing.T) {
 	c := testConfig(t)
 	c.Network.PodCIDRs, c.Network.ClusterCIDRs = nil, nil
 	nstest.FreshState(t)
@@ -198,5 +198,10 @@ func TestConflistOfFormerRange(t *testing.T) {
 	have, err := conflist.IPAM(c.CNI.ConfDir)
 	if err != nil || len(have.Sets) != 1 || have.Sets[0][0].Subnet != now {
 		t.Errorf("pods get addresses of %+v, %v", have.Sets, err)
+	}
+	d.cfg.Network.NetworkPolicy = true
+	d.pass(t.Context())
+	if b, err := os.ReadFile(conflist.Path(c.CNI.ConfDir)); err != nil || !strings.Contains(string(b), `"enable_network_policy": true`) {
+		t.Errorf("the gate does not wait for policies: %s, %v", b, err)
 	}
 }

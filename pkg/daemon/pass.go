@@ -134,13 +134,13 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return nil, s.refused
 		}},
 		{Name: partFirewall, Finding: findings.FirewallRules, Needs: []string{partConfig}, Run: func(ctx context.Context, s *pass) ([]string, error) {
-			moved, err := d.moveConflist(s)
+			renewed, err := d.renewConflist(s)
 			if err != nil {
 				return nil, err
 			}
 			done, err := d.tables.Sync(ctx, s.plan.firewall)
 			more, err2 := d.hostFirewall.Sync(ctx, hostfirewall.Config{TunName: s.plan.firewall.TunName})
-			return slices.Concat(moved, done, more), errors.Join(err, err2)
+			return slices.Concat(renewed, done, more), errors.Join(err, err2)
 		}},
 		{Name: partRoutes, Finding: findings.RoutingRules, Needs: []string{partFirewall}, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return d.node.Sync(ctx, s.plan.node)
@@ -306,11 +306,11 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 	return changes, d.remember(func(s *state) { s.Advertised = p.prefs.AdvertiseRoutes })
 }
 
-// moveConflist has a conflist that stands, as one of an earlier boot does, give addresses of the ranges that the node has now, before its gate
-// opens. The gate cannot tell: it asks whether a range is closed, and one that is another node's by now may be.
-func (d *Daemon) moveConflist(s *pass) (done []string, err error) {
-	moved, err := conflist.Elsewhere(d.cfg.CNI.ConfDir, s.seen.ranges.Pods)
-	if err != nil || !moved || s.plan.duplicate != nil {
+// renewConflist has a conflist that stands, as one of an earlier boot does, say the node's ranges and what its gate is to wait for, before the
+// gate opens. The gate cannot tell: it asks whether a range is closed, and one that is another node's by now may be.
+func (d *Daemon) renewConflist(s *pass) (done []string, err error) {
+	outdated, err := conflist.Outdated(d.cfg.CNI.ConfDir, s.seen.ranges.Pods, d.cfg.Network.NetworkPolicy)
+	if err != nil || !outdated || s.plan.duplicate != nil {
 		return nil, err // what another node has pods do not get either; the part prefs says it
 	}
 	return d.writeConflist(s.plan)
