@@ -94,11 +94,12 @@ type Daemon struct {
 	kept    state       // what is on disk
 	keepErr error       // why that is not the same, nil where it is
 	cutOff  chan string // from the deadman: what our routes keep this node from
+	end     context.CancelCauseFunc
 	version string
 	began   time.Time
 
 	// Of the loop alone: since when our conflist stands, the configuration that was taken back and left nothing, when a failed
-	// uninstall is tried again, and whether it is done: then nothing is to be done any more.
+	// uninstall is tried again (zero: none was begun), and whether it is done: then nothing is to be done any more.
 	conflistAt  time.Time
 	withdrawn   string
 	uninstallAt time.Time
@@ -272,6 +273,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	d.end = cancel
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	// vital starts what the daemon does not run without.

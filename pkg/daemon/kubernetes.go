@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -45,6 +46,10 @@ func rangesInForce(c config.Config, l nodeview.LastKnown) (config.Ranges, error)
 func (d *Daemon) uninstallIfAsked(ctx context.Context) (asked bool, next time.Duration) {
 	v := d.kubernetes.View()
 	if v == nil || !d.uninstalled && !v.UninstallAsked() {
+		if !d.uninstallAt.IsZero() && !d.uninstalled {
+			d.end(errors.New("an uninstall has failed half-way and is wanted no more: start again, which puts everything back"))
+			return true, fullCheck
+		}
 		return d.uninstalled, fullCheck
 	}
 	if wait := time.Until(d.uninstallAt); wait > 0 {

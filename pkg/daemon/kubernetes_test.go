@@ -21,6 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/kube"
 	"github.com/headcni/headcni/pkg/kube/nodeview"
 	"github.com/headcni/headcni/pkg/networking/podlink"
+	"github.com/headcni/headcni/pkg/tailscale"
 )
 
 func TestRangesInForce(t *testing.T) {
@@ -203,5 +204,39 @@ func TestConflistOfAnEarlierBoot(t *testing.T) {
 	d.pass(t.Context())
 	if b, err := os.ReadFile(conflist.Path(c.CNI.ConfDir)); err != nil || !strings.Contains(string(b), `"enable_network_policy": true`) {
 		t.Errorf("the gate does not wait for policies: %s, %v", b, err)
+	}
+}
+
+// An uninstall that failed half-way, and is wanted no more, leaves a process whose loops have ended: it would say that policies are in force, and
+// no new pod would get any. It ends, and the next one makes all anew.
+func TestUninstallIsWantedNoMore(t *testing.T) {
+	c := testConfig(t)
+	c.Network.PodCIDRs, c.Network.ClusterCIDRs = nil, nil
+	nstest.FreshState(t)
+	c.CNI.ConfDir = t.TempDir()
+	// A host's own tailscaled is away: its prefs cannot be put back.
+	if err := (state{Mode: config.ModeHost, Prefs: &tailscale.SavedPrefs{}}).save(state{}); err != nil {
+		t.Fatal(err)
+	}
+	asked := node("a", "10.244.1.0/24")
+	asked.Annotations = map[string]string{kube.Uninstall: "true"}
+	k, client := startWatch(t, asked)
+	d := newDaemon(t, func() config.Config { c := c; c.Network.PodCIDRs = config.CIDRs{"192.0.2.0/24"}; return c }())
+	d.cfg.Network.PodCIDRs, d.cfg.Network.NetworkPolicy, d.kubernetes = nil, true, k
+	d.policy = d.newPolicy()
+	d.board = d.newBoard(d.parts())
+	waitUntil(t, func() bool { return k.View().UninstallAsked() })
+	ctx, cancel := context.WithCancelCause(t.Context())
+	d.end = cancel
+	if d.pass(ctx); d.uninstallAt.IsZero() || d.uninstalled || ctx.Err() != nil {
+		t.Fatal("it did not fail: ", d.uninstalled)
+	}
+	if _, err := client.CoreV1().Nodes().Update(t.Context(), node("a", "10.244.1.0/24"), metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	waitUntil(t, func() bool { return !k.View().UninstallAsked() })
+	d.pass(ctx)
+	if err := context.Cause(ctx); err == nil || !strings.Contains(err.Error(), "uninstall") {
+		t.Errorf("it goes on: %v, %v", err, partErrors(d))
 	}
 }
