@@ -71,6 +71,14 @@ func TestPolicy(t *testing.T) {
 		t.Errorf("%+v", m)
 	}
 	askAboutPolicy(t, d, func() string { return shell("nft list ruleset") })
+	// What was in force once, and is gone round since, is not said to be.
+	shell("ip link add kube-ipvs0 type bridge")
+	waitUntil(t, func() bool { return d.policy.Err() != nil })
+	if s := d.status(t.Context()).Policy; s.InForce {
+		t.Errorf("%+v with %v", s, d.policy.Err())
+	}
+	shell("ip link del kube-ipvs0")
+	waitUntil(t, func() bool { return d.policy.Err() == nil })
 	shell("nft delete table inet headcni-policy")
 	waitUntil(t, inForce)
 	shell("ip link set " + link + " group 0")

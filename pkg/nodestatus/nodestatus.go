@@ -60,7 +60,7 @@ type PeerMTU struct {
 
 // Policy is how NetworkPolicies stand on the node.
 type Policy struct {
-	// InForce is false until the first ones are.
+	// InForce is false until the first ones are, and while they cannot be kept so.
 	InForce bool `json:"inForce"`
 	// Policies is how many the cluster has, Isolated how many addresses of own pods they concern.
 	Policies int `json:"policies"`

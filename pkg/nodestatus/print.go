@@ -94,7 +94,7 @@ const maxUnknown = 5
 
 func (p *Policy) print(w io.Writer) {
 	if !p.InForce {
-		fmt.Fprintln(w, "policy\tNOT in force yet")
+		fmt.Fprintln(w, "policy\tNOT in force")
 		return
 	}
 	text := fmt.Sprintf("in force: %d in the cluster, %d addresses of this node's pods isolated", p.Policies, p.Isolated)

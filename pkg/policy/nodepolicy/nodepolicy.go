@@ -222,13 +222,16 @@ func (p *Enforcer) denied(s *monitoring.PolicyState) error {
 	return nil
 }
 
+// inForce: what was in force once may be no more.
+func (p *Enforcer) inForce(s agent.State) bool { return s.InForce && p.agent.Err() == nil }
+
 // Metrics are for a scrape.
 func (p *Enforcer) Metrics() monitoring.PolicyState {
 	if p == nil {
 		return monitoring.PolicyState{}
 	}
 	s := p.agent.State()
-	out := monitoring.PolicyState{Enforced: s.InForce && p.agent.Err() == nil, Unknown: len(s.Unknown)}
+	out := monitoring.PolicyState{Enforced: p.inForce(s), Unknown: len(s.Unknown)}
 	if err := p.denied(&out); err != nil {
 		p.log.Warn("count what network policies drop", "err", err)
 	}
@@ -246,7 +249,7 @@ func (p *Enforcer) Status() *nodestatus.Policy {
 		return nil
 	}
 	s := p.agent.State()
-	out := &nodestatus.Policy{InForce: s.InForce, Policies: s.Policies, Isolated: s.Isolated, Stale: s.Stale}
+	out := &nodestatus.Policy{InForce: p.inForce(s), Policies: s.Policies, Isolated: s.Isolated, Stale: s.Stale}
 	for _, u := range s.Unknown {
 		out.Unknown = append(out.Unknown, nodestatus.UnknownPod{Pod: u.Pod, Since: u.Since, Why: u.Why})
 	}
