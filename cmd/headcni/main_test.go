@@ -586,7 +586,7 @@ func TestGateAndStatus(t *testing.T) {
 	}
 	n.host.Run(t, "ip", "route", "add", "unreachable", "10.244.1.0/24")
 	for _, family := range []string{"ip", "ip6"} {
-		n.host.Run(t, "nft", fmt.Sprintf("add table %s headcni; add chain %[1]s headcni guard", family))
+		n.host.Run(t, "nft", fmt.Sprintf("add table %s headcni; add chain %[1]s headcni guard; add rule %[1]s headcni guard drop", family))
 	}
 	n.must(t, "STATUS", "", "", conf)
 	n.must(t, "ADD", "c1", pod.Path, conf)
