@@ -105,6 +105,10 @@ type Daemon struct {
 	uninstallAt time.Time
 	uninstalled bool
 
+	// firewall is what our tables are to hold, nil before the first pass, and where they are to go. Who holds its lock writes them.
+	firewallMu sync.Mutex
+	firewall   *nft.Config
+
 	// For status, from the last pass.
 	mu        sync.Mutex
 	last      observation
@@ -414,9 +418,15 @@ func (d *Daemon) count(ctx context.Context, finished <-chan struct{}) {
 
 // watch turns changes of the kernel's network state and of tailscaled into passes, and keeps sessions armed.
 func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
-	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.tables.Changes, d.hostFirewall.Changes} {
+	for _, changes := range []func(context.Context) (<-chan struct{}, error){d.node.Changes, d.hostFirewall.Changes} {
 		wg.Go(func() { d.watchEvents(ctx, changes, d.loop.Wake) })
 	}
+	wg.Go(func() {
+		d.watchEvents(ctx, d.tables.Changes, func() {
+			d.putTablesBack(ctx)
+			d.loop.Wake()
+		})
+	})
 	wg.Go(func() {
 		d.watchEvents(ctx, noderoutes.PodLinkLosses, func() {
 			if d.pods.Lacking(ctx) { // mostly a pod has ended
@@ -442,7 +452,7 @@ func (d *Daemon) watch(ctx context.Context, wg *sync.WaitGroup) {
 	wg.Go(func() { d.member.Rearm(ctx, d.metrics.RearmPing, d.loop.Wake) })
 }
 
-// watchPaths tells of peers' endpoints. Neither tailscaled's bus nor the kernel has an event for what changes here.
+// watchPaths tells of peers' endpoints, and that tailscaled hangs. Neither tailscaled's bus nor the kernel has an event for what changes here.
 func (d *Daemon) watchPaths(ctx context.Context) {
 	for ctx.Err() == nil {
 		reconcile.Sleep(ctx, pathInterval)
@@ -452,6 +462,8 @@ func (d *Daemon) watchPaths(ctx context.Context) {
 		d.mu.Unlock()
 		if o.Tailnet = t; o.Running() {
 			d.paths.Set(o.tun, o.tunMTU, o.directPeers())
+		} else if ctx.Err() == nil && d.board.Doubt(partTailnet, o.NotRunning()) {
+			d.loop.Wake()
 		}
 	}
 }

@@ -68,6 +68,9 @@ func (d *Daemon) uninstallFor(ctx context.Context, v *nodeview.View) error {
 		d.subnets.Stop()
 		d.fast.Leave()
 		d.policy.Stop() // it would put back what is taken away
+		d.firewallMu.Lock()
+		d.firewall = nil
+		d.firewallMu.Unlock()
 		if err := uninstall(ctx, d.cfg, d.saved, d.log, v.Runtime()); err != nil {
 			return err
 		}

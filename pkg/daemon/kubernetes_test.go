@@ -222,8 +222,7 @@ func TestUninstallIsWantedNoMore(t *testing.T) {
 	asked.Annotations = map[string]string{kube.Uninstall: "true"}
 	k, client := startWatch(t, asked)
 	d := newDaemon(t, func() config.Config { c := c; c.Network.PodCIDRs = config.CIDRs{"192.0.2.0/24"}; return c }())
-	d.cfg.Network.PodCIDRs, d.cfg.Network.NetworkPolicy, d.kubernetes = nil, true, k
-	d.policy = d.newPolicy()
+	d.cfg.Network.PodCIDRs, d.kubernetes = nil, k
 	d.board = d.newBoard(d.parts())
 	waitUntil(t, func() bool { return k.View().UninstallAsked() })
 	ctx, cancel := context.WithCancelCause(t.Context())

@@ -19,6 +19,7 @@ import (
 	"github.com/headcni/headcni/pkg/leases"
 	"github.com/headcni/headcni/pkg/monitoring"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/reconcile"
 	"github.com/headcni/headcni/pkg/tailscale"
 	"github.com/headcni/headcni/pkg/tailscaled"
@@ -138,7 +139,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			if err != nil {
 				return nil, err
 			}
-			done, err := d.tables.Sync(ctx, s.plan.firewall)
+			done, err := d.syncTables(ctx, s.plan.firewall)
 			more, err2 := d.hostFirewall.Sync(ctx, hostfirewall.Config{TunName: s.plan.firewall.TunName})
 			return slices.Concat(renewed, done, more), errors.Join(err, err2)
 		}},
@@ -304,6 +305,30 @@ func (d *Daemon) syncPrefs(ctx context.Context, p plan) ([]string, error) {
 		return changes, err
 	}
 	return changes, d.remember(func(s *state) { s.Advertised = p.prefs.AdvertiseRoutes })
+}
+
+func (d *Daemon) syncTables(ctx context.Context, c nft.Config) ([]string, error) {
+	d.firewallMu.Lock()
+	defer d.firewallMu.Unlock()
+	d.firewall = &c
+	return d.tables.Sync(ctx, c)
+}
+
+// putTablesBack does not wait for a pass, which asks tailscaled first: where that hangs, so long as somebody has taken our tables away pods
+// would be without the guard.
+func (d *Daemon) putTablesBack(ctx context.Context) {
+	d.firewallMu.Lock()
+	defer d.firewallMu.Unlock()
+	if d.firewall == nil {
+		return
+	}
+	done, err := d.tables.Sync(ctx, *d.firewall)
+	if len(done) > 0 {
+		d.log.Info("corrected", "part", partFirewall, "changes", done)
+	}
+	if err != nil && ctx.Err() == nil {
+		d.log.Warn("put our nftables back; the next pass tries again", "err", err)
+	}
 }
 
 // renewConflist has a conflist that stands, as one of an earlier boot does, say the node's ranges and what its gate is to wait for, before the

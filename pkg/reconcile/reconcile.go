@@ -276,17 +276,19 @@ func (b *Board[S]) record(p Part[S], changes []string, err error) {
 }
 
 // Doubt takes back that a part is as it should be, until the pass under way comes to it: that may take seconds, in which the
-// part must not count as ready.
-func (b *Board[S]) Doubt(part, why string) {
+// part must not count as ready. It reports whether the part counted as right.
+func (b *Board[S]) Doubt(part, why string) (was bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if o := b.last[part]; o.text == "" {
+	o := b.last[part]
+	if was = o.text == ""; was {
 		o.text, o.since = why, time.Now()
 		if i := slices.IndexFunc(b.parts, func(p Part[S]) bool { return p.Name == part }); i >= 0 {
 			o.found = FoundIn(Waiting(why), b.parts[i].Finding, false)
 		}
 		b.last[part] = o
 	}
+	return was
 }
 
 // Ready reports whether every part that is not optional is as it should be, and how each stands.

@@ -376,6 +376,53 @@ func (w *broken) testFlush(t *testing.T, n *lab.Node) {
 	}
 }
 
+// A tailscaled that hangs does not keep the daemon from putting the tables back: its calls to it take 10 s to fail.
+func TestFlushWhileTailscaledHangs(t *testing.T) {
+	const hangs = 10 * time.Second
+	w := faults.Enter(t)
+	for _, p := range w.pods() {
+		t.Run(p.Node.Mode, func(t *testing.T) {
+			if err := p.Node.Tailscaled.Signal(syscall.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := p.Node.Tailscaled.Signal(syscall.SIGCONT); err != nil {
+					t.Error(err)
+				}
+				labtest.Ready(t, p.Node)
+			}()
+			labtest.Sh(t, p.Node.Machine, "nft flush ruleset")
+			labtest.EventuallyWithin(t, hangs/2, "wait for the tables", func() error {
+				_, err := p.Node.Run(t.Context(), "sh", "-c", "nft list chain ip headcni guard && nft list chain ip6 headcni guard")
+				return err
+			})
+		})
+	}
+}
+
+// Nor is a node ready then, which kubelet asks /readyz: it is known within two looks at the paths, each of which takes a call's 10 s.
+func TestReadinessWhileTailscaledHangs(t *testing.T) {
+	const look, call = 10 * time.Second, 10 * time.Second
+	w := faults.Enter(t)
+	n := w.b.Node
+	if err := n.Tailscaled.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	labtest.EventuallyWithin(t, 2*(look+call), "not ready", func() error {
+		parts, err := readyz(t, n)
+		if err == nil && parts["tailnet"] == "" {
+			err = fmt.Errorf("ready after %v without tailscaled", time.Since(began))
+		}
+		return err
+	})
+	t.Logf("seen after %v", time.Since(began))
+	if err := n.Tailscaled.Signal(syscall.SIGCONT); err != nil {
+		t.Error(err)
+	}
+	labtest.Ready(t, n)
+}
+
 // What somebody takes from the host's end of a pod's link comes back by itself, and the pod with it, in both families.
 func TestPodLink(t *testing.T) {
 	w := faults.Enter(t)
