@@ -321,7 +321,7 @@ var Table = []Finding{
 		"on a copy `rm -r /var/lib/headcni` (in host mode `systemctl stop tailscaled`, `rm /var/lib/tailscale/tailscaled.state`, `systemctl start tailscaled`; a `tailscale logout` would end the original too), " +
 			"`network.podCIDRs` of its own, and `systemctl restart headcni-tailscaled`. Where the disk was moved and the other machine is gone for good: `rm /var/lib/headcni/machine`."},
 
-	{PolicyLacksRanges, Fail, "Headscale's policy does not name the pod ranges", "From 0.29 on `*` means tailnet addresses only; a policy that does not name pods' ranges drops their packets.", "add the line that the text prints to acls in Headscale's policy."},
+	{PolicyLacksRanges, Fail, "Headscale's policy does not name the pod ranges", "From 0.29 on `*` means tailnet addresses only; a policy that does not name pods' ranges drops their packets. A line with `proto` lets that protocol through, and no other.", "add the line that the text prints to acls in Headscale's policy."},
 	{PolicyAutoApprovers, Warn, "autoApprovers lets nodes take each other's pods", "Any node with the tag may have any part of the range routed to it.", "with an API key headcni-controller approves by itself: remove the line from autoApprovers.routes."},
 	{PolicyLacksMaps, Warn, "tailscaled cannot restart while Headscale is down", "The policy lacks the node attribute cache-network-maps.", "add the nodeAttrs line that the text prints to Headscale's policy."},
 	{PolicyLacksCGNAT, Warn, "the policy lacks an attribute that hosts in 100.64.0.0/10 need", "tailscaled's firewall drops what these hosts get from their own network.", "add the nodeAttrs line that the text prints to Headscale's policy."},

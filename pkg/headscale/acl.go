@@ -17,6 +17,7 @@ type PolicyFile struct {
 	Hosts map[string]string `json:"hosts"`
 	ACLs  []struct {
 		Action string   `json:"action"`
+		Proto  string   `json:"proto"` // "" is TCP, UDP and ICMP
 		Src    []string `json:"src"`
 		Dst    []string `json:"dst"`
 	} `json:"acls"`
@@ -43,22 +44,30 @@ func ReadPolicy(text string) (p PolicyFile, err error) {
 	return p, wrap(err, "read Headscale's policy")
 }
 
+// podProtocols are what pods need of one another, as policies name it. ICMP tailscaled lets through by any rule that has the addresses;
+// SCTP is for those who use it.
+var podProtocols = []string{"tcp", "udp"}
+
 // MissingRules says which lines of acls must be added for pods to reach pods, "" where none is missing. A policy without any rule at all
 // allows nothing; one without the key acls allows everything.
 func (p PolicyFile) MissingRules(ranges []netip.Prefix, tags []string, starCovers bool) string {
 	if p.ACLs == nil && p.Grants == nil {
 		return ""
 	}
-	var missing []string
+	var missing, by []string
 	for _, r := range ranges {
-		if !p.allowed(r, starCovers) {
-			missing = append(missing, r.String())
+		if lacks := p.lacks(r, starCovers); len(lacks) > 0 {
+			missing, by = append(missing, r.String()), append(by, lacks...)
 		}
 	}
 	if len(missing) == 0 {
 		return ""
 	}
-	return fmt.Sprintf("pods of %s do not reach each other: add to acls %s", strings.Join(missing, ", "), AcceptRule(slices.Concat(tags, missing)))
+	only := ""
+	if by = slices.Compact(slices.Sorted(slices.Values(by))); len(by) < len(podProtocols) {
+		only = " by " + strings.ToUpper(by[0])
+	}
+	return fmt.Sprintf("pods of %s do not reach each other%s: add to acls %s", strings.Join(missing, ", "), only, AcceptRule(slices.Concat(tags, missing)))
 }
 
 // NeededPolicy is a policy file with what HeadCNI needs: of it somebody adds what is missing to his own. With autoApprove it also approves the
@@ -89,19 +98,42 @@ func AcceptRule(all []string) string {
 	return fmt.Sprintf(`{"action": "accept", "src": %s, "dst": %s}`, JSONList(all), JSONList(dst))
 }
 
-// allowed reports whether one rule lets all of r reach all of r on all ports.
-func (p PolicyFile) allowed(r netip.Prefix, starCovers bool) bool {
+// lacks says by which protocols no rule lets all of r reach all of r on all ports.
+func (p PolicyFile) lacks(r netip.Prefix, starCovers bool) []string {
+	lacks := slices.Clone(podProtocols)
+	allow := func(src, dst []string, protocols ...string) {
+		if p.covered(r, src, starCovers) && p.covered(r, dst, starCovers) {
+			lacks = slices.DeleteFunc(lacks, func(l string) bool { return slices.Contains(protocols, l) })
+		}
+	}
 	for _, a := range p.ACLs {
-		if a.Action == "accept" && p.covered(r, a.Src, starCovers) && p.covered(r, anyPort(a.Dst), starCovers) {
-			return true
+		if a.Action == "accept" {
+			allow(a.Src, anyPort(a.Dst), protocols(a.Proto)...)
 		}
 	}
 	for _, g := range p.Grants {
-		if slices.Contains(g.IP, "*") && p.covered(r, g.Src, starCovers) && p.covered(r, g.Dst, starCovers) {
-			return true
+		for _, ip := range g.IP {
+			if ip == "*" {
+				allow(g.Src, g.Dst, podProtocols...)
+			} else if proto, ok := strings.CutSuffix(ip, ":*"); ok {
+				allow(g.Src, g.Dst, protocols(proto)...)
+			}
 		}
 	}
-	return false
+	return lacks
+}
+
+// protocols are those of podProtocols that a rule's proto is about: a name or a number.
+func protocols(proto string) []string {
+	switch strings.ToLower(proto) {
+	case "":
+		return podProtocols
+	case "tcp", "6":
+		return []string{"tcp"}
+	case "udp", "17":
+		return []string{"udp"}
+	}
+	return nil
 }
 
 // anyPort keeps the destinations that allow every port, without the port.
