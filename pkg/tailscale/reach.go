@@ -151,7 +151,7 @@ func (f Filter) Pairs(src, dst netip.Addr) bool {
 	})
 }
 
-// Ports are those of TCP and UDP that src may send to at dst, in words, for people.
+// Ports are those that src may send to at dst, in words, for people: of TCP and UDP where nothing else is said.
 func (f Filter) Ports(src, dst netip.Addr) string {
 	var out []string
 	for _, m := range f {
@@ -169,12 +169,31 @@ func (f Filter) Ports(src, dst netip.Addr) string {
 			case d.Ports.First == d.Ports.Last:
 				text = strconv.Itoa(int(d.Ports.First))
 			}
+			text += m.only()
 			if !slices.Contains(out, text) {
 				out = append(out, text)
 			}
 		}
 	}
 	return strings.Join(out, ", ")
+}
+
+// only names the protocols that the match is about where it is not about both TCP and UDP.
+func (m Match) only() (text string) {
+	if slices.Contains(m.IPProto, ProtoTCP) && slices.Contains(m.IPProto, ProtoUDP) {
+		return ""
+	}
+	for _, p := range m.IPProto {
+		switch p {
+		case ProtoTCP:
+			text += "/tcp"
+		case ProtoUDP:
+			text += "/udp"
+		default:
+			text += fmt.Sprintf(" of protocol %d", p)
+		}
+	}
+	return text
 }
 
 // Holder is the peer that this node sends packets for an address to: the one with the narrowest prefix.

@@ -29,8 +29,14 @@ func TestFilter(t *testing.T) {
 			t.Errorf("%s: %v", name, got)
 		}
 	}
-	if got := f.Ports(pod, far); got != "80-81" || !f.Pairs(pod, far) || f.Pairs(far, pod) {
-		t.Errorf("ports %q", got)
+	if !f.Pairs(pod, far) || f.Pairs(far, pod) {
+		t.Error("pairs")
+	}
+	for want, protocols := range map[string][]int{"80-81": {ProtoTCP, ProtoUDP, ProtoICMP}, "80-81/tcp": {ProtoTCP}, "80-81/udp": {ProtoUDP}, "80-81 of protocol 132": {132}} {
+		f[0].IPProto = protocols
+		if got := f.Ports(pod, far); got != want {
+			t.Errorf("protocols %v: ports %q, want %q", protocols, got, want)
+		}
 	}
 }
 
