@@ -2,6 +2,7 @@ package hosts
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
@@ -39,10 +40,14 @@ func withServices(_ *lab.Node, c map[string]any) {
 	labtest.Section(c, "network")["serviceCIDRs"] = []string{serviceCIDR4, serviceCIDR6}
 }
 
-// allowAll lets everybody use every route: since Headscale 0.29 `*` means tailnet addresses only.
+// allowAll lets everybody use every route: since Headscale 0.29 `*` means tailnet addresses only. Pods have SCTP too, as
+// docs/troubleshooting.md has it.
 func allowAll(policy map[string]any) {
 	rules := policy["acls"].([]map[string]any)
+	sctp := maps.Clone(rules[0])
+	sctp["proto"] = "sctp"
 	rules[0]["dst"] = append(rules[0]["dst"].([]string), "0.0.0.0/0:*", "::/0:*")
+	policy["acls"] = append(rules, sctp)
 }
 
 // works says that the nodes' and pods' whole traffic flows, with the sources that it should have.
