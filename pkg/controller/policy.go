@@ -93,8 +93,7 @@ func (p policy) unreached(services []netip.Prefix, starCovers bool) string {
 	var dst []string
 	for _, a := range p.ACLs {
 		for _, d := range a.Dst {
-			host := d[:max(strings.LastIndex(d, ":"), 0)] // without the ports
-			dst = append(dst, strings.Trim(host, "[]"))
+			dst = append(dst, headscale.Destination(d))
 		}
 	}
 	for _, g := range p.Grants {
@@ -102,7 +101,7 @@ func (p policy) unreached(services []netip.Prefix, starCovers bool) string {
 	}
 	var missing []string
 	for _, r := range services {
-		if !slices.ContainsFunc(dst, func(d string) bool { return p.overlaps(r, d, starCovers) }) {
+		if !slices.ContainsFunc(dst, func(d string) bool { return p.Overlaps(r, d, starCovers) }) {
 			missing = append(missing, r.String())
 		}
 	}
@@ -115,18 +114,6 @@ func (p policy) unreached(services []netip.Prefix, starCovers bool) string {
 	}
 	return fmt.Sprintf("no rule of Headscale's policy lets anybody reach the services of %s: add to acls, for whom you like, {\"action\": \"accept\", "+
 		"\"src\": [\"*\"], \"dst\": %s}", abridge(missing), headscale.JSONList(want[:min(len(want), maxListed)]))
-}
-
-// overlaps reports whether a rule's destination has an address of r.
-func (p policy) overlaps(r netip.Prefix, dst string, starCovers bool) bool {
-	if host, ok := p.Hosts[dst]; ok {
-		dst = host
-	}
-	if a, err := netip.ParseAddr(dst); err == nil {
-		return r.Contains(a)
-	}
-	q, err := netip.ParsePrefix(dst)
-	return dst == "*" && starCovers || err == nil && q.Overlaps(r)
 }
 
 func (p policy) hasAttr(attr string, tags []string) bool {

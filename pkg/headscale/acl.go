@@ -48,20 +48,27 @@ func ReadPolicy(text string) (p PolicyFile, err error) {
 // SCTP is for those who use it.
 var podProtocols = []string{"tcp", "udp"}
 
-// MissingRules says which lines of acls must be added for pods to reach pods, "" where none is missing. A policy without any rule at all
+// MissingRules says which lines of acls must be added for pods to reach pods, and nodes those of other nodes, "" where none is missing. A policy without any rule at all
 // allows nothing; one without the key acls allows everything.
 func (p PolicyFile) MissingRules(ranges []netip.Prefix, tags []string, starCovers bool) string {
 	if p.ACLs == nil && p.Grants == nil {
 		return ""
 	}
-	var missing, by []string
+	var missing, by, shut []string
 	for _, r := range ranges {
 		if lacks := p.lacks(r, starCovers); len(lacks) > 0 {
 			missing, by = append(missing, r.String()), append(by, lacks...)
 		}
+		if !p.openToNodes(r, starCovers) {
+			shut = append(shut, r.String())
+		}
 	}
 	if len(missing) == 0 {
-		return ""
+		if len(shut) == 0 {
+			return ""
+		}
+		return fmt.Sprintf("nodes do not reach pods of %s on other nodes, as NodePorts and the API server's webhooks need: add to acls %s",
+			strings.Join(shut, ", "), AcceptRule(slices.Concat(tags, shut)))
 	}
 	only := ""
 	if by = slices.Compact(slices.Sorted(slices.Values(by))); len(by) < len(podProtocols) {
@@ -121,6 +128,53 @@ func (p PolicyFile) lacks(r netip.Prefix, starCovers bool) []string {
 		}
 	}
 	return lacks
+}
+
+// openToNodes reports whether some rule may let nodes, whose source is their tailnet address, reach pods of r. Who users, groups and tags
+// are is not known here: they may be nodes.
+func (p PolicyFile) openToNodes(r netip.Prefix, starCovers bool) bool {
+	nodes := func(src string) bool {
+		if host, ok := p.Hosts[src]; ok {
+			src = host
+		}
+		q, ok := prefix(src)
+		return !ok || q.Overlaps(netset.TailnetIPv4) && r.Addr().Is4() || q.Overlaps(netset.TailnetIPv6) && r.Addr().Is6()
+	}
+	pods := func(dst string) bool { return p.Overlaps(r, dst, starCovers) }
+	for _, a := range p.ACLs {
+		if a.Action == "accept" && slices.ContainsFunc(a.Src, nodes) && slices.ContainsFunc(a.Dst, func(d string) bool { return pods(Destination(d)) }) {
+			return true
+		}
+	}
+	for _, g := range p.Grants {
+		if slices.ContainsFunc(g.Src, nodes) && slices.ContainsFunc(g.Dst, pods) {
+			return true
+		}
+	}
+	return false
+}
+
+// Overlaps reports whether a rule's destination, without ports, has an address of r.
+func (p PolicyFile) Overlaps(r netip.Prefix, dst string, starCovers bool) bool {
+	if host, ok := p.Hosts[dst]; ok {
+		dst = host
+	}
+	q, ok := prefix(dst)
+	return ok && q.Overlaps(r) || dst == "*" && starCovers
+}
+
+// Destination is a rule's destination without its ports.
+func Destination(dst string) string {
+	return strings.Trim(dst[:max(strings.LastIndex(dst, ":"), 0)], "[]")
+}
+
+// prefix reads an address or a prefix.
+func prefix(s string) (netip.Prefix, bool) {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return netip.PrefixFrom(a, a.BitLen()), true
+	}
+	p, err := netip.ParsePrefix(s)
+	return p, err == nil
 }
 
 // protocols are those of podProtocols that a rule's proto is about: a name or a number.

@@ -83,6 +83,8 @@ var brokenAhead = []ahead{
 	{name: "nobody knows the certificate's authority", set: []string{"headscale.url=TLS"}, want: findings.HeadscaleCert, says: "failed to verify certificate"},
 	{name: "the clock is an hour off", set: []string{"headscale.url=LATE"}, want: findings.ClocksApart, says: "Headscale's clock"},
 	{name: "Headscale's policy lacks the pods' ranges", policy: `s#,"10.244.0.0/16"##; s#,"10.244.0.0/16:\*"##`, want: findings.PolicyLacksRanges, says: `"10.244.0.0/16:*"`},
+	{name: "the policy lets pods have TCP only", policy: `s#"action":"accept"#&,"proto":"tcp"#`, want: findings.PolicyLacksRanges, says: "do not reach each other by UDP"},
+	{name: "the policy names pods' ranges, and no nodes", policy: `s#"src":\["\*",#"src":[#`, want: findings.PolicyLacksRanges, says: "nodes do not reach pods of 10.244.0.0/16 on other nodes"},
 	{name: "another CNI is there", sh: "echo '{}' >/etc/cni/net.d/05-calico.conflist", mend: "rm /etc/cni/net.d/05-calico.conflist", want: findings.OtherCNI, says: "05-calico.conflist"},
 	{name: "the LAN is inside the pods' range", set: []string{"network.clusterCIDRs=192.168.77.128/25"}, want: findings.RangeOverlapsHost, says: "eth0"},
 	{name: "docker0 is inside the pods' range", sh: "ip link add docker0 type bridge; ip address add 10.244.9.1/24 dev docker0; ip link set docker0 up", mend: "ip link del docker0", want: findings.RangeOverlapsHost, says: "docker0"},
