@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -147,4 +149,40 @@ func Plugin(binDir string) error {
 		return findings.Errorf(findings.PluginMissing, "the CNI plugin is missing: %w; run `headcni-daemon install`, or set cni.binDir to where it is", err)
 	}
 	return nil
+}
+
+// Others says which programs of others the configuration on disk needs that are not in a folder. A mesh that was taken off leaves its
+// entry, and an IPAM plugin of the distribution's may be where the runtime does not look. It is nil where there is no configuration.
+func Others(confDir, binDir string) error {
+	b, err := os.ReadFile(Path(confDir))
+	if err != nil {
+		return nil // the part conflist says it
+	}
+	var l struct {
+		Plugins []struct {
+			Type string `json:"type"`
+			IPAM struct {
+				Type string `json:"type"`
+			} `json:"ipam"`
+		} `json:"plugins"`
+	}
+	if err := json.Unmarshal(b, &l); err != nil {
+		return nil // the same
+	}
+	var lacking []string
+	for _, p := range l.Plugins {
+		for _, name := range []string{p.Type, p.IPAM.Type} {
+			if name == "" || name == pluginType || name == netconf.IPAMType || slices.Contains(lacking, name) {
+				continue
+			}
+			if _, err := os.Stat(filepath.Join(binDir, name)); errors.Is(err, fs.ErrNotExist) {
+				lacking = append(lacking, name)
+			}
+		}
+	}
+	if len(lacking) == 0 {
+		return nil
+	}
+	return findings.Errorf(findings.PluginMissing, "%s names %s, not in %s: where the runtime has no other folder with it, no pod starts or ends here; put it there, "+
+		"take the entry of what was uninstalled out of the file, or set ipam.type to %s", Path(confDir), strings.Join(lacking, ", "), binDir, netconf.IPAMType)
 }

@@ -108,3 +108,28 @@ func TestPlugin(t *testing.T) {
 		}
 	}
 }
+
+// What a list needs beside our programs must be there too.
+func TestOthers(t *testing.T) {
+	bin := t.TempDir()
+	if err := os.WriteFile(filepath.Join(bin, "bandwidth"), nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]string{
+		"": "",
+		`{"plugins": [{"type": "headcni", "portmap": {}, "ipam": {"type": "headcni-ipam"}}, {"type": "bandwidth"}]}`:                                            "",
+		`{"plugins": [{"type": "headcni", "ipam": {"type": "host-local"}}]}`:                                                                                    "names host-local, not in " + bin,
+		`{"plugins": [{"type": "headcni", "ipam": {"type": "host-local"}}, {"type": "bandwidth"}, {"type": "istio-cni"}, {"type": "istio-cni", "ipam": null}]}`: "names host-local, istio-cni, not",
+	} {
+		conf := t.TempDir()
+		if text != "" {
+			if err := os.WriteFile(Path(conf), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := Others(conf, bin)
+		if (err != nil) != (want != "") || err != nil && (findings.IDOf(err) != findings.PluginMissing || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+}

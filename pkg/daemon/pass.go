@@ -199,7 +199,7 @@ func (d *Daemon) parts() []reconcile.Part[*pass] {
 			return done, errors.Join(losesHeadscale(d.cfg.Headscale.URL, s.seen), s.seen.Tailnet.LacksFamily(s.seen.PodCIDRs), err)
 		}},
 		{Name: partForeign, Finding: findings.ForeignFirewall, Optional: true, Run: func(_ context.Context, s *pass) ([]string, error) {
-			return nil, errors.Join(d.hostFirewall.Foreign(s.seen.tun), d.conntrack.Err(), s.seen.Tailnet.SharedCGNAT(s.seen.hostPrefixes), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), s.seen.path.Err(), noderoutes.OffloadsOff(), noderoutes.Ahead(s.seen.ranges.Pods, netset.Union(s.seen.ranges.Cluster, s.seen.ranges.Remote)), noderoutes.NamedAsPods())
+			return nil, errors.Join(d.hostFirewall.Foreign(s.seen.tun), d.conntrack.Err(), s.seen.Tailnet.SharedCGNAT(s.seen.hostPrefixes), nodedns.FarResolver(s.seen.Tailnet, s.seen.dns.Nameservers, s.seen.shared), strangers(s.seen), s.seen.path.Err(), noderoutes.OffloadsOff(), noderoutes.Ahead(s.seen.ranges.Pods, netset.Union(s.seen.ranges.Cluster, s.seen.ranges.Remote)), noderoutes.NamedAsPods(), conflist.Others(d.cfg.CNI.ConfDir, d.cfg.CNI.BinDir))
 		}},
 		{Name: partGuard, Finding: findings.GuardFails, Needs: []string{partFirewall}, Optional: true, Run: func(ctx context.Context, s *pass) ([]string, error) {
 			return nil, d.guardTest.Result(ctx, s.plan.firewall, func(passed *bool) {

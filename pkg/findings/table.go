@@ -160,7 +160,7 @@ var Table = []Finding{
 		"The runtime uses the first file of its folder, which is not HeadCNI's: new pods get the other CNI's network.",
 		"uninstall the other CNI and remove its file, or set cni.exclusive: true (Helm: config.cni.exclusive)."},
 	{PluginMissing, Fail, "the CNI plugin is not on the node",
-		"The conflist would name a program that is not in cni.binDir.",
+		"The conflist would name a program that is not in cni.binDir: HeadCNI's own, or one of an IPAM plugin or of a mesh that added itself to the list.",
 		"run `headcni-daemon install`, or set cni.binDir to the runtime's folder; in Kubernetes delete the daemon's pod, whose first container copies it."},
 	{RuntimeElsewhere, Fail, "the container runtime does not use the conflist",
 		"kubelet still sees no network plugin although the conflist stands: the runtime looks in other folders.",
