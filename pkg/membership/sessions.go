@@ -14,7 +14,7 @@ import (
 const settlePatience = 3 * time.Second
 
 // Rearm keeps WireGuard sessions alive over restarts of tailscaled, here and on peers, and paths over what routers forget. It calls settled
-// when Unsettled may say something else.
+// when somebody waits no longer, see Unsettled.
 func (m *Member) Rearm(ctx context.Context, pinged, settled func()) {
 	m.follow(ctx, func(ctx context.Context, c *tailscale.Client) error {
 		var wg sync.WaitGroup
@@ -23,8 +23,11 @@ func (m *Member) Rearm(ctx context.Context, pinged, settled func()) {
 		return c.Rearm(ctx, tailscale.RearmOptions{Log: m.log, Pinged: pinged, Settled: func(now bool) {
 			m.mu.Lock()
 			m.settled = now
+			waited := time.Now().Before(m.settleBy)
 			m.mu.Unlock()
-			settled()
+			if now && waited { // each ping that keeps a session changes it
+				settled()
+			}
 		}})
 	})
 }
