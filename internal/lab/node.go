@@ -41,6 +41,8 @@ type Node struct {
 	Routers []*Router
 
 	Tailscaled, Daemon *Process
+	// Env is what the environment of the node's tailscaled has beside what the lab needs, as NAME=VALUE. Configure may set it.
+	Env []string
 
 	lab   *Lab
 	index int
@@ -157,10 +159,11 @@ func (n *Node) ConfigureDaemon(change func(n *Node, c map[string]any)) error {
 
 // tailscaledEnv makes an offline tailnet work: the embedded DERP server speaks plain HTTP here, or has a certificate of its own.
 func (n *Node) tailscaledEnv() []string {
+	env := append([]string{"TS_NO_LOGS_NO_SUPPORT=true"}, n.Env...)
 	if n.lab.opt.TLS {
-		return []string{"SSL_CERT_FILE=" + CAFile, "TS_NO_LOGS_NO_SUPPORT=true"}
+		return append(env, "SSL_CERT_FILE="+CAFile)
 	}
-	return []string{"TS_DEBUG_USE_DERP_HTTP=true", "TS_NO_LOGS_NO_SUPPORT=true"}
+	return append(env, "TS_DEBUG_USE_DERP_HTTP=true")
 }
 
 // StartTailscaled starts the node's tailscaled: the host's own, or in daemon mode the dedicated one.
