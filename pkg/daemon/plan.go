@@ -175,6 +175,9 @@ func strangers(o observation) error {
 		return nil
 	}
 	cluster := netset.Union(o.ranges.Pods, o.ranges.Cluster, o.ranges.Remote)
+	if len(cluster) == 0 {
+		return nil // they are not known yet, as before the API server has answered
+	}
 	var errs []error
 	for _, p := range o.Tailnet.Peers {
 		if !slices.ContainsFunc(p.Tags, func(t string) bool { return slices.Contains(o.Tailnet.Self.Tags, t) }) {

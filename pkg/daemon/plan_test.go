@@ -226,6 +226,11 @@ func TestStrangers(t *testing.T) {
 			t.Errorf("%s changes the plan:\n%s", test.name, diff)
 		}
 	}
+	o.Tailnet.Peers = []tailscale.Peer{{Name: "b", Online: true, Tags: []string{"tag:headcni"}, Routes: prefixes("10.244.2.0/24")}}
+	o.ranges = config.Ranges{}
+	if err := strangers(o); err != nil {
+		t.Errorf("the ranges are not known yet: %v", err)
+	}
 }
 
 // BenchmarkMakePlan plans on a node of clusters of several sizes, with what a pass asks of its peers beside it. The time for one peer
