@@ -27,7 +27,7 @@ func (a *askers) behindDevice(t *testing.T) {
 	node := a.kubectl(t, "get", "pod", "-n", with, from[with], "-o", "jsonpath={.spec.nodeName}")
 	var servers []netip.AddrPort
 	for _, addr := range []string{"192.168.50.7", "fd00:50::7"} {
-		labtest.Sh(t, a.Device.Machine, "ip addr add %s dev lo", addr)
+		labtest.Sh(t, a.Device.Machine, "ip addr add %s dev lo nodad", addr) // or it is tentative for a moment, and nobody may listen there
 		servers = append(servers, labtest.Service(t, a.Device, netip.AddrPortFrom(netip.MustParseAddr(addr), 0)))
 	}
 	ask := func(ctx context.Context, namespace string, to netip.AddrPort) (string, error) {

@@ -73,7 +73,7 @@ func (w *world) link(name string, addrs []netip.Addr) {
 	w.node.Run(w.t, "sh", "-ec", script)
 	script = ""
 	for _, a := range addrs {
-		script += fmt.Sprintf("ip addr add %s/%d dev lo\n", a, a.BitLen())
+		script += fmt.Sprintf("ip addr add %s/%d dev lo nodad\n", a, a.BitLen())
 	}
 	ns.Run(w.t, "sh", "-ec", script)
 	w.places = append(w.places, ns)
