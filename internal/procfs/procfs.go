@@ -52,3 +52,9 @@ func open(path string, flags int) (fd int, err error) {
 	}
 	return fd, nil
 }
+
+// HasIPv6 is false on a host that was started with ipv6.disable=1 or has no IPv6 in its kernel.
+func HasIPv6() bool {
+	_, err := os.Stat("/proc/sys/net/ipv6")
+	return err == nil
+}

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 
@@ -18,6 +17,7 @@ import (
 
 	"github.com/headcni/headcni/internal/nfcmd"
 	"github.com/headcni/headcni/internal/nfnl"
+	"github.com/headcni/headcni/internal/procfs"
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
@@ -141,7 +141,7 @@ func (t *Tables) write(ctx context.Context, want []table, have observed) (transa
 			// Something stands in the way that was not seen, such as a chain of ours on another hook.
 			err = t.nft.Write(ctx, w.recreate)
 		}
-		if err != nil && w.family == knftables.IPv6Family && !hasIPv6() {
+		if err != nil && w.family == knftables.IPv6Family && !procfs.HasIPv6() {
 			// A kernel without IPv6 may lack the parts. There is nothing to protect; ADD's gate asks for the table.
 			err = t.nft.Write(ctx, func(tx *knftables.Transaction) { tx.Add(w.object()) })
 		}
@@ -177,9 +177,9 @@ func (t *Tables) transact(ctx context.Context, want []table, have map[knftables.
 	return transactions, err
 }
 
-// replace fills the table, or makes it anew where it has parts that filling cannot put right.
+// replace fills the table, or makes it anew where nothing is held: it has parts that filling cannot put right.
 func (t table) replace(tx *knftables.Transaction, have listing, held map[string][]netip.Prefix) {
-	if t.mustRecreate(have) {
+	if held == nil {
 		t.recreate(tx)
 		return
 	}
@@ -236,10 +236,4 @@ func (t *Tables) Changes(ctx context.Context) (<-chan struct{}, error) {
 // changes wake nobody.
 func relevant(msg int, attrs map[int][]byte) bool {
 	return nfnl.Text(attrs[unix.NFTA_RULE_TABLE]) == names.NFTTable && !ofConsent(msg, attrs) && !ofSources(msg, attrs)
-}
-
-// hasIPv6 is false on a host that was started with ipv6.disable=1 or has no IPv6 in its kernel.
-func hasIPv6() bool {
-	_, err := os.Stat("/proc/sys/net/ipv6")
-	return err == nil
 }

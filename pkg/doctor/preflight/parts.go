@@ -4,13 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/procfs"
 )
 
 // part is something of nf_tables that rules of ours use, as a rule in a chain of a family, and the module that has it.
@@ -47,7 +48,7 @@ func needed(ipv6 bool) []part {
 
 // lacking names the modules of those parts that the kernel does not take, as one that has neither them nor a way to load them.
 func lacking(ctx context.Context) (modules []string, err error) {
-	_, noIPv6 := os.Stat("/proc/sys/net/ipv6")
+	ipv6 := procfs.HasIPv6()
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -56,7 +57,7 @@ func lacking(ctx context.Context) (modules []string, err error) {
 		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return
 		}
-		for _, p := range needed(noIPv6 == nil) {
+		for _, p := range needed(ipv6) {
 			if slices.Contains(modules, p.module) {
 				continue
 			}

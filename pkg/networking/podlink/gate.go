@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headcni/headcni/internal/procfs"
 	"github.com/headcni/headcni/internal/rtnl"
 	"github.com/headcni/headcni/pkg/config/names"
 )
@@ -76,7 +76,7 @@ func gateTables(podCIDRs []netip.Prefix, policy bool) error {
 		if err == nil && chainIsEmpty(replies[0]) {
 			return fmt.Errorf("%w: chain %s of nft table %s %s has no rules; is headcni-daemon running?", ErrNotProgrammed, t.chain, t.family, t.name)
 		}
-		if err != nil && t.ipv6 && !anyIPv6(podCIDRs) && (errors.Is(err, unix.EAFNOSUPPORT) || !kernelHasIPv6()) {
+		if err != nil && t.ipv6 && !anyIPv6(podCIDRs) && (errors.Is(err, unix.EAFNOSUPPORT) || !procfs.HasIPv6()) {
 			continue
 		}
 		if err != nil {
@@ -96,12 +96,6 @@ func chainIsEmpty(reply []byte) bool {
 	}
 	use := rtnl.Attr(reply[nfgenmsgLen:], unix.NFTA_CHAIN_USE)
 	return len(use) != 4 || binary.BigEndian.Uint32(use) == 0
-}
-
-// kernelHasIPv6 is false on a host that was started with ipv6.disable=1 or has no IPv6 in its kernel.
-func kernelHasIPv6() bool {
-	_, err := os.Stat("/proc/sys/net/ipv6")
-	return err == nil
 }
 
 func anyIPv6(list []netip.Prefix) bool {
