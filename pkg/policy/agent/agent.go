@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -284,7 +285,7 @@ func (a *Agent) cluster(links map[string]podlink.Attachment) (c *watch.Cluster, 
 		if here, err := present(); err != nil {
 			return nil, false, err
 		} else if here && a.saver.behind() {
-			return nil, false, fmt.Errorf("what is known of network policies (%s) is older than what is in force%s; pods that run are not touched, new ones wait", a.File, since(a.Cluster.Away()))
+			return nil, false, fmt.Errorf("what is known of network policies (%s) is older than what is in force%s; pods that run are not touched, new ones wait until the API server answers", a.File, since(a.Cluster.Away()))
 		}
 		a.kept = a.file
 	}
@@ -314,7 +315,7 @@ func (a *Agent) apply(ctx context.Context, s *policy.Snapshot, owners []owner, s
 	if !stale {
 		if err := a.saver.begin(); err != nil {
 			a.dirty.Store(true)
-			return fmt.Errorf("note that what is kept of network policies is old: %w", err)
+			return fmt.Errorf("note that what is kept of network policies is old: %w; make the folder of %s writable", err, a.Note)
 		}
 	}
 	change, err := a.Table.Apply(ctx, rules, a.options())
@@ -422,14 +423,15 @@ func (a *Agent) judge() func(policy.Flow) (egress, ingress bool) {
 
 // present reports whether the kernel has the table's rules that meet packets, which come last.
 func present() (bool, error) {
-	_, err := nfnl.Request(unix.NFPROTO_INET, unix.NFT_MSG_GETCHAIN, 0, nfnl.Name(unix.NFTA_CHAIN_TABLE, policy.Table), nfnl.Name(unix.NFTA_CHAIN_NAME, names.PolicyChain))
+	chain, err := nfnl.Request(unix.NFPROTO_INET, unix.NFT_MSG_GETCHAIN, 0, nfnl.Name(unix.NFTA_CHAIN_TABLE, policy.Table), nfnl.Name(unix.NFTA_CHAIN_NAME, names.PolicyChain))
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
 	if err != nil {
 		return false, fmt.Errorf("look for chain %s of nft table inet %s: %w", names.PolicyChain, policy.Table, err)
 	}
-	return true, nil
+	use := nfnl.Get(chain[0], unix.NFTA_CHAIN_USE) // `nft flush table` leaves chains
+	return slices.ContainsFunc(use, func(b byte) bool { return b != 0 }), nil
 }
 
 // Off takes everything off the node that an Agent has put there.

@@ -417,13 +417,17 @@ func TestAwayBehind(t *testing.T) {
 
 // TestHalfMade: pods that run lose nothing either where a process before was killed when it had made the table, and not yet its rules.
 func TestHalfMade(t *testing.T) {
-	b := newBench(t, pod("web", "u1"), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}})
-	first := b.attach("c1", "ns/web", "u1", "10.244.1.10")
-	b.host.Run(t, "nft", "add", "table", "inet", policy.Table)
-	b.start(strict)
-	b.passUntil("policies in force", func() bool { return b.agent.Err() == nil && b.grouped(first) })
-	if !slices.Equal(b.calls, []string{"group 4278", "apply"}) {
-		t.Errorf("pods that run lose packets: %q", b.calls)
+	for what, made := range map[string]string{
+		"a table": "add table inet " + policy.Table, "flushed": "add table inet " + policy.Table + "; add chain inet " + policy.Table + " ingress",
+	} {
+		b := newBench(t, pod("web", "u1"), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ns"}})
+		first := b.attach("c1", "ns/web", "u1", "10.244.1.10")
+		b.host.Run(t, "nft", made)
+		b.start(strict)
+		b.passUntil("policies in force", func() bool { return b.agent.Err() == nil && b.grouped(first) })
+		if !slices.Equal(b.calls, []string{"group 4278", "apply"}) {
+			t.Errorf("%s: pods that run lose packets: %q", what, b.calls)
+		}
 	}
 }
 
