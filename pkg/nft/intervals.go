@@ -10,10 +10,10 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
-// Rules and the sets that they ask do not change at the same moment, although one transaction has both. The kernel publishes the elements of a
-// set of intervals at the end of the commit, when new rules are in force already (nft_set_rbtree of Linux 6.18), and finds neither of two equal
-// intervals of which the transaction takes one away (before Linux 6.17). For some 0.1 ms to 1 ms a packet to the cluster meets rules that say that
-// it goes to nobody, and is refused. So sets are filled before the first rule asks them, and what is in a set and is to be in it stays.
+// Rules and the sets that they ask do not change at the same moment, although one transaction has both (nft_set_rbtree): while the kernel commits, it
+// finds elements of a set of intervals late, after new rules are in force (seen on Linux 6.18), or not at all, where elements that come or go hide
+// others. For that moment a packet to the cluster meets rules that say that it goes to nobody, and is refused. So sets are filled before the first
+// rule asks them, and what is in a set and is to be in it stays.
 
 // prepare makes the sets of prefixes that the kernel lacks, and fills them. It reports whether it did: where not, a later transaction makes them.
 func (t *Tables) prepare(w table, have listing) bool {

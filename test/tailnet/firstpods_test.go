@@ -12,7 +12,7 @@ import (
 )
 
 // A node that says that pods may start reaches the others. A handshake that the other side cannot answer yet, or that crosses another, is tried
-// again after 5 s: of two nodes that joined together, and whose first pods talked at once, every fifth pair was dark for that long, or for 10 s or 20 s.
+// again after 5 s: so long, or a multiple of it, pods of two nodes that have just joined may be dark.
 func TestFirstPods(t *testing.T) {
 	const retry = 5 * time.Second // WireGuard's RekeyTimeout
 	for i := range 4 {
