@@ -38,6 +38,13 @@ func IPv6Link(link, name string) string { return "net/ipv6/conf/" + link + "/" +
 // the host's switch says (kernel: ip-sysctl.rst, conf/interface/forwarding). IPv6 has no such switch.
 func IPv4LinkForwarding(link string) string { return "net/ipv4/conf/" + link + "/forwarding" }
 
+// IPv4LinkReversePath is the key of whether what comes in by a link must have a source that a route leads back to: 0 no, 1 by that link, 2 by any. The
+// greater of this and that of "all" counts (kernel: ip-sysctl.rst, rp_filter).
+func IPv4LinkReversePath(link string) string { return "net/ipv4/conf/" + link + "/rp_filter" }
+
+// IPv4LinkAcceptLocal is the key of whether it may have an address of the host's own as source (kernel: ip-sysctl.rst, accept_local).
+func IPv4LinkAcceptLocal(link string) string { return "net/ipv4/conf/" + link + "/accept_local" }
+
 // IPv4LinkARPIgnore is the key of whether a link answers ARP requests, and thereby learns who asks.
 func IPv4LinkARPIgnore(link string) string { return "net/ipv4/conf/" + link + "/arp_ignore" }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/headcni/headcni/pkg/dns/answer"
 	"github.com/headcni/headcni/pkg/hostfirewall"
 	"github.com/headcni/headcni/pkg/install"
+	"github.com/headcni/headcni/pkg/networking/antispoof"
 	"github.com/headcni/headcni/pkg/networking/fastpath"
 	"github.com/headcni/headcni/pkg/networking/noderoutes"
 	"github.com/headcni/headcni/pkg/nft"
@@ -156,5 +157,5 @@ func unlessStopped(err error, mode string) error {
 // removeNetwork closes the way into the network first, see noderoutes: what keeps pods apart goes when nothing is forwarded any more, but for a host
 // that did so before us.
 func removeNetwork(ctx context.Context, s state) error {
-	return errors.Join(fastpath.Remove(), noderoutes.New(s.Host, nil).Remove(ctx), nodepolicy.Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
+	return errors.Join(fastpath.Remove(), antispoof.Remove(), noderoutes.New(s.Host, nil).Remove(ctx), nodepolicy.Remove(ctx), answer.RemoveAddrs(), nft.New().Remove(ctx), hostfirewall.New().Remove(ctx))
 }

@@ -50,19 +50,26 @@ const (
 	// prioAntispoof is raw (-300).
 	prioAntispoof = knftables.RawPriority
 
-	// chainTunnel notes in the forward hook what came out of the tunnel. Before kernel 5.7 the postrouting hook has no
-	// input interface (nft takes the rule and never matches it), and the NAT below must know. There too the link is known that DNAT to a
-	// pod's port has chosen.
-	chainTunnel = "tunnel"
-	prioTunnel  = knftables.FilterPriority
+	// Each base chain asks once by which link a packet comes or goes, and a chain of its own has the rules for that link: what is of no concern
+	// to a packet costs it one comparison.
+	chainAntispoofPod      = "antispoof_pod"
+	chainAntispoofNeighbor = "antispoof_neighbor" // ICMPv6
+	chainForwardPod        = "forward_pod"
+	chainForwardTunnel     = "forward_tunnel"
+	chainGuardPod          = "guard_pod"
+	chainGuardTunnel       = "guard_tunnel"
+	chainHeardPod          = "heard_pod"
+	chainLastTunnel        = "last_tunnel"
+	// chainForwardPorted is about what begins something by a port of the node.
+	chainForwardPorted = "forward_ported"
+	// chainForwardSegments is for SYN and SYN-ACK, of which those of pods pass in both directions: the pod's node speaks for both ends.
+	chainForwardSegments = "forward_segments"
 
-	// chainClamp is in forward, where SYN and SYN-ACK of pods pass in both directions: the pod's node clamps for both ends.
-	chainClamp = "clamp"
-	prioClamp  = knftables.ManglePriority
-
-	// chainLAN is in forward, where both links are known, DNAT is done, and source NAT is not.
-	chainLAN = "lan"
-	prioLAN  = knftables.FilterPriority
+	// chainForward is in forward, where both links are known, also the one that DNAT to a pod's port has chosen, DNAT is done, and source NAT
+	// is not. There it notes what came out of the tunnel: before kernel 5.7 the postrouting hook has no input interface (nft takes the rule
+	// and never matches it), and the NAT below must know.
+	chainForward = "forward"
+	prioForward  = knftables.FilterPriority
 
 	// chainGuard is in postrouting, not output: after DNAT only there the output interface is the final one, and it
 	// sees forwarded packets too. It runs before source NAT.

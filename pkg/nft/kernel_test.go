@@ -177,6 +177,29 @@ func firstHandle(t *testing.T, ns *nstest.NS, chain string) string {
 	return ""
 }
 
+// The chains of an earlier release go in the transaction that brings ours, and the table stays: its dynamic sets and counters are not lost.
+func TestEarlierChainsGoAlone(t *testing.T) {
+	ns := nstest.New(t)
+	mustSync(t, ns, New(), typical())
+	want := ordered(ruleset(t, ns))
+	handle := func() string {
+		t.Helper()
+		head, _, _ := strings.Cut(ns.Run(t, "nft", "-a", "list", "table", "ip", "headcni"), "\n")
+		return head
+	}
+	before := handle()
+	ns.Run(t, "nft", `add chain ip headcni sizes; add rule ip headcni sizes accept
+		add chain ip headcni clamp { type filter hook forward priority -150 ; }; add rule ip headcni clamp jump sizes
+		add chain ip headcni a; add rule ip headcni a goto sizes; insert rule ip headcni guard jump a`)
+	mustSync(t, ns, New(), typical())
+	if d := cmp.Diff(want, ordered(ruleset(t, ns))); d != "" {
+		t.Errorf("not as without (-want +got):\n%s", d)
+	}
+	if after := handle(); after != before || !strings.Contains(before, "# handle ") {
+		t.Errorf("the table was made anew: %q, then %q", before, after)
+	}
+}
+
 func TestWithIPv6Disabled(t *testing.T) {
 	ns := nstest.New(t)
 	ns.Do(t, func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0) })

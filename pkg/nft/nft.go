@@ -103,6 +103,9 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	// A table that was made anew has lost them.
 	_, consentErr := t.writeConsent()
 	_, sourcesErr := t.writeSources()
+	if errors.Is(sourcesErr, ErrNoTable) {
+		sourcesErr = nil // somebody has just taken it away
+	}
 	return changes(first, before), errors.Join(t.writeMembers(cfg.Members), consentErr, sourcesErr)
 }
 
@@ -184,6 +187,13 @@ func (t table) replace(tx *knftables.Transaction, have listing, held map[string]
 		return
 	}
 	t.fill(tx, held)
+	others := t.otherChains(have)
+	for _, c := range others {
+		tx.Flush(t.chain(c)) // one may jump to another
+	}
+	for _, c := range others {
+		tx.Delete(t.chain(c))
+	}
 	for _, name := range stale(t, have) {
 		tx.Delete(t.set(set{name: name}))
 	}

@@ -303,7 +303,7 @@ func (t table) mustRecreate(have listing) bool {
 			return true
 		}
 	}
-	for _, c := range t.chains {
+	for _, c := range slices.Concat(t.chains, t.otherChains(have)) {
 		known["chain "+c.name], known["rules of chain "+c.name] = true, true
 	}
 	for _, s := range t.sets {
@@ -334,6 +334,17 @@ func (t table) mustRecreate(have listing) bool {
 	}
 	// The table's use count also has what is not listed: flowtables.
 	return len(have) > 0 && !strings.Contains(have["table"], attrText(unix.NFTA_TABLE_USE, objects))
+}
+
+// otherChains are those that an earlier release, or somebody else, has put into our table. They can go alone.
+func (t table) otherChains(have listing) (out []chain) {
+	for _, key := range slices.Sorted(maps.Keys(have)) {
+		name, ok := strings.CutPrefix(key, "chain ")
+		if ok && !slices.ContainsFunc(t.chains, func(c chain) bool { return c.name == name }) {
+			out = append(out, chain{name: name})
+		}
+	}
+	return out
 }
 
 // attrText is a number as flatten writes it.

@@ -90,7 +90,7 @@ func Beside(link string, index int, pod, other netip.Addr, begins bool) (reason 
 		f = knftables.IPv6Family
 	}
 	rules, err := nfnl.Request(nfproto[f], unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP,
-		nfnl.Name(unix.NFTA_RULE_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_RULE_CHAIN, chainLAN))
+		nfnl.Name(unix.NFTA_RULE_TABLE, names.NFTTable), nfnl.Name(unix.NFTA_RULE_CHAIN, chainForward))
 	if errors.Is(err, unix.ENOENT) {
 		return "", nil // there is no table that could refuse
 	}

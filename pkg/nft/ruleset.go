@@ -30,6 +30,7 @@ type set struct {
 	keys string
 }
 
+// chain is a base chain, or, where it has no kind, one that another's rules jump to.
 type chain struct {
 	name  string
 	kind  knftables.BaseChainType
@@ -57,19 +58,27 @@ func tableOf(family knftables.Family, cfg Config) table {
 			{name: setMembers, keys: addrType(family)}, {name: setSources, keys: linkType + " . " + addrType(family)},
 			{name: setAsked, size: askedSize}, {name: setAskers, size: askedSize}, {name: setCurious, size: curiousSize},
 		}, consentSets(family, cfg)...),
-		chains: []chain{
+		chains: slices.DeleteFunc([]chain{
 			{chainAntispoof, knftables.FilterType, knftables.PreroutingHook, prioAntispoof, antispoof(family, cfg)},
-			{chainTunnel, knftables.FilterType, knftables.ForwardHook, prioTunnel, append(tunnel(cfg), ported(family, cfg)...)},
-			{chainClamp, knftables.FilterType, knftables.ForwardHook, prioClamp, clamp(family, cfg)},
-			{chainLAN, knftables.FilterType, knftables.ForwardHook, prioLAN, lan(family, cfg)},
+			{name: chainAntispoofPod, rules: antispoofPod(family, cfg)},
+			{name: chainAntispoofNeighbor, rules: antispoofNeighbor(family)},
+			{chainForward, knftables.FilterType, knftables.ForwardHook, prioForward, forward(family, cfg)},
+			{name: chainForwardPorted, rules: ported(family, cfg)},
+			{name: chainForwardSegments, rules: segments(family, cfg)},
+			{name: chainForwardPod, rules: forwardPod(family, cfg)},
+			{name: chainForwardTunnel, rules: forwardTunnel(family, cfg)},
 			{chainPorts, knftables.NATType, knftables.PreroutingHook, prioPorts, toPorts(family, cfg)},
 			{chainPortsOut, knftables.NATType, knftables.OutputHook, prioPorts, toPorts(family, cfg)},
 			{chainGuard, knftables.FilterType, knftables.PostroutingHook, prioGuard, guard(family, cfg)},
+			{name: chainGuardPod, rules: guardPod()},
+			{name: chainGuardTunnel, rules: guardTunnel(family, cfg)},
 			{chainHeard, knftables.FilterType, knftables.InputHook, prioHeard, heard(family, cfg)},
+			{name: chainHeardPod, rules: heardPod(family)},
 			{chainPatience, knftables.FilterType, knftables.OutputHook, prioPatience, patience(family, cluster.elements)},
 			{chainNAT, knftables.NATType, knftables.PostroutingHook, prioNAT, nat(family, cfg)},
 			{chainLast, knftables.FilterType, knftables.PostroutingHook, prioLast, last(family, cfg)},
-		},
+			{name: chainLastTunnel, rules: lastTunnel(family, cfg)},
+		}, func(c chain) bool { return c.kind == "" && len(c.rules) == 0 }),
 	}
 }
 
@@ -80,73 +89,88 @@ func setOf(family knftables.Family, name string, lists ...[]netip.Prefix) set {
 
 // antispoof: a pod sends from its own address only, and nobody outside sends from a pod's.
 func antispoof(family knftables.Family, cfg Config) []string {
-	var rules []string
-	if family == knftables.IPv6Family {
-		rules = append(rules,
-			// A pod that announces itself as router would give the node, and its neighbours, a default route.
-			rule(`iifname "%s" icmpv6 type nd-router-advert %s`, names.PodLinks, drop(DropPodRouter)),
-			rule(`iifname "%s" icmpv6 type nd-redirect %s`, names.PodLinks, drop(DropPodRouter)),
-			// Before an address is usable the source is ::, which no fib lookup can find.
-			rule(`iifname "%s" ip6 saddr :: icmpv6 type nd-neighbor-solicit accept`, names.PodLinks),
-			rule(`iifname "%s" ip6 saddr :: icmpv6 type mld2-listener-report accept`, names.PodLinks),
-			// The gateway is a permanent neighbour of the pod's, and what asks for it all the same asks from the pod's own address. Else
-			// a pod could fill the node's table of neighbours, which is one for all links, with addresses that it makes up.
-			rule(`iifname "%s" ip6 saddr %s %s`, names.PodLinks, linkLocal[family], drop(DropPodLinkLocal)),
-			// And the node must not ask for them by the pod's own link.
-			rule(`iifname "%s" ip6 daddr %s ip6 daddr != %s %s`, names.PodLinks, linkLocal[family], podGateway6, drop(DropPodLinkLocal)),
-		)
-	}
-	rules = append(rules,
-		// "missing": the way back to the source does not lead over the interface that the packet came in by. The set says the same faster.
-		rule(`iifname "%s" iif . %s saddr != @%s fib saddr . iif oif missing %s`, names.PodLinks, family, setSources, drop(DropPodForged)),
-		// A pod's packet has passed this check already: that it is not looked up again is for speed.
-		rule(`iifname != "%s" iifname != "lo" %s saddr @%s fib saddr . iif oif missing %s`, names.PodLinks, family, SetCluster, drop(DropOutsideForged)),
+	const outside = `iifname != "lo"` // no pod comes past the first rule
+	rules := []string{
+		rule(`iifname "%s" goto %s`, names.PodLinks, chainAntispoofPod),
+		rule(`%s %s saddr @%s fib saddr . iif oif missing %s`, outside, family, SetCluster, drop(DropOutsideForged)),
 		// The node's name server is for the node and its pods. Here nobody has the address of another, so that the set holds pods alone.
-		rule(`iifname != "%s" iifname != "lo" %s daddr %s %s`, names.PodLinks, family, answerer[family], drop(DropLANIngress)),
-		rule(`iifname "%s" %s daddr %s update @%s { %[2]s saddr timeout 60s limit rate over %[5]d/second burst %[6]d packets } %[7]s`,
-			names.PodLinks, family, answerer[family], setCurious, nameRate, nameBurst, drop(DropPodFloods)),
-	)
-	if own := setOf(family, "", cfg.Own).elements; len(own) > 0 {
-		// The kernel believes an ICMP error from anywhere that quotes a datagram of a socket of its own, as tailscaled's: one "packet too big"
-		// and nothing large gets to a peer any more. What a pod got was for a pod of this node.
-		rules = append(rules, rule(`iifname "%s" %s%s %s`, names.PodLinks, icmpErrors[family], quotesNone(quotedDestination[family], own...), drop(DropPodQuotes)))
+		rule(`%s %s daddr %s %s`, outside, family, answerer[family], drop(DropLANIngress)),
 	}
 	if cfg.TunName != "" {
 		// tailscaled lets in what its node advertises. This is the second line, and keeps an exit node from leading to services.
 		rules = append(rules, rule(`iifname "%s" %s daddr @%s %[2]s daddr != @%[4]s %[5]s`, cfg.TunName, family, setServices, setServed, drop(DropTailnetService)))
 		if cfg.serves(family) {
-			// IPVS takes it in input, and sends it on as the node does: the chain tunnel does not see it.
+			// IPVS takes it in input, and sends it on as the node does: the chain forward does not see it.
 			rules = append(rules, rule(`iifname "%s" %s daddr @%s %s`, cfg.TunName, family, setServed, noteTunnel))
 		}
 	}
 	if !cfg.LANIngress {
-		// Here and not in lan, because IPVS has services on the node itself, and sends to pods as the node does.
-		rules = append(rules, rule(`%s %s daddr @%s %s`, foreign("iifname", cfg), family, setServices, drop(DropLANIngress)))
+		// Here and not in forward, because IPVS has services on the node itself, and sends to pods as the node does.
+		from := outside
+		if cfg.TunName != "" {
+			from += rule(` iifname != "%s"`, cfg.TunName)
+		}
+		rules = append(rules, rule(`%s %s daddr @%s %s`, from, family, setServices, drop(DropLANIngress)))
 	}
 	return rules
+}
+
+// antispoofPod is what each packet of a pod's meets first.
+func antispoofPod(family knftables.Family, cfg Config) (rules []string) {
+	if family == knftables.IPv6Family {
+		rules = append(rules,
+			rule(`meta l4proto ipv6-icmp jump %s`, chainAntispoofNeighbor),
+			// The gateway is a permanent neighbour of the pod's, and what asks for it all the same asks from the pod's own address. Else
+			// a pod could fill the node's table of neighbours, which is one for all links, with addresses that it makes up.
+			rule(`ip6 saddr %s %s`, linkLocal[family], drop(DropPodLinkLocal)),
+			// And the node must not ask for them by the pod's own link.
+			rule(`ip6 daddr %s ip6 daddr != %s %s`, linkLocal[family], podGateway6, drop(DropPodLinkLocal)),
+		)
+	}
+	rules = append(rules,
+		// "missing": the way back to the source does not lead over the interface that the packet came in by. The set says the same faster.
+		rule(`iif . %s saddr != @%s fib saddr . iif oif missing %s`, family, setSources, drop(DropPodForged)),
+		rule(`%s daddr %s update @%s { %[1]s saddr timeout 60s limit rate over %[4]d/second burst %[5]d packets } %[6]s`,
+			family, answerer[family], setCurious, nameRate, nameBurst, drop(DropPodFloods)),
+	)
+	if own := setOf(family, "", cfg.Own).elements; len(own) > 0 {
+		// The kernel believes an ICMP error from anywhere that quotes a datagram of a socket of its own, as tailscaled's: one "packet too big"
+		// and nothing large gets to a peer any more. What a pod got was for a pod of this node.
+		rules = append(rules, rule(`%s%s %s`, icmpErrors[family], quotesNone(quotedDestination[family], own...), drop(DropPodQuotes)))
+	}
+	return rules
+}
+
+// antispoofNeighbor is about what a pod says on its link in IPv6 (RFC 4861).
+func antispoofNeighbor(family knftables.Family) []string {
+	if family == knftables.IPv4Family {
+		return nil
+	}
+	return []string{
+		// A pod that announces itself as router would give the node, and its neighbours, a default route.
+		"icmpv6 type nd-router-advert " + drop(DropPodRouter),
+		"icmpv6 type nd-redirect " + drop(DropPodRouter),
+		// Before an address is usable the source is ::, which no fib lookup can find.
+		"ip6 saddr :: icmpv6 type nd-neighbor-solicit accept",
+		"ip6 saddr :: icmpv6 type mld2-listener-report accept",
+	}
 }
 
 // falseErrors drops a pod's ICMP errors about a connection of which it is neither end, as one of another pod of this node. Before the daemon
 // has said which addresses a link sends from, nothing is known of it.
 func falseErrors(family knftables.Family) string {
-	return rule(`iifname "%s" ct state related %s iif . %[3]s saddr @%[4]s iif . ct original %[3]s saddr != @%[4]s iif . ct reply %[3]s saddr != @%[4]s %[5]s`,
-		names.PodLinks, icmpErrors[family], family, setSources, drop(DropPodQuotes))
+	return rule(`ct state related %s iif . %[2]s saddr @%[3]s iif . ct original %[2]s saddr != @%[3]s iif . ct reply %[2]s saddr != @%[3]s %[4]s`,
+		icmpErrors[family], family, setSources, drop(DropPodQuotes))
 }
 
 // heard is about what the node itself gets.
-func heard(family knftables.Family, cfg Config) (rules []string) {
-	rules = append(rules, falseErrors(family))
-	if family == knftables.IPv4Family {
-		// The kernel refuses that itself, until somebody sets route_localnet: portmap does, on the links of pods with ports of the node, and
-		// kube-proxy everywhere. Pods answer there what came by a port of the node, and only NAT leads that back.
-		home := rule(`iifname "%s" ip daddr 127.0.0.0/8`, names.PodLinks)
-		rules = append(rules, home+" ct direction reply accept", home+" "+drop(DropPodLoopback))
-	}
+func heard(family knftables.Family, cfg Config) []string {
+	rules := []string{rule(`iifname "%s" goto %s`, names.PodLinks, chainHeardPod)}
 	if cfg.Masquerade && !cfg.noSockets {
 		// Of a pod's connection to the outside conntrack may not know a segment again, as one that came late or far too early. It would end here,
 		// where nobody has such a connection, and the kernel's reset would end that of the pod. The node's own connections are not meant: those
 		// that are older than conntrack, or that it has forgotten, have a socket here, and must go on, and hear of their end.
-		stray := rule(`iifname != "%s" iifname != "lo" meta l4proto tcp ct state invalid`, names.PodLinks)
+		const stray = `meta l4proto tcp ct state invalid iifname != "lo"`
 		rules = append(rules, stray+" "+ofSocket+" accept", stray+" "+drop(DropStraySegment))
 	}
 	if cfg.TunName != "" {
@@ -157,30 +181,25 @@ func heard(family knftables.Family, cfg Config) (rules []string) {
 	return rules
 }
 
+// heardPod is about what it gets from its pods.
+func heardPod(family knftables.Family) []string {
+	rules := []string{falseErrors(family)}
+	if family == knftables.IPv4Family {
+		// The kernel refuses that itself, until somebody sets route_localnet: portmap does, on the links of pods with ports of the node, and
+		// kube-proxy everywhere. Pods answer there what came by a port of the node, and only NAT leads that back.
+		const home = `ip daddr 127.0.0.0/8`
+		rules = append(rules, home+" ct direction reply accept", home+" "+drop(DropPodLoopback))
+	}
+	return rules
+}
+
 // ofSocket matches what is for a socket of the node's own: a rule with it does not match where there is none. TPROXY's are none of these.
 const ofSocket = "socket transparent 0"
-
-// foreign matches the links that are neither the tunnel's nor pods' nor the node's own. Comparing links costs less than a look into
-// a set.
-func foreign(side string, cfg Config) string {
-	notTun := ""
-	if cfg.TunName != "" {
-		notTun = rule(`%s != "%s" `, side, cfg.TunName)
-	}
-	return rule(`%s%[2]s != "%[3]s" %[2]s != "lo"`, notTun, side, names.PodLinks)
-}
 
 // drop counts, and costs nothing before there is something to drop.
 func drop(reason string) string { return rule(`counter name "%s" drop`, reason) }
 
-// tunnel notes what came out of the tun, for nat.
-func tunnel(cfg Config) []string {
-	if cfg.TunName == "" {
-		return nil
-	}
-	return []string{rule(`iifname "%s" %s`, cfg.TunName, noteTunnel)}
-}
-
+// noteTunnel notes what came out of the tun, for nat.
 const noteTunnel = "meta mark set meta mark & " + markKeep + " | " + markFromTunnel
 
 // serves: devices of the tailnet reach services over this node.
@@ -188,15 +207,15 @@ func (c Config) serves(family knftables.Family) bool {
 	return len(netset.OfFamily(c.Served, family == knftables.IPv6Family)) > 0
 }
 
-// clamp has both ends of a pod's TCP connection send segments that its path carries. The kernel only ever lowers the size. What a pod
+// segments has both ends of a pod's TCP connection send segments that its path carries. The kernel only ever lowers the size. What a pod
 // forwards for containers of its own, as Docker in a pod does, speaks of their links' MTU, which is mostly larger than the pod's: where
 // the node's word that a packet is too large does not get back to the sender, nothing full would ever arrive. And through the tunnel
 // tailscaled loses whole batches of segments larger than the path to a peer.
-func clamp(family knftables.Family, cfg Config) []string {
-	const syn = "tcp flags & (syn | rst) == syn tcp option maxseg size set"
+func segments(family knftables.Family, cfg Config) []string {
+	const size = "tcp option maxseg size set"
 	rules := []string{
-		rule(`iifname "%s" %s rt mtu`, names.PodLinks, syn),
-		rule(`oifname "%s" %s rt mtu`, names.PodLinks, syn),
+		rule(`iifname "%s" %s rt mtu`, names.PodLinks, size),
+		rule(`oifname "%s" %s rt mtu`, names.PodLinks, size),
 	}
 	if cfg.TunName == "" || cfg.PathMTU == 0 {
 		return rules
@@ -206,19 +225,23 @@ func clamp(family knftables.Family, cfg Config) []string {
 		mss -= 20
 	}
 	for _, side := range []string{"oifname", "iifname"} {
-		rules = append(rules, rule(`%s "%s" %s %d`, side, cfg.TunName, syn, mss))
+		rules = append(rules, rule(`%s "%s" %s %d`, side, cfg.TunName, size, mss))
 	}
 	return rules
 }
 
-// lan: what comes from beside the node reaches pods, here or by the tunnel, only as an answer or by a port of the node, which is
+// forward: what comes from beside the node reaches pods, here or by the tunnel, only as an answer or by a port of the node, which is
 // DNAT by whomever. Without a conntrack entry there is neither. In front stands what is frequent.
-func lan(family knftables.Family, cfg Config) []string {
+func forward(family knftables.Family, cfg Config) (rules []string) {
 	fam := string(family)
-	rules := fromPods(family, cfg)
+	if len(ported(family, cfg)) > 0 {
+		rules = append(rules, "ct state new ct status dnat jump "+chainForwardPorted)
+	}
+	rules = append(rules, "tcp flags & (syn | rst) == syn jump "+chainForwardSegments,
+		rule(`iifname "%s" goto %s`, names.PodLinks, chainForwardPod))
 	toPods := rule(`oifname != "%s"`, names.PodLinks)
 	if cfg.TunName != "" {
-		rules = append(rules, fromTunnel(family, cfg)...)
+		rules = append(rules, rule(`iifname "%s" goto %s`, cfg.TunName, chainForwardTunnel))
 		toPods = rule(`oifname != "%s" %s`, cfg.TunName, toPods)
 	}
 	rules = append(rules, toPods+" accept", "ct direction reply accept",
@@ -240,74 +263,86 @@ func lan(family knftables.Family, cfg Config) []string {
 	return append(rules, drop(DropLANIngress))
 }
 
-// fromPods lets pods send, but for one that goes through the neighbours of the node. In front stands what is frequent.
-func fromPods(family knftables.Family, cfg Config) []string {
-	fam, from := string(family), rule(`iifname "%s"`, names.PodLinks)
-	rules := []string{
-		rule(`%s oifname "%s" ct state != related accept`, from, names.PodLinks),
-		falseErrors(family),
-	}
-	rules = append(rules, toSubnets(family, cfg)...)
-	return append(rules, from+" ct state established,related accept",
-		rule(`%s %s daddr != @%s accept`, from, fam, setLinks),
-		rule(`%s %s daddr @%s update @%[3]s { %[2]s daddr timeout %[4]ds } accept`, from, fam, setAsked, int(askedFor.Seconds())),
-		rule(`%s update @%s { %s saddr timeout 60s limit rate %d/second burst %d packets } update @%s { %[3]s daddr timeout %[7]ds } accept`,
-			from, setAskers, fam, askRate, askBurst, setAsked, int(askedFor.Seconds())),
-		from+" "+drop(DropPodScans))
+// forwardPod lets pods send, but for one that goes through the neighbours of the node. In front stands what is frequent.
+func forwardPod(family knftables.Family, cfg Config) []string {
+	rules := append([]string{rule(`oifname "%s" ct state != related accept`, names.PodLinks), falseErrors(family)}, toSubnets(family, cfg)...)
+	return append(rules, "ct state established,related accept",
+		rule(`%s daddr != @%s accept`, family, setLinks),
+		rule(`%s daddr @%s update @%[2]s { %[1]s daddr timeout %[3]ds } accept`, family, setAsked, int(askedFor.Seconds())),
+		rule(`update @%s { %s saddr timeout 60s limit rate %d/second burst %d packets } update @%s { %[2]s daddr timeout %[6]ds } accept`,
+			setAskers, family, askRate, askBurst, setAsked, int(askedFor.Seconds())),
+		drop(DropPodScans))
 }
 
 // guard: cluster destinations leave by the tunnel, to a pod of this node, or not at all.
 func guard(family knftables.Family, cfg Config) []string {
 	fam := string(family)
-	rules := []string{
-		// An answer of a service's that conntrack does not know again has its pod's source, whom the pod that asked has never called: its reset
-		// would end the connection. kube-proxy drops such in iptables mode alone. Here policies have seen it, and told of it.
-		rule(`oifname "%s" meta l4proto tcp ct state invalid %s`, names.PodLinks, drop(DropStraySegment)),
-		toPod, // what is frequent first
-	}
+	rules := []string{rule(`oifname "%s" goto %s`, names.PodLinks, chainGuardPod), `oifname "lo" accept`}
 	if cfg.TunName != "" {
-		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
-		rules = append(rules, rule(`oifname "%s" meta mark & %s == 0x%08x %s`, cfg.TunName, markMask, names.BypassMark, drop(DropTunnelInTunnel)),
-			throughTunnel(family, cfg))
-		// There is tailscaled's web client too, which takes what comes from the node for the administrator.
-		own := rule(`oifname "%s" %s daddr %s %s saddr @%s`, cfg.TunName, fam, quad100[family], fam, SetCluster)
-		rules = append(rules, own+" udp dport 53 accept", own+" tcp dport 53 accept", own+" "+drop(DropTailscaled))
-		if cfg.TailnetEgress == config.EgressDeny {
-			// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
-			out := rule(`oifname "%[1]s" %[2]s daddr != @%[3]s %[2]s daddr != %[4]s %[2]s saddr @%[5]s`, cfg.TunName, fam, setKeepSource, quad100[family], setOwn)
-			out += rule(` %s daddr != @%s`, fam, setAbroad) // the forward hook has judged that
-			rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropTailnetEgress))
-		}
+		rules = append(rules, rule(`oifname "%s" goto %s`, cfg.TunName, chainGuardTunnel))
 	}
-	out := foreign("oifname", cfg)
 	if cfg.TunName != "" && family == knftables.IPv4Family {
 		// What a device of the tailnet sends to another, an answer of the node to one, and what is for an address that the tun has just
 		// lost: a neighbour's pod may have sent it. Before the tun is known it is a foreign link itself.
-		rules = append(rules, rule(`%s ip saddr %s%s ip daddr %[2]s%[4]s %[5]s`, out, tailnet[family], notShared(family, "saddr"),
+		rules = append(rules, rule(`ip saddr %s%s ip daddr %[1]s%[3]s %[4]s`, tailnet[family], notShared(family, "saddr"),
 			notShared(family, "daddr"), drop(DropTailnetClear)),
 			// What the node itself sends, and pods with its network, is for the tailnet where a member of that has the address. tailscaled's
 			// own packets go where a member's endpoint is.
-			rule(`%s ip daddr @%s%s meta mark & %s != 0x%08x %s`, out, setMembers, notShared(family, "daddr"), markMask, names.BypassMark, drop(DropTailnetClear)))
+			rule(`ip daddr @%s%s meta mark & %s != 0x%08x %s`, setMembers, notShared(family, "daddr"), markMask, names.BypassMark, drop(DropTailnetClear)))
 	}
-	// Where the daemon has gone, or has not come so far.
-	rules = append(rules, rule(`oifname != "%s" oifname != "lo" %s daddr %s %s`, names.PodLinks, fam, answerer[family], drop(DropTailnetClear)))
+	rules = append(rules, answererStays(family))
 	if family == knftables.IPv4Family {
 		// By whomever, and whatever the host has in the tailnet's range.
-		rules = append(rules, rule(`%s ip daddr %s %s`, out, quad100[family], drop(DropTailnetClear)))
+		rules = append(rules, rule(`ip daddr %s %s`, quad100[family], drop(DropTailnetClear)))
 	}
-	rules = append(rules, quotes(family, cfg, out)...)
+	rules = append(rules, quotes(family, cfg)...)
 	return append(rules,
-		rule(`%s %s %s`, out, toTailnet(family), drop(DropTailnetClear)),
-		// By the tunnel neither: a service is what DNAT has made a pod of.
-		rule(`oifname != "%s" oifname != "lo" %s daddr @%s %s`, names.PodLinks, fam, setServices, drop(DropServiceClear)),
-		rule(`%s %s daddr @%s %s`, out, fam, SetCluster, drop(DropClusterClear)))
+		rule(`%s %s`, toTailnet(family), drop(DropTailnetClear)), servicesStay(family),
+		rule(`%s daddr @%s %s`, fam, SetCluster, drop(DropClusterClear)))
 }
 
-// toPod and throughTunnel end a chain for what it is right to send, by one comparison and one look into a set.
-const toPod = `oifname "` + names.PodLinks + `" accept`
+// guardPod: an answer of a service's that conntrack does not know again has its pod's source, whom the pod that asked has never called: its
+// reset would end the connection. kube-proxy drops such in iptables mode alone. Here policies have seen it, and told of it.
+func guardPod() []string {
+	return []string{"ct state != invalid accept", "meta l4proto tcp " + drop(DropStraySegment)}
+}
 
-func throughTunnel(family knftables.Family, cfg Config) string {
-	return rule(`oifname "%s" %s daddr @%s accept`, cfg.TunName, family, SetCluster)
+// guardTunnel is about what leaves by the tunnel.
+func guardTunnel(family knftables.Family, cfg Config) []string {
+	if cfg.TunName == "" {
+		return nil
+	}
+	fam := string(family)
+	// There is tailscaled's web client too, which takes what comes from the node for the administrator.
+	own := rule(`%s daddr %s %[1]s saddr @%[3]s`, fam, quad100[family], SetCluster)
+	rules := []string{
+		// tailscaled's own packets inside its tunnel: a peer's endpoint was taken for reachable through the pod network.
+		rule(`meta mark & %s == 0x%08x %s`, markMask, names.BypassMark, drop(DropTunnelInTunnel)),
+		toCluster(family),
+		own + " udp dport 53 accept", own + " tcp dport 53 accept", own + " " + drop(DropTailscaled),
+	}
+	if cfg.TailnetEgress == config.EgressDeny {
+		// Only what a pod begins: an answer to a device that may reach the pod goes out. What conntrack does not know is none.
+		out := rule(`%s daddr != @%s %[1]s daddr != %[3]s %[1]s saddr @%[4]s`, fam, setKeepSource, quad100[family], setOwn)
+		out += rule(` %s daddr != @%s`, fam, setAbroad) // the forward hook has judged that
+		rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropTailnetEgress))
+	}
+	return append(rules, answererStays(family), servicesStay(family))
+}
+
+// answererStays: the node's name server is on the node, unless the daemon has gone, or has not come so far.
+func answererStays(family knftables.Family) string {
+	return rule(`%s daddr %s %s`, family, answerer[family], drop(DropTailnetClear))
+}
+
+// servicesStay, by the tunnel too: a service is what DNAT has made a pod of.
+func servicesStay(family knftables.Family) string {
+	return rule(`%s daddr @%s %s`, family, setServices, drop(DropServiceClear))
+}
+
+// toCluster ends a chain of the tunnel's for what it is right to send, by one look into a set.
+func toCluster(family knftables.Family) string {
+	return rule(`%s daddr @%s accept`, family, SetCluster)
 }
 
 // toTailnet matches what is for the tailnet. In IPv4 that is what pods send, as far as the host has no network of its own there:
@@ -321,7 +356,7 @@ func toTailnet(family knftables.Family) string {
 
 // quotes matches the node's own ICMP errors that leave by a foreign link and quote what came out of the tunnel: the kernel sends them from
 // the link's address to whoever sent the packet, by the default route where tailscaled's routes are away.
-func quotes(family knftables.Family, cfg Config, out string) (rules []string) {
+func quotes(family knftables.Family, cfg Config) (rules []string) {
 	// Only these two carry something of the sender's choice where an error quotes.
 	match, v6 := notEcho, false
 	if family == knftables.IPv6Family {
@@ -330,7 +365,7 @@ func quotes(family knftables.Family, cfg Config, out string) (rules []string) {
 	about := append(setOf(family, "", cfg.Cluster, cfg.Own, cfg.KeepSource).elements, tailnet[family])
 	drops := func(to, reason string) {
 		for _, p := range about {
-			rules = append(rules, rule(`%s %s %s %s %s`, match, out, to, payload(quotedDestination[family], p), drop(reason)))
+			rules = append(rules, rule(`%s %s %s %s`, match, to, payload(quotedDestination[family], p), drop(reason)))
 		}
 	}
 	if !v6 {
@@ -355,21 +390,31 @@ func notShared(family knftables.Family, side string) string {
 // knew before there was NAT.
 func last(family knftables.Family, cfg Config) []string {
 	fam := string(family)
-	rules := []string{toPod}
-	if cfg.TunName != "" && cfg.TailnetEgress != config.EgressPreserve {
-		rules = append(rules, throughTunnel(family, cfg))
-		out := rule(`oifname "%[1]s" %[2]s daddr != %[3]s %[2]s saddr @%[4]s`, cfg.TunName, fam, quad100[family], setOwn)
-		// A device that called the pod by its own address hears that address.
-		rules = append(rules, out+" ct direction reply accept", out+" "+drop(DropPodSource))
+	rules := []string{rule(`oifname "%s" accept`, names.PodLinks), `oifname "lo" accept`}
+	switch {
+	case cfg.TunName == "":
+	case cfg.TailnetEgress == config.EgressPreserve:
+		rules = append(rules, rule(`oifname "%s" accept`, cfg.TunName))
+	default:
+		rules = append(rules, rule(`oifname "%s" goto %s`, cfg.TunName, chainLastTunnel))
 	}
 	if !cfg.Masquerade {
 		return rules
 	}
-	out := rule(`%s %s saddr @%s`, foreign("oifname", cfg), fam, SetCluster)
+	out := rule(`%s saddr @%s`, fam, SetCluster)
 	if cfg.LANIngress {
 		rules = append(rules, out+" ct direction reply accept")
 	}
 	return append(rules, out+" "+drop(DropPodSource))
+}
+
+func lastTunnel(family knftables.Family, cfg Config) []string {
+	if cfg.TunName == "" || cfg.TailnetEgress == config.EgressPreserve {
+		return nil
+	}
+	out := rule(`%s daddr != %s %[1]s saddr @%[3]s`, family, quad100[family], setOwn)
+	// A device that called the pod by its own address hears that address.
+	return []string{toCluster(family), out + " ct direction reply accept", out + " " + drop(DropPodSource)}
 }
 
 // nat: who sees which source.
@@ -454,11 +499,8 @@ func ported(family knftables.Family, cfg Config) (rules []string) {
 			continue
 		}
 		// nft must know the protocol before it reads a port.
-		rules = append(rules, rule(`ct status dnat %s daddr %s %s dport %d ct original proto-dst %d oifname != "%s" %s`,
+		rules = append(rules, rule(`%s daddr %s %s dport %d ct original proto-dst %d oifname != "%s" %s`,
 			family, p.To.Addr(), p.Protocol, p.To.Port(), p.Number, p.Link, drop(DropPortStale)))
-	}
-	if len(rules) > 0 {
-		rules = append([]string{"ct state established,related accept"}, rules...)
 	}
 	return rules
 }
@@ -556,8 +598,10 @@ func (t table) fill(tx *knftables.Transaction, held map[string][]netip.Prefix) {
 		}
 	}
 	for _, c := range t.chains {
-		tx.Add(t.chain(c))
+		tx.Add(t.chain(c)) // all before the first rule that jumps to one
 		tx.Flush(t.chain(c))
+	}
+	for _, c := range t.chains {
 		for _, r := range c.rules {
 			tx.Add(&knftables.Rule{Family: t.family, Table: names.NFTTable, Chain: c.name, Rule: r})
 		}
@@ -607,6 +651,9 @@ func (t table) element(s set, p netip.Prefix) *knftables.Element {
 }
 
 func (t table) chain(c chain) *knftables.Chain {
+	if c.kind == "" {
+		return &knftables.Chain{Family: t.family, Table: names.NFTTable, Name: c.name}
+	}
 	return &knftables.Chain{Family: t.family, Table: names.NFTTable, Name: c.name, Type: &c.kind, Hook: &c.hook,
 		Priority: &c.prio, Policy: knftables.PtrTo(knftables.AcceptPolicy)}
 }

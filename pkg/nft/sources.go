@@ -15,8 +15,12 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
+// ErrNoTable: the IPv4 table is not there (yet), or has no such set. The next Sync brings it, with what was said.
+var ErrNoTable = errors.New("there is no table ip " + names.NFTTable)
+
 // Sources says which addresses each pod's link, by index, sends from, which spares their packets a lookup in the FIB. It returns what it
-// changed. What another process has said stays until the first call.
+// changed. What another process has said stays until the first call. It fails with ErrNoTable where nothing checks
+// what pods send.
 //
 // The index of a link that is gone comes again only where somebody asks for it; until the next call the new link may send from the
 // addresses of the old.
@@ -38,11 +42,12 @@ func (t *Tables) writeSources() (changed int, err error) {
 		if err == nil {
 			err = t.conn.Run(batch)
 		}
-		if errors.Is(err, unix.ENOENT) {
-			continue // the table comes with the next Sync
-		}
 		changed += n
-		if err != nil {
+		switch {
+		case errors.Is(err, unix.ENOENT) && f == knftables.IPv4Family:
+			errs = append(errs, ErrNoTable)
+		case errors.Is(err, unix.ENOENT): // a kernel without IPv6 has an empty one
+		case err != nil:
 			errs = append(errs, fmt.Errorf("write pods' sources to table %s %s: %w", f, names.NFTTable, nfcmd.Explain(err)))
 		}
 	}

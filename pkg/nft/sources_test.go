@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"errors"
 	"net/netip"
 	"strconv"
 	"testing"
@@ -138,9 +139,12 @@ func TestSources(t *testing.T) {
 	}
 	holds("no pods", 0)
 	w.node.Run(t, "nft", "delete table ip headcni")
-	if n := w.say(next, w.sources()); n != 2 {
-		t.Errorf("one table gone: %d changes, want 2", n)
-	}
+	w.node.Do(t, func() error {
+		if n, err := next.Sources(w.sources()); n != 2 || !errors.Is(err, ErrNoTable) {
+			t.Errorf("one table gone: %d changes, want 2, and %v", n, err)
+		}
+		return nil
+	})
 }
 
 // The tailnet's members change without the rules being written anew, and are put back.

@@ -80,9 +80,9 @@ func refuse(family knftables.Family, match, reason string) []string {
 
 // toSubnets: by the tunnel a pod reaches the cluster, devices, of which the guard judges, subnets that its Namespace may use, and who has called it.
 func toSubnets(family knftables.Family, cfg Config) (rules []string) {
-	fam, from := string(family), rule(`iifname "%s"`, names.PodLinks)
+	fam := string(family)
 	if cfg.TunName != "" {
-		out := rule(`%s oifname "%s"`, from, cfg.TunName)
+		out := rule(`oifname "%s"`, cfg.TunName)
 		if cfg.Subnets.Open {
 			rules = append(rules, out+" accept")
 		} else {
@@ -103,28 +103,31 @@ func toSubnets(family knftables.Family, cfg Config) (rules []string) {
 		return rules
 	}
 	// Routing rules would not have it so. A host may have networks of its own inside.
-	beside := rule(`%s oifname != "%s" %s daddr @%s %s daddr != @%s`, from, names.PodLinks, fam, setSubnets, fam, setBeside)
+	beside := rule(`oifname != "%s" %s daddr @%s %[2]s daddr != @%[4]s`, names.PodLinks, fam, setSubnets, setBeside)
 	return append(rules, refuse(family, beside, DropSubnetClear)...)
 }
 
-// fromTunnel lets in what the tunnel brings, but for answers to pods that must not have asked (any more).
-func fromTunnel(family knftables.Family, cfg Config) []string {
-	fam, from := string(family), rule(`iifname "%s"`, cfg.TunName)
+// forwardTunnel notes and lets in what the tunnel brings, but for answers to pods that must not have asked (any more).
+func forwardTunnel(family knftables.Family, cfg Config) []string {
+	if cfg.TunName == "" {
+		return nil
+	}
+	rules := []string{noteTunnel}
 	if cfg.Subnets.Open {
-		return []string{from + " accept"}
+		return rules
 	}
-	rules := []string{
-		rule(`%s oifname != "%s" accept`, from, names.PodLinks), rule(`%s %s saddr @%s accept`, from, fam, setKeepSource),
-		rule(`%s %s saddr %s accept`, from, fam, tailnet[family]), from + " ct direction original accept",
-	}
+	rules = append(rules,
+		rule(`oifname != "%s" accept`, names.PodLinks), rule(`%s saddr @%s accept`, family, setKeepSource),
+		rule(`%s saddr %s accept`, family, tailnet[family]), "ct direction original accept",
+	)
 	for _, p := range namedOf(family, cfg) {
-		rules = append(rules, rule(`%s %s saddr %s oif @%s ct direction reply accept`, from, fam, p, consentName(p)))
+		rules = append(rules, rule(`%s saddr %s oif @%s ct direction reply accept`, family, p, consentName(p)))
 	}
-	rules = append(rules, from+" ct state related accept") // an error about a connection, by a router on its way
+	rules = append(rules, "ct state related accept") // an error about a connection, by a router on its way
 	if cfg.Subnets.Exit {
-		rules = append(rules, rule(`%s %s saddr != @%s accept`, from, fam, setAbroad))
+		rules = append(rules, rule(`%s saddr != @%s accept`, family, setAbroad))
 	}
-	return append(rules, rule(`%s meta l4proto tcp ct state established counter name "%s" reject with tcp reset`, from, DropTailnetSubnet), from+" "+drop(DropTailnetSubnet))
+	return append(rules, rule(`meta l4proto tcp ct state established counter name "%s" reject with tcp reset`, DropTailnetSubnet), drop(DropTailnetSubnet))
 }
 
 // Consent says which pods' links, by index, may reach which of the named subnets; all others may not. It returns what it changed. What

@@ -68,7 +68,7 @@ func unclamped(t *testing.T, l *lab.Lab, pods []*lab.Pod, took time.Duration) {
 	t.Helper()
 	for _, n := range l.Nodes {
 		labtest.Stop(t, n.Daemon)
-		labtest.Sh(t, n.Machine, "nft flush chain ip headcni clamp; nft flush chain ip6 headcni clamp")
+		labtest.Sh(t, n.Machine, "nft flush chain ip headcni forward_segments; nft flush chain ip6 headcni forward_segments")
 	}
 	for _, v6 := range []bool{false, true} {
 		c, in := connect(t, pods[0], pods[1], pods[1].Addr(v6))
@@ -130,7 +130,7 @@ func waitPath(t *testing.T, n *lab.Node, want ...int) {
 		}
 		for family, headers := range map[string]int{"ip": 40, "ip6": 60} {
 			// Those of pods' links stand always: "set rt mtu".
-			out := labtest.Sh(t, n.Machine, "nft list chain %s headcni clamp | { grep -v 'set rt mtu$' || :; }", family)
+			out := labtest.Sh(t, n.Machine, "nft list chain %s headcni forward_segments | { grep -v 'set rt mtu$' || :; }", family)
 			rules := strings.Count(out, fmt.Sprintf("maxseg size set %d", bytes-headers))
 			if bytes == 0 && strings.Contains(out, "maxseg") || bytes != 0 && rules != 2 {
 				return fmt.Errorf("clamps so:\n%s", out)

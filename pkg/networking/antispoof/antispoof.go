@@ -1,4 +1,5 @@
-// Package antispoof keeps the nftables' cache of the addresses that pods send from.
+// Package antispoof keeps the nftables' cache of the addresses that pods send from, and spares pods' packets the kernel's own look at their
+// source.
 //
 // A pod's packet whose link and source are in it passes without a lookup in the FIB, which is most of what keeping pods from posing as
 // others costs. What is not in it is looked up as ever, so that a cache that lacks something costs time, and no packets.
@@ -6,6 +7,7 @@ package antispoof
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -18,6 +20,7 @@ import (
 	"github.com/headcni/headcni/internal/nlwatch"
 	"github.com/headcni/headcni/internal/rtnl"
 	"github.com/headcni/headcni/pkg/config/names"
+	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -72,8 +75,14 @@ func (c *Cache) pass() time.Duration {
 		_, err = c.table.Sources(want)
 	}
 	if err == nil {
+		err = spareLookups()
+	}
+	switch {
+	case err == nil:
 		c.said = ""
 		return fullCheck
+	case errors.Is(err, nft.ErrNoTable):
+		return retry
 	}
 	if text := err.Error(); text != c.said {
 		c.said = text
