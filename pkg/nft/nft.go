@@ -155,7 +155,7 @@ func (t *Tables) write(ctx context.Context, want []table, have observed) (transa
 	return transactions, errors.Join(errs...)
 }
 
-// transact fills the sets that are not there, and then makes the tables hold want in one transaction.
+// transact fills the sets that are not there, makes the tables hold want in one transaction, and then takes away chains that are not ours.
 func (t *Tables) transact(ctx context.Context, want []table, have map[knftables.Family]listing) (transactions uint32, err error) {
 	held := make([]map[string][]netip.Prefix, len(want))
 	for i, w := range want {
@@ -174,10 +174,39 @@ func (t *Tables) transact(ctx context.Context, want []table, have map[knftables.
 			w.replace(tx, have[w.family], held[i])
 		}
 	})
+	if err != nil {
+		return transactions, err
+	}
+	transactions++
+	// Not before ours stand: a packet that has passed one of these while it was empty must meet the others full.
+	gone := false
+	for i, w := range want {
+		gone = gone || held[i] != nil && len(w.otherChains(have[w.family])) > 0
+	}
+	if !gone {
+		return transactions, nil
+	}
+	err = t.nft.Write(ctx, func(tx *knftables.Transaction) {
+		for i, w := range want {
+			if held[i] != nil {
+				w.deleteChains(tx, w.otherChains(have[w.family]))
+			}
+		}
+	})
 	if err == nil {
 		transactions++
 	}
 	return transactions, err
+}
+
+// deleteChains deletes chains that may jump to each other, and that none of ours jumps to.
+func (t table) deleteChains(tx *knftables.Transaction, chains []chain) {
+	for _, c := range chains {
+		tx.Flush(t.chain(c))
+	}
+	for _, c := range chains {
+		tx.Delete(t.chain(c))
+	}
 }
 
 // replace fills the table, or makes it anew where nothing is held: it has parts that filling cannot put right.
@@ -187,13 +216,6 @@ func (t table) replace(tx *knftables.Transaction, have listing, held map[string]
 		return
 	}
 	t.fill(tx, held)
-	others := t.otherChains(have)
-	for _, c := range others {
-		tx.Flush(t.chain(c)) // one may jump to another
-	}
-	for _, c := range others {
-		tx.Delete(t.chain(c))
-	}
 	for _, name := range stale(t, have) {
 		tx.Delete(t.set(set{name: name}))
 	}
