@@ -35,7 +35,7 @@ func TestLANIngress(t *testing.T) {
 				own = w.b1
 			}
 			for i, v6 := range []bool{false, true} {
-				labtest.Sh(t, n.Machine, "for c in lan antispoof last; do nft flush chain %s headcni $c; done", families[i])
+				labtest.Sh(t, n.Machine, "for c in forward antispoof last; do nft flush chain %s headcni $c; done", families[i])
 				for _, to := range []netip.AddrPort{labtest.Echo(own, v6), clusterIPs[i]} {
 					if _, err := lab.Ask(labtest.Within(t), w.Control, to); err != nil {
 						t.Errorf("without our rules, to %s: %v", to, err)
