@@ -361,7 +361,7 @@ func TestErrorsNotInClear(t *testing.T) {
 	}
 }
 
-// While the tables are written anew again and again, not one packet slips through.
+// While the tables are written anew again and again, and while chains of an earlier release give way to ours, not one packet slips through.
 func TestRewriteLeavesNoMoment(t *testing.T) {
 	w := newWorld(t)
 	a := worldAddrs["IPv4"]
@@ -405,6 +405,11 @@ func TestRewriteLeavesNoMoment(t *testing.T) {
 	}
 	for i := range 40 {
 		cfg.KeepSource = prefixes("10.96.0.0/12", "10."+strconv.Itoa(100+i)+".0.0/24")
+		w.sync(cfg)
+	}
+	for range 40 {
+		w.node.Run(t, "nft", `add chain ip headcni earlier { type filter hook postrouting priority 0 ; }; add rule ip headcni earlier ip daddr 10.244.0.0/16 drop`)
+		w.node.Run(t, "nft", "flush chain ip headcni guard; delete chain ip headcni guard")
 		w.sync(cfg)
 	}
 	close(stop)
