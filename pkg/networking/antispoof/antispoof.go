@@ -50,12 +50,14 @@ type Cache struct {
 	links Links
 	loop  *reconcile.Loop
 	said  string
+	// spared are the links whose sources the kernel does not look up.
+	spared map[string]bool
 }
 
 // New makes a Cache that has touched nothing yet.
 func New(log *slog.Logger, table Table, links Links) *Cache {
 	c := &Cache{log: log, table: table, links: links, loop: reconcile.NewLoop()}
-	c.loop.Pass = func(context.Context, bool) time.Duration { return c.pass() }
+	c.loop.Pass = func(_ context.Context, woken bool) time.Duration { return c.pass(woken) }
 	c.loop.Settle = func(time.Duration) time.Duration { return 0 } // wait has done that
 	return c
 }
@@ -68,14 +70,18 @@ func (c *Cache) Start(
 	wg.Go(func() { events(ctx, changes, c.loop.Wake) })
 }
 
-// pass has the kernel hold what there is. It tells of a failure once: traffic goes on.
-func (c *Cache) pass() time.Duration {
+// pass has the kernel hold what there is. It tells of a failure once: traffic goes on. One that nobody woke looks at all links' settings, which
+// systemd writes soon after a link has come.
+func (c *Cache) pass(woken bool) time.Duration {
+	if !woken {
+		c.spared = nil
+	}
 	want, err := c.links.Sources()
 	if err == nil {
 		_, err = c.table.Sources(want)
 	}
 	if err == nil {
-		err = spareLookups()
+		c.spared, err = spareLookups(c.spared)
 	}
 	switch {
 	case err == nil:

@@ -60,16 +60,16 @@ func TestFailureIsToldOnce(t *testing.T) {
 	f := &fake{err: errors.New("no netlink")}
 	c := New(slog.New(slog.NewTextHandler(&log, nil)), kernel{f}, f)
 	for range 3 {
-		if got := c.pass(); got != retry {
+		if got := c.pass(true); got != retry {
 			t.Errorf("next in %s, want %s", got, retry)
 		}
 	}
 	f.err = nil
-	if got := c.pass(); got != fullCheck || len(f.want) != 1 {
+	if got := c.pass(true); got != fullCheck || len(f.want) != 1 {
 		t.Errorf("next in %s with %v", got, f.want)
 	}
 	f.err = errors.New("no netlink")
-	c.pass()
+	c.pass(true)
 	if n := strings.Count(log.String(), "no netlink"); n != 2 {
 		t.Errorf("told %d times:\n%s", n, log.String())
 	}

@@ -15,12 +15,17 @@ import (
 const loose = "2"
 
 // spareLookups has the kernel not look up the sources of what pods send, which it does once more for each IPv4 packet wherever a host has
-// routing rules: our own check stands before its.
-func spareLookups() error {
+// routing rules: our own check stands before its. It returns the links that need no more, and skips those that are done.
+func spareLookups(done map[string]bool) (now map[string]bool, err error) {
 	if all, err := sysctl.Read(sysctl.IPv4LinkReversePath("all")); err != nil || all != "0" {
-		return gone(err) // it looks them up whatever a link says
+		return nil, gone(err) // it looks them up whatever a link says
 	}
-	return eachPodLink(func(link string) error {
+	now = map[string]bool{}
+	err = eachPodLink(func(link string) error {
+		now[link] = true
+		if done[link] {
+			return nil
+		}
 		filter, err := sysctl.Read(sysctl.IPv4LinkReversePath(link))
 		if err != nil || filter != "0" && filter != loose {
 			return err
@@ -33,6 +38,10 @@ func spareLookups() error {
 		}
 		return err
 	})
+	if err != nil {
+		return nil, err // all again
+	}
+	return now, nil
 }
 
 // Remove has the kernel look up what pods send again, as it does on new links. It is for when our own check goes.

@@ -47,11 +47,26 @@ func TestSpareLookups(t *testing.T) {
 			}
 			ns.Do(t, func() error { return sysctl.Write(sysctl.IPv4LinkReversePath(strict), "1") })
 			for range 2 {
-				ns.Do(t, spareLookups)
+				ns.Do(t, func() error {
+					done, err := spareLookups(nil)
+					if c.local == "1" && (!done[pod] || done[other]) {
+						t.Errorf("done: %v", done)
+					}
+					return err
+				})
 				is("spared", pod, c.filter, c.local)
 				is("spared", strict, "1", "0")
 				is("spared", other, c.standard, "0")
 			}
+			ns.Do(t, func() error {
+				if err := sysctl.Write(sysctl.IPv4LinkAcceptLocal(pod), "0"); err != nil {
+					return err
+				}
+				_, err := spareLookups(map[string]bool{pod: true})
+				return err
+			})
+			is("not looked at again", pod, c.filter, "0")
+			ns.Do(t, func() error { _, err := spareLookups(nil); return err })
 			ns.Do(t, Remove)
 			is("removed", pod, c.after, "0")
 			is("removed", strict, "1", "0")
