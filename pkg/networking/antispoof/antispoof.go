@@ -83,12 +83,15 @@ func (c *Cache) pass(woken bool) time.Duration {
 	if err == nil {
 		c.spared, err = spareLookups(c.spared)
 	}
-	switch {
-	case err == nil:
+	if errors.Is(err, nft.ErrNoTable) { // nothing to tell of, and who tells of it is to put it right
+		c.spared = nil
+		if err = Remove(); err == nil {
+			return retry
+		}
+	}
+	if err == nil {
 		c.said = ""
 		return fullCheck
-	case errors.Is(err, nft.ErrNoTable):
-		return retry
 	}
 	if text := err.Error(); text != c.said {
 		c.said = text

@@ -9,6 +9,10 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headcni/headcni/internal/nstest"
+	"github.com/headcni/headcni/internal/sysctl"
+	"github.com/headcni/headcni/pkg/nft"
 )
 
 // Only pods' links and routes to single addresses in table main change what pods send from: others have thousands of events.
@@ -51,6 +55,31 @@ type fake struct {
 func (f *fake) Sources() (map[int][]netip.Addr, error) { return map[int][]netip.Addr{7: nil}, f.err }
 
 type kernel struct{ *fake }
+
+// tableless is a kernel without our tables.
+type tableless struct{}
+
+func (tableless) Sources(map[int][]netip.Addr) (int, error) { return 0, nft.ErrNoTable }
+
+// The kernel looks sources up itself while no table of ours does.
+func TestNoTable(t *testing.T) {
+	ns := nstest.New(t)
+	ns.Run(t, "ip", "link", "add", "hc0123456789", "type", "veth", "peer", "name", "other")
+	log := slog.New(slog.DiscardHandler)
+	for _, step := range []struct {
+		table Table
+		want  string
+	}{{kernel{new(fake)}, "1"}, {tableless{}, "0"}, {kernel{new(fake)}, "1"}} {
+		ns.Do(t, func() error {
+			New(log, step.table, new(fake)).pass(true)
+			got, err := sysctl.Read(sysctl.IPv4LinkAcceptLocal("hc0123456789"))
+			if got != step.want {
+				t.Errorf("%T: accept_local is %s, want %s", step.table, got, step.want)
+			}
+			return err
+		})
+	}
+}
 
 func (k kernel) Sources(want map[int][]netip.Addr) (int, error) { k.want = want; return len(want), nil }
 
