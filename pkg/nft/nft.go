@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"slices"
 	"sync"
@@ -103,7 +104,7 @@ func (t *Tables) Sync(ctx context.Context, cfg Config) ([]string, error) {
 	// A table that was made anew has lost them.
 	_, consentErr := t.writeConsent()
 	_, sourcesErr := t.writeSources()
-	if errors.Is(sourcesErr, ErrNoTable) {
+	if errors.Is(sourcesErr, fs.ErrNotExist) {
 		sourcesErr = nil // somebody has just taken it away
 	}
 	return changes(first, before), errors.Join(t.writeMembers(cfg.Members), consentErr, sourcesErr)

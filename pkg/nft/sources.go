@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"slices"
 
@@ -15,12 +16,9 @@ import (
 	"github.com/headcni/headcni/pkg/config/names"
 )
 
-// ErrNoTable: the IPv4 table is not there (yet), or has no such set. The next Sync brings it, with what was said.
-var ErrNoTable = errors.New("there is no table ip " + names.NFTTable)
-
 // Sources says which addresses each pod's link, by index, sends from, which spares their packets a lookup in the FIB. It returns what it
-// changed. What another process has said stays until the first call. It fails with ErrNoTable where nothing checks
-// what pods send.
+// changed. What another process has said stays until the first call. Its error is fs.ErrNotExist
+// where there is no IPv4 table (yet) that checks what pods send: the next Sync brings it, with what was said.
 //
 // The index of a link that is gone comes again only where somebody asks for it; until the next call the new link may send from the
 // addresses of the old.
@@ -45,7 +43,7 @@ func (t *Tables) writeSources() (changed int, err error) {
 		changed += n
 		switch {
 		case errors.Is(err, unix.ENOENT) && f == knftables.IPv4Family:
-			errs = append(errs, ErrNoTable)
+			errs = append(errs, fmt.Errorf("there is no table %s %s: %w", f, names.NFTTable, fs.ErrNotExist))
 		case errors.Is(err, unix.ENOENT): // a kernel without IPv6 has an empty one
 		case err != nil:
 			errs = append(errs, fmt.Errorf("write pods' sources to table %s %s: %w", f, names.NFTTable, nfcmd.Explain(err)))

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"errors"
+	"io/fs"
 	"net/netip"
 	"strconv"
 	"testing"
@@ -140,7 +141,7 @@ func TestSources(t *testing.T) {
 	holds("no pods", 0)
 	w.node.Run(t, "nft", "delete table ip headcni")
 	w.node.Do(t, func() error {
-		if n, err := next.Sources(w.sources()); n != 2 || !errors.Is(err, ErrNoTable) {
+		if n, err := next.Sources(w.sources()); n != 2 || !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("one table gone: %d changes, want 2, and %v", n, err)
 		}
 		return nil

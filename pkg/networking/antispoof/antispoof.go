@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -20,7 +21,6 @@ import (
 	"github.com/headcni/headcni/internal/nlwatch"
 	"github.com/headcni/headcni/internal/rtnl"
 	"github.com/headcni/headcni/pkg/config/names"
-	"github.com/headcni/headcni/pkg/nft"
 	"github.com/headcni/headcni/pkg/reconcile"
 )
 
@@ -35,6 +35,7 @@ const (
 
 // Table is the kernel's: an nft.Tables.
 type Table interface {
+	// Sources returns fs.ErrNotExist where no table checks what pods send.
 	Sources(map[int][]netip.Addr) (changed int, err error)
 }
 
@@ -79,15 +80,15 @@ func (c *Cache) pass(woken bool) time.Duration {
 	want, err := c.links.Sources()
 	if err == nil {
 		_, err = c.table.Sources(want)
+		if errors.Is(err, fs.ErrNotExist) { // who has to make it tells of it
+			c.spared = nil
+			if err = Remove(); err == nil {
+				return retry
+			}
+		}
 	}
 	if err == nil {
 		c.spared, err = spareLookups(c.spared)
-	}
-	if errors.Is(err, nft.ErrNoTable) { // nothing to tell of, and who tells of it is to put it right
-		c.spared = nil
-		if err = Remove(); err == nil {
-			return retry
-		}
 	}
 	if err == nil {
 		c.said = ""

@@ -3,6 +3,7 @@ package antispoof
 import (
 	"encoding/binary"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -12,7 +13,6 @@ import (
 
 	"github.com/headcni/headcni/internal/nstest"
 	"github.com/headcni/headcni/internal/sysctl"
-	"github.com/headcni/headcni/pkg/nft"
 )
 
 // Only pods' links and routes to single addresses in table main change what pods send from: others have thousands of events.
@@ -59,7 +59,7 @@ type kernel struct{ *fake }
 // tableless is a kernel without our tables.
 type tableless struct{}
 
-func (tableless) Sources(map[int][]netip.Addr) (int, error) { return 0, nft.ErrNoTable }
+func (tableless) Sources(map[int][]netip.Addr) (int, error) { return 0, fs.ErrNotExist }
 
 // The kernel looks sources up itself while no table of ours does.
 func TestNoTable(t *testing.T) {
